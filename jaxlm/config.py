@@ -1,0 +1,607 @@
+"""Every choice that a run can make, as frozen dataclasses.
+
+A `Config` is written in Python (`configs/`), overridden on the command line
+(`--model.num-layers 12`), and stored as JSON in every run folder and checkpoint.
+Impossible combinations raise `ValueError` with the field and the remedy.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+BUNDLED_TEXT = "bundled:shakespeare.txt"
+
+# Fields that say how a model is computed but not what it computes. They may
+# change when a run is resumed.
+EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length of the training.
+
+    Formulas and field meanings follow Hugging Face transformers
+    (`modeling_rope_utils.py`); see `jaxlm/ops/rope.py`.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+    """The formula."""
+    factor: float = 1.0
+    """How many times longer the context becomes."""
+    original_context_length: int = 0
+    """Context length in tokens before stretching; 0 takes model.context_length."""
+    low_frequency_factor: float = 1.0
+    """llama3: wavelengths above original_context_length / this are stretched whole."""
+    high_frequency_factor: float = 4.0
+    """llama3: wavelengths below original_context_length / this are left alone."""
+    beta_fast: float = 32.0
+    """yarn: rotations over the original context above which nothing is stretched."""
+    beta_slow: float = 1.0
+    """yarn: rotations over the original context below which all is stretched."""
+    truncate: bool = True
+    """yarn: round the borders of the ramp to whole dimensions."""
+    attention_factor: float | None = None
+    """yarn, longrope: what cos and sin are multiplied by; None takes the paper's."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: a divisor for each frequency, used up to the original length."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: a divisor for each frequency, used beyond the original length."""
+
+    def __post_init__(self):
+        check_types(self, "model.rope_scaling")
+        if self.factor < 1.0:
+            raise ValueError(
+                f"model.rope_scaling.factor is {self.factor}: it must be at least 1"
+            )
+        if self.kind == "longrope" and not (self.short_factors and self.long_factors):
+            raise ValueError(
+                "model.rope_scaling.kind is longrope: short_factors and long_factors "
+                "are needed, one number for each rotated pair of dimensions"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder-only Transformer and each choice in it."""
+
+    vocab_size: int = 0
+    """Rows of the embedding table; 0 takes the tokenizer's size when training."""
+    num_layers: int
+    """Transformer blocks."""
+    model_dim: int
+    """Width of the residual stream."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key/value heads: num_heads is MHA, 1 is MQA, between them GQA."""
+    head_dim: int
+    """Width of a head; free of model_dim / num_heads."""
+    hidden_dim: int
+    """Width inside the feed-forward."""
+    context_length: int
+    """Greatest number of tokens that the model attends over."""
+
+    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    """How a token knows its position."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_local_theta: float | None = None
+    """Base in local layers, unscaled (Gemma 3); None: as in global layers."""
+    rope_fraction: float = 1.0
+    """Share of head_dim that is rotated (partial rotary)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretching of the rotary frequencies."""
+    rope_pattern: tuple[bool, ...] = (True,)
+    """Which layers rotate, repeated over the layers; False is a NoPE layer."""
+
+    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    """Kinds of attention layers, repeated over the layers."""
+    window: int | None = None
+    """Tokens that a local layer attends to, the current one included."""
+    attention_bias: bool = False
+    """Biases of the query, key and value projections."""
+    attention_output_bias: bool = False
+    """Bias of the attention output projection."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """Norm of queries and keys: over each head, or over all heads (OLMo 2)."""
+    attention_scale: float | None = None
+    """Factor of the scores; None is head_dim ** -0.5."""
+    attention_soft_cap: float | None = None
+    """Scores become cap * tanh(scores / cap)."""
+    attention_sinks: bool = False
+    """A learned logit per head that takes part in the softmax and gives nothing."""
+
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
+    """Non-linearity of the feed-forward."""
+    gated: bool = True
+    """Multiply the activation by a second projection: silu gives SwiGLU, gelu GeGLU."""
+    feed_forward_bias: bool = False
+    """Biases in the feed-forward."""
+
+    norm: Literal["rms", "rms_unit_offset", "layer"] = "rms"
+    """RMSNorm, RMSNorm that multiplies by 1 + scale (Gemma), or LayerNorm."""
+    norm_bias: bool = False
+    """Bias of LayerNorm."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance."""
+    norm_placement: Literal["pre", "post", "output", "both"] = "pre"
+    """pre: x + f(norm(x)). post: norm(x + f(x)), the original Transformer.
+    output: x + norm(f(x)), OLMo 2. both: x + norm(f(norm(x))), Gemma 2."""
+    parallel_block: bool = False
+    """x + attention(norm(x)) + feed_forward(norm(x)), GPT-NeoX."""
+    final_norm: bool = True
+    """Norm before the output head."""
+
+    tied_embeddings: bool = True
+    """The output head is the embedding table."""
+    embedding_scale: float = 1.0
+    """Embeddings are multiplied by this, rounded to the compute dtype."""
+    final_soft_cap: float | None = None
+    """Logits become cap * tanh(logits / cap)."""
+
+    init: Literal["normal", "fan_in"] = "normal"
+    """normal: weights N(0, init_std). fan_in: weights N(0, 1 / inputs) and an output
+    head of zeros. Both shrink projections into the residual stream by
+    sqrt(2 * num_layers)."""
+    init_std: float = 0.02
+    """Standard deviation of the embeddings, and of the weights under init=normal."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; auto is bfloat16 where the device multiplies it natively."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes again: nothing, each block, or all of each
+    block but its matrix products."""
+    unroll_layers: int = 1
+    """Groups of layers that one step of the scan runs; more compiles slower and can
+    run faster. 0 unrolls all."""
+    attention: Literal["auto", "reference", "blocked"] = "auto"
+    """Implementation of attention: auto picks by length, see docs/attention.md."""
+
+    def __post_init__(self):
+        check_types(self, "model")
+        positive = ("num_layers", "model_dim", "num_heads", "num_kv_heads")
+        positive += ("head_dim", "hidden_dim", "context_length")
+        for name in positive:
+            _check(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "> 0")
+        _check(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, ">= 0")
+        _check(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "> 0")
+        _check(
+            self.unroll_layers >= 0, "model.unroll_layers", self.unroll_layers, ">= 0"
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads is {self.num_heads}, which model.num_kv_heads "
+                f"{self.num_kv_heads} does not divide: each key/value head serves the "
+                "same number of query heads"
+            )
+        if self.position == "rope":
+            self._check_rope()
+        elif self.rope_scaling is not None:
+            raise ValueError(
+                f"model.rope_scaling is set but model.position is {self.position!r}: "
+                "set model.position to 'rope' or leave rope_scaling out"
+            )
+        if "local" in self.layer_pattern and self.window is None:
+            raise ValueError(
+                "model.layer_pattern has local layers: set model.window to the number "
+                "of tokens they attend to"
+            )
+        if self.window is not None:
+            if "local" not in self.layer_pattern:
+                raise ValueError(
+                    f"model.window is {self.window} but model.layer_pattern has no "
+                    "local layer: add one or leave the window out"
+                )
+            if not 0 < self.window <= self.context_length:
+                raise ValueError(
+                    f"model.window is {self.window}: it must be from 1 to "
+                    f"model.context_length {self.context_length}"
+                )
+        for name in ("layer_pattern", "rope_pattern"):
+            _check(len(getattr(self, name)) > 0, f"model.{name}", "()", "not empty")
+        if self.parallel_block and self.norm_placement != "pre":
+            raise ValueError(
+                "model.parallel_block needs model.norm_placement 'pre', not "
+                f"{self.norm_placement!r}"
+            )
+        if self.norm_bias and self.norm != "layer":
+            raise ValueError(
+                f"model.norm_bias needs model.norm 'layer', not {self.norm!r}"
+            )
+        for name in ("attention_soft_cap", "final_soft_cap", "attention_scale"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"model.{name}", value, "> 0")
+
+    def _check_rope(self) -> None:
+        _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "> 0")
+        fraction = self.rope_fraction
+        _check(0 < fraction <= 1, "model.rope_fraction", fraction, "in (0, 1]")
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"model.head_dim * model.rope_fraction is {self.rotary_dim}: rotary "
+                "positions turn pairs of dimensions, so it must be even"
+            )
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            for name in ("short_factors", "long_factors"):
+                if len(getattr(scaling, name)) != self.rotary_dim // 2:
+                    raise ValueError(
+                        f"model.rope_scaling.{name} has {len(getattr(scaling, name))} "
+                        f"numbers; {self.rotary_dim // 2} pairs are rotated"
+                    )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns."""
+        return int(self.head_dim * self.rope_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    path: tuple[str, ...] = (BUNDLED_TEXT,)
+    """Files (.txt, .jsonl, .parquet; .gz, .zst), folders or globs. Each entry is a
+    source of its own in the mixture."""
+    weights: tuple[float, ...] = ()
+    """Share of the rows from each entry of path; empty: in proportion to size."""
+    field: str = "text"
+    """Field (.jsonl) or column (.parquet) that holds the text."""
+    tokenizer: Literal["chars", "bytes", "sentencepiece"] = "chars"
+    """chars: the distinct characters of the text. bytes: UTF-8 bytes."""
+    tokenizer_model: str | None = None
+    """SentencePiece .model file; None trains one on the text."""
+    tokenizer_vocab_size: int = 4096
+    """Pieces of a SentencePiece model trained here."""
+    tokenizer_algorithm: Literal["bpe", "unigram"] = "bpe"
+    """Algorithm of a SentencePiece model trained here."""
+    sequence_length: int = 256
+    """Tokens in a row."""
+    holdout_fraction: float = 0.1
+    """Share of each source, at its end, that is kept for evaluation."""
+    segment_attention: bool = True
+    """Keep attention inside a document; False lets it cross documents in a row."""
+    invalid_utf8: Literal["error", "replace"] = "error"
+    """What to do with bytes that are not UTF-8; replace counts them in a warning."""
+    cache_dir: str | None = None
+    """Folder of tokenized text; None is jaxlm/tokens in the user's cache folder."""
+    workers: int = 0
+    """Processes that tokenize; 0 is one for each CPU core."""
+    prefetch: int = 2
+    """Batches that are made ready while a step runs."""
+
+    def __post_init__(self):
+        check_types(self, "data")
+        _check(len(self.path) > 0, "data.path", "()", "at least one path")
+        if self.weights:
+            if len(self.weights) != len(self.path):
+                raise ValueError(
+                    f"data.weights has {len(self.weights)} numbers for "
+                    f"{len(self.path)} entries of data.path"
+                )
+            good = all(w >= 0 for w in self.weights) and sum(self.weights) > 0
+            _check(good, "data.weights", self.weights, ">= 0 and not all zero")
+        _check(
+            0 <= self.holdout_fraction < 1,
+            "data.holdout_fraction",
+            self.holdout_fraction,
+            "in [0, 1)",
+        )
+        _check(
+            self.sequence_length > 0, "data.sequence_length", self.sequence_length, "> 0"
+        )
+        _check(
+            self.tokenizer_vocab_size > 3,
+            "data.tokenizer_vocab_size",
+            self.tokenizer_vocab_size,
+            "> 3",
+        )
+        _check(self.workers >= 0, "data.workers", self.workers, ">= 0")
+        _check(self.prefetch >= 0, "data.prefetch", self.prefetch, ">= 0")
+        if self.tokenizer_model is not None and self.tokenizer != "sentencepiece":
+            raise ValueError(
+                "data.tokenizer_model is set but data.tokenizer is "
+                f"{self.tokenizer!r}: set data.tokenizer to 'sentencepiece'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices lie along each axis of the mesh."""
+
+    data: int = -1
+    """Copies of the parameters, each with its part of the batch; -1: all devices that
+    the other axes leave."""
+    fsdp: int = 1
+    """Parts into which parameters and batch are cut."""
+    tensor: int = 1
+    """Parts into which heads, hidden units and vocabulary are cut."""
+
+    def __post_init__(self):
+        check_types(self, "mesh")
+        for name in ("data", "fsdp", "tensor"):
+            size = getattr(self, name)
+            _check(size >= 1 or size == -1, f"mesh.{name}", size, ">= 1, or -1")
+        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+            raise ValueError("mesh: only one axis can be -1 (all remaining devices)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
+    """muon orthogonalizes the layers' matrices and uses AdamW for all the rest."""
+    learning_rate: float = 3e-4
+    """Peak learning rate (of the matrices, under muon)."""
+    adam_learning_rate: float | None = None
+    """Muon: peak learning rate of what AdamW updates; None is learning_rate."""
+    b1: float = 0.9
+    """Decay of the first moment (adamw, lion; the AdamW part of muon)."""
+    b2: float = 0.95
+    """Decay of the second moment (adamw, lion; the AdamW part of muon)."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    momentum: float = 0.95
+    """Momentum of muon."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; embeddings, norms and biases are not decayed."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine or linear decay, constant with a linear decay at the
+    end (wsd), or constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """wsd: the last share of the steps, over which the learning rate falls."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self):
+        check_types(self, "optimizer")
+        for name in ("learning_rate", "epsilon", "clip_norm", "adam_learning_rate"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"optimizer.{name}", value, "> 0")
+        for name in ("b1", "b2", "momentum"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
+        for name in ("decay_fraction", "final_fraction"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"optimizer.{name}", value, "in [0, 1]")
+        _check(
+            self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, ">= 0"
+        )
+        _check(
+            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, ">= 0"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, what to write down, and when."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows in a step, over all devices."""
+    accumulation_steps: int = 1
+    """Parts into which a batch is cut; their gradients are added up, weighted by
+    tokens, before one optimizer step."""
+    seed: int = 0
+    """Seed of the parameters and of the data order."""
+    run_dir: str = "runs/default"
+    """Folder of config.json, metrics.jsonl, checkpoints/, report.html, loss.png."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting (PaLM)."""
+    loss_chunk: int = 0
+    """Tokens whose logits are held at once; 0 holds all."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    eval_every: int = 500
+    """Steps between passes over the held-out text; 0: only at the end."""
+    sample_every: int = 500
+    """Steps between samples of text; 0: none."""
+    sample_prompt: str = "\n"
+    """Prompt of these samples."""
+    sample_tokens: int = 200
+    """New tokens of these samples."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: only at the end."""
+    checkpoint_minutes: float = 15.0
+    """Minutes after which a checkpoint is made in any case; 0: never."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    max_minutes: float = 0.0
+    """Minutes after which the run saves and stops, unfinished; 0: no limit."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra `tensorboard`)."""
+    compile_cache: bool = True
+    """Keep compiled programs in jaxlm/xla of the user's cache folder."""
+
+    def __post_init__(self):
+        check_types(self, "train")
+        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "keep"):
+            _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
+        not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
+        not_negative += ("keep_every", "max_minutes")
+        for name in not_negative:
+            value = getattr(self, name)
+            _check(value >= 0, f"train.{name}", value, ">= 0")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"train.batch_size is {self.batch_size}, which "
+                f"train.accumulation_steps {self.accumulation_steps} does not divide"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How tokens are drawn."""
+
+    max_new_tokens: int = 256
+    """New tokens, at most."""
+    temperature: float = 1.0
+    """Logits are divided by this; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities first reach this sum."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a text; they are not part of it."""
+
+    def __post_init__(self):
+        check_types(self, "sample")
+        _check(
+            self.max_new_tokens > 0, "sample.max_new_tokens", self.max_new_tokens, "> 0"
+        )
+        # Comparisons with NaN are false, so NaN fails here too.
+        _check(
+            0 <= self.temperature <= 100,
+            "sample.temperature",
+            self.temperature,
+            "in [0, 100]",
+        )
+        _check(self.top_k >= 0, "sample.top_k", self.top_k, ">= 0")
+        _check(0 < self.top_p <= 1, "sample.top_p", self.top_p, "in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    """The network."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The devices."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The run."""
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.8))
+    """How the samples during training are drawn."""
+    fresh: bool = False
+    """Start over in a run folder that has checkpoints (they are moved aside)."""
+    init_from: str | None = None
+    """Run or step folder whose parameters the run starts from, at step 0."""
+
+    def __post_init__(self):
+        if self.data.sequence_length > self.model.context_length:
+            raise ValueError(
+                f"data.sequence_length is {self.data.sequence_length}, more than "
+                f"model.context_length {self.model.context_length}: make rows shorter "
+                "or the context longer"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than "
+                f"train.steps {self.train.steps}: shorten the warm-up"
+            )
+
+
+def _check(good: bool, name: str, value: Any, rule: str) -> None:
+    if not good:
+        raise ValueError(f"{name} is {value!r}: it must be {rule}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, a) for a in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(v, args[0]) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def check_types(config: Any, where: str) -> None:
+    """Raises ValueError where a field of a dataclass does not have its type."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        if _matches(value, hint):
+            continue
+        if get_origin(hint) is Literal:
+            options = ", ".join(repr(a) for a in get_args(hint))
+            near = nearest(str(value), [str(a) for a in get_args(hint)])
+            raise ValueError(
+                f"{where}.{f.name} is {value!r}: it must be one of {options}{near}"
+            )
+        expected = getattr(hint, "__name__", None) if not get_args(hint) else str(hint)
+        raise ValueError(f"{where}.{f.name} is {value!r}: expected {expected or hint}")
+
+
+def nearest(name: str, options: list[str]) -> str:
+    """` (did you mean X?)` for the option most like `name`, or an empty string."""
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values that JSON can hold (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: for an unknown, missing or wrongly typed field, named by its path.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"{where}: unknown field {name!r}{nearest(name, list(known))}"
+            )
+    kwargs = {
+        name: _value_from_json(value, hints[name], f"{where}.{name}")
+        for name, value in values.items()
+    }
+    for name, f in known.items():
+        has_default = (
+            f.default is not dataclasses.MISSING
+            or f.default_factory is not dataclasses.MISSING
+        )
+        if name not in kwargs and not has_default:
+            raise ValueError(f"{where}: field {name!r} is missing")
+    return cls(**kwargs)
+
+
+def _value_from_json(value: Any, hint: Any, where: str) -> Any:
+    for option in get_args(hint) or (hint,):
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return from_dict(option, value, where)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def diff(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Lines `field: old -> new` for the fields in which two configs differ."""
+    lines = []
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if f.name in ignore or a == b:
+            continue
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            lines += [f"{f.name}.{line}" for line in diff(a, b, ignore)]
+        else:
+            lines.append(f"{f.name}: {a!r} -> {b!r}")
+    return lines

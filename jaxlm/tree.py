@@ -1,0 +1,97 @@
+"""Pure functions over trees of arrays. Those that select fail when nothing matches."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A JAX key path as `layers/attn/q`."""
+    names = []
+    for key in path:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+        else:
+            names.append(str(key))
+    return "/".join(names)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path name, in the order of the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` whose function gets each leaf's path name first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+    )
+
+
+def mask(tree: Any, patterns: Mapping[str, bool]) -> Any:
+    """A tree of booleans: for each leaf the value of the first pattern that matches.
+
+    Args:
+      tree: any tree.
+      patterns: regular expressions, searched for in path names, in order.
+
+    Raises:
+      ValueError: when a leaf matches no pattern or a pattern matches no leaf.
+    """
+    names = list(flatten(tree))
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"pattern {pattern!r} matches none of: {', '.join(names)}")
+
+    def value(name: str, _leaf: Any) -> bool:
+        for pattern, result in patterns.items():
+            if re.search(pattern, name):
+                return result
+        raise ValueError(f"no pattern matches the leaf {name!r}")
+
+    return map_with_name(value, tree)
+
+
+def replace(tree: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A copy of a nested dict with the leaf or subtree `name` replaced.
+
+    Raises:
+      ValueError: when `name` does not exist.
+    """
+    head, _, rest = name.partition("/")
+    if head not in tree:
+        raise ValueError(f"no {head!r} among {', '.join(map(str, tree))}")
+    return {**tree, head: replace(tree[head], rest, value) if rest else value}
+
+
+def count(tree: Any) -> int:
+    """Numbers in all leaves (arrays or shapes)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves (arrays or shapes)."""
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def cast_floating(tree: Any, dtype: Any) -> Any:
+    """Floating-point leaves in `dtype`, all others as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Root of the sum of squares over all leaves, in f32."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares))
