@@ -293,7 +293,10 @@ class DataConfig:
             "in [0, 1)",
         )
         _check(
-            self.sequence_length > 0, "data.sequence_length", self.sequence_length, "> 0"
+            self.sequence_length > 0,
+            "data.sequence_length",
+            self.sequence_length,
+            "> 0",
         )
         _check(
             self.tokenizer_vocab_size > 3,

@@ -93,5 +93,7 @@ def cast_floating(tree: Any, dtype: Any) -> Any:
 
 def global_norm(tree: Any) -> Float[Array, ""]:
     """Root of the sum of squares over all leaves, in f32."""
-    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    squares = [
+        jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
+    ]
     return jnp.sqrt(sum(squares))

@@ -1,0 +1,80 @@
+"""The key/value cache: a value that is passed in, returned, and never changed."""
+
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.config import ModelConfig
+from jaxlm.sharding import rules
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys, as the scores see them, and values of one layer (or of stacked layers)."""
+
+    keys: Float[Array, "*L B S K H"]
+    values: Float[Array, "*L B S K H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """What decoding remembers of the tokens so far."""
+
+    layers: LayerCache | tuple[LayerCache, ...]
+    """Stacked over layers, or one for each: in the manner of the parameters."""
+    lengths: Int[Array, " B"]
+    """Tokens of each row that are in the cache; the next one goes there."""
+
+
+def init_cache(
+    config: ModelConfig, batch_size: int, max_length: int, dtype: Any
+) -> Cache:
+    """An empty cache, stacked over layers: [L, B, max_length, K, H] in `dtype`.
+
+    Raises:
+      ValueError: when `max_length` is more than the model's context.
+    """
+    if max_length > config.context_length:
+        raise ValueError(
+            f"a cache of {max_length} tokens is longer than model.context_length "
+            f"{config.context_length}"
+        )
+    shape = (config.num_layers, batch_size, max_length)
+    shape += (config.num_kv_heads, config.head_dim)
+    partition = rules.activation("layers", "batch", None, "heads", None)
+
+    def zeros() -> Float[Array, "L B S K H"]:
+        return jnp.zeros(shape, dtype, out_sharding=partition)
+
+    lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=rules.activation("batch"))
+    return Cache(layers=LayerCache(zeros(), zeros()), lengths=lengths)
+
+
+def append(
+    cache: LayerCache,
+    lengths: Int[Array, " B"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+) -> LayerCache:
+    """The cache of one layer with T more tokens in each row, from `lengths` on."""
+
+    def write(old: Array, new: Array, start: Int[Array, ""]) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), start, axis=0
+        )
+
+    return LayerCache(
+        keys=jax.vmap(write)(cache.keys, keys, lengths),
+        values=jax.vmap(write)(cache.values, values, lengths),
+    )
+
+
+def unstack(tree: Any, num_layers: int) -> tuple[Any, ...]:
+    """Stacked layers (parameters or cache) as one tree for each layer."""
+    return tuple(jax.tree.map(itemgetter(i), tree) for i in range(num_layers))

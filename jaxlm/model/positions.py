@@ -1,0 +1,66 @@
+"""From the position fields of a `ModelConfig` to rotations."""
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm.config import ModelConfig
+from jaxlm.ops import rope
+
+Rotation = tuple[Float[Array, "B T P"], Float[Array, "B T P"]]
+
+
+def rotations(
+    config: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Rotation | None, Rotation | None]:
+    """cos and sin for global and for local layers; None, None without RoPE."""
+    if config.position != "rope":
+        return None, None
+    rotation = rope.rotation(positions, *_frequencies(config, positions))
+    if config.rope_local_theta is None:
+        return rotation, rotation
+    local = rope.frequencies(config.rotary_dim, config.rope_local_theta)
+    return rotation, rope.rotation(positions, local)
+
+
+def _frequencies(
+    config: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[np.ndarray, " P"] | Float[Array, "B P"], float]:
+    """Frequencies of global layers and the factor of their cos and sin."""
+    dim, theta, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling
+    base = rope.frequencies(dim, theta)
+    if scaling is None:
+        return base, 1.0
+    factor = scaling.factor
+    original = scaling.original_context_length or config.context_length
+    if scaling.kind == "linear":
+        return base / factor, 1.0
+    if scaling.kind == "llama3":
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        stretched = rope.llama3_frequencies(
+            base, factor=factor, low=low, high=high, original=original
+        )
+        return stretched, 1.0
+    if scaling.kind == "yarn":
+        names = ("beta_fast", "beta_slow", "truncate")
+        ramp = {name: getattr(scaling, name) for name in names}
+        stretched = rope.yarn_frequencies(
+            dim, theta, factor=factor, original=original, **ramp
+        )
+        return stretched, scaling.attention_factor or rope.yarn_attention_factor(factor)
+    # The other two depend on how long each row has become.
+    length = positions.max(axis=1) + 1
+    if scaling.kind == "dynamic":
+        stretched = rope.dynamic_frequencies(
+            dim, theta, factor=factor, original=original, length=length
+        )
+        return stretched, 1.0
+    stretched = rope.longrope_frequencies(
+        base,
+        scaling.short_factors,
+        scaling.long_factors,
+        original=original,
+        length=length,
+    )
+    extension = factor if factor > 1 else config.context_length / original
+    default = rope.longrope_attention_factor(extension, original)
+    return stretched, scaling.attention_factor or default

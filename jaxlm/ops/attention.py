@@ -1,0 +1,102 @@
+"""Attention: the specification and the plain reference.
+
+`AttentionSpec` says everything that decides the result. The reference reads it off
+literally and is the definition; faster versions (`blocked.py`) are proven against it,
+and `dispatch.py` picks one.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.ops.mask import attention_mask
+
+# Finite, so that a row in which everything is masked gives no NaN.
+MASKED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What attention computes, apart from its queries, keys and values."""
+
+    scale: float = field(metadata={"static": True})
+    """Factor of the scores."""
+    causal: bool = field(default=True, metadata={"static": True})
+    """Hide keys after the query."""
+    window: int | None = field(default=None, metadata={"static": True})
+    """Tokens that a query sees, itself included; None: all."""
+    soft_cap: float | None = field(default=None, metadata={"static": True})
+    """Scores become cap * tanh(scores / cap)."""
+    sinks: Float[Array, " N"] | None = None
+    """A logit for each head that takes part in the softmax and gives nothing."""
+    query_segments: Int[Array, "B T"] | None = None
+    """Attention stays inside a segment (with key_segments)."""
+    key_segments: Int[Array, "B S"] | None = None
+    query_index: Int[Array, "B T"] | None = None
+    """Place of each query among the keys; None: 0 to T - 1."""
+    key_length: Int[Array, " B"] | None = None
+    """Keys from this place on are hidden; None: all S are there."""
+
+
+def attention_scores(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], spec: AttentionSpec
+) -> Float[Array, "B K G T S"]:
+    """Scores after scale and soft cap, `MASKED` where hidden, f32.
+
+    Query head n is served by key head n // G.
+    """
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q_BTKGH = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32
+    )
+    scores = scores * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    index = jnp.arange(T)[None] if spec.query_index is None else spec.query_index
+    mask = attention_mask(
+        index,
+        jnp.arange(S),
+        causal=spec.causal,
+        window=spec.window,
+        query_segments=spec.query_segments,
+        key_segments=spec.key_segments,
+        key_length=spec.key_length,
+    )
+    return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def attention_lse(
+    scores: Float[Array, "B K G T S"], spec: AttentionSpec
+) -> Float[Array, "B K G T"]:
+    """Log-sum-exp of the scores of each query, the sink included, f32."""
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    if spec.sinks is not None:
+        K, G = scores.shape[1:3]
+        lse = jnp.logaddexp(lse, spec.sinks.astype(jnp.float32).reshape(K, G, 1))
+    return lse
+
+
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    spec: AttentionSpec,
+) -> Float[Array, "B T N H"]:
+    """Attention by its definition; holds all scores, [B, N, T, S] in f32."""
+    scores = attention_scores(q, k, spec)
+    if spec.sinks is None:
+        probs = jax.nn.softmax(scores, axis=-1)
+    else:
+        probs = jnp.exp(scores - attention_lse(scores, spec)[..., None])
+    z = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        probs.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    return z.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,35 @@
+"""The device mesh that everything runs in: one device or many, the same code."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxlm.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """An Explicit mesh over `devices` (all devices when None), axes as in `AXES`.
+
+    Explicit axes make shardings part of array types, so that a wrong layout is an
+    error at trace time even on one device.
+
+    Raises:
+      ValueError: when the axis sizes do not use the devices exactly.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{a} {getattr(config, a)}" for a in AXES)
+        raise ValueError(
+            f"mesh {shape} does not use the {len(devices)} devices exactly: choose "
+            "sizes whose product is their number, or -1 for one axis"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    )
