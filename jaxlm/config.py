@@ -499,6 +499,7 @@ class Config:
     """Run or step folder whose parameters the run starts from, at step 0."""
 
     def __post_init__(self):
+        check_types(self, "config")
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
                 f"data.sequence_length is {self.data.sequence_length}, more than "
@@ -538,6 +539,9 @@ def check_types(config: Any, where: str) -> None:
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
         if _matches(value, hint):
+            if float in (hint, *get_args(hint)) and isinstance(value, int):
+                # A whole number is a good float, but 1 and 1.0 must be one config.
+                object.__setattr__(config, f.name, float(value))
             continue
         if get_origin(hint) is Literal:
             options = ", ".join(repr(a) for a in get_args(hint))

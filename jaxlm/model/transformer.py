@@ -23,6 +23,7 @@ from jaxlm.ops.linear import compute_dtype, product
 from jaxlm.ops.probe import SITES, Probe, Tap, check_taps
 from jaxlm.ops.rope import sinusoids
 from jaxlm.sharding.rules import activation as shard
+from jaxlm.sharding.rules import batch_parts
 from jaxlm.types import Params, Trace
 
 
@@ -130,7 +131,10 @@ def init(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """
     if not config.vocab_size:
         raise ValueError("model.vocab_size is 0: set it to the tokenizer's size")
-    tokens = jnp.zeros((1, 1), jnp.int32)
+    # Only shapes matter here; one row for each part into which a mesh cuts a batch.
+    tokens = jnp.zeros(
+        (batch_parts(), 1), jnp.int32, out_sharding=shard("batch", None)
+    )
     variables = Transformer(config).init(key, tokens, None, None, None, ())
     return variables["params"]
 
@@ -205,8 +209,9 @@ class Transformer(nn.Module):
 
 def init_layers(key: Key[Array, ""], config: ModelConfig) -> Params:
     """Parameters of all blocks, stacked: [L, ...]. All kinds have the same shapes."""
-    x = jnp.zeros((1, 1, config.model_dim))
-    positions = jnp.zeros((1, 1), jnp.int32)
+    rows, out = batch_parts(), shard("batch", None, None)
+    x = jnp.zeros((rows, 1, config.model_dim), out_sharding=out)
+    positions = jnp.zeros((rows, 1), jnp.int32, out_sharding=shard("batch", None))
     context = Context(*rotations(config, positions), None, None, None)
     block = Block(config, layer_kinds(config)[0], parent=None)
 
@@ -236,9 +241,11 @@ class Embedder(nn.Module):
         out = shard("batch", None, None)
         # Rounded to the compute dtype first, as the published Gemma models do.
         scale = jnp.asarray(config.embedding_scale, dtype)
-        x = self.table.at[tokens].get(out_sharding=out).astype(dtype) * scale
+        x = gathered(self.table, "vocab").at[tokens].get(out_sharding=out)
+        x = x.astype(dtype) * scale
         if config.position == "learned":
-            x += self.positions.at[positions].get(out_sharding=out).astype(dtype)
+            table = gathered(self.positions, None)
+            x += table.at[positions].get(out_sharding=out).astype(dtype)
         elif config.position == "sinusoidal":
             x += sinusoids(positions, config.model_dim).astype(dtype)
         return x
@@ -249,6 +256,15 @@ class Embedder(nn.Module):
         return product(
             "BTD,VD->BTV", x, self.table, out_sharding=out, out_dtype=jnp.float32
         )
+
+
+def gathered(table: Float[Array, "V D"], rows: str | None) -> Float[Array, "V D"]:
+    """The table with whole rows on every device, as a lookup needs them.
+
+    Without this the compiler replicates far more, forward and backward.
+    """
+    out = shard(rows, None)
+    return table if out is None else jax.sharding.reshard(table, out)
 
 
 class Head(nn.Module):

@@ -4,6 +4,7 @@ Parameters are matched by path, activations name their logical axes where they a
 made. Both meet the mesh through `MESH_AXES`.
 """
 
+import math
 import re
 from typing import Any
 
@@ -70,6 +71,14 @@ def activation(*axes: str | None) -> P | None:
     if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
         return None
     return spec(*axes)
+
+
+def batch_parts() -> int:
+    """Into how many parts the current mesh cuts a batch; 1 without an Explicit mesh."""
+    if activation("batch") is None:
+        return 1
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in MESH_AXES["batch"])
 
 
 def parameter_spec(name: str, shape: tuple[int, ...]) -> P:

@@ -1,0 +1,118 @@
+"""May a run go on from a checkpoint, under the present config and environment?"""
+
+import functools
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+
+from jaxlm.config import EXECUTION_FIELDS, Config, diff
+
+# These change nothing in the numbers of a run.
+_FREE_DATA = ("workers", "prefetch", "cache_dir")
+_FREE_TRAIN = (
+    *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
+    *("checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),
+    *("max_minutes", "run_dir", "tensorboard", "compile_cache"),
+)
+# These change only the order of floating-point operations.
+_ROUNDING_TRAIN = ("accumulation_steps", "loss_chunk")
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm")
+
+
+def check_config(old: Config, new: Config) -> list[str]:
+    """Compares the config of a checkpoint with that of the run that goes on from it.
+
+    Returns:
+      Lines `field: old -> new` of differences that only change how results are rounded.
+
+    Raises:
+      ValueError: for differences that would make it another run.
+    """
+    train = (*_FREE_TRAIN, *_ROUNDING_TRAIN)
+    if old.optimizer.schedule == new.optimizer.schedule == "constant":
+        train += ("steps",)  # other schedules stretch with the number of steps
+    lines = [f"model.{line}" for line in diff(old.model, new.model, EXECUTION_FIELDS)]
+    lines += [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
+    lines += [f"optimizer.{line}" for line in diff(old.optimizer, new.optimizer)]
+    lines += [f"train.{line}" for line in diff(old.train, new.train, train)]
+    if lines:
+        raise ValueError(
+            "the config differs from that of the checkpoint in "
+            f"{'; '.join(lines)}: {_remedy('set it back')}"
+        )
+    other_model = _all_but(old.model, EXECUTION_FIELDS)
+    other_train = _all_but(old.train, _ROUNDING_TRAIN)
+    lines = [f"model.{line}" for line in diff(old.model, new.model, other_model)]
+    return lines + [f"train.{line}" for line in diff(old.train, new.train, other_train)]
+
+
+def check_fingerprint(what: str, old: str, new: str) -> None:
+    """Raises ValueError when the data or the tokenizer is not the checkpoint's."""
+    if old != new:
+        raise ValueError(
+            f"the {what} is not the one that the checkpoint was trained with "
+            f"(fingerprint {old[:12]} -> {new[:12]}): "
+            f"{_remedy(f'bring the old {what} back')}"
+        )
+
+
+def _remedy(undo: str) -> str:
+    return (
+        f"{undo}, or start over with --fresh, or take only the weights into a new run "
+        "with --init-from"
+    )
+
+
+def _all_but(config: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in vars(config) if name not in names)
+
+
+def environment(state: Any) -> dict[str, Any]:
+    """Versions, devices, mesh and flags that a state is computed with, for JSON.
+
+    Args:
+      state: a tree of arrays or shapes with shardings, whose mesh is looked up.
+    """
+    devices = jax.devices()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **_package_versions(),
+        },
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "process_count": jax.process_count(),
+        "mesh": _mesh_shape(state),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+@functools.cache  # a look-up in site-packages takes a millisecond
+def _package_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _mesh_shape(state: Any) -> dict[str, int] | None:
+    """Sizes of the mesh axes longer than 1; None where no array is on a mesh."""
+    for leaf in jax.tree.leaves(state):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return {k: v for k, v in sharding.mesh.shape.items() if v > 1}
+    return None
+
+
+def environment_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `what: old -> new` for two results of `environment`."""
+    flat_old = {**old, **old.get("versions", {})}
+    flat_new = {**new, **new["versions"]}
+    # On one device a mesh of one device and none are the same thing.
+    flat_old["mesh"], flat_new["mesh"] = old.get("mesh") or {}, new["mesh"] or {}
+    return [
+        f"{name}: {flat_old.get(name)} -> {value}"
+        for name, value in flat_new.items()
+        if name != "versions" and flat_old.get(name) != value
+    ]

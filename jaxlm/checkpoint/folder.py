@@ -1,0 +1,235 @@
+"""The run folder: its names, its lock, and how a path given by a person is resolved.
+
+`RUN/checkpoints/STEP/` is a step, named by its plain number. Whatever is on its way in
+or out has a name that begins with `.tmp-`, so a rename is what makes or ends a step.
+"""
+
+import difflib
+import fcntl
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxlm.checkpoint import integrity
+
+CHECKPOINTS = "checkpoints"
+META = "meta.json"
+TOKENIZER = "tokenizer"
+TEMPORARY = ".tmp-"
+# What a run writes, and `move_aside` moves.
+_RUN_FILES = (CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png")
+
+
+def list_steps(run: Path) -> list[int]:
+    """Steps that have been committed in a run folder, in ascending order."""
+    folder = run / CHECKPOINTS
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9][0-9]*", n))
+
+
+def remove_leftovers(run: Path) -> list[str]:
+    """Removes what a killed process left half written or half deleted; its names."""
+    folder = run / CHECKPOINTS
+    leftovers = [p for p in folder.iterdir() if p.name.startswith(TEMPORARY)]
+    for path in leftovers:
+        remove(path)
+    return sorted(p.name for p in leftovers)
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder, or a symbolic link but not what it points to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def has_history(run: Path) -> bool:
+    """Whether an earlier run has left steps or metrics in a folder."""
+    return bool(list_steps(run)) or (run / "metrics.jsonl").exists()
+
+
+def move_aside(run: Path, steps: list[int] | None = None) -> Path:
+    """Moves the files of a run, or only some of its steps, to `RUN/old-N/`.
+
+    Args:
+      run: the run folder.
+      steps: the steps to move; None moves all that the run has written.
+
+    Returns:
+      The new folder. It is a run folder itself: its checkpoints can be loaded.
+    """
+    old = _new_folder(run)
+    if steps is None:
+        for name in _RUN_FILES:
+            if (run / name).exists():
+                (run / name).rename(old / name)
+    else:
+        (old / CHECKPOINTS).mkdir()
+        for step in steps:
+            name = f"{CHECKPOINTS}/{step}"
+            integrity.rename(run / name, old / name)
+    return old
+
+
+def _new_folder(run: Path) -> Path:
+    number = 1
+    while (run / f"old-{number}").exists():
+        number += 1
+    folder = run / f"old-{number}"
+    folder.mkdir()
+    return folder
+
+
+def probe_writable(run: Path) -> None:
+    """Creates the run folder and checks that files in it can be made and renamed.
+
+    Raises:
+      ValueError: when the folder cannot be written to.
+    """
+    probe = run / f"{TEMPORARY}probe-{os.getpid()}"
+    moved = probe.with_name(f"{probe.name}-renamed")
+    try:
+        (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"probe")
+        probe.rename(moved)
+        moved.unlink()
+    except OSError as e:
+        raise ValueError(
+            f"the run folder {run} cannot be written to ({e.strerror}: {e.filename}): "
+            "choose another with --train.run-dir, or mend its permissions"
+        ) from e
+
+
+class RunLock:
+    """Keeps a second process from training in the same run folder.
+
+    It is a POSIX record lock on `RUN/.lock`: the system drops it when the process ends,
+    however it ends, and children do not inherit it. It does not keep a process from
+    opening a run folder twice.
+    """
+
+    def __init__(self, run: Path):
+        """Takes the lock.
+
+        Raises:
+          ValueError: when another process has it; names its process id and host.
+        """
+        path = run / ".lock"
+        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            owner = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+            self.release()
+            raise ValueError(
+                f"another process is training in {run} ({owner or 'just starting'}): "
+                "wait for it, stop it, or choose another --train.run-dir"
+            ) from e
+        except OSError as e:
+            self.release()
+            raise ValueError(
+                f"{path} cannot be locked ({e.strerror}): choose a --train.run-dir on "
+                "a file system with locks"
+            ) from e
+        os.ftruncate(self._descriptor, 0)
+        owner = f"pid {os.getpid()} on {socket.gethostname()}"
+        os.pwrite(self._descriptor, owner.encode(), 0)
+
+    def release(self) -> None:
+        """Gives the lock back; a second call does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:
+    """Run folders with at least one step in or below `root`, the newest first.
+
+    Age is the time of the last commit or deletion in `checkpoints/`. Folders more than
+    `depth` levels below `root` are not looked at.
+    """
+    return sorted(
+        _runs_below(Path(root), depth),
+        key=lambda run: (run / CHECKPOINTS).stat().st_mtime_ns,
+        reverse=True,
+    )
+
+
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+    if not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+        return
+    if list_steps(folder):
+        yield folder
+    elif depth > 0:
+        for child in sorted(folder.iterdir()):
+            if not (child.name.startswith(".") or child.is_symlink()):
+                yield from _runs_below(child, depth - 1)
+
+
+def candidates(path: str | Path) -> list[Path]:
+    """Step folders that a path stands for, in the order in which to try them.
+
+    Args:
+      path: a run folder (all its steps, the newest first) or a step folder.
+
+    Raises:
+      ValueError: when the path is neither; says what is there, and which runs are near.
+    """
+    path = Path(path)
+    if path.name == CHECKPOINTS:
+        path = path.parent
+    if steps := list_steps(path):
+        return [path / CHECKPOINTS / str(step) for step in reversed(steps)]
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        run = path.parent.parent
+        if path.is_dir():
+            return [path]
+        if steps := list_steps(run):
+            raise ValueError(no_such_step(run, int(path.name), steps))
+    # A step folder that was copied elsewhere under another name.
+    if (path / META).is_file() and (path / integrity.MANIFEST).is_file():
+        return [path]
+    raise ValueError(
+        f"{path} is no run folder and no step folder: {_what_is_there(path)}"
+        f"{_runs_near(path)}"
+    )
+
+
+def no_such_step(run: Path, step: int, steps: list[int]) -> str:
+    """The message for a step that a run does not have."""
+    return (
+        f"{run} has no checkpoint of step {step}: it has those of "
+        f"{', '.join(map(str, steps)) or 'no step'}"
+    )
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "it does not exist"
+    if not path.is_dir():
+        return "it is a file"
+    if (path / CHECKPOINTS).is_dir():
+        return "its checkpoints folder has no complete step"
+    names = sorted(p.name for p in path.iterdir())
+    if not names:
+        return "it is empty"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"it holds {', '.join(names[:8])}{more}"
+
+
+def _runs_near(path: Path) -> str:
+    near = path.absolute()
+    while not near.is_dir():
+        near = near.parent
+    # Shallow: a mistyped path must not lead to a walk over a whole disk.
+    runs = find_runs(near, depth=2) or find_runs(near.parent, depth=2)
+    names = {os.path.relpath(run): run.name for run in runs}
+    if not names:
+        return "; there is no run folder near it"
+    alike = difflib.get_close_matches(path.name, names.values(), n=3, cutoff=0.4)
+    best = sorted(names, key=lambda n: names[n] not in alike)[:3]
+    return f"; run folders near it: {', '.join(best)}"

@@ -1,0 +1,383 @@
+"""From a `DataConfig` to batches: which rows, in which order, on which devices."""
+
+import atexit
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jaxtyping import Int64
+
+from jaxlm.config import DataConfig
+from jaxlm.data.cache import (
+    build_once,
+    cache_root,
+    check_unchanged,
+    content_hashes,
+    key_of,
+)
+from jaxlm.data.order import RowOrder
+from jaxlm.data.packing import (
+    TokenStream,
+    epoch_offset,
+    eval_rows,
+    split_stream,
+    train_rows,
+)
+from jaxlm.data.sentence_piece import SentencePieceTokenizer
+from jaxlm.data.sources import Source, find_source, read_documents
+from jaxlm.data.text_stream import Tokenizer
+from jaxlm.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
+from jaxlm.data.tokens import tokenize_source
+from jaxlm.types import Batch
+
+# Changed whenever the same config and seed would give other batches than before.
+ORDER_VERSION = 1
+_ALL_ROWS = slice(None)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows of tokens in a fixed order. Open one with `open_dataset`."""
+
+    tokenizer: Tokenizer
+    """What the ids mean."""
+    seed: int
+    """Decides the order and where rows are cut."""
+    sequence_length: int
+    """Tokens in a row, T."""
+    segment_attention: bool
+    """Documents in a row are separate segments."""
+    train: tuple[TokenStream, ...]
+    """What is trained on, a stream for each entry of data.path."""
+    held_out: tuple[TokenStream, ...]
+    """What is kept for evaluation, likewise."""
+    order: RowOrder
+    """Which row comes when."""
+    fingerprint: str
+    """SHA-256 (hex) of all that decides contents and order."""
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens that are trained on, in all sources."""
+        return sum(len(s.tokens) for s in self.train)
+
+    def train_batch(self, step: int, batch_size: int, rows: slice = _ALL_ROWS) -> Batch:
+        """The batch of a step: a pure function of (seed, step, batch_size).
+
+        Args:
+          step: from 0.
+          batch_size: rows of the whole batch, over all processes.
+          rows: the part of them to make.
+
+        Returns:
+          NumPy arrays [B, T] for the rows asked for.
+
+        Raises:
+          ValueError: when an id on disk is not in the vocabulary.
+        """
+        index = np.arange(batch_size, dtype=np.int64)[rows] + step * batch_size
+        source, epoch, row = self.order.rows(index)
+        length = self.sequence_length
+        offsets = [epoch_offset(self.seed, e, length) for e in epoch.tolist()]
+        first = row * length + np.asarray(offsets, np.int64)
+        return self._gather(self.train, source, first, train_rows)
+
+    def num_eval_batches(self, batch_size: int) -> int:
+        """Batches of a pass over the held-out text."""
+        return -(-int(self._eval_starts[-1]) // batch_size)
+
+    def eval_batch(
+        self, number: int, batch_size: int, rows: slice = _ALL_ROWS
+    ) -> Batch:
+        """One batch of the pass over the held-out text; the last one is padded.
+
+        Args:
+          number: in [0, num_eval_batches(batch_size)).
+          batch_size: rows of the whole batch, over all processes.
+          rows: the part of them to make.
+
+        Returns:
+          NumPy arrays [B, T]; padding has segment 0 and weight 0.
+        """
+        index = np.arange(batch_size, dtype=np.int64)[rows] + number * batch_size
+        starts = self._eval_starts
+        # Rows past the end count as rows of the last source, which pads them.
+        source = np.searchsorted(starts[1:-1], index, side="right")
+        return self._gather(self.held_out, source, index - starts[source], eval_rows)
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """A pass over the held-out text of all sources, in order, as NumPy arrays."""
+        for number in range(self.num_eval_batches(batch_size)):
+            yield self.eval_batch(number, batch_size)
+
+    @cached_property
+    def eval_bytes_per_token(self) -> float:
+        """UTF-8 bytes of the held-out targets for each target.
+
+        Mean loss / ln 2 / this = bits per byte, which does not depend on the tokenizer.
+
+        Raises:
+          ValueError: when nothing is held out.
+        """
+        sizes = np.asarray([len(b) for b in self.tokenizer.token_bytes], np.int64)
+        num_bytes = num_targets = 0
+        for stream in self.held_out:
+            counts = np.bincount(stream.tokens, minlength=len(sizes))
+            first = stream.documents if self.segment_attention else [0][: counts.sum()]
+            counts -= np.bincount(stream.tokens[first], minlength=len(sizes))
+            num_bytes += int(counts @ sizes)
+            num_targets += int(counts.sum())
+        if not num_targets:
+            raise ValueError(
+                "no text is held out for evaluation: set data.holdout_fraction above 0"
+            )
+        return num_bytes / num_targets
+
+    @cached_property
+    def _eval_starts(self) -> Int64[np.ndarray, "sources_and_1"]:
+        counts = [s.num_eval_rows(self.sequence_length) for s in self.held_out]
+        return np.cumsum([0, *counts], dtype=np.int64)
+
+    def _gather(
+        self,
+        streams: tuple[TokenStream, ...],
+        source: np.ndarray,
+        where: np.ndarray,
+        make_rows: Callable[..., Batch],
+    ) -> Batch:
+        """Rows of several sources, in the order asked for."""
+        choices = (self.sequence_length, self.segment_attention)
+        if len(streams) == 1 or not len(source):
+            return make_rows(streams[0], where, *choices)
+        chosen = [np.flatnonzero(source == n) for n in range(len(streams))]
+        parts = [
+            make_rows(stream, where[rows], *choices)
+            for stream, rows in zip(streams, chosen, strict=True)
+            if len(rows)
+        ]
+        place = np.argsort(np.concatenate(chosen))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[place], *parts)
+
+
+def open_dataset(
+    config: DataConfig, tokenizer: Tokenizer | None = None, *, seed: int
+) -> Dataset:
+    """Opens the texts of a config; reads and tokenizes them the first time.
+
+    Args:
+      config: what to read and how.
+      tokenizer: a run's own tokenizer, when it continues; None builds the config's.
+      seed: decides the order.
+
+    Raises:
+      ValueError: for anything wrong with the texts, the tokenizer or the cache, and
+        for a source that is shorter than a row.
+    """
+    sources = [find_source(entry) for entry in config.path]
+    hashes = [content_hashes(source.files) for source in sources]
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(config, sources, hashes)
+    train, held_out, contents = [], [], []
+    for source, file_hashes in zip(sources, hashes, strict=True):
+        cached = tokenize_source(source, file_hashes, tokenizer, config)
+        stream = TokenStream(
+            f"{source.name} ({cached.folder / 'tokens.bin'})",
+            cached.tokens,
+            cached.documents,
+            tokenizer.vocab_size,
+        )
+        beginning, end = split_stream(stream, config.holdout_fraction)
+        train.append(beginning)
+        held_out.append(end)
+        contents.append(cached.content_hash)
+    length = config.sequence_length
+    shares = config.weights or tuple(float(s.num_rows(length)) for s in train)
+    for source, stream, share in zip(sources, train, shares, strict=True):
+        if share or not config.weights:
+            _check_length(source, stream, config)
+    order = RowOrder([s.num_rows(length) for s in train], list(shares), seed)
+    # The first rows stand for Grain's shuffle, should it ever change.
+    probe = [values.tolist() for values in order.rows(np.arange(16, dtype=np.int64))]
+    choices = [seed, length, config.holdout_fraction, config.segment_attention]
+    fingerprint = key_of(
+        ORDER_VERSION, choices, contents, tokenizer.fingerprint, order.units, probe
+    )
+    return Dataset(
+        tokenizer,
+        seed,
+        length,
+        config.segment_attention,
+        tuple(train),
+        tuple(held_out),
+        order,
+        fingerprint,
+    )
+
+
+def _check_length(source: Source, stream: TokenStream, config: DataConfig) -> None:
+    if len(stream.tokens) > config.sequence_length:
+        return
+    raise ValueError(
+        f"{source.name}: {len(stream.tokens)} tokens to train on (the last "
+        f"{config.holdout_fraction:.0%} is held out) are fewer than one row needs: "
+        f"data.sequence_length {config.sequence_length} + 1; add text or lower "
+        "data.sequence_length"
+    )
+
+
+def _tokenizer_of(
+    config: DataConfig, sources: list[Source], hashes: list[list[str]]
+) -> Tokenizer:
+    """The config's tokenizer; one that is made from the text is kept in the cache."""
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer_model is not None:
+        return SentencePieceTokenizer.from_file(config.tokenizer_model)
+    choices = [config.tokenizer]
+    if config.tokenizer == "sentencepiece":
+        choices += [config.tokenizer_vocab_size, config.tokenizer_algorithm]
+    kinds = [[f.format, f.compression] for s in sources for f in s.files]
+    key = key_of(
+        "tokenizer", 1, choices, kinds, hashes, config.field, config.invalid_utf8
+    )
+
+    def texts() -> Iterator[str]:
+        for source in sources:
+            for file in source.files:
+                for document in read_documents(file, config.field, config.invalid_utf8):
+                    yield document.text
+
+    root = cache_root(config.cache_dir)
+
+    def build(work: Path) -> None:
+        build_tokenizer(config, texts).save(work)
+        for source, file_hashes in zip(sources, hashes, strict=True):
+            check_unchanged(source.files, file_hashes)
+
+    folder = build_once(root, key, build)
+    try:
+        return load_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete the folder {folder}") from error
+
+
+def place(
+    build: Callable[[slice], Batch],
+    shape: tuple[int, int],
+    sharding: Sharding | None,
+) -> Batch:
+    """A batch on devices; a process makes only the rows that its devices hold.
+
+    Args:
+      build: makes rows of the batch, such as `partial(dataset.eval_batch, 0, B)`.
+      shape: (B, T) of the whole batch, over all processes.
+      sharding: a `NamedSharding` of arrays [B, T]; another sharding or None puts the
+        whole batch there (None: on the default device).
+
+    Raises:
+      ValueError: when the devices do not divide the batch.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return jax.device_put(build(_ALL_ROWS), sharding)
+    try:
+        indices = sharding.addressable_devices_indices_map(shape).values()
+    except ValueError as error:
+        raise ValueError(
+            f"a batch of {shape[0]} rows of {shape[1]} tokens cannot be cut into equal "
+            f"parts on the mesh {dict(sharding.mesh.shape)} by {sharding.spec}: set "
+            "train.batch_size, data.sequence_length or the mesh to fit"
+        ) from error
+    spans = [index[0].indices(shape[0]) for index in indices]
+    low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+    local = build(slice(low, high))
+
+    def whole(leaf: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return leaf[start - low : stop - low, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(whole, local)
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    start_step: int = 0,
+    sharding: Sharding | None = None,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """The batches of steps `start_step`, `start_step + 1`, ... on devices, for ever.
+
+    Args:
+      dataset: an open dataset.
+      batch_size: rows of a batch, over all processes.
+      start_step: step of the first batch.
+      sharding: see `place`.
+      prefetch: batches that a thread makes ready ahead of time; 0 makes each when it
+        is asked for. The batches are the same.
+
+    Raises:
+      ValueError: as `Dataset.train_batch` does, at the batch that is wrong.
+    """
+
+    shape = (batch_size, dataset.sequence_length)
+
+    def make(step: int) -> Batch:
+        build = partial(dataset.train_batch, step, batch_size)
+        return place(build, shape, sharding)
+
+    if not prefetch:
+        step = start_step
+        while True:
+            yield make(step)
+            step += 1
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_fill, args=(ready, stop, make, start_step), daemon=True, name="batches"
+    )
+
+    def close() -> None:
+        stop.set()
+        thread.join()
+
+    # A thread inside JAX while the interpreter ends could crash it.
+    atexit.register(close)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        atexit.unregister(close)
+        close()
+
+
+def _fill(
+    ready: queue.Queue, stop: threading.Event, make: Callable[[int], Batch], step: int
+) -> None:
+    """Puts batches, or the error that ends them, into a queue until told to stop."""
+    while not stop.is_set():
+        try:
+            item = make(step)
+        except BaseException as error:
+            item = error
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.05)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, BaseException):
+            return
+        step += 1

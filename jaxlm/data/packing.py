@@ -1,0 +1,235 @@
+"""Rows of tokens: where one document ends in a row the next begins, nothing is cut.
+
+A source is one long stream of tokens, document after document. A training row of T
+tokens is T + 1 consecutive tokens of it: each is predicted from those before it in
+its document. Pure NumPy; a batch of rows is made in one go.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64, UInt, UInt64
+
+from jaxlm.types import Batch
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Tokens of a source, or of its held-out end."""
+
+    name: str
+    """Entry of data.path and file of tokens, for messages."""
+    tokens: UInt[np.ndarray, "n"]
+    """Ids (mapped from disk)."""
+    documents: Int64[np.ndarray, "documents"]
+    """Offset of each document's first token; the first is 0."""
+    vocab_size: int
+    """Ids must be below this."""
+    offset: int = 0
+    """Where the stream begins in its file, in tokens, for messages."""
+
+    def num_rows(self, length: int) -> int:
+        """Training rows of `length` tokens in an epoch."""
+        return len(self.tokens) // length
+
+    def num_eval_rows(self, length: int) -> int:
+        """Evaluation rows of `length` tokens."""
+        return max(0, -(-(len(self.tokens) - 1) // length))
+
+
+def split_stream(
+    stream: TokenStream, holdout_fraction: float
+) -> tuple[TokenStream, TokenStream]:
+    """A stream's beginning, and the last `holdout_fraction` of its tokens.
+
+    The beginning has `int((1 - holdout_fraction) * n)` of n tokens, as in nanoGPT. A
+    document across the border is cut in two there.
+    """
+    border = int((1 - holdout_fraction) * len(stream.tokens))
+    first = int(np.searchsorted(stream.documents, border))
+    rest = stream.documents[first:] - border
+    if border < len(stream.tokens) and (not len(rest) or rest[0] > 0):
+        rest = np.concatenate([np.zeros(1, np.int64), rest])
+    shared = {"name": stream.name, "vocab_size": stream.vocab_size}
+    train = TokenStream(
+        tokens=stream.tokens[:border], documents=stream.documents[:first], **shared
+    )
+    held_out = TokenStream(
+        tokens=stream.tokens[border:],
+        documents=rest,
+        offset=stream.offset + border,
+        **shared,
+    )
+    return train, held_out
+
+
+def mix_bits(*values: int | Int[np.ndarray, "*s"]) -> UInt64[np.ndarray, "*s"]:
+    """A hash of whole numbers (splitmix64), the same on every machine.
+
+    Args:
+      values: one or more numbers or arrays of numbers, broadcast against each other.
+    """
+    state = np.zeros((), np.uint64)
+    # Products wrap around on purpose.
+    with np.errstate(over="ignore"):
+        for value in values:
+            if isinstance(value, int):
+                value = np.uint64(value % 2**64)
+            state = state ^ np.asarray(value).astype(np.uint64)
+            state = state + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return np.asarray(state)
+
+
+@lru_cache(maxsize=1024)
+def epoch_offset(seed: int, epoch: int, length: int) -> int:
+    """Where the first row of an epoch begins, in [0, length).
+
+    It differs by epoch, so that rows are not cut at the same places again and the
+    tokens that do not fill a row are not always the same.
+    """
+    return int(mix_bits(seed, epoch)) % length
+
+
+def train_rows(
+    stream: TokenStream,
+    first: Int64[np.ndarray, "B"],
+    length: int,
+    segment_attention: bool = True,
+) -> Batch:
+    """Rows that begin anywhere in the stream and go on at its start after its end.
+
+    Args:
+      stream: at least `length + 1` tokens.
+      first: offset of each row's first token, in [0, n).
+      length: tokens in a row, T.
+      segment_attention: number documents in the row, restart positions and predict
+        nothing across documents. Otherwise a row is one segment, and only across the
+        end of the stream nothing is predicted.
+
+    Returns:
+      A batch of NumPy arrays [B, length].
+
+    Raises:
+      ValueError: when an id is not in the vocabulary, with its offset.
+    """
+    size = len(stream.tokens)
+    rows = np.empty((len(first), length + 1), np.int32)
+    for row, start in zip(rows, first.tolist(), strict=True):
+        end = start + length + 1
+        if end <= size:
+            row[:] = stream.tokens[start:end]
+        else:
+            row[: size - start] = stream.tokens[start:]
+            row[size - start :] = stream.tokens[: end - size]
+    _check_ids(stream, rows, first)
+    starts = np.zeros(rows.shape, np.bool_)
+    if segment_attention:
+        _mark_documents(starts, stream.documents, first)
+    over = np.flatnonzero(first + length >= size)
+    if over.size:
+        starts[over, size - first[over]] = True
+        if segment_attention:
+            wrapped = np.zeros((len(over), length + 1), np.bool_)
+            _mark_documents(wrapped, stream.documents, first[over] - size)
+            starts[over] |= wrapped
+    weights = np.where(starts[:, 1:], np.float32(0), np.float32(1))
+    if not segment_attention:
+        starts[:] = False
+    return _as_batch(rows, starts, weights)
+
+
+def eval_rows(
+    stream: TokenStream,
+    index: Int64[np.ndarray, "B"],
+    length: int,
+    segment_attention: bool = True,
+) -> Batch:
+    """Rows that follow one another from the start; the last one is padded.
+
+    In all rows together, each token but the first of a document (of the stream, without
+    `segment_attention`) is a target of weight 1 once.
+
+    Args:
+      stream: held-out tokens.
+      index: number of each row; numbers past the end give rows of padding.
+      length: tokens in a row, T.
+      segment_attention: as in `train_rows`.
+
+    Returns:
+      A batch of NumPy arrays [B, length]; padding has segment 0 and weight 0.
+
+    Raises:
+      ValueError: when an id is not in the vocabulary, with its offset.
+    """
+    size = len(stream.tokens)
+    first = index * length
+    rows = np.zeros((len(index), length + 1), np.int32)
+    for row, start in zip(rows, first.tolist(), strict=True):
+        part = stream.tokens[start : start + length + 1]
+        row[: len(part)] = part
+    _check_ids(stream, rows, first)
+    starts = np.zeros(rows.shape, np.bool_)
+    if segment_attention:
+        _mark_documents(starts, stream.documents, first)
+    weights = np.where(starts[:, 1:], np.float32(0), np.float32(1))
+    batch = _as_batch(rows, starts, weights)
+    padding = first[:, None] + np.arange(length) >= size - 1
+    for values in (batch.tokens, batch.targets, batch.positions, batch.segment_ids):
+        values[padding] = 0
+    batch.loss_weights[padding] = 0
+    return batch
+
+
+def _mark_documents(
+    starts: Bool[np.ndarray, "B S"],
+    documents: Int64[np.ndarray, "documents"],
+    first: Int64[np.ndarray, "B"],
+) -> None:
+    """Sets True where a document begins at a token of a row, its first excepted."""
+    low = np.searchsorted(documents, first, side="right")
+    high = np.searchsorted(documents, first + starts.shape[1], side="left")
+    counts = np.maximum(high - low, 0)
+    total = int(counts.sum())
+    if not total:
+        return
+    row = np.repeat(np.arange(len(first)), counts)
+    within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts[row, documents[low[row] + within] - first[row]] = True
+
+
+def _as_batch(
+    rows: Int[np.ndarray, "B S"],
+    starts: Bool[np.ndarray, "B S"],
+    weights: np.ndarray,
+) -> Batch:
+    inside = starts[:, :-1]
+    column = np.arange(inside.shape[1], dtype=np.int32)
+    begins = np.where(inside, column, np.int32(0))
+    return Batch(
+        tokens=np.ascontiguousarray(rows[:, :-1]),
+        targets=np.ascontiguousarray(rows[:, 1:]),
+        positions=column - np.maximum.accumulate(begins, axis=1),
+        segment_ids=np.cumsum(inside, axis=1, dtype=np.int32) + np.int32(1),
+        loss_weights=weights,
+    )
+
+
+def _check_ids(
+    stream: TokenStream,
+    rows: Int[np.ndarray, "B S"],
+    first: Int64[np.ndarray, "B"],
+) -> None:
+    # XLA clamps an index out of range and goes on: nobody would notice.
+    if not rows.size or rows.max() < stream.vocab_size:
+        return
+    row, column = np.argwhere(rows >= stream.vocab_size)[0]
+    at = stream.offset + (first[row] + column) % len(stream.tokens)
+    raise ValueError(
+        f"{stream.name}: token {at} is {rows[row, column]}, but the tokenizer has "
+        f"{stream.vocab_size} ids: the file was changed; delete its folder, it is made "
+        "again"
+    )

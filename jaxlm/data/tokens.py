@@ -1,0 +1,365 @@
+"""The token ids of a source, made once and then mapped into memory.
+
+A cache entry is a folder: `tokens.bin` (little-endian uint16, or uint32 for more than
+65,536 ids), `documents.npy` (int64 offset of each document's first token) and
+`meta.json`. Each document is followed by the tokenizer's end id, if it has one.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt
+
+from jaxlm.config import DataConfig
+from jaxlm.data.cache import build_once, cache_root, check_unchanged, key_of
+from jaxlm.data.progress import progress_bar
+from jaxlm.data.sentence_piece import SentencePieceTokenizer
+from jaxlm.data.sources import Source, read_documents
+from jaxlm.data.text_stream import Tokenizer
+from jaxlm.data.tokenizer import load_tokenizer
+
+FORMAT_VERSION = 1
+# A longer document is encoded in parts, cut after a line: one call on a gigabyte would
+# need many times that in memory. Parts depend on the text only, never on the workers.
+PART_CHARACTERS = 4_000_000
+# Below this, starting processes costs more than they save.
+POOL_BYTES = 16 << 20
+# Text that one task of the pool encodes.
+TASK_CHARACTERS = 500_000
+# Up to this size, opening checks the hash of all tokens (a fraction of a second).
+CHECKED_BYTES = 64 << 20
+SCAN_TOKENS = 16 << 20
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """The tokens of a source, read-only, mapped from disk."""
+
+    folder: Path
+    """Cache entry."""
+    tokens: UInt[np.ndarray, "n"]
+    """Ids of all documents, one after the other."""
+    documents: Int64[np.ndarray, "documents"]
+    """Offset of each document's first token; the first is 0."""
+    content_hash: str
+    """SHA-256 (hex) of tokens and documents."""
+
+
+class _Part(NamedTuple):
+    """A stretch of text that is encoded in one call."""
+
+    text: str
+    where: str
+    starts: bool
+    """It is the first part of its document."""
+    ends: bool
+    """It is the last one."""
+    done: int
+    """Bytes of the source read so far."""
+
+
+def tokenize_source(
+    source: Source, hashes: list[str], tokenizer: Tokenizer, config: DataConfig
+) -> CachedTokens:
+    """The tokens of a source: from the cache, or made now (with a progress bar).
+
+    Args:
+      source: files to read.
+      hashes: their `content_hashes`.
+      tokenizer: turns text into ids.
+      config: `field`, `invalid_utf8`, `cache_dir` and `workers`.
+
+    Raises:
+      ValueError: for anything wrong in the files, and for a damaged cache entry.
+    """
+    key = key_of(
+        "tokens",
+        FORMAT_VERSION,
+        PART_CHARACTERS,
+        [[f.format, f.compression] for f in source.files],
+        hashes,
+        config.field,
+        config.invalid_utf8,
+        tokenizer.fingerprint,
+        tokenizer.eos_id,
+    )
+
+    def build(folder: Path) -> None:
+        _build(folder, source, tokenizer, config)
+        check_unchanged(source.files, hashes)
+
+    folder = build_once(cache_root(config.cache_dir), key, build)
+    return open_tokens(folder, tokenizer.vocab_size)
+
+
+def open_tokens(folder: Path, vocab_size: int) -> CachedTokens:
+    """Maps a cache entry and checks it.
+
+    Raises:
+      ValueError: naming the file and offset, when a file is missing, cut short or
+        changed, or an id is not below `vocab_size`.
+    """
+    meta = _read_meta(folder)
+    dtype = _dtype(vocab_size)
+    path = folder / "tokens.bin"
+    size, expected = _file_size(path), meta["num_tokens"] * dtype.itemsize
+    if meta["dtype"] != dtype.str:
+        raise _damaged(path, f"ids are {meta['dtype']}, not {dtype.str}")
+    if size != expected:
+        raise _damaged(path, f"it ends at byte {size}, not at {expected}")
+    # A plain array over the map: numpy's memmap class makes each slice slower.
+    tokens = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    documents = _open_documents(folder / "documents.npy", meta, len(tokens))
+    if size <= CHECKED_BYTES and hashlib.sha256(tokens).hexdigest() != meta["sha256"]:
+        _check_ids(path, tokens, vocab_size)
+        raise _damaged(path, "its contents do not have the hash in meta.json")
+    if size > CHECKED_BYTES:
+        _check_ids(path, tokens, vocab_size)
+    return CachedTokens(folder, tokens, documents, meta["content_hash"])
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {what}: delete the folder {path.parent}, it is made again"
+    )
+
+
+def _file_size(path: Path) -> int:
+    if not path.is_file():
+        raise _damaged(path, "it is missing")
+    return path.stat().st_size
+
+
+def _read_meta(folder: Path) -> dict:
+    path = folder / "meta.json"
+    _file_size(path)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        keys = {"num_tokens": int, "num_documents": int, "dtype": str}
+        keys |= {"sha256": str, "content_hash": str}
+        if any(not isinstance(meta[k], kind) for k, kind in keys.items()):
+            raise KeyError("a value has the wrong type")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from None
+    return meta
+
+
+def _open_documents(path: Path, meta: dict, num_tokens: int) -> np.ndarray:
+    _file_size(path)
+    try:
+        documents = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from None
+    if documents.dtype != np.int64 or documents.shape != (meta["num_documents"],):
+        raise _damaged(path, f"it holds {documents.dtype} {documents.shape}")
+    if documents[:1].tolist() != [0]:
+        raise _damaged(path, "the first document does not begin at token 0")
+    steps = np.diff(documents)
+    if (steps <= 0).any():
+        at = int(np.argmax(steps <= 0)) + 1
+        raise _damaged(path, f"document {at} does not begin after the one before it")
+    if documents[-1] >= num_tokens:
+        raise _damaged(path, "the last document begins after the last token")
+    return documents
+
+
+def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    size = len(tokens) * tokens.itemsize
+    with progress_bar(f"checking {path}", size) as show:
+        for start in range(0, len(tokens), SCAN_TOKENS):
+            block = tokens[start : start + SCAN_TOKENS]
+            if block.max() >= vocab_size:
+                at = start + int(np.argmax(block >= vocab_size))
+                raise _damaged(
+                    path,
+                    f"token {at} (byte {at * tokens.itemsize}) is {tokens[at]}, but "
+                    f"the tokenizer has {vocab_size} ids",
+                )
+            show(start * tokens.itemsize)
+
+
+def _build(
+    folder: Path, source: Source, tokenizer: Tokenizer, config: DataConfig
+) -> None:
+    total = sum(f.path.stat().st_size for f in source.files)
+    starts, num_tokens = array("q"), 0
+    dtype = _dtype(tokenizer.vocab_size)
+    title = f"tokenizing {source.name} into {folder.parent}"
+    digest = hashlib.sha256()
+    # Closed at once when anything fails, so that no worker outlives an error.
+    encoded = contextlib.closing(_encode_parts(source, tokenizer, folder, config))
+    with (
+        open(folder / "tokens.bin", "wb") as out,
+        progress_bar(title, total) as show,
+        encoded as parts,
+    ):
+        document_start = 0
+        for part, ids in parts:
+            if part.starts:
+                document_start = num_tokens
+            num_tokens += _write(out, digest, ids, dtype)
+            if part.ends and tokenizer.eos_id is not None:
+                end = np.asarray([tokenizer.eos_id], np.int32)
+                num_tokens += _write(out, digest, end, dtype)
+            # A document may have no token at all: then it leaves no trace.
+            if part.ends and num_tokens > document_start:
+                starts.append(document_start)
+            show(part.done)
+    if not num_tokens:
+        raise ValueError(f"{source.name}: the text has no tokens")
+    documents = np.frombuffer(starts, np.int64)
+    np.save(folder / "documents.npy", documents)
+    meta = {
+        "num_tokens": num_tokens,
+        "num_documents": len(documents),
+        "dtype": dtype.str,
+        "sha256": digest.hexdigest(),
+        "content_hash": key_of(
+            digest.hexdigest(), hashlib.sha256(documents).hexdigest()
+        ),
+        "files": [str(f.path) for f in source.files],
+        "tokenizer": tokenizer.fingerprint,
+    }
+    text = json.dumps(meta, indent=1) + "\n"
+    (folder / "meta.json").write_text(text, encoding="utf-8")
+
+
+def _write(
+    out: io.BufferedIOBase, digest, ids: Int32[np.ndarray, "n"], dtype: np.dtype
+) -> int:
+    data = ids.astype(dtype)
+    out.write(data)
+    digest.update(data)
+    return len(data)
+
+
+def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
+    before = 0
+    for file in source.files:
+        for text, where, done in read_documents(
+            file, config.field, config.invalid_utf8
+        ):
+            start = 0
+            while start < len(text):
+                end = min(start + PART_CHARACTERS, len(text))
+                if end < len(text):
+                    end = text.rfind("\n", start, end) + 1 or end
+                place = f"{where}, from character {start}" if start else where
+                whole = end == len(text)
+                part = text[start:end]
+                yield _Part(part, place, start == 0, whole, before + done)
+                start = end
+        before += file.path.stat().st_size
+
+
+def _encode_parts(
+    source: Source, tokenizer: Tokenizer, folder: Path, config: DataConfig
+) -> Iterator[tuple[_Part, np.ndarray]]:
+    """Parts with their ids, in order; in processes where that is worth while."""
+    parts = _parts(source, config)
+    workers = config.workers or _num_cores()
+    if workers > 1 and _is_slow(source, tokenizer):
+        yield from _encode_in_pool(parts, tokenizer, folder, workers)
+        return
+    for part in parts:
+        try:
+            ids = tokenizer.encode(part.text)
+        except ValueError as error:
+            raise ValueError(f"{part.where}: {error}") from error
+        yield part, ids
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_slow(source: Source, tokenizer: Tokenizer) -> bool:
+    """Bytes and characters are encoded faster than they could be sent around."""
+    size = 0
+    for file in source.files:
+        compressed = file.compression or file.format == ".parquet"
+        size += file.path.stat().st_size * (4 if compressed else 1)
+    return isinstance(tokenizer, SentencePieceTokenizer) and size >= POOL_BYTES
+
+
+_worker_tokenizer: Tokenizer | None = None
+
+
+def _start_worker(folder: str) -> None:
+    # The parent alone answers Ctrl-C, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    global _worker_tokenizer
+    _worker_tokenizer = load_tokenizer(Path(folder))
+
+
+def _encode_task(texts: list[str]) -> list[np.ndarray]:
+    return [_worker_tokenizer.encode(text) for text in texts]
+
+
+def _tasks(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    task, size = [], 0
+    for part in parts:
+        task.append(part)
+        size += len(part.text)
+        if size >= TASK_CHARACTERS:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+def _encode_in_pool(
+    parts: Iterable[_Part], tokenizer: Tokenizer, folder: Path, workers: int
+) -> Iterator[tuple[_Part, np.ndarray]]:
+    tokenizer.save(folder)
+    # Spawned, not forked: a fork of a process that runs JAX's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (str(folder),))
+    waiting: deque[tuple[list[_Part], Future]] = deque()
+    finished = False
+    try:
+        for task in _tasks(parts):
+            texts = [part.text for part in task]
+            waiting.append((task, pool.submit(_encode_task, texts)))
+            # A bound on the text in memory.
+            if len(waiting) > 2 * workers:
+                yield from _results(*waiting.popleft())
+        while waiting:
+            yield from _results(*waiting.popleft())
+        finished = True
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenizes ended before its work was done (out of memory, "
+            'or the script lacks `if __name__ == "__main__":`): set data.workers to 1'
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if not finished:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+        pool.shutdown(wait=True)
+
+
+def _results(task: list[_Part], future: Future):
+    yield from zip(task, future.result(), strict=True)

@@ -1,0 +1,259 @@
+"""`metrics.jsonl` of a run folder: one JSON object a line, written as the run goes.
+
+A row has `kind`, `step` and the fields of its kind (`FIELDS`). Floats read back
+exactly; NaN and infinities are the strings "nan", "inf" and "-inf", so that each line
+is valid JSON.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+# The fields that a row of each kind must have. It may have more.
+FIELDS: Mapping[str, Mapping[str, str]] = {
+    "train": {
+        "loss": "nats per token",
+        "lr": "learning rate",
+        "grad_norm": "global norm of the gradient, before clipping",
+        "tokens_per_s": "tokens trained on per second, over all devices",
+        "mfu": "share of the devices' peak FLOP/s, 0 to 1; null where it is unknown",
+        "data_wait_s": "seconds of a step spent waiting for its batch",
+        "step_s": "seconds of a step, the wait included",
+        "tokens": "tokens seen so far",
+        "wall_s": "productive seconds so far, over all starts of the run",
+    },
+    "eval": {
+        "loss": "nats per token of the held-out text",
+        "bits_per_byte": "bits per byte of the held-out text; null where unknown",
+        "targets": "tokens predicted",
+    },
+    "sample": {"text": "what the model wrote", "prompt": "what it went on from"},
+    "event": {"event": "what happened, such as 'resume'"},
+}
+
+# Fields that are never read as numbers: a sample whose whole text is "nan" is a text.
+TEXT_FIELDS = ("kind", "text", "prompt", "event", "message")
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _encode(value: Any) -> Any:
+    """`value` as something that JSON holds exactly."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(k): _encode(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    if getattr(value, "ndim", None) == 0:  # NumPy and jax scalars
+        return _encode(value.item())
+    raise ValueError(
+        f"a metric is a {type(value).__name__}: it must be a number, a text, or a "
+        "list or mapping of these"
+    )
+
+
+def _decode(row: dict[str, Any]) -> dict[str, Any]:
+    for name, value in row.items():
+        if isinstance(value, str) and value in NON_FINITE and name not in TEXT_FIELDS:
+            row[name] = NON_FINITE[value]
+    return row
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    if not isinstance(row.get("kind"), str):
+        raise ValueError(f"{where}: no text field 'kind'")
+    step = row.get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError(f"{where}: no whole number 'step'")
+    return _decode(row)
+
+
+def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines and rows. A last line that was cut off while it was written is left out."""
+    parsed = []
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        # A killed process leaves a line without an end; a power cut may leave zeros.
+        cut_off = number == len(lines) or (
+            b"\0" in line and not any(rest.strip() for rest in lines[number:])
+        )
+        try:
+            parsed.append((line, _parse_line(line, f"{path}, line {number}")))
+        except ValueError:
+            if not cut_off:
+                raise
+    return parsed
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The rows of a run in the order of their writing, non-finite numbers as floats.
+
+    Raises:
+      ValueError: when there is no such file, or a line (named) is no row. A last line
+        that is only half written, as in a run that is going on, is left out.
+    """
+    path = Path(run_dir) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; is {run_dir} the folder of a run?")
+    return [row for _, row in _parse(path.read_bytes(), path)]
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.jsonl` of a run folder. For one process of a run.
+
+    Each row reaches the file in one write, so a killed process loses none of the rows
+    before and leaves at most a half one, which the next start removes. A file that
+    cannot be written (a full disk) gives one warning, and the run goes on without.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = False,
+    ):
+        """Opens the file, making the folder where it does not exist.
+
+        Args:
+          run_dir: folder of the run.
+          resume_step: last step that the run has behind it; rows of later steps are
+            dropped, since those steps come again. None starts an empty file; rows of
+            an earlier run are kept aside as `metrics.previous.jsonl`.
+          tensorboard: write scalars and samples as TensorBoard events too.
+
+        Raises:
+          ValueError: for a file with a line that is no row (named), or when
+            tensorboardX is not installed.
+          OSError: when the folder cannot be written.
+        """
+        self.path = Path(run_dir) / FILE_NAME
+        self.last_train: dict[str, Any] | None = None
+        """Last training row that was kept or written: the counts to go on from."""
+        self.lost_rows = 0
+        """Rows that could not be written."""
+        self._warned = False
+        self._board = _open_tensorboard(self.path, resume_step) if tensorboard else None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            self._keep_up_to(resume_step)
+        elif self.path.exists() and self.path.stat().st_size:
+            os.replace(self.path, self.path.with_name("metrics.previous.jsonl"))
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._good_size = self._file.tell()
+
+    def _keep_up_to(self, step: int) -> None:
+        """Drops later rows and a half-written last line, replacing the file at once."""
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        kept = [(ln, row) for ln, row in _parse(data, self.path) if row["step"] <= step]
+        trains = [row for _, row in kept if row["kind"] == "train"]
+        self.last_train = trains[-1] if trains else None
+        text = b"".join(line + b"\n" for line, _ in kept)
+        if text == data:
+            return
+        new = self.path.with_name(FILE_NAME + ".new")
+        with open(new, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Appends a row.
+
+        Args:
+          kind: 'train', 'eval', 'sample' or 'event'.
+          step: optimizer steps done.
+          **values: at least the fields that `FIELDS` gives for the kind; numbers may
+            be NumPy or jax scalars.
+
+        Raises:
+          ValueError: for an unknown kind, a missing field, or a value that is neither
+            number nor text.
+        """
+        if kind not in FIELDS:
+            raise ValueError(f"kind is {kind!r}: it must be one of {', '.join(FIELDS)}")
+        missing = [name for name in FIELDS[kind] if name not in values]
+        if missing:
+            raise ValueError(f"a {kind} row lacks {', '.join(missing)}")
+        row = _encode({"kind": kind, "step": step, **values})
+        if self.lost_rows:
+            row["lost_rows"] = self.lost_rows  # so that the gap can be seen
+        self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        if kind == "train":
+            self.last_train = _decode(dict(row))
+        if self._board is not None:
+            _write_tensorboard(self._board, kind, row)
+
+    def _append(self, line: bytes) -> None:
+        try:
+            if self._file.tell() != self._good_size:  # the rest of a failed write
+                self._file.truncate(self._good_size)
+                self._file.seek(self._good_size)
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"only {written} of {len(line)} bytes were written")
+            self._good_size += len(line)
+        except OSError as error:
+            self.lost_rows += 1
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{self.path} cannot be written ({error}): training goes on, rows "
+                    "are lost until it can",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    def close(self) -> None:
+        """Closes the file; more rows cannot be written."""
+        if not self._file.closed:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+def _open_tensorboard(path: Path, resume_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "train.tensorboard is on but tensorboardX is not installed: "
+            "pip install 'jaxlm[tensorboard]'"
+        ) from None
+    # Hides what earlier starts wrote of the steps that come again.
+    purge = 0 if resume_step is None else resume_step + 1
+    return SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
+
+
+def _write_tensorboard(board: Any, kind: str, row: Mapping[str, Any]) -> None:
+    if kind == "sample":
+        board.add_text("sample", row["prompt"] + row["text"], row["step"])
+    for name, value in _decode(dict(row)).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind in ("train", "eval") and number and name != "step":
+            board.add_scalar(f"{kind}/{name}", value, row["step"])

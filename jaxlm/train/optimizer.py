@@ -1,0 +1,124 @@
+"""From `OptimizerConfig` to an optax transformation."""
+
+import re
+from typing import Any
+
+import jax
+import optax
+
+from jaxlm import tree
+from jaxlm.config import OptimizerConfig
+from jaxlm.ops.linear import layout
+from jaxlm.types import Params
+
+# Matrices inside the layers: muon's, with the axes that each maps from and to. The
+# first axis is the layer.
+MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    r"layers/attn/[qkv]": ((1,), (2, 3)),
+    r"layers/attn/o": ((1, 2), (3,)),
+    r"layers/mlp/(gate|up|down)": ((1,), (2,)),
+}
+DECAYED = (*MATRICES, r"lm_head/kernel")
+
+
+def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """Learning rate of each step, from 0 to `steps` - 1.
+
+    After the warm-up: cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), linear,
+    wsd (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395) or constant.
+    """
+    warmup, final = config.warmup_steps, config.final_fraction * peak
+    rest = max(steps - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    elif config.schedule == "wsd":
+        decay = min(max(round(config.decay_fraction * steps), 1), rest)
+        decaying = optax.linear_schedule(peak, final, decay)
+        stable = optax.constant_schedule(peak)
+        after = optax.join_schedules([stable, decaying], [rest - decay])
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    # The first step already learns: its rate is peak / warmup, not 0.
+    rising = optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1)
+    return optax.join_schedules([rising, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then the optimizer, with decay on matrices only.
+
+    Sources: AdamW arXiv:1711.05101, Lion arXiv:2302.06675, Adafactor
+    arXiv:1804.04235, Muon https://kellerjordan.github.io/posts/muon.
+    """
+    rate = make_schedule(config, steps, config.learning_rate)
+    decay = config.weight_decay
+    moments = {"b1": config.b1, "b2": config.b2}
+    if config.name == "adamw":
+        rule = optax.adamw(
+            rate, **moments, eps=config.epsilon, weight_decay=decay, mask=decay_mask
+        )
+    elif config.name == "lion":
+        rule = optax.lion(rate, **moments, weight_decay=decay, mask=decay_mask)
+    elif config.name == "adafactor":
+        # optax applies its decay rate as it is, not times the learning rate.
+        rule = optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False),
+            optax.add_decayed_weights(decay, decay_mask),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
+        )
+    else:
+        peak = config.adam_learning_rate or config.learning_rate
+        rule = optax.contrib.muon(
+            rate,
+            beta=config.momentum,
+            eps=config.epsilon,
+            weight_decay=decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=make_schedule(config, steps, peak),
+            muon_weight_dimension_numbers=_matrix_axes,
+        )
+    if config.name in ("muon", "adafactor"):
+        rule = compiler_sharded(rule)
+    if config.clip_norm is None:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def decay_mask(params: Params) -> Any:
+    """True for the leaves that weight decay shrinks."""
+    return tree.map_with_name(
+        lambda name, _: any(re.fullmatch(p, name) for p in DECAYED), params
+    )
+
+
+def _matrix_axes(params: Params) -> Any:
+    def axes(name: str, _leaf: Any) -> Any:
+        for pattern, (inputs, outputs) in MATRICES.items():
+            if re.fullmatch(pattern, name):
+                return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+        return None
+
+    return tree.map_with_name(axes, params)
+
+
+def compiler_sharded(
+    rule: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """`rule` with its inner layouts left to the compiler, its results laid out as before.
+
+    For rules whose products and reshapes are ambiguous under Explicit axes.
+    """
+
+    def update(updates, state, params=None):
+        if layout(jax.tree.leaves(updates)[0]) is None:
+            return rule.update(updates, state, params)
+        results = (updates, state)
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, results)
+        inner = jax.sharding.auto_axes(rule.update, out_sharding=shardings)
+        return inner(updates, state, params)
+
+    return optax.GradientTransformation(rule.init, update)

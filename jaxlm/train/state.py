@@ -1,0 +1,68 @@
+"""What training carries from step to step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.transformer import init
+from jaxlm.sharding import rules
+from jaxlm.types import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes. Keys are derived from the seed and the step."""
+
+    step: Int[Array, ""]
+    """Optimizer steps done."""
+    params: Params
+    """Master weights, f32."""
+    opt_state: Any
+    """State of the optax transformation."""
+
+
+def init_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> TrainState:
+    """A state at step 0, every leaf created on the devices that will hold it.
+
+    Call it inside `jax.set_mesh(mesh)`.
+    """
+    return jax.jit(_build, static_argnums=(0, 1, 3))(
+        config, optimizer, jax.random.key(seed), mesh
+    )
+
+
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, without computing anything."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: _build(config, optimizer, key, mesh), key)
+
+    def on_mesh(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    return jax.tree.map(on_mesh, shapes)
+
+
+def _build(config, optimizer, key, mesh) -> TrainState:
+    params = init(config, key)
+    shardings = rules.parameter_shardings(params, mesh)
+    params = jax.tree.map(jax.sharding.reshard, params, shardings)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+    )

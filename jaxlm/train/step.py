@@ -1,0 +1,121 @@
+"""One step of training, and one of evaluation: pure functions, jitted by the loop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxlm import tree
+from jaxlm.config import Config, ModelConfig, TrainConfig
+from jaxlm.model.transformer import features, unembed
+from jaxlm.ops.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.train.optimizer import make_schedule
+from jaxlm.train.state import TrainState
+from jaxlm.types import Batch, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step reports, as f32 scalars on the device."""
+
+    loss: Float[Array, ""]
+    """Mean cross-entropy in nats a token, before the update."""
+    grad_norm: Float[Array, ""]
+    """Global norm of the gradient before clipping."""
+    targets: Float[Array, ""]
+    """Sum of the loss weights."""
+    lr: Float[Array, ""]
+    """Learning rate of the update."""
+
+
+def loss_sums(
+    config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums over the batch: what is differentiated, and the cross-entropy."""
+    x, _, _ = features(
+        config,
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+    )
+    targets, weights = batch.targets, batch.loss_weights
+    if not train.loss_chunk:
+        logits = unembed(config, params, x)
+        return cross_entropy(logits, targets, weights, z_loss=train.z_loss)
+    return chunked_cross_entropy(
+        lambda x: unembed(config, params, x),
+        x,
+        targets,
+        weights,
+        chunk=max(train.loss_chunk // batch.tokens.shape[0], 1),
+        z_loss=train.z_loss,
+    )
+
+
+def loss_and_grads(
+    config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
+) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
+    """Mean loss, its gradient, and the sum of the weights.
+
+    The batch is cut into `train.accumulation_steps` parts. Sums over tokens are
+    divided by the weights of the whole batch, so the cut does not move the result.
+    """
+    total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
+
+    def mean_loss(params, part):
+        objective, entropy = loss_sums(config, train, params, part)
+        return objective / total, entropy / total
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    parts = train.accumulation_steps
+    if parts == 1:
+        (_, loss), grads = gradient(params, batch)
+        return loss, grads, total
+
+    def cut(x: Array) -> Array:
+        """[B, T] -> [parts, B / parts, T]; each part takes rows of every shard."""
+        return x.reshape(x.shape[0] // parts, parts, -1).swapaxes(0, 1)
+
+    def accumulate(sums, part):
+        (_, loss), grads = gradient(params, part)
+        return jax.tree.map(jnp.add, sums, (loss, grads)), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), _ = jax.lax.scan(accumulate, start, jax.tree.map(cut, batch))
+    return loss, grads, total
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """A jitted step. It takes over (donates) the state that it is given."""
+    model, train = config.model, config.train
+    peak = config.optimizer.learning_rate
+    schedule = make_schedule(config.optimizer, train.steps, peak)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, grads, total = loss_and_grads(model, train, state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics = StepMetrics(loss, tree.global_norm(grads), total, rate)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(
+    config: ModelConfig, train: TrainConfig
+) -> Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """A jitted function: sums of the cross-entropy (nats) and of the weights."""
+
+    def eval_step(params: Params, batch: Batch):
+        _, entropy = loss_sums(config, train, params, batch)
+        return entropy, jnp.sum(batch.loss_weights)
+
+    return jax.jit(eval_step)

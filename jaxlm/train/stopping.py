@@ -1,0 +1,55 @@
+"""Stopping early, and what a run tells its caller by the exit code."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_NO_CHECKPOINT = 3
+EXIT_NOT_FINITE = 4
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+class NotFinite(ValueError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+class StopRequest:
+    """Turns Ctrl-C, SIGTERM and the time limit into a wish that the loop reads.
+
+    The first signal lets the step finish and the state be saved; a second one ends the
+    process at once, with the checkpoints that are there. Use it as a context manager,
+    in the main thread; the handlers of before are put back at the end.
+    """
+
+    def __init__(self, max_minutes: float = 0.0):
+        """`max_minutes`: time limit from now; 0 is none."""
+        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+        self._code: int | None = None
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+        if self._code is not None:
+            os._exit(code)
+        self._code = code
+
+    def exit_code(self) -> int | None:
+        """The exit code to stop with, or None to go on."""
+        if self._code is not None:
+            return self._code
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return EXIT_PREEMPTED
+        return None

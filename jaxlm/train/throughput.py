@@ -1,0 +1,169 @@
+"""How much arithmetic a token costs, and how much the devices can do.
+
+Their quotient is the model FLOPs utilization (MFU) as PaLM defines it (Chowdhery et
+al. 2022, appendix B): the arithmetic that the model needs, over the arithmetic that
+the devices could do at their peak in the same time. Recomputation does not count.
+"""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config import ModelConfig
+
+# Peak bf16 FLOP/s without sparsity of one JAX device, by `device_kind`.
+# TPU: cloud.google.com/tpu/docs (system architecture), per chip; v2, v3 and 7x show
+# each of a chip's two cores as a device, so half of the chip stands here.
+_TPU_PEAKS = {
+    "TPU v2": 46e12 / 2,
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 137e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7": 2307e12 / 2,
+    "TPU7x": 2307e12 / 2,
+}
+
+# GPU: the makers' data sheets (NVIDIA gives figures with sparsity: half of them here).
+# The first part of a name that occurs in `device_kind` counts, so longer ones come
+# first: "NVIDIA H100 PCIe" is not the H100 of the SXM board.
+_GPU_PEAKS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12 / 2,  # each of its two dies is a device
+}
+
+
+def matrix_params(config: ModelConfig) -> int:
+    """Parameters that take part in a matrix product for each token.
+
+    Counts the projections of attention and feed-forward and the output head (also when
+    it is the embedding table), not the embedding lookup, norms or biases.
+
+    Raises:
+      ValueError: when model.vocab_size is not set.
+    """
+    if config.vocab_size == 0:
+        raise ValueError(
+            "model.vocab_size is 0: give the size of the tokenizer to count FLOPs"
+        )
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and o, k and v
+    attention = config.model_dim * heads * config.head_dim
+    feed_forward = (3 if config.gated else 2) * config.model_dim * config.hidden_dim
+    head = config.model_dim * config.vocab_size
+    return config.num_layers * (attention + feed_forward) + head
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """FLOPs of one token's forward and backward pass in training.
+
+    `6 * matrix_params + sum over layers of 12 * N * H * span`, where the span is the
+    sequence length T, or the window in local layers where that is shorter. This is
+    PaLM's count (appendix B): 6 = 2 for multiply and add, times 1 forward and 2
+    backward; 12 = 6 for each of the two products with keys and values. As there, the
+    half that a causal mask hides is NOT taken off, so figures that take it off are
+    lower.
+
+    Raises:
+      ValueError: when model.vocab_size is not set.
+    """
+    spans = [
+        min(sequence_length, config.window)
+        if kind == "local" and config.window is not None
+        else sequence_length
+        for kind in (
+            config.layer_pattern[i % len(config.layer_pattern)]
+            for i in range(config.num_layers)
+        )
+    ]
+    attention = 12 * config.num_heads * config.head_dim * sum(spans)
+    return 6 * matrix_params(config) + attention
+
+
+def published_peak_flops(device_kind: str) -> float | None:
+    """Peak bf16 FLOP/s (dense) of one device, or None where none is known here."""
+    if device_kind in _TPU_PEAKS:
+        return _TPU_PEAKS[device_kind]
+    words = device_kind.replace("-", " ").replace("_", " ")
+    for name, peak in _GPU_PEAKS.items():
+        if f" {name} " in f" {words} ":
+            return peak
+    return None
+
+
+def measure_peak_flops(
+    dtype: jax.typing.DTypeLike, seconds: float | int = 0.2
+) -> float:
+    """FLOP/s of the best of several 1024 x 1024 x 1024 products on the first device.
+
+    For CPUs, whose makers publish no such figure. A product uses all cores of the
+    process, so it stands for all CPU devices together. Accumulates in f32.
+    """
+    # A mesh of one device, for the caller may have set one of several.
+    mesh = jax.make_mesh(
+        (1,),
+        ("data",),
+        axis_types=(jax.sharding.AxisType.Explicit,),
+        devices=jax.local_devices()[:1],
+    )
+    best = float("inf")
+    with jax.set_mesh(mesh):
+        x = jnp.asarray(np.ones((1024, 1024), np.float32)).astype(dtype)
+        product = jax.jit(
+            lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32)
+        )
+        product(x, x).block_until_ready()  # compiles
+        end = time.perf_counter() + seconds
+        for _ in range(1000):
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            now = time.perf_counter()
+            best = min(best, now - start)
+            if now > end:
+                break
+    return 2 * 1024**3 / best
+
+
+def peak_flops(
+    devices: Sequence[jax.Device], dtype: jax.typing.DTypeLike
+) -> float | None:
+    """Peak FLOP/s of all `devices` together; None where a kind is not known.
+
+    Accelerators: the published bf16 figure, whatever `dtype` is, so that runs can be
+    compared. CPU: measured here in `dtype` (about 0.3 s), times the processes.
+    """
+    if all(device.platform == "cpu" for device in devices):
+        processes = {device.process_index for device in devices}
+        return measure_peak_flops(dtype) * len(processes)
+    peaks = [published_peak_flops(device.device_kind) for device in devices]
+    return None if None in peaks else float(sum(p for p in peaks if p is not None))

@@ -1,0 +1,146 @@
+"""A small run for the tests of checkpoints, also imported by their child processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.config import Config, ModelConfig
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=64,
+        num_layers=2,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        hidden_dim=32,
+        context_length=256,
+    )
+)
+
+
+class FakeTokenizer:
+    def __init__(self, fingerprint="tokenizer-1"):
+        self.fingerprint = fingerprint
+
+    def save(self, folder):
+        (folder / "tokenizer.json").write_text('{"kind": "fake"}')
+
+
+def make_params(seed=0):
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    return {
+        "embed": {"table": jax.random.normal(next(keys), (64, 16))},
+        "final_norm": {"scale": jax.random.normal(next(keys), (16,))},
+        "layers": {
+            "attn": {n: jax.random.normal(next(keys), (2, 16, 2, 8)) for n in "qkv"},
+            "mlp": {"up": jax.random.normal(next(keys), (2, 16, 32))},
+        },
+    }
+
+
+def adamw_masked():
+    """Holds EmptyState, MaskedNode, ScaleByAdamState and an injected scalar."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        optax.masked(
+            optax.trace(0.9), {"embed": True, "final_norm": False, "layers": False}
+        ),
+        optax.scale_by_schedule(optax.constant_schedule(1.0)),
+    )
+
+
+def two_optimizers():
+    return optax.multi_transform(
+        {"a": optax.adam(1e-2), "b": optax.lion(1e-3, mu_dtype=jnp.bfloat16)},
+        {"embed": "a", "final_norm": "b", "layers": "b"},
+    )
+
+
+def updated_state(optimizer, seed=0):
+    params = make_params(seed)
+    updates, state = optimizer.update(
+        make_params(seed + 1), optimizer.init(params), params
+    )
+    return optax.apply_updates(params, updates), state
+
+
+def state_of_step(step):
+    """A state in which every number is the step; nothing is compiled for it."""
+    params = jax.eval_shape(make_params)
+    state = params, jax.eval_shape(adamw_masked().init, params)
+    return jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, step, x.dtype)), state)
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def save(
+    checkpoints,
+    step,
+    state=None,
+    wait=True,
+    config=CONFIG,
+    tokenizer=None,
+    finite=True,
+):
+    params, opt_state = state_of_step(step) if state is None else state
+    checkpoints.save(
+        step,
+        params,
+        opt_state,
+        config=config,
+        tokenizer=tokenizer or FakeTokenizer(),
+        data_fingerprint="data-1",
+        finite=finite,
+    )
+    if wait:
+        checkpoints.wait()
+
+
+def restore(checkpoints, state=None, step=None, config=CONFIG, **fingerprints):
+    params, opt_state = abstract(state_of_step(0)) if state is None else state
+    kwargs = {
+        "config": config,
+        "tokenizer_fingerprint": "tokenizer-1",
+        "data_fingerprint": "data-1",
+        **fingerprints,
+    }
+    if step is None:
+        return checkpoints.restore_latest(params, opt_state, **kwargs)
+    return checkpoints.restore(step, params, opt_state, **kwargs)
+
+
+def run_with_steps(folder, *steps, **kwargs):
+    with Checkpoints(folder, keep=len(steps), **kwargs) as checkpoints:
+        for step in steps:
+            save(checkpoints, step)
+    return Path(folder)
+
+
+def start_child(code, *arguments, **environment):
+    """Starts a Python process that runs `code` with this folder on its path."""
+    here = str(Path(__file__).parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": here, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_child(code, *arguments, **environment):
+    child = start_child(code, *arguments, **environment)
+    out, err = child.communicate(timeout=120)
+    return child.returncode, out, err

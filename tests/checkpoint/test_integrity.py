@@ -1,0 +1,182 @@
+"""Damage on disk is found, and the step before is used."""
+
+import random
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoint_case import restore, run_with_steps, save, state_of_step
+
+from jaxlm.checkpoint import integrity
+from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
+from jaxlm.checkpoint.native import Checkpoints, NoUsableCheckpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_with_steps(tmp_path_factory.mktemp("run"), 200, 300)
+
+
+def files_of(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def expect_fallback(run, reason=""):
+    said = []
+    with Checkpoints(run, report=said.append) as checkpoints:
+        restored = restore(checkpoints)
+    assert restored.step == 200
+    assert float(restored.params["embed"]["table"][0, 0]) == 200
+    assert len(said) == 1 and said[0].startswith("step 300 unreadable (")
+    assert said[0].endswith("), using step 200") and reason in said[0]
+
+
+def test_thirty_of_thirty_flipped_bits_are_found(run):
+    generator = random.Random(0)
+    files = files_of(run / "checkpoints/300")
+    assert len(files) > 10
+    for trial in range(30):
+        # All files in turn: chosen by size, the data would get nearly all the flips.
+        path = files[trial % len(files)]
+        before = path.read_bytes()
+        damaged = bytearray(before)
+        damaged[generator.randrange(len(before))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        expect_fallback(run)
+        path.write_bytes(before)
+    integrity.verify(run / "checkpoints/300")
+
+
+def test_every_bit_of_the_manifest_counts(run):
+    folder = run / "checkpoints/300"
+    path = folder / "manifest.json"
+    before = path.read_bytes()
+    try:
+        for place in range(0, 8 * len(before), 61):
+            damaged = bytearray(before)
+            damaged[place // 8] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            with pytest.raises(UnreadableStep):
+                integrity.verify(folder)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_truncation_of_every_file_is_found(run, share):
+    folder = run / "checkpoints/300"
+    for path in files_of(folder):
+        before = path.read_bytes()
+        path.write_bytes(before[: int(len(before) * share)])
+        with pytest.raises(UnreadableStep):
+            integrity.verify(folder)
+        path.write_bytes(before)
+    integrity.verify(folder)
+
+
+def test_every_deleted_file_is_found(run):
+    folder = run / "checkpoints/300"
+    for path in files_of(folder):
+        before = path.read_bytes()
+        path.unlink()
+        with pytest.raises(UnreadableStep, match="missing"):
+            integrity.verify(folder)
+        path.write_bytes(before)
+    integrity.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "manifest.json", "params/_METADATA"])
+def test_a_missing_or_cut_file_makes_the_run_fall_back(run, name):
+    path = run / "checkpoints/300" / name
+    before = path.read_bytes()
+    path.unlink()
+    expect_fallback(run, f"{name} missing")
+    path.write_bytes(before[:-3])
+    expect_fallback(run)
+    path.write_bytes(before)
+
+
+def test_an_additional_file_is_found_but_not_a_hidden_one(run):
+    folder = run / "checkpoints/300"
+    (folder / "params/.DS_Store").write_bytes(b"x")
+    integrity.verify(folder)
+    extra = folder / "params/extra"
+    extra.write_bytes(b"x")
+    expect_fallback(run, "params/extra not in manifest.json")
+    extra.unlink()
+
+
+def test_symbolic_links_are_refused(run, tmp_path):
+    folder = run / "checkpoints/300"
+    folder.rename(tmp_path / "300")
+    folder.symlink_to(tmp_path / "300")
+    expect_fallback(run, "symbolic link")
+    folder.unlink()
+    (tmp_path / "300").rename(folder)
+    path = folder / "meta.json"
+    path.rename(tmp_path / "meta.json")
+    path.symlink_to(tmp_path / "meta.json")
+    expect_fallback(run, "meta.json is a symbolic link")
+    path.unlink()
+    (tmp_path / "meta.json").rename(path)
+
+
+def test_no_readable_step_is_an_error_of_its_own(tmp_path):
+    run = run_with_steps(tmp_path, 1, 2)
+    for step in (1, 2):
+        (run / f"checkpoints/{step}/meta.json").unlink()
+    with Checkpoints(run) as checkpoints:
+        with pytest.raises(NoUsableCheckpoint, match=r"step 2 .*, step 1 .*--fresh"):
+            restore(checkpoints)
+        with pytest.raises(UnreadableStep, match=r"step 1 in .*meta.json missing"):
+            restore(checkpoints, step=1)
+
+
+def test_a_broken_step_is_moved_aside_when_the_run_reaches_it_again(tmp_path):
+    run = run_with_steps(tmp_path, 200, 300)
+    (run / "checkpoints/300/meta.json").unlink()
+    with Checkpoints(run, report=lambda line: None) as checkpoints:
+        assert restore(checkpoints).step == 200
+        save(checkpoints, 300)
+        assert restore(checkpoints).step == 300
+    assert (run / "old-1/checkpoints/300").is_dir()
+
+
+def test_wrong_values_under_a_right_manifest_are_found(tmp_path, monkeypatch):
+    """A fault between the memory and Orbax: the state hash is the last guard."""
+    run = run_with_steps(tmp_path, 200)
+    with Checkpoints(run, keep=2) as checkpoints:
+        restore(checkpoints)
+        monkeypatch.setattr(
+            "jaxlm.checkpoint.native.state_hash", lambda state: "0" * 64
+        )
+        save(checkpoints, 300)
+    expect_fallback(run, "state hash")
+
+
+def test_state_hash_sees_one_ulp_and_nothing_but_the_state():
+    params, opt_state = state_of_step(1)
+    before = state_hash({"opt_state": opt_state, "params": params})
+    table = np.array(params["embed"]["table"])
+    params["embed"]["table"] = table
+    assert state_hash({"params": params, "opt_state": opt_state}) == before
+    table[3, 3] = np.nextafter(table[3, 3], np.float32(2))
+    assert state_hash({"params": params, "opt_state": opt_state}) != before
+
+
+def test_state_hash_sees_dtype_shape_name_and_sign_of_zero():
+    zero = np.zeros((2, 2), np.float32)
+    different = [
+        {"a": zero},
+        {"b": zero},
+        {"a": -zero},
+        {"a": zero.reshape(4)},
+        {"a": zero.astype(np.int32)},
+        {"a": np.zeros((2, 4), ml_dtypes.bfloat16)},
+        {"a": np.zeros((2, 4), np.float16)},
+        {"a": np.float32(0)},
+        {"a": np.zeros((1,), np.float32)},
+    ]
+    assert len({state_hash(tree) for tree in different}) == len(different)
+    assert state_hash({"a": zero.T}) == state_hash({"a": jnp.asarray(zero)})

@@ -1,0 +1,175 @@
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from jaxlm.data.sources import find_source, read_documents
+
+
+def texts(entry, **options):
+    files = find_source(str(entry)).files
+    return [d.text for f in files for d in read_documents(f, **options)]
+
+
+def test_bundled_text(shakespeare):
+    assert texts("bundled:shakespeare.txt") == [shakespeare]
+    with pytest.raises(
+        ValueError, match=r"no bundled .*did you mean 'shakespeare\.txt'"
+    ):
+        find_source("bundled:shakespear.txt")
+
+
+def test_text_is_kept_as_it_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xef\xbb\xbf \xe2\x80\xa8\n\n")
+    assert texts(path) == ["one\r\ntwo\0\ufeff \u2028\n\n"]
+
+
+LINES = [{"text": "one\r\n\u2028two"}, {"id": 1, "text": "thrée"}, {"text": ""}]
+WANT = ["one\r\n\u2028two", "thrée"]
+
+
+def test_every_format(tmp_path):
+    data = "\n".join(json.dumps(x, ensure_ascii=False) for x in LINES).encode()
+    data = b"\xef\xbb\xbf" + data + b"\n\n"
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data))
+    half = len(data) // 2
+    frames = [zstandard.compress(data[:half]), zstandard.compress(data[half:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "e.TXT.zst").write_bytes(zstandard.compress(b"text"))
+    table = pyarrow.table({"id": [1, 2, 3], "text": [x["text"] for x in LINES]})
+    pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "f.parquet"):
+        assert texts(tmp_path / name) == WANT, name
+    assert texts(tmp_path / "d.txt.gz") == texts(tmp_path / "e.TXT.zst") == ["text"]
+
+
+def test_folder_and_glob_are_sorted(tmp_path):
+    (tmp_path / "z").mkdir()
+    for name in ("b.txt", "z/a.txt", "a.txt", "note.md"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == ["a.txt", "b.txt", "z/a.txt"]
+    assert texts(tmp_path / "**/a.txt") == ["a.txt", "z/a.txt"]
+    assert texts(tmp_path / "[ab].txt") == ["a.txt", "b.txt"]
+
+
+def test_a_name_with_brackets_is_a_file_first(tmp_path):
+    (tmp_path / "a[1].txt").write_text("x")
+    assert texts(tmp_path / "a[1].txt") == ["x"]
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"exist \(did you mean 'corpus\.txt' in /.*\?\)"
+    ):
+        find_source(str(tmp_path / "corpu.txt"))
+    with pytest.raises(ValueError, match=r"does not exist \('qqq' is not in "):
+        find_source(str(tmp_path / "qqq" / "corpus.txt"))
+    with pytest.raises(ValueError, match="no file matches the glob"):
+        find_source(str(tmp_path / "*.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.md", "a", "a.parquet.gz", "a.txt.bz2"])
+def test_unknown_endings(name, tmp_path):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=r"cannot be read: \.txt"):
+        find_source(str(tmp_path / name))
+    with pytest.raises(ValueError, match="no text files in this folder"):
+        find_source(str(tmp_path))
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"no text files .*nothing"):
+        find_source(str(tmp_path))
+
+
+def test_bad_utf8_is_located(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo \xff\n\xe2\x80")
+    with pytest.raises(ValueError, match=r"a\.txt: byte 0xff at offset 8 \(line 2\)"):
+        texts(path)
+    with pytest.warns(UserWarning, match=r"a\.txt: 2 places") as caught:
+        assert texts(path, invalid_utf8="replace") == ["one\ntwo \ufffd\n\ufffd"]
+    assert len(caught) == 1
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"byte 0xff at offset 24 \(line 2\)"):
+        texts(path)
+
+
+def test_half_of_a_surrogate_pair(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ok"}\n{"text": "a\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*\\ud83d"):
+        texts(path)
+    with pytest.warns(UserWarning, match="1 places"):
+        assert texts(path, invalid_utf8="replace") == ["ok", "a\ufffd"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: this line is not JSON"),
+        ("[" * 100_000, "line 2: this line is not JSON"),
+        ("[1]", "line 2: expected a JSON object .* found list"),
+        ('{"texts": "a"}', r"line 2: no field 'text' \(did you mean 'texts'\?\)"),
+        ('{"text": 3}', "line 2: the field 'text' holds int"),
+    ],
+)
+def test_bad_lines(line, message, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, " + message):
+        texts(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf"])
+def test_empty_files(name, data, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match="the file is empty"):
+        texts(tmp_path / name)
+
+
+def test_damaged_archives(tmp_path):
+    data = bytes(range(256)) * 400
+    packed = {"gz": gzip.compress(data), "zst": zstandard.compress(data)}
+    for suffix, content in packed.items():
+        for number, bad in enumerate((content[:-9], b"nonsense" * 9)):
+            path = tmp_path / f"{number}.txt.{suffix}"
+            path.write_bytes(bad)
+            with pytest.raises(
+                ValueError, match=rf"{number}\.txt\.{suffix}: .*damaged"
+            ):
+                texts(path)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(ValueError, match="not a whole Parquet file"):
+        texts(path)
+
+
+def test_parquet_columns(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"body": ["a", None], "n": [1, 2]})
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match="no column 'text'; there is body, n"):
+        texts(path)
+    with pytest.raises(ValueError, match="column 'n' holds int64"):
+        texts(path, field="n")
+    with pytest.raises(ValueError, match="row 2: the column 'body' is null"):
+        texts(path, field="body")
+
+
+def test_missing_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    for name, extra in (("a.txt.zst", "zst"), ("a.parquet", "parquet")):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ValueError, match=rf"jaxlm\[{extra}\]"):
+            texts(tmp_path / name)

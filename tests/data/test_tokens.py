@@ -1,0 +1,231 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from jaxlm.config import DataConfig
+from jaxlm.data import cache, tokens
+from jaxlm.data.cache import build_once, cache_root, content_hashes
+from jaxlm.data.sources import find_source
+from jaxlm.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxlm.data.tokens import open_tokens, tokenize_source
+
+
+def tokenized(path, tokenizer=None, **options):
+    config = DataConfig(path=(str(path),), **options)
+    source = find_source(str(path))
+    hashes = content_hashes(source.files)
+    return tokenize_source(source, hashes, tokenizer or ByteTokenizer(), config)
+
+
+def lines(path, *documents):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    return path
+
+
+def test_tokens_and_documents(tmp_path):
+    path = lines(tmp_path / "a.jsonl", "ab", "c", "é")
+    got = tokenized(path)
+    assert got.tokens.tolist() == [97, 98, 256, 99, 256, 0xC3, 0xA9, 256]
+    assert got.tokens.dtype == np.uint16 and not got.tokens.flags.writeable
+    assert got.documents.tolist() == [0, 3, 5]
+    chars = tokenized(path, CharTokenizer("abcé"))
+    assert chars.tokens.tolist() == [0, 1, 2, 3]
+    assert chars.documents.tolist() == [0, 2, 3]
+
+
+def test_made_once(tmp_path, monkeypatch, cache_home):
+    path = lines(tmp_path / "a.jsonl", "ab")
+    first = tokenized(path)
+    assert first.folder.parent == cache_home / "jaxlm" / "tokens"
+    monkeypatch.setattr(tokens, "_build", None)  # A second build would fail.
+    assert tokenized(path).folder == first.folder
+    for made in (first.folder, first.folder.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
+def test_everything_that_matters_is_in_the_key(tmp_path):
+    path = lines(tmp_path / "a.jsonl", "ab")
+    folders = {tokenized(path).folder, tokenized(path, CharTokenizer("ab")).folder}
+    folders.add(tokenized(path, CharTokenizer("abc")).folder)
+    folders.add(tokenized(path, invalid_utf8="replace").folder)
+    # Same size, same time, other text.
+    status = path.stat()
+    lines(path, "ac")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    changed = tokenized(path)
+    assert changed.tokens.tolist() == [97, 99, 256]
+    folders.add(changed.folder)
+    assert len(folders) == 5
+    # A moved file is the same text.
+    path.rename(tmp_path / "b.jsonl")
+    assert tokenized(tmp_path / "b.jsonl").folder == changed.folder
+    os.environ.pop("XDG_CACHE_HOME")
+    assert tokenized(tmp_path, cache_dir=str(tmp_path / "c")).folder.parent.name == "c"
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, cache_home):
+    path = lines(tmp_path / "a.jsonl", "ab")
+    source = find_source(str(path))
+    hashes = content_hashes(source.files)
+    lines(path, "ac")
+    config = DataConfig(path=(str(path),))
+    with pytest.raises(ValueError, match=r"a\.jsonl: the file was changed while"):
+        tokenize_source(source, hashes, ByteTokenizer(), config)
+    assert list(cache_root(None).iterdir()) == []
+
+
+def test_a_large_file_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FULL_HASH_BYTES", 10)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 5_000_000)
+    files = find_source(str(path)).files
+    before = content_hashes(files)
+    assert content_hashes(files) == before
+    os.utime(path, ns=(1, 1))
+    touched = content_hashes(files)
+    assert touched != before
+    path.write_bytes(b"x" * 4_999_999 + b"y")
+    os.utime(path, ns=(1, 1))
+    assert content_hashes(files) != touched
+
+
+def damage(folder, name, change):
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+
+
+def test_damaged_cache(tmp_path):
+    path = lines(tmp_path / "a.jsonl", "abcdef", "gh")
+
+    def check(name, change, message):
+        folder = tokenized(path).folder
+        whole = (folder / name).read_bytes()
+        damage(folder, name, change)
+        with pytest.raises(ValueError, match=message) as error:
+            tokenized(path)
+        assert f"delete the folder {folder}" in str(error.value)
+        (folder / name).write_bytes(whole)
+
+    check(
+        "tokens.bin", lambda d: d[:-1], r"tokens\.bin is damaged: it ends at byte 19, "
+    )
+    check("tokens.bin", lambda d: d + d, "ends at byte 40, not at 20")
+    check(
+        "tokens.bin", lambda d: d[:4] + b"\xff\xff" + d[6:], r"token 2 \(byte 4\) is 65"
+    )
+    check("tokens.bin", lambda d: b"z" + d[1:], "do not have the hash")
+    check("documents.npy", lambda d: d[:-8] + d[:8], "the last document begins after")
+    check(
+        "documents.npy", lambda d: d[:-8] + bytes(8), "document 1 does not begin after"
+    )
+    check("documents.npy", lambda d: d[:-16] + d[-8:] * 2, "does not begin at token 0")
+    check("documents.npy", lambda d: d[:-1], r"documents\.npy is damaged: it cannot")
+    check("documents.npy", lambda d: b"", r"documents\.npy is damaged: it cannot")
+    check("meta.json", lambda d: d[:-20], r"meta\.json is damaged: it cannot be read")
+    check("meta.json", lambda d: b"[]", r"meta\.json is damaged: it cannot be read")
+    (tokenized(path).folder / "documents.npy").unlink()
+    with pytest.raises(ValueError, match=r"documents\.npy is damaged: it is missing"):
+        tokenized(path)
+
+
+def test_ids_of_a_large_cache_are_checked(tmp_path, monkeypatch):
+    folder = tokenized(lines(tmp_path / "a.jsonl", "abcdef", "gh")).folder
+    monkeypatch.setattr(tokens, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(tokens, "SCAN_TOKENS", 3)
+    damage(folder, "tokens.bin", lambda d: d[:14] + b"\xff\xff" + d[16:])
+    with pytest.raises(ValueError, match=r"token 7 \(byte 14\) is 65535, .*257 ids"):
+        open_tokens(folder, 257)
+
+
+def test_errors_leave_nothing_behind(tmp_path, cache_home):
+    path = lines(tmp_path / "a.jsonl", "ab", "aé")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: character 'é'.*offset 1"):
+        tokenized(path, CharTokenizer("ab"))
+    assert list(cache_root(None).iterdir()) == []
+
+
+def test_unwritable_cache_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = lines(tmp_path / "a.jsonl", "ab")
+    with pytest.raises(ValueError, match=r"cannot be written .* data\.cache_dir"):
+        tokenized(path, cache_dir=str(tmp_path / "file" / "below"))
+
+
+def test_two_builders_at_once(tmp_path):
+    def build(work):
+        (work / "x").write_text("mine")
+        if not (tmp_path / "key").exists():
+            build_once(
+                tmp_path, "key", lambda w: (w / "x").write_text("theirs") and None
+            )
+
+    folder = build_once(tmp_path, "key", build)
+    assert (folder / "x").read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+def test_two_processes_at_once(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 200_000)
+    program = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_tokens import tokenized
+        sys.stdin.readline()
+        print(tokenized({str(path)!r}, cache_dir={str(tmp_path / "c")!r}).content_hash)
+    """)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", program], **pipes) for _ in "ab"]
+    outputs = [p.communicate("go\n", timeout=60)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert outputs[0] == outputs[1] != ""
+    assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_abandoned_folders_are_removed(tmp_path):
+    for age, name in ((0, "young"), (10**6, "old")):
+        folder = tmp_path / f".building-{name}"
+        folder.mkdir()
+        (folder / "tokens.bin").write_text("x")
+        when = time.time() - age
+        for path in (folder / "tokens.bin", folder):
+            os.utime(path, (when, when))
+    build_once(tmp_path, "key", lambda work: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".building-young", "key"]
+
+
+def test_pool_and_parts_give_the_same_tokens(
+    tmp_path, monkeypatch, models, shakespeare
+):
+    monkeypatch.setattr(tokens, "PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(tokens, "TASK_CHARACTERS", 15_000)
+    path = lines(tmp_path / "a.jsonl", shakespeare[:60_000], "é", shakespeare[:50])
+    tokenizer = models["bpe"]
+    alone = tokenized(path, tokenizer, workers=1, cache_dir=str(tmp_path / "1"))
+    monkeypatch.setattr(tokens, "POOL_BYTES", 0)
+    pool = tokenized(path, tokenizer, workers=2, cache_dir=str(tmp_path / "2"))
+    assert (pool.folder / "sentencepiece.model").exists()  # It was the pool.
+    assert pool.content_hash == alone.content_hash
+    assert tokenizer.decode(pool.tokens[: pool.documents[1]]) == shakespeare[:60_000]
+    assert len(pool.documents) == 3
+    # A document in one part has the tokens that encode gives.
+    assert pool.tokens[pool.documents[2] : -1].tolist() == (
+        tokenizer.encode(shakespeare[:50]).tolist()
+    )
+
+
+def test_errors_in_the_source_end_the_pool(tmp_path, monkeypatch, models):
+    monkeypatch.setattr(tokens, "POOL_BYTES", 0)
+    path = lines(tmp_path / "a.jsonl", "ab")
+    with open(path, "a") as out:
+        out.write("{")
+    with pytest.raises(ValueError, match="line 2: this line is not JSON"):
+        tokenized(path, models["bpe"], workers=2)

@@ -1,0 +1,414 @@
+"""metrics.jsonl, the rates and the progress line."""
+
+import builtins
+import io
+import json
+import math
+import os
+import warnings
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import ModelConfig
+from jaxlm.train.metrics import MetricsWriter, read_metrics
+from jaxlm.train.progress import (
+    ProgressLine,
+    format_count,
+    format_progress,
+    format_seconds,
+)
+from jaxlm.train.throughput import (
+    flops_per_token,
+    matrix_params,
+    measure_peak_flops,
+    peak_flops,
+    published_peak_flops,
+)
+
+
+def train_row(step: int, **changes):
+    row = {
+        "loss": 2.0,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_s": 1000.0,
+        "mfu": 0.3,
+        "data_wait_s": 0.0,
+        "step_s": 0.1,
+        "tokens": step * 100,
+        "wall_s": step * 0.1,
+    }
+    return {**row, **changes}
+
+
+def write_steps(folder, steps, **kwargs):
+    with MetricsWriter(folder, **kwargs) as writer:
+        for step in steps:
+            writer.write("train", step, **train_row(step))
+
+
+def steps_of(folder):
+    return [row["step"] for row in read_metrics(folder)]
+
+
+def test_floats_read_back_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    # Bit patterns over the whole range of f64, of which some are NaN.
+    values = rng.integers(0, 2**64, 500, dtype=np.uint64).view(np.float64)
+    values = [float(v) for v in values] + [0.1 + 0.2, 5e-324, -0.0, 1.7e308]
+    with MetricsWriter(tmp_path) as writer:
+        for step, value in enumerate(values):
+            writer.write("train", step, **train_row(step, loss=value))
+    read = [row["loss"] for row in read_metrics(tmp_path)]
+    assert np.array(read).tobytes() == np.array(values).tobytes() or all(
+        a.hex() == b.hex() for a, b in zip(read, values, strict=True)
+    )
+
+
+def test_numpy_and_jax_scalars_are_numbers(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(
+            "train",
+            3,
+            **train_row(
+                3, loss=np.float32(0.1), lr=jnp.float32(0.3), tokens=np.int32(7)
+            ),
+        )
+    (row,) = read_metrics(tmp_path)
+    assert row["step"] == 3 and row["tokens"] == 7
+    assert row["loss"] == float(np.float32(0.1)) and row["lr"] == float(np.float32(0.3))
+
+
+def test_non_finite_values_are_valid_json_and_read_back(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        row = train_row(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf)
+        writer.write("train", 1, **row)
+        writer.write("sample", 1, text="nan", prompt="inf")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    raw = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert (raw[0]["loss"], raw[0]["grad_norm"], raw[0]["lr"]) == ("nan", "inf", "-inf")
+    train, sample = read_metrics(tmp_path)
+    assert math.isnan(train["loss"])
+    assert (train["grad_norm"], train["lr"]) == (math.inf, -math.inf)
+    assert (sample["text"], sample["prompt"]) == ("nan", "inf")  # texts stay texts
+
+
+def test_any_text_survives(tmp_path):
+    text = 'a\nb\r"\\ \u2028 \x00 é 猫 \ud800'
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("sample", 1, text=text, prompt="")
+    assert read_metrics(tmp_path)[0]["text"] == text
+
+
+def test_resume_drops_later_rows_and_nothing_twice(tmp_path):
+    write_steps(tmp_path, range(10, 101, 10))
+    with MetricsWriter(tmp_path, resume_step=55) as writer:
+        assert writer.last_train is not None and writer.last_train["tokens"] == 5000
+        writer.write("event", 55, event="resume")
+        for step in range(60, 101, 10):
+            writer.write("train", step, **train_row(step))
+    assert steps_of(tmp_path) == [10, 20, 30, 40, 50, 55, 60, 70, 80, 90, 100]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_leaves_kept_lines_as_they_are(tmp_path):
+    write_steps(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes()
+    MetricsWriter(tmp_path, resume_step=3).close()
+    assert path.read_bytes() == before
+    MetricsWriter(tmp_path, resume_step=2).close()
+    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
+
+
+def test_a_new_run_starts_empty_and_keeps_old_rows_aside(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    old = (tmp_path / "metrics.jsonl").read_bytes()
+    write_steps(tmp_path, [7])
+    assert steps_of(tmp_path) == [7]
+    assert (tmp_path / "metrics.previous.jsonl").read_bytes() == old
+
+
+@pytest.mark.parametrize("cut", [1, 30, "zeros", "only the newline"])
+def test_a_half_written_last_line_is_repaired(tmp_path, cut):
+    write_steps(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    data = path.read_bytes()
+    last = len(data.rstrip(b"\n").rsplit(b"\n", 1)[1])
+    if cut == "zeros":
+        path.write_bytes(data[: -last - 1] + bytes(40) + b"\n")
+    elif cut == "only the newline":
+        path.write_bytes(data[:-1])
+    else:
+        path.write_bytes(data[: -last - 1 + cut])
+    whole = [1, 2, 3] if cut == "only the newline" else [1, 2]
+    assert steps_of(tmp_path) == whole
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
+        writer.write("train", 4, **train_row(4))
+    assert steps_of(tmp_path) == [*whole, 4]
+
+
+def test_rows_are_in_the_file_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", 1, **train_row(1))
+    assert steps_of(tmp_path) == [1]
+    writer.close()
+
+
+def test_errors_name_file_and_line(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: no such file; is .* a run"):
+        read_metrics(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    for line, message in (
+        ("rubbish", "line 2: not JSON"),
+        ("[1]", "line 2: not a JSON object"),
+        ('{"step": 1}', "line 2: no text field 'kind'"),
+        ('{"kind": "train", "step": 1.5}', "line 2: no whole number 'step'"),
+    ):
+        path.write_text(f'{{"kind": "event", "step": 0}}\n{line}\n')
+        for attempt in (read_metrics, lambda f: MetricsWriter(f, resume_step=5)):
+            with pytest.raises(ValueError, match=message) as caught:
+                attempt(tmp_path)
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rows_are_checked(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        with pytest.raises(ValueError, match="kind is 'trian'"):
+            writer.write("trian", 1)
+        with pytest.raises(ValueError, match="train row lacks lr, grad_norm"):
+            writer.write("train", 1, loss=1.0)
+        with pytest.raises(ValueError, match="a metric is a object"):
+            writer.write("event", 1, event="x", other=object())
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_warns_once_and_goes_on(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsWriter(tmp_path) as writer:
+        with pytest.warns(RuntimeWarning, match="No space left.*training goes on"):
+            writer.write("train", 1, **train_row(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            writer.write("train", 2, **train_row(2))
+        assert writer.lost_rows == 2
+
+
+def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, **train_row(1))
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with pytest.warns(RuntimeWarning, match="training goes on"):
+            try:
+                limit = path.stat().st_size + 50
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+                writer.write("train", 2, **train_row(2))
+                writer.write("train", 3, **train_row(3))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        writer.write("train", 4, **train_row(4))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 4]
+    assert rows[1]["lost_rows"] == 2
+
+
+def test_tensorboard_without_its_extra_names_it(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "tensorboardX":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"pip install 'jaxlm\[tensorboard\]'"):
+        MetricsWriter(tmp_path, tensorboard=True)
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write("train", 1, **train_row(1))
+        writer.write("eval", 1, loss=2.0, bits_per_byte=2.9, targets=10)
+        writer.write("sample", 1, text="b", prompt="a")
+    data = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+    assert b"train/loss" in data and b"eval/bits_per_byte" in data and b"sample" in data
+
+
+def small(**changes) -> ModelConfig:
+    values = {
+        "vocab_size": 11,
+        "num_layers": 3,
+        "model_dim": 8,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "hidden_dim": 20,
+        "context_length": 32,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def test_flops_equal_a_count_by_hand():
+    # q 8*4*6, k and v 8*2*6 each, o 4*6*8; gate, up and down 8*20 each; head 8*11.
+    layer = 192 + 2 * 96 + 192 + 3 * 160
+    assert matrix_params(small()) == 3 * layer + 88
+    # Each layer: scores and mix, 2 products * 6 * 4 heads * 6 dims * 16 keys.
+    assert flops_per_token(small(), 16) == 6 * (3 * layer + 88) + 3 * 2 * 6 * 4 * 6 * 16
+    assert matrix_params(small(tied_embeddings=False)) == 3 * layer + 88
+    assert matrix_params(small(gated=False)) == 3 * (layer - 160) + 88
+
+
+def test_flops_respect_sliding_windows():
+    # local, local, global repeated over four layers: three local ones.
+    local = small(num_layers=4, layer_pattern=("local", "local", "global"), window=5)
+    base = 6 * matrix_params(local)
+    assert flops_per_token(local, 16) - base == 12 * 4 * 6 * (5 + 5 + 16 + 5)
+    assert flops_per_token(local, 3) - base == 12 * 4 * 6 * 4 * 3
+
+
+def test_flops_need_a_vocabulary():
+    with pytest.raises(ValueError, match=r"model\.vocab_size is 0"):
+        flops_per_token(small(vocab_size=0), 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla K80", None),
+        ("TPU v99", None),
+    ],
+)
+def test_published_peaks(kind, peak):
+    assert published_peak_flops(kind) == peak
+
+
+def device(kind):
+    return mock.Mock(spec=jax.Device, platform="gpu", device_kind=kind, process_index=0)
+
+
+def test_peaks_add_up_and_an_unknown_device_has_none():
+    known, unknown = device("NVIDIA A100-SXM4-80GB"), device("Tesla K80")
+    assert peak_flops([known] * 4, "bfloat16") == 4 * 312e12
+    assert peak_flops([known, unknown], "bfloat16") is None
+
+
+def test_a_cpu_is_measured():
+    peak = measure_peak_flops("float32", seconds=0.02)
+    assert 1e8 < peak < 1e15
+
+
+def test_progress_line():
+    line = format_progress(
+        step=120,
+        steps=2000,
+        loss=2.3141,
+        lr=1.9e-2,
+        tokens_per_s=41234.0,
+        mfu=0.312,
+        data_wait=0.001,
+        eta_s=192.0,
+    )
+    assert line == (
+        "step  120/2000 [#-------------------] loss 2.314 lr 1.9e-02 41.2k tok/s "
+        "MFU 31% wait 0% eta 3:12"
+    )
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 100])
+def test_progress_fits_its_width(width):
+    line = format_progress(
+        step=9_999_999,
+        steps=10_000_000,
+        loss=1e30,
+        lr=1e-12,
+        tokens_per_s=123_456_789_012.0,
+        mfu=0.001,
+        data_wait=1.0,
+        eta_s=1e7,
+        width=width,
+    )
+    assert len(line) <= width and line.startswith("step  9999999/100")
+
+
+def test_progress_with_odd_values():
+    line = format_progress(
+        step=0, steps=1, loss=math.nan, tokens_per_s=math.inf, mfu=None, eta_s=math.nan
+    )
+    assert "loss nan" in line and "- tok/s" in line and "MFU" not in line
+
+
+def test_counts_and_times_in_words():
+    counts = [950, 999.9, 41_234, 99_960, 1_000_000, 10.77e6, 1.3e9]
+    assert [format_count(v) for v in counts] == [
+        *("950", "1.0k", "41.2k", "100k", "1.0M", "10.8M", "1.3B")
+    ]
+    spans = [0, 7.4, 192, 3723, 97_200]
+    assert [format_seconds(v) for v in spans] == [
+        *("0:00", "0:07", "3:12", "1:02:03", "1d 03h")
+    ]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_progress_in_a_file_is_a_line_every_ten_seconds():
+    stream, clock = io.StringIO(), Clock()
+    progress = ProgressLine(100, stream=stream, clock=clock)
+    for step in range(1, 96):
+        progress.update({"step": step, **train_row(step)})
+        clock.now += 0.5
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    shown = [int(line.split()[1].split("/")[0]) for line in lines]
+    assert shown == [1, 21, 41, 61, 81, 95]  # the first, each 10 s, and the last
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+    # 0.5 s a step on the clock, whatever the rows say: with evaluations in it.
+    assert lines[2].endswith("eta 0:30")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal_is_one_line_rewritten(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    stream, clock = Terminal(), Clock()
+    progress = ProgressLine(10, stream=stream, clock=clock)
+    for step in range(1, 11):
+        progress.update({"step": step, **train_row(step)})
+        clock.now += 1.0
+        if step == 5:
+            progress.note("held-out loss 2.000")
+    progress.close()
+    text = stream.getvalue()
+    assert text.count("\n") == 2 and text.endswith("\n")  # the note's and the last
+    drawn = [part.split("\x1b[K")[0] for part in text.split("\r")]
+    assert all(len(part) <= 69 for part in drawn)
+    assert "step 10/10" in drawn[-1]
