@@ -19,6 +19,7 @@ from jaxlm.model.positions import Rotation
 from jaxlm.ops import attention as attn
 from jaxlm.ops.dispatch import attention
 from jaxlm.ops.feed_forward import activate
+from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import product
 from jaxlm.ops.norm import inverse_rms, inverse_std, layer_norm, rms_norm
 from jaxlm.ops.probe import Probe
@@ -157,8 +158,10 @@ class Attention(nn.Module):
             return x
         if config.qk_norm == "head":
             return Norm(config, x.shape[-1:], name=f"{name}_norm")(x)
-        flat = x.reshape(*x.shape[:2], -1)
-        return Norm(config, x.shape[2:], name=f"{name}_norm")(flat).reshape(x.shape)
+        B, T, N, H = x.shape
+        flat = reshape(x, (B, T, N * H), (0, 1, 2))
+        flat = Norm(config, (N, H), name=f"{name}_norm")(flat)
+        return reshape(flat, (B, T, N, H), (0, 1, 2, None))
 
     def _sinks(self) -> Array | None:
         if not self.config.attention_sinks:
@@ -177,7 +180,9 @@ class Attention(nn.Module):
             ("attn_probs", probs),
             ("attn_lse", lse),
         ):
-            probe(site, x.reshape(x.shape[0], -1, *x.shape[3:]))
+            B, K, G = x.shape[:3]
+            rest = range(3, x.ndim)
+            probe(site, reshape(x, (B, K * G, *x.shape[3:]), (0, 1, *rest)))
 
     def _output(self, z: Float[Array, "B T N H"], probe: Probe) -> Array:
         config = self.config

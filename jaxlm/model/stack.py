@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, LayerKind, layer_kinds
 from jaxlm.model.cache import LayerCache
-from jaxlm.ops.linear import layout
+from jaxlm.ops.layout import layout, reshape
 from jaxlm.ops.probe import Probe, Tap
 from jaxlm.types import Params
 
@@ -101,12 +101,17 @@ def run_layers(
         return carry, None if new is None else _stack(new)
 
     grouped = jax.tree.map(
-        lambda v: v[:whole].reshape(groups, period, *v.shape[1:]), (layers, cache)
+        lambda v: reshape(
+            v[:whole], (groups, period, *v.shape[1:]), (None, None, *range(1, v.ndim))
+        ),
+        (layers, cache),
     )
     inputs = (jnp.arange(0, whole, period), *grouped)
     unroll = config.unroll_layers or groups
     carry, new = jax.lax.scan(group, carry, inputs, unroll=unroll)
-    new = jax.tree.map(lambda v: v.reshape(whole, *v.shape[2:]), new)
+    new = jax.tree.map(
+        lambda v: reshape(v, (whole, *v.shape[2:]), (None, *range(2, v.ndim))), new
+    )
     rest = range(whole, config.num_layers)
     if rest:
         carry, more = steps(carry, whole, pick(layers, rest), pick(cache, rest))

@@ -23,7 +23,7 @@ from jaxlm.ops.linear import compute_dtype, product
 from jaxlm.ops.probe import SITES, Probe, Tap, check_taps
 from jaxlm.ops.rope import sinusoids
 from jaxlm.sharding.rules import activation as shard
-from jaxlm.sharding.rules import batch_parts
+from jaxlm.sharding.rules import batch_parts, lay_out
 from jaxlm.types import Params, Trace
 
 
@@ -132,9 +132,7 @@ def init(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
     if not config.vocab_size:
         raise ValueError("model.vocab_size is 0: set it to the tokenizer's size")
     # Only shapes matter here; one row for each part into which a mesh cuts a batch.
-    tokens = jnp.zeros(
-        (batch_parts(), 1), jnp.int32, out_sharding=shard("batch", None)
-    )
+    tokens = jnp.zeros((batch_parts(), 1), jnp.int32, out_sharding=shard("batch", None))
     variables = Transformer(config).init(key, tokens, None, None, None, ())
     return variables["params"]
 
@@ -241,10 +239,13 @@ class Embedder(nn.Module):
         out = shard("batch", None, None)
         # Rounded to the compute dtype first, as the published Gemma models do.
         scale = jnp.asarray(config.embedding_scale, dtype)
-        x = gathered(self.table, "vocab").at[tokens].get(out_sharding=out)
+        # A lookup needs whole rows of the table on a device. Left to itself, the
+        # compiler replicates far more, forward and backward.
+        table = lay_out(self.table, "vocab", None)
+        x = table.at[tokens].get(out_sharding=out)
         x = x.astype(dtype) * scale
         if config.position == "learned":
-            table = gathered(self.positions, None)
+            table = lay_out(self.positions, None, None)
             x += table.at[positions].get(out_sharding=out).astype(dtype)
         elif config.position == "sinusoidal":
             x += sinusoids(positions, config.model_dim).astype(dtype)
@@ -256,15 +257,6 @@ class Embedder(nn.Module):
         return product(
             "BTD,VD->BTV", x, self.table, out_sharding=out, out_dtype=jnp.float32
         )
-
-
-def gathered(table: Float[Array, "V D"], rows: str | None) -> Float[Array, "V D"]:
-    """The table with whole rows on every device, as a lookup needs them.
-
-    Without this the compiler replicates far more, forward and backward.
-    """
-    out = shard(rows, None)
-    return table if out is None else jax.sharding.reshard(table, out)
 
 
 class Head(nn.Module):

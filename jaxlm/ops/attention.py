@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.ops.layout import reshape
 from jaxlm.ops.mask import attention_mask
 
 # Finite, so that a row in which everything is masked gives no NaN.
@@ -50,7 +51,7 @@ def attention_scores(
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    q_BTKGH = q.reshape(B, T, K, N // K, H)
+    q_BTKGH = reshape(q, (B, T, K, N // K, H), (0, 1, 2, None, 3))
     scores = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32
     )
@@ -99,4 +100,4 @@ def reference_attention(
         v,
         preferred_element_type=jnp.float32,
     )
-    return z.reshape(q.shape).astype(q.dtype)
+    return reshape(z, q.shape, (0, 1, 2, 4)).astype(q.dtype)

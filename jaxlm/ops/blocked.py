@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.attention import MASKED, AttentionSpec
+from jaxlm.ops.layout import reshape
 from jaxlm.ops.mask import attention_mask
 
 BLOCK = 256
@@ -27,7 +28,8 @@ def blocked_attention(
     """Attention with O(T * BLOCK) memory. T and S need not be multiples of BLOCK."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    q_BKGTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = reshape(q, (B, T, K, N // K, H), (0, 1, 2, None, 3))
+    q_BKGTH = q_BKGTH.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
     q_BKGTH = _pad(q_BKGTH, 3)
     k_BKSH, v_BKSH = _pad(k_BKSH, 2), _pad(v_BKSH, 2)
@@ -42,7 +44,7 @@ def blocked_attention(
     if spec.key_length is None and S % BLOCK:
         spec = replace(spec, key_length=jnp.full((1,), S, jnp.int32))
     z = _blocked(q_BKGTH, k_BKSH, v_BKSH, spec)[:, :, :, :T]
-    return z.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return reshape(z.transpose(0, 3, 1, 2, 4), (B, T, N, H), (0, 1, 2, 4))
 
 
 def _pad(x: Array, axis: int) -> Array:
@@ -138,7 +140,10 @@ def _sinks(spec: AttentionSpec, q) -> Float[Array, "K G 1"]:
 def _join(blocks: Array, axis: int) -> Array:
     """[n, ..., BLOCK, ...] -> [..., n * BLOCK, ...] along `axis` of the result."""
     x = jnp.moveaxis(blocks, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    before, after = range(axis), range(axis + 2, x.ndim)
+    size = x.shape[axis] * x.shape[axis + 1]
+    shape = (*x.shape[:axis], size, *x.shape[axis + 2 :])
+    return reshape(x, shape, (*before, None, *after))
 
 
 @jax.custom_vjp

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+from jaxlm.ops.layout import layout
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -33,17 +34,6 @@ def _cpu_multiplies_bfloat16() -> bool:
         return False
     flags = info.read_text().partition("flags")[2].partition("\n")[0].split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
-    """The sharding in x's type; None outside an Explicit mesh."""
-    abstract = isinstance(x, jax.ShapeDtypeStruct)
-    sharding = x.sharding if abstract else jax.typeof(x).sharding
-    if sharding is None or sharding.mesh.empty:
-        return None
-    if any(kind != AxisType.Explicit for kind in sharding.mesh.axis_types):
-        return None
-    return sharding
 
 
 def product(

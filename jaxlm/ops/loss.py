@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.ops.layout import reshape
+
 
 def cross_entropy(
     logits: Float[Array, "B T V"],
@@ -56,7 +58,9 @@ def chunked_cross_entropy(
     def chunks(x: Array) -> Array:
         """[B, T, ...] -> [n, B, chunk, ...]; the places added have weight 0."""
         x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+        B, T, *rest = x.shape
+        kept = (0, None, 1, *range(2, x.ndim))
+        x = reshape(x, (B, T // chunk, chunk, *rest), kept)
         return jnp.moveaxis(x, 1, 0)
 
     @jax.checkpoint

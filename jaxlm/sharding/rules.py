@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from jaxlm import tree
 
@@ -71,6 +72,12 @@ def activation(*axes: str | None) -> P | None:
     if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
         return None
     return spec(*axes)
+
+
+def lay_out(x: Array, *axes: str | None) -> Array:
+    """x with the layout of its logical `axes`; x itself without an Explicit mesh."""
+    out = activation(*axes)
+    return x if out is None else jax.sharding.reshard(x, out)
 
 
 def batch_parts() -> int:

@@ -44,6 +44,7 @@ def fit(
     writer: MetricsWriter,
     progress: ProgressLine,
     stop: StopRequest,
+    started: float | None = None,
 ) -> tuple[TrainState, int]:
     """Trains to `config.train.steps`, or until `stop` asks to end.
 
@@ -51,6 +52,7 @@ def fit(
       config: the whole run.
       state: taken over; it must not be used afterwards.
       batches: one batch a step, from the step of `state` on, laid out on the mesh.
+      started: `time.monotonic()` when the process began; None takes now.
 
     Returns:
       The state, saved, and the exit code (`stopping.py`).
@@ -63,6 +65,7 @@ def fit(
     train_step = make_train_step(config, optimizer)
     evaluate = _evaluator(config, hooks)
     first = int(state.step)
+    started = time.monotonic() if started is None else started
     log = _Log(config, writer, progress, first)
     saved_at, code = time.monotonic(), EXIT_DONE
 
@@ -80,12 +83,20 @@ def fit(
         save |= train.checkpoint_minutes > 0 and minutes >= train.checkpoint_minutes
         if _due(step, train.log_every) or save or step == first + 1:
             log.read()
+        if step == first + 1:
+            ready = time.monotonic() - started
+            writer.write("event", step, event="first step", since_start_s=ready)
+            progress.note(f"first step done {ready:.1f} s after the start")
 
         # Look.
         if evaluate and (last or _due(step, train.eval_every)):
             with log.paused():
                 evaluate(state.params, step, writer, progress)
-        if hooks.sample and train.sample_every and (last or _due(step, train.sample_every)):
+        if (
+            hooks.sample
+            and train.sample_every
+            and (last or _due(step, train.sample_every))
+        ):
             with log.paused():
                 text = hooks.sample(state.params, step)
                 writer.write("sample", step, text=text, prompt=train.sample_prompt)
@@ -113,7 +124,9 @@ def _evaluator(config: Config, hooks: Hooks) -> Callable[..., None] | None:
 
     def evaluate(params, step, writer: MetricsWriter, progress: ProgressLine) -> None:
         sums = [eval_step(params, batch) for batch in hooks.held_out()]
-        entropy, targets = (math.fsum(s) for s in zip(*jax.device_get(sums), strict=True))
+        entropy, targets = (
+            math.fsum(s) for s in zip(*jax.device_get(sums), strict=True)
+        )
         loss = entropy / targets
         bits = None
         if hooks.bytes_per_token is not None:
@@ -182,7 +195,9 @@ class _Log:
                 "grad_norm": m.grad_norm,
                 # The first step's time is that of the compiler.
                 "tokens_per_s": None if compiling else rate,
-                "mfu": None if compiling or not self._peak else rate * self._flops / self._peak,
+                "mfu": None
+                if compiling or not self._peak
+                else rate * self._flops / self._peak,
                 "data_wait_s": sum(waits) / len(waits),
                 "step_s": seconds / len(steps),
                 "tokens": self._tokens_per_step * step,

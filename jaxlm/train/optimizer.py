@@ -8,7 +8,7 @@ import optax
 
 from jaxlm import tree
 from jaxlm.config import OptimizerConfig
-from jaxlm.ops.linear import layout
+from jaxlm.ops.layout import layout
 from jaxlm.types import Params
 
 # Matrices inside the layers: muon's, with the axes that each maps from and to. The

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.transformer import features, unembed
+from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.train.optimizer import make_schedule
 from jaxlm.train.state import TrainState
@@ -79,7 +80,8 @@ def loss_and_grads(
 
     def cut(x: Array) -> Array:
         """[B, T] -> [parts, B / parts, T]; each part takes rows of every shard."""
-        return x.reshape(x.shape[0] // parts, parts, -1).swapaxes(0, 1)
+        B, T = x.shape
+        return reshape(x, (B // parts, parts, T), (0, None, 1)).swapaxes(0, 1)
 
     def accumulate(sums, part):
         (_, loss), grads = gradient(params, part)

@@ -1,0 +1,249 @@
+"""Generation: prefill the prompts, then decode in a `lax.scan` over a cache.
+
+Prompt lengths, cache lengths and chunks of decoding are rounded up to a few sizes, so
+that a prompt of another length runs the programs that are compiled already. The engine
+knows token ids only; text is the caller's.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.infer.sampling import NEVER, draw
+from jaxlm.model.cache import Cache, init_cache, unstack
+from jaxlm.model.transformer import features, forward, unembed
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.sharding.rules import batch_parts, lay_out
+from jaxlm.types import Params
+
+# Tokens decoded by one call of the compiled program. A stream shows text, and stops,
+# between calls.
+CHUNK = 16
+SMALLEST_BUCKET = 32
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns, on the host."""
+
+    tokens: Int[np.ndarray, "B max_new_tokens"]
+    """New tokens only, int32; after the end of a row 0."""
+    lengths: Int[np.ndarray, " B"]
+    """New tokens of each row, without the stop token."""
+    logprobs: Float[np.ndarray, "B max_new_tokens"]
+    """Log-probability of each token under the model, f32; after the end 0."""
+    prefill_s: float
+    """Seconds to read the prompts, without compiling when they were compiled before."""
+    decode_s: float
+    """Seconds of decoding."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Everything that decoding carries from token to token."""
+
+    cache: Cache
+    logits: Float[Array, "B V"]
+    """Of the next token, f32."""
+    count: Int[Array, ""]
+    """New tokens so far."""
+    done: Bool[Array, " B"]
+    """Rows that have drawn a stop token."""
+
+
+def bucket(length: int, largest: int) -> int:
+    """The size that `length` is rounded up to: a power of two, at most `largest`."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return min(size, largest)
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sample: SampleConfig,
+    key: Key[Array, ""],
+    *,
+    num_tokens: int | None = None,
+    on_tokens: Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
+    | None = None,
+) -> Generation:
+    """Continues each prompt.
+
+    A row's result depends on its prompt, its place in the batch and the key, not on
+    the other rows or their lengths.
+
+    Args:
+      config: the model.
+      params: stacked, as `init` and `load` give them.
+      prompts: token ids, at least one each; lengths may differ.
+      sample: how to draw, and when to stop.
+      key: a typed PRNG key.
+      num_tokens: ids below this exist in the tokenizer, so only they are drawn; None
+        is `config.vocab_size`.
+      on_tokens: called with each piece of new tokens as it comes and a mask of those
+        that belong to the text; returning True ends the generation.
+
+    Raises:
+      ValueError: for an empty prompt, an id outside the vocabulary, a text longer than
+        the context, or logits that are not finite.
+    """
+    num_tokens = config.vocab_size if num_tokens is None else num_tokens
+    rows = _check(config, prompts, sample, num_tokens)
+    lengths = np.array([len(p) for p in rows], np.int32)
+    width = bucket(int(lengths.max()), config.context_length)
+    tokens = np.zeros((len(rows), width), np.int32)
+    for row, prompt in zip(tokens, rows, strict=True):
+        row[: len(prompt)] = prompt
+    needed = int(lengths.max()) + sample.max_new_tokens
+    max_length = max(bucket(needed, config.context_length), width)
+    programs = _programs(config, max_length, _static(sample), num_tokens)
+
+    start = time.perf_counter()
+    state = programs.prefill(params, tokens, lengths)
+    jax.block_until_ready(state.logits)
+    prefill_s = time.perf_counter() - start
+
+    layers = programs.unstack(params)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
+    pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    start = time.perf_counter()
+    for first in range(0, sample.max_new_tokens, CHUNK):
+        state, *piece = programs.decode(layers, state, keys)
+        left = sample.max_new_tokens - first
+        new, inside, logprobs = (np.asarray(x)[: len(prompts), :left] for x in piece)
+        if np.isnan(logprobs).any():
+            raise ValueError(
+                "the model's logits are not finite: its parameters hold NaN or "
+                "infinities, or the compute dtype overflows (try --model.dtype float32)"
+            )
+        pieces.append((new, inside, logprobs))
+        stopped = on_tokens is not None and on_tokens(new, inside) is True
+        if stopped or not inside[:, -1].any():
+            break
+    decode_s = time.perf_counter() - start
+
+    new, inside, logprobs = (
+        np.concatenate(p, axis=1) for p in zip(*pieces, strict=True)
+    )
+    missing = ((0, 0), (0, sample.max_new_tokens - new.shape[1]))
+    return Generation(
+        tokens=np.pad(np.where(inside, new, 0), missing).astype(np.int32),
+        lengths=inside.sum(axis=1).astype(np.int32),
+        logprobs=np.pad(np.where(inside, logprobs, 0), missing).astype(np.float32),
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+    )
+
+
+def _check(config, prompts, sample: SampleConfig, num_tokens: int) -> list[list[int]]:
+    """The prompts, with copies of the first one up to a multiple of the mesh's parts."""
+    if not prompts:
+        raise ValueError("no prompts: give at least one")
+    if not 0 < num_tokens <= config.vocab_size:
+        raise ValueError(
+            f"num_tokens is {num_tokens}: it must be from 1 to model.vocab_size "
+            f"{config.vocab_size}"
+        )
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: give at least one token")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= num_tokens:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"prompt {i} has the id {wrong}; ids are 0 to {num_tokens - 1}"
+            )
+        total = len(prompt) + sample.max_new_tokens
+        if total > config.context_length:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, with {sample.max_new_tokens} new "
+                f"ones {total}: more than the model's context of "
+                f"{config.context_length}; shorten the prompt or lower max_new_tokens"
+            )
+    for stop in sample.stop_ids:
+        if not 0 <= stop < config.vocab_size:
+            raise ValueError(f"sample.stop_ids: {stop} is not in the vocabulary")
+    rows = [[int(t) for t in prompt] for prompt in prompts]
+    return rows + [rows[0]] * (-len(rows) % batch_parts())
+
+
+def _static(sample: SampleConfig) -> SampleConfig:
+    """Without what does not change the program."""
+    return replace(sample, max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class _Programs:
+    prefill: Callable[..., DecodeState]
+    unstack: Callable[[Params], Params]
+    decode: Callable[..., Any]
+
+
+@lru_cache(maxsize=32)
+def _programs(
+    config: ModelConfig, max_length: int, sample: SampleConfig, num_tokens: int
+) -> _Programs:
+    """Compiled functions for one model and one way to draw; shapes are jit's affair."""
+    dtype = compute_dtype(config.dtype)
+
+    def prefill(params, tokens, lengths) -> DecodeState:
+        tokens, lengths = lay_out(tokens, "batch", None), lay_out(lengths, "batch")
+        cache = init_cache(config, tokens.shape[0], max_length, dtype)
+        x, cache, _ = features(config, params, tokens, cache=cache)
+        # Only the last token of each prompt needs logits.
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
+        logits = unembed(config, params, last)[:, 0]
+        layers = unstack(cache.layers, config.num_layers)
+        return DecodeState(
+            cache=Cache(layers=layers, lengths=lengths),
+            logits=logits,
+            count=jnp.zeros((), jnp.int32),
+            done=jnp.zeros_like(lengths, dtype=bool),
+        )
+
+    def decode(params, state: DecodeState, keys):
+        keys = lay_out(keys, "batch")
+
+        def one(state: DecodeState, _):
+            keys_now = jax.vmap(lambda k: jax.random.fold_in(k, state.count))(keys)
+            exists = jnp.arange(config.vocab_size) < num_tokens
+            logits = jnp.where(exists, lay_out(state.logits, "batch", None), NEVER)
+            token, logprob = draw(
+                logits,
+                keys_now,
+                temperature=sample.temperature,
+                top_k=sample.top_k,
+                top_p=sample.top_p,
+            )
+            stop = jnp.zeros_like(state.done)
+            for stop_id in sample.stop_ids:
+                stop |= token == stop_id
+            inside = ~(state.done | stop)
+            out = forward(config, params, token[:, None], cache=state.cache)
+            new = DecodeState(out.cache, out.logits[:, 0], state.count + 1, ~inside)
+            return new, (token, inside, logprob)
+
+        state, out = jax.lax.scan(one, state, length=CHUNK)
+        return state, *(x.swapaxes(0, 1) for x in out)
+
+    def split(params):
+        return {**params, "layers": unstack(params["layers"], config.num_layers)}
+
+    return _Programs(
+        prefill=jax.jit(prefill),
+        unstack=jax.jit(split),
+        decode=jax.jit(decode, donate_argnums=1),
+    )
+

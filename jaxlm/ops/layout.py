@@ -1,0 +1,39 @@
+"""Layouts of arrays in an Explicit mesh, read off the arrays themselves.
+
+`ops` knows no rules table: a formula lays out its results as its inputs are.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+
+def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
+    """The sharding in x's type; None outside an Explicit mesh."""
+    abstract = isinstance(x, jax.ShapeDtypeStruct)
+    sharding = x.sharding if abstract else jax.typeof(x).sharding
+    if sharding is None or sharding.mesh.empty:
+        return None
+    if any(kind != AxisType.Explicit for kind in sharding.mesh.axis_types):
+        return None
+    return sharding
+
+
+def reshape(x: Array, shape: Sequence[int], kept: Sequence[int | None]) -> Array:
+    """`x.reshape(shape)`, with each dimension's layout stated.
+
+    Under Explicit axes a plain reshape is ambiguous where a dimension has size 1.
+
+    Args:
+      kept: for each dimension of the result, the dimension of x whose layout it has;
+        None: it is not cut.
+    """
+    sharding = layout(x)
+    if sharding is None:
+        return x.reshape(shape)
+    spec = P(*(None if axis is None else sharding.spec[axis] for axis in kept))
+    return jnp.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))

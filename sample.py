@@ -1,0 +1,146 @@
+"""Continue a text: python sample.py [RUN] --prompt ... (without RUN the newest run)"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from jaxtyping import Bool, Int
+
+from jaxlm.checkpoint.native import find_runs, load, load_config, load_tokenizer
+from jaxlm.cli import fail, parse, use_compile_cache
+from jaxlm.config import MeshConfig, SampleConfig
+from jaxlm.data.tokenizer import TextStream
+from jaxlm.infer.generate import Generation, generate
+from jaxlm.model.transformer import init
+from jaxlm.sharding import rules
+from jaxlm.sharding.mesh import make_mesh
+from jaxlm.train.stopping import EXIT_INTERRUPTED
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Continue a text with a trained model."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """Run folder or step folder; None takes the newest run below runs/."""
+    prompt: str = "\n"
+    """Text to continue."""
+    num_samples: int = 1
+    """Continuations, drawn together."""
+    seed: int = 0
+    """Seed of the draw."""
+    stats: bool = False
+    """Print tokens per second of prefill and decoding to stderr."""
+    dtype: str | None = None
+    """Compute dtype (float32, bfloat16); None takes the run's."""
+    sample: tyro.conf.OmitArgPrefixes[SampleConfig] = SampleConfig(temperature=0.8)
+    """How tokens are drawn."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """Devices to use."""
+
+
+def main() -> int:
+    arguments = parse(Arguments, None, sys.argv[1:], prog="sample.py")
+    if arguments.num_samples < 1:
+        fail(f"--num-samples is {arguments.num_samples}: it must be at least 1")
+    use_compile_cache()
+    try:
+        run = arguments.run or newest_run()
+        return write_samples(arguments, run)
+    except ValueError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print()
+        return EXIT_INTERRUPTED
+
+
+def newest_run() -> Path:
+    runs = find_runs()
+    if not runs:
+        raise ValueError(
+            "no run with a checkpoint below runs/: train one with `python train.py`, "
+            "or name a run folder"
+        )
+    return runs[0]
+
+
+def write_samples(arguments: Arguments, run: Path) -> int:
+    """Loads the model and writes each sample to stdout."""
+    model = load_config(run).model
+    if arguments.dtype is not None:
+        model = dataclasses.replace(model, dtype=arguments.dtype)
+    tokenizer = load_tokenizer(run)
+    sizes = dataclasses.asdict(arguments.mesh)
+    if any(size < 1 for size in sizes.values()):
+        raise ValueError(f"mesh {sizes}: say how many devices each axis has")
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    sample = arguments.sample
+    if not sample.stop_ids and tokenizer.eos_id is not None:
+        sample = dataclasses.replace(sample, stop_ids=(tokenizer.eos_id,))
+    prompt = tokenizer.encode(arguments.prompt)
+    if not len(prompt) and tokenizer.bos_id is not None:
+        prompt = np.array([tokenizer.bos_id])
+    with jax.set_mesh(make_mesh(arguments.mesh, devices)) as mesh:
+        shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+        _, params = load(run, shardings=rules.parameter_shardings(shapes, mesh))
+        printer = Printer(tokenizer, arguments.prompt, arguments.num_samples)
+        result = generate(
+            model,
+            params,
+            [prompt] * arguments.num_samples,
+            sample,
+            jax.random.key(arguments.seed),
+            num_tokens=tokenizer.vocab_size,
+            on_tokens=printer.feed,
+        )
+        printer.finish()
+    if arguments.stats:
+        print_stats(result, len(prompt) * arguments.num_samples)
+    return 0
+
+
+class Printer:
+    """Writes the first sample as it comes, and the others after it."""
+
+    def __init__(self, tokenizer, prompt: str, num_samples: int):
+        self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
+        self._texts = [prompt] * num_samples
+        self._many = num_samples > 1
+        if self._many:
+            print("--- sample 1")
+        print(prompt, end="", flush=True)
+
+    def feed(self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]) -> None:
+        for i, stream in enumerate(self._streams):
+            text = "".join(stream.feed(int(t)) for t in new[i][inside[i]])
+            self._add(i, text)
+
+    def _add(self, i: int, text: str) -> None:
+        self._texts[i] += text
+        if i == 0:
+            print(text, end="", flush=True)
+
+    def finish(self) -> None:
+        for i, stream in enumerate(self._streams):
+            self._add(i, stream.finish())
+        print()
+        for i, text in enumerate(self._texts[1:], start=2):
+            print(f"--- sample {i}\n{text}")
+
+
+def print_stats(result: Generation, prompt_tokens: int) -> None:
+    drawn = int(result.lengths.sum())
+    print(
+        f"prefill {prompt_tokens} tokens in {result.prefill_s:.2f} s "
+        f"({prompt_tokens / result.prefill_s:.0f} tokens/s), decode {drawn} tokens in "
+        f"{result.decode_s:.2f} s ({drawn / result.decode_s:.0f} tokens/s), "
+        "compiling included where it was needed",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Train a language model: python train.py [CONFIG_FILE] [--section.field value ...]"""
+
+import os
+import sys
+import time
+
+STARTED = time.monotonic()
+if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    # Huge pages for malloc: XLA:CPU maps its buffers anew in each step, and page
+    # faults cost large models a sixth of their speed. It can only be set from outside.
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from jaxlm import tree
+from jaxlm.checkpoint.native import Checkpoints, NoUsableCheckpoint, load
+from jaxlm.checkpoint.native import load_tokenizer as load_saved_tokenizer
+from jaxlm.cli import fail, read_config, use_compile_cache
+from jaxlm.config import EXECUTION_FIELDS, Config, diff, to_dict
+from jaxlm.data.loader import Dataset, batches, open_dataset, place
+from jaxlm.infer.generate import generate
+from jaxlm.sharding import rules
+from jaxlm.sharding.mesh import make_mesh
+from jaxlm.train.loop import Hooks, fit
+from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.picture import draw_loss_png
+from jaxlm.train.progress import ProgressLine
+from jaxlm.train.report import write_report
+from jaxlm.train.state import TrainState, abstract_state, init_state
+from jaxlm.train.stopping import (
+    EXIT_NO_CHECKPOINT,
+    EXIT_NOT_FINITE,
+    NotFinite,
+    StopRequest,
+)
+from jaxlm.types import Batch, Params
+
+SAMPLE_STREAM = 1  # of random numbers; parameters use the seed itself
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    config = read_config(sys.argv[1:], HERE / "configs" / "shakespeare.py")
+    if config.train.compile_cache:
+        use_compile_cache()
+    try:
+        with jax.set_mesh(make_mesh(config.mesh)):
+            return train(config)
+    except NoUsableCheckpoint as error:
+        fail(error, EXIT_NO_CHECKPOINT)
+    except NotFinite as error:
+        fail(error, EXIT_NOT_FINITE)
+    except ValueError as error:
+        fail(error)
+
+
+def train(config: Config) -> int:
+    """Runs a config to its end or to a stop; returns the exit code."""
+    settings = config.train
+    run = Path(settings.run_dir)
+    checkpoints = Checkpoints(
+        run, settings.keep, settings.keep_every, fresh=config.fresh
+    )
+    with checkpoints, StopRequest(settings.max_minutes) as stop:
+        dataset = open_data(config)
+        config = with_vocabulary(config, dataset.tokenizer.vocab_size)
+        optimizer = make_optimizer(config.optimizer, settings.steps)
+        state, resumed = start(config, optimizer, checkpoints, dataset)
+        step = int(state.step)
+        if resumed and step >= settings.steps:
+            print(f"{run}: all {step} steps are done; raise --train.steps or --fresh")
+            return 0
+        (run / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+
+        writer = MetricsWriter(
+            run,
+            resume_step=step if resumed else None,
+            tensorboard=settings.tensorboard,
+        )
+        progress = ProgressLine(settings.steps)
+        params = tree.count(state.params)
+        event = "resume" if resumed else "start"
+        writer.write("event", step, event=event, params=params)
+        progress.note(
+            f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text, "
+            f"{settings.steps - step} steps on {jax.device_count()} "
+            f"{jax.devices()[0].device_kind}"
+        )
+        rows = batches(
+            dataset,
+            settings.batch_size,
+            step,
+            rules.batch_sharding(jax.sharding.get_mesh()),
+            config.data.prefetch,
+        )
+        hooks = make_hooks(config, dataset, checkpoints)
+        try:
+            _, code = fit(
+                config,
+                optimizer,
+                state,
+                rows,
+                hooks,
+                writer=writer,
+                progress=progress,
+                stop=stop,
+                started=STARTED,
+            )
+        finally:
+            progress.close()
+            writer.close()
+            report = write_report([run], run / "report.html")
+            draw_loss_png(run, run / "loss.png")
+    print(f"{report}\npython sample.py {run}")
+    return code
+
+
+def open_data(config: Config) -> Dataset:
+    tokenizer = None
+    if config.init_from is not None:
+        tokenizer = load_saved_tokenizer(config.init_from)
+    return open_dataset(config.data, tokenizer, seed=config.train.seed)
+
+
+def with_vocabulary(config: Config, size: int) -> Config:
+    """The config with the vocabulary size set, and checked against the tokenizer's."""
+    model = config.model
+    if model.vocab_size == 0:
+        model = dataclasses.replace(model, vocab_size=size)
+    elif model.vocab_size < size:
+        raise ValueError(
+            f"model.vocab_size is {model.vocab_size}, but the tokenizer has {size} "
+            "tokens: raise it, or leave it at 0"
+        )
+    return dataclasses.replace(config, model=model)
+
+
+def start(
+    config: Config, optimizer, checkpoints: Checkpoints, dataset: Dataset
+) -> tuple[TrainState, bool]:
+    """The state to train from, and whether it continues this run."""
+    mesh = jax.sharding.get_mesh()
+    wanted = abstract_state(config.model, optimizer, mesh)
+    restored = checkpoints.restore_latest(
+        wanted.params,
+        wanted.opt_state,
+        config=config,
+        tokenizer_fingerprint=dataset.tokenizer.fingerprint,
+        data_fingerprint=dataset.fingerprint,
+    )
+    if restored is not None:
+        step = jax.device_put(restored.step, wanted.step.sharding)
+        return TrainState(step, restored.params, restored.opt_state), True
+    state = init_state(config.model, optimizer, config.train.seed, mesh)
+    if config.init_from is None:
+        return state, False
+    shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
+    model, params = load(config.init_from, shardings=shardings)
+    if lines := diff(model, config.model, ignore=EXECUTION_FIELDS):
+        raise ValueError(f"--init-from {config.init_from}: {'; '.join(lines)}")
+    return dataclasses.replace(state, params=params), False
+
+
+def make_hooks(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> Hooks:
+    size = (config.train.batch_size, config.data.sequence_length)
+    sharding = rules.batch_sharding(jax.sharding.get_mesh())
+    tokenizer = dataset.tokenizer
+    prompt = tokenizer.encode(config.train.sample_prompt)
+    drawing = dataclasses.replace(
+        config.sample, max_new_tokens=config.train.sample_tokens or 1
+    )
+
+    def held_out() -> list[Batch]:
+        for number in range(dataset.num_eval_batches(size[0])):
+            yield place(partial(dataset.eval_batch, number, size[0]), size, sharding)
+
+    def sample(params: Params, step: int) -> str:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), SAMPLE_STREAM)
+        result = generate(
+            config.model,
+            params,
+            [prompt],
+            drawing,
+            jax.random.fold_in(key, step),
+            num_tokens=tokenizer.vocab_size,
+        )
+        return tokenizer.decode(result.tokens[0, : result.lengths[0]])
+
+    def save(state: TrainState) -> None:
+        checkpoints.save(
+            int(state.step),
+            state.params,
+            state.opt_state,
+            config=config,
+            tokenizer=tokenizer,
+            data_fingerprint=dataset.fingerprint,
+            finite=True,
+        )
+
+    evaluates = dataset.num_eval_batches(size[0]) > 0
+    return Hooks(
+        save=save,
+        held_out=held_out if evaluates else None,
+        bytes_per_token=dataset.eval_bytes_per_token if evaluates else None,
+        sample=sample if config.train.sample_tokens else None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
