@@ -203,7 +203,8 @@ def _programs(
         cache = init_cache(config, tokens.shape[0], max_length, dtype)
         x, cache, _ = features(config, params, tokens, cache=cache)
         # Only the last token of each prompt needs logits.
-        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
+        ends = jnp.arange(tokens.shape[1]) == lengths[:, None] - 1
+        last = jnp.sum(jnp.where(ends[..., None], x, 0), axis=1, keepdims=True)
         logits = unembed(config, params, last)[:, 0]
         layers = unstack(cache.layers, config.num_layers)
         return DecodeState(

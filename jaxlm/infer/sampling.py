@@ -59,4 +59,6 @@ def draw(
             scaled = keep_top_p(scaled, top_p)
         tokens = jax.vmap(jax.random.categorical)(keys, scaled)
     tokens = tokens.astype(jnp.int32)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    # A comparison instead of an index: it keeps the layout of a sharded batch.
+    hit = jnp.arange(logits.shape[-1]) == tokens[:, None]
+    return tokens, jnp.sum(jnp.where(hit, logprobs, 0.0), axis=-1)
