@@ -83,7 +83,8 @@ def write_samples(arguments: Arguments, run: Path) -> int:
     prompt = tokenizer.encode(arguments.prompt)
     if not len(prompt) and tokenizer.bos_id is not None:
         prompt = np.array([tokenizer.bos_id])
-    with jax.set_mesh(make_mesh(arguments.mesh, devices)) as mesh:
+    mesh = make_mesh(arguments.mesh, devices)
+    with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
         _, params = load(run, shardings=rules.parameter_shardings(shapes, mesh))
         printer = Printer(tokenizer, arguments.prompt, arguments.num_samples)
@@ -113,7 +114,9 @@ class Printer:
             print("--- sample 1")
         print(prompt, end="", flush=True)
 
-    def feed(self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]) -> None:
+    def feed(
+        self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]
+    ) -> None:
         for i, stream in enumerate(self._streams):
             text = "".join(stream.feed(int(t)) for t in new[i][inside[i]])
             self._add(i, text)

@@ -247,4 +247,3 @@ def _programs(
         unstack=jax.jit(split),
         decode=jax.jit(decode, donate_argnums=1),
     )
-
