@@ -6,7 +6,7 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import jax
 import tyro
@@ -48,13 +48,14 @@ def parse(kind: type[T], default: T | None, arguments: Sequence[str], **options)
 
 
 def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
+    hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         name = prefix + f.name.replace("_", "-")
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from _flags(value, name + ".")
-        else:
-            yield name
+        elif not any(map(dataclasses.is_dataclass, get_args(hints[f.name]))):
+            yield name  # a section that is None has no flags
 
 
 def read_config(arguments: Sequence[str], default_file: Path) -> Config:

@@ -159,7 +159,7 @@ class ModelConfig:
     unroll_layers: int = 1
     """Groups of layers that one step of the scan runs; more compiles slower and can
     run faster. 0 unrolls all."""
-    attention: Literal["auto", "reference", "blocked"] = "auto"
+    attention: Literal["auto", "reference", "dense", "blocked"] = "auto"
     """Implementation of attention: auto picks by length, see docs/attention.md."""
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ from jaxlm.ops.dispatch import attention
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import product
-from jaxlm.ops.norm import inverse_rms, inverse_std, layer_norm, rms_norm
+from jaxlm.ops.norm import inverse_rms, inverse_std, normalize
 from jaxlm.ops.probe import Probe
 from jaxlm.ops.rope import rotate
 from jaxlm.sharding.rules import activation as shard
@@ -75,17 +75,14 @@ class Norm(nn.Module):
         config = self.config
         offset = config.norm == "rms_unit_offset"
         ones = nn.initializers.zeros if offset else nn.initializers.ones
-        scale = self.param("scale", ones, self.shape)
-        inverse_of = inverse_std if config.norm == "layer" else inverse_rms
-        inverse = inverse_of(x, config.norm_epsilon)
-        if probe is not None:
-            inverse = probe(site, inverse)
-        if config.norm != "layer":
-            return rms_norm(x, scale.reshape(-1), inverse, unit_offset=offset)
+        scale = self.param("scale", ones, self.shape).reshape(-1)
         bias = None
         if config.norm_bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape).reshape(-1)
-        return layer_norm(x, scale.reshape(-1), bias, inverse)
+        if probe is not None and probe.wants(site):
+            inverse_of = inverse_std if config.norm == "layer" else inverse_rms
+            probe(site, inverse_of(x, config.norm_epsilon))
+        return normalize(x, scale, bias, config.norm_epsilon, config.norm)
 
 
 def weight_init(config: ModelConfig, fan_in: int, residual: bool = False):

@@ -4,8 +4,13 @@ from jaxtyping import Array, Float
 
 from jaxlm.ops.attention import AttentionSpec, reference_attention
 from jaxlm.ops.blocked import blocked_attention
+from jaxlm.ops.dense import dense_attention
 
-IMPLEMENTATIONS = {"reference": reference_attention, "blocked": blocked_attention}
+IMPLEMENTATIONS = {
+    "reference": reference_attention,
+    "dense": dense_attention,
+    "blocked": blocked_attention,
+}
 
 # `auto` takes the memory-lean version from so many scores for each head on.
 BLOCKED_FROM = 1024 * 1024

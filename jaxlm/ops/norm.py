@@ -1,5 +1,7 @@
 """Normalisation over the last axis. All arithmetic in f32, results in x's dtype."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -53,3 +55,56 @@ def layer_norm(
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(
+    x: Float[Array, "*B D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    epsilon: float,
+    kind: str,
+) -> Float[Array, "*B D"]:
+    """`rms_norm` or `layer_norm` with its inverse, and a backward pass of its own.
+
+    The only thing saved is the normalised x in its own dtype.
+
+    Args:
+      epsilon: added to the mean square or the variance.
+      kind: `rms`, `rms_unit_offset` (multiply by `1 + scale`) or `layer`.
+    """
+    return _normalize_forward(x, scale, bias, epsilon, kind)[0]
+
+
+def _factor(scale, kind: str) -> Float[Array, " D"]:
+    return scale.astype(jnp.float32) + (1.0 if kind == "rms_unit_offset" else 0.0)
+
+
+def _normalize_forward(x, scale, bias, epsilon, kind):
+    x32 = x.astype(jnp.float32)
+    if kind == "layer":
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = inverse_rms(x32, epsilon)
+    # The barrier keeps XLA:CPU from computing it again at each use.
+    unit = jax.lax.optimization_barrier((x32 * inverse).astype(x.dtype))
+    y = unit.astype(jnp.float32) * _factor(scale, kind)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype), (unit, inverse, scale, bias)
+
+
+def _normalize_backward(epsilon, kind, residuals, g):
+    unit, inverse, scale, bias = residuals
+    unit32, g32 = unit.astype(jnp.float32), g.astype(jnp.float32)
+    rows = tuple(range(g.ndim - 1))
+    dunit = g32 * _factor(scale, kind)
+    inner = dunit - unit32 * jnp.mean(dunit * unit32, axis=-1, keepdims=True)
+    if kind == "layer":
+        inner = inner - jnp.mean(dunit, axis=-1, keepdims=True)
+    dx = jax.lax.optimization_barrier(inner) * inverse
+    dscale = jnp.sum(g32 * unit32, axis=rows)
+    dbias = None if bias is None else jnp.sum(g32, axis=rows).astype(bias.dtype)
+    return dx.astype(unit.dtype), dscale.astype(scale.dtype), dbias
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)

@@ -63,10 +63,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     elif config.name == "lion":
         rule = optax.lion(rate, **moments, weight_decay=decay, mask=decay_mask)
     elif config.name == "adafactor":
-        # optax applies its decay rate as it is, not times the learning rate.
+        # optax applies its decay rate as it is, not times the learning rate. What it
+        # returns goes downhill already, so the decay comes with a minus too.
         rule = optax.chain(
             optax.adafactor(None, multiply_by_parameter_scale=False),
-            optax.add_decayed_weights(decay, decay_mask),
+            optax.add_decayed_weights(-decay, decay_mask),
             optax.scale_by_learning_rate(rate, flip_sign=False),
         )
     else:

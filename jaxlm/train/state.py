@@ -21,7 +21,7 @@ from jaxlm.types import Params
 class TrainState:
     """Everything that a step changes. Keys are derived from the seed and the step."""
 
-    step: Int[Array, ""]
+    step: Int[Array, ""] | jax.ShapeDtypeStruct
     """Optimizer steps done."""
     params: Params
     """Master weights, f32."""

@@ -1,0 +1,43 @@
+"""What all tests share: where caches go, which device is used, and slow proofs."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Set here, before anything imports jax; child processes inherit both. Tests write
+# nothing outside temporary folders.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+import pytest
+
+# Test folders are no packages, so that two files may have one name. Modules that
+# several files of a folder share are found by name.
+sys.path += [str(p.parent) for p in Path(__file__).parent.glob("*/*_case.py")]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--run-slow", action="store_true", help="run the slow proofs too (minutes)"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--run-slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: needs --run-slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_unconfigure(config):
+    _CACHE.cleanup()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder of train.py and sample.py."""
+    return Path(__file__).parents[1]

@@ -1,0 +1,177 @@
+"""The table of layouts: every parameter has a row, and no row is ambiguous."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm import tree
+from jaxlm.config import ModelConfig
+from jaxlm.model.transformer import init
+from jaxlm.sharding import rules
+from jaxlm.sharding.mesh import AXES
+
+BASE = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    hidden_dim=64,
+    context_length=16,
+)
+# In the manner of: Llama, Qwen 2, Qwen 3, OLMo 2, GPT-2, GPT-NeoX, Gemma 2, gpt-oss,
+# the original Transformer.
+VARIANTS = {
+    "dense": {},
+    "untied": {"tied_embeddings": False},
+    "qkv_biases": {"attention_bias": True},
+    "head_norms": {"qk_norm": "head"},
+    "full_norms": {"qk_norm": "full", "norm_placement": "output"},
+    "learned": {
+        "position": "learned",
+        "norm": "layer",
+        "norm_bias": True,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "feed_forward_bias": True,
+        "gated": False,
+    },
+    "parallel": {"parallel_block": True, "norm": "layer", "norm_bias": True},
+    "sandwich": {
+        "norm_placement": "both",
+        "norm": "rms_unit_offset",
+        "layer_pattern": ("local", "global"),
+        "window": 4,
+    },
+    "sinks": {"attention_sinks": True, "attention_output_bias": True},
+    "post": {"norm_placement": "post", "final_norm": False, "norm": "layer"},
+}
+
+
+def abstract_mesh(data=1, fsdp=1, tensor=1):
+    return AbstractMesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
+    )
+
+
+def shapes_of(**changes):
+    config = dataclasses.replace(BASE, **changes)
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_has_a_layout(variant):
+    shapes = tree.flatten(shapes_of(**VARIANTS[variant]))
+    mesh = abstract_mesh(2, 2, 2)
+    shardings = tree.flatten(
+        rules.parameter_shardings(shapes_of(**VARIANTS[variant]), mesh)
+    )
+    assert shardings.keys() == shapes.keys()
+    for name, sharding in shardings.items():
+        assert isinstance(sharding, NamedSharding), name
+        # Every weight matrix is cut by both axes; only vectors are not.
+        big = len(shapes[name].shape) - name.startswith("layers/") >= 2
+        cut = {axis for entry in sharding.spec if entry for axis in (entry,)}
+        if big and "bias" not in name and "norm" not in name:
+            wanted = {"fsdp"} if name == "embed/positions" else {"fsdp", "tensor"}
+            assert cut == wanted, name
+
+
+def test_the_layouts_by_name():
+    """Written out, because an exchange of two axes would still divide everything."""
+    mesh = abstract_mesh(1, 2, 2)
+    shapes = shapes_of(tied_embeddings=False, attention_bias=True, qk_norm="full")
+    specs = {
+        name: sharding.spec
+        for name, sharding in tree.flatten(
+            rules.parameter_shardings(shapes, mesh)
+        ).items()
+    }
+    assert specs["embed/table"] == P("tensor", "fsdp")
+    assert specs["lm_head/kernel"] == P("fsdp", "tensor")
+    for name in "qkv":
+        assert specs[f"layers/attn/{name}"] == P(None, "fsdp", "tensor", None)
+        assert specs[f"layers/attn/{name}_bias"] == P(None, "tensor", None)
+    assert specs["layers/attn/o"] == P(None, "tensor", None, "fsdp")
+    assert specs["layers/attn/q_norm/scale"] == P(None, "tensor", None)
+    assert specs["layers/mlp/gate"] == P(None, "fsdp", "tensor")
+    assert specs["layers/mlp/up"] == P(None, "fsdp", "tensor")
+    assert specs["layers/mlp/down"] == P(None, "tensor", "fsdp")
+    assert specs["layers/attn_norm/scale"] == P(None, None)
+    assert specs["final_norm/scale"] == P(None)
+
+
+def test_no_rule_is_dead():
+    names = {
+        name
+        for changes in VARIANTS.values()
+        for name in tree.flatten(shapes_of(**changes))
+    }
+    used = set()
+    for name in names:
+        for row in rules.PARAMETER_AXES:
+            if rules.re.fullmatch(row[0], name):
+                used.add(row[0])
+    dead = {row[0] for row in rules.PARAMETER_AXES} - used
+    # Rows of parameters that no variant here has (experts, say) may be listed.
+    assert not {row for row in dead if "moe" not in row}
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    shapes = shapes_of()
+    extra = jax.ShapeDtypeStruct((2, 3), "float32")
+    shapes["layers"]["attn"]["gate_of_a_new_kind"] = extra
+    with pytest.raises(
+        ValueError, match=r"no sharding rule.*'layers/attn/gate_of_a_new_kind'.*add one"
+    ):
+        rules.parameter_shardings(shapes, abstract_mesh())
+    # The right name with another rank is another parameter.
+    with pytest.raises(ValueError, match=r"no sharding rule.*'layers/attn/q'"):
+        rules.parameter_spec("layers/attn/q", (2, 32, 32))
+    with pytest.raises(ValueError, match=r"no sharding rule.*'xlayers/attn/q'"):
+        rules.parameter_spec("xlayers/attn/q", (2, 32, 4, 8))
+
+
+def test_two_dimensions_on_one_mesh_axis_are_refused():
+    for axes in (("heads", "hidden"), ("batch", "model"), ("vocab", "vocab")):
+        with pytest.raises(ValueError, match=r"put two dimensions on '(tensor|fsdp)'"):
+            rules.spec(*axes)
+    assert rules.spec("batch", None, "heads") == P(("data", "fsdp"), None, "tensor")
+    with pytest.raises(KeyError):
+        rules.spec("no_such_axis")
+
+
+@pytest.mark.parametrize(
+    "axis, size, name",
+    [("tensor", 3, "embed/table"), ("tensor", 4, "layers/attn/k"), ("fsdp", 5, "")],
+)
+def test_an_axis_that_does_not_divide_names_parameter_and_remedy(axis, size, name):
+    with pytest.raises(
+        ValueError,
+        match=rf"mesh\.{axis} is {size}, which does not divide \d+ in the shape .*"
+        rf"'{name}.*choose another mesh\.{axis} or another size",
+    ):
+        rules.parameter_shardings(shapes_of(), abstract_mesh(**{axis: size}))
+
+
+def test_a_batch_is_cut_by_data_and_fsdp():
+    assert rules.batch_sharding(abstract_mesh(2, 2, 2)).spec == P(
+        ("data", "fsdp"), None
+    )
+    with jax.sharding.use_abstract_mesh(abstract_mesh(2, 4, 3)):
+        assert rules.batch_parts() == 8
+        assert rules.activation("batch", None) == P(("data", "fsdp"), None)
+
+
+def test_without_a_mesh_nothing_is_laid_out():
+    x = jax.numpy.ones((3, 2))
+    assert rules.activation("batch", None) is None
+    assert rules.batch_parts() == 1
+    assert rules.lay_out(x, "batch", None) is x
+    auto = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(auto):
+        assert rules.activation("batch", None) is None
