@@ -41,3 +41,19 @@ def pytest_unconfigure(config):
 def repository() -> Path:
     """The folder of train.py and sample.py."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def compilations():
+    """Names of the programs that XLA compiles from here on, as a growing list."""
+    from jax import monitoring
+
+    names = []
+
+    def listen(event, _seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    monitoring.unregister_event_duration_listener(listen)

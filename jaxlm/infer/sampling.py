@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int, Key
 
 # Finite: a row in which all is masked must not give NaN.
 NEVER = -1e30
+# Below this temperature quotients overflow, and the largest logit has all the weight.
+GREEDY_BELOW = 1e-30
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
@@ -40,7 +42,7 @@ def draw(
     Args:
       logits: f32.
       keys: one for each row, so that a row does not depend on its neighbours.
-      temperature: 0 takes the largest logit.
+      temperature: 0 (and less than `GREEDY_BELOW`) takes the largest logit.
       top_k: 0 keeps all.
       top_p: 1 keeps all.
 
@@ -49,7 +51,7 @@ def draw(
       before temperature and filters.
     """
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         tokens = jnp.argmax(logits, axis=-1)
     else:
         scaled = logits / temperature

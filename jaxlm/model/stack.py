@@ -159,7 +159,7 @@ def _buffers(block, taps, slots, x, kind, params, cache) -> dict[str, Array]:
     )
     missing = [tap.site for tap in taps if tap.site not in values]
     assert not missing, missing
-    places = {tap.site: slots[tap.site].max() + 1 for tap in taps}
+    places = {tap.site: int(slots[tap.site].max()) + 1 for tap in taps}
     places |= {tap.site: len(tap.layers) + 1 for tap in taps if tap.layers is not None}
 
     def zeros(value, n: int) -> Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxlm.ops.layout import layout
@@ -42,7 +43,7 @@ def product(
     w: Float[Array, "..."],
     *,
     out_sharding: P | None = None,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """`einsum(equation, x, w)` of an activation and a parameter.
 

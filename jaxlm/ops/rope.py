@@ -6,12 +6,13 @@ The scalings follow transformers' `modeling_rope_utils.py`, as tests prove.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def frequencies(rotary_dim: int, theta: float) -> Float[np.ndarray, " R//2"]:
+def frequencies(rotary_dim: int, theta: float) -> Float[np.ndarray, " {rotary_dim}//2"]:
     """Radians a position for each pair: `theta ** (-2i / rotary_dim)` (f64).
 
     Source: Su et al. 2021, arXiv:2104.09864.
@@ -45,7 +46,7 @@ def yarn_frequencies(
     beta_fast: float,
     beta_slow: float,
     truncate: bool,
-) -> Float[np.ndarray, " R//2"]:
+) -> Float[np.ndarray, " {rotary_dim}//2"]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the dimensions."""
 
     def dimension(rotations: float) -> float:
@@ -98,7 +99,7 @@ def dynamic_frequencies(
     factor: float,
     original: int,
     length: Int[Array, " B"],
-) -> Float[Array, "B R//2"]:
+) -> Float[Array, "B {rotary_dim}//2"]:
     """Dynamic NTK: theta grows with the length of the row beyond `original`.
 
     Args:
@@ -123,20 +124,36 @@ def rotation(
     return jnp.cos(angle) * attention_factor, jnp.sin(angle) * attention_factor
 
 
+@jax.custom_vjp
 def rotate(
     x: Float[Array, "B T N H"],
     cos: Float[Array, "B T P"],
     sin: Float[Array, "B T P"],
 ) -> Float[Array, "B T N H"]:
-    """Turns the first 2P dimensions of each head; the others pass (partial rotary)."""
+    """Turns the first 2P dimensions of each head; the others pass (partial rotary).
+
+    Its gradient is the turn back. cos and sin are taken as constants.
+    """
     P = cos.shape[-1]
-    x32 = x.astype(jnp.float32)
-    first, second, rest = x32[..., :P], x32[..., P : 2 * P], x[..., 2 * P :]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    cos2, sin2 = (jnp.concatenate(c, axis=-1) for c in ((cos, cos), (-sin, sin)))
+    x32 = x[..., : 2 * P].astype(jnp.float32)
+    swapped = jnp.concatenate([x32[..., P:], x32[..., :P]], axis=-1)
+    turned = (x32 * cos2 + swapped * sin2).astype(x.dtype)
+    rest = x[..., 2 * P :]
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def _rotate_forward(x, cos, sin):
+    return rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(residuals, g):
+    cos, sin = residuals
+    return rotate(g, cos, -sin), None, None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def sinusoids(positions: Int[Array, "B T"], model_dim: int) -> Float[Array, "B T D"]:

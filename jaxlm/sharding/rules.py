@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -103,7 +103,7 @@ def parameter_spec(name: str, shape: tuple[int, ...]) -> P:
     )
 
 
-def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A tree of `NamedSharding` for stacked parameters (arrays or shapes).
 
     Raises:
@@ -126,6 +126,6 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     return tree.map_with_name(sharding, params)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of every array of a `Batch`, `[B, T]`."""
     return NamedSharding(mesh, spec("batch", None))

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
+from parity_case import tokens, weights
 
 from jaxlm.config import ModelConfig
-from parity_case import tokens, weights
 
 
 def rope_parameters(c: ModelConfig) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def model_config(name: str, c: ModelConfig) -> hf.PreTrainedConfig:
 
 def _layer(name: str, c: ModelConfig, w: dict[str, np.ndarray]) -> dict[str, Any]:
     """Tensors of one layer by transformers' names; Linear weights are (out, in)."""
-    N, K, H, D = c.num_heads, c.num_kv_heads, c.head_dim, c.model_dim
+    N, H, D = c.num_heads, c.head_dim, c.model_dim
     q, k, v = (w[f"attn/{n}"].reshape(D, -1).T for n in "qkv")
     o = w["attn/o"].reshape(N * H, D).T
     up, down = w["mlp/up"].T, w["mlp/down"].T
@@ -166,7 +166,8 @@ def _layer(name: str, c: ModelConfig, w: dict[str, np.ndarray]) -> dict[str, Any
         out["self_attn.qkv_proj.weight"] = np.concatenate([q, k, v])
         out["mlp.gate_up_proj.weight"] = np.concatenate([gate, up])
     else:
-        out |= {f"self_attn.{n}_proj.weight": x for n, x in zip("qkv", (q, k, v))}
+        projections = zip("qkv", (q, k, v), strict=True)
+        out |= {f"self_attn.{n}_proj.weight": x for n, x in projections}
         out |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
     if c.attention_bias:
         for n in "qkv":
@@ -209,8 +210,7 @@ def state_dict(name: str, c: ModelConfig) -> dict[str, torch.Tensor]:
     if "final_norm/bias" in flat:
         out[f"{top}.{final}.bias"] = flat["final_norm/bias"]
     if not c.tied_embeddings:
-        head = "embed_out" if name.startswith("gpt_neox") else "lm_head"
-        out[f"{head}.weight"] = flat["lm_head/kernel"].T
+        out["lm_head.weight"] = flat["lm_head/kernel"].T
     for i in range(c.num_layers):
         layer = {
             path.removeprefix("layers/"): value[i]

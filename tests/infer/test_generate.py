@@ -1,0 +1,253 @@
+"""Generation against a plain loop of full forward passes, row by row."""
+
+import jax
+import numpy as np
+import pytest
+from toy_case import make_params, toy
+
+from jaxlm import tree
+from jaxlm.config import SampleConfig
+from jaxlm.infer import generate as engine
+from jaxlm.infer.generate import CHUNK, bucket, generate
+from jaxlm.model.transformer import forward
+
+CONFIG = toy()
+PARAMS = make_params(CONFIG, std=0.5)
+NEW = 20
+GREEDY = SampleConfig(temperature=0.0, max_new_tokens=NEW)
+DRAWN = SampleConfig(temperature=1.0, max_new_tokens=NEW)
+KEY = jax.random.key(7)
+RAGGED = [
+    np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist()
+    for n in (1, 7, 32)
+]
+LENGTH = 96
+
+
+@jax.jit
+def all_logprobs(params, tokens):
+    """[B, LENGTH, V] from one full forward pass without a cache."""
+    logits = forward(CONFIG, params, tokens).logits
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def logprobs_of(rows):
+    tokens = np.zeros((len(rows), LENGTH), np.int32)
+    for row, text in zip(tokens, rows, strict=True):
+        row[: len(text)] = text
+    return np.asarray(all_logprobs(PARAMS, tokens))
+
+
+def naive_greedy(prompts, new):
+    """Appends the most likely token, one full forward pass for each."""
+    rows = [list(p) for p in prompts]
+    for _ in range(new):
+        probs = logprobs_of(rows)
+        for i, row in enumerate(rows):
+            row.append(int(probs[i, len(row) - 1].argmax()))
+    return np.array([r[len(p) :] for r, p in zip(rows, prompts, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    return generate(CONFIG, PARAMS, RAGGED, GREEDY, KEY)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return generate(CONFIG, PARAMS, RAGGED, DRAWN, KEY)
+
+
+def test_greedy_tokens_are_those_of_a_naive_loop(greedy):
+    naive = naive_greedy(RAGGED, NEW)
+    assert greedy.tokens.dtype == np.int32 and greedy.tokens.shape == (3, NEW)
+    np.testing.assert_array_equal(greedy.tokens, naive)
+    assert greedy.lengths.tolist() == [NEW] * 3
+    # Not one token again and again: the comparison would see little.
+    assert all(len(set(row.tolist())) > 3 for row in naive)
+    # One weight changed in one layer gives another text.
+    q = PARAMS["layers"]["attn"]["q"].copy()
+    q[0, 0, 0, 0] += 1.0
+    other = tree.replace(PARAMS, "layers/attn/q", q)
+    changed = generate(CONFIG, other, RAGGED, GREEDY, KEY)
+    assert (changed.tokens != naive).any()
+
+
+@pytest.mark.parametrize("which", ["greedy", "drawn"])
+def test_logprobs_are_those_of_a_full_forward_pass(which, request):
+    result = request.getfixturevalue(which)
+    rows = [p + t.tolist() for p, t in zip(RAGGED, result.tokens, strict=True)]
+    full = logprobs_of(rows)
+    for i, prompt in enumerate(RAGGED):
+        places = len(prompt) - 1 + np.arange(NEW)
+        expected = full[i, places, result.tokens[i]]
+        # f32 sums over cached and over fresh keys round differently; seen: 1e-6.
+        np.testing.assert_allclose(result.logprobs[i], expected, atol=1e-5)
+
+
+def test_a_row_is_what_its_prompt_gives_alone(greedy, drawn):
+    for sample, batch in ((GREEDY, greedy), (DRAWN, drawn)):
+        # The first row's key does not depend on the size of the batch.
+        alone = generate(CONFIG, PARAMS, RAGGED[:1], sample, KEY)
+        np.testing.assert_array_equal(alone.tokens[0], batch.tokens[0])
+        np.testing.assert_allclose(alone.logprobs[0], batch.logprobs[0], atol=1e-5)
+        for row, prompt in enumerate(RAGGED):
+            # Other neighbours, and with the last also another width of the batch.
+            mates = [prompt if i == row else RAGGED[0] for i in range(3)]
+            same = generate(CONFIG, PARAMS, mates, sample, KEY)
+            np.testing.assert_array_equal(same.tokens[row], batch.tokens[row])
+    assert (drawn.tokens != greedy.tokens).any()
+
+
+def test_a_longer_neighbour_changes_nothing(greedy, drawn):
+    """A prompt of 40 tokens puts the batch into the next bucket."""
+    long = np.arange(40) % CONFIG.vocab_size
+    for sample, batch in ((GREEDY, greedy), (DRAWN, drawn)):
+        wide = generate(CONFIG, PARAMS, [*RAGGED[:2], long.tolist()], sample, KEY)
+        np.testing.assert_array_equal(wide.tokens[:2], batch.tokens[:2])
+        np.testing.assert_allclose(wide.logprobs[:2], batch.logprobs[:2], atol=1e-5)
+
+
+def test_rows_of_one_prompt_and_other_keys_differ(drawn):
+    same = generate(CONFIG, PARAMS, [RAGGED[1]] * 3, DRAWN, KEY)
+    assert len({row.tobytes() for row in same.tokens}) == 3
+    again = generate(CONFIG, PARAMS, RAGGED, DRAWN, KEY)
+    np.testing.assert_array_equal(again.tokens, drawn.tokens)
+    other = generate(CONFIG, PARAMS, RAGGED, DRAWN, jax.random.key(8))
+    assert (other.tokens != drawn.tokens).any(axis=1).all()
+
+
+def test_stop_tokens_end_a_row_and_are_not_part_of_it(greedy):
+    stops = (int(greedy.tokens[0, 4]), int(greedy.tokens[1, 9]))
+    sample = SampleConfig(temperature=0.0, max_new_tokens=NEW, stop_ids=stops)
+    result = generate(CONFIG, PARAMS, RAGGED, sample, KEY)
+    for row, full in zip(range(3), greedy.tokens.tolist(), strict=True):
+        ends = [i for i, token in enumerate(full) if token in stops] or [NEW]
+        end = ends[0]
+        assert result.lengths[row] == end
+        assert result.tokens[row].tolist() == full[:end] + [0] * (NEW - end)
+        assert (result.logprobs[row, :end] != 0).all()
+        assert (result.logprobs[row, end:] == 0).all()
+    assert result.lengths[0] <= 4 and result.lengths[1] <= 9
+
+
+def test_when_all_rows_have_stopped_decoding_ends(greedy):
+    stop = int(greedy.tokens[0, 0])
+    sample = SampleConfig(temperature=0.0, max_new_tokens=NEW, stop_ids=(stop,))
+    calls = []
+    result = generate(
+        *(CONFIG, PARAMS, [RAGGED[0]] * 3, sample, KEY),
+        on_tokens=lambda new, inside: calls.append(inside),
+    )
+    assert result.lengths.tolist() == [0, 0, 0] and not result.tokens.any()
+    assert result.tokens.shape == (3, NEW)
+    assert len(calls) == 1 and not calls[0].any()
+
+
+@pytest.mark.parametrize("sample", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_ids_beyond_the_tokenizer_are_never_drawn(sample):
+    """A padded vocabulary, whose padding would win nearly every draw."""
+    kernel = PARAMS["lm_head"]["kernel"].copy()
+    kernel[:, 40:] *= 50
+    params = tree.replace(PARAMS, "lm_head/kernel", kernel)
+    prompts = [[1], [2], [3]]
+    free = generate(CONFIG, params, prompts, sample, KEY)
+    assert (free.tokens >= 40).mean() > 0.5
+    bound = generate(CONFIG, params, prompts, sample, KEY, num_tokens=40)
+    assert (bound.tokens < 40).all() and np.isfinite(bound.logprobs).all()
+
+
+def test_a_stream_gives_the_same_tokens_in_order(greedy):
+    pieces = []
+
+    def feed(new, inside):
+        pieces.append((new.copy(), inside.copy()))
+
+    generate(CONFIG, PARAMS, RAGGED, GREEDY, KEY, on_tokens=feed)
+    assert [new.shape for new, _ in pieces] == [(3, CHUNK), (3, NEW - CHUNK)]
+    assert all(inside.all() for _, inside in pieces)
+    np.testing.assert_array_equal(
+        np.concatenate([new for new, _ in pieces], axis=1), greedy.tokens
+    )
+
+
+def test_a_stream_can_end_the_generation(greedy):
+    calls = []
+    result = generate(
+        *(CONFIG, PARAMS, RAGGED, GREEDY, KEY),
+        on_tokens=lambda new, inside: calls.append(1) or True,
+    )
+    assert len(calls) == 1 and result.lengths.tolist() == [CHUNK] * 3
+    np.testing.assert_array_equal(result.tokens[:, :CHUNK], greedy.tokens[:, :CHUNK])
+    assert not result.tokens[:, CHUNK:].any() and result.tokens.shape == (3, NEW)
+
+
+def test_other_prompts_of_one_bucket_compile_nothing(greedy, compilations):
+    generate(CONFIG, PARAMS, [[1, 2, 3]] * 3, GREEDY, KEY)
+    before = list(compilations)
+    for lengths in ((1, 2, 3), (30, 5, 12), (10, 10, 10)):
+        prompts = [list(range(1, n + 1)) for n in lengths]
+        generate(CONFIG, PARAMS, prompts, GREEDY, jax.random.key(3))
+    assert compilations == before
+    # The count sees a program for another number of rows.
+    generate(CONFIG, PARAMS, [[1, 2, 3]] * 5, GREEDY, KEY)
+    assert len(compilations) > len(before)
+
+
+def test_bucket():
+    assert [bucket(n, 1000) for n in (1, 32, 33, 64, 65, 512, 513, 1000)] == [
+        *(32, 32, 64, 64, 128, 512, 1000, 1000)
+    ]
+    assert bucket(5, 20) == 20
+
+
+def test_the_whole_context_can_be_used():
+    """Prompt and new tokens fill the context exactly; one more is refused."""
+    prompt = np.arange(CONFIG.context_length - NEW) % CONFIG.vocab_size
+    result = generate(CONFIG, PARAMS, [prompt.tolist()], GREEDY, KEY)
+    np.testing.assert_array_equal(result.tokens, naive_greedy([prompt.tolist()], NEW))
+    with pytest.raises(
+        ValueError, match=r"prompt 0 has 77 tokens, with 20 new ones 97: more than the "
+    ):
+        generate(CONFIG, PARAMS, [[0, *prompt.tolist()]], GREEDY, KEY)
+
+
+@pytest.mark.parametrize(
+    "prompts, sample, options, message",
+    [
+        ([], GREEDY, {}, r"no prompts: give at least one"),
+        ([[1], []], GREEDY, {}, r"prompt 1 is empty: give at least one token"),
+        ([[1], [2, 48]], GREEDY, {}, r"prompt 1 has the id 48; ids are 0 to 47"),
+        ([[-1, 2]], GREEDY, {}, r"prompt 0 has the id -1; ids are 0 to 47"),
+        ([[40]], GREEDY, {"num_tokens": 40}, r"the id 40; ids are 0 to 39"),
+        ([[1]], GREEDY, {"num_tokens": 49}, r"num_tokens is 49: .* from 1 to .* 48"),
+        ([[1]], GREEDY, {"num_tokens": 0}, r"num_tokens is 0"),
+        ([[1] * 97], GREEDY, {}, r"prompt 0 has 97 tokens.*shorten the prompt or low"),
+        (
+            [[1]],
+            SampleConfig(max_new_tokens=96),
+            {},
+            r"with 96 new ones 97: more than the model's context of 96",
+        ),
+        ([[1]], SampleConfig(stop_ids=(48,), max_new_tokens=2), {}, r"stop_ids: 48 is"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    monkeypatch, prompts, sample, options, message
+):
+    def no_programs(*_):
+        raise AssertionError("the check came too late")
+
+    monkeypatch.setattr(engine, "_programs", no_programs)
+    with pytest.raises(ValueError, match=message):
+        generate(CONFIG, PARAMS, prompts, sample, KEY, **options)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("sample", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_parameters_that_are_not_finite_are_refused(bad, sample):
+    scale = PARAMS["final_norm"]["scale"].copy()
+    scale[3] = bad
+    params = tree.replace(PARAMS, "final_norm/scale", scale)
+    with pytest.raises(ValueError, match=r"logits are not finite: its parameters hold"):
+        generate(CONFIG, params, RAGGED, sample, KEY)
