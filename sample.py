@@ -140,7 +140,7 @@ def print_stats(result: Generation, prompt_tokens: int) -> None:
         f"prefill {prompt_tokens} tokens in {result.prefill_s:.2f} s "
         f"({prompt_tokens / result.prefill_s:.0f} tokens/s), decode {drawn} tokens in "
         f"{result.decode_s:.2f} s ({drawn / result.decode_s:.0f} tokens/s), "
-        "compiling included where it was needed",
+        f"compiling {result.compile_s:.1f} s",
         file=sys.stderr,
     )
 

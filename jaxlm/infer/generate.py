@@ -41,9 +41,11 @@ class Generation:
     logprobs: Float[np.ndarray, "B max_new_tokens"]
     """Log-probability of each token under the model, f32; after the end 0."""
     prefill_s: float
-    """Seconds to read the prompts, without compiling when they were compiled before."""
+    """Seconds to read the prompts, compiling left out."""
     decode_s: float
-    """Seconds of decoding."""
+    """Seconds of decoding, compiling left out."""
+    compile_s: float
+    """Seconds of compiling; 0 when the programs were there."""
 
 
 @jax.tree_util.register_dataclass
@@ -110,15 +112,15 @@ def generate(
     max_length = max(bucket(needed, config.context_length), width)
     programs = _programs(config, max_length, _static(sample), num_tokens)
 
-    start = time.perf_counter()
+    clock = _Clock(programs)
     state = programs.prefill(params, tokens, lengths)
     jax.block_until_ready(state.logits)
-    prefill_s = time.perf_counter() - start
+    prefill_s = clock.lap()
 
     layers = programs.unstack(params)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
     pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    start = time.perf_counter()
+    clock.lap()
     for first in range(0, sample.max_new_tokens, CHUNK):
         state, *piece = programs.decode(layers, state, keys)
         left = sample.max_new_tokens - first
@@ -132,7 +134,7 @@ def generate(
         stopped = on_tokens is not None and on_tokens(new, inside) is True
         if stopped or not inside[:, -1].any():
             break
-    decode_s = time.perf_counter() - start
+    decode_s = clock.lap()
 
     new, inside, logprobs = (
         np.concatenate(p, axis=1) for p in zip(*pieces, strict=True)
@@ -144,6 +146,7 @@ def generate(
         logprobs=np.pad(np.where(inside, logprobs, 0), missing).astype(np.float32),
         prefill_s=prefill_s,
         decode_s=decode_s,
+        compile_s=clock.compile_s,
     )
 
 
@@ -184,11 +187,54 @@ def _static(sample: SampleConfig) -> SampleConfig:
     return replace(sample, max_new_tokens=1)
 
 
+class _Program:
+    """A jitted function that counts the seconds it spends compiling."""
+
+    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...] = ()):
+        self._jitted = jax.jit(function, donate_argnums=donate)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self.compile_s = 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        types = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        if (structure, types) not in self._compiled:
+            start = time.perf_counter()
+            compiled = self._jitted.lower(*arguments).compile()
+            self._compiled[structure, types] = compiled
+            self.compile_s += time.perf_counter() - start
+        return self._compiled[structure, types](*arguments)
+
+
 @dataclass(frozen=True)
 class _Programs:
-    prefill: Callable[..., DecodeState]
-    unstack: Callable[[Params], Params]
-    decode: Callable[..., Any]
+    prefill: _Program
+    unstack: _Program
+    decode: _Program
+
+    @property
+    def compile_s(self) -> float:
+        return self.prefill.compile_s + self.unstack.compile_s + self.decode.compile_s
+
+
+class _Clock:
+    """Times stretches of a generation, compiling left out."""
+
+    def __init__(self, programs: _Programs):
+        self._programs = programs
+        self._compiled_before = programs.compile_s
+        self._lap = time.perf_counter(), self._compiled_before
+
+    @property
+    def compile_s(self) -> float:
+        return self._programs.compile_s - self._compiled_before
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now, compiled = time.perf_counter(), self._programs.compile_s
+        seconds = (now - self._lap[0]) - (compiled - self._lap[1])
+        self._lap = now, compiled
+        return seconds
 
 
 @lru_cache(maxsize=32)
@@ -243,7 +289,7 @@ def _programs(
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
     return _Programs(
-        prefill=jax.jit(prefill),
-        unstack=jax.jit(split),
-        decode=jax.jit(decode, donate_argnums=1),
+        prefill=_Program(prefill),
+        unstack=_Program(split),
+        decode=_Program(decode, donate=(1,)),
     )

@@ -6,10 +6,11 @@ and `dispatch.py` picks one.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.mask import attention_mask
@@ -31,15 +32,18 @@ class AttentionSpec:
     """Tokens that a query sees, itself included; None: all."""
     soft_cap: float | None = field(default=None, metadata={"static": True})
     """Scores become cap * tanh(scores / cap)."""
-    sinks: Float[Array, " N"] | None = None
-    """A logit for each head that takes part in the softmax and gives nothing."""
-    query_segments: Int[Array, "B T"] | None = None
-    """Attention stays inside a segment (with key_segments)."""
-    key_segments: Int[Array, "B S"] | None = None
-    query_index: Int[Array, "B T"] | None = None
-    """Place of each query among the keys; None: 0 to T - 1."""
-    key_length: Int[Array, " B"] | None = None
-    """Keys from this place on are hidden; None: all S are there."""
+    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
+    # are given below, but not checked.
+    sinks: Any = None
+    """[N]: a logit for each head that takes part in the softmax and gives nothing."""
+    query_segments: Any = None
+    """[B, T] int32: attention stays inside a segment (with key_segments)."""
+    key_segments: Any = None
+    """[B, S] int32."""
+    query_index: Any = None
+    """[B, T] int32: place of each query among the keys; None: 0 to T - 1."""
+    key_length: Any = None
+    """[B] int32: keys from this place on are hidden; None: all S are there."""
 
 
 def attention_scores(

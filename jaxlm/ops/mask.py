@@ -12,7 +12,7 @@ def attention_mask(
     window: int | None = None,
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
-    key_length: Int[Array, " B"] | None = None,
+    key_length: Int[Array, " #B"] | None = None,
 ) -> Bool[Array, "#B T S"]:
     """True where query t may attend to key s.
 

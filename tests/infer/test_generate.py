@@ -64,7 +64,7 @@ def test_greedy_tokens_are_those_of_a_naive_loop(greedy):
     np.testing.assert_array_equal(greedy.tokens, naive)
     assert greedy.lengths.tolist() == [NEW] * 3
     # Not one token again and again: the comparison would see little.
-    assert all(len(set(row.tolist())) > 3 for row in naive)
+    assert len(np.unique(naive)) > 5
     # One weight changed in one layer gives another text.
     q = PARAMS["layers"]["attn"]["q"].copy()
     q[0, 0, 0, 0] += 1.0

@@ -134,12 +134,14 @@ def test_toys_keep_every_choice(name):
 
 
 def kinds() -> dict[str, ModelConfig]:
-    """One toy for each kind of model: numbers alone make no other program."""
+    """One toy for each kind of model, grouped-query where the kind has such.
+
+    Models that differ in numbers and in nothing else run the same program.
+    """
     found = {}
     for name, config in PRESETS.items():
         small = toy(config)
         scaling = small.rope_scaling
-        grouped = min(small.num_heads // small.num_kv_heads, 2)
         kind = dataclasses.replace(
             small,
             rope_theta=1e4,
@@ -147,10 +149,14 @@ def kinds() -> dict[str, ModelConfig]:
             attention_scale=None,
             embedding_scale=1.0 if small.embedding_scale == 1.0 else 2.0,
             rope_scaling=scaling if scaling and scaling.kind == "longrope" else None,
-            num_heads=grouped * small.num_kv_heads,
+            num_heads=3,
+            num_kv_heads=3,
             tied_embeddings=True,
         )
-        found.setdefault(kind, (name, small))
+        grouped = small.num_heads > small.num_kv_heads
+        old = found.get(kind, (name, small))[1]
+        if kind not in found or (grouped and old.num_heads == old.num_kv_heads):
+            found[kind] = (name, small)
     return dict(found.values())
 
 
@@ -190,8 +196,9 @@ def test_a_toy_trains_and_decodes(name):
         return logits.swapaxes(0, 1), cache.lengths
 
     loss, logits, new, norm = step(params)
-    after = step(new)[0]
-    assert after == pytest.approx(loss - 1e-2 * norm, abs=0.3 * 1e-2 * norm)
+    assert norm > 0.1
+    fall = float(loss - step(new)[0])
+    assert fall == pytest.approx(1e-2 * float(norm), rel=0.3)
     decoded, lengths = decode(params)
     assert lengths.tolist() == [20, 20]
     # f32 sums in another order.

@@ -1,0 +1,262 @@
+"""Training throughput beside the peers, same shapes, in one run.
+
+python benchmarks/train_step.py --peer-python PATH [--nanogpt FOLDER] [--rounds 3]
+
+Alternates jaxlm and each peer, a process each, `rounds` times, and prints the medians,
+their ratio, and the share of this machine's matrix-product peak. PATH is a Python with
+torch and transformers; FOLDER is a clone of nanoGPT. Results go to
+benchmarks/results/train_step.json. Run it on a quiet machine: the script refuses when
+other processes use more than a fifth of a core.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "train_step.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape and the peer that is timed on it."""
+
+    batch: int
+    length: int
+    peer: str
+    model: dict
+
+
+CASES = {
+    "smollm2-135m": Case(
+        batch=4,
+        length=256,
+        peer="transformers",
+        model=dict(
+            vocab_size=49152,
+            num_layers=30,
+            model_dim=576,
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+            hidden_dim=1536,
+            context_length=256,
+            rope_theta=100_000.0,
+            norm_epsilon=1e-5,
+        ),
+    ),
+    "nanogpt-baby": Case(
+        batch=16,
+        length=256,
+        peer="nanogpt",
+        model=dict(
+            vocab_size=65,
+            num_layers=6,
+            model_dim=384,
+            num_heads=6,
+            num_kv_heads=6,
+            head_dim=64,
+            hidden_dim=1536,
+            context_length=256,
+            position="learned",
+            norm="layer",
+            norm_epsilon=1e-5,
+            gated=False,
+            activation="gelu",
+        ),
+    ),
+}
+
+
+def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
+    """Seconds of each step, in this process."""
+    import jax
+    import numpy as np
+
+    from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig
+    from jaxlm.config import TrainConfig
+    from jaxlm.sharding import rules
+    from jaxlm.sharding.mesh import make_mesh
+    from jaxlm.config import MeshConfig
+    from jaxlm.train.optimizer import make_optimizer
+    from jaxlm.train.state import init_state
+    from jaxlm.train.step import make_train_step
+    from jaxlm.train.throughput import flops_per_token, measure_peak_flops
+    from jaxlm.types import Batch
+
+    case = CASES[name]
+    B, T = case.batch, case.length
+    # Six layers or fewer compile fast enough unrolled, and run faster so.
+    unroll = 0 if case.model["num_layers"] <= 8 else 1
+    config = Config(
+        model=ModelConfig(**case.model, dtype=dtype, unroll_layers=unroll),
+        data=DataConfig(sequence_length=T),
+        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.99, schedule="constant"),
+        train=TrainConfig(batch_size=B),
+    )
+    ids = np.random.default_rng(0).integers(0, case.model["vocab_size"], (B, T + 1))
+    batch = Batch(
+        tokens=ids[:, :-1].astype(np.int32),
+        targets=ids[:, 1:].astype(np.int32),
+        positions=np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+        segment_ids=np.ones((B, T), np.int32),
+        loss_weights=np.ones((B, T), np.float32),
+    )
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        state = init_state(config.model, optimizer, 0, mesh)
+        batch = jax.device_put(batch, rules.batch_sharding(mesh))
+        train_step = make_train_step(config, optimizer)
+        start = time.perf_counter()
+        state, metrics = train_step(state, batch)
+        first_loss = float(metrics.loss)
+        compile_s = time.perf_counter() - start
+        seconds = []
+        for _ in range(steps + 2):
+            start = time.perf_counter()
+            state, metrics = train_step(state, batch)
+            last_loss = float(metrics.loss)
+            seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": seconds[2:],
+        "first_step_s": compile_s,
+        "losses": [first_loss, last_loss],
+        "flops_per_token": flops_per_token(config.model, T),
+        "peak_flops": measure_peak_flops(jax.numpy.dtype(dtype)),
+        "version": jax.__version__,
+    }
+
+
+# What train.py sets for itself: see there.
+MALLOC = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=268435456"
+)
+
+
+def child(command: list[str], malloc: bool) -> dict:
+    """Runs a command that prints one JSON line last."""
+    environment = dict(os.environ)
+    environment.pop("GLIBC_TUNABLES", None)
+    if malloc:
+        environment["GLIBC_TUNABLES"] = MALLOC
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def foreign_cores(seconds: float = 2.0) -> float:
+    """Cores that other processes use now (Linux)."""
+
+    def busy() -> float:
+        fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+        idle = int(fields[3]) + int(fields[4])
+        return (sum(map(int, fields[:8])) - idle) / os.sysconf("SC_CLK_TCK")
+
+    before = busy()
+    time.sleep(seconds)
+    return (busy() - before) / seconds
+
+
+def compare(name: str, arguments: argparse.Namespace) -> dict:
+    """Alternates jaxlm and the peer of a case."""
+    case = CASES[name]
+    tokens = case.batch * case.length
+    runs: dict[str, list[dict]] = {"jaxlm": [], case.peer: []}
+    peer = [arguments.peer_python, str(HERE / "peer_train.py"), case.peer]
+    peer += ["--dtype", arguments.dtype, "--steps", str(arguments.steps)]
+    if case.peer == "nanogpt":
+        peer += ["--nanogpt", arguments.nanogpt]
+    ours = [sys.executable, __file__, "--child", name]
+    ours += ["--dtype", arguments.dtype, "--steps", str(arguments.steps)]
+    for round_number in range(arguments.rounds):
+        load = foreign_cores()
+        if load > 0.2 and not arguments.even_if_busy:
+            raise SystemExit(
+                f"other processes use {load:.1f} cores: wait, or pass --even-if-busy"
+            )
+        # jaxlm runs as train.py does, the peer with the malloc it has by itself.
+        runs["jaxlm"].append(child(ours, malloc=True))
+        runs[case.peer].append(child(peer, malloc=False))
+        print(f"{name}: round {round_number + 1} of {arguments.rounds}", file=sys.stderr)
+    rates = {
+        system: [tokens / statistics.median(r["seconds"]) for r in results]
+        for system, results in runs.items()
+    }
+    median = {system: statistics.median(values) for system, values in rates.items()}
+    first = runs["jaxlm"][0]
+    share = median["jaxlm"] * first["flops_per_token"] / first["peak_flops"]
+    return {
+        "batch": case.batch,
+        "length": case.length,
+        "dtype": arguments.dtype,
+        "tokens_per_s": rates,
+        "median_tokens_per_s": median,
+        "ratio": median["jaxlm"] / median[case.peer],
+        "share_of_peak": share,
+        "peak_gflops": first["peak_flops"] / 1e9,
+        "first_step_s": {s: r[0]["first_step_s"] for s, r in runs.items()},
+        "versions": {s: r[0]["version"] for s, r in runs.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer-python", help="Python with torch and transformers")
+    parser.add_argument("--nanogpt", help="clone of nanoGPT")
+    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--even-if-busy", action="store_true")
+    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        result = time_jaxlm(arguments.child, arguments.dtype, arguments.steps)
+        print(json.dumps(result))
+        return
+    if arguments.peer_python is None:
+        parser.error("--peer-python is needed: a Python with torch and transformers")
+    names = arguments.case or list(CASES)
+    if arguments.nanogpt is None and "nanogpt-baby" in names:
+        parser.error("--nanogpt is needed: the folder of a clone of nanoGPT")
+    results = {"machine": machine(), "cases": {}}
+    for name in names:
+        result = results["cases"][name] = compare(name, arguments)
+        print(f"{name} ({result['dtype']})")
+        for system, rate in result["median_tokens_per_s"].items():
+            print(f"  {system:14} {rate:9.0f} tokens/s")
+        print(
+            f"  ratio {result['ratio']:.2f}, {result['share_of_peak']:.0%} of "
+            f"{result['peak_gflops']:.0f} GFLOP/s"
+        )
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(RESULTS)
+
+
+def machine() -> dict:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+if __name__ == "__main__":
+    main()

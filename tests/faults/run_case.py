@@ -1,0 +1,186 @@
+"""Tiny runs of train.py in child processes, and what is compared of two runs."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxlm.checkpoint.native import load, state_hash
+from jaxlm.train.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 12
+
+CONFIG = """
+'''A tiny run.'''
+from jaxlm.config import *
+
+def get_config():
+    return Config(
+        model=ModelConfig(num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2,
+                          head_dim=8, hidden_dim=48, context_length=64,
+                          dtype="float32"),
+        data=DataConfig(path=({text!r},), sequence_length=32, workers=1),
+        optimizer=OptimizerConfig(warmup_steps=3, learning_rate=1e-2),
+        train=TrainConfig(steps=12, batch_size=4, accumulation_steps=2, log_every=1,
+                          eval_every=5, sample_every=4, sample_tokens=8,
+                          checkpoint_every=3, run_dir={run!r}),
+    )
+"""
+
+# Runs train.py's own `main` with a recorder around its batches: a line for each batch
+# that the loop takes, and at a given step a signal or a fault.
+CHILD = """
+import hashlib, os, signal, sys, time
+import jax, numpy as np
+import train
+
+action, _, at = os.environ.get("FAULT", "").partition("@")
+real_batches, real_start = train.batches, train.start
+
+def batches(dataset, batch_size, start_step, *rest):
+    record = open(os.environ["RECORD"], "a")
+    for step, batch in enumerate(real_batches(dataset, batch_size, start_step, *rest)):
+        step += start_step + 1
+        if at and step == int(at):
+            if action in ("SIGKILL", "SIGTERM", "SIGINT"):
+                os.kill(os.getpid(), getattr(signal, action))
+            elif action == "TWICE":
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+            elif action == "swap":  # with the batch after it
+                batch = train.place(
+                    lambda rows: dataset.train_batch(step, batch_size, rows),
+                    (batch_size, dataset.sequence_length), rest[0])
+            elif action == "nan":
+                weights = batch.loss_weights * float("nan")
+                batch = train.dataclasses.replace(batch, loss_weights=weights)
+            elif action == "wait":
+                print("waiting", flush=True)
+                time.sleep(60)
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(batch):
+            digest.update(np.asarray(leaf).tobytes())
+        print(step, digest.hexdigest(), file=record, flush=True)
+        yield batch
+
+def start(*arguments):
+    state, resumed = real_start(*arguments)
+    if action == "ulp":
+        name = "layers/mlp/down"
+        w = np.array(train.tree.flatten(state.params)[name])
+        w[0, 0, 0] = np.nextafter(w[0, 0, 0], np.float32(np.inf))
+        params = train.tree.replace(state.params, name, jax.device_put(w))
+        state = train.dataclasses.replace(state, params=params)
+    if action == "zero_mu":
+        def zero(name, x):
+            return x * 0 if "/mu/" in name else x
+        opt_state = train.tree.map_with_name(zero, state.opt_state)
+        state = train.dataclasses.replace(state, opt_state=opt_state)
+    return state, resumed
+
+train.batches, train.start = batches, start
+sys.exit(train.main())
+"""
+
+
+def make_text(length=900, seed=0):
+    """Words of a small alphabet: 900 characters are 25 rows to train on, 2 epochs."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(50)]
+    text = ""
+    while len(text) < length:
+        text += rng.choice(words) + rng.choice(" \n")
+    return text[:length]
+
+
+class Run:
+    """A run folder in `folder/name`, and the children that train in it."""
+
+    def __init__(self, folder, name="run", config=CONFIG):
+        self.folder = Path(folder)
+        self.path = self.folder / name
+        self.record = self.folder / f"{name}.batches"
+        text = self.folder / "text.txt"
+        if not text.exists():
+            text.write_text(make_text())
+        self.config = self.folder / f"{name}.py"
+        self.config.write_text(config.format(text=str(text), run=str(self.path)))
+
+    def start(self, *flags, fault="", program=CHILD, **options):
+        """Starts a child; its output is in `.out` and `.err` after `wait`."""
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "RECORD": str(self.record),
+            "FAULT": fault,
+            # Else train.py starts itself again, without the recorder.
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        }
+        command = [sys.executable, "-c", program]
+        if program is None:
+            del environment["GLIBC_TUNABLES"]
+            command = [sys.executable, str(REPOSITORY / "train.py")]
+        return subprocess.Popen(
+            [*command, str(self.config), *flags],
+            env=environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def train(self, *flags, fault="", program=CHILD):
+        """Trains until the child ends; returns its exit code, stdout and stderr."""
+        child = self.start(*flags, fault=fault, program=program)
+        out, err = child.communicate(timeout=200)
+        return child.returncode, out, err
+
+    def steps(self):
+        folder = self.path / "checkpoints"
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+    def meta(self, step):
+        file = self.path / "checkpoints" / str(step) / "meta.json"
+        return json.loads(file.read_text())
+
+    def course(self):
+        """All that must be equal, bit for bit, in two runs of one config."""
+        rows = read_metrics(self.path)
+        trains = [row for row in rows if row["kind"] == "train"]
+        _, params = load(self.path)
+        return {
+            "params": state_hash(params),
+            # Of the parameters and every leaf of the optimizer; restoring checks it.
+            "state": self.meta(STEPS)["state_hash"],
+            "train": [
+                (r["step"], *(float(r[n]).hex() for n in ("loss", "grad_norm", "lr")))
+                for r in trains
+            ],
+            "tokens": [r["tokens"] for r in trains],
+            "eval": [
+                (r["step"], r["loss"].hex(), r["bits_per_byte"].hex(), r["targets"])
+                for r in rows
+                if r["kind"] == "eval"
+            ],
+            "sample": [
+                (r["step"], r["prompt"], r["text"]) for r in rows if r["kind"] == "sample"
+            ],
+            "batches": self.batches(),
+        }
+
+    def batches(self):
+        """Step -> hash of the batch that the loop took; taken twice, it is the same."""
+        taken = {}
+        for line in self.record.read_text().splitlines():
+            step, digest = line.split()
+            assert taken.setdefault(int(step), digest) == digest, f"step {step}"
+        return taken
+
+
+def differences(one, other):
+    """Names of the parts in which two courses differ."""
+    return {name for name in one if one[name] != other[name]}

@@ -1,0 +1,169 @@
+"""A run that was stopped and resumed is the run that was not, bit for bit."""
+
+import random
+import shutil
+
+import pytest
+from run_case import CONFIG, STEPS, Run, differences
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    run = Run(folder, "straight")
+    code, out, err = run.train()
+    assert code == 0, err
+    assert out.splitlines() == [
+        str(run.path / "report.html"),
+        f"python sample.py {run.path}",
+    ]
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(folder, straight):
+    """A run that got SIGTERM at its fifth step."""
+    run = Run(folder, "stopped")
+    code, _, err = run.train(fault="SIGTERM@5")
+    assert code == 75, err
+    assert run.steps() == [3, 5]
+    return run
+
+
+def copy_of(run, name):
+    other = Run(run.folder, name)
+    shutil.copytree(run.path, other.path)
+    shutil.copy(run.record, other.record)
+    return other
+
+
+def test_every_step_is_written_once(straight):
+    course = straight.course()
+    assert [row[0] for row in course["train"]] == list(range(1, STEPS + 1))
+    assert course["tokens"] == [128 * step for step in range(1, STEPS + 1)]
+    assert sorted(course["batches"]) == list(range(1, STEPS + 1))
+    assert [row[0] for row in course["eval"]] == [5, 10, 12]
+    assert [row[0] for row in course["sample"]] == [4, 8, 12]
+    # It learns: a run that does nothing would be equal to itself too.
+    losses = [float.fromhex(row[1]) for row in course["train"]]
+    assert len(set(losses)) == STEPS and losses[-1] < losses[0]
+    assert straight.steps() == [9, 12]
+    for name in ("config.json", "report.html", "loss.png"):
+        assert (straight.path / name).stat().st_size > 0
+
+
+def test_stopped_in_every_way_and_resumed_is_the_same(stopped, straight):
+    """SIGTERM, kill -9 and Ctrl-C in one run, over the border of two epochs."""
+    run = copy_of(stopped, "resumed")
+    kill_at = random.Random(0).randint(7, 9)
+    code, _, _ = run.train(fault=f"SIGKILL@{kill_at}")
+    assert code == -9
+    code, _, err = run.train(fault="SIGINT@10")
+    assert code == 130, err
+    assert run.steps()[-1] == 10
+    code, out, err = run.train()
+    assert code == 0, err
+    assert "not be bit-identical" not in err
+    assert differences(straight.course(), run.course()) == set()
+    # Once more has nothing to do, and says so.
+    code, out, _ = run.train()
+    assert code == 0 and "all 12 steps are done; raise --train.steps or --fresh" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault, wrong",
+    [
+        ("ulp", {"state", "train"}),
+        ("swap@8", {"state", "train", "batches"}),
+        ("zero_mu", {"state", "train"}),
+    ],
+)
+def test_a_small_fault_shows(stopped, straight, fault, wrong):
+    run = copy_of(stopped, fault.partition("@")[0])
+    code, _, err = run.train(fault=fault)
+    assert code == 0, err
+    assert differences(straight.course(), run.course()) >= wrong
+
+
+@pytest.mark.slow
+def test_another_seed_shows(straight):
+    run = Run(straight.folder, "seed")
+    code, _, err = run.train("--train.seed", "1")
+    assert code == 0, err
+    assert {"state", "train", "eval", "batches"} <= differences(
+        straight.course(), run.course()
+    )
+
+
+@pytest.mark.slow
+def test_stopped_after_every_step(straight):
+    """A new process for each step, ended by the time limit, SIGTERM or kill -9."""
+    run = Run(straight.folder, "steps")
+    code, _, err = run.train("--train.max-minutes", "0.0001")
+    assert code == 75, err
+    assert run.steps() == [1]
+    for step in (2, 4, 5, 7, 8, 11):
+        code, _, err = run.train(fault=f"SIGTERM@{step}")
+        assert code == 75, err
+        code, _, _ = run.train(fault=f"SIGKILL@{step + 1}")
+        assert code == -9
+    assert run.train()[0] == 0
+    assert differences(straight.course(), run.course()) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_moment(straight, seed):
+    """kill -9 from outside after a random time, also amid compiling and saving."""
+    rng = random.Random(seed)
+    run = Run(straight.folder, f"killed{seed}")
+    for _ in range(5):
+        child = run.start("--train.checkpoint-every", "1")
+        try:
+            child.wait(rng.uniform(2.0, 8.0))
+            break
+        except Exception:
+            child.kill()
+            child.wait()
+        finally:
+            child.stdout.close()
+            child.stderr.close()
+    code, _, err = run.train("--train.checkpoint-every", "1")
+    assert code == 0, err
+    assert differences(straight.course(), run.course()) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("muon", ('OptimizerConfig(', 'OptimizerConfig(name="muon", ')),
+        ("bfloat16", ('dtype="float32"', 'dtype="bfloat16"')),
+        ("adafactor", ('OptimizerConfig(', 'OptimizerConfig(name="adafactor", ')),
+    ],
+)
+def test_other_states_resume_too(folder, name, change):
+    config = CONFIG.replace(*change)
+    assert config != CONFIG
+    one, two = Run(folder, f"{name}1", config), Run(folder, f"{name}2", config)
+    assert one.train()[0] == 0
+    assert two.train(fault="SIGTERM@7")[0] == 75
+    code, _, err = two.train()
+    assert code == 0, err
+    assert differences(one.course(), two.course()) == set()
+
+
+@pytest.mark.slow
+def test_the_program_itself(straight):
+    """`python train.py`, which starts itself again to set an environment variable."""
+    run = Run(straight.folder, "program")
+    code, out, err = run.train(program=None)
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"python sample.py {run.path}"
+    run.record = straight.record
+    assert differences(straight.course(), run.course()) == set()

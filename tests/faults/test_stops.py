@@ -1,0 +1,182 @@
+"""How a run ends: exit codes, what they leave behind, and what is refused."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+from run_case import CONFIG, Run
+
+from jaxlm import tree
+from jaxlm.checkpoint.native import load, state_hash
+from jaxlm.train.metrics import read_metrics
+
+SHORT = ("--train.steps", "4", "--train.checkpoint-every", "2")
+BASE = CONFIG.replace("sample_tokens=8", "sample_tokens=0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """A run of 4 steps with checkpoints of steps 2 and 4."""
+    run = Run(folder, "done", BASE)
+    code, _, err = run.train(*SHORT)
+    assert code == 0, err
+    assert run.steps() == [2, 4]
+    return run
+
+
+def copy_of(run, name):
+    other = Run(run.folder, name, BASE)
+    shutil.copytree(run.path, other.path)
+    return other
+
+
+def one_line(err):
+    """The message, which is one line without a traceback."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def test_a_loss_that_is_not_finite_ends_with_4_and_saves_nothing(done):
+    run = copy_of(done, "nan")
+    code, _, err = run.train(
+        *("--train.steps", "12", "--fresh", "--train.checkpoint-every", "2"),
+        fault="nan@5",
+    )
+    assert code == 4
+    message = one_line(err)
+    assert "step 5: loss nan, gradient norm nan: not finite" in message
+    assert "lower optimizer.learning_rate or look at the batch" in message
+    assert run.steps() == [2, 4]
+    _, params = load(run.path)
+    assert all(np.isfinite(x).all() for x in tree.flatten(params).values())
+    trains = [r for r in read_metrics(run.path) if r["kind"] == "train"]
+    assert [r["step"] for r in trains] == [1, 2, 3, 4]
+    # --fresh has moved the run of before aside, whole.
+    old, _ = load(run.path / "old-1")
+    assert old.num_layers == 2
+    assert (run.path / "old-1" / "metrics.jsonl").exists()
+    # It can go on from the last good step, without the fault.
+    code, _, err = run.train(
+        *("--train.steps", "12", "--train.checkpoint-every", "2")
+    )
+    assert code == 0, err
+    assert run.steps() == [10, 12]
+
+
+def test_when_no_checkpoint_can_be_read_the_code_is_3(done):
+    run = copy_of(done, "broken")
+    for step in run.steps():
+        meta = run.path / "checkpoints" / str(step) / "meta.json"
+        meta.write_text(meta.read_text().replace("0", "1", 1))
+    code, _, err = run.train("--train.steps", "4")
+    assert code == 3
+    message = one_line(err)
+    assert f"no usable checkpoint in {run.path}" in message
+    assert "step 4 unreadable" in message and "step 2 unreadable" in message
+    assert "--fresh" in message
+    assert run.steps() == [2, 4]  # and never from scratch by itself
+
+
+def test_another_model_is_refused_field_by_field(done):
+    before = done.steps()
+    code, _, err = done.train(
+        *SHORT, *("--model.num-layers", "3", "--optimizer.b1", "0.8")
+    )
+    assert code == 2
+    message = one_line(err)
+    assert "model.num_layers: 2 -> 3; optimizer.b1: 0.9 -> 0.8" in message
+    assert "--fresh" in message and "--init-from" in message
+    assert done.steps() == before
+
+
+def test_another_text_is_refused(done):
+    run = copy_of(done, "text")
+    text = run.folder / "other.txt"
+    text.write_text((run.folder / "text.txt").read_text() + "abc")
+    run.config.write_text(
+        run.config.read_text().replace(str(run.folder / "text.txt"), str(text))
+    )
+    code, _, err = run.train("--train.steps", "4")
+    assert code == 2 and "data.path" in one_line(err)
+
+
+def test_init_from_takes_the_weights_and_starts_at_step_0(done):
+    run = Run(done.folder, "started", BASE)
+    # A rate next to 0 leaves the weights as they were, to be compared.
+    code, _, err = run.train(
+        *("--init-from", str(done.path), "--train.steps", "1"),
+        *("--optimizer.learning-rate", "1e-30", "--optimizer.warmup-steps", "0"),
+    )
+    assert code == 0, err
+    events = [r for r in read_metrics(run.path) if r["kind"] == "event"]
+    assert [(e["event"], e["step"]) for e in events][0] == ("start", 0)
+    assert run.steps() == [1]
+    assert state_hash(load(run.path)[1]) == state_hash(load(done.path)[1])
+
+
+def test_init_from_refuses_another_shape(done):
+    run = Run(done.folder, "shapes", BASE)
+    code, _, err = run.train(
+        *("--init-from", str(done.path), "--model.hidden-dim", "64")
+    )
+    assert code == 2
+    assert f"--init-from {done.path}: hidden_dim: 48 -> 64" in one_line(err)
+    code, _, err = run.train("--init-from", str(done.folder / "no-such-run"))
+    assert code == 2 and "no-such-run" in one_line(err)
+
+
+def test_a_second_run_in_one_folder_is_refused_and_a_second_signal_ends_at_once(done):
+    run = copy_of(done, "twice")
+    flags = ("--train.steps", "12", "--train.checkpoint-every", "2")
+    refused = ("--fresh",)
+    child = run.start(*flags, *refused, fault="wait@4")
+    try:
+        assert child.stdout.readline() == "waiting\n"
+        code, _, err = run.train(*flags)
+        assert code == 2
+        message = one_line(err)
+        assert f"another process is training in {run.path} (pid {child.pid}" in message
+        child.terminate()
+        time.sleep(0.5)
+        assert child.poll() is None  # it would finish its step
+        start = time.monotonic()
+        child.terminate()
+        assert child.wait(5) == 75 and time.monotonic() - start < 2
+    finally:
+        child.kill()
+        child.communicate()
+    assert run.steps() == [2]
+    _, params = load(run.path)
+    assert all(np.isfinite(x).all() for x in tree.flatten(params).values())
+
+
+@pytest.mark.slow
+def test_a_rate_far_too_large_ends_with_4(done):
+    run = Run(done.folder, "rate", BASE)
+    code, _, err = run.train(
+        *("--optimizer.learning-rate", "1e30", "--optimizer.warmup-steps", "0"),
+        *("--optimizer.clip-norm", "None", "--train.log-every", "5"),
+    )
+    assert code == 4 and "not finite" in one_line(err)
+    assert run.path.exists()
+    for step in run.steps():
+        _, params = load(run.path / "checkpoints" / str(step))
+        assert all(np.isfinite(x).all() for x in tree.flatten(params).values())
+
+
+def test_impossible_flags_end_with_2(done):
+    run = Run(done.folder, "flags", BASE)
+    for flags, words in (
+        (("--mesh.tensor", "3"), "mesh data -1 x fsdp 1 x tensor 3 does not use the 1"),
+        (("--model.vocab-size", "3"), "model.vocab_size is 3, but the tokenizer has"),
+        (("--data.path", "/no/such.txt"), "/no/such.txt"),
+    ):
+        code, _, err = run.train(*flags)
+        assert code == 2 and words in one_line(err), err

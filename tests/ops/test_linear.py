@@ -1,0 +1,85 @@
+"""`product` against float64 einsum, in value, gradient and dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops_case import normal
+
+from jaxlm.ops.linear import compute_dtype, product
+
+# Each equation of the model: (shape of x, shape of w).
+EQUATIONS = {
+    "BTD,DNH->BTNH": ((2, 5, 12), (12, 6, 4)),
+    "BTNH,NHD->BTD": ((2, 5, 6, 4), (6, 4, 12)),
+    "BTNH,NHD->BTND": ((2, 5, 6, 4), (6, 4, 12)),
+    "BTD,DF->BTF": ((2, 5, 12), (12, 20)),
+    "BTF,FD->BTD": ((2, 5, 20), (20, 12)),
+    "BTD,VD->BTV": ((2, 5, 12), (20, 12)),
+    "BTD,DV->BTV": ((2, 5, 12), (12, 20)),
+}
+
+
+def gradients(equation, x, w, g):
+    """By the definition: each gradient is an einsum of the other two."""
+    inputs, out = equation.split("->")
+    a, b = inputs.split(",")
+    dx = np.einsum(f"{out},{b}->{a}", np.float64(g), np.float64(w))
+    dw = np.einsum(f"{a},{out}->{b}", np.float64(x), np.float64(g))
+    return dx, dw
+
+
+@pytest.mark.parametrize("rows", [2, 1], ids=["batch", "one row"])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_value_and_gradient(equation, rows):
+    shape, w_shape = EQUATIONS[equation]
+    x, w = normal(1, rows, *shape[1:]), normal(2, *w_shape)
+    expected = np.einsum(equation, np.float64(x), np.float64(w))
+    g = normal(3, *expected.shape)
+    arrays = jnp.asarray(x), jnp.asarray(w)
+    y, pull = jax.vjp(lambda x, w: product(equation, x, w), *arrays)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for ours, right in zip(
+        pull(jnp.asarray(g)), gradients(equation, x, w, g), strict=True
+    ):
+        np.testing.assert_allclose(ours, right, atol=2e-5)
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_bfloat16(equation):
+    """Results in bf16, sums in f32, and the parameter's gradient in f32."""
+    shape, w_shape = EQUATIONS[equation]
+    x, w = jnp.asarray(normal(1, *shape)).astype(jnp.bfloat16), normal(2, *w_shape)
+    rounded = np.float64(jnp.asarray(w).astype(jnp.bfloat16))
+    expected = np.einsum(equation, np.float64(x), rounded)
+    g = jnp.asarray(normal(3, *expected.shape)).astype(jnp.bfloat16)
+    y, pull = jax.vjp(lambda x, w: product(equation, x, w), x, jnp.asarray(w))
+    assert y.dtype == jnp.bfloat16
+    # One rounding to 8 bits; sums of bf16 numbers would be off by much more.
+    np.testing.assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-3)
+    dx, dw = pull(g)
+    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+    right_dx, right_dw = gradients(equation, x, rounded, g)
+    np.testing.assert_allclose(np.float64(dx), right_dx, rtol=2**-8, atol=1e-3)
+    np.testing.assert_allclose(dw, right_dw, rtol=1e-5, atol=1e-4)
+
+
+def test_out_dtype():
+    """Logits are f32 sums that were never rounded to bf16."""
+    x, w = normal(1, 2, 3, 64), normal(2, 64, 8)
+    x16 = jnp.asarray(x).astype(jnp.bfloat16)
+    y = product("BTD,DV->BTV", x16, jnp.asarray(w), out_dtype=jnp.float32)
+    assert y.dtype == jnp.float32
+    w16 = np.float64(jnp.asarray(w).astype(jnp.bfloat16))
+    expected = np.einsum("BTD,DV->BTV", np.float64(x16), w16)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compute_dtype(monkeypatch):
+    assert compute_dtype("float32") == jnp.float32
+    assert compute_dtype("bfloat16") == jnp.bfloat16
+    from jaxlm.ops import linear
+
+    for native, dtype in ((True, jnp.bfloat16), (False, jnp.float32)):
+        monkeypatch.setattr(linear, "_cpu_multiplies_bfloat16", lambda n=native: n)
+        assert compute_dtype("auto") == dtype
