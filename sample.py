@@ -36,9 +36,11 @@ class Arguments:
     """Print tokens per second of prefill and decoding to stderr."""
     dtype: str | None = None
     """Compute dtype (float32, bfloat16); None takes the run's."""
-    sample: tyro.conf.OmitArgPrefixes[SampleConfig] = SampleConfig(temperature=0.8)
+    sample: tyro.conf.OmitArgPrefixes[SampleConfig] = dataclasses.field(
+        default_factory=lambda: SampleConfig(temperature=0.8)
+    )
     """How tokens are drawn."""
-    mesh: MeshConfig = MeshConfig(data=1)
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
     """Devices to use."""
 
 

@@ -31,6 +31,8 @@ from jaxlm.cli import fail, read_config, use_compile_cache
 from jaxlm.config import EXECUTION_FIELDS, Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.infer.generate import generate
+from jaxlm.ops.dispatch import choose
+from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.loop import Hooks, fit
@@ -95,9 +97,9 @@ def train(config: Config) -> int:
         event = "resume" if resumed else "start"
         writer.write("event", step, event=event, params=params)
         progress.note(
-            f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text, "
-            f"{settings.steps - step} steps on {jax.device_count()} "
-            f"{jax.devices()[0].device_kind}"
+            f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of "
+            f"text, {settings.steps - step} steps on {jax.device_count()} "
+            f"{jax.devices()[0].device_kind}, {describe(config)}"
         )
         rows = batches(
             dataset,
@@ -126,6 +128,14 @@ def train(config: Config) -> int:
             draw_loss_png(run, run / "loss.png")
     print(f"{report}\npython sample.py {run}")
     return code
+
+
+def describe(config: Config) -> str:
+    """What the choices that are left to jaxlm have come to."""
+    model, length = config.model, config.data.sequence_length
+    cap = model.attention_soft_cap
+    implementation = choose(model.attention, length, length, cap)
+    return f"{compute_dtype(model.dtype).name}, {implementation} attention"
 
 
 def open_data(config: Config) -> Dataset:

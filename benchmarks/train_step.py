@@ -80,11 +80,16 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
     import jax
     import numpy as np
 
-    from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig
-    from jaxlm.config import TrainConfig
+    from jaxlm.config import (
+        Config,
+        DataConfig,
+        MeshConfig,
+        ModelConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
     from jaxlm.sharding import rules
     from jaxlm.sharding.mesh import make_mesh
-    from jaxlm.config import MeshConfig
     from jaxlm.train.optimizer import make_optimizer
     from jaxlm.train.state import init_state
     from jaxlm.train.step import make_train_step
@@ -189,7 +194,9 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
         # jaxlm runs as train.py does, the peer with the malloc it has by itself.
         runs["jaxlm"].append(child(ours, malloc=True))
         runs[case.peer].append(child(peer, malloc=False))
-        print(f"{name}: round {round_number + 1} of {arguments.rounds}", file=sys.stderr)
+        print(
+            f"{name}: round {round_number + 1} of {arguments.rounds}", file=sys.stderr
+        )
     rates = {
         system: [tokens / statistics.median(r["seconds"]) for r in results]
         for system, results in runs.items()

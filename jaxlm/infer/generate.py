@@ -151,7 +151,7 @@ def generate(
 
 
 def _check(config, prompts, sample: SampleConfig, num_tokens: int) -> list[list[int]]:
-    """The prompts, with copies of the first one up to a multiple of the mesh's parts."""
+    """The prompts, and copies of the first up to a multiple of the mesh's parts."""
     if not prompts:
         raise ValueError("no prompts: give at least one")
     if not 0 < num_tokens <= config.vocab_size:
@@ -171,8 +171,8 @@ def _check(config, prompts, sample: SampleConfig, num_tokens: int) -> list[list[
         total = len(prompt) + sample.max_new_tokens
         if total > config.context_length:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, with {sample.max_new_tokens} new "
-                f"ones {total}: more than the model's context of "
+                f"prompt {i} has {len(prompt)} tokens, with "
+                f"{sample.max_new_tokens} new ones {total}: more than the model's context of "
                 f"{config.context_length}; shorten the prompt or lower max_new_tokens"
             )
     for stop in sample.stop_ids:

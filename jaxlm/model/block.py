@@ -188,7 +188,10 @@ class Attention(nn.Module):
         w = self.param("o", init, shape)
         if probe.wants("head_out"):
             out = shard("batch", None, "heads", None)
-            probe("head_out", product("BTNH,NHD->BTND", z, w, out_sharding=out))
+            # XLA:CPU has no bf16 product of this form: f32, of the rounded numbers.
+            z32, w32 = (x.astype(z.dtype).astype(jnp.float32) for x in (z, w))
+            heads = product("BTNH,NHD->BTND", z32, w32, out_sharding=out)
+            probe("head_out", heads.astype(z.dtype))
         y = product("BTNH,NHD->BTD", z, w, out_sharding=shard("batch", None, None))
         if config.attention_output_bias:
             bias = self.param("o_bias", nn.initializers.zeros, shape[-1:])

@@ -48,77 +48,110 @@ def run_layers(
     Returns:
       The residual stream, the new cache, and for each tap [layers tapped, ...].
     """
-    block = _block(config, context, taps)
-    kinds = layer_kinds(config)
+    run = _Run(config, context, taps)
     stacked = not isinstance(layers, tuple)
-    slots = {tap.site: _slots(tap, config.num_layers) for tap in taps}
+    if stacked:
+        first = jax.tree.map(itemgetter(0), (layers, cache))
+    else:
+        first = (layers[0], None if cache is None else cache[0])
+    carry = (x, run.buffers(x, *first))
+    advance = _scan if stacked else _loop
+    (x, buffers), cache = advance(run, carry, layers, cache)
+    return x, cache, run.read(buffers)
 
-    def step(carry, layer, kind, params, layer_cache):
-        """One block; `layer` is its number, traced inside a scan."""
+
+class _Run:
+    """What every layer of one pass shares: the block, and where tapped values go."""
+
+    def __init__(self, config: ModelConfig, context: Context, taps: Sequence[Tap]):
+        self.num_layers = config.num_layers
+        self.unroll = config.unroll_layers
+        self.kinds = layer_kinds(config)
+        self._block = _block(config, context, taps)
+        self._taps = taps
+        self._slots = {tap.site: _slots(tap, config.num_layers) for tap in taps}
+
+    def layer(self, carry, number, kind: LayerKind, params, cache):
+        """One block on (x, buffers); `number` of the layer may be traced."""
         x, buffers = carry
-        x, layer_cache, values = block(x, kind, params, layer_cache)
+        x, cache, values = self._block(x, kind, params, cache)
         buffers = {
             site: jax.lax.dynamic_update_index_in_dim(
-                buffer, values[site], jnp.asarray(slots[site])[layer], 0
+                buffer, values[site], jnp.asarray(self._slots[site])[number], 0
             )
             for site, buffer in buffers.items()
         }
-        return (x, buffers), layer_cache
+        return (x, buffers), cache
 
-    def steps(carry, first, layers, caches):
-        """Some blocks in a loop; `layers` and `caches` are tuples."""
-        new = []
-        for i, params in enumerate(layers):
-            kind = kinds[i % len(kinds)]
-            old = None if caches is None else caches[i]
-            carry, layer_cache = step(carry, first + i, kind, params, old)
-            new.append(layer_cache)
-        return carry, None if caches is None else tuple(new)
+    def buffers(self, x, params, cache) -> dict[str, Array]:
+        """Zeros for the tapped values, and one more place for layers not selected."""
+        if not self._taps:
+            return {}
+        _, _, values = jax.eval_shape(
+            lambda *a: self._block(a[0], self.kinds[0], *a[1:]), x, params, cache
+        )
+        missing = [tap.site for tap in self._taps if tap.site not in values]
+        assert not missing, missing
 
-    def pick(tree, places):
-        """The entries `places` of stacked trees, as a tuple of trees."""
-        if tree is None:
-            return None
-        return tuple(jax.tree.map(itemgetter(i), tree) for i in places)
+        def zeros(tap: Tap) -> Array:
+            value = values[tap.site]
+            places = self.num_layers if tap.layers is None else len(tap.layers) + 1
+            cut = None if layout(value) is None else P(None, *value.sharding.spec)
+            return jnp.zeros((places, *value.shape), value.dtype, out_sharding=cut)
 
-    if stacked:
-        one = jax.tree.map(itemgetter(0), (layers, cache))
-    else:
-        one = (layers[0], None if cache is None else cache[0])
-    carry = (x, _buffers(block, taps, slots, x, kinds[0], *one))
-    if not stacked:
-        (x, buffers), cache = steps(carry, 0, layers, cache)
-        return x, cache, _read(buffers, taps)
+        return {tap.site: zeros(tap) for tap in self._taps}
 
-    period = len(kinds)
-    groups = config.num_layers // period
+    def read(self, buffers: dict[str, Array]) -> dict[str, Array]:
+        """The tapped values: buffers without the place for layers not selected."""
+        return {
+            tap.site: buffers[tap.site]
+            if tap.layers is None
+            else buffers[tap.site][: len(tap.layers)]
+            for tap in self._taps
+        }
+
+
+def _loop(run: _Run, carry, layers, caches, first=0):
+    """Layers one by one, from number `first` on; `layers` and `caches` are tuples."""
+    new = []
+    for i, params in enumerate(layers):
+        kind = run.kinds[i % len(run.kinds)]
+        old = None if caches is None else caches[i]
+        carry, cache = run.layer(carry, first + i, kind, params, old)
+        new.append(cache)
+    return carry, None if caches is None else tuple(new)
+
+
+def _scan(run: _Run, carry, layers, caches):
+    """Stacked layers: a scan over whole groups, then the rest one by one."""
+    period = len(run.kinds)
+    groups = run.num_layers // period
     whole = groups * period
 
     def group(carry, inputs):
         first, layers, caches = inputs
         places = range(period)
-        carry, new = steps(carry, first, pick(layers, places), pick(caches, places))
+        layers, caches = _pick(layers, places), _pick(caches, places)
+        carry, new = _loop(run, carry, layers, caches, first)
         return carry, None if new is None else _stack(new)
 
-    grouped = jax.tree.map(
-        lambda v: reshape(
-            v[:whole], (groups, period, *v.shape[1:]), (None, None, *range(1, v.ndim))
-        ),
-        (layers, cache),
-    )
-    inputs = (jnp.arange(0, whole, period), *grouped)
-    unroll = config.unroll_layers or groups
-    carry, new = jax.lax.scan(group, carry, inputs, unroll=unroll)
-    new = jax.tree.map(
-        lambda v: reshape(v, (whole, *v.shape[2:]), (None, *range(2, v.ndim))), new
-    )
-    rest = range(whole, config.num_layers)
-    if rest:
-        carry, more = steps(carry, whole, pick(layers, rest), pick(cache, rest))
+    def split(v: Array) -> Array:
+        shape = (groups, period, *v.shape[1:])
+        return reshape(v[:whole], shape, (None, None, *range(1, v.ndim)))
+
+    def join(v: Array) -> Array:
+        return reshape(v, (whole, *v.shape[2:]), (None, *range(2, v.ndim)))
+
+    inputs = (jnp.arange(0, whole, period), *jax.tree.map(split, (layers, caches)))
+    carry, new = jax.lax.scan(group, carry, inputs, unroll=run.unroll or groups)
+    new = jax.tree.map(join, new)
+    if whole < run.num_layers:
+        rest = range(whole, run.num_layers)
+        layers, caches = _pick(layers, rest), _pick(caches, rest)
+        carry, more = _loop(run, carry, layers, caches, whole)
         if more is not None:
             new = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, _stack(more))
-    x, buffers = carry
-    return x, new, _read(buffers, taps)
+    return carry, new
 
 
 def _block(config: ModelConfig, context: Context, taps: Sequence[Tap]) -> Callable:
@@ -150,32 +183,11 @@ def _slots(tap: Tap, num_layers: int) -> np.ndarray:
     return slots
 
 
-def _buffers(block, taps, slots, x, kind, params, cache) -> dict[str, Array]:
-    """Zeros for the tapped values, with one more place for layers not selected."""
-    if not taps:
-        return {}
-    _, _, values = jax.eval_shape(
-        lambda x, params, cache: block(x, kind, params, cache), x, params, cache
-    )
-    missing = [tap.site for tap in taps if tap.site not in values]
-    assert not missing, missing
-    places = {tap.site: int(slots[tap.site].max()) + 1 for tap in taps}
-    places |= {tap.site: len(tap.layers) + 1 for tap in taps if tap.layers is not None}
-
-    def zeros(value, n: int) -> Array:
-        partition = None if layout(value) is None else P(None, *value.sharding.spec)
-        return jnp.zeros((n, *value.shape), value.dtype, out_sharding=partition)
-
-    return {site: zeros(values[site], n) for site, n in places.items()}
-
-
-def _read(buffers: dict[str, Array], taps: Sequence[Tap]) -> dict[str, Array]:
-    return {
-        tap.site: buffers[tap.site]
-        if tap.layers is None
-        else buffers[tap.site][: len(tap.layers)]
-        for tap in taps
-    }
+def _pick(tree: Any, places: Sequence[int]) -> tuple[Any, ...] | None:
+    """The entries `places` of a stacked tree, as trees."""
+    if tree is None:
+        return None
+    return tuple(jax.tree.map(itemgetter(i), tree) for i in places)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

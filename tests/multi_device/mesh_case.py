@@ -1,0 +1,273 @@
+"""Runs in a child process with 8 CPU devices: the same training on several meshes.
+
+Usage: python mesh_case.py CASE FOLDER; prints one JSON object of differences.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from toy_case import make_batch, make_params, toy
+
+from jaxlm import tree
+from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
+from jaxlm.config import TrainConfig
+from jaxlm.data.tokenizer import ByteTokenizer
+from jaxlm.infer.generate import generate
+from jaxlm.sharding import rules
+from jaxlm.sharding.mesh import make_mesh
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.state import TrainState, abstract_state
+from jaxlm.train.step import loss_and_grads, make_train_step
+
+ROWS, LENGTH, STEPS = 16, 24, 20
+MESHES = {
+    "one": {"data": 1},
+    "data8": {"data": 8},
+    "fsdp8": {"data": 1, "fsdp": 8},
+    "fsdp2_tensor4": {"data": 1, "fsdp": 2, "tensor": 4},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+MODEL = toy(num_heads=8, num_kv_heads=4, qk_norm="head", vocab_size=64)
+
+
+def mesh_of(name):
+    config = MeshConfig(**MESHES[name])
+    return make_mesh(config, jax.devices()[:1] if name == "one" else None)
+
+
+def config_of(optimizer="adamw", model=MODEL, **train):
+    return Config(
+        model=model,
+        data=DataConfig(sequence_length=LENGTH),
+        optimizer=OptimizerConfig(
+            name=optimizer, warmup_steps=0, learning_rate=3e-3, schedule="constant"
+        ),
+        train=TrainConfig(steps=STEPS, batch_size=ROWS, **train),
+    )
+
+
+def batch_of(step, mesh, rows=slice(None)):
+    """Uneven weights: a mean of the shards' means would be another number."""
+    batch = make_batch(MODEL, ROWS, LENGTH, seed=step)
+    if rows != slice(None):
+        weights = np.zeros_like(batch.loss_weights)
+        weights[rows] = batch.loss_weights[rows]
+        batch = dataclasses.replace(batch, loss_weights=weights)
+    return jax.device_put(batch, rules.batch_sharding(mesh))
+
+
+def state_on(config, mesh, move=0.0):
+    """The same state on any mesh; `move` shifts one weight."""
+    params = make_params(config.model)
+    params["layers"]["attn"]["q"][0, 3, 1, 2] += move
+    params = jax.device_put(params, rules.parameter_shardings(params, mesh))
+    optimizer = make_optimizer(config.optimizer, STEPS)
+    opt_state = jax.jit(optimizer.init)(params)
+    step = jax.device_put(
+        jnp.zeros((), jnp.int32), jax.NamedSharding(mesh, jax.P())
+    )
+    return TrainState(step, params, opt_state), make_train_step(config, optimizer)
+
+
+def gradients(config, mesh, move=0.0, rows=slice(None)):
+    with jax.set_mesh(mesh):
+        state, _ = state_on(config, mesh, move)
+        loss, grads, _ = jax.jit(
+            lambda p, b: loss_and_grads(config.model, config.train, p, b)
+        )(state.params, batch_of(0, mesh, rows))
+    for name, leaf in tree.flatten(grads).items():
+        wanted = tree.flatten(state.params)[name].sharding
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
+    return float(loss), {n: np.asarray(g) for n, g in tree.flatten(grads).items()}
+
+
+def worst(one, other):
+    """The largest difference of a leaf, as a share of the leaf's largest value."""
+    return {
+        name: float(np.abs(one[name] - other[name]).max() / np.abs(one[name]).max())
+        for name in one
+    }
+
+
+def losses_on(config, mesh, steps=STEPS):
+    with jax.set_mesh(mesh):
+        state, train_step = state_on(config, mesh)
+        losses = []
+        for step in range(steps):
+            state, metrics = train_step(state, batch_of(step, mesh))
+            losses.append(float(metrics.loss))
+    return losses, state
+
+
+def difference(one, other):
+    return float(np.abs(np.subtract(one, other)).max())
+
+
+def case_gradients(names, **changes):
+    config = config_of(model=dataclasses.replace(MODEL, **changes))
+    loss, grads = gradients(config, mesh_of("one"))
+    result = {"smallest_leaf": min(float(np.abs(g).max()) for g in grads.values())}
+    for name in names:
+        other_loss, other = gradients(config, mesh_of(name))
+        result[name] = {"loss": abs(loss - other_loss), **worst(grads, other)}
+    last = mesh_of(names[-1])
+    _, moved = gradients(config, last, move=0.05)
+    result["control_moved"] = max(worst(grads, moved).values())
+    _, half = gradients(config, last, rows=slice(ROWS // 2))
+    result["control_half"] = max(worst(grads, half).values())
+    return result
+
+
+def shardings_of(state, mesh):
+    """Names of optimizer leaves that do not lie as their parameter does."""
+    params = {n: (p.shape, p.sharding) for n, p in tree.flatten(state.params).items()}
+    wrong, moments = [], 0
+    for name, leaf in tree.flatten(state.opt_state).items():
+        if len(leaf.sharding.device_set) != mesh.size:
+            wrong.append(name)
+        for parameter, (shape, sharding) in params.items():
+            if name.endswith("/" + parameter) and leaf.shape == shape:
+                moments += 1
+                if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                    wrong.append(name)
+    return wrong, moments
+
+
+def case_losses(names, optimizer, **train):
+    config = config_of(optimizer, **train)
+    reference, _ = losses_on(config_of(optimizer), mesh_of("one"))
+    result = {"first": reference[0], "last": reference[-1]}
+    for name in names:
+        mesh = mesh_of(name)
+        losses, state = losses_on(config, mesh)
+        result[name] = difference(reference, losses)
+        result[f"{name}_wrong"], result[f"{name}_moments"] = shardings_of(state, mesh)
+        with jax.set_mesh(mesh):
+            wanted = abstract_state(
+                config.model, make_optimizer(config.optimizer, STEPS), mesh
+            )
+        result[f"{name}_abstract"] = [
+            leaf_name
+            for leaf_name, leaf in tree.flatten(state).items()
+            if not leaf.sharding.is_equivalent_to(
+                tree.flatten(wanted)[leaf_name].sharding, leaf.ndim
+            )
+        ]
+        result[f"{name}_bytes"] = sum(
+            leaf.addressable_shards[0].data.nbytes
+            for leaf in jax.tree.leaves(state.opt_state)
+        ) / tree.num_bytes(state.opt_state)
+    return result
+
+
+def case_resume(folder, optimizer="adamw"):
+    """Saved on one mesh after 4 steps, restored on others, then 4 more steps."""
+    config, saved = config_of(optimizer), 4
+    same = {"tokenizer_fingerprint": ByteTokenizer().fingerprint}
+    same |= {"data_fingerprint": "data", "config": config}
+    mesh = mesh_of("2x2x2")
+    _, state = losses_on(config, mesh, saved)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(
+            *(saved, state.params, state.opt_state),
+            config=config,
+            tokenizer=ByteTokenizer(),
+            data_fingerprint="data",
+            finite=True,
+        )
+    before = {n: np.asarray(x) for n, x in tree.flatten(state.params).items()}
+    reference, _ = losses_on(config, mesh, saved + 4)
+    result, said = {}, []
+    optimizer = make_optimizer(config.optimizer, STEPS)
+    for name in ("2x2x2", "one", "fsdp8", "control"):
+        mesh = mesh_of("fsdp8" if name == "control" else name)
+        with jax.set_mesh(mesh), Checkpoints(folder, report=said.append) as checkpoints:
+            wanted = abstract_state(config.model, optimizer, mesh)
+            restored = checkpoints.restore_latest(
+                wanted.params, wanted.opt_state, **same
+            )
+            after = tree.flatten(restored.params)
+            equal = all((np.asarray(after[n]) == x).all() for n, x in before.items())
+            opt_state = restored.opt_state
+            if name == "control":  # the moments lost
+                opt_state = jax.jit(optimizer.init)(restored.params)
+            step = jax.device_put(jnp.int32(saved), wanted.step.sharding)
+            state = TrainState(step, restored.params, opt_state)
+            train_step, losses = make_train_step(config, optimizer), []
+            for number in range(saved, saved + 4):
+                state, metrics = train_step(state, batch_of(number, mesh))
+                losses.append(float(metrics.loss))
+        result[name] = difference(reference[saved:], losses)
+        result[f"{name}_equal"] = equal
+    result["said"] = said
+    return result
+
+
+def case_generate(names):
+    prompts = [[1, 2, 3], [4] * 9, [5, 6]]  # 3 rows on 8 parts: padded inside
+    result = {}
+    for temperature in (0.0, 1.0):
+        sample = SampleConfig(temperature=temperature, max_new_tokens=20)
+        tokens = {}
+        for name in ("one", *names):
+            mesh = mesh_of(name)
+            with jax.set_mesh(mesh):
+                params = make_params(MODEL, std=0.5)
+                params = jax.device_put(params, rules.parameter_shardings(params, mesh))
+                out = generate(MODEL, params, prompts, sample, jax.random.key(0))
+            tokens[name] = out.tokens
+        for name in names:
+            same = bool((tokens[name] == tokens["one"]).all())
+            result[f"{name}_{temperature}"] = same
+        result[f"different_{temperature}"] = len(np.unique(tokens["one"]))
+    return result
+
+
+def case_errors():
+    result = {}
+    for sizes, model in (({"data": 1, "fsdp": 1, "tensor": 8}, MODEL),):
+        mesh = make_mesh(MeshConfig(**sizes))
+        with jax.set_mesh(mesh):
+            try:
+                abstract_state(model, make_optimizer(OptimizerConfig(), 100), mesh)
+            except ValueError as error:
+                result["divide"] = str(error)
+    for name, sizes in (("fit", {"data": 3}), ("remain", {"fsdp": 3})):
+        try:
+            make_mesh(MeshConfig(**sizes))
+        except ValueError as error:
+            result[name] = str(error)
+    return result
+
+
+def main():
+    case, folder = sys.argv[1:]
+    all_meshes = list(MESHES)[1:]
+    cases = {
+        "quick": lambda: {
+            "gradients": case_gradients(["2x2x2"]),
+            "errors": case_errors(),
+        },
+        "gradients": lambda: case_gradients(all_meshes),
+        "blocked": lambda: case_gradients(["data8", "2x2x2"], attention="blocked"),
+        "adamw": lambda: case_losses(all_meshes, "adamw"),
+        "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
+        "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
+        "lion": lambda: case_losses(["fsdp2_tensor4"], "lion"),
+        "accumulation": lambda: case_losses(
+            ["data8", "2x2x2"], "adamw", accumulation_steps=2, loss_chunk=64
+        ),
+        "resume": lambda: case_resume(folder),
+        "resume_muon": lambda: case_resume(folder, "muon"),
+        "generate": lambda: case_generate(["data8", "fsdp2_tensor4", "2x2x2"]),
+    }
+    print(json.dumps(cases[case]()))
+
+
+if __name__ == "__main__":
+    main()
