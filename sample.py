@@ -86,9 +86,10 @@ def write_samples(arguments: Arguments, run: Path) -> int:
     if not len(prompt) and tokenizer.bos_id is not None:
         prompt = np.array([tokenizer.bos_id])
     mesh = make_mesh(arguments.mesh, devices)
+    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    shardings = rules.parameter_shardings(shapes, mesh)
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
-        _, params = load(run, shardings=rules.parameter_shardings(shapes, mesh))
+        _, params = load(run, shardings=shardings)
         printer = Printer(tokenizer, arguments.prompt, arguments.num_samples)
         result = generate(
             model,

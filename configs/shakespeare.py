@@ -1,6 +1,8 @@
 """A character model of Shakespeare, trained on a laptop CPU in minutes.
 
-python train.py
+Command: python train.py
+Cost: 0.8M parameters, 4.9M characters; about 3 minutes on two CPU cores.
+Result: see docs/shakespeare.md, with how the recipe was found.
 """
 
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -20,9 +22,10 @@ def get_config() -> Config:
             tied_embeddings=False,
             embedding_scale=128**0.5,
             init="fan_in",
+            # Four layers compile fast enough, and run a tenth faster unrolled.
             unroll_layers=0,
         ),
-        data=DataConfig(sequence_length=128),
+        data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.02,
@@ -32,8 +35,9 @@ def get_config() -> Config:
             final_fraction=0.0,
         ),
         train=TrainConfig(
-            steps=1500,
-            batch_size=16,
+            steps=2400,
+            batch_size=8,
             run_dir="runs/shakespeare",
+            sample_prompt="\n",
         ),
     )

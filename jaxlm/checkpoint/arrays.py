@@ -7,7 +7,7 @@ into the structure of the abstract state, empty and masked nodes included.
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from etils import epath
 from jaxlm import tree
 
 # Name of an array -> (dtype, shape), as meta.json holds it.
-Description = dict[str, tuple[str, list[int]]]
+Description = Mapping[str, Sequence[Any]]
 
 
 class _NoEcho(logging.Filter):

@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -51,6 +51,7 @@ class SaveError(ValueError):
     """A checkpoint could not be written; those before it are intact."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What a checkpoint needs of a tokenizer."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.sampling import NEVER, draw
@@ -73,7 +73,7 @@ def bucket(length: int, largest: int) -> int:
 def generate(
     config: ModelConfig,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Integer[np.ndarray, " n"]],
     sample: SampleConfig,
     key: Key[Array, ""],
     *,

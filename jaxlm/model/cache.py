@@ -17,8 +17,12 @@ from jaxlm.sharding import rules
 class LayerCache:
     """Keys, as the scores see them, and values of one layer (or of stacked layers)."""
 
-    keys: Float[Array, "*L B S K H"]
-    values: Float[Array, "*L B S K H"]
+    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
+    # are given below, but not checked.
+    keys: Any
+    """[B, S, K, H], or stacked [L, B, S, K, H]; any float dtype."""
+    values: Any
+    """As the keys."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +32,8 @@ class Cache:
 
     layers: LayerCache | tuple[LayerCache, ...]
     """Stacked over layers, or one for each: in the manner of the parameters."""
-    lengths: Int[Array, " B"]
-    """Tokens of each row that are in the cache; the next one goes there."""
+    lengths: Any
+    """[B] int32: tokens of each row that are in the cache; the next one goes there."""
 
 
 def init_cache(

@@ -5,7 +5,7 @@ parameters go in as a nested dict, values come out. Formulas are in `jaxlm/ops`.
 Letters of shapes are explained in `jaxlm/types.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,14 @@ from jaxlm.types import Params, Trace
 class Output:
     """What one call of the model returns."""
 
-    logits: Float[Array, "B T V"]
-    """f32, after the final soft cap."""
+    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
+    # are given below, but not checked.
+    logits: Any
+    """[B, T, V] f32, after the final soft cap."""
     cache: Cache | None
     """The cache that was given, with the new tokens; None when none was given."""
-    trace: Trace
-    """Tapped sites; those of layers have a leading axis of the layers tapped."""
+    trace: Mapping[str, Any]
+    """A `Trace`: tapped sites; those of layers have a leading axis of the layers."""
 
 
 def forward(

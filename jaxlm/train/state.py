@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
@@ -44,8 +44,18 @@ def init_state(
 def abstract_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`, without computing anything."""
+    """Shapes, dtypes and shardings of `init_state`, without computing anything.
+
+    Raises:
+      ValueError: when a mesh axis does not divide a parameter.
+    """
     key = jax.eval_shape(lambda: jax.random.key(0))
+    if mesh.size > 1:
+        # Under the mesh JAX itself refuses an axis that does not divide, and names
+        # neither the parameter nor the remedy.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            params = jax.eval_shape(lambda key: init(config, key), key)
+        rules.parameter_shardings(params, mesh)
     shapes = jax.eval_shape(lambda key: _build(config, optimizer, key, mesh), key)
 
     def on_mesh(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

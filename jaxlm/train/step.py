@@ -83,12 +83,15 @@ def loss_and_grads(
         B, T = x.shape
         return reshape(x, (B // parts, parts, T), (0, None, 1)).swapaxes(0, 1)
 
+    # As plain arrays: a `Batch` has rows only, not parts of rows.
+    leaves, structure = jax.tree.flatten(batch)
+
     def accumulate(sums, part):
-        (_, loss), grads = gradient(params, part)
+        (_, loss), grads = gradient(params, jax.tree.unflatten(structure, part))
         return jax.tree.map(jnp.add, sums, (loss, grads)), None
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), _ = jax.lax.scan(accumulate, start, jax.tree.map(cut, batch))
+    (loss, grads), _ = jax.lax.scan(accumulate, start, [cut(x) for x in leaves])
     return loss, grads, total
 
 

@@ -70,9 +70,10 @@ def start(*arguments):
     state, resumed = real_start(*arguments)
     if action == "ulp":
         name = "layers/mlp/down"
-        w = np.array(train.tree.flatten(state.params)[name])
+        leaf = train.tree.flatten(state.params)[name]
+        w = np.array(leaf)
         w[0, 0, 0] = np.nextafter(w[0, 0, 0], np.float32(np.inf))
-        params = train.tree.replace(state.params, name, jax.device_put(w))
+        params = train.tree.replace(state.params, name, jax.device_put(w, leaf.sharding))
         state = train.dataclasses.replace(state, params=params)
     if action == "zero_mu":
         def zero(name, x):

@@ -87,6 +87,7 @@ COUNTS["transformer-big"] = transformer_count(1024, 4096)
 
 def test_every_preset_has_a_count():
     assert set(COUNTS) == set(PRESETS)
+    assert set(QUICK) <= set(KINDS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -161,9 +162,18 @@ def kinds() -> dict[str, ModelConfig]:
 
 
 KINDS = kinds()
+# Always run: the one that transformers does not have, and three that differ most. The
+# others equal transformers in any case (tests/parity).
+QUICK = ("transformer-base", "gpt2-124m", "llama2-70b", "gemma2-2b")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in KINDS
+    ],
+)
 def test_a_toy_trains_and_decodes(name):
     """A step of SGD lowers the loss; a token at a time gives the same logits."""
     config, params = make(KINDS[name])

@@ -1,6 +1,6 @@
 """Prints how many parameters transformers gives each preset, without making them.
 
-    PYTHONPATH=.:tests/parity python tests/parity/make_counts.py
+PYTHONPATH=.:tests/parity python tests/parity/make_counts.py
 """
 
 import torch

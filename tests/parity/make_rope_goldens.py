@@ -127,7 +127,7 @@ def main():
             "frequency": frequency.double().tolist(),
             "attention_factor": float(factor),
         }
-    OUT.write_text(json.dumps(goldens, indent=1))
+    OUT.write_text(json.dumps(goldens))
     print(OUT, OUT.stat().st_size)
 
 

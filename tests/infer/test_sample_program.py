@@ -1,0 +1,113 @@
+"""sample.py, in child processes, on a run made here without training."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from toy_case import make_params, toy
+
+from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.config import Config, DataConfig, SampleConfig
+from jaxlm.data.tokenizer import ByteTokenizer
+from jaxlm.infer.generate import generate
+
+TOKENIZER = ByteTokenizer()
+CONTEXT = 8192
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with runs/tiny, whose model writes ASCII letters for the most part."""
+    home = tmp_path_factory.mktemp("home")
+    model = toy(vocab_size=TOKENIZER.vocab_size, context_length=CONTEXT)
+    params = make_params(model, std=0.5)
+    params["lm_head"]["kernel"][:, :97] = params["lm_head"]["kernel"][:, 123:] = 0
+    params["lm_head"]["kernel"][:, 97:123] *= 3
+    with Checkpoints(home / "runs" / "tiny") as checkpoints:
+        checkpoints.save(
+            *(1, params, {}),
+            config=Config(model=model, data=DataConfig(sequence_length=16)),
+            tokenizer=TOKENIZER,
+            data_fingerprint="data",
+            finite=True,
+        )
+    return home, model, params
+
+
+def start(home, repository, *arguments):
+    return subprocess.Popen(
+        [sys.executable, repository / "sample.py", *arguments],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(home, repository, *arguments):
+    child = start(home, repository, *arguments)
+    out, err = child.communicate(timeout=120)
+    return child.returncode, out.decode(), err.decode()
+
+
+def test_the_text_is_that_of_generate(home, repository):
+    folder, model, params = home
+    code, out, err = run(
+        *(folder, repository, "--prompt", "abc", "--num-samples", "2", "--stats"),
+        *("--max-new-tokens", "20", "--seed", "3", "--temperature", "0.9"),
+    )
+    assert code == 0, err
+    sample = SampleConfig(max_new_tokens=20, temperature=0.9)
+    if TOKENIZER.eos_id is not None:
+        sample = SampleConfig(
+            max_new_tokens=20, temperature=0.9, stop_ids=(TOKENIZER.eos_id,)
+        )
+    prompts = [TOKENIZER.encode("abc").tolist()] * 2
+    result = generate(
+        *(model, params, prompts, sample, jax.random.key(3)),
+        num_tokens=TOKENIZER.vocab_size,
+    )
+    texts = [
+        "abc" + TOKENIZER.decode(tokens[:length])
+        for tokens, length in zip(result.tokens, result.lengths, strict=True)
+    ]
+    assert out == f"--- sample 1\n{texts[0]}\n--- sample 2\n{texts[1]}\n"
+    assert texts[0] != texts[1] and len(texts[0]) > 10
+    assert "prefill 6 tokens in" in err and "decode 40 tokens in" in err
+
+
+def test_errors_are_one_line_with_a_remedy(home, repository, tmp_path):
+    folder, _, _ = home
+    for where, arguments, words in (
+        (folder, ["runs/tinny"], ["no run folder", "runs/tiny"]),
+        (tmp_path, [], ["no run with a checkpoint below runs/", "python train.py"]),
+        (folder, ["--temprature", "1"], ["did you mean '--temperature'"]),
+        (folder, ["--num-samples", "0"], ["--num-samples is 0: it must be at least 1"]),
+    ):
+        code, out, err = run(where, repository, *arguments)
+        assert code == 2 and not out
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert all(word in err for word in words), err
+
+
+def test_ctrl_c_ends_a_stream_within_two_seconds(home, repository):
+    folder, _, _ = home
+    child = start(
+        *(folder, repository, "runs/tiny", "--prompt", "a"),
+        *("--max-new-tokens", str(CONTEXT - 1)),
+    )
+    try:
+        first = child.stdout.read(20)  # text comes while it is made
+        assert first.startswith(b"a") and child.poll() is None
+        child.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        out, err = child.communicate(timeout=10)
+        assert child.returncode == 130, err
+        assert time.monotonic() - begin < 2
+        assert out.endswith(b"\n") and b"Traceback" not in err
+    finally:
+        child.kill()

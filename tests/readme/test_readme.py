@@ -1,0 +1,82 @@
+"""What the README says can be done, done: with the default config made short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlm.cli import VERBS, read_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SHORT = "--train.steps 4 --optimizer.warmup-steps 2 --train.eval-every 0 "
+SHORT += "--train.sample-every 0 --model.unroll-layers 1 --data.holdout-fraction 0.01 --train.log-every 2"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which the README's train command has run, made short."""
+    folder = tmp_path_factory.mktemp("readme")
+    run("train.py", *SHORT.split(), folder=folder)
+    return folder
+
+
+def test_install_lines_name_what_exists():
+    train, test = blocks("bash")[:2]
+    assert "python train.py &&" in train and "python sample.py --prompt" in train
+    assert "'.[test]'" in test and "-m pytest" in test
+    assert "[project.optional-dependencies]\ntest" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_training_leaves_what_the_readme_lists(folder):
+    left = {path.name for path in (folder / "runs" / "shakespeare").iterdir()}
+    listed = re.search(r"A run folder holds (.*?)\.\s+Ctrl-C", README, re.DOTALL)
+    names = re.findall(r"`([\w.]+)/?`", listed.group(1))
+    assert names and set(names) <= left
+
+
+def test_sample_command(folder):
+    command = re.search(r"python sample.py \[RUN\] (.*)", README).group(1)
+    flags = command.replace("TEXT", "ROMEO:").replace("256", "16")
+    done = run("sample.py", *shlex.split(flags), folder=folder)
+    assert done.stdout.startswith("ROMEO:")
+    assert "tokens/s" in done.stderr
+
+
+def test_python_snippets(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    for code in blocks("python"):
+        exec(code.replace("max_new_tokens=100", "max_new_tokens=4"), names)
+    text, shape = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    assert len(text) >= 1
+    assert shape == "(4, 1, 4, 6, 6)"
+
+
+def test_flags_of_the_table_exist():
+    default = ROOT / "configs" / "shakespeare.py"
+    flags = re.findall(r"`(--(?:data|model|mesh|train)\.[^`]*?)(?: \.\.\.)?`", README)
+    assert len(flags) >= 5
+    for flag in flags:
+        words = [word for word in shlex.split(flag) if word != "..."]
+        if len(words) > 1:
+            read_config(words, default)
+    verbs = re.findall(r"`jaxlm (\w+)", README)
+    assert set(verbs) <= set(VERBS)

@@ -1,0 +1,251 @@
+"""One step and the loop around it, on one device and without a file of text."""
+
+import dataclasses
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_case import make_batch, make_params, toy
+
+from jaxlm import tree
+from jaxlm.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from jaxlm.model.transformer import forward
+from jaxlm.sharding.mesh import make_mesh
+from jaxlm.train.loop import Hooks, fit
+from jaxlm.train.metrics import MetricsWriter, read_metrics
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.progress import ProgressLine
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import loss_and_grads, loss_sums, make_eval_step, make_train_step
+from jaxlm.train.stopping import NotFinite, StopRequest
+
+MODEL = toy()
+PARAMS = jax.tree.map(jnp.asarray, make_params(MODEL))
+ROWS, LENGTH = 8, 20
+BATCH = make_batch(MODEL, ROWS, LENGTH)
+
+
+def config_of(**train):
+    options = {"steps": 6, "batch_size": ROWS, "log_every": 1, **train}
+    return Config(
+        model=MODEL,
+        data=DataConfig(sequence_length=LENGTH),
+        optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-2),
+        train=TrainConfig(**options),
+    )
+
+
+def loss_of(train, batch=BATCH):
+    def run(params, batch):
+        return loss_and_grads(MODEL, train, params, batch)
+
+    loss, grads, total = jax.jit(run)(PARAMS, batch)
+    return float(loss), {n: np.asarray(g) for n, g in tree.flatten(grads).items()}, total
+
+
+def nll_in_numpy(batch):
+    """Cross-entropy of each token, in float64, from the logits of a plain call."""
+    logits = forward(
+        MODEL,
+        PARAMS,
+        jnp.asarray(batch.tokens),
+        positions=jnp.asarray(batch.positions),
+        segment_ids=jnp.asarray(batch.segment_ids),
+    ).logits
+    logits = np.float64(logits)
+    top = logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
+    hit = np.take_along_axis(logits, batch.targets[..., None].astype(np.int64), -1)
+    return log_z - hit[..., 0], log_z
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return loss_of(TrainConfig(batch_size=ROWS))
+
+
+def test_the_loss_is_the_weighted_mean(whole):
+    nll, _ = nll_in_numpy(BATCH)
+    weights = np.float64(BATCH.loss_weights)
+    assert whole[0] == pytest.approx((nll * weights).sum() / weights.sum(), rel=1e-6)
+    assert float(whole[2]) == pytest.approx(weights.sum())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulation_steps": 2},
+        {"accumulation_steps": 4},
+        {"loss_chunk": 56},  # 7 places of 8 rows; 20 is no multiple of 7
+        {"accumulation_steps": 2, "loss_chunk": 1},
+    ],
+)
+def test_neither_accumulation_nor_chunks_move_the_result(whole, options):
+    """Weights are very uneven: one part of the batch has nearly none."""
+    loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS, **options))
+    assert loss == pytest.approx(whole[0], rel=1e-6)
+    for name, g in grads.items():
+        # f32 sums in another order; seen: 1e-6 of the leaf's largest value.
+        error = np.abs(g - whole[1][name]).max() / np.abs(whole[1][name]).max()
+        assert error < 5e-6, name
+
+
+def test_a_mean_of_means_would_be_another_loss(whole):
+    """The control of the test above: equal parts, unequal weights."""
+    nll, _ = nll_in_numpy(BATCH)
+    means = []
+    for part in range(2):
+        w = np.float64(BATCH.loss_weights[part::2])
+        means.append((nll[part::2] * w).sum() / w.sum())
+    assert abs(np.mean(means) - whole[0]) > 1e-3
+
+
+def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(whole):
+    loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS, z_loss=0.1))
+    assert loss == pytest.approx(whole[0], rel=1e-6)
+    assert np.abs(grads["lm_head/kernel"] - whole[1]["lm_head/kernel"]).max() > 1e-3
+    objective, entropy = loss_sums(MODEL, TrainConfig(z_loss=0.1), PARAMS, BATCH)
+    _, log_z = nll_in_numpy(BATCH)
+    extra = 0.1 * (log_z**2 * BATCH.loss_weights).sum()
+    assert float(objective - entropy) == pytest.approx(extra, rel=1e-4)
+
+
+def test_a_batch_without_weights_is_no_division_by_zero():
+    empty = dataclasses.replace(BATCH, loss_weights=0 * BATCH.loss_weights)
+    loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS), empty)
+    assert loss == 0 and all((g == 0).all() for g in grads.values())
+
+
+class Trial:
+    """`fit` with everything around it replaced by lists."""
+
+    def __init__(self, folder, config, batches, hooks=None, start=0):
+        self.saved, self.folder = [], folder
+        self.held_out = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in (50, 51, 52)]
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        params = jax.tree.map(jnp.copy, PARAMS)  # the step takes it over
+        self.state = TrainState(jnp.int32(start), params, optimizer.init(params))
+        hooks = hooks or Hooks(save=self.save, held_out=lambda: self.held_out)
+        with MetricsWriter(folder) as writer, StopRequest() as stop:
+            self.stop = stop
+            self.result = fit(
+                config,
+                optimizer,
+                self.state,
+                iter(batches),
+                hooks,
+                writer=writer,
+                progress=ProgressLine(config.train.steps, stream=io.StringIO()),
+                stop=stop,
+            )
+
+    def save(self, state):
+        params = jax.device_get(state.params)
+        self.saved.append((int(state.step), params))
+
+
+def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilations):
+    config = config_of(eval_every=4, checkpoint_every=4)
+    at_step = []
+
+    def batches():
+        for step in range(6):
+            at_step.append(len(compilations))
+            yield jax.tree.map(jnp.asarray, make_batch(MODEL, ROWS, LENGTH, seed=step))
+
+    trial = Trial(tmp_path, config, batches())
+    state, code = trial.result
+    assert code == 0 and int(state.step) == 6
+    assert [step for step, _ in trial.saved] == [4, 6]
+    rows = read_metrics(tmp_path)
+    trains = [r for r in rows if r["kind"] == "train"]
+    assert [r["step"] for r in trains] == [1, 2, 3, 4, 5, 6]
+    evals = [r for r in rows if r["kind"] == "eval"]
+    assert [r["step"] for r in evals] == [4, 6]
+    # Steps 2, 3 and 4 compile nothing, nor does step 6; the evaluation after step 4
+    # does.
+    assert at_step[2] == at_step[3]
+    assert at_step[4] > at_step[3] and at_step[5] == at_step[4]
+    # The state that was given is gone: its memory is the new one's.
+    leaves = jax.tree.leaves((trial.state.params, trial.state.opt_state))
+    assert all(x.is_deleted() for x in leaves if x.ndim)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_a_step_gives_back_the_memory_of_the_old_state():
+    config = config_of()
+    step = make_train_step(config, make_optimizer(config.optimizer, 6))
+    optimizer = make_optimizer(config.optimizer, 6)
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    new, metrics = step(state, BATCH)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    assert float(metrics.lr) == pytest.approx(1e-2)
+    assert int(new.step) == 1
+    # The norm is that of the gradient before it is clipped to 1.
+    _, grads, _ = loss_of(config.train)
+    norm = math.sqrt(sum(np.sum(np.float64(g) ** 2) for g in grads.values()))
+    assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, log_every):
+    """Also where metrics are read only every few steps: a save reads them first."""
+    config = config_of(log_every=log_every, checkpoint_every=2)
+    batches = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in range(6)]
+    weights = batches[3].loss_weights * np.float32(np.nan)
+    batches[3] = dataclasses.replace(batches[3], loss_weights=weights)
+    saved = []
+    hooks = Hooks(save=lambda state: saved.append(int(state.step)))
+    with pytest.raises(NotFinite, match=r"step 4: loss nan, gradient norm nan"):
+        Trial(tmp_path, config, batches, hooks)
+    assert saved == [2]
+    trains = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
+    assert all(math.isfinite(r["loss"]) for r in trains)
+
+
+def test_an_evaluation_is_the_mean_over_the_whole_text(tmp_path):
+    """With a last batch that is padding for the most part."""
+    trial = Trial(tmp_path, config_of(steps=1), [BATCH])
+    (row,) = [r for r in read_metrics(tmp_path) if r["kind"] == "eval"]
+    (_, params) = trial.saved[-1]
+    eval_step = make_eval_step(MODEL, TrainConfig())
+    total = weight = 0.0
+    for batch in trial.held_out:
+        logits = np.float64(
+            forward(
+                MODEL,
+                params,
+                jnp.asarray(batch.tokens),
+                positions=jnp.asarray(batch.positions),
+                segment_ids=jnp.asarray(batch.segment_ids),
+            ).logits
+        )
+        for row_logits, targets, weights in zip(
+            logits, batch.targets, batch.loss_weights, strict=True
+        ):
+            for z, target, w in zip(row_logits, targets, weights, strict=True):
+                total += float(w) * (np.logaddexp.reduce(z) - z[target])
+                weight += float(w)
+        entropy, targets = eval_step(params, batch)
+        assert float(targets) == pytest.approx(batch.loss_weights.sum())
+    assert row["loss"] == pytest.approx(total / weight, rel=1e-6)
+    assert row["targets"] == int(weight)
+
+
+def test_on_a_mesh_of_one_device_the_step_is_the_same(whole):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS))
+    assert loss == pytest.approx(whole[0], rel=1e-6)
+    for name, g in grads.items():
+        np.testing.assert_allclose(g, whole[1][name], rtol=1e-4, atol=1e-6)
