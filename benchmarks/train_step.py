@@ -238,7 +238,8 @@ def main() -> None:
     names = arguments.case or list(CASES)
     if arguments.nanogpt is None and "nanogpt-baby" in names:
         parser.error("--nanogpt is needed: the folder of a clone of nanoGPT")
-    results = {"machine": machine(), "cases": {}}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
+    results["machine"] = machine()
     for name in names:
         result = results["cases"][name] = compare(name, arguments)
         print(f"{name} ({result['dtype']})")
