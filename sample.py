@@ -45,7 +45,7 @@ class Arguments:
 
 
 def main() -> int:
-    arguments = parse(Arguments, None, sys.argv[1:], prog="sample.py")
+    arguments = parse(Arguments, None, sys.argv[1:], flat=("sample",), prog="sample.py")
     if arguments.num_samples < 1:
         fail(f"--num-samples is {arguments.num_samples}: it must be at least 1")
     use_compile_cache()

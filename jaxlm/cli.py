@@ -26,13 +26,30 @@ def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
     raise SystemExit(code)
 
 
-def parse(kind: type[T], default: T | None, arguments: Sequence[str], **options) -> T:
+def parse(
+    kind: type[T],
+    default: T | None,
+    arguments: Sequence[str],
+    *,
+    flat: tuple[str, ...] = (),
+    **options: Any,
+) -> T:
     """Command-line flags as a dataclass.
 
     Exits with code 2 and a message that names the flag, for unknown names (with the
     nearest), wrong types and impossible values.
+
+    Args:
+      flat: fields that are dataclasses but whose flags have no prefix.
+      options: for `tyro.cli`.
     """
-    value, unknown = tyro.cli(
+    known = set(_flags(kind() if default is None else default, flat))
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        if argument.startswith("--") and name not in known:
+            close = nearest(name, sorted(known))
+            fail(f"unknown option {argument!r}{close}; --help lists them all")
+    value, left = tyro.cli(
         kind,
         default=default,
         args=list(arguments),
@@ -40,22 +57,24 @@ def parse(kind: type[T], default: T | None, arguments: Sequence[str], **options)
         config=(tyro.conf.AvoidSubcommands,),
         **options,
     )
-    if unknown:
-        name = unknown[0].partition("=")[0].replace("_", "-")
-        close = nearest(name, list(_flags(value)))
-        fail(f"unknown option {unknown[0]!r}{close}; --help lists them all")
+    if left:
+        fail(f"unknown option {left[0]!r}; --help lists them all")
     return value
 
 
-def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
+def _flags(config: Any, flat: tuple[str, ...], prefix: str = "--") -> Iterator[str]:
+    yield "--help"
     hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         name = prefix + f.name.replace("_", "-")
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            yield from _flags(value, name + ".")
+            yield from _flags(value, (), prefix if f.name in flat else f"{name}.")
         elif not any(map(dataclasses.is_dataclass, get_args(hints[f.name]))):
             yield name  # a section that is None has no flags
+            if isinstance(value, bool):
+                section, dot, last = name[2:].rpartition(".")
+                yield f"--{section}{dot}no-{last}"
 
 
 def read_config(arguments: Sequence[str], default_file: Path) -> Config:
@@ -99,7 +118,7 @@ def use_compile_cache() -> None:
 class Report:
     """Draw one run, or several over each other: an HTML file and a PNG beside it."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders."""
     out: Path | None = None
     """HTML file; None is report.html in the run, or comparison.html for several."""

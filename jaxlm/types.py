@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 # Nested dict of arrays. The layout is the contract between model, checkpoints,
 # sharding rules and optimizer masks; `docs/params.md` lists it.
@@ -24,13 +24,15 @@ Trace = Mapping[str, Array]
 class Batch:
     """Rows of tokens and what is to be predicted from them. NumPy or jax arrays."""
 
-    tokens: Int[Any, "B T"]
-    """Inputs, int32."""
-    targets: Int[Any, "B T"]
-    """The token that follows each input, int32."""
-    positions: Int[Any, "B T"]
-    """Position in the document, from 0 at each document's first token in the row."""
-    segment_ids: Int[Any, "B T"]
-    """Number of the document in the row, from 1; 0 marks padding."""
-    loss_weights: Float[Any, "B T"]
-    """Weight of each target in the loss, f32; 0 where there is nothing to predict."""
+    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
+    # are given below, but not checked.
+    tokens: Any
+    """[B, T] int32: inputs."""
+    targets: Any
+    """[B, T] int32: the token that follows each input."""
+    positions: Any
+    """[B, T] int32: position in the document, from 0 at its first token in the row."""
+    segment_ids: Any
+    """[B, T] int32: number of the document in the row, from 1; 0 marks padding."""
+    loss_weights: Any
+    """[B, T] f32: weight of each target in the loss; 0 where nothing is predicted."""

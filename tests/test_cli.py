@@ -145,7 +145,7 @@ def test_a_missing_config_file_names_the_nearest(default_file, capsys):
 def test_help_tells_every_flag_and_its_meaning(default_file, capsys):
     code, out, _ = exit_of(capsys, read_config, ["--help"], default_file)
     assert code == 0
-    for flag in cli._flags(read_config([], default_file)):
+    for flag in cli._flags(read_config([], default_file), ()):
         assert re.search(rf"{flag}(?![\w-])", out), flag
     for text in ("A tiny run.", "Parts into which a batch is cut", "Transformer block"):
         assert text in out

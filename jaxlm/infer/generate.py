@@ -53,13 +53,15 @@ class Generation:
 class DecodeState:
     """Everything that decoding carries from token to token."""
 
+    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
+    # are given below, but not checked.
     cache: Cache
-    logits: Float[Array, "B V"]
-    """Of the next token, f32."""
-    count: Int[Array, ""]
-    """New tokens so far."""
-    done: Bool[Array, " B"]
-    """Rows that have drawn a stop token."""
+    logits: Any
+    """[B, V] f32: of the next token."""
+    count: Any
+    """[] int32: new tokens so far."""
+    done: Any
+    """[B] bool: rows that have drawn a stop token."""
 
 
 def bucket(length: int, largest: int) -> int:
@@ -172,8 +174,9 @@ def _check(config, prompts, sample: SampleConfig, num_tokens: int) -> list[list[
         if total > config.context_length:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens, with "
-                f"{sample.max_new_tokens} new ones {total}: more than the model's context of "
-                f"{config.context_length}; shorten the prompt or lower max_new_tokens"
+                f"{sample.max_new_tokens} new ones {total}: more than the model's "
+                f"context of {config.context_length}; shorten the prompt or lower "
+                "max_new_tokens"
             )
     for stop in sample.stop_ids:
         if not 0 <= stop < config.vocab_size:

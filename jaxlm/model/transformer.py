@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.config import ModelConfig
@@ -45,7 +46,7 @@ class Output:
 def forward(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -92,7 +93,7 @@ def forward(
 def features(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -109,7 +110,7 @@ def features(
     model = Transformer(config)
     return model.apply(
         {"params": params},
-        tokens,
+        jnp.asarray(tokens),
         positions,
         segment_ids,
         cache,

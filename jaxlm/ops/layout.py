@@ -13,12 +13,17 @@ from jaxtyping import Array
 
 
 def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
-    """The sharding in x's type; None outside an Explicit mesh."""
+    """The sharding in x's type; None outside an Explicit mesh.
+
+    An array that was made outside the current mesh is whole on each of its devices.
+    """
     abstract = isinstance(x, jax.ShapeDtypeStruct)
     sharding = x.sharding if abstract else jax.typeof(x).sharding
     if sharding is None or sharding.mesh.empty:
-        return None
-    if any(kind != AxisType.Explicit for kind in sharding.mesh.axis_types):
+        mesh = jax.sharding.get_abstract_mesh()
+        sharding = NamedSharding(mesh, P(*(None,) * x.ndim))
+    mesh = sharding.mesh
+    if mesh.empty or any(kind != AxisType.Explicit for kind in mesh.axis_types):
         return None
     return sharding
 

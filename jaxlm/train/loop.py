@@ -173,7 +173,7 @@ class _Log:
         if not self._pending:
             return
         steps, metrics, waits = zip(*self._pending, strict=True)
-        metrics = jax.device_get(metrics)
+        metrics = jax.tree.map(float, jax.device_get(metrics))
         now = time.monotonic()
         seconds = max(now - self._since - self._pause, 1e-9)
         self._pending, self._since, self._pause = [], now, 0.0

@@ -13,7 +13,6 @@ from jaxtyping import Array, Int
 from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import init
 from jaxlm.sharding import rules
-from jaxlm.types import Params
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +22,8 @@ class TrainState:
 
     step: Int[Array, ""] | jax.ShapeDtypeStruct
     """Optimizer steps done."""
-    params: Params
-    """Master weights, f32."""
+    params: Any
+    """`Params`: master weights, f32."""
     opt_state: Any
     """State of the optax transformation."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ from jaxlm.types import Batch, Params
 class StepMetrics:
     """What one step reports, as f32 scalars on the device."""
 
-    loss: Float[Array, ""]
+    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
+    # are given below, but not checked.
+    loss: Any
     """Mean cross-entropy in nats a token, before the update."""
-    grad_norm: Float[Array, ""]
+    grad_norm: Any
     """Global norm of the gradient before clipping."""
-    targets: Float[Array, ""]
+    targets: Any
     """Sum of the loss weights."""
-    lr: Float[Array, ""]
+    lr: Any
     """Learning rate of the update."""
 
 
@@ -37,6 +40,7 @@ def loss_sums(
     config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums over the batch: what is differentiated, and the cross-entropy."""
+    batch = jax.tree.map(jnp.asarray, batch)
     x, _, _ = features(
         config,
         params,

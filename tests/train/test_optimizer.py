@@ -235,7 +235,8 @@ def test_muon_has_a_rate_of_its_own_for_adam():
     # Adam's first step is the rate itself, with Nesterov's momentum 1.47 times it.
     expected = -0.001 * (0.9 * 0.1 / (1 - 0.9**2) + 1)
     np.testing.assert_allclose(after["embed/table"], expected, rtol=1e-3)
-    assert np.abs(after["layers/attn/q"]).max() > 0.003
+    # A matrix of ones has one direction: each of 256 entries is about 1/16.
+    assert np.abs(after["layers/attn/q"]).max() > 0.2 * RATE / 16
 
 
 def test_matrices_match_what_they_say():
