@@ -90,7 +90,10 @@ def test_a_config_file_may_come_first(default_file, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--train.step", "5"], r"unknown option '--train.step' .*mean '--train.steps'"),
+        (
+            ["--train.step", "5"],
+            r"unknown option '--train.step' .*mean '--train.steps'",
+        ),
         (["--train.step=5"], r"option '--train.step=5' \(did you mean '--train.steps'"),
         (["--modl.num-layers", "5"], r"did you mean '--model.num-layers'\?\)"),
         (["--model.rope-scaling", "x"], r"mean '--model.(?!rope-scaling)"),
@@ -203,7 +206,10 @@ def test_report_of_several_runs(tmp_path, capsys, monkeypatch):
     [
         (["reprot"], r"error: no verb 'reprot' \(did you mean 'report'\?\); verbs: "),
         (["report"], r"error: name at least one run folder"),
-        (["report", "/no/such/run"], r"error: /no/such/run/metrics\.jsonl: no such fil"),
+        (
+            ["report", "/no/such/run"],
+            r"error: /no/such/run/metrics\.jsonl: no such fil",
+        ),
         (["report", "x", "--uot", "y"], r"unknown option '--uot' .*mean '--out'"),
     ],
 )
@@ -232,8 +238,6 @@ def test_help_lists_the_verbs(capsys):
 
 def test_the_installed_command():
     jaxlm = Path(sys.executable).with_name("jaxlm")
-    done = subprocess.run(
-        [jaxlm, "reprot"], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([jaxlm, "reprot"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "did you mean 'report'" in done.stderr
     assert done.stderr.count("\n") == 1  # one line, no traceback

@@ -169,7 +169,11 @@ WRONG = [
         for name in ("b1", "b2", "momentum")
     ),
     *(
-        ("optimizer", {name: 1.1}, rf"optimizer\.{name} is 1\.1: it must be in \[0, 1\]")
+        (
+            "optimizer",
+            {name: 1.1},
+            rf"optimizer\.{name} is 1\.1: it must be in \[0, 1\]",
+        )
         for name in ("decay_fraction", "final_fraction")
     ),
     ("optimizer", {"warmup_steps": -1}, r"optimizer\.warmup_steps is -1.*>= 0"),
@@ -221,7 +225,9 @@ def test_what_cannot_be_names_the_field_and_the_remedy(section, fields, message)
 
 
 def test_sections_must_fit_together():
-    with pytest.raises(ValueError, match=r"sequence_length is 65, more than model\.con"):
+    with pytest.raises(
+        ValueError, match=r"sequence_length is 65, more than model\.con"
+    ):
         Config(model=model(), data=DataConfig(sequence_length=65))
     short = DataConfig(sequence_length=64)
     with pytest.raises(ValueError, match=r"warmup_steps is 100.*shorten the warm-up"):
@@ -259,7 +265,10 @@ def test_json_round_trip(config):
 def test_from_dict_names_what_is_wrong():
     values = to_dict(full_config())
     cases = [
-        (("model", "num_layer", 3), r"config\.model: unknown field 'num_layer' \(did y"),
+        (
+            ("model", "num_layer", 3),
+            r"config\.model: unknown field 'num_layer' \(did y",
+        ),
         (("model", "num_layers", "3"), r"model\.num_layers is '3': expected int"),
         (("data", "path", "x"), r"data\.path is 'x'"),
         (("train", "zzz", 0), r"config\.train: unknown field 'zzz'$"),

@@ -250,9 +250,12 @@ def _programs(
     def prefill(params, tokens, lengths) -> DecodeState:
         tokens, lengths = lay_out(tokens, "batch", None), lay_out(lengths, "batch")
         cache = init_cache(config, tokens.shape[0], max_length, dtype)
-        x, cache, _ = features(config, params, tokens, cache=cache)
+        # Padding does not make a row longer: some rotations depend on its length.
+        places = jnp.arange(tokens.shape[1])
+        positions = jnp.minimum(places, lengths[:, None] - 1)
+        x, cache, _ = features(config, params, tokens, positions=positions, cache=cache)
         # Only the last token of each prompt needs logits.
-        ends = jnp.arange(tokens.shape[1]) == lengths[:, None] - 1
+        ends = places == lengths[:, None] - 1
         last = jnp.sum(jnp.where(ends[..., None], x, 0), axis=1, keepdims=True)
         logits = unembed(config, params, last)[:, 0]
         layers = unstack(cache.layers, config.num_layers)

@@ -168,7 +168,9 @@ class Run:
                 if r["kind"] == "eval"
             ],
             "sample": [
-                (r["step"], r["prompt"], r["text"]) for r in rows if r["kind"] == "sample"
+                (r["step"], r["prompt"], r["text"])
+                for r in rows
+                if r["kind"] == "sample"
             ],
             "batches": self.batches(),
         }

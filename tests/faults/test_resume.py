@@ -142,9 +142,9 @@ def test_killed_at_any_moment(straight, seed):
 @pytest.mark.parametrize(
     "name, change",
     [
-        ("muon", ('OptimizerConfig(', 'OptimizerConfig(name="muon", ')),
+        ("muon", ("OptimizerConfig(", 'OptimizerConfig(name="muon", ')),
         ("bfloat16", ('dtype="float32"', 'dtype="bfloat16"')),
-        ("adafactor", ('OptimizerConfig(', 'OptimizerConfig(name="adafactor", ')),
+        ("adafactor", ("OptimizerConfig(", 'OptimizerConfig(name="adafactor", ')),
     ],
 )
 def test_other_states_resume_too(folder, name, change):

@@ -63,9 +63,7 @@ def test_a_loss_that_is_not_finite_ends_with_4_and_saves_nothing(done):
     assert old.num_layers == 2
     assert (run.path / "old-1" / "metrics.jsonl").exists()
     # It can go on from the last good step, without the fault.
-    code, _, err = run.train(
-        *("--train.steps", "12", "--train.checkpoint-every", "2")
-    )
+    code, _, err = run.train(*("--train.steps", "12", "--train.checkpoint-every", "2"))
     assert code == 0, err
     assert run.steps() == [10, 12]
 
@@ -116,7 +114,7 @@ def test_init_from_takes_the_weights_and_starts_at_step_0(done):
     )
     assert code == 0, err
     events = [r for r in read_metrics(run.path) if r["kind"] == "event"]
-    assert [(e["event"], e["step"]) for e in events][0] == ("start", 0)
+    assert next((e["event"], e["step"]) for e in events) == ("start", 0)
     assert run.steps() == [1]
     assert state_hash(load(run.path)[1]) == state_hash(load(done.path)[1])
 

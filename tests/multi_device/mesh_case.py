@@ -14,8 +14,14 @@ from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
 from jaxlm.checkpoint.native import Checkpoints
-from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
-from jaxlm.config import TrainConfig
+from jaxlm.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.infer.generate import generate
 from jaxlm.sharding import rules
@@ -68,9 +74,7 @@ def state_on(config, mesh, move=0.0):
     params = jax.device_put(params, rules.parameter_shardings(params, mesh))
     optimizer = make_optimizer(config.optimizer, STEPS)
     opt_state = jax.jit(optimizer.init)(params)
-    step = jax.device_put(
-        jnp.zeros((), jnp.int32), jax.NamedSharding(mesh, jax.P())
-    )
+    step = jax.device_put(jnp.zeros((), jnp.int32), jax.NamedSharding(mesh, jax.P()))
     return TrainState(step, params, opt_state), make_train_step(config, optimizer)
 
 

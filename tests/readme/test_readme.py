@@ -42,7 +42,9 @@ def test_install_lines_name_what_exists():
     train, test = blocks("bash")[:2]
     assert "python train.py &&" in train and "python sample.py --prompt" in train
     assert "'.[test]'" in test and "-m pytest" in test
-    assert "[project.optional-dependencies]\ntest" in (ROOT / "pyproject.toml").read_text()
+    assert (
+        "[project.optional-dependencies]\ntest" in (ROOT / "pyproject.toml").read_text()
+    )
 
 
 def test_training_leaves_what_the_readme_lists(folder):

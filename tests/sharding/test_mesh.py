@@ -19,7 +19,8 @@ def test_one_device():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 2}, {"data": 1, "tensor": 2}, {"data": 2}, {"data": 3, "fsdp": 2}]
+    "sizes",
+    [{"fsdp": 2}, {"data": 1, "tensor": 2}, {"data": 2}, {"data": 3, "fsdp": 2}],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     with pytest.raises(

@@ -141,12 +141,12 @@ def rule_of(optimizer):
 def test_three_steps_are_those_of_the_formula(optimizer):
     grads = [gradients(seed) for seed in (1, 2, 3)]
     after = run(make_optimizer(config(optimizer), STEPS), PARAMS, grads)
-    expected = steps_in_numpy(
-        rule_of(optimizer), PARAMS, grads, decayed_by(optimizer)
-    )
+    expected = steps_in_numpy(rule_of(optimizer), PARAMS, grads, decayed_by(optimizer))
     for step in range(STEPS):
         for name in NAMES:
-            moved = np.abs(expected[step][name] - np.float64(tree.flatten(PARAMS)[name]))
+            moved = np.abs(
+                expected[step][name] - np.float64(tree.flatten(PARAMS)[name])
+            )
             # f32 against f64; a step is about the rate, 0.02. Seen: 2e-6 of it, and
             # 1e-4 in the five products of Newton-Schulz.
             tolerance = RATE * (1e-3 if optimizer == "muon" else 1e-4)
@@ -215,6 +215,7 @@ def test_muon_treats_stacked_layers_one_by_one():
     rule = make_optimizer(config("muon"), STEPS)
     (together,) = run(rule, PARAMS, [grads])
     for layer in range(MODEL.num_layers):
+
         def one(x, layer=layer):
             return x[layer : layer + 1]
 
