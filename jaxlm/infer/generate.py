@@ -75,7 +75,7 @@ def bucket(length: int, largest: int) -> int:
 def generate(
     config: ModelConfig,
     params: Params,
-    prompts: Sequence[Sequence[int] | Integer[np.ndarray, " n"]],
+    prompts: Sequence[Sequence[int] | Integer[np.ndarray, " _"]],
     sample: SampleConfig,
     key: Key[Array, ""],
     *,

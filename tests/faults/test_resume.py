@@ -101,13 +101,13 @@ def test_another_seed_shows(straight):
 
 
 @pytest.mark.slow
-def test_stopped_after_every_step(straight):
-    """A new process for each step, ended by the time limit, SIGTERM or kill -9."""
+def test_stopped_again_and_again(straight):
+    """Seven processes, ended by the time limit, SIGTERM or kill -9 in turn."""
     run = Run(straight.folder, "steps")
     code, _, err = run.train("--train.max-minutes", "0.0001")
     assert code == 75, err
     assert run.steps() == [1]
-    for step in (2, 4, 5, 7, 8, 11):
+    for step in (2, 5, 8):
         code, _, err = run.train(fault=f"SIGTERM@{step}")
         assert code == 75, err
         code, _, _ = run.train(fault=f"SIGKILL@{step + 1}")
@@ -117,7 +117,7 @@ def test_stopped_after_every_step(straight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_killed_at_any_moment(straight, seed):
     """kill -9 from outside after a random time, also amid compiling and saving."""
     rng = random.Random(seed)
@@ -144,7 +144,6 @@ def test_killed_at_any_moment(straight, seed):
     [
         ("muon", ("OptimizerConfig(", 'OptimizerConfig(name="muon", ')),
         ("bfloat16", ('dtype="float32"', 'dtype="bfloat16"')),
-        ("adafactor", ("OptimizerConfig(", 'OptimizerConfig(name="adafactor", ')),
     ],
 )
 def test_other_states_resume_too(folder, name, change):

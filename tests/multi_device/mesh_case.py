@@ -262,7 +262,6 @@ def main():
         "adamw": lambda: case_losses(all_meshes, "adamw"),
         "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
         "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
-        "lion": lambda: case_losses(["fsdp2_tensor4"], "lion"),
         "accumulation": lambda: case_losses(
             ["data8", "2x2x2"], "adamw", accumulation_steps=2, loss_chunk=64
         ),

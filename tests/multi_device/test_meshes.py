@@ -69,23 +69,19 @@ def test_gradients_through_blocked_attention(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case, meshes, tolerance",
+    "case, meshes",
     [
-        ("adamw", ["data8", "fsdp8", "fsdp2_tensor4", "2x2x2"], TOLERANCE),
-        ("accumulation", ["data8", "2x2x2"], TOLERANCE),
-        ("muon", ["fsdp8", "2x2x2"], TOLERANCE),
-        ("adafactor", ["2x2x2"], TOLERANCE),
-        # A sign turns with the last bit of a moment, so steps are not continuous.
-        ("lion", ["fsdp2_tensor4"], 1e-3),
+        ("adamw", ["data8", "fsdp8", "fsdp2_tensor4", "2x2x2"]),
+        ("accumulation", ["data8", "2x2x2"]),
+        ("muon", ["fsdp8", "2x2x2"]),
+        ("adafactor", ["2x2x2"]),
     ],
 )
-def test_losses_of_20_steps_and_the_layout_of_every_leaf(
-    tmp_path, case, meshes, tolerance
-):
+def test_losses_of_20_steps_and_the_layout_of_every_leaf(tmp_path, case, meshes):
     result = run_case(case, tmp_path)
     assert result["last"] < result["first"] - 0.1
     for mesh in meshes:
-        assert result[mesh] < tolerance, mesh
+        assert result[mesh] < TOLERANCE, mesh
         # The whole state lies on the mesh, moments as their parameters, and as
         # `abstract_state` says, which is what a checkpoint is restored onto.
         assert result[f"{mesh}_wrong"] == []

@@ -1,0 +1,32 @@
+"""The shape of SmolLM2-135M on subwords, for a machine with an accelerator.
+
+Command: python train.py configs/smollm2_135m.py --data.path FOLDER
+Cost: 135M parameters; on two CPU cores 318 tokens/s were measured at 4 x 256 tokens a
+step, so a CPU only tries it out.
+Result: none was measured; the recipe is a common one (AdamW, cosine) and not tuned.
+"""
+
+import dataclasses
+
+from jaxlm.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from jaxlm.model.families import preset
+
+
+def get_config() -> Config:
+    # The vocabulary is that of the tokenizer trained on the text, not SmolLM2's.
+    model = dataclasses.replace(preset("smollm2-135m"), vocab_size=0, remat="dots")
+    return Config(
+        model=model,
+        data=DataConfig(
+            tokenizer="sentencepiece",
+            tokenizer_vocab_size=32_768,
+            sequence_length=2048,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
+        train=TrainConfig(
+            steps=10_000,
+            batch_size=64,
+            loss_chunk=16_384,
+            run_dir="runs/smollm2_135m",
+        ),
+    )
