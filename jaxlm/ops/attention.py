@@ -82,7 +82,8 @@ def attention_lse(
     lse = jax.nn.logsumexp(scores, axis=-1)
     if spec.sinks is not None:
         K, G = scores.shape[1:3]
-        lse = jnp.logaddexp(lse, spec.sinks.astype(jnp.float32).reshape(K, G, 1))
+        sinks = spec.sinks.astype(jnp.float32)
+        lse = jnp.logaddexp(lse, reshape(sinks, (K, G, 1), (0, None, None)))
     return lse
 
 

@@ -134,7 +134,8 @@ def _forward(q, k, v, spec: AttentionSpec):
 
 def _sinks(spec: AttentionSpec, q) -> Float[Array, "K G 1"]:
     assert spec.sinks is not None
-    return spec.sinks.astype(jnp.float32).reshape(*q.shape[1:3], 1)
+    sinks = spec.sinks.astype(jnp.float32)
+    return reshape(sinks, (*q.shape[1:3], 1), (0, None, None))
 
 
 def _join(blocks: Array, axis: int) -> Array:
@@ -191,7 +192,8 @@ def _blocked_backward(residuals, g):
     dspec = jax.tree.map(lambda x: None, spec)
     if spec.sinks is not None:
         share = jnp.exp(_sinks(spec, q) - lse)
-        dsinks = -jnp.sum(share * delta, axis=(0, 3)).reshape(spec.sinks.shape)
+        dsinks = -jnp.sum(share * delta, axis=(0, 3))
+        dsinks = reshape(dsinks, spec.sinks.shape, (0,))
         dspec = replace(dspec, sinks=dsinks.astype(spec.sinks.dtype))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dspec
 

@@ -99,7 +99,8 @@ def _forward(q, k, v, spec: AttentionSpec):
         total = _einsum("BKGTS,SE->BKGTE", weights, ones)[..., :1]
         sink = None
         if spec.sinks is not None:
-            sinks = spec.sinks.astype(jnp.float32).reshape(*q.shape[1:3], 1, 1)
+            sinks = spec.sinks.astype(jnp.float32)
+            sinks = reshape(sinks, (*q.shape[1:3], 1, 1), (0, None, None, None))
             sink = jnp.exp(sinks - top)
             total += sink
         inverse = 1 / total
@@ -141,8 +142,8 @@ def _dense_backward(residuals, g):
     dq = jnp.concatenate(dqs, axis=3)
     dspec = jax.tree.map(lambda x: None, spec)
     if spec.sinks is not None:
-        total = sum(dsinks).reshape(spec.sinks.shape).astype(spec.sinks.dtype)
-        dspec = replace(dspec, sinks=total)
+        total = reshape(sum(dsinks), spec.sinks.shape, (0,))
+        dspec = replace(dspec, sinks=total.astype(spec.sinks.dtype))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dspec
 
 
@@ -152,7 +153,10 @@ def _over_queries(
     """Sum over the queries and the heads of a group, f32."""
     if a.shape[2] == 1 and a.shape[3] % 2 == 0:
         # Two dimensions to contract, even when a group has one head: see above.
-        a, b = (x.reshape(*x.shape[:2], 2, -1, x.shape[-1]) for x in (a, b))
+        B, K, _, T, S = a.shape
+        kept = (0, 1, None, None, 4)
+        a = reshape(a, (B, K, 2, T // 2, S), kept)
+        b = reshape(b, (B, K, 2, T // 2, b.shape[-1]), kept)
     return _einsum("BKGTS,BKGTH->BKSH", a, b)
 
 
