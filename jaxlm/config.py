@@ -339,7 +339,8 @@ class OptimizerConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
-    """muon orthogonalizes the layers' matrices and uses AdamW for all the rest."""
+    """muon orthogonalizes the layers' matrices and updates all the rest by AdamW, with
+    Nesterov's momentum and without decay, as optax does."""
     learning_rate: float = 3e-4
     """Peak learning rate (of the matrices, under muon)."""
     adam_learning_rate: float | None = None
@@ -353,7 +354,8 @@ class OptimizerConfig:
     momentum: float = 0.95
     """Momentum of muon."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; embeddings, norms and biases are not decayed."""
+    """Decoupled decay of the layers' matrices and, but for muon, of the output head;
+    embeddings, norms and biases are not decayed."""
     clip_norm: float | None = 1.0
     """Gradients are scaled down to this global norm."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

@@ -41,6 +41,7 @@ def copy_of(run, name):
     return other
 
 
+@pytest.mark.slow
 def test_every_step_is_written_once(straight):
     course = straight.course()
     assert [row[0] for row in course["train"]] == list(range(1, STEPS + 1))
@@ -56,6 +57,7 @@ def test_every_step_is_written_once(straight):
         assert (straight.path / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_stopped_in_every_way_and_resumed_is_the_same(stopped, straight):
     """SIGTERM, kill -9 and Ctrl-C in one run, over the border of two epochs."""
     run = copy_of(stopped, "resumed")
