@@ -1,0 +1,242 @@
+"""The quantized blocks of GGUF files: decoding to float32, and coding to Q8_0.
+
+Source of the layouts: llama.cpp, ggml/src/ggml-common.h and ggml-quants.c. A tensor is
+a row of blocks of 32 or 256 neighbours of its innermost dimension, each with its own
+scale `d`, and with a minimum `m` in the types that have one. Numbers are little-endian;
+`f16` is float16. "Halves": a byte holds two values, and all low halves come first.
+
+Each decoder takes blocks [n, bytes] uint8 and fills values [n, 32 or 256] float32. Sums
+and products are in the order of llama.cpp's, so the results are equal bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+# Decoded in pieces of so many values, which stay in the cache and bound the memory.
+_CHUNK = 1 << 17
+
+Blocks = np.ndarray
+Values = np.ndarray
+
+
+class BlockType(NamedTuple):
+    """A type of block and its decoder."""
+
+    values: int
+    """Number of values in a block."""
+    bytes: int
+    """Size of a block."""
+    decode: Callable[[Blocks, Values], None]
+
+
+def dequantize(
+    data: UInt8[np.ndarray, " size"], kind: str
+) -> Float32[np.ndarray, " values"]:
+    """Decodes a row of blocks.
+
+    Args:
+      data: whole blocks.
+      kind: a name in `BLOCK_TYPES`.
+    """
+    values, size, decode = BLOCK_TYPES[kind]
+    assert data.size % size == 0
+    blocks = data.reshape(-1, size)
+    out = np.empty((len(blocks), values), np.float32)
+    step = _CHUNK // values
+    # A damaged file may have scales that are infinite or no number.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for at in range(0, len(blocks), step):
+            decode(blocks[at : at + step], out[at : at + step])
+    return out.reshape(-1)
+
+
+def _f16(blocks: Blocks, at: int) -> np.ndarray:
+    """The float16 at byte `at` of each block, as float32 [n, 1]."""
+    return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+
+
+def _halves(qs: np.ndarray) -> np.ndarray:
+    """[n, k] bytes to [n, 2, k] values 0 to 15: the low halves, then the high ones."""
+    out = np.empty((len(qs), 2, qs.shape[1]), np.uint8)
+    np.bitwise_and(qs, 15, out=out[:, 0])
+    np.right_shift(qs, 4, out=out[:, 1])
+    return out
+
+
+def _fifth_bits(qh: np.ndarray) -> np.ndarray:
+    """[n, 4] bytes to [n, 32] values 0 or 16: bit j of the 32 belongs to value j."""
+    return np.unpackbits(qh, axis=1, bitorder="little") << 4
+
+
+def _decode_q4_0(blocks: Blocks, out: Values) -> None:
+    """f16 d, 16 bytes of halves q: d * (q - 8)."""
+    q = _halves(blocks[:, 2:18]).reshape(out.shape)
+    np.subtract(q, 8, out=out, dtype=np.float32)
+    out *= _f16(blocks, 0)
+
+
+def _decode_q4_1(blocks: Blocks, out: Values) -> None:
+    """f16 d, f16 m, 16 bytes of halves q: d * q + m."""
+    q = _halves(blocks[:, 4:20]).reshape(out.shape)
+    np.multiply(q, _f16(blocks, 0), out=out)
+    out += _f16(blocks, 2)
+
+
+def _decode_q5_0(blocks: Blocks, out: Values) -> None:
+    """f16 d, 32 fifth bits, 16 bytes of halves: d * (q - 16)."""
+    q = _halves(blocks[:, 6:22]).reshape(out.shape) | _fifth_bits(blocks[:, 2:6])
+    np.subtract(q, 16, out=out, dtype=np.float32)
+    out *= _f16(blocks, 0)
+
+
+def _decode_q5_1(blocks: Blocks, out: Values) -> None:
+    """f16 d, f16 m, 32 fifth bits, 16 bytes of halves: d * q + m."""
+    q = _halves(blocks[:, 8:24]).reshape(out.shape) | _fifth_bits(blocks[:, 4:8])
+    np.multiply(q, _f16(blocks, 0), out=out)
+    out += _f16(blocks, 2)
+
+
+def _decode_q8_0(blocks: Blocks, out: Values) -> None:
+    """f16 d, 32 int8 q: d * q."""
+    np.multiply(blocks[:, 2:].view(np.int8), _f16(blocks, 0), out=out)
+
+
+def _two_bits(qs: np.ndarray) -> np.ndarray:
+    """[n, 64] bytes to [n, 16, 16] values 0 to 3, in sub-blocks of 16.
+
+    32 bytes hold 128 values: the lowest pair of bits of all of them comes first.
+    """
+    q = qs.reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    q &= 3
+    return q.reshape(-1, 16, 16)
+
+
+def _decode_q2_k(blocks: Blocks, out: Values) -> None:
+    """16 bytes of scales s (low half) and minima (high half), 64 of q, f16 d, f16 m.
+
+    Sub-blocks of 16: (d * s) * q - m * minimum.
+    """
+    packed = blocks[:, :16]
+    scales = _f16(blocks, 80) * (packed & 15)
+    minima = _f16(blocks, 82) * (packed >> 4)
+    values = out.reshape(-1, 16, 16)
+    np.multiply(_two_bits(blocks[:, 16:80]), scales[:, :, None], out=values)
+    values -= minima[:, :, None]
+
+
+def _decode_q3_k(blocks: Blocks, out: Values) -> None:
+    """32 bytes of third bits, 64 of q, 12 of scales s, f16 d: d * (s - 32) * q.
+
+    q has two bits, minus 4 where the third bit is 0: bit j of byte l belongs to value
+    32 * j + l. The 16 scales have 6 bits: the low four are halves of the first eight
+    bytes, and the high two are laid out in the last four as in `_two_bits`.
+    """
+    third = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]
+    third &= 1
+    third <<= 2
+    q = _two_bits(blocks[:, 32:96]) | third.reshape(-1, 16, 16)
+    low = _halves(blocks[:, 96:104]).reshape(-1, 16)
+    high = blocks[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    scales = low | (high & 3).reshape(-1, 16) << 4
+    # 0 to 63 and 0 to 7: the differences fit into int8.
+    factors = _f16(blocks, 108) * (scales.view(np.int8) - 32)
+    values = out.reshape(-1, 16, 16)
+    np.multiply(q.view(np.int8) - 4, factors[:, :, None], out=values)
+
+
+def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n, 12] bytes to eight scales and eight minima [n, 8], each 0 to 63.
+
+    Bytes 0-3 hold scales 0-3, bytes 4-7 minima 0-3, both in their low six bits. Scales
+    4-7 are the low halves of bytes 8-11 and minima 4-7 the high halves; their top two
+    bits are those of bytes 0-3 and of bytes 4-7.
+    """
+    a, b, c = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([a & 63, (c & 15) | (a >> 6 << 4)], axis=1)
+    minima = np.concatenate([b & 63, (c >> 4) | (b >> 6 << 4)], axis=1)
+    return scales, minima
+
+
+def _decode_q4_k(blocks: Blocks, out: Values) -> None:
+    """f16 d, f16 m, 12 bytes of scales s and minima (`_six_bits`), 128 of halves q.
+
+    Sub-blocks of 32: (d * s) * q - m * minimum. 32 bytes hold two sub-blocks.
+    """
+    q = _halves(blocks[:, 16:144].reshape(-1, 32)).reshape(-1, 8, 32)
+    _scale_sub_blocks(blocks, q, out)
+
+
+def _decode_q5_k(blocks: Blocks, out: Values) -> None:
+    """As Q4_K, with 32 bytes of fifth bits before q.
+
+    Bit s of byte l belongs to value 32 * s + l.
+    """
+    q = _halves(blocks[:, 48:176].reshape(-1, 32)).reshape(-1, 8, 32)
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]
+    fifth &= 1
+    fifth <<= 4
+    q |= fifth
+    _scale_sub_blocks(blocks, q, out)
+
+
+def _scale_sub_blocks(blocks: Blocks, q: np.ndarray, out: Values) -> None:
+    scales, minima = _six_bits(blocks[:, 4:16])
+    values = out.reshape(-1, 8, 32)
+    np.multiply(q, (_f16(blocks, 0) * scales)[:, :, None], out=values)
+    values -= (_f16(blocks, 2) * minima)[:, :, None]
+
+
+def _decode_q6_k(blocks: Blocks, out: Values) -> None:
+    """128 bytes of halves, 64 of top bits, 16 int8 scales s, f16 d: d * s * (q - 32).
+
+    Halves: 64 bytes hold 128 values. Top bits: as in `_two_bits`. Sub-blocks of 16.
+    """
+    q = _halves(blocks[:, :128].reshape(-1, 64)).reshape(-1, 16, 16)
+    q |= _two_bits(blocks[:, 128:192]) << 4
+    factors = _f16(blocks, 208) * blocks[:, 192:208].view(np.int8)
+    values = out.reshape(-1, 16, 16)
+    np.multiply(q.view(np.int8) - 32, factors[:, :, None], out=values)
+
+
+BLOCK_TYPES = {
+    "Q4_0": BlockType(32, 18, _decode_q4_0),
+    "Q4_1": BlockType(32, 20, _decode_q4_1),
+    "Q5_0": BlockType(32, 22, _decode_q5_0),
+    "Q5_1": BlockType(32, 24, _decode_q5_1),
+    "Q8_0": BlockType(32, 34, _decode_q8_0),
+    "Q2_K": BlockType(256, 84, _decode_q2_k),
+    "Q3_K": BlockType(256, 110, _decode_q3_k),
+    "Q4_K": BlockType(256, 144, _decode_q4_k),
+    "Q5_K": BlockType(256, 176, _decode_q5_k),
+    "Q6_K": BlockType(256, 210, _decode_q6_k),
+}
+
+
+def quantize_q8_0(values: Float[np.ndarray, " n"]) -> UInt8[np.ndarray, "blocks 34"]:
+    """Codes values as Q8_0: of each 32 the largest becomes 127 or -127.
+
+    Args:
+      values: a multiple of 32 of them, float32 or less.
+
+    Raises:
+      ValueError: for values that are no number, infinite, or above 8.3 million.
+    """
+    assert values.size % 32 == 0
+    x = values.reshape(-1, 32).astype(np.float32)
+    d = np.abs(x).max(axis=1, keepdims=True, initial=0) / np.float32(127)
+    out = np.empty((len(x), 34), np.uint8)
+    with np.errstate(over="ignore", divide="ignore"):
+        stored = d.astype(np.float16)
+        inverse = np.float32(1) / d
+    inverse[np.isinf(inverse)] = 0
+    if not np.isfinite(stored).all():
+        raise ValueError("Q8_0 takes finite values up to 8.3 million only")
+    x *= inverse
+    # llama.cpp rounds halves away from zero, NumPy to even.
+    rounded = np.trunc(x + np.copysign(np.float32(0.5), x))
+    out[:, :2] = stored.view(np.uint8)
+    out[:, 2:] = rounded.astype(np.int8).view(np.uint8)
+    return out

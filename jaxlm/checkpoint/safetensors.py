@@ -1,0 +1,507 @@
+"""The safetensors format: reading within bounds, writing one tensor at a time.
+
+Source: the specification of github.com/huggingface/safetensors. A file is the length of
+its header (8 bytes, little-endian), the header (JSON: a name to dtype, shape and byte
+range; `__metadata__` to texts) and the data, without gaps or overlaps.
+"""
+
+import json
+import mmap
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.checkpoint.tensor_file import (
+    BFLOAT16,
+    MAX_TENSORS,
+    StoredTensor,
+    check_given,
+    map_file,
+    number_of_values,
+    replacing,
+    shown,
+    view,
+    write_values,
+)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 16 << 20
+# A tensor with four dimensions has 7. This bounds the values that JSON can make: a
+# header of 16 MiB with nothing but "1," in it would take 100 times the time and memory
+# of any real one.
+_MAX_COMMAS = 10 * MAX_TENSORS
+_METADATA = "__metadata__"
+_DTYPE_KEYS = {"dtype", "shape", "data_offsets"}
+
+# In the order in which the official library lays tensors out, the last ones first.
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "I32": np.dtype(np.int32),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
+_UNREADABLE = np.dtype(np.void)
+
+# For `write_folder`: the shape and dtype of each tensor, known before any is read.
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+Read = Callable[[str], np.ndarray]
+
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+
+
+class _Entry(NamedTuple):
+    """A tensor of a header; the offsets count from the start of the data."""
+
+    begin: int
+    end: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    where: str
+
+
+def read_safetensors(
+    path: Path | str,
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Reads the header of a .safetensors file and maps the rest.
+
+    Args:
+      path: a file of at most 100,000 tensors, with a header of at most 16 MiB.
+
+    Returns:
+      The tensors in the order of the file, and its metadata. Tensors of a dtype other
+      than F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL are listed, but cannot be read.
+
+    Raises:
+      ValueError: when it is missing or breaks the format in any way.
+    """
+    path = Path(path).expanduser()
+    mapped = map_file(path)
+    header, start = _read_header(path, mapped)
+    metadata = _read_metadata(path, header.pop(_METADATA, {}))
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{path}: {len(header)} tensors, more than {MAX_TENSORS}")
+    entries = sorted(_read_entry(path, name, header[name]) for name in header)
+    _check_cover(path, entries, len(mapped) - start)
+    tensors = {e.name: _stored(mapped, start, e) for e in entries}
+    return tensors, metadata
+
+
+def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
+    """The parsed header, and the offset in the file where the data begins."""
+    if len(mapped) < 8:
+        raise ValueError(f"{path}: {len(mapped)} bytes are no safetensors file")
+    length = int.from_bytes(mapped[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path}: no safetensors file: its header would have {length} bytes (at "
+            f"most {MAX_HEADER_BYTES})"
+        )
+    if length > len(mapped) - 8:
+        raise ValueError(
+            f"{path}: the header has {length} bytes, but only {len(mapped) - 8} are "
+            "there: is the file cut off?"
+        )
+    text = mapped[8 : 8 + length]
+    if not text.startswith(b"{"):
+        raise ValueError(f"{path}: no safetensors file: its header is not JSON")
+    return _parse_object(text, f"{path}: the header"), 8 + length
+
+
+def _parse_object(text: bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object in UTF-8 with unique names and no NaN or Infinity."""
+    if text.count(b",") > _MAX_COMMAS:
+        raise ValueError(f"{where} has more than {_MAX_COMMAS} values")
+    try:
+        value = json.loads(
+            text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"{where} is not JSON as it should be: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen = set()
+        twice = next(n for n, _ in pairs if n in seen or seen.add(n))
+        raise ValueError(f"the name {shown(twice)} appears twice")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _read_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: {_METADATA} is not a JSON object")
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: {_METADATA}: {shown(name)} is not a text")
+    return metadata
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> _Entry:
+    where = f"{path}: tensor {shown(name)}"
+    # JSON can spell half a surrogate pair, which no text can hold.
+    if not _is_text(name):
+        raise ValueError(f"{where}: its name is not Unicode")
+    if not isinstance(entry, dict) or entry.keys() != _DTYPE_KEYS:
+        raise ValueError(f"{where}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"{where}: its dtype is {shown(dtype)}, not a text")
+    if not _is_sizes(shape):
+        raise ValueError(f"{where}: its shape is not a list of integers >= 0")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{where}: its data_offsets are not [begin, end]")
+    begin, end = offsets
+    count = number_of_values(tuple(shape), where)
+    if dtype in _DTYPES and end - begin != count * _DTYPES[dtype].itemsize:
+        raise ValueError(
+            f"{where}: {dtype} of shape {_short(shape)} has "
+            f"{count * _DTYPES[dtype].itemsize} bytes, but its offsets span "
+            f"{end - begin}"
+        )
+    return _Entry(begin, end, name, dtype, tuple(shape), where)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_sizes(value: Any) -> bool:
+    # True is an int in Python.
+    return isinstance(value, list) and all(
+        type(v) is int and 0 <= v < 1 << 63 for v in value
+    )
+
+
+def _short(shape: list[int]) -> str:
+    return str(shape) if len(shape) < 8 else f"[{shape[0]}, {shape[1]}, ...]"
+
+
+def _check_cover(path: Path, entries: list[_Entry], size: int) -> None:
+    """Sorted entries must fill the data from its first byte to its last."""
+    at, before = 0, None
+    for entry in entries:
+        if entry.end > size:
+            raise ValueError(
+                f"{entry.where}: it ends at byte {entry.end} of the data, which has "
+                f"{size}: is the file cut off?"
+            )
+        if entry.begin < at:
+            raise ValueError(f"{entry.where}: it overlaps {shown(before)}")
+        if entry.begin > at:
+            raise ValueError(
+                f"{entry.where}: {entry.begin - at} bytes before it belong to no tensor"
+            )
+        at, before = entry.end, entry.name
+    if at != size:
+        raise ValueError(f"{path}: {size - at} bytes at its end belong to no tensor")
+
+
+def _stored(mapped: mmap.mmap, start: int, entry: _Entry) -> StoredTensor:
+    dtype = _DTYPES.get(entry.dtype, _UNREADABLE)
+    return StoredTensor(
+        name=entry.name,
+        shape=entry.shape,
+        dtype=dtype,
+        stored_as=entry.dtype,
+        where=entry.where,
+        _read=partial(_read_values, mapped, start + entry.begin, entry, dtype),
+    )
+
+
+def _read_values(
+    mapped: mmap.mmap, offset: int, entry: _Entry, dtype: np.dtype
+) -> np.ndarray:
+    if dtype is _UNREADABLE:
+        raise ValueError(
+            f"{entry.where}: its dtype {shown(entry.dtype)} cannot be read (readable: "
+            f"{', '.join(_DTYPES)})"
+        )
+    if dtype == np.bool_:
+        # NumPy takes any byte for a bool, and then computes nonsense with it.
+        stored = view(mapped, offset, entry.shape, np.dtype(np.uint8))
+        if (stored > 1).any():
+            raise ValueError(f"{entry.where}: BOOL with a byte other than 0 and 1")
+    return view(mapped, offset, entry.shape, dtype)
+
+
+def read_folder(folder: Path | str) -> dict[str, StoredTensor]:
+    """Reads the headers of a model folder in the layout of Hugging Face.
+
+    Args:
+      folder: holds model.safetensors, or model.safetensors.index.json and the shards
+        that it names. Files outside it are refused, except those that a snapshot in
+        the Hugging Face hub cache links to.
+
+    Returns:
+      The tensors of all shards by name.
+
+    Raises:
+      ValueError: when there are no safetensors (pickles are never loaded), when a file
+        breaks its format, and when index and shards do not agree.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    try:
+        return _read_folder(folder)
+    except OSError as e:
+        raise ValueError(f"{folder}: cannot be read: {e.strerror}") from e
+
+
+def _read_folder(folder: Path) -> dict[str, StoredTensor]:
+    if _exists(folder / SINGLE_FILE):
+        return read_safetensors(_inside(folder, SINGLE_FILE))[0]
+    if not _exists(folder / INDEX_FILE):
+        raise ValueError(_no_weights(folder))
+    index = folder / INDEX_FILE
+    places = _read_index(index, _inside(folder, INDEX_FILE))
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(places.values())):
+        found = read_safetensors(_inside(folder, shard))[0]
+        for name in found:
+            place = places.get(name, "no shard")
+            if place != shard:
+                raise ValueError(
+                    f"{index}: tensor {shown(name)} is in {shard}, but the index has "
+                    f"it in {place}"
+                )
+        tensors |= found
+    for name, shard in places.items():
+        if name not in tensors:
+            raise ValueError(f"{index}: tensor {shown(name)} is not in {shard}")
+    return tensors
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _no_weights(folder: Path) -> str:
+    for pattern in _PICKLES:
+        for path in sorted(folder.glob(pattern)):
+            return (
+                f"{path}: jaxlm does not load pickles, which can run code; convert it "
+                "in an environment of its own with transformers: from_pretrained"
+                "(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+            )
+    return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+
+
+def _read_index(index: Path, path: Path) -> dict[str, str]:
+    """The shard of each tensor; shards are known to be plain names of files."""
+    mapped = map_file(path)
+    if len(mapped) > MAX_HEADER_BYTES:
+        raise ValueError(f"{index}: larger than {MAX_HEADER_BYTES} bytes")
+    places = _parse_object(mapped[:], f"{index}: the index").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: weight_map is not a JSON object with tensors")
+    if len(places) > MAX_TENSORS:
+        raise ValueError(f"{index}: {len(places)} tensors, more than {MAX_TENSORS}")
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not _is_shard_name(shard):
+            raise ValueError(
+                f"{index}: the shard of {shown(name)} is {shown(shard)}, not the plain "
+                "name of a .safetensors file"
+            )
+    return places
+
+
+def _is_shard_name(name: str) -> bool:
+    plain = name.isprintable() and not set(name) & set("/\\:") and name[:1] != "."
+    return plain and name.endswith(".safetensors") and len(name.encode()) < 256
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder, after the check that no link leads out.
+
+    The hub cache is `MODEL/snapshots/REVISION/name -> ../../blobs/HASH`.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    home = folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (
+        OSError,
+        RuntimeError,
+    ):  # RuntimeError: links in a circle, Python 3.11, 3.12
+        raise ValueError(f"{path}: a symbolic link to nothing") from None
+    if target.is_relative_to(home):
+        return path
+    is_blob = (
+        home.parent.name == "snapshots"
+        and target.parent == home.parent.parent / "blobs"
+        and re.fullmatch(r"[0-9a-f]+", target.name)
+    )
+    if not is_blob:
+        raise ValueError(f"{path}: a symbolic link that leads out of the folder")
+    return path
+
+
+def write_safetensors(
+    path: Path | str,
+    layout: Layout,
+    read: Read,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a .safetensors file, byte for byte as the official library does.
+
+    Args:
+      path: replaced only when the new file is whole.
+      layout: the shape and dtype of each tensor.
+      read: gives the values of one tensor; called once for each, and no more than one
+        is held at a time.
+      metadata: texts for the header; `{"format": "pt"}` if None, without which
+        transformers does not load it.
+
+    Raises:
+      ValueError: for a dtype that the format lacks, for more than `read_safetensors`
+        takes, and when `read` gives another shape or dtype than the layout.
+      OSError: when the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    order, header = _make_header(path, layout, metadata)
+    with replacing(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            shape, dtype = layout[name]
+            values = read(name)
+            check_given(values, f"{path}: tensor {shown(name)}", shape, (dtype,))
+            write_values(file, values)
+            del values  # before the next ones come
+
+
+def _make_header(
+    path: Path, layout: Layout, metadata: Mapping[str, str] | None
+) -> tuple[list[str], bytes]:
+    """The names in the order of the file, and the padded header."""
+    if len(layout) > MAX_TENSORS:
+        raise ValueError(f"{path}: {len(layout)} tensors are more than {MAX_TENSORS}")
+    for name, (_, dtype) in layout.items():
+        if dtype not in _NAMES:
+            raise ValueError(
+                f"{path}: tensor {shown(name)}: safetensors has no dtype {dtype.name} "
+                f"here (it has {', '.join(d.name for d in _NAMES)})"
+            )
+        if name == _METADATA or not _is_text(name):
+            raise ValueError(f"{path}: {shown(name)} cannot be the name of a tensor")
+    order = sorted(layout, key=lambda name: (-_RANKS[_NAMES[layout[name][1]]], name))
+    texts = {"format": "pt"} if metadata is None else dict(metadata)
+    header: dict[str, Any] = {_METADATA: texts} if texts else {}
+    at = 0
+    for name in order:
+        shape, dtype = layout[name]
+        end = at + number_of_values(shape, f"{path}: {shown(name)}") * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER_BYTES - 8:
+        raise ValueError(f"{path}: its header has more than {MAX_HEADER_BYTES} bytes")
+    return order, text + b" " * (-len(text) % 8)
+
+
+def write_folder(
+    folder: Path | str,
+    layout: Layout,
+    read: Read,
+    max_shard_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Writes the weights of a model in the layout of Hugging Face.
+
+    Args:
+      folder: made if it is missing; may hold other files, but no weights yet.
+      layout: as in `write_safetensors`; shards are filled in its order.
+      read: as in `write_safetensors`.
+      max_shard_bytes: what does not fit into one file is split, with an index. A
+        tensor that is larger gets a file of its own.
+      metadata: as in `write_safetensors`, for each file.
+
+    Returns:
+      The files, the index last: without it nothing reads the shards of a half-written
+      folder.
+
+    Raises:
+      ValueError, OSError: as `write_safetensors`, and when weights are there already.
+    """
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
+        for path in sorted(folder.glob(pattern)):
+            raise ValueError(f"{path}: there already; choose an empty folder")
+    shards = _split(layout, max_shard_bytes)
+    if len(shards) <= 1:
+        write_safetensors(folder / SINGLE_FILE, layout, read, metadata)
+        return [folder / SINGLE_FILE]
+    written: list[Path] = []
+    try:
+        places: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            path = folder / _SHARD.format(number, len(shards))
+            write_safetensors(path, {n: layout[n] for n in names}, read, metadata)
+            written.append(path)
+            places |= dict.fromkeys(names, path.name)
+        total = sum(_bytes(layout[name]) for name in layout)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        with replacing(folder / INDEX_FILE) as file:
+            file.write(text.encode())
+    except BaseException:
+        for path in written:
+            path.unlink()
+        raise
+    return [*written, folder / INDEX_FILE]
+
+
+def _split(layout: Layout, max_bytes: int) -> list[list[str]]:
+    """Names in order, each list with no more bytes than `max_bytes` if it can be."""
+    if max_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_bytes}; it must be positive")
+    shards: list[list[str]] = []
+    size = 0
+    for name, spec in layout.items():
+        if not shards or size + _bytes(spec) > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(spec)
+    return shards
+
+
+def _bytes(spec: tuple[tuple[int, ...], np.dtype]) -> int:
+    shape, dtype = spec
+    return number_of_values(shape, "a tensor") * dtype.itemsize
