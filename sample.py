@@ -1,6 +1,7 @@
-"""Continue a text: python sample.py [RUN] --prompt ... (without RUN the newest run)"""
+"""Continue a text: python sample.py [CHECKPOINT] --prompt ... (else the newest run)"""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import tyro
 from jaxtyping import Bool, Int
 
-from jaxlm.checkpoint.native import find_runs, load, load_config, load_tokenizer
+from jaxlm.checkpoint import source
+from jaxlm.checkpoint.native import find_runs
 from jaxlm.cli import fail, parse, use_compile_cache
 from jaxlm.config import MeshConfig, SampleConfig
 from jaxlm.data.tokenizer import TextStream
+from jaxlm.infer.chat import converse
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.model.transformer import init
 from jaxlm.sharding import rules
@@ -25,9 +28,14 @@ class Arguments:
     """Continue a text with a trained model."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """Run folder or step folder; None takes the newest run below runs/."""
+    """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name;
+    None takes the newest run below runs/."""
     prompt: str = "\n"
     """Text to continue."""
+    chat: bool = False
+    """Hold a conversation: lines are read until /exit or the end of the input."""
+    system: str | None = None
+    """With --chat, what the system message says; None sends none."""
     num_samples: int = 1
     """Continuations, drawn together."""
     seed: int = 0
@@ -48,6 +56,10 @@ def main() -> int:
     arguments = parse(Arguments, None, sys.argv[1:], flat=("sample",), prog="sample.py")
     if arguments.num_samples < 1:
         fail(f"--num-samples is {arguments.num_samples}: it must be at least 1")
+    if arguments.system is not None and not arguments.chat:
+        fail("--system is for conversations: add --chat")
+    if arguments.chat and (arguments.num_samples, arguments.prompt) != (1, "\n"):
+        fail("--chat reads what to answer: leave out --prompt and --num-samples")
     use_compile_cache()
     try:
         run = arguments.run or newest_run()
@@ -71,32 +83,40 @@ def newest_run() -> Path:
 
 def write_samples(arguments: Arguments, run: Path) -> int:
     """Loads the model and writes each sample to stdout."""
-    model = load_config(run).model
+    model = source.load_config(run)
     if arguments.dtype is not None:
         model = dataclasses.replace(model, dtype=arguments.dtype)
-    tokenizer = load_tokenizer(run)
+    tokenizer = source.load_tokenizer(run)
     sizes = dataclasses.asdict(arguments.mesh)
     if any(size < 1 for size in sizes.values()):
         raise ValueError(f"mesh {sizes}: say how many devices each axis has")
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     sample = arguments.sample
-    if not sample.stop_ids and tokenizer.eos_id is not None:
-        sample = dataclasses.replace(sample, stop_ids=(tokenizer.eos_id,))
+    if not sample.stop_ids:
+        sample = dataclasses.replace(sample, stop_ids=tokenizer.stop_ids)
     prompt = tokenizer.encode(arguments.prompt)
-    if not len(prompt) and tokenizer.bos_id is not None:
-        prompt = np.array([tokenizer.bos_id])
+    if tokenizer.bos_id is not None and (tokenizer.adds_bos or not len(prompt)):
+        prompt = np.array([tokenizer.bos_id, *prompt])
     mesh = make_mesh(arguments.mesh, devices)
     shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
     shardings = rules.parameter_shardings(shapes, mesh)
     with jax.set_mesh(mesh):
-        _, params = load(run, shardings=shardings)
+        _, params = source.load(run, shardings=shardings)
+        key = jax.random.key(arguments.seed)
+        if arguments.chat:
+            converse(
+                *(model, params, tokenizer, sample, key),
+                new_stream=functools.partial(TextStream, tokenizer),
+                system=arguments.system,
+            )
+            return 0
         printer = Printer(tokenizer, arguments.prompt, arguments.num_samples)
         result = generate(
             model,
             params,
             [prompt] * arguments.num_samples,
             sample,
-            jax.random.key(arguments.seed),
+            key,
             num_tokens=tokenizer.vocab_size,
             on_tokens=printer.feed,
         )

@@ -3,7 +3,7 @@
 import codecs
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -39,8 +39,18 @@ class Tokenizer(Protocol):
     """Id that fills up rows, or None."""
     fingerprint: str
     """SHA-256 (hex) of the kind and contents."""
-    leading_spaces: Literal["keep", "drop one", "drop all"]
-    """What decoding does with spaces before the first text."""
+    stop_ids: tuple[int, ...]
+    """Ids after which generation stops: `eos_id` and what the model's files add."""
+    adds_bos: bool
+    """Whether the model expects `bos_id` before a text (`encode` never adds it)."""
+    chat_template: str | None
+    """Jinja source that lays out a conversation, or None."""
+    special_ids: Mapping[str, int]
+    """Text of each special token -> id; for trusted code only, `encode` has no use
+    for it."""
+    leading_spaces: Literal["keep", "drop one", "drop token", "drop all"]
+    """What decoding does with spaces before the first text: drops none, one, those of
+    the first token that has text, or those of all tokens before a letter."""
     space_ids: Collection[int]
     """Ids of pieces that begin with such a space."""
 
@@ -51,6 +61,14 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
         """Ids of a text. Nothing in the text becomes a special id."""
+        ...
+
+    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
+        """Ids of a text laid out by a chat template: special tokens are matched.
+
+        `barrier` is a character that breaks up what must stay text: nothing is matched
+        across it, and it leaves no trace in the ids.
+        """
         ...
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
@@ -94,6 +112,9 @@ class TextStream:
         if token_id not in self._tokenizer.space_ids:
             self._at_start = False
             return data
+        if self._tokenizer.leading_spaces == "drop token":
+            self._at_start = False
+            return data.lstrip(b" ")
         rest = data.removeprefix(b" ")
         self._at_start = self._tokenizer.leading_spaces == "drop all" and not rest
         return rest

@@ -1,16 +1,19 @@
-"""Tokenizers: bytes, characters, SentencePiece; saving, loading and building them."""
+"""Tokenizers: bytes, characters and others' kinds; saving, loading, building them."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Int32, Integer
 
 from jaxlm.config import DataConfig, nearest
+from jaxlm.data.hugging_face import HuggingFaceTokenizer
 from jaxlm.data.sentence_piece import SentencePieceTokenizer
 from jaxlm.data.sentence_piece_training import train_sentencepiece
+from jaxlm.data.special_tokens import Habits
 from jaxlm.data.text_stream import (
     FORMAT_VERSION,
     TOKENIZER_FILE,
@@ -27,6 +30,8 @@ from jaxlm.data.text_stream import (
 __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
+    "Habits",
+    "HuggingFaceTokenizer",
     "Piece",
     "SentencePieceTokenizer",
     "TextStream",
@@ -45,6 +50,10 @@ class ByteTokenizer:
     bos_id = None
     eos_id = 256
     pad_id = None
+    stop_ids = (256,)
+    adds_bos = False
+    chat_template = None
+    special_ids = MappingProxyType({})
     leading_spaces = "keep"
     space_ids = ()
     fingerprint = fingerprint_of("bytes", b"1")
@@ -58,6 +67,10 @@ class ByteTokenizer:
         """
         check_text(text)
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
+        """Ids of the text without barriers: there are no special tokens to match."""
+        return self.encode(text.replace(barrier, ""))
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
         """Text of ids; raises ValueError for an id outside the vocabulary."""
@@ -80,6 +93,10 @@ class CharTokenizer:
     bos_id = None
     eos_id = None
     pad_id = None
+    stop_ids = ()
+    adds_bos = False
+    chat_template = None
+    special_ids = MappingProxyType({})
     leading_spaces = "keep"
     space_ids = ()
 
@@ -127,6 +144,10 @@ class CharTokenizer:
             )
         return ids
 
+    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
+        """Ids of the text without barriers: there are no special tokens to match."""
+        return self.encode(text.replace(barrier, ""))
+
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
         """Text of ids; raises ValueError for an id outside the vocabulary."""
         return decode_ids(self, ids)
@@ -158,11 +179,18 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     if not isinstance(description, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
     kind, version = description.get("kind"), description.get("version")
+    folder = Path(folder)
     readers = {
-        "bytes": lambda: ByteTokenizer(),
-        "chars": lambda: CharTokenizer(description.get("characters") or ""),
-        "sentencepiece": lambda: SentencePieceTokenizer.from_folder(Path(folder)),
+        "bytes": lambda habits: ByteTokenizer(),
+        "chars": lambda habits: CharTokenizer(description.get("characters") or ""),
+        "sentencepiece": lambda h: SentencePieceTokenizer.from_folder(folder, h),
+        "huggingface": lambda h: HuggingFaceTokenizer.from_folder(folder, h),
     }
+    if kind is None and "model" in description:
+        raise ValueError(
+            f"{path} is Hugging Face's own, not one that jaxlm saved: read it with "
+            "`jaxlm.data.hugging_face_folder.tokenizer_from_folder`"
+        )
     if kind not in readers:
         raise ValueError(
             f"{path}: unknown kind of tokenizer {kind!r}"
@@ -174,7 +202,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             f"{FORMAT_VERSION}: update jaxlm"
         )
     try:
-        tokenizer = readers[kind]()
+        habits = description.get("habits")
+        tokenizer = readers[kind](habits and Habits.from_json(habits))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     if tokenizer.fingerprint != description.get("fingerprint"):

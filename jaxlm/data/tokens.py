@@ -95,6 +95,7 @@ def tokenize_source(
         config.field,
         config.invalid_utf8,
         tokenizer.fingerprint,
+        _first_id(tokenizer),
         tokenizer.eos_id,
     )
 
@@ -104,6 +105,11 @@ def tokenize_source(
 
     folder = build_once(cache_root(config.cache_dir), key, build)
     return open_tokens(folder, tokenizer.vocab_size)
+
+
+def _first_id(tokenizer: Tokenizer) -> int | None:
+    """The id that begins each document, for models that expect one."""
+    return tokenizer.bos_id if tokenizer.adds_bos else None
 
 
 def open_tokens(folder: Path, vocab_size: int) -> CachedTokens:
@@ -215,6 +221,9 @@ def _build(
         for part, ids in parts:
             if part.starts:
                 document_start = num_tokens
+                if (first := _first_id(tokenizer)) is not None:
+                    begin = np.asarray([first], np.int32)
+                    num_tokens += _write(out, digest, begin, dtype)
             num_tokens += _write(out, digest, ids, dtype)
             if part.ends and tokenizer.eos_id is not None:
                 end = np.asarray([tokenizer.eos_id], np.int32)

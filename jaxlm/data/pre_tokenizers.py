@@ -1,0 +1,222 @@
+"""Byte-level BPE: how models cut a text before they merge, by the names GGUF uses.
+
+The patterns are those of the models' own tokenizer.json files, whose parts a
+`PreTokenizer` holds. Names that stand for the same steps are listed together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.config import nearest
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ASCII_SIGNS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
+
+GPT2_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+
+
+def _words(digits: str) -> str:
+    """GPT-4's pattern; `digits` says how many stay together."""
+    return (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+    )
+
+
+def _cased_words(contractions: str, digits: str) -> str:
+    """GPT-4o's pattern: words are also cut where lower case meets upper case."""
+    first = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        rf"{first}{_UPPER}*{_LOWER}+{contractions}|{first}{_UPPER}+{_LOWER}*"
+        rf"{contractions}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+    )
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """What happens to a text before its bytes are merged."""
+
+    steps: tuple[dict[str, Any], ...]
+    """Steps of the `pre_tokenizer` of a tokenizer.json."""
+    nfc: bool = False
+    """Whether the text is first put into Unicode's composed form."""
+    ignore_merges: bool = False
+    """Whether a word that is a token stays whole."""
+    adds_bos: bool = False
+    """Whether a model that does not say so expects bos before a text."""
+
+    @property
+    def normalizer(self) -> dict[str, Any] | None:
+        """The `normalizer` of a tokenizer.json."""
+        return {"type": "NFC"} if self.nfc else None
+
+    @property
+    def pre_tokenizer(self) -> dict[str, Any]:
+        """The `pre_tokenizer` of a tokenizer.json."""
+        if len(self.steps) == 1:
+            return self.steps[0]
+        return {"type": "Sequence", "pretokenizers": list(self.steps)}
+
+
+def _by_pattern(*patterns: str, **options: bool) -> PreTokenizer:
+    return PreTokenizer((*map(_split, patterns), _byte_level(False)), **options)
+
+
+BYTES = PreTokenizer((_byte_level(False),))
+"""Cuts nothing."""
+_GPT2 = PreTokenizer((_byte_level(True),))
+_SMOLLM = PreTokenizer((_DIGITS, _byte_level(True)))
+_LLAMA3 = _by_pattern(_words(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
+_GPT4 = _by_pattern(_words(r"\p{N}{1,3}"))
+_QWEN2 = _by_pattern(_words(r"\p{N}"), nfc=True)
+_GPT4O = _by_pattern(_cased_words(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"))
+
+# Names of one pre-tokenizer stand together; `name_of` gives the first.
+BY_NAME: dict[str, PreTokenizer] = {
+    # What llama.cpp does for files that name it so; no model's own.
+    "default": _by_pattern(
+        r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]"
+    ),
+    "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "smollm": _SMOLLM,
+    "starcoder": _SMOLLM,
+    "refact": _SMOLLM,
+    "olmo": PreTokenizer(_GPT2.steps, nfc=True),
+    "command-r": PreTokenizer(_SMOLLM.steps, nfc=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "dbrx": _GPT4,
+    "smaug-bpe": _GPT4,
+    "chatglm-bpe": _GPT4,
+    "glm4": _GPT4,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _by_pattern(
+        _cased_words("", r"\p{N}"), ignore_merges=True, adds_bos=True
+    ),
+    "gpt-4o": _GPT4O,
+    "llama4": _GPT4O,
+    "deepseek-v3": _by_pattern(
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        rf"{_ASCII_SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}",
+    ),
+}
+
+
+def byte_level_json(
+    vocab: Mapping[str, int],
+    merges: Sequence[str],
+    pre: PreTokenizer,
+    added: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A tokenizer.json of a byte-level BPE.
+
+    Args:
+      vocab: token, in GPT-2's alphabet of bytes -> id.
+      merges: pairs of tokens with a space between, the first to merge first. One that
+        makes no token is left out: it could not be used.
+      pre: what happens to a text before.
+      added: entries of `added_tokens`.
+    """
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": pre.ignore_merges,
+        "vocab": vocab,
+        "merges": [m for m in merges if m.replace(" ", "", 1) in vocab],
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": list(added),
+        "normalizer": pre.normalizer,
+        "pre_tokenizer": pre.pre_tokenizer,
+        "post_processor": None,
+        "decoder": byte_level | {"trim_offsets": True, "use_regex": True},
+        "model": model,
+    }
+
+
+def by_name(name: str) -> PreTokenizer:
+    """The pre-tokenizer that `tokenizer.ggml.pre` names.
+
+    Raises:
+      ValueError: for a name that is not known here.
+    """
+    if name not in BY_NAME:
+        raise ValueError(
+            f"tokenizer.ggml.pre is {name!r}{nearest(name, list(BY_NAME))}: jaxlm cuts "
+            f"text in the ways of {', '.join(BY_NAME)}"
+        )
+    return BY_NAME[name]
+
+
+def name_of(data: Mapping[str, Any]) -> str | None:
+    """The name of what a tokenizer.json does before it merges, or None."""
+    found = _essence(
+        data.get("pre_tokenizer"),
+        data.get("normalizer"),
+        bool(data["model"].get("ignore_merges")),
+    )
+    for name, known in BY_NAME.items():
+        essence = _essence(known.pre_tokenizer, known.normalizer, known.ignore_merges)
+        if essence == found:
+            return name
+    return None
+
+
+def _essence(pre_tokenizer: Any, normalizer: Any, ignore_merges: bool) -> Any:
+    """What has an effect on ids, in one form."""
+    steps = _flat(pre_tokenizer)
+    for step in steps:
+        step.pop("trim_offsets", None)
+        if step.get("type") == "ByteLevel":
+            step.setdefault("use_regex", True)
+    return steps, _flat(normalizer), ignore_merges
+
+
+def _flat(step: Any) -> list[dict[str, Any]]:
+    if not isinstance(step, Mapping):
+        return []
+    if step.get("type") == "Sequence":
+        parts = step.get("pretokenizers") or step.get("normalizers") or []
+        return [s for part in parts for s in _flat(part)]
+    return [dict(step)]

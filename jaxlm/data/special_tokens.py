@@ -1,0 +1,113 @@
+"""Special tokens: what a model's files say of them, and finding them in a template."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# White space as the library `tokenizers` knows it (Unicode's White_Space); Python's
+# own includes four control characters more.
+_SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_SPACES_AFTER = re.compile(f"[{_SPACES}]*")
+_SPACES_BEFORE = re.compile(f"[{_SPACES}]*\\Z")
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a model uses its tokenizer, as the files beside it say."""
+
+    bos_id: int | None = None
+    """Id that begins a text."""
+    eos_id: int | None = None
+    """Id that ends a document."""
+    pad_id: int | None = None
+    """Id that fills up rows."""
+    adds_bos: bool = False
+    """Whether the model expects `bos_id` before a text."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids after which generation stops, `eos_id` among them where there is one."""
+    chat_template: str | None = None
+    """Jinja source that lays out a conversation."""
+
+    def __post_init__(self):
+        if self.eos_id is not None and self.eos_id not in self.stop_ids:
+            object.__setattr__(self, "stop_ids", (self.eos_id, *self.stop_ids))
+        if self.adds_bos and self.bos_id is None:
+            raise ValueError("the tokenizer is to add a bos token, but names none")
+
+    @property
+    def ids(self) -> list[Any]:
+        """What decides which ids stand in a row."""
+        return [self.bos_id, self.eos_id, self.pad_id, self.adds_bos]
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError for an id that is not in [0, vocab_size)."""
+        named = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        named |= {f"stop ({i})": stop for i, stop in enumerate(self.stop_ids)}
+        for name, token_id in named.items():
+            if token_id is not None and not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"the id of the {name} token is {token_id}, outside the vocabulary "
+                    f"of {vocab_size} tokens"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` takes."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Habits":
+        """The inverse of `to_json`; raises TypeError or ValueError for others."""
+        if not isinstance(values, Mapping):
+            raise ValueError("the habits of the tokenizer are no JSON object")
+        return cls(**{**values, "stop_ids": tuple(values.get("stop_ids", ()))})
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special token, and what it does to the text beside it."""
+
+    id: int
+    strips_left: bool = False
+    """Takes white space before it along."""
+    strips_right: bool = False
+    """Takes white space after it along."""
+    whole_word: bool = False
+    """Is not matched beside a letter, digit or underscore."""
+
+
+class SpecialTokens:
+    """Finds special tokens in a text: the leftmost first, and the longest there."""
+
+    def __init__(self, tokens: Mapping[str, Special]):
+        self.tokens = {text: tokens[text] for text in tokens if text}
+        longest_first = sorted(self.tokens, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first))
+        self._pattern = re.compile(pattern) if pattern else None
+
+    def split(self, text: str) -> Iterator[tuple[int, str | int]]:
+        """Yields (offset, id of a special token or the text between two)."""
+        at = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            special = self.tokens[match.group()]
+            start, end = match.span()
+            if start < at:
+                continue  # A token before took these characters along.
+            if special.whole_word and _touches_a_word(text, start, end):
+                continue
+            if special.strips_left:
+                start = at + _SPACES_BEFORE.search(text[at:start]).start()
+            if special.strips_right:
+                end = _SPACES_AFTER.match(text, end).end()
+            if at < start:
+                yield at, text[at:start]
+            yield start, special.id
+            at = end
+        if at < len(text):
+            yield at, text[at:]
+
+
+def _touches_a_word(text: str, start: int, end: int) -> bool:
+    beside = text[max(start - 1, 0) : start] + text[end : end + 1]
+    return any(c.isalnum() or c == "_" for c in beside)

@@ -1,0 +1,145 @@
+"""A program that renders one chat template within limits; `chat` runs it as a child.
+
+A template comes with a model's files and may be hostile. Jinja's sandbox keeps it from
+the machine, but not from running or growing without end: that is what the process and
+its limits are for. It is run by its path and in isolated mode, so that it imports
+nothing of jaxlm, and JAX not at all.
+
+Reads {"template": ..., "variables": {...}} from stdin and writes {"text": ...} or
+{"error": ...} to stdout, both JSON. Folders to import from may be given as arguments.
+macOS has no limit on the memory of a process; there the others hold alone.
+"""
+
+import datetime
+import json
+import resource
+import sys
+from typing import Any
+
+MAX_TEMPLATE_BYTES = 64_000
+MAX_OUTPUT_BYTES = 1_000_000
+MAX_CPU_SECONDS = 2
+MAX_MEMORY_BYTES = 512 << 20
+
+TOO_LONG = f"gives more than {MAX_OUTPUT_BYTES:,} bytes of text"
+TOO_LARGE = f"needs more than {MAX_MEMORY_BYTES >> 20} MB of memory"
+
+
+def set_limits() -> None:
+    """For this process, from here on."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 1))
+    if sys.platform != "darwin":
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+
+
+def new_environment() -> Any:
+    """Jinja's sandbox, with what published templates expect to find in it."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """{% generation %} marks what a model is trained on: here just text."""
+
+        tags = frozenset(["generation"])
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    class PlainNamespace(Namespace):
+        """No attribute of Python's own can be put on it."""
+
+        def __init__(*arguments, **values):
+            self, *rest = arguments
+            values = dict(*rest, **values)
+            for name in values:
+                PlainNamespace._check(name)
+            Namespace.__init__(self, values)
+
+        def __setitem__(self, name, value):
+            PlainNamespace._check(name)
+            Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def _check(name):
+            if str(name).startswith("_"):
+                raise SecurityError(f"a namespace has no attribute {name!r}")
+
+    class Dict:
+        """Makes dicts, and is not the class itself."""
+
+        def __call__(self, *arguments, **values):
+            return dict(*arguments, **values)
+
+        def fromkeys(self, keys, value=None):
+            return dict.fromkeys(keys, value)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def strftime_now(pattern):
+        return datetime.datetime.now().strftime(pattern)
+
+    def tojson(
+        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+    ):
+        # Jinja's own escapes signs of HTML.
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "dict": Dict(),
+        "namespace": PlainNamespace,
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+    }
+    return environment
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """The text of a template; raises OverflowError when there is too much of it."""
+    parts, size = [], 0
+    for part in new_environment().from_string(template).generate(**variables):
+        size += len(part.encode("utf-8", "surrogatepass"))
+        if size > MAX_OUTPUT_BYTES:
+            raise OverflowError(TOO_LONG)
+        parts.append(part)
+    return "".join(parts)
+
+
+def main() -> None:
+    """One job from stdin to stdout."""
+    sys.path.extend(sys.argv[1:])
+    job = json.loads(sys.stdin.buffer.read())
+    set_limits()
+    try:
+        answer = {"text": render(job["template"], job["variables"])}
+    except MemoryError:
+        answer = {"error": TOO_LARGE}
+    except Exception as error:  # Whatever it was, the parent is told.
+        line = getattr(error, "lineno", None)
+        where = f" in line {line}" if line else ""
+        message = " ".join(str(error)[:2000].split())[:300]
+        if str(error) == TOO_LONG:
+            answer = {"error": TOO_LONG}
+        else:
+            answer = {"error": f"fails{where}: {type(error).__name__}: {message}"}
+    sys.stdout.buffer.write(json.dumps(answer).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Chat templates against transformers (goldens), hostile ones, and whole conversations."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from hugging_face_case import (
+    GOLDENS,
+    HOSTILE,
+    SMOLLM2,
+    golden_tokenizer,
+    smollm2_metadata,
+)
+from toy_case import make_params, toy
+
+from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.config import Config, DataConfig, SampleConfig
+from jaxlm.data.gguf_tokenizer import tokenizer_from_gguf
+from jaxlm.data.tokenizer import ByteTokenizer, TextStream
+from jaxlm.infer import chat, chat_template
+from jaxlm.infer.chat import chat_ids, converse, render
+from jaxlm.infer.generate import generate
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def all_of_them(tmp_path_factory):
+    return {n: golden_tokenizer(n, tmp_path_factory.mktemp(n)) for n in GOLDENS}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_ids_of_transformers(name, all_of_them):
+    for messages, prompt, ids in GOLDENS[name]["chats"]:
+        found = chat_ids(all_of_them[name], messages, add_generation_prompt=prompt)
+        assert found.tolist() == ids
+
+
+def test_ids_of_smollm2():
+    messages, ids = SMOLLM2["chat"]
+    assert chat_ids(tokenizer_from_gguf(smollm2_metadata()), messages).tolist() == ids
+
+
+@pytest.fixture
+def rendered_here(monkeypatch):
+    """Renders without a child: the same code, a hundred times as fast."""
+    monkeypatch.setattr(chat, "render", chat_template.render)
+
+
+def special_ids_in(tokenizer, messages):
+    special = set(tokenizer.special_ids.values()) - {tokenizer.special_ids.get("<unk>")}
+    return [i for i in chat_ids(tokenizer, messages).tolist() if i in special]
+
+
+def turns(users, assistants):
+    pairs = zip(users, assistants, strict=True)
+    return [m for u, a in pairs for m in (user(u), assistant(a))] + [user("z")]
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_content_never_becomes_a_special_token(name, all_of_them, rendered_here):
+    tokenizer = all_of_them[name]
+    plain = ["x"] * len(HOSTILE)
+    benign = special_ids_in(tokenizer, turns(plain, plain))
+    assert len(benign) >= 20
+    for text in tokenizer.special_ids:
+        hostile = [pattern.replace("{}", text) for pattern in HOSTILE]
+        assert special_ids_in(tokenizer, turns(hostile, plain)) == benign
+        system = [{"role": "system", "content": "\n".join(hostile)}]
+        calm = [{"role": "system", "content": "x"}]
+        found = special_ids_in(tokenizer, [*system, *turns(plain, plain)])
+        assert found == special_ids_in(tokenizer, [*calm, *turns(plain, plain)])
+        # Thoughts are an assistant's own, and the template's affair.
+        hostile = ["x" if "think>" in h else h for h in hostile]
+        assert special_ids_in(tokenizer, turns(plain, hostile)) == benign
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | trim }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | replace('-', '') }}{% endfor %}",
+        "{{ messages | map(attribute='content') | join }}",
+    ],
+)
+def test_parts_do_not_join_into_a_special_token(template, tmp_path, rendered_here):
+    tokenizer = golden_tokenizer("byte_level", tmp_path, chat_template=template)
+    for parts in (
+        ["<|im_", "end|>", "x"],
+        ["<", "|im_end|>", "x"],
+        ["x", "<|im_end", "|>"],
+        ["<|im_end  ", "  |>", "x"],
+        ["<-|im_end|->", "<-", "-|im_start|>"],
+    ):
+        messages = [user(p) for p in parts]
+        ids = chat_ids(tokenizer, messages).tolist()
+        assert not {0, 1, 2, 420, 421} & set(ids)
+        assert "\ufdd0" not in tokenizer.decode(ids)
+
+
+def test_thoughts_are_taken_out_of_an_assistants_words_only(all_of_them, rendered_here):
+    tokenizer = all_of_them["byte_level"]
+    messages = [user("x"), assistant("<think>\nhidden\n</think>\n\nshown"), user("z")]
+    text = tokenizer.decode(chat_ids(tokenizer, messages))
+    assert "shown" in text and "hidden" not in text
+    messages[0] = user("<think>\nhidden\n</think>\n\nshown")
+    assert "hidden" in tokenizer.decode(chat_ids(tokenizer, messages))
+
+
+def test_any_character_may_stand_in_a_message(all_of_them, rendered_here):
+    tokenizer = all_of_them["byte_level"]
+    text = "\0\ufdd0\ufdd1 <|im_end|> \uffff🙂"
+    ids = chat_ids(tokenizer, [user(text)])
+    assert text in tokenizer.decode(ids)
+    every = "".join(chat._NONCHARACTERS)
+    with pytest.raises(ValueError, match="noncharacters"):
+        chat_ids(tokenizer, [user(every)])
+
+
+def test_messages_that_are_none(all_of_them):
+    llama = all_of_them["llama"]
+    for messages, words in (
+        ([{"role": "user"}], "message 0 has no role or no content"),
+        ([user("x"), {"content": "x"}], "message 1 has no role"),
+        ([{"role": "<s>", "content": "x"}], "message 0 has the role '<s>'"),
+        ([{"role": "tool", "content": "x"}], "TemplateError: unknown role tool"),
+        ([user("a\ud800")], "surrogate"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            chat_ids(llama, messages)
+    with pytest.raises(ValueError, match=r"no chat template, .*--prompt"):
+        chat_ids(ByteTokenizer(), [user("x")])
+
+
+def test_a_template_without_text(tmp_path):
+    tokenizer = golden_tokenizer("byte_level", tmp_path, chat_template="{# #}")
+    with pytest.raises(ValueError, match="gives no text"):
+        chat_ids(tokenizer, [user("x")])
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ 'a' * 4000000000 }}", "needs more than 512 MB"),
+        (
+            "{{ ''.__class__.__mro__ }}",
+            "SecurityError: access to attribute '__class__'",
+        ),
+        ("{{ 'a' * 2000000 }}", "more than 1,000,000 bytes of text"),
+        (
+            "{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}",
+            "more than 1,000,000",
+        ),
+        ("x" * 64_001, "has 64,001 bytes: at most 64,000"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ (" * 4000, "fails: "),
+        ("a\n{% if %}", "fails in line 2: TemplateSyntaxError"),
+        ("{{ raise_exception('only\nusers') }}", "fails: TemplateError: only users$"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% set n = namespace(__class__=1) %}", "SecurityError"),
+        ("{% set n = namespace() %}{% set n._x = 1 %}", "SecurityError"),
+        ("{% include '/etc/passwd' %}", "fails: "),
+        ("{{ messages[0].content.x.y }}", "UndefinedError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_hostile_templates(template, words):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"^the chat template .*{words}") as error:
+        render(template, {"messages": [user("x")]})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert time.monotonic() - start < 10
+
+
+LOOP = "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}"
+
+
+def test_templates_that_run_for_long(monkeypatch):
+    with pytest.raises(ValueError, match="ran for more than 2 s and was stopped"):
+        render(LOOP, {})
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.3)
+    with pytest.raises(ValueError, match="did not end within"):
+        render(LOOP, {})
+
+
+def test_a_child_that_does_not_work():
+    broken = subprocess.CompletedProcess(
+        [], 1, b"", b"Traceback\nImportError: jinja2\n"
+    )
+    with pytest.raises(ValueError, match="ended with status 1: ImportError: jinja2"):
+        chat._result(broken)
+
+
+def test_what_templates_expect_to_find():
+    template = """\
+    {%- for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}
+    {%- if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}
+    {%- set n = namespace(a=1) %}{% set n.a = 2 %}{{ n.a }}
+    {%- generation %}{% set n.a = 3 %}[{{ n.a }}]{% endgeneration %}
+    {{- {'é': '<', 'b': [1]} | tojson }} {{ [1] | tojson(indent=1) | length }}
+    {{- dict(a=4).a }}{{ strftime_now('%Y') | length }}{{ missing }}{{ tools is none }}
+    """
+    text = render(template, {"tools": None})
+    assert text.rstrip() == '022[3]{"é": "<", "b": [1]} 644True'
+
+
+class Script:
+    """Stands for stdin: gives lines, and may interrupt the first answer."""
+
+    def __init__(self, monkeypatch, lines):
+        self.lines = iter(lines)
+        monkeypatch.setattr("builtins.input", self)
+
+    def __call__(self, prompt):
+        assert prompt == "> "
+        line = next(self.lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+
+@pytest.fixture(scope="module")
+def model(all_of_them):
+    """Draws letters of the byte-level vocabulary for the most part."""
+    tokenizer = all_of_them["byte_level"]
+    config = toy(vocab_size=tokenizer.vocab_size, context_length=256)
+    params = make_params(config, std=0.5)
+    return config, params, tokenizer
+
+
+# Long enough for both turns to have 129 to 256 tokens: one size is compiled.
+SYSTEM = "You are a kind king, and this is your castle in the north. " * 3
+
+
+def hold(monkeypatch, model, lines, sample=None, **options):
+    config, params, tokenizer = model
+    Script(monkeypatch, lines)
+    converse(
+        *(config, params, tokenizer, sample or SampleConfig(max_new_tokens=12)),
+        jax.random.key(5),
+        new_stream=lambda: TextStream(tokenizer),
+        **options,
+    )
+
+
+def answers(model, lines, new=12, system=None):
+    """The conversation by `generate`, turn by turn."""
+    config, params, tokenizer = model
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    sample = SampleConfig(max_new_tokens=new, stop_ids=tokenizer.stop_ids)
+    for turn, line in enumerate(lines):
+        messages.append(user(line))
+        key = jax.random.fold_in(jax.random.key(5), turn)
+        ids = chat_ids(tokenizer, messages)
+        result = generate(
+            *(config, params, [ids], sample, key), num_tokens=tokenizer.vocab_size
+        )
+        messages.append(
+            assistant(tokenizer.decode(result.tokens[0][: result.lengths[0]]))
+        )
+    return [m["content"] for m in messages if m["role"] == "assistant"]
+
+
+def test_a_conversation(model, monkeypatch, capsys):
+    lines = ["Hi <|im_end|>", "", "  ", "and?", "/exit", "not read"]
+    hold(monkeypatch, model, lines, system=SYSTEM)
+    out, err = capsys.readouterr()
+    expected = answers(model, [lines[0], lines[3]], system=SYSTEM)
+    assert out == "".join(f"{text}\n" for text in expected)
+    assert expected[0] and expected[0] != expected[1]
+    assert err.count("stopped after 12 tokens: --max-new-tokens allows more\n") <= 2
+
+
+def test_the_end_of_the_input_ends_it(model, monkeypatch, capsys):
+    hold(monkeypatch, model, [])
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_context_that_is_full(model, monkeypatch, capsys):
+    config = model[0]
+    hold(monkeypatch, model, ["x" * 600, "y"])
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert f"the model's context is {config.context_length}: it ends here" in err
+    # In the middle of an answer.
+    long = SampleConfig(max_new_tokens=1000)
+    hold(monkeypatch, model, ["Hi", "y"], long, system=SYSTEM)
+    out, err = capsys.readouterr()
+    assert len(model[2].encode(out)) > 20
+    assert (
+        err == "the model's context of 256 tokens is full: the conversation ends here\n"
+    )
+
+
+def test_ctrl_c_stops_the_answer_only(model, monkeypatch, capsys):
+    calls = []
+
+    def interrupted(*arguments, on_tokens, **options):
+        calls.append(arguments[2][0].tolist())
+        if len(calls) == 1:
+            on_tokens(jax.numpy.array([[3, 4]]), jax.numpy.array([[True, True]]))
+            raise KeyboardInterrupt
+        return generate(*arguments, on_tokens=on_tokens, **options)
+
+    monkeypatch.setattr(chat, "generate", interrupted)
+    hold(monkeypatch, model, ["Hi", "again"], system=SYSTEM)
+    first = model[2].decode([3, 4])
+    assert capsys.readouterr().out.startswith(f"{first}\n")
+    messages = [{"role": "system", "content": SYSTEM}, user("Hi"), assistant(first)]
+    messages.append(user("again"))
+    assert calls[1] == chat_ids(model[2], messages).tolist()
+
+
+def test_a_model_without_a_template(model, monkeypatch):
+    with pytest.raises(ValueError, match="no chat template"):
+        hold(monkeypatch, (*model[:2], ByteTokenizer()), ["Hi"])
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    config, params, tokenizer = model
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(
+            *(1, params, {}),
+            config=Config(model=config, data=DataConfig(sequence_length=16)),
+            tokenizer=tokenizer,
+            data_fingerprint="data",
+            finite=True,
+        )
+    return tmp_path / "run"
+
+
+def test_the_program(run, repository, model):
+    """With a pipe in the place of a person."""
+    flags = ["--chat", "--system", SYSTEM, "--seed", "5", "--temperature", "1"]
+    child = subprocess.run(
+        [
+            sys.executable,
+            repository / "sample.py",
+            run,
+            *flags,
+            "--max-new-tokens",
+            "12",
+        ],
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        input="Hé\nand?\n".encode(),
+        capture_output=True,
+        timeout=120,
+    )
+    assert child.returncode == 0, child.stderr.decode()
+    expected = answers(model, ["Hé", "and?"], system=SYSTEM)
+    assert child.stdout.decode() == f"> {expected[0]}\n> {expected[1]}\n> \n"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--system", "x"], "--system is for conversations: add --chat"),
+        (["--chat", "--prompt", "x"], "leave out --prompt and --num-samples"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, words, repository, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+    spec = importlib.util.spec_from_file_location("sample", repository / "sample.py")
+    program = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "sample", program)
+    spec.loader.exec_module(program)
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
