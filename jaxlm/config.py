@@ -82,7 +82,7 @@ class ModelConfig:
     head_dim: int
     """Width of a head; free of model_dim / num_heads."""
     hidden_dim: int
-    """Width inside the feed-forward."""
+    """Width inside the feed-forward, or inside each expert of it."""
     context_length: int
     """Greatest number of tokens that the model attends over."""
 
@@ -116,12 +116,25 @@ class ModelConfig:
     attention_sinks: bool = False
     """A learned logit per head that takes part in the softmax and gives nothing."""
 
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
-    """Non-linearity of the feed-forward."""
+    activation: Literal[
+        "silu", "gelu", "gelu_tanh", "relu", "relu_squared", "swiglu_clamped"
+    ] = "silu"
+    """Non-linearity of the feed-forward; swiglu_clamped is gpt-oss's and needs
+    gated."""
     gated: bool = True
     """Multiply the activation by a second projection: silu gives SwiGLU, gelu GeGLU."""
     feed_forward_bias: bool = False
     """Biases in the feed-forward."""
+    num_experts: int = 0
+    """Feed-forwards of each layer among which a router chooses for every token; 0: one
+    feed-forward without a router."""
+    experts_per_token: int = 0
+    """Experts that each token goes through."""
+    router_normalize: bool = True
+    """Weights of a token's experts sum to 1; False: each is the expert's share of the
+    softmax over all experts."""
+    router_bias: bool = False
+    """Bias of the router."""
 
     norm: Literal["rms", "rms_unit_offset", "layer"] = "rms"
     """RMSNorm, RMSNorm that multiplies by 1 + scale (Gemma), or LayerNorm."""
@@ -209,6 +222,12 @@ class ModelConfig:
                 "model.parallel_block needs model.norm_placement 'pre', not "
                 f"{self.norm_placement!r}"
             )
+        if self.activation == "swiglu_clamped" and not self.gated:
+            raise ValueError(
+                "model.activation is 'swiglu_clamped', which acts on two projections: "
+                "set model.gated to True"
+            )
+        self._check_experts()
         if self.norm_bias and self.norm != "layer":
             raise ValueError(
                 f"model.norm_bias needs model.norm 'layer', not {self.norm!r}"
@@ -216,6 +235,22 @@ class ModelConfig:
         for name in ("attention_soft_cap", "final_soft_cap", "attention_scale"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"model.{name}", value, "> 0")
+
+    def _check_experts(self) -> None:
+        _check(self.num_experts >= 0, "model.num_experts", self.num_experts, ">= 0")
+        if not self.num_experts:
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            for name in ("experts_per_token", "router_normalize", "router_bias"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"model.{name} is {getattr(self, name)} but model.num_experts "
+                        "is 0: set the number of experts or leave it out"
+                    )
+        elif not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"model.experts_per_token is {self.experts_per_token}: it must be from "
+                f"1 to model.num_experts {self.num_experts}"
+            )
 
     def _check_rope(self) -> None:
         _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "> 0")
@@ -404,6 +439,8 @@ class TrainConfig:
     """Folder of config.json, metrics.jsonl, checkpoints/, report.html, loss.png."""
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM)."""
+    load_balance_loss: float = 0.0
+    """Coefficient of the load-balance loss of mixture-of-experts layers."""
     loss_chunk: int = 0
     """Tokens whose logits are held at once; 0 holds all."""
     log_every: int = 10
@@ -437,7 +474,7 @@ class TrainConfig:
             _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
-        not_negative += ("keep_every", "max_minutes")
+        not_negative += ("keep_every", "max_minutes", "load_balance_loss")
         for name in not_negative:
             value = getattr(self, name)
             _check(value >= 0, f"train.{name}", value, ">= 0")
@@ -498,7 +535,8 @@ class Config:
     fresh: bool = False
     """Start over in a run folder that has checkpoints (they are moved aside)."""
     init_from: str | None = None
-    """Run or step folder whose parameters the run starts from, at step 0."""
+    """Checkpoint whose model and parameters the run starts from, at step 0: a run or
+    step folder, a Hugging Face folder, a .gguf file, or hf:owner/name."""
 
     def __post_init__(self):
         check_types(self, "config")
@@ -507,6 +545,11 @@ class Config:
                 f"data.sequence_length is {self.data.sequence_length}, more than "
                 f"model.context_length {self.model.context_length}: make rows shorter "
                 "or the context longer"
+            )
+        if self.train.load_balance_loss and not self.model.num_experts:
+            raise ValueError(
+                f"train.load_balance_loss is {self.train.load_balance_loss} but "
+                "model.num_experts is 0: set the number of experts or leave it out"
             )
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(

@@ -78,6 +78,32 @@ WRONG = [
         for value in (0, -1)
     ),
     ("model", {"vocab_size": -1}, r"model\.vocab_size is -1: it must be >= 0"),
+    ("model", {"num_experts": -1}, r"model\.num_experts is -1: it must be >= 0"),
+    *(
+        (
+            "model",
+            {"num_experts": 4, "experts_per_token": k},
+            rf"model\.experts_per_token is {k}: .*from 1 to model\.num_experts 4",
+        )
+        for k in (0, 5)
+    ),
+    *(
+        (
+            "model",
+            {name: value},
+            rf"model\.{name} is {value} but model\.num_experts is 0: set the number",
+        )
+        for name, value in (
+            ("experts_per_token", 2),
+            ("router_bias", True),
+            ("router_normalize", False),
+        )
+    ),
+    (
+        "model",
+        {"activation": "swiglu_clamped", "gated": False},
+        r"model\.activation is 'swiglu_clamped'.*set model\.gated to True",
+    ),
     ("model", {"norm_epsilon": 0}, r"model\.norm_epsilon is 0\.0: it must be > 0"),
     ("model", {"unroll_layers": -1}, r"model\.unroll_layers is -1: it must be >= 0"),
     (
@@ -187,7 +213,7 @@ WRONG = [
         for name in (
             *("seed", "z_loss", "loss_chunk", "eval_every", "sample_every"),
             *("sample_tokens", "checkpoint_every", "checkpoint_minutes"),
-            *("keep_every", "max_minutes"),
+            *("keep_every", "max_minutes", "load_balance_loss"),
         )
     ),
     (
@@ -233,6 +259,11 @@ def test_sections_must_fit_together():
     with pytest.raises(ValueError, match=r"warmup_steps is 100.*shorten the warm-up"):
         Config(model=model(), data=short, train=TrainConfig(steps=99))
     Config(model=model(), data=short, train=TrainConfig(steps=100))
+    balanced = TrainConfig(load_balance_loss=0.1)
+    with pytest.raises(ValueError, match=r"_loss is 0\.1 but model\.num_experts is 0"):
+        Config(model=model(), data=short, train=balanced)
+    experts = model(num_experts=4, experts_per_token=2)
+    Config(model=experts, data=short, train=balanced)
     with pytest.raises(ValueError, match=r"config\.model is 3: expected ModelConfig"):
         Config(model=3)
 

@@ -1,4 +1,4 @@
-"""One layer: `Block`, made of `Attention` and `FeedForward`, with `Norm`.
+"""One layer: `Block`, made of `Attention` and a feed-forward, with `Norm`.
 
 Modules hold no state: parameters go in as a nested dict, values come out. Formulas are
 in `jaxlm/ops`. Letters of shapes are explained in `jaxlm/types.py`.
@@ -21,10 +21,12 @@ from jaxlm.ops.dispatch import attention
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import product
+from jaxlm.ops.moe import mixture, route
 from jaxlm.ops.norm import inverse_rms, inverse_std, normalize
 from jaxlm.ops.probe import Probe
 from jaxlm.ops.rope import rotate
 from jaxlm.sharding.rules import activation as shard
+from jaxlm.sharding.rules import lay_out
 
 
 @jax.tree_util.register_dataclass
@@ -230,6 +232,53 @@ class FeedForward(nn.Module):
         return y
 
 
+class MixtureOfExperts(nn.Module):
+    """A router that sends each token through some of many feed-forwards."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], probe: Probe) -> Float[Array, "B T D"]:
+        config = self.config
+        logits = probe("router_logits", self._router(x))
+        chosen = route(logits, config.experts_per_token, config.router_normalize)
+        y = mixture(x, *chosen, self._matrices(), config.activation)
+        return probe("mlp_out", y)
+
+    def _router(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        """In f32 whatever the compute dtype: near ties decide which experts run."""
+        config = self.config
+        shape = (config.model_dim, config.num_experts)
+        w = self.param("router", weight_init(config, shape[0]), shape)
+        logits = product(
+            "BTD,DE->BTE",
+            x.astype(jnp.float32),
+            w,
+            out_sharding=shard("batch", None, None),
+            precision="highest",
+        )
+        if config.router_bias:
+            logits += self.param("router_bias", nn.initializers.zeros, shape[-1:])
+        return logits
+
+    def _matrices(self) -> dict[str, Array]:
+        """The experts' parameters, laid out as `mixture` wants them: D is whole."""
+        config = self.config
+        E, D, F = config.num_experts, config.model_dim, config.hidden_dim
+        inward = (E, D, F), (None, None, "hidden")
+        kinds = {"gate": inward} if config.gated else {}
+        kinds |= {"up": inward, "down": ((E, F, D), (None, "hidden", None))}
+        found = {}
+        for name, (shape, axes) in kinds.items():
+            init = weight_init(config, shape[1], residual=name == "down")
+            found[name] = lay_out(self.param(name, init, shape), *axes)
+            if config.feed_forward_bias:
+                zeros = nn.initializers.zeros
+                bias = self.param(f"{name}_bias", zeros, (E, shape[2]))
+                found[f"{name}_bias"] = lay_out(bias, None, axes[2])
+        return found
+
+
 class Block(nn.Module):
     """Attention and feed-forward on the residual stream."""
 
@@ -247,7 +296,10 @@ class Block(nn.Module):
         config = self.config
         placement = config.norm_placement
         attend = Attention(config, self.kind, name="attn")
-        feed_forward = FeedForward(config, name="mlp")
+        if config.num_experts:
+            feed_forward = MixtureOfExperts(config, name="moe")
+        else:
+            feed_forward = FeedForward(config, name="mlp")
 
         def norm(name: str, x: Array, site: str | None = None) -> Array:
             module = Norm(config, (config.model_dim,), name=f"{name}_norm")

@@ -190,6 +190,46 @@ def mistral(**choices: Any) -> ModelConfig:
     return llama(**{**common, **choices})
 
 
+def mixtral(**choices: Any) -> ModelConfig:
+    """Mixtral (arXiv:2401.04088); 8x22B with the vocabulary of the base model."""
+    return mistral(**{"num_experts": 8, "experts_per_token": 2, **choices})
+
+
+def qwen3_moe(**choices: Any) -> ModelConfig:
+    """The mixtures of experts among Qwen3 (arXiv:2505.09388)."""
+    return qwen3(**{"num_experts": 128, "experts_per_token": 8, **choices})
+
+
+def gpt_oss(**choices: Any) -> ModelConfig:
+    """gpt-oss (arXiv:2508.10925)."""
+    common: dict[str, Any] = {
+        "vocab_size": 201_088,
+        "model_dim": 2880,
+        "num_heads": 64,
+        "num_kv_heads": 8,
+        "head_dim": 64,
+        "hidden_dim": 2880,
+        "context_length": 131_072,
+        "rope_theta": 150_000.0,
+        "rope_scaling": RopeScaling(
+            kind="yarn",
+            factor=32.0,
+            original_context_length=4096,
+            truncate=False,
+        ),
+        "layer_pattern": ("local", "global"),
+        "window": 128,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "attention_sinks": True,
+        "activation": "swiglu_clamped",
+        "feed_forward_bias": True,
+        "experts_per_token": 4,
+        "router_bias": True,
+    }
+    return llama(**{**common, **choices})
+
+
 def phi3(**choices: Any) -> ModelConfig:
     """Phi-3 (arXiv:2404.14219), Phi-4 (arXiv:2412.08905) and Phi-4-mini.
 
@@ -342,6 +382,10 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-8b": qwen3(**_sized(36, 4096, 32, 8, 12_288)),
     "qwen3-14b": qwen3(**_sized(40, 5120, 40, 8, 17_408)),
     "qwen3-32b": qwen3(**_sized(64, 5120, 64, 8, 25_600)),
+    "qwen3-30b-a3b": qwen3_moe(**_sized(48, 2048, 32, 4, 768)),
+    "qwen3-235b-a22b": qwen3_moe(**_sized(94, 4096, 64, 4, 1536)),
+    "gpt-oss-20b": gpt_oss(num_layers=24, num_experts=32),
+    "gpt-oss-120b": gpt_oss(num_layers=36, num_experts=128),
     "gemma-2b": gemma(**_sized(18, 2048, 8, 1, 16_384)),
     "gemma-7b": gemma(**_sized(28, 3072, 16, 16, 24_576)),
     "gemma2-2b": gemma2(**_sized(26, 2304, 8, 4, 9216)),
@@ -367,6 +411,8 @@ PRESETS: dict[str, ModelConfig] = {
     "mistral-nemo-12b": mistral(
         num_layers=40, model_dim=5120, vocab_size=131_072, context_length=131_072
     ),
+    "mixtral-8x7b": mixtral(num_layers=32, model_dim=4096),
+    "mixtral-8x22b": mixtral(**_sized(56, 6144, 48, 8, 16_384), context_length=65_536),
     "phi3-mini-4k": phi3(
         vocab_size=32_064,
         num_heads=32,
@@ -428,8 +474,9 @@ def toy(config: ModelConfig) -> ModelConfig:
 
     All layer kinds are there, and one layer more than fills whole groups of them.
     Query heads stay in proportion to key/value heads, which become 3 where there were
-    several. The window (9) and the length before RoPE scaling (48) are shorter than 64
-    tokens, so that a text of 64 shows both.
+    several. Of many experts 4 are left, 2 for each token. The window (9) and the length
+    before RoPE scaling (48) are shorter than 64 tokens, so that a text of 64 shows
+    both.
     """
     head_dim, width = 16, 48
     kv_heads = 1 if config.num_kv_heads == 1 else 3
@@ -453,6 +500,8 @@ def toy(config: ModelConfig) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         hidden_dim=80,
+        num_experts=min(config.num_experts, 4),
+        experts_per_token=min(config.experts_per_token, 2),
         context_length=128,
         window=None if config.window is None else 9,
         rope_scaling=scaling,

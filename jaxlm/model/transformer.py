@@ -143,6 +143,10 @@ def init(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
 def absent_sites(config: ModelConfig) -> frozenset[str]:
     """Sites that this model does not have."""
     absent = set()
+    if config.num_experts:
+        absent |= {"mlp_pre", "mlp_gate", "mlp_act"}
+    else:
+        absent.add("router_logits")
     if not config.gated:
         absent.add("mlp_gate")
     if config.norm_placement == "output":

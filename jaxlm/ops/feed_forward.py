@@ -7,6 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+CLAMP = 7.0  # of gpt-oss
+
+
+def _clamped_swish(x: Array) -> Array:
+    x = jnp.minimum(x, CLAMP)
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     # By erf: jax.nn.gelu goes by erfc, which costs XLA:CPU twice as much.
@@ -15,6 +23,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     # So et al. 2021, arXiv:2109.08668.
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu_clamped": _clamped_swish,
+}
+
+# What the second projection becomes before it multiplies; elsewhere it stays as it is.
+FACTORS: dict[str, Callable[[Array], Array]] = {
+    "swiglu_clamped": lambda up: jnp.clip(up, -CLAMP, CLAMP) + 1,
 }
 
 
@@ -24,20 +38,24 @@ def activate(
     up: Float[Array, "*B F"] | None,
     activation: str,
 ) -> Float[Array, "*B F"]:
-    """`act(pre)`, times `up` when gated (Shazeer 2020, arXiv:2002.05202).
+    """`act(pre)`, times `factor(up)` when gated (Shazeer 2020, arXiv:2002.05202).
 
     Computed in f32, also backward, from nothing saved but the arguments.
 
     Args:
       pre: the projection that the non-linearity acts on (the gate, when gated).
       up: the second projection of SwiGLU, GeGLU and their like; None without a gate.
-      activation: a name in `ACTIVATIONS`.
+      activation: a name in `ACTIVATIONS`; `FACTORS` has those that change `up` too.
     """
     hidden = ACTIVATIONS[activation](pre.astype(jnp.float32))
     if up is not None:
-        hidden = hidden * up.astype(jnp.float32)
+        hidden = hidden * _factor(activation)(up.astype(jnp.float32))
     # The barrier keeps XLA:CPU from computing it again inside the product that follows.
     return jax.lax.optimization_barrier(hidden.astype(pre.dtype))
+
+
+def _factor(activation: str) -> Callable[[Array], Array]:
+    return FACTORS.get(activation, lambda up: up)
 
 
 def _activate_forward(pre, up, activation):
@@ -50,8 +68,9 @@ def _activate_backward(activation, residuals, g):
     hidden, pull = jax.vjp(ACTIVATIONS[activation], pre.astype(jnp.float32))
     if up is None:
         return pull(g32)[0].astype(pre.dtype), None
-    (dpre,) = pull(g32 * up.astype(jnp.float32))
-    return dpre.astype(pre.dtype), (g32 * hidden).astype(up.dtype)
+    factor, pull_up = jax.vjp(_factor(activation), up.astype(jnp.float32))
+    (dpre,), (dup,) = pull(g32 * factor), pull_up(g32 * hidden)
+    return dpre.astype(pre.dtype), dup.astype(up.dtype)
 
 
 activate.defvjp(_activate_forward, _activate_backward)

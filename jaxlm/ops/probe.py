@@ -36,6 +36,7 @@ SITES: dict[str, tuple[str, str]] = {
     "resid_mid": ("B T D", "residual stream between attention and feed-forward"),
     "mlp_norm_scale": ("B T 1", "inverse RMS or deviation of the norm before it"),
     "mlp_in": ("B T D", "input of the feed-forward, after its norm"),
+    "router_logits": ("B T E", "logits of the experts, f32, after the bias"),
     "mlp_pre": ("B T F", "argument of the non-linearity"),
     "mlp_gate": ("B T F", "second projection of a gated feed-forward"),
     "mlp_act": ("B T F", "input of the down projection"),

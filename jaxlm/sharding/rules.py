@@ -17,12 +17,13 @@ from jaxlm import tree
 
 # Logical axis -> mesh axes. `model` is the width of parameters, cut for storage
 # (fsdp) and gathered when used; the width of activations is never cut (None).
-MESH_AXES: dict[str, str | tuple[str, ...]] = {
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "model": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "hidden": "tensor",
+    "experts": None,
 }
 
 # Path -> logical axes; the first row whose path matches and whose length is the rank.
@@ -42,6 +43,12 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/mlp/down", ("layers", "hidden", "model")),
     (r"layers/mlp/(gate|up)_bias", ("layers", "hidden")),
     (r"layers/mlp/down_bias", ("layers", None)),
+    (r"layers/moe/router", ("layers", "model", "experts")),
+    (r"layers/moe/router_bias", ("layers", "experts")),
+    (r"layers/moe/(gate|up)", ("layers", "experts", "model", "hidden")),
+    (r"layers/moe/down", ("layers", "experts", "hidden", "model")),
+    (r"layers/moe/(gate|up)_bias", ("layers", "experts", "hidden")),
+    (r"layers/moe/down_bias", ("layers", "experts", None)),
     (r"layers/\w+_norm/(scale|bias)", ("layers", None)),
     (r"final_norm/(scale|bias)", (None,)),
 )

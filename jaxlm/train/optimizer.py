@@ -11,12 +11,14 @@ from jaxlm.config import OptimizerConfig
 from jaxlm.ops.layout import layout
 from jaxlm.types import Params
 
-# Matrices inside the layers: muon's, with the axes that each maps from and to. The
-# first axis is the layer.
+# Matrices inside the layers: muon's, with the axes that each maps from and to. Along
+# the other axes (the layer, the expert) lie matrices of their own.
 MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     r"layers/attn/[qkv]": ((1,), (2, 3)),
     r"layers/attn/o": ((1, 2), (3,)),
     r"layers/mlp/(gate|up|down)": ((1,), (2,)),
+    r"layers/moe/router": ((1,), (2,)),
+    r"layers/moe/(gate|up|down)": ((2,), (3,)),
 }
 DECAYED = (*MATRICES, r"lm_head/kernel")
 

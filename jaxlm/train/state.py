@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import init
 from jaxlm.sharding import rules
+from jaxlm.types import Params
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +38,15 @@ def init_state(
     """
     return jax.jit(_build, static_argnums=(0, 1, 3))(
         config, optimizer, jax.random.key(seed), mesh
+    )
+
+
+def state_from(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 with given parameters, f32; the others lie where these do."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=jax.jit(optimizer.init)(params),
     )
 
 

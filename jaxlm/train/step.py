@@ -14,6 +14,8 @@ from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.transformer import features, unembed
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.ops.moe import load_balance_loss, route
+from jaxlm.ops.probe import Tap
 from jaxlm.train.optimizer import make_schedule
 from jaxlm.train.state import TrainState
 from jaxlm.types import Batch, Params
@@ -39,27 +41,42 @@ class StepMetrics:
 def loss_sums(
     config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums over the batch: what is differentiated, and the cross-entropy."""
+    """Weighted sums over the batch: what is differentiated, and the cross-entropy.
+
+    The load-balance loss is a mean of the batch, not a sum: it counts as often as the
+    batch has weight.
+    """
     batch = jax.tree.map(jnp.asarray, batch)
-    x, _, _ = features(
+    balanced = train.load_balance_loss > 0
+    x, _, trace = features(
         config,
         params,
         batch.tokens,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
+        taps=(Tap("router_logits"),) if balanced else (),
     )
     targets, weights = batch.targets, batch.loss_weights
-    if not train.loss_chunk:
+    if train.loss_chunk:
+        objective, entropy = chunked_cross_entropy(
+            lambda x: unembed(config, params, x),
+            x,
+            targets,
+            weights,
+            chunk=max(train.loss_chunk // batch.tokens.shape[0], 1),
+            z_loss=train.z_loss,
+        )
+    else:
         logits = unembed(config, params, x)
-        return cross_entropy(logits, targets, weights, z_loss=train.z_loss)
-    return chunked_cross_entropy(
-        lambda x: unembed(config, params, x),
-        x,
-        targets,
-        weights,
-        chunk=max(train.loss_chunk // batch.tokens.shape[0], 1),
-        z_loss=train.z_loss,
-    )
+        objective, entropy = cross_entropy(
+            logits, targets, weights, z_loss=train.z_loss
+        )
+    if balanced:
+        logits = trace["router_logits"]
+        _, experts = route(logits, config.experts_per_token, config.router_normalize)
+        balance = load_balance_loss(logits, experts, weights)
+        objective += train.load_balance_loss * balance * jnp.sum(weights)
+    return objective, entropy
 
 
 def loss_and_grads(
@@ -68,7 +85,8 @@ def loss_and_grads(
     """Mean loss, its gradient, and the sum of the weights.
 
     The batch is cut into `train.accumulation_steps` parts. Sums over tokens are
-    divided by the weights of the whole batch, so the cut does not move the result.
+    divided by the weights of the whole batch, so the cut does not move the result;
+    only the load-balance loss is that of each part by itself.
     """
     total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
 

@@ -68,7 +68,8 @@ def matrix_params(config: ModelConfig) -> int:
     """Parameters that take part in a matrix product for each token.
 
     Counts the projections of attention and feed-forward and the output head (also when
-    it is the embedding table), not the embedding lookup, norms or biases.
+    it is the embedding table), not the embedding lookup, norms or biases; of a mixture
+    of experts the router and the experts that a token goes through.
 
     Raises:
       ValueError: when model.vocab_size is not set.
@@ -80,6 +81,9 @@ def matrix_params(config: ModelConfig) -> int:
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and o, k and v
     attention = config.model_dim * heads * config.head_dim
     feed_forward = (3 if config.gated else 2) * config.model_dim * config.hidden_dim
+    if config.num_experts:
+        feed_forward *= config.experts_per_token
+        feed_forward += config.model_dim * config.num_experts
     head = config.model_dim * config.vocab_size
     return config.num_layers * (attention + feed_forward) + head
 

@@ -45,6 +45,10 @@ COUNTS = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896,
     "gemma2-2b": 2_614_341_888,
@@ -58,6 +62,8 @@ COUNTS = {
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-nemo-12b": 12_247_782_400,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
     "phi3-mini-4k": 3_821_079_552,
     "phi3-mini-128k": 3_821_079_552,
     "phi4": 14_659_507_200,
@@ -106,6 +112,7 @@ SIZES = {
     *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"),
     *("head_dim", "hidden_dim", "context_length", "window", "rope_scaling"),
     *("attention_scale", "embedding_scale", "init_std"),
+    *("num_experts", "experts_per_token"),
 }
 
 
@@ -124,6 +131,7 @@ def test_toys_keep_every_choice(name):
     assert small.num_layers > len(config.layer_pattern)
     assert small.num_layers > len(config.rope_pattern)
     assert small.window is None or small.window < 64
+    assert (small.num_experts > small.experts_per_token) == (config.num_experts > 0)
     assert (small.embedding_scale == 1.0) == (config.embedding_scale == 1.0)
     if config.rope_scaling is not None:
         assert small.rope_scaling.kind == config.rope_scaling.kind
@@ -162,9 +170,9 @@ def kinds() -> dict[str, ModelConfig]:
 
 
 KINDS = kinds()
-# Always run: the one that transformers does not have, and three that differ most. The
+# Always run: the one that transformers does not have, and four that differ most. The
 # others equal transformers in any case (tests/parity).
-QUICK = ("transformer-base", "gpt2-124m", "llama2-70b", "gemma2-2b")
+QUICK = ("transformer-base", "gpt2-124m", "llama2-70b", "gemma2-2b", "mixtral-8x7b")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ CONFIGS = {
     ),
     "output": small(num_layers=2, norm_placement="output", qk_norm="full"),
     "post": small(num_layers=2, norm_placement="post", norm="layer", final_norm=False),
+    "experts": small(num_layers=2, num_experts=5, experts_per_token=2),
 }
 
 
@@ -77,6 +78,7 @@ def test_every_site_has_the_documented_shape(name):
     assert set(trace) == set(sites(c))
     letters = dict(B=B, T=T, S=T, D=c.model_dim, N=c.num_heads, K=c.num_kv_heads)
     letters |= dict(H=c.head_dim, F=c.hidden_dim, V=c.vocab_size) | {"1": 1}
+    letters["E"] = c.num_experts
     for site, value in trace.items():
         shape = tuple(letters[letter] for letter in SITES[site][0].split())
         assert value.shape == ((c.num_layers, *shape) if inner(site) else shape), site
@@ -118,7 +120,11 @@ def test_identities(name):
             x = x - x.mean(-1, keepdims=True)
         right = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + c.norm_epsilon)
         np.testing.assert_allclose(trace["attn_norm_scale"], right, rtol=1e-4)
-    if not c.gated:
+    if c.num_experts:
+        router = params["layers"]["moe"]["router"]
+        logits = np.einsum("LBTD,LDE->LBTE", trace["mlp_in"], router)
+        np.testing.assert_allclose(logits, trace["router_logits"], **near)
+    if not c.gated or c.num_experts:
         return
     act = jax.nn.silu(trace["mlp_pre"]) * trace["mlp_gate"]
     np.testing.assert_allclose(act, trace["mlp_act"], **near)
@@ -191,6 +197,7 @@ def test_taps_with_a_cache_read_the_new_tokens():
     [
         ([Tap("resid_pots")], "no site 'resid_pots' .*did you mean 'resid_post'"),
         ([Tap("mlp_gate")], "no site 'mlp_gate' in this model"),
+        ([Tap("router_logits")], "no site 'router_logits' in this model"),
         ([Tap("z"), Tap("z", layers=(1,))], "'z' is tapped twice"),
         ([Tap("z", layers=(2,))], "layer 2 is not among 0 to 1"),
         ([Tap("z", layers=(-1,))], "layer -1 is not among"),

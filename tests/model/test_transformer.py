@@ -212,6 +212,27 @@ def test_init_statistics(kind):
             assert (value == 1).all()
 
 
+def test_init_statistics_of_experts():
+    """Each expert as a feed-forward of its own would be."""
+    config = dataclasses.replace(
+        WIDE, init="fan_in", num_experts=4, experts_per_token=2, router_bias=True
+    )
+    params = tree.flatten(make_params(config))
+    narrow = 1 / math.sqrt(2 * config.num_layers)
+    for name, value in {
+        "router": 64**-0.5,
+        "gate": 64**-0.5,
+        "up": 64**-0.5,
+        "down": 96**-0.5 * narrow,
+        "router_bias": 0.0,
+    }.items():
+        found = params[f"layers/moe/{name}"]
+        tolerance = 4 / math.sqrt(found.size)
+        assert found.std() == pytest.approx(value, rel=tolerance), name
+    up = params["layers/moe/up"]
+    assert np.abs(up[:, 0] - up[:, 1]).max() > 0.01
+
+
 def test_layers_and_seeds_differ():
     a, b = make_params(CONFIG), make_params(CONFIG, 1)
     q = a["layers"]["attn"]["q"]

@@ -39,6 +39,13 @@ MESHES = {
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 MODEL = toy(num_heads=8, num_kv_heads=4, qk_norm="head", vocab_size=64)
+EXPERTS = {
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "router_bias": True,
+    "feed_forward_bias": True,
+    "activation": "swiglu_clamped",
+}
 
 
 def mesh_of(name):
@@ -112,13 +119,15 @@ def difference(one, other):
     return float(np.abs(np.subtract(one, other)).max())
 
 
-def case_gradients(names, **changes):
-    config = config_of(model=dataclasses.replace(MODEL, **changes))
+def case_gradients(names, changes=None, controls=True, **train):
+    config = config_of(model=dataclasses.replace(MODEL, **(changes or {})), **train)
     loss, grads = gradients(config, mesh_of("one"))
     result = {"smallest_leaf": min(float(np.abs(g).max()) for g in grads.values())}
     for name in names:
         other_loss, other = gradients(config, mesh_of(name))
         result[name] = {"loss": abs(loss - other_loss), **worst(grads, other)}
+    if not controls:
+        return result
     last = mesh_of(names[-1])
     _, moved = gradients(config, last, move=0.05)
     result["control_moved"] = max(worst(grads, moved).values())
@@ -142,9 +151,10 @@ def shardings_of(state, mesh):
     return wrong, moments
 
 
-def case_losses(names, optimizer, **train):
-    config = config_of(optimizer, **train)
-    reference, _ = losses_on(config_of(optimizer), mesh_of("one"))
+def case_losses(names, optimizer, changes=None, **train):
+    model = dataclasses.replace(MODEL, **(changes or {}))
+    config = config_of(optimizer, model, **train)
+    reference, _ = losses_on(config_of(optimizer, model), mesh_of("one"))
     result = {"first": reference[0], "last": reference[-1]}
     for name in names:
         mesh = mesh_of(name)
@@ -255,12 +265,18 @@ def main():
     cases = {
         "quick": lambda: {
             "gradients": case_gradients(["2x2x2"]),
+            "experts": case_gradients(
+                ["2x2x2"], EXPERTS, controls=False, load_balance_loss=0.1
+            ),
             "errors": case_errors(),
         },
+        "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),
         "gradients": lambda: case_gradients(all_meshes),
-        "blocked": lambda: case_gradients(["data8", "2x2x2"], attention="blocked"),
+        "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "blocked"}),
         "adamw": lambda: case_losses(all_meshes, "adamw"),
         "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
+        "experts_adamw": lambda: case_losses(all_meshes, "adamw", EXPERTS),
+        "experts_muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon", EXPERTS),
         "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
         "accumulation": lambda: case_losses(
             ["data8", "2x2x2"], "adamw", accumulation_steps=2, loss_chunk=64

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ops_case import normal
 
-from jaxlm.ops.feed_forward import ACTIVATIONS, activate
+from jaxlm.ops.feed_forward import ACTIVATIONS, FACTORS, activate
 
 CLOSED = {
     "silu": lambda x: x / (1 + math.exp(-x)),
@@ -18,13 +18,25 @@ CLOSED = {
     ),
     "relu": lambda x: max(x, 0.0),
     "relu_squared": lambda x: max(x, 0.0) ** 2,
+    "swiglu_clamped": lambda x: min(x, 7.0) / (1 + math.exp(-1.702 * min(x, 7.0))),
 }
-X = np.concatenate([np.linspace(-6, 6, 40), [0.1, -0.1]]).astype(np.float32)
-UP = normal(1, len(X))
+CLOSED_FACTORS = {"swiglu_clamped": lambda up: np.clip(up, -7, 7) + 1}
+
+
+def factor(name):
+    """What `up` becomes before it multiplies."""
+    return CLOSED_FACTORS.get(name, lambda up: up)
+
+
+X = np.concatenate([np.linspace(-9, 9, 40), [0.1, -0.1]]).astype(np.float32)
+# From beyond one clamp of gpt-oss to beyond the other.
+UP = 5 * normal(1, len(X))
 
 
 def test_every_activation_is_tested():
     assert set(CLOSED) == set(ACTIVATIONS)
+    assert set(CLOSED_FACTORS) == set(FACTORS)
+    assert UP.min() < -7.1 and UP.max() > 7.1
 
 
 @pytest.mark.parametrize("name", CLOSED)
@@ -33,16 +45,18 @@ def test_value_and_slope(name):
     values = np.array([f(float(x)) for x in X])
     slopes = np.array([(f(x + 1e-6) - f(x - 1e-6)) / 2e-6 for x in X.astype(float)])
     for up in (None, jnp.asarray(UP)):
-        factor = 1.0 if up is None else UP
+        by = 1.0 if up is None else factor(name)(UP)
         ours = activate(jnp.asarray(X), up, name)
-        np.testing.assert_allclose(ours, values * factor, atol=3e-6)
+        np.testing.assert_allclose(ours, values * by, rtol=1e-6, atol=3e-6)
         which = (0,) if up is None else (0, 1)
         grads = jax.grad(lambda p, u: activate(p, u, name).sum(), which)(
             jnp.asarray(X), up
         )
-        np.testing.assert_allclose(grads[0], slopes * factor, atol=1e-5)
+        np.testing.assert_allclose(grads[0], slopes * by, rtol=1e-5, atol=1e-5)
         if up is not None:
-            np.testing.assert_allclose(grads[1], values, atol=3e-6)
+            high, low = (factor(name)(UP.astype(float) + e) for e in (1e-6, -1e-6))
+            by = (high - low) / 2e-6
+            np.testing.assert_allclose(grads[1], values * by, rtol=1e-5, atol=3e-6)
 
 
 @pytest.mark.parametrize("name", CLOSED)
@@ -51,7 +65,8 @@ def test_bfloat16_is_rounded_once(name):
     up = jnp.asarray(UP).astype(jnp.bfloat16)
     y = activate(x, up, name)
     assert y.dtype == jnp.bfloat16
-    right = np.array([CLOSED[name](float(a)) for a in x]) * np.float64(up)
+    right = np.array([CLOSED[name](float(a)) for a in x])
+    right *= factor(name)(np.float64(up))
     # Half a step of 8 bits, relative.
     np.testing.assert_allclose(np.float64(y), right, rtol=2**-8, atol=1e-4)
 

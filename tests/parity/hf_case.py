@@ -83,6 +83,17 @@ def model_config(name: str, c: ModelConfig) -> hf.PreTrainedConfig:
         return hf.LlamaConfig(**common)
     if name.startswith("qwen2"):
         return hf.Qwen2Config(**common)
+    if c.num_experts:
+        common["num_experts_per_tok"] = c.experts_per_token
+    if name.startswith("mixtral"):
+        return hf.MixtralConfig(**common, num_local_experts=c.num_experts)
+    if name.startswith("qwen3") and c.num_experts:
+        return hf.Qwen3MoeConfig(
+            **common,
+            num_experts=c.num_experts,
+            moe_intermediate_size=c.hidden_dim,
+            norm_topk_prob=c.router_normalize,
+        )
     if name.startswith("qwen3"):
         return hf.Qwen3Config(**common)
     if name.startswith("olmo2"):
@@ -102,8 +113,10 @@ def model_config(name: str, c: ModelConfig) -> hf.PreTrainedConfig:
     pattern = [
         kinds[c.layer_pattern[i % len(c.layer_pattern)]] for i in range(c.num_layers)
     ]
-    assert c.attention_scale is not None
     common |= {"sliding_window": c.window, "layer_types": pattern}
+    if name.startswith("gpt-oss"):
+        return hf.GptOssConfig(**common, num_local_experts=c.num_experts)
+    assert c.attention_scale is not None
     common["query_pre_attn_scalar"] = round(c.attention_scale**-2)
     if name.startswith("gemma2"):
         return hf.Gemma2Config(
@@ -125,7 +138,8 @@ def _layer(name: str, c: ModelConfig, w: dict[str, np.ndarray]) -> dict[str, Any
     N, H, D = c.num_heads, c.head_dim, c.model_dim
     q, k, v = (w[f"attn/{n}"].reshape(D, -1).T for n in "qkv")
     o = w["attn/o"].reshape(N * H, D).T
-    up, down = w["mlp/up"].T, w["mlp/down"].T
+    if not c.num_experts:
+        up, down = w["mlp/up"].T, w["mlp/down"].T
     if name.startswith("gpt2"):
         biases = [w[f"attn/{n}_bias"].reshape(-1) for n in "qkv"]
         return {
@@ -160,15 +174,27 @@ def _layer(name: str, c: ModelConfig, w: dict[str, np.ndarray]) -> dict[str, Any
             "mlp.dense_4h_to_h.weight": down,
             "mlp.dense_4h_to_h.bias": w["mlp/down_bias"],
         }
-    gate = w["mlp/gate"].T
-    out = {"self_attn.o_proj.weight": o, "mlp.down_proj.weight": down}
+    out = {"self_attn.o_proj.weight": o}
     if name.startswith("phi"):
         out["self_attn.qkv_proj.weight"] = np.concatenate([q, k, v])
-        out["mlp.gate_up_proj.weight"] = np.concatenate([gate, up])
     else:
         projections = zip("qkv", (q, k, v), strict=True)
         out |= {f"self_attn.{n}_proj.weight": x for n, x in projections}
-        out |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+    if name.startswith("gpt-oss"):
+        out |= _gpt_oss_experts(w)
+        out["self_attn.o_proj.bias"] = w["attn/o_bias"]
+        out["self_attn.sinks"] = w["attn/sinks"]
+    elif c.num_experts:
+        fused = np.concatenate([w["moe/gate"], w["moe/up"]], axis=2)
+        out["mlp.gate.weight"] = w["moe/router"].T
+        out["mlp.experts.gate_up_proj"] = fused.swapaxes(1, 2)
+        out["mlp.experts.down_proj"] = w["moe/down"].swapaxes(1, 2)
+    elif name.startswith("phi"):
+        out["mlp.gate_up_proj.weight"] = np.concatenate([w["mlp/gate"].T, up])
+        out["mlp.down_proj.weight"] = down
+    else:
+        out |= {"mlp.gate_proj.weight": w["mlp/gate"].T, "mlp.up_proj.weight": up}
+        out["mlp.down_proj.weight"] = down
     if c.attention_bias:
         for n in "qkv":
             out[f"self_attn.{n}_proj.bias"] = w[f"attn/{n}_bias"].reshape(-1)
@@ -189,6 +215,24 @@ def _layer(name: str, c: ModelConfig, w: dict[str, np.ndarray]) -> dict[str, Any
         },
     }[c.norm_placement]
     return out | {f"{n}.weight": w[f"{ours}/scale"] for ours, n in norms.items()}
+
+
+def _gpt_oss_experts(w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of gate and up alternate; these matrices are (in, out)."""
+
+    def alternate(gate, up):
+        return np.stack([gate, up], axis=-1).reshape(*gate.shape[:-1], -1)
+
+    return {
+        "mlp.router.weight": w["moe/router"].T,
+        "mlp.router.bias": w["moe/router_bias"],
+        "mlp.experts.gate_up_proj": alternate(w["moe/gate"], w["moe/up"]),
+        "mlp.experts.gate_up_proj_bias": alternate(
+            w["moe/gate_bias"], w["moe/up_bias"]
+        ),
+        "mlp.experts.down_proj": w["moe/down"],
+        "mlp.experts.down_proj_bias": w["moe/down_bias"],
+    }
 
 
 def state_dict(name: str, c: ModelConfig) -> dict[str, torch.Tensor]:
@@ -227,14 +271,20 @@ def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
     return base.h if hasattr(base, "h") else base.layers
 
 
-def run(name: str, c: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T, V] and the residual stream after each layer [L, T, D], f32."""
+def build(name: str, c: ModelConfig) -> hf.PreTrainedModel:
+    """The model in transformers, with `weights(config)`."""
     config = model_config(name, c)
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
     model = hf.AutoModelForCausalLM.from_config(config).float().eval()
     missing, unexpected = model.load_state_dict(state_dict(name, c), strict=False)
     tied = {"lm_head.weight"} if c.tied_embeddings else set()
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
+    return model
+
+
+def run(model: hf.PreTrainedModel, c: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [T, V] and the residual stream after each layer [L, T, D], f32."""
     hidden: list[torch.Tensor] = []
 
     def keep(_module, _inputs, output):

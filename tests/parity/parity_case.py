@@ -13,6 +13,7 @@ from jaxlm.config import ModelConfig, RopeScaling
 from jaxlm.model.families import preset, toy
 
 GOLDENS = Path(__file__).with_name("goldens.npz")
+FILES = Path(__file__).with_name("files.json")
 NUM_TOKENS = 64
 # Rows of the logits and of the hidden states that are stored. The last ones lie beyond
 # every window (9) and beyond the length before RoPE scaling (48).
@@ -41,12 +42,21 @@ CASES: dict[str, ModelConfig] = {
         "olmo2-32b",
         "smollm3-3b",
         "gpt2-124m",
+        "mixtral-8x7b",
+        "qwen3-30b-a3b",
+        "gpt-oss-20b",
     )
 }
 # transformers wants the factors of LongRoPE for a head of model_dim / num_heads.
 CASES["phi4-mini"] = dataclasses.replace(CASES["phi4-mini"], model_dim=9 * 16)
 CASES["qwen3-yarn"] = _scaled("qwen3-0.6b", kind="yarn", factor=4.0)
-CASES["llama-dynamic"] = _scaled("llama2-7b", kind="dynamic", factor=2.0)
+CASES["llama-dynamic"] = dataclasses.replace(
+    _scaled("llama2-7b", kind="dynamic", factor=2.0), context_length=96
+)
+# As in Qwen1.5-MoE and OLMoE.
+CASES["qwen3-moe-shares"] = dataclasses.replace(
+    CASES["qwen3-30b-a3b"], router_normalize=False
+)
 # A family without a preset: parallel block, exact GELU, a quarter of a head rotated.
 CASES["gpt_neox"] = dataclasses.replace(
     CASES["gpt2-124m"],
@@ -78,13 +88,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer |= {"attn/q_norm/scale": (N, H), "attn/k_norm/scale": (K, H)}
     if c.attention_sinks:
         layer["attn/sinks"] = (N,)
-    layer |= {"mlp/up": (D, F), "mlp/down": (F, D)}
+    E = c.num_experts
+    mlp, experts = ("moe", (E,)) if E else ("mlp", ())
+    layer |= {f"{mlp}/up": (*experts, D, F), f"{mlp}/down": (*experts, F, D)}
     if c.gated:
-        layer["mlp/gate"] = (D, F)
+        layer[f"{mlp}/gate"] = (*experts, D, F)
     if c.feed_forward_bias:
-        layer |= {"mlp/up_bias": (F,), "mlp/down_bias": (D,)}
+        layer |= {f"{mlp}/up_bias": (*experts, F), f"{mlp}/down_bias": (*experts, D)}
         if c.gated:
-            layer["mlp/gate_bias"] = (F,)
+            layer[f"{mlp}/gate_bias"] = (*experts, F)
+    if E:
+        layer["moe/router"] = (D, E)
+    if c.router_bias:
+        layer["moe/router_bias"] = (E,)
     norms = {
         "pre": ["attn_norm", "mlp_norm"],
         "post": ["attn_norm", "mlp_norm"],
@@ -114,6 +130,8 @@ def weights(config: ModelConfig) -> dict[str, np.ndarray]:
             draw = center + 0.3 * draw
         else:
             draw = 0.2 * draw
+        if config.activation == "swiglu_clamped" and name.endswith(("/gate", "/up")):
+            draw *= 4  # so that many numbers reach the clamps
         values[name] = draw.astype(np.float32)
     return values
 

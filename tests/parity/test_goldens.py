@@ -1,4 +1,4 @@
-"""Tiny models equal Hugging Face transformers, and nine bugs would each be seen.
+"""Tiny models equal Hugging Face transformers, and bugs of real ports would be seen.
 
 The goldens were computed by transformers (`make_goldens.py`). Weights are large (std
 0.2) and 64 tokens are longer than every window and every length before RoPE scaling:
@@ -27,6 +27,7 @@ from jaxlm import tree
 from jaxlm.model import block as block_module
 from jaxlm.model.cache import unstack
 from jaxlm.model.transformer import forward, init
+from jaxlm.ops import feed_forward
 from jaxlm.ops.probe import Tap
 
 # f32 sums in another order. Seen: 1e-5 at most, and 3e-5 in the wider phi4-mini.
@@ -127,6 +128,14 @@ WRONG_FIELDS = {
     "norm without the 1": ("gemma-2b", {"norm": "rms"}),
     "embedding scale": ("gemma-2b", {"embedding_scale": 1.0}),
     "pattern reversed": ("gemma2-27b", {"layer_pattern": ("global", "local")}),
+    "shares of all experts": ("mixtral-8x7b", {"router_normalize": False}),
+    "shares of the chosen experts": ("qwen3-moe-shares", {"router_normalize": True}),
+    "one expert fewer": ("qwen3-30b-a3b", {"experts_per_token": 1}),
+    "router bias missing": ("gpt-oss-20b", {"router_bias": False}),
+    "expert biases missing": ("gpt-oss-20b", {"feed_forward_bias": False}),
+    "swiglu for gpt-oss's": ("gpt-oss-20b", {"activation": "silu"}),
+    "sinks missing": ("gpt-oss-20b", {"attention_sinks": False}),
+    "output bias missing": ("gpt-oss-20b", {"attention_output_bias": False}),
 }
 
 
@@ -146,9 +155,49 @@ def test_tiled_key_heads_fail_the_gate():
     assert max(errors(name, params=tiled_heads(CASES[name]))) > GATE
 
 
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "gpt-oss-20b"])
+@pytest.mark.parametrize("first, second", [("gate", "up"), (0, 1)])
+def test_exchanged_experts_fail_the_gate(name, first, second):
+    """Gate and up exchanged, or two columns of the router."""
+    params = nested(weights(CASES[name]))
+    moe = params["layers"]["moe"]
+    if first == "gate":
+        moe["gate"], moe["up"] = moe["up"], moe["gate"]
+    else:
+        order = [second, first, *range(2, CASES[name].num_experts)]
+        moe["router"] = moe["router"][..., order]
+    assert max(errors(name, params=params)) > GATE
+
+
+@pytest.mark.parametrize("bias", ["gate_bias", "up_bias", "down_bias", "router_bias"])
+def test_each_missing_bias_of_the_experts_fails_the_gate(bias):
+    params = nested(weights(CASES["gpt-oss-20b"]))
+    params["layers"]["moe"][bias] *= 0
+    assert max(errors("gpt-oss-20b", params=params)) > GATE
+
+
+CLAMPED = "swiglu_clamped"
+WRONG_GATES = {
+    "gate not clamped": ("ACTIVATIONS", lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "slope 1": ("ACTIVATIONS", lambda x: jax.nn.silu(jnp.minimum(x, 7))),
+    "up not clamped": ("FACTORS", lambda x: x + 1),
+    "up clamped above only": ("FACTORS", lambda x: jnp.minimum(x, 7) + 1),
+    "no one added": ("FACTORS", lambda x: jnp.clip(x, -7, 7)),
+}
+
+
+@pytest.mark.parametrize("bug", WRONG_GATES)
+def test_a_wrong_clamp_fails_the_gate(monkeypatch, bug):
+    table, function = WRONG_GATES[bug]
+    monkeypatch.setitem(getattr(feed_forward, table), CLAMPED, function)
+    assert max(errors("gpt-oss-20b")) > GATE
+
+
 @pytest.mark.parametrize(
     "name, change",
     [
+        ("gpt-oss-20b", {"truncate": True}),
+        ("gpt-oss-20b", {"attention_factor": 1.0}),
         ("phi3-mini-128k", {"short_factors": (1.0,) * 8, "long_factors": (1.0,) * 8}),
         ("phi3-mini-128k", {"attention_factor": 1.0}),
         ("qwen3-yarn", {"attention_factor": 1.0}),

@@ -25,7 +25,7 @@ BASE = ModelConfig(
     context_length=16,
 )
 # In the manner of: Llama, Qwen 2, Qwen 3, OLMo 2, GPT-2, GPT-NeoX, Gemma 2, gpt-oss,
-# the original Transformer.
+# the original Transformer, Mixtral with the biases of gpt-oss.
 VARIANTS = {
     "dense": {},
     "untied": {"tied_embeddings": False},
@@ -50,7 +50,15 @@ VARIANTS = {
     },
     "sinks": {"attention_sinks": True, "attention_output_bias": True},
     "post": {"norm_placement": "post", "final_norm": False, "norm": "layer"},
+    "experts": {
+        "num_experts": 6,
+        "experts_per_token": 2,
+        "router_bias": True,
+        "feed_forward_bias": True,
+    },
 }
+# Matrices without a second axis that is cut.
+ONLY_FSDP = ("embed/positions", "layers/moe/router")
 
 
 def abstract_mesh(data=1, fsdp=1, tensor=1):
@@ -82,7 +90,7 @@ def test_every_parameter_has_a_layout(variant):
         big = len(shapes[name].shape) - name.startswith("layers/") >= 2
         cut = {axis for entry in sharding.spec if entry for axis in (entry,)}
         if big and "bias" not in name and "norm" not in name:
-            wanted = {"fsdp"} if name == "embed/positions" else {"fsdp", "tensor"}
+            wanted = {"fsdp"} if name in ONLY_FSDP else {"fsdp", "tensor"}
             assert cut == wanted, name
 
 
@@ -110,6 +118,27 @@ def test_the_layouts_by_name():
     assert specs["final_norm/scale"] == P(None)
 
 
+def test_the_layouts_of_experts_by_name():
+    """The experts are whole on each device: an axis for them comes later."""
+    shapes = shapes_of(**VARIANTS["experts"])
+    shardings = tree.flatten(rules.parameter_shardings(shapes, abstract_mesh(1, 2, 2)))
+    found = {
+        name.removeprefix("layers/moe/"): sharding.spec
+        for name, sharding in shardings.items()
+        if name.startswith("layers/moe/")
+    }
+    assert found == {
+        "router": P(None, "fsdp", None),
+        "router_bias": P(None, None),
+        "gate": P(None, None, "fsdp", "tensor"),
+        "up": P(None, None, "fsdp", "tensor"),
+        "down": P(None, None, "tensor", "fsdp"),
+        "gate_bias": P(None, None, "tensor"),
+        "up_bias": P(None, None, "tensor"),
+        "down_bias": P(None, None, None),
+    }
+
+
 def test_no_rule_is_dead():
     names = {
         name
@@ -121,9 +150,7 @@ def test_no_rule_is_dead():
         for row in rules.PARAMETER_AXES:
             if rules.re.fullmatch(row[0], name):
                 used.add(row[0])
-    dead = {row[0] for row in rules.PARAMETER_AXES} - used
-    # Rows of parameters that no variant here has (experts, say) may be listed.
-    assert not {row for row in dead if "moe" not in row}
+    assert {row[0] for row in rules.PARAMETER_AXES} == used
 
 
 def test_a_parameter_without_a_rule_is_refused():

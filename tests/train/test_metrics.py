@@ -270,6 +270,13 @@ def test_flops_equal_a_count_by_hand():
     assert matrix_params(small(gated=False)) == 3 * (layer - 160) + 88
 
 
+def test_flops_count_the_experts_that_a_token_goes_through():
+    dense = matrix_params(small())
+    # 2 of 7 experts, and a router of 8 x 7 in each of 3 layers.
+    some = small(num_experts=7, experts_per_token=2)
+    assert matrix_params(some) == dense + 3 * (480 + 8 * 7)
+
+
 def test_flops_respect_sliding_windows():
     # local, local, global repeated over four layers: three local ones.
     local = small(num_layers=4, layer_pattern=("local", "local", "global"), window=5)

@@ -228,6 +228,39 @@ def test_muon_treats_stacked_layers_one_by_one():
             )
 
 
+EXPERTS = toy(
+    num_experts=3, experts_per_token=2, feed_forward_bias=True, router_bias=True
+)
+
+
+def test_experts_and_their_router_decay_and_their_biases_do_not():
+    on = {n for n, on in tree.flatten(decay_mask(make_params(EXPERTS))).items() if on}
+    dense = {n for n in DECAYED if "/mlp/" not in n}
+    assert on - dense == {f"layers/moe/{n}" for n in ("router", "gate", "up", "down")}
+
+
+def test_muon_treats_experts_one_by_one():
+    """As if each were the feed-forward of a layer of its own."""
+    params, grads = (
+        {n: make_params(EXPERTS, seed)["layers"]["moe"][n] for n in ("up", "down")}
+        for seed in (1, 2)
+    )
+    rule = make_optimizer(config("muon"), STEPS)
+
+    def after(kind, shape):
+        start, slope = (
+            {"layers": {kind: {n: shape(x) for n, x in tree.items()}}}
+            for tree in (params, grads)
+        )
+        (moved,) = run(rule, start, [slope])
+        return list(moved.values())
+
+    experts = after("moe", lambda x: x)
+    layers = after("mlp", lambda x: x.reshape(-1, *x.shape[2:]))
+    for ours, right in zip(experts, layers, strict=True):
+        np.testing.assert_allclose(ours.reshape(right.shape), right, atol=1e-6)
+
+
 def test_muon_has_a_rate_of_its_own_for_adam():
     zeros = jax.tree.map(np.zeros_like, PARAMS)
     rule = make_optimizer(config("muon", adam_learning_rate=0.001), STEPS)

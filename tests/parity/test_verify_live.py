@@ -1,0 +1,130 @@
+"""`jaxlm verify` beside transformers itself.
+
+PYTHONPATH=tests/parity pytest tests/parity -m parity
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity_case import CASES, nested, weights
+
+from jaxlm import load
+from jaxlm.checkpoint import certificate, gguf
+from jaxlm.checkpoint.hf import write_hf
+from jaxlm.checkpoint.source import open_source
+from jaxlm.cli import main
+from jaxlm.data.tokenizer import ByteTokenizer
+from jaxlm.verify import comparing, peer
+from jaxlm.verify.reference import Subject, find_reference
+from jaxlm.verify.verify import verify
+
+pytestmark = pytest.mark.parity
+CONFIG = dataclasses.replace(CASES["qwen3-0.6b"], vocab_size=257)
+
+
+def params_of(config, flat=None):
+    return jax.tree.map(jnp.asarray, nested(weights(config) if flat is None else flat))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("live") / "model"
+    write_hf(folder, CONFIG, params_of(CONFIG), ByteTokenizer())
+    return folder
+
+
+def test_a_folder_and_then_its_certificate(model, capsys, monkeypatch):
+    main(["verify", str(model)])
+    out, _ = capsys.readouterr()
+    assert "transformers " in out and "which read the same files itself" in out
+    assert out.count("passed") == 9 and "32 of 32 alike" in out, out
+    lines = []
+    load(model, report=lines.append)
+    assert "verified against transformers" in lines[0]
+    # On a machine without torch the values that it keeps are enough.
+    monkeypatch.setattr(peer, "installed", lambda *names: False)
+    main(["verify", str(model)])
+    out, _ = capsys.readouterr()
+    assert out.count("passed") == 9 and "its values are kept in" in out, out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family(name, tmp_path):
+    config = dataclasses.replace(CASES[name], dtype="float32")
+    if name == "llama-dynamic":  # Its files have no context but 2 * 48.
+        config = dataclasses.replace(config, context_length=96)
+    write_hf(tmp_path / "m", config, params_of(config), None)
+    source = open_source(tmp_path / "m")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 96, np.int32)
+    with jax.default_matmul_precision("highest"):
+        params = source.params(dtype=jnp.float32, report=print)
+        subject = Subject(source, config, params, None, tokens)
+        expected = find_reference(subject, None, print).expected
+        assert expected is not None
+        ours = comparing.full_pass(config, params, tokens)
+        for reference in (expected, expected.sample()):
+            checks = comparing.compare_with(reference, config, ours)
+            assert [c.passed for c in checks] == [True] * 3, checks
+        assert comparing.compare_greedy(expected, config, params).passed
+
+
+def test_a_gguf_file_by_export_and_by_transformers_own_reader(tmp_path, monkeypatch):
+    # Its reader takes the width of a head from that of the model.
+    config = dataclasses.replace(CASES["qwen2-0.5b"], vocab_size=257, model_dim=9 * 16)
+    config = dataclasses.replace(config, num_heads=9)
+    file = tmp_path / "m.gguf"
+    gguf.write_model(file, config, params_of(config), ByteTokenizer(), "f32")
+    if peer.installed(*peer.NEEDED_FOR_GGUF):
+        found = verify(file, report=print)
+        assert found.passed, str(found)
+        assert "which read the same file itself" in str(found)
+        other = tmp_path / "other.gguf"
+        gguf.write_model(other, CONFIG, params_of(CONFIG), ByteTokenizer(), "f32")
+        found = verify(other, report=print)
+        assert found.passed and found.reference.expected is not None, str(found)
+        assert "(transformers reports mismatched keys in " in str(found)
+    installed = peer.installed
+    monkeypatch.setattr(peer, "installed", lambda *n: "gguf" not in n and installed(*n))
+    found = verify(file, report=print)
+    assert found.passed, str(found)
+    assert "computes, but does not read, independently" in str(found)
+
+
+def test_damaged_weights_against_the_original(model, tmp_path, capsys):
+    flat = weights(CONFIG)
+    flat["layers/attn/q"][1, :, 0] = np.roll(flat["layers/attn/q"][1, :, 0], 1, axis=-1)
+    write_hf(tmp_path / "bad", CONFIG, params_of(CONFIG, flat), ByteTokenizer())
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", str(tmp_path / "bad"), "--against", str(model)])
+    assert stop.value.code == 1
+    out, _ = capsys.readouterr()
+    assert "layer 1 (" in out and "no tie" in out
+    assert certificate.read(tmp_path / "bad")["passed"] is False
+
+
+def test_no_code_of_a_model_is_run(tmp_path):
+    folder = tmp_path / "m"
+    write_hf(folder, CONFIG, params_of(CONFIG), None)
+    values = json.loads((folder / "config.json").read_text())
+    values["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(values))
+    mark = tmp_path / "was here"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    assert peer.TransformersModel(folder).name.startswith("transformers")
+    assert not mark.exists()
+
+
+def test_what_transformers_would_draw_at_random_is_refused(model, tmp_path):
+    config = dataclasses.replace(CONFIG, num_layers=CONFIG.num_layers + 1)
+    write_hf(tmp_path / "m", CONFIG, params_of(CONFIG), None)
+    file = tmp_path / "m" / "config.json"
+    values = json.loads(file.read_text())
+    values["num_hidden_layers"] = config.num_layers
+    values["layer_types"] = ["full_attention"] * config.num_layers
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="missing keys"):
+        peer.TransformersModel(tmp_path / "m")
