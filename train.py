@@ -23,12 +23,14 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import tree
-from jaxlm.checkpoint.native import Checkpoints, NoUsableCheckpoint, load
-from jaxlm.checkpoint.native import load_tokenizer as load_saved_tokenizer
+from jaxlm.checkpoint import source
+from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.native import Checkpoints, NoUsableCheckpoint
 from jaxlm.cli import fail, read_config, use_compile_cache
-from jaxlm.config import EXECUTION_FIELDS, Config, diff, to_dict
+from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.infer.generate import generate
 from jaxlm.ops.dispatch import choose
@@ -41,7 +43,7 @@ from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.picture import draw_loss_png
 from jaxlm.train.progress import ProgressLine
 from jaxlm.train.report import write_report
-from jaxlm.train.state import TrainState, abstract_state, init_state
+from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 from jaxlm.train.stopping import (
     EXIT_NO_CHECKPOINT,
     EXIT_NOT_FINITE,
@@ -141,7 +143,7 @@ def describe(config: Config) -> str:
 def open_data(config: Config) -> Dataset:
     tokenizer = None
     if config.init_from is not None:
-        tokenizer = load_saved_tokenizer(config.init_from)
+        tokenizer = source.load_tokenizer(config.init_from)
     return open_dataset(config.data, tokenizer, seed=config.train.seed)
 
 
@@ -174,14 +176,14 @@ def start(
     if restored is not None:
         step = jax.device_put(restored.step, wanted.step.sharding)
         return TrainState(step, restored.params, restored.opt_state), True
-    state = init_state(config.model, optimizer, config.train.seed, mesh)
     if config.init_from is None:
-        return state, False
-    shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
-    model, params = load(config.init_from, shardings=shardings)
-    if lines := diff(model, config.model, ignore=EXECUTION_FIELDS):
+        return init_state(config.model, optimizer, config.train.seed, mesh), False
+    model = source.load_config(config.init_from)
+    if lines := diff(model, config.model, ignore=NOT_KEPT):
         raise ValueError(f"--init-from {config.init_from}: {'; '.join(lines)}")
-    return dataclasses.replace(state, params=params), False
+    shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
+    _, params = source.load(config.init_from, dtype=jnp.float32, shardings=shardings)
+    return state_from(params, optimizer), False
 
 
 def make_hooks(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> Hooks:

@@ -3,7 +3,7 @@
 The names below are the public ones; everything else is reached by its module.
 """
 
-from jaxlm.checkpoint.native import load, load_tokenizer
+from jaxlm.checkpoint.source import load, load_tokenizer
 from jaxlm.config import Config, ModelConfig, SampleConfig
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.model.cache import init_cache

@@ -6,18 +6,24 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
 
 import jax
 import tyro
 
+from jaxlm.checkpoint.convert import convert
+from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.source import load_config
 from jaxlm.config import Config, nearest
 from jaxlm.train.curves import load_runs
 from jaxlm.train.picture import draw_loss_png
 from jaxlm.train.report import write_report
 from jaxlm.train.stopping import EXIT_USAGE
+from jaxlm.verify.verify import NUM_TOKENS, verify, write_certificate
 
 T = TypeVar("T")
+# What `jaxlm verify` exits with when a check is past its gate.
+EXIT_FAILED = 1
 
 
 def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
@@ -43,7 +49,7 @@ def parse(
       flat: fields that are dataclasses but whose flags have no prefix.
       options: for `tyro.cli`.
     """
-    known = set(_flags(kind() if default is None else default, flat))
+    known = set(_flags(kind if default is None else default, flat))
     for argument in arguments:
         name = argument.partition("=")[0].replace("_", "-")
         if argument.startswith("--") and name not in known:
@@ -63,18 +69,26 @@ def parse(
 
 
 def _flags(config: Any, flat: tuple[str, ...], prefix: str = "--") -> Iterator[str]:
+    """Flags of a dataclass, or of one of its values where that decides."""
     yield "--help"
-    hints = get_type_hints(type(config))
+    hints = get_type_hints(config if isinstance(config, type) else type(config))
     for f in dataclasses.fields(config):
         name = prefix + f.name.replace("_", "-")
-        value = getattr(config, f.name)
+        value = _default(f) if isinstance(config, type) else getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from _flags(value, (), prefix if f.name in flat else f"{name}.")
         elif not any(map(dataclasses.is_dataclass, get_args(hints[f.name]))):
             yield name  # a section that is None has no flags
-            if isinstance(value, bool):
+            if hints[f.name] is bool:
                 section, dot, last = name[2:].rpartition(".")
                 yield f"--{section}{dot}no-{last}"
+
+
+def _default(f: dataclasses.Field) -> Any:
+    """The default of a field; None for one that must be given."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return None if f.default is dataclasses.MISSING else f.default
 
 
 def read_config(arguments: Sequence[str], default_file: Path) -> Config:
@@ -97,9 +111,38 @@ def read_config(arguments: Sequence[str], default_file: Path) -> Config:
         fail(f"{file}: {error}")
     if not isinstance(config, Config):
         fail(f"{file}: get_config() returns {type(config).__name__}, not a Config")
+    path = _value_of("--init-from", flags) or config.init_from
+    if path is not None:
+        try:
+            rows = _value_of("--data.sequence-length", flags)
+            config = _with_model_of(path, config, rows is not None)
+        except ValueError as error:
+            fail(f"--init-from: {error}")
     usage = "train.py [CONFIG_FILE] [--section.field value ...]"
     about = f"{module.get('__doc__') or ''}\nusage: {usage}; defaults from {file}"
     return parse(Config, config, flags, prog="train.py", description=about)
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of a flag; the last one counts."""
+    value = None
+    for i, argument in enumerate(arguments):
+        name, equals, inline = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            value = inline if equals else next(iter(arguments[i + 1 :]), None)
+    return value
+
+
+def _with_model_of(path: str, config: Config, rows_are_given: bool) -> Config:
+    """The config with the model of a checkpoint, run as the config's own would be."""
+    own = {name: getattr(config.model, name) for name in NOT_KEPT}
+    model = dataclasses.replace(load_config(path), **own)
+    data, length = config.data, model.context_length
+    if data.sequence_length > length:
+        data = dataclasses.replace(data, sequence_length=length)
+        if not rows_are_given:
+            print(f"rows of {length} tokens, the context of {path}", file=sys.stderr)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def use_compile_cache() -> None:
@@ -137,7 +180,60 @@ class Report:
         print(draw_loss_png(self.runs, picture or self.runs[0] / "loss.png"))
 
 
-VERBS: dict[str, type] = {"report": Report}
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write a checkpoint as one of another kind: jaxlm, Hugging Face or GGUF."""
+
+    src: tyro.conf.Positional[str]
+    """A run, a Hugging Face folder, a .gguf file, or hf:owner/name."""
+    dst: tyro.conf.Positional[Path]
+    """The new folder or .gguf file."""
+    to: Literal["jaxlm", "hf", "gguf"] | None = None
+    """The kind; None goes by the name, and turns runs into hf and others into runs."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Of the parameters; None keeps what is stored (f16 in GGUF)."""
+    tokenizer: bool = True
+    """Write the tokenizer as well."""
+
+    def run(self) -> None:
+        """Converts and says what was written."""
+        kind = convert(
+            self.src,
+            self.dst,
+            to=self.to,
+            dtype=self.dtype,
+            with_tokenizer=self.tokenizer,
+        )
+        print(f"{self.dst} ({kind})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare a model with transformers, or with values kept of it, and with itself."""
+
+    src: tyro.conf.Positional[str]
+    """A run, a Hugging Face folder, a .gguf file, or hf:owner/name."""
+    against: str | None = None
+    """A Hugging Face folder or .gguf file that transformers reads, or a certificate
+    (.json) of another copy; None takes transformers, else SRC's own certificate."""
+    tokens: int = NUM_TOKENS
+    """Length of the text, cut to the model's context."""
+    out: Path | None = None
+    """Where the certificate goes; None is beside the checkpoint."""
+
+    def run(self) -> None:
+        """Prints the table and writes the certificate; exits with 1 past a gate."""
+        if self.out is not None and not self.out.parent.is_dir():
+            raise ValueError(f"--out {self.out}: {self.out.parent} is no folder")
+        use_compile_cache()
+        found = verify(self.src, against=self.against, num_tokens=self.tokens)
+        print(found)
+        print(write_certificate(found, self.out))
+        if not found.passed:
+            raise SystemExit(EXIT_FAILED)
+
+
+VERBS: dict[str, type] = {"convert": Convert, "report": Report, "verify": Verify}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

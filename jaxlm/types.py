@@ -1,7 +1,7 @@
 """The values that travel, and the letters their shapes are written in.
 
 B batch, T query tokens, S key (cached) tokens, D model, N query heads, K key/value
-heads, G = N / K, H head dim, F hidden, V vocabulary, L layers.
+heads, G = N / K, H head dim, F hidden, V vocabulary, L layers, E experts.
 """
 
 from collections.abc import Mapping

@@ -194,8 +194,8 @@ def candidates(path: str | Path) -> list[Path]:
     if (path / META).is_file() and (path / integrity.MANIFEST).is_file():
         return [path]
     raise ValueError(
-        f"{path} is no run folder and no step folder: {_what_is_there(path)}"
-        f"{_runs_near(path)}"
+        f"{path} is no checkpoint (a run folder, a step of one, a Hugging Face folder "
+        f"or a .gguf file): {_what_is_there(path)}{_runs_near(path)}"
     )
 
 

@@ -5,6 +5,7 @@ that a prompt of another length runs the programs that are compiled already. The
 knows token ids only; text is the caller's.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from jaxlm import tree
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.sampling import NEVER, draw
 from jaxlm.model.cache import Cache, init_cache, unstack
@@ -240,6 +242,11 @@ class _Clock:
         return seconds
 
 
+# Parameters that only enter a model rounded to the compute dtype: not norms, routers
+# and sinks, which are used in f32.
+_FACTORS = re.compile(r"/(q|k|v|o|gate|up|down|table|kernel)$")
+
+
 @lru_cache(maxsize=32)
 def _programs(
     config: ModelConfig, max_length: int, sample: SampleConfig, num_tokens: int
@@ -292,6 +299,10 @@ def _programs(
         return state, *(x.swapaxes(0, 1) for x in out)
 
     def split(params):
+        # Each product would round them, in every step anew.
+        params = tree.map_with_name(
+            lambda name, x: x.astype(dtype) if _FACTORS.search(name) else x, params
+        )
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
     return _Programs(

@@ -75,6 +75,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_time_leaves_only_readable_steps(tmp_path):
     generator = random.Random(1)
     newest = 0

@@ -234,7 +234,7 @@ def test_load_of_a_path_that_is_no_run_helps(tmp_path):
         native.load(tmp_path / "shakespear")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"no run folder.*it holds a\.txt"):
+    with pytest.raises(ValueError, match=r"no checkpoint.*it holds a\.txt"):
         native.load(tmp_path / "notes")
     with pytest.raises(ValueError, match=r"no checkpoint of step 5: .*those of 1"):
         native.load(tmp_path / "shakespeare/checkpoints/5")
@@ -298,6 +298,7 @@ print("good")
 """
 
 
+@pytest.mark.slow
 def test_restore_on_another_mesh_and_with_a_clean_stderr(tmp_path):
     flags = "--xla_force_host_platform_device_count=8"
     code, out, err = run_child(MESH, tmp_path, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")

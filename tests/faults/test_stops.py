@@ -43,6 +43,7 @@ def one_line(err):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_4_and_saves_nothing(done):
     run = copy_of(done, "nan")
     code, _, err = run.train(
@@ -64,6 +65,7 @@ def test_a_loss_that_is_not_finite_ends_with_4_and_saves_nothing(done):
     assert (run.path / "old-1" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_when_no_checkpoint_can_be_read_the_code_is_3(done):
     run = copy_of(done, "broken")
     for step in run.steps():
@@ -78,6 +80,7 @@ def test_when_no_checkpoint_can_be_read_the_code_is_3(done):
     assert run.steps() == [2, 4]  # and never from scratch by itself
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_field_by_field(done):
     before = done.steps()
     code, _, err = done.train(
@@ -102,6 +105,7 @@ def test_another_text_is_refused(done):
     assert code == 2 and "data.path" in one_line(err)
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_weights_and_starts_at_step_0(done):
     run = Run(done.folder, "started", BASE)
     # A rate next to 0 leaves the weights as they were, to be compared.
@@ -128,6 +132,7 @@ def test_init_from_refuses_another_shape(done):
     assert code == 2 and "no-such-run" in one_line(err)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_one_folder_is_refused_and_a_second_signal_ends_at_once(done):
     run = copy_of(done, "twice")
     flags = ("--train.steps", "12", "--train.checkpoint-every", "2")
@@ -166,6 +171,7 @@ def test_a_rate_far_too_large_ends_with_4(done):
         assert all(np.isfinite(x).all() for x in tree.flatten(params).values())
 
 
+@pytest.mark.slow
 def test_impossible_flags_end_with_2(done):
     run = Run(done.folder, "flags", BASE)
     for flags, words in (

@@ -83,7 +83,7 @@ def test_the_text_is_that_of_generate(home, repository):
 def test_errors_are_one_line_with_a_remedy(home, repository, tmp_path):
     folder, _, _ = home
     for where, arguments, words in (
-        (folder, ["runs/tinny"], ["no run folder", "runs/tiny"]),
+        (folder, ["runs/tinny"], ["no checkpoint", "runs/tiny"]),
         (tmp_path, [], ["no run with a checkpoint below runs/", "python train.py"]),
         (folder, ["--temprature", "1"], ["did you mean '--temperature'"]),
         (folder, ["--num-samples", "0"], ["--num-samples is 0: it must be at least 1"]),

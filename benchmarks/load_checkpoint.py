@@ -1,0 +1,143 @@
+"""Loading a published checkpoint beside reading its file and copying it to the device.
+
+python benchmarks/load_checkpoint.py FOLDER [--rounds 5]
+python benchmarks/load_checkpoint.py FOLDER --make-sparse llama3.1-8b
+
+The baseline reads model.safetensors into memory and copies it to the device, which
+nothing that loads it can do without. Both run in processes of their own, in turns, with
+the file in the page cache; medians, their ratio, and the greatest memory of a process
+beyond the parameters are printed and written to
+benchmarks/results/load_checkpoint.json. With --make-sparse FOLDER is made first: a
+bfloat16 checkpoint of that preset whose weights are a hole in the file.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "load_checkpoint.json"
+
+
+def rss_mb(field: str) -> int:
+    """A line of /proc/self/status in MB: RssAnon now, or VmHWM, the highest RSS."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) // 1024
+
+
+def worker(kind: str, folder: Path) -> dict[str, float]:
+    """Times one way of getting the checkpoint onto the device."""
+    import threading
+
+    import jax
+    import numpy as np
+
+    from jaxlm.checkpoint import source
+
+    jax.devices()
+    before, peak, running = rss_mb("RssAnon"), 0, True
+
+    def watch():
+        nonlocal peak
+        while running:
+            peak = max(peak, rss_mb("RssAnon"))
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    if kind == "baseline":
+        raw = np.fromfile(folder / "model.safetensors", np.uint8)
+        result = jax.numpy.array(raw)
+    else:
+        _, result = source.load(folder)
+    jax.block_until_ready(result)
+    seconds = time.perf_counter() - start
+    running = False
+    watcher.join()
+    held = sum(x.nbytes for x in jax.tree.leaves(result)) // 2**20
+    return {"seconds": seconds, "beyond_parameters_mb": peak - before - held}
+
+
+def make_sparse(folder: Path, name: str) -> None:
+    """A checkpoint with the true header of a preset, and zeros that take no space."""
+    import ml_dtypes
+    import numpy as np
+
+    from jaxlm.checkpoint import hf_config_writing, hf_names, safetensors
+    from jaxlm.checkpoint.mapping import Translation
+    from jaxlm.model.families import preset
+
+    config = preset(name)
+    values = hf_config_writing.write(config)
+    translation = Translation(config, hf_names.RULES[values["model_type"]])
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    layout = {
+        tensor: (translation.their_shape(rule), dtype)
+        for rule in translation.rules
+        for tensor, _ in translation.names(rule)
+    }
+    folder.mkdir(parents=True)
+    path = folder / "model.safetensors"
+    _, header = safetensors._make_header(path, layout, None)
+    size = sum(int(np.prod(shape)) * 2 for shape, _ in layout.values())
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--make-sparse", metavar="PRESET")
+    parser.add_argument("--worker", choices=["baseline", "jaxlm"])
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(worker(arguments.worker, arguments.folder)))
+        return
+    if arguments.make_sparse:
+        make_sparse(arguments.folder, arguments.make_sparse)
+    runs: dict[str, list[dict]] = {"baseline": [], "jaxlm": []}
+    for number in range(arguments.rounds + 1):
+        for kind, found in runs.items():
+            command = [sys.executable, __file__, str(arguments.folder)]
+            done = subprocess.run(
+                [*command, "--worker", kind],
+                check=True,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            )
+            if number:  # the first round fills the page cache
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{kind:9} {found[-1]['seconds']:.3f} s", flush=True)
+    median = {k: statistics.median(r["seconds"] for r in v) for k, v in runs.items()}
+    name = arguments.make_sparse or arguments.folder.name
+    size = (arguments.folder / "model.safetensors").stat().st_size
+    result = {
+        "bytes": size,
+        "seconds": {k: [r["seconds"] for r in v] for k, v in runs.items()},
+        "median_seconds": median,
+        "ratio": median["jaxlm"] / median["baseline"],
+        "beyond_parameters_mb": {
+            k: max(r["beyond_parameters_mb"] for r in v) for k, v in runs.items()
+        },
+        "machine": {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+        },
+    }
+    print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=2))
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**known, name: result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What `jaxlm verify` found, written beside a checkpoint and bound to its bytes.
+
+It is a note for the person who works with the files, not a signature: whoever can
+change them can change it too.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxlm.checkpoint import folder as layout
+from jaxlm.checkpoint.tensor_file import replacing
+from jaxlm.data.progress import progress_bar
+
+FORMAT = 1
+NAME = "certificate.json"
+# Those of the largest models have 2 MB.
+MAX_BYTES = 64 << 20
+_PART = 1 << 22
+_LONGEST_SUMMARY = 300
+
+
+def place(path: Path) -> Path:
+    """Where the certificate of a checkpoint lies: in its folder, or beside it.
+
+    Beside a file, and beside a step of a run: its manifest allows no other file in it.
+    """
+    beside = path.is_file() or (path / layout.integrity.MANIFEST).is_file()
+    return path.with_name(f"{path.name}.{NAME}") if beside else path / NAME
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 (hex) over the names and bytes of what makes up a checkpoint.
+
+    Args:
+      path: a .gguf file, a Hugging Face folder, or a run (then its newest step is
+        meant) or step folder.
+
+    Raises:
+      ValueError: when there is no checkpoint, or it cannot be read.
+    """
+    digest, done = hashlib.sha256(), 0
+    try:
+        files = _files(path)
+        sizes = [file.stat().st_size for file in files]
+        with progress_bar(f"hashing {path}", sum(sizes)) as advance_to:
+            for file, size in zip(files, sizes, strict=True):
+                digest.update(f"{file.name} {size}\n".encode())
+                with file.open("rb") as stream:
+                    while part := stream.read(_PART):
+                        digest.update(part)
+                        done += len(part)
+                        advance_to(done)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """The files whose bytes decide what is loaded. Of a step its manifest: that has
+    the hashes of all others."""
+    if path.is_file():
+        return [path]
+    if list(path.glob("*.safetensors")):
+        wanted = ("*.safetensors", "*.safetensors.index.json", "config.json")
+        return sorted(f for pattern in wanted for f in path.glob(pattern))
+    return [layout.candidates(path)[0] / layout.integrity.MANIFEST]
+
+
+def _dates(path: Path) -> dict[str, list[int]]:
+    """Size and time of change (ns) of each file.
+
+    While they stay, `read` takes the bytes for the same: hashing takes as long as
+    loading does.
+    """
+    stats = {file.name: file.stat() for file in _files(path)}
+    return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+
+
+def write(path: Path, findings: dict[str, Any], target: Path | None = None) -> Path:
+    """Writes the findings about a checkpoint; returns the file.
+
+    Args:
+      findings: JSON values; `passed` and `summary`, one line, are what `summary` tells.
+      target: another file than `place(path)`.
+
+    Raises:
+      OSError: when it cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "fingerprint": fingerprint(path),
+        "dates": _dates(path),
+        **findings,
+    }
+    target = place(path) if target is None else target
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    # Thousands of numbers, each on a line of its own, would hide all else. No text is
+    # touched: a line break in a text is escaped.
+    text = re.sub(r"\[\n[\s\d,.eE+-]*\]", lambda m: " ".join(m[0].split()), text)
+    with replacing(target) as file:
+        file.write((text + "\n").encode())
+    return target
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """The content of a certificate, whatever checkpoint it belongs to.
+
+    Raises:
+      ValueError: when it is missing, broken or of another version.
+    """
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError
+        content = json.loads(file.read_bytes())
+        known = content["format"] == FORMAT
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise ValueError(f"{file} is broken: delete it, or verify again") from None
+    if not known:
+        raise ValueError(f"{file} is of another version: verify again")
+    kinds = {"fingerprint": str, "passed": bool, "summary": str}
+    if not all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{file} is broken: delete it, or verify again")
+    # It comes with files of strangers, and is shown on a terminal.
+    if not content["summary"].isprintable() or (
+        len(content["summary"]) > _LONGEST_SUMMARY
+    ):
+        raise ValueError(f"{file} is broken: delete it, or verify again")
+    return content
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The findings about a checkpoint; None where there are none.
+
+    Raises:
+      ValueError: when the certificate is broken, or belongs to other bytes.
+    """
+    file = place(path)
+    if not file.is_file():
+        return None
+    content = read_file(file)
+    try:
+        unchanged = content.get("dates") == _dates(path)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    if not unchanged and content["fingerprint"] != fingerprint(path):
+        raise ValueError(
+            f"{file} belongs to other weights than those that are there: verify again"
+        )
+    return content
+
+
+def summary(path: Path) -> str | None:
+    """One line about the certificate of a checkpoint; None where there is none."""
+    try:
+        content = read(path)
+    except ValueError as error:
+        return f"warning: {error}"
+    if content is None:
+        return None
+    verdict = "verified" if content["passed"] else "FAILED verification"
+    return f"{path}: {verdict} {content['summary']}".rstrip()

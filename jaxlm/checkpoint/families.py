@@ -1,0 +1,68 @@
+"""Finding the published family that computes a model: the one that reads back as it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from jaxlm.config import EXECUTION_FIELDS, ModelConfig, diff
+
+T = TypeVar("T")
+
+# Fields that say how a model was made or is run, and that no published file keeps.
+NOT_KEPT = (*EXECUTION_FIELDS, "init", "init_std")
+
+
+def choose(
+    config: ModelConfig,
+    attempts: Mapping[str, Callable[[], tuple[T, ModelConfig]]],
+    what: str,
+) -> tuple[str, T]:
+    """The first family whose description of a model gives this very model back.
+
+    Args:
+      config: the model.
+      attempts: for each family a function that returns its description of the model,
+        and the model that a reader would make of it.
+      what: the families together, for messages: "architecture of llama.cpp".
+
+    Raises:
+      ValueError: when there is none; says in what the nearest differs.
+    """
+    nearest: tuple[str, list[str]] | None = None
+    reasons: list[str] = []
+    for name, attempt in attempts.items():
+        try:
+            description, back = attempt()
+        except ValueError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        lines = diff(_explicit(config), _explicit(back), ignore=NOT_KEPT)
+        if not lines:
+            return name, description
+        if nearest is None or len(lines) < len(nearest[1]):
+            nearest = name, lines
+    if nearest is None:
+        raise ValueError(f"no {what} computes this model: {reasons[0]}")
+    raise ValueError(
+        f"no {what} computes this model; the nearest, {nearest[0]}, differs in "
+        f"{'; '.join(nearest[1])}"
+    )
+
+
+def _explicit(config: ModelConfig) -> ModelConfig:
+    """The config with its defaults spelled out, and without numbers of no effect."""
+    scale = config.attention_scale
+    scaling = config.rope_scaling
+    if scaling is not None:
+        length = scaling.original_context_length or config.context_length
+        if scaling.kind == "linear":
+            length = 0
+        scaling = dataclasses.replace(scaling, original_context_length=length)
+        if scaling.kind == "longrope":
+            # Its factor is the ratio of the lengths.
+            scaling = dataclasses.replace(scaling, factor=1.0)
+    return dataclasses.replace(
+        config,
+        attention_scale=config.head_dim**-0.5 if scale is None else scale,
+        rope_scaling=scaling,
+    )

@@ -1,0 +1,222 @@
+"""Names and layouts of the tensors in Hugging Face files, family by family."""
+
+from collections.abc import Mapping
+
+from jaxlm.checkpoint.mapping import Rule, rule
+
+_L = "model.layers.{layer}."
+_QKV = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
+_GATE_UP = ("layers/mlp/gate", "layers/mlp/up")
+
+# Norms of a block: our name -> theirs, by where the norms stand.
+_PRE = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_OUTPUT = {
+    "attn_output_norm": "post_attention_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+_BOTH = {
+    **_OUTPUT,
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+}
+
+_TOP = (
+    rule("model.embed_tokens.weight", "embed/table", "V D -> V D"),
+    rule("model.norm.weight", "final_norm/scale", "D -> D"),
+    rule("lm_head.weight", "lm_head/kernel", "V D -> D V"),
+)
+_OUT = (
+    rule(_L + "self_attn.o_proj.weight", "layers/attn/o", "D (N H) -> N H D"),
+    rule(_L + "self_attn.o_proj.bias", "layers/attn/o_bias", "D -> D"),
+)
+_ATTENTION = (
+    rule(_L + "self_attn.q_proj.weight", "layers/attn/q", "(N H) D -> D N H"),
+    rule(_L + "self_attn.k_proj.weight", "layers/attn/k", "(K H) D -> D K H"),
+    rule(_L + "self_attn.v_proj.weight", "layers/attn/v", "(K H) D -> D K H"),
+    rule(_L + "self_attn.q_proj.bias", "layers/attn/q_bias", "(N H) -> N H"),
+    rule(_L + "self_attn.k_proj.bias", "layers/attn/k_bias", "(K H) -> K H"),
+    rule(_L + "self_attn.v_proj.bias", "layers/attn/v_bias", "(K H) -> K H"),
+    *_OUT,
+)
+_MLP = (
+    rule(_L + "mlp.gate_proj.weight", "layers/mlp/gate", "F D -> D F"),
+    rule(_L + "mlp.up_proj.weight", "layers/mlp/up", "F D -> D F"),
+    rule(_L + "mlp.down_proj.weight", "layers/mlp/down", "D F -> F D"),
+    rule(_L + "mlp.gate_proj.bias", "layers/mlp/gate_bias", "F -> F"),
+    rule(_L + "mlp.up_proj.bias", "layers/mlp/up_bias", "F -> F"),
+    rule(_L + "mlp.down_proj.bias", "layers/mlp/down_bias", "D -> D"),
+)
+_QK_NORM_HEAD = (
+    rule(_L + "self_attn.q_norm.weight", "layers/attn/q_norm/scale", "H -> H"),
+    rule(_L + "self_attn.k_norm.weight", "layers/attn/k_norm/scale", "H -> H"),
+)
+_QK_NORM_FULL = (
+    rule(_L + "self_attn.q_norm.weight", "layers/attn/q_norm/scale", "(N H) -> N H"),
+    rule(_L + "self_attn.k_norm.weight", "layers/attn/k_norm/scale", "(K H) -> K H"),
+)
+
+
+def _norms(names: Mapping[str, str]) -> tuple[Rule, ...]:
+    return tuple(
+        rule(f"{_L}{theirs}.weight", f"layers/{ours}/scale", "D -> D")
+        for ours, theirs in names.items()
+    )
+
+
+_LLAMA = (*_TOP, *_ATTENTION, *_MLP, *_norms(_PRE))
+_GEMMA2 = (*_TOP, *_ATTENTION, *_MLP, *_norms(_BOTH))
+
+_PHI3 = (
+    *_TOP,
+    *_OUT,
+    *_norms(_PRE),
+    Rule(
+        _L + "self_attn.qkv_proj.weight",
+        (
+            ("layers/attn/q", "(N H) D -> D N H"),
+            ("layers/attn/k", "(K H) D -> D K H"),
+            ("layers/attn/v", "(K H) D -> D K H"),
+        ),
+    ),
+    rule(_L + "mlp.gate_up_proj.weight", _GATE_UP, "(j F) D -> D F"),
+    rule(_L + "mlp.down_proj.weight", "layers/mlp/down", "D F -> F D"),
+)
+
+
+def _experts(gate: str, up: str, down: str, router: str) -> tuple[Rule, ...]:
+    return (
+        rule(_L + router, "layers/moe/router", "E D -> D E"),
+        rule(_L + gate, "layers/moe/gate", "F D -> D F"),
+        rule(_L + up, "layers/moe/up", "F D -> D F"),
+        rule(_L + down, "layers/moe/down", "D F -> F D"),
+    )
+
+
+_MIXTRAL = _experts(
+    "block_sparse_moe.experts.{expert}.w1.weight",
+    "block_sparse_moe.experts.{expert}.w3.weight",
+    "block_sparse_moe.experts.{expert}.w2.weight",
+    "block_sparse_moe.gate.weight",
+)
+_QWEN3_MOE = _experts(
+    "mlp.experts.{expert}.gate_proj.weight",
+    "mlp.experts.{expert}.up_proj.weight",
+    "mlp.experts.{expert}.down_proj.weight",
+    "mlp.gate.weight",
+)
+
+# All experts in one tensor, (in, out), with gate and up in turn.
+_GPT_OSS = (
+    rule(_L + "mlp.router.weight", "layers/moe/router", "E D -> D E"),
+    rule(_L + "mlp.router.bias", "layers/moe/router_bias", "E -> E"),
+    rule(
+        _L + "mlp.experts.gate_up_proj",
+        ("layers/moe/gate", "layers/moe/up"),
+        "E D (F j) -> E D F",
+    ),
+    rule(
+        _L + "mlp.experts.gate_up_proj_bias",
+        ("layers/moe/gate_bias", "layers/moe/up_bias"),
+        "E (F j) -> E F",
+    ),
+    rule(_L + "mlp.experts.down_proj", "layers/moe/down", "E F D -> E F D"),
+    rule(_L + "mlp.experts.down_proj_bias", "layers/moe/down_bias", "E D -> E D"),
+    rule(_L + "self_attn.sinks", "layers/attn/sinks", "N -> N"),
+)
+
+_H = "transformer.h.{layer}."
+
+
+def _with_bias(name: str, path: str) -> tuple[Rule, ...]:
+    """Weight and bias of a LayerNorm."""
+    return (
+        rule(f"{name}.weight", f"{path}/scale", "D -> D"),
+        rule(f"{name}.bias", f"{path}/bias", "D -> D"),
+    )
+
+
+# Conv1D: weights are (in, out).
+_GPT2 = (
+    rule("transformer.wte.weight", "embed/table", "V D -> V D"),
+    rule("transformer.wpe.weight", "embed/positions", "P D -> P D"),
+    *_with_bias("transformer.ln_f", "final_norm"),
+    rule("lm_head.weight", "lm_head/kernel", "V D -> D V"),
+    *_with_bias(_H + "ln_1", "layers/attn_norm"),
+    *_with_bias(_H + "ln_2", "layers/mlp_norm"),
+    rule(_H + "attn.c_attn.weight", _QKV, "D (j N H) -> D N H"),
+    rule(
+        _H + "attn.c_attn.bias",
+        [f"{path}_bias" for path in _QKV],
+        "(j N H) -> N H",
+    ),
+    rule(_H + "attn.c_proj.weight", "layers/attn/o", "(N H) D -> N H D"),
+    rule(_H + "attn.c_proj.bias", "layers/attn/o_bias", "D -> D"),
+    rule(_H + "mlp.c_fc.weight", "layers/mlp/up", "D F -> D F"),
+    rule(_H + "mlp.c_fc.bias", "layers/mlp/up_bias", "F -> F"),
+    rule(_H + "mlp.c_proj.weight", "layers/mlp/down", "F D -> F D"),
+    rule(_H + "mlp.c_proj.bias", "layers/mlp/down_bias", "D -> D"),
+)
+
+_X = "gpt_neox.layers.{layer}."
+# q, k and v of head 0, then of head 1 ...
+_GPT_NEOX = (
+    rule("gpt_neox.embed_in.weight", "embed/table", "V D -> V D"),
+    *_with_bias("gpt_neox.final_layer_norm", "final_norm"),
+    rule("embed_out.weight", "lm_head/kernel", "V D -> D V"),
+    *_with_bias(_X + "input_layernorm", "layers/attn_norm"),
+    *_with_bias(_X + "post_attention_layernorm", "layers/mlp_norm"),
+    rule(_X + "attention.query_key_value.weight", _QKV, "(N j H) D -> D N H"),
+    rule(
+        _X + "attention.query_key_value.bias",
+        [f"{path}_bias" for path in _QKV],
+        "(N j H) -> N H",
+    ),
+    rule(_X + "attention.dense.weight", "layers/attn/o", "D (N H) -> N H D"),
+    rule(_X + "attention.dense.bias", "layers/attn/o_bias", "D -> D"),
+    rule(_X + "mlp.dense_h_to_4h.weight", "layers/mlp/up", "F D -> D F"),
+    rule(_X + "mlp.dense_h_to_4h.bias", "layers/mlp/up_bias", "F -> F"),
+    rule(_X + "mlp.dense_4h_to_h.weight", "layers/mlp/down", "D F -> F D"),
+    rule(_X + "mlp.dense_4h_to_h.bias", "layers/mlp/down_bias", "D -> D"),
+)
+
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "gemma": _LLAMA,
+    "smollm3": _LLAMA,
+    "qwen3": (*_LLAMA, *_QK_NORM_HEAD),
+    "gemma2": _GEMMA2,
+    "gemma3_text": (*_GEMMA2, *_QK_NORM_HEAD),
+    "gemma3": (*_GEMMA2, *_QK_NORM_HEAD),
+    "phi3": _PHI3,
+    "olmo2": (*_TOP, *_ATTENTION, *_MLP, *_norms(_OUTPUT), *_QK_NORM_FULL),
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "mixtral": (*_TOP, *_ATTENTION, *_norms(_PRE), *_MIXTRAL),
+    "qwen3_moe": (*_TOP, *_ATTENTION, *_norms(_PRE), *_QK_NORM_HEAD, *_QWEN3_MOE),
+    "gpt_oss": (*_TOP, *_ATTENTION, *_norms(_PRE), *_GPT_OSS),
+}
+
+# Names that some files have for the same tensors: (pattern, what to write instead).
+RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    # As OpenAI published it, without the name of the part.
+    "gpt2": ((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
+    # The text model inside a multimodal one: before, and since transformers 4.52.
+    "gemma3": (
+        (r"^language_model\.model\.", "model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^model\.language_model\.", "model."),
+    ),
+}
+
+# Tensors that may be there and are not used, by whole name (regular expressions).
+_BUFFERS = (r".*\.rotary_emb\.inv_freq", r".*\.attn(ention)?\.(masked_)?bias")
+UNUSED: Mapping[str, tuple[str, ...]] = {
+    "gemma3": (r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+}
+
+
+def unused(model_type: str) -> tuple[str, ...]:
+    """Tensors of a family that are computed again, or belong to other parts."""
+    return (*_BUFFERS, *UNUSED.get(model_type, ()))

@@ -1,0 +1,324 @@
+"""What another implementation computes for a model: whole, or as a sample to keep.
+
+`observe` asks an implementation that is at hand. `Expected.sample` takes a few thousand
+of its numbers, which a certificate keeps, so that a machine without that implementation
+can compare with it all the same.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int32
+
+# What a sample keeps: logits of the TOP likeliest tokens after ROWS tokens of the text,
+# and DIMS numbers of the residual stream at each of these tokens and stages.
+ROWS = 16
+TOP = 20
+DIMS = 4
+_MAX_TOKENS = 1 << 20
+_MAX_NUMBERS = 1 << 24
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An implementation with a model in it."""
+
+    name: str
+    """Its name and version."""
+
+    def run(
+        self, tokens: Int[np.ndarray, "T"]
+    ) -> tuple[Float[np.ndarray, "T V"], Float[np.ndarray, "S T D"]]:
+        """Logits, and the residual stream: embeddings, then after each layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextIds:
+    """What a tokenizer makes of a text, special tokens left out."""
+
+    text: str
+    """The text."""
+    ids: tuple[int, ...]
+    """Its token ids."""
+    decoded: str
+    """The text of these ids."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """Values of a reference, float32 on the host. S stages: embeddings and layers."""
+
+    name: str
+    """Name and version of the implementation."""
+    how: str
+    """What it read, as a clause: "read the same files itself"."""
+    made: str
+    """Day, as 2026-11-24."""
+    versions: Mapping[str, str]
+    """Versions of its libraries."""
+    model_dim: int
+    """Width of the model."""
+    vocab_size: int
+    """Logits of the model."""
+    tokens: Int32[np.ndarray, "T"]
+    """The text."""
+    rows: Int32[np.ndarray, "P"]
+    """Tokens after which logits are given."""
+    ids: Int32[np.ndarray, "P k"] | None
+    """Tokens whose logits are given, those of the largest; None: all V in order."""
+    logits: Float32[np.ndarray, "P k"]
+    """Logits of `ids`."""
+    log_sums: Float32[np.ndarray, "P"]
+    """Log-sum-exp over all V logits."""
+    logit_spread: float
+    """Standard deviation of the logits of all rows."""
+    places: Int32[np.ndarray, "M 2"] | None
+    """(token, dimension) of the numbers in `residual`; None: all, in order."""
+    residual: Float32[np.ndarray, "S *_"]
+    """Residual stream: [S, T, D], or [S, M] at `places`."""
+    spreads: Float32[np.ndarray, "S"]
+    """Standard deviation of the residual stream at each stage."""
+    prompt_length: int
+    """The first tokens of the text, which the greedy tokens continue."""
+    greedy: Int32[np.ndarray, "N"]
+    """Likeliest tokens one after the other."""
+    gaps: Float32[np.ndarray, "N"]
+    """Logit of each greedy token, minus that of the second likeliest."""
+    texts: tuple[TextIds, ...] = ()
+    """What its tokenizer makes of texts; empty without one."""
+    first_ids: tuple[int, ...] | None = None
+    """Ids that its tokenizer puts before a text; None: not known."""
+    texts_how: str = ""
+    """What its tokenizer read, as `how`."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.residual) - 1
+
+    def sample(self) -> "Expected":
+        """A few thousand of the numbers, spread over the text; itself if it is one."""
+        if self.ids is not None:
+            return self
+        assert self.places is None
+        T, D = self.residual.shape[1:]
+        rows = np.unique(np.linspace(0, T - 1, min(ROWS, T)).round()).astype(np.int32)
+        logits = self.logits[rows]
+        top = min(TOP, logits.shape[1])
+        ids = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
+        draw = np.random.default_rng(0)
+        dims = [draw.choice(D, min(DIMS, D), replace=False) for _ in rows]
+        places = [(t, d) for t, row in zip(rows, dims, strict=True) for d in row]
+        at = np.array(places, np.int32)
+        return dataclasses.replace(
+            self,
+            rows=rows,
+            ids=ids,
+            logits=np.take_along_axis(logits, ids, axis=1),
+            log_sums=self.log_sums[rows],
+            places=at,
+            residual=np.ascontiguousarray(self.residual[:, at[:, 0], at[:, 1]]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """`sample()` as plain values; floats read back exactly."""
+        values = dataclasses.asdict(self.sample())
+        return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.float32:
+            return value.tolist()
+        # Nine digits are enough for any float32.
+        shortest = [float(f"{x:.9g}") for x in value.reshape(-1)]
+        return np.array(shortest).reshape(value.shape).tolist()
+    return value
+
+
+def from_json(values: Any) -> Expected:
+    """The inverse of `Expected.to_json`.
+
+    Raises:
+      ValueError: when something is missing or does not fit together; says what.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("its reference is no JSON object")
+    known = {f.name for f in dataclasses.fields(Expected)}
+    if missing := sorted(known - values.keys()):
+        raise ValueError(f"its reference lacks {', '.join(missing)}")
+    x: dict[str, Any] = {
+        name: _array(values, name, dtype, ndim)
+        for name, (dtype, ndim) in _ARRAYS.items()
+    }
+    T, rows, places = len(x["tokens"]), x["rows"], x["places"]
+    fits = (
+        0 < T <= _MAX_TOKENS
+        and 0 < len(rows) == len(x["ids"]) == len(x["log_sums"])
+        and x["logits"].shape == x["ids"].shape
+        and len(places) > 0
+        and places.shape[1] == 2
+        and x["residual"].shape == (len(x["spreads"]), len(places))
+        and len(x["spreads"]) > 1
+        and len(x["greedy"]) == len(x["gaps"])
+        and 0 < x["prompt_length"] <= T
+        and max(rows.max(), places[:, 0].max()) < T
+        and places[:, 1].max() < x["model_dim"]
+        and max(x[n].max(initial=0) for n in ("tokens", "ids", "greedy"))
+        < x["vocab_size"]
+        and min(v.min() for v in x.values() if v.dtype == np.int32 and v.size) >= 0
+    )
+    if not fits:
+        raise ValueError("the numbers of its reference do not fit together")
+    return Expected(
+        **{
+            **x,
+            "logit_spread": float(x["logit_spread"]),
+            **{n: int(x[n]) for n in ("model_dim", "vocab_size", "prompt_length")},
+            **{name: _text(values, name) for name in _TEXTS},
+            "versions": _versions(values["versions"]),
+            "texts": _text_ids(values["texts"]),
+            "first_ids": _first_ids(values["first_ids"]),
+        }
+    )
+
+
+# Fields of a sample: dtype and number of axes.
+_ARRAYS: Mapping[str, tuple[Any, int]] = {
+    "model_dim": (np.int32, 0),
+    "vocab_size": (np.int32, 0),
+    "tokens": (np.int32, 1),
+    "rows": (np.int32, 1),
+    "ids": (np.int32, 2),
+    "logits": (np.float32, 2),
+    "log_sums": (np.float32, 1),
+    "logit_spread": (np.float32, 0),
+    "places": (np.int32, 2),
+    "residual": (np.float32, 2),
+    "spreads": (np.float32, 1),
+    "prompt_length": (np.int32, 0),
+    "greedy": (np.int32, 1),
+    "gaps": (np.float32, 1),
+}
+_TEXTS = ("name", "how", "made", "texts_how")
+
+
+def _array(values: dict[str, Any], name: str, dtype: Any, ndim: int) -> np.ndarray:
+    try:
+        x = np.asarray(values[name])
+        whole = np.issubdtype(x.dtype, np.integer)
+        good = whole or (dtype == np.float32 and np.issubdtype(x.dtype, np.floating))
+        if x.ndim != ndim or not good or x.size > _MAX_NUMBERS:
+            raise ValueError
+        if not np.isfinite(x).all():
+            raise ValueError
+        if whole and x.size and max(-int(x.min()), int(x.max())) >= 1 << 31:
+            raise ValueError
+        return x.astype(dtype)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name} of its reference is broken") from None
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    text = values[name]
+    # It is shown to a person, and files come from strangers.
+    if not isinstance(text, str) or not text.isprintable() or len(text) > 300:
+        raise ValueError(f"{name} of its reference is broken")
+    return text
+
+
+def _versions(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or len(values) > 50:
+        raise ValueError("versions of its reference is broken")
+    return {_text({"versions": k}, "versions"): _text(values, k) for k in values}
+
+
+def _text_ids(values: Any) -> tuple[TextIds, ...]:
+    try:
+        return tuple(
+            TextIds(str(v["text"]), tuple(map(int, v["ids"])), str(v["decoded"]))
+            for v in values
+        )
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("texts of its reference is broken") from None
+
+
+def _first_ids(values: Any) -> tuple[int, ...] | None:
+    try:
+        return None if values is None else tuple(map(int, values))
+    except (TypeError, ValueError):
+        raise ValueError("first_ids of its reference is broken") from None
+
+
+def observe(
+    engine: Engine,
+    tokens: Int32[np.ndarray, "T"],
+    prompt_length: int,
+    num_greedy: int,
+    *,
+    how: str,
+    versions: Mapping[str, str],
+    texts: Sequence[TextIds] = (),
+    first_ids: tuple[int, ...] | None = None,
+    texts_how: str = "",
+) -> Expected:
+    """Runs an implementation over a text, and lets it continue the beginning.
+
+    Args:
+      tokens: the text.
+      prompt_length: how much of it is continued.
+      num_greedy: tokens of the continuation. Each costs a whole pass: no cache is
+        used, which could have faults of its own.
+      how, versions, texts, first_ids, texts_how: as in `Expected`.
+
+    Raises:
+      ValueError: when its numbers are not finite.
+    """
+    # First, since some rotary embeddings remember the longest text they have seen.
+    greedy, gaps = [], []
+    for _ in range(num_greedy):
+        so_far = np.concatenate([tokens[:prompt_length], np.array(greedy, np.int32)])
+        logits = engine.run(so_far)[0][-1]
+        second, first = np.partition(logits, -2)[-2:]
+        greedy.append(int(np.argmax(logits)))
+        gaps.append(first - second)
+    logits, residual = engine.run(tokens)
+    if not (np.isfinite(logits).all() and np.isfinite(residual).all()):
+        raise ValueError(f"{engine.name} gives numbers that are not finite")
+    return Expected(
+        name=engine.name,
+        how=how,
+        made=datetime.date.today().isoformat(),
+        versions=dict(versions),
+        model_dim=residual.shape[2],
+        vocab_size=logits.shape[1],
+        tokens=tokens,
+        rows=np.arange(len(tokens), dtype=np.int32),
+        ids=None,
+        logits=logits.astype(np.float32),
+        log_sums=log_sum_exp(logits),
+        logit_spread=float(np.float32(logits.std(dtype=np.float64))),
+        places=None,
+        residual=residual.astype(np.float32),
+        spreads=residual.std(axis=(1, 2), dtype=np.float64).astype(np.float32),
+        prompt_length=prompt_length,
+        greedy=np.array(greedy, np.int32),
+        gaps=np.array(gaps, np.float32),
+        texts=tuple(texts),
+        first_ids=first_ids,
+        texts_how=texts_how,
+    )
+
+
+def log_sum_exp(logits: Float[np.ndarray, "P V"]) -> Float32[np.ndarray, "P"]:
+    """Log-sum-exp of each row, computed in float64."""
+    out = np.empty(len(logits), np.float32)
+    for i, row in enumerate(logits):  # A row at a time: all in float64 may be 1 GB.
+        top = row.max().astype(np.float64)
+        out[i] = top + np.log(np.exp(row.astype(np.float64) - top).sum())
+    return out
