@@ -169,7 +169,17 @@ def _read_llama(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
     return {**shared, **_read_experts(keys)}
 
 
+def _check_heads(keys: Keys, shared: dict[str, Any]) -> None:
+    """Raises ValueError for heads of a size that llama.cpp does not load here."""
+    if shared["num_heads"] * shared["head_dim"] != shared["model_dim"]:
+        raise ValueError(
+            f"{keys.where}: {shared['num_heads']} heads of {shared['head_dim']} are "
+            f"not embedding_length {shared['model_dim']}"
+        )
+
+
 def _read_qwen2(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+    _check_heads(keys, shared)
     return {**shared, "attention_bias": True}
 
 
@@ -232,6 +242,7 @@ def _local(keys: Keys, shared, pattern: tuple[str, ...], default: int | None):
 
 
 def _read_phi3(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+    _check_heads(keys, shared)
     return {**shared, **_local(keys, shared, ("local",), None)}
 
 

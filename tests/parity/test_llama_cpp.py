@@ -1,0 +1,111 @@
+"""llama.cpp runs our GGUF files and draws the same tokens, for every architecture.
+
+Needs the package xllamacpp, which has llama.cpp in a wheel.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity_case import nested, weights
+
+from jaxlm.checkpoint.gguf import write_model
+from jaxlm.config import SampleConfig
+from jaxlm.data.tokenizer import ByteTokenizer
+from jaxlm.infer.generate import generate
+from jaxlm.model.families import preset, toy
+
+pytestmark = pytest.mark.slow
+
+NAMES = (
+    "smollm2-135m",
+    "llama3.2-1b",
+    "qwen2-0.5b",
+    "qwen3-0.6b",
+    "gemma-2b",
+    "gemma2-2b",
+    "gemma3-4b",
+    "phi3-mini-128k",
+    "phi4-mini",
+    "mixtral-8x7b",
+    "qwen3-30b-a3b",
+)
+NEW = 24
+# Attention with f32 keys and without flash attention: nothing is rounded to f16.
+# Its server leaves incomplete characters out of what it tells, so only ASCII is drawn.
+ASCII = 127
+
+SERVER = """
+import json, sys
+import xllamacpp
+
+path, prompt, new, ascii = json.loads(sys.argv[1])
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = path, 128, 1
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+result = xllamacpp.Server(params).handle_completions({
+    "prompt": prompt, "n_predict": new, "temperature": 0, "n_probs": 1,
+    "ignore_eos": True, "logit_bias": [[i, False] for i in range(ascii, 257)],
+})
+result = json.loads(result) if isinstance(result, (str, bytes)) else result
+print(json.dumps([c["id"] for c in result["choices"][0]["logprobs"]["content"]]))
+"""
+
+
+def model(name):
+    config = dataclasses.replace(toy(preset(name)), vocab_size=257, dtype="float32")
+    if name.startswith(("qwen2", "phi")):
+        width = config.num_heads * config.head_dim
+        config = dataclasses.replace(config, model_dim=width)
+    return config
+
+
+def drawn_by_llama_cpp(path, prompt):
+    arguments = json.dumps([str(path), prompt, NEW, ASCII])
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER, arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens(tmp_path, name):
+    config = model(name)
+    flat = weights(config)
+    params = jax.tree.map(jnp.asarray, nested(flat))
+    # Longer than every window and every length before stretching, with the new ones.
+    prompt = np.random.default_rng(3).integers(32, ASCII, 60).astype(np.int32)
+    with jax.default_matmul_precision("highest"):
+        ours = generate(
+            *(config, params, [prompt]),
+            SampleConfig(temperature=0.0, max_new_tokens=NEW),
+            jax.random.key(0),
+            num_tokens=ASCII,
+        ).tokens[0]
+    write_model(tmp_path / "m.gguf", config, params, ByteTokenizer(), "f32")
+    assert drawn_by_llama_cpp(tmp_path / "m.gguf", prompt.tolist()) == ours.tolist()
+
+
+def test_rows_in_the_wrong_order_would_show(tmp_path):
+    """The comparison sees a wrong layout of the query heads."""
+    config = model("smollm2-135m")
+    flat = weights(config)
+    prompt = np.random.default_rng(3).integers(32, ASCII, 60).tolist()
+    found = []
+    for shift in (0, 1):
+        moved = {**flat, "layers/attn/q": np.roll(flat["layers/attn/q"], shift, -1)}
+        params = jax.tree.map(jnp.asarray, nested(moved))
+        write_model(tmp_path / "m.gguf", config, params, ByteTokenizer(), "f32")
+        found.append(drawn_by_llama_cpp(tmp_path / "m.gguf", prompt))
+    assert found[0] != found[1]
