@@ -32,7 +32,10 @@ def check_config(old: Config, new: Config) -> list[str]:
     Raises:
       ValueError: for differences that would make it another run.
     """
-    train = (*_FREE_TRAIN, *_ROUNDING_TRAIN)
+    rounding = _ROUNDING_TRAIN
+    if old.train.load_balance_loss:
+        rounding = ("loss_chunk",)  # each part of a batch balances by itself
+    train = (*_FREE_TRAIN, *rounding)
     if old.optimizer.schedule == new.optimizer.schedule == "constant":
         train += ("steps",)  # other schedules stretch with the number of steps
     lines = [f"model.{line}" for line in diff(old.model, new.model, EXECUTION_FIELDS)]
@@ -45,7 +48,7 @@ def check_config(old: Config, new: Config) -> list[str]:
             f"{'; '.join(lines)}: {_remedy('set it back')}"
         )
     other_model = _all_but(old.model, EXECUTION_FIELDS)
-    other_train = _all_but(old.train, _ROUNDING_TRAIN)
+    other_train = _all_but(old.train, rounding)
     lines = [f"model.{line}" for line in diff(old.model, new.model, other_model)]
     return lines + [f"train.{line}" for line in diff(old.train, new.train, other_train)]
 

@@ -26,7 +26,7 @@ hidden_dropout id2label initial_context_length initializer_range label2id
 length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size
 num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
 output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
-pruned_heads remove_invalid_values reorder_and_upcast_attn repetition_penalty
+remove_invalid_values reorder_and_upcast_attn repetition_penalty
 resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
 summary_activation summary_first_dropout summary_proj_to_labels summary_type
 summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
@@ -42,6 +42,7 @@ _UNUSED: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "is_llama_config": (True,),
     "mlp_only_layers": ([], None),
+    "pruned_heads": ({}, None),
     "quantization_config": (None,),
     "rope_interleaved": (False,),
     "router_jitter_noise": (0, 0.0, None),
@@ -169,9 +170,17 @@ def _rope_scaling(rope: Keys, context: int, original: int | None) -> RopeScaling
 
 
 def _window(keys: Keys, context: int, default: int | None = None) -> int | None:
-    """The sliding window; None for one that hides nothing within the context."""
-    window = keys.count("sliding_window", default)
+    """The sliding window; None for one that hides nothing within the context.
+
+    Only an absent key has a default: null is no window.
+    """
+    window = keys.count("sliding_window", None if "sliding_window" in keys else default)
     return None if window is None or window >= context else window
+
+
+def _cap(keys: Keys, name: str, default: float | None) -> float | None:
+    """A soft cap; null is none."""
+    return keys.number(name, None if name in keys else default)
 
 
 def _period(values: list[Any]) -> tuple[Any, ...]:
@@ -217,9 +226,7 @@ def read_llama(keys: Keys) -> ModelConfig:
 def read_mistral(keys: Keys) -> ModelConfig:
     shared = _shared(keys, num_key_value_heads=8, max_position_embeddings=131_072)
     rope = _rope(keys, shared["context_length"], 10_000.0)
-    # Absent is 4096 in transformers, null is none.
-    default = None if "sliding_window" in keys else 4096
-    window = _window(keys, shared["context_length"], default)
+    window = _window(keys, shared["context_length"], 4096)
     pattern = _pattern(
         keys, shared["num_layers"], window, ["sliding_attention"] * shared["num_layers"]
     )
@@ -337,8 +344,8 @@ def read_gemma2(keys: Keys) -> ModelConfig:
         **_rope(keys, context, 10_000.0),
         **_pattern(keys, layers, _window(keys, context, 4096), otherwise),
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=keys.number("attn_logit_softcapping", 50.0),
-        final_soft_cap=keys.number("final_logit_softcapping", 30.0),
+        attention_soft_cap=_cap(keys, "attn_logit_softcapping", 50.0),
+        final_soft_cap=_cap(keys, "final_logit_softcapping", 30.0),
         norm_placement="both",
     )
 
@@ -375,8 +382,8 @@ def read_gemma3_text(keys: Keys) -> ModelConfig:
         **_pattern(keys, layers, _window(keys, context, 4096), otherwise),
         rope_local_theta=local_theta,
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=keys.number("attn_logit_softcapping", None),
-        final_soft_cap=keys.number("final_logit_softcapping", None),
+        attention_soft_cap=_cap(keys, "attn_logit_softcapping", None),
+        final_soft_cap=_cap(keys, "final_logit_softcapping", None),
         qk_norm="head",
         norm_placement="both",
     )

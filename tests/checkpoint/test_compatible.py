@@ -53,6 +53,16 @@ def test_several_differences_are_all_named():
         compatible.check_config(CONFIG, new)
 
 
+def test_parts_that_balance_by_themselves_are_part_of_the_run():
+    """With a balance loss the cut of a batch is no matter of rounding."""
+    experts = {"num_experts": 4, "experts_per_token": 2}
+    train = {"load_balance_loss": 0.01}
+    old = change(model=experts, train=train)
+    new = change(model=experts, train={**train, "accumulation_steps": 4})
+    with pytest.raises(ValueError, match=r"train\.accumulation_steps: 1 -> 4"):
+        compatible.check_config(old, new)
+
+
 def test_free_fields_change_without_a_word(run):
     new = change(
         data={"workers": 3, "prefetch": 9, "cache_dir": "/tmp"},

@@ -210,6 +210,16 @@ def test_use_sliding_window_false_wins_over_a_window():
     assert used.layer_pattern == ("global",) * 14 + ("local",) * 14
 
 
+def test_null_is_none_where_an_absent_key_has_a_default():
+    gemma2 = hf_config_writing.write(preset("gemma2-2b"))
+    assert read(gemma2).attention_soft_cap == 50.0
+    assert read(gemma2, attn_logit_softcapping=None).attention_soft_cap is None
+    assert read(gemma2, final_logit_softcapping=None).final_soft_cap is None
+    assert read(gemma2, sliding_window=None).window is None
+    absent = {k: v for k, v in gemma2.items() if "softcapping" not in k}
+    assert read(absent) == read(gemma2)
+
+
 def test_code_beside_a_config_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "modeling_llama.py").write_text("raise SystemExit('it was run')")

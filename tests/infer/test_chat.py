@@ -341,6 +341,7 @@ def run(model, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_the_program(run, repository, model):
     """With a pipe in the place of a person."""
     flags = ["--chat", "--system", SYSTEM, "--seed", "5", "--temperature", "1"]

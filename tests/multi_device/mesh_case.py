@@ -264,10 +264,7 @@ def main():
     all_meshes = list(MESHES)[1:]
     cases = {
         "quick": lambda: {
-            "gradients": case_gradients(["2x2x2"]),
-            "experts": case_gradients(
-                ["2x2x2"], EXPERTS, controls=False, load_balance_loss=0.1
-            ),
+            "gradients": case_gradients(["2x2x2"], controls=False),
             "errors": case_errors(),
         },
         "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),

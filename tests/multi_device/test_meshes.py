@@ -51,9 +51,7 @@ def check_gradients(result, meshes):
 
 def test_gradients_and_errors(tmp_path):
     result = run_case("quick", tmp_path)
-    check_gradients(result["gradients"], ["2x2x2"])
-    check_equal(result["experts"], ["2x2x2"])
-    assert "layers/moe/router" in result["experts"]["2x2x2"]
+    check_equal(result["gradients"], ["2x2x2"])
     errors = result["errors"]
     assert "mesh.tensor is 8, which does not divide 4 in the shape" in errors["divide"]
     assert "'layers/attn/k'" in errors["divide"]
@@ -73,6 +71,7 @@ def test_gradients_of_experts_on_every_mesh(tmp_path):
     """The load-balance loss among them, which is a mean over the whole batch."""
     result = run_case("experts", tmp_path)
     check_gradients(result, ["data8", "fsdp8", "fsdp2_tensor4", "2x2x2"])
+    assert "layers/moe/router" in result["2x2x2"]
 
 
 @pytest.mark.slow

@@ -8,9 +8,6 @@ same tokens.
 import dataclasses
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -68,21 +65,3 @@ def test_logits_log_probabilities_and_greedy_tokens(path, model, name):
     np.testing.assert_allclose(
         result.logprobs[0], expected["greedy_logprobs"], atol=GATE
     )
-
-
-def test_a_conversation(path, repository, tmp_path):
-    questions = "What is the capital of France?\nAnd of Italy?\n"
-    command = [sys.executable, repository / "sample.py", path, "--chat"]
-    done = subprocess.run(
-        [*command, "--temperature", "0", "--max-new-tokens", "32"],
-        input=questions,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(repository)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    # The second answer needs the first question.
-    first, second = done.stdout.split("Paris", 1)[0], done.stdout.split("Paris", 1)[1]
-    assert "France" in first and "Rome" in second

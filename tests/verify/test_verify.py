@@ -269,6 +269,7 @@ def test_a_certificate_is_bound_to_the_bytes(copy, model, flat, kept, tmp_path, 
     assert certificate.read(copy)["reference"] is None
 
 
+@pytest.mark.slow
 def test_a_run_and_its_steps(flat, tmp_path):
     config = Config(model=CONFIG, data=DataConfig(sequence_length=64))
     params = jax.tree.map(jnp.asarray, nested(flat))
