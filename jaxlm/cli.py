@@ -1,7 +1,10 @@
 """Command lines: configs from files and flags, and the verbs of `jaxlm`."""
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,17 +58,33 @@ def parse(
         if argument.startswith("--") and name not in known:
             close = nearest(name, sorted(known))
             fail(f"unknown option {argument!r}{close}; --help lists them all")
-    value, left = tyro.cli(
-        kind,
-        default=default,
-        args=list(arguments),
-        return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands,),
-        **options,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            value, left = tyro.cli(
+                kind,
+                default=default,
+                args=list(arguments),
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+                **options,
+            )
+    except SystemExit as end:
+        if end.code:
+            fail(f"{_first_part(said.getvalue())}; --help tells more")
+        raise
     if left:
         fail(f"unknown option {left[0]!r}; --help lists them all")
     return value
+
+
+def _first_part(box: str) -> str:
+    """What tyro says in the first part of a framed message, on one line."""
+    # Frames and rules are drawn with other signs where the terminal has no Unicode.
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    parts = re.split(r"^[─-]{4,}$", "\n".join(lines), flags=re.MULTILINE)
+    said = (" ".join(part.split()).rstrip(".") for part in parts if part.strip())
+    return next(said, "the arguments are wrong")
 
 
 def _flags(config: Any, flat: tuple[str, ...], prefix: str = "--") -> Iterator[str]:

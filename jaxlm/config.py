@@ -8,6 +8,7 @@ Impossible combinations raise `ValueError` with the field and the remedy.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -183,6 +184,7 @@ class ModelConfig:
             _check(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "> 0")
         _check(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, ">= 0")
         _check(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "> 0")
+        _check(self.init_std >= 0, "model.init_std", self.init_std, ">= 0")
         _check(
             self.unroll_layers >= 0, "model.unroll_layers", self.unroll_layers, ">= 0"
         )
@@ -254,6 +256,8 @@ class ModelConfig:
 
     def _check_rope(self) -> None:
         _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "> 0")
+        local = self.rope_local_theta
+        _check(local is None or local > 0, "model.rope_local_theta", local, "> 0")
         fraction = self.rope_fraction
         _check(0 < fraction <= 1, "model.rope_fraction", fraction, "in (0, 1]")
         if self.rotary_dim % 2:
@@ -579,10 +583,16 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def check_types(config: Any, where: str) -> None:
-    """Raises ValueError where a field of a dataclass does not have its type."""
+    """Raises ValueError where a field of a dataclass does not have its type.
+
+    No field may be infinite or not a number.
+    """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+            raise ValueError(f"{where}.{f.name} is {value!r}: it must be finite")
         if _matches(value, hint):
             if float in (hint, *get_args(hint)) and isinstance(value, int):
                 # A whole number is a good float, but 1 and 1.0 must be one config.

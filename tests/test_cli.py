@@ -241,3 +241,19 @@ def test_the_installed_command():
     done = subprocess.run([jaxlm, "reprot"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "did you mean 'report'" in done.stderr
     assert done.stderr.count("\n") == 1  # one line, no traceback
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--train.steps", "many"], "Error parsing --train.steps: invalid literal"),
+        (["--train.steps"], "Missing value for argument '--train.steps'"),
+        (["--optimizer.name", "sgd"], "invalid choice 'sgd' for argument '--optimiz"),
+    ],
+)
+def test_wrong_types_are_told_in_one_line(default_file, capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        read_config(flags, default_file)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
