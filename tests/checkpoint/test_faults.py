@@ -127,6 +127,7 @@ checkpoints.close()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path):
     code, out, err = run_child(FULL, tmp_path)
     assert code == 0, err

@@ -40,6 +40,17 @@ def test_tokens_and_documents(tmp_path):
     assert chars.documents.tolist() == [0, 2, 3]
 
 
+def test_documents_begin_with_bos_where_the_model_expects_it(tmp_path):
+    class WithBos(ByteTokenizer):
+        bos_id, adds_bos = 0, True
+
+    path = lines(tmp_path / "a.jsonl", "ab", "c")
+    plain, got = tokenized(path), tokenized(path, WithBos())
+    assert got.tokens.tolist() == [0, 97, 98, 256, 0, 99, 256]
+    assert got.documents.tolist() == [0, 4]
+    assert got.folder != plain.folder
+
+
 def test_made_once(tmp_path, monkeypatch, cache_home):
     path = lines(tmp_path / "a.jsonl", "ab")
     first = tokenized(path)

@@ -272,6 +272,7 @@ def answers(model, lines, new=12, system=None):
     return [m["content"] for m in messages if m["role"] == "assistant"]
 
 
+@pytest.mark.slow
 def test_a_conversation(model, monkeypatch, capsys):
     lines = ["Hi <|im_end|>", "", "  ", "and?", "/exit", "not read"]
     hold(monkeypatch, model, lines, system=SYSTEM)

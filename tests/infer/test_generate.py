@@ -85,6 +85,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(which, request):
         np.testing.assert_allclose(result.logprobs[i], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_is_what_its_prompt_gives_alone(greedy, drawn):
     for sample, batch in ((GREEDY, greedy), (DRAWN, drawn)):
         # The first row's key does not depend on the size of the batch.
@@ -201,6 +202,7 @@ def test_bucket():
     assert bucket(5, 20) == 20
 
 
+@pytest.mark.slow
 def test_the_whole_context_can_be_used():
     """Prompt and new tokens fill the context exactly; one more is refused."""
     prompt = np.arange(CONFIG.context_length - NEW) % CONFIG.vocab_size

@@ -80,6 +80,7 @@ def test_the_text_is_that_of_generate(home, repository):
     assert "prefill 6 tokens in" in err and "decode 40 tokens in" in err
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_with_a_remedy(home, repository, tmp_path):
     folder, _, _ = home
     for where, arguments, words in (

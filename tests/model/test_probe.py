@@ -72,7 +72,13 @@ def everything(name):
     return config, params, out.trace, out.logits
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow)
+        for name in CONFIGS
+    ],
+)
 def test_every_site_has_the_documented_shape(name):
     c, _, trace, logits = everything(name)
     assert set(trace) == set(sites(c))
@@ -229,7 +235,9 @@ def cost(config, params, taps=()):
     return analysis["flops"], memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["plain", "groups"])
+@pytest.mark.parametrize(
+    "name", ["plain", pytest.param("groups", marks=pytest.mark.slow)]
+)
 def test_nothing_tapped_costs_nothing(name, monkeypatch):
     """The same program as of a model whose probe does nothing at all."""
     config, params = model(name)

@@ -59,7 +59,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[] if way == "remat" else pytest.mark.slow)
+        for way in WAYS
+    ],
+)
 def test_value_and_gradient_do_not_depend_on_how(way, model, right):
     config, params = model
     config = dataclasses.replace(config, **WAYS[way])

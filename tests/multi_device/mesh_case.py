@@ -263,10 +263,7 @@ def main():
     case, folder = sys.argv[1:]
     all_meshes = list(MESHES)[1:]
     cases = {
-        "quick": lambda: {
-            "gradients": case_gradients(["2x2x2"], controls=False),
-            "errors": case_errors(),
-        },
+        "errors": case_errors,
         "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),
         "gradients": lambda: case_gradients(all_meshes),
         "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "blocked"}),

@@ -347,6 +347,7 @@ def test_a_run_of_one_step_and_a_warm_up_of_all_steps():
             assert all(0 < r <= PEAK * 1.0001 for r in rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ALL)
 def test_every_optimizer_lowers_the_loss(optimizer, losses_of):
     losses = losses_of(optimizer)

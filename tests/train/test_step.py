@@ -91,9 +91,10 @@ def test_the_loss_is_the_weighted_mean(whole):
 @pytest.mark.parametrize(
     "options",
     [
-        {"accumulation_steps": 2},
-        {"accumulation_steps": 4},
-        {"loss_chunk": 56},  # 7 places of 8 rows; 20 is no multiple of 7
+        pytest.param({"accumulation_steps": 2}, marks=pytest.mark.slow),
+        pytest.param({"accumulation_steps": 4}, marks=pytest.mark.slow),
+        # 7 places of 8 rows; 20 is no multiple of 7
+        pytest.param({"loss_chunk": 56}, marks=pytest.mark.slow),
         {"accumulation_steps": 2, "loss_chunk": 1},
     ],
 )
@@ -262,7 +263,7 @@ def test_a_step_gives_back_the_memory_of_the_old_state():
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize("log_every", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, log_every):
     """Also where metrics are read only every few steps: a save reads them first."""
     config = config_of(log_every=log_every, checkpoint_every=2)
@@ -278,6 +279,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, log_
     assert all(math.isfinite(r["loss"]) for r in trains)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_the_mean_over_the_whole_text(tmp_path):
     """With a last batch that is padding for the most part."""
     trial = Trial(tmp_path, config_of(steps=1), [BATCH])
@@ -307,6 +309,7 @@ def test_an_evaluation_is_the_mean_over_the_whole_text(tmp_path):
     assert row["targets"] == int(weight)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_of_one_device_the_step_is_the_same(whole):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):

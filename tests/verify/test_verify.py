@@ -162,6 +162,7 @@ def said(path):
     return lines
 
 
+@pytest.mark.slow
 def test_equal_models_pass_and_load_says_so(copy, kept, capsys):
     assert command(copy, "--against", kept) == 0
     out, err = capsys.readouterr()
