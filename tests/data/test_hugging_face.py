@@ -544,6 +544,7 @@ def test_models_that_a_tokenizer_json_cannot_express(models, tmp_path):
         write_hugging_face(SentencePieceTokenizer(unused), tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_but_a_value_error_escapes(tmp_path):
     random, outcomes = np.random.default_rng(0), set()
     for i in range(300):

@@ -186,6 +186,7 @@ def test_hostile_templates(template, words):
 LOOP = "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 def test_templates_that_run_for_long(monkeypatch):
     with pytest.raises(ValueError, match="ran for more than 2 s and was stopped"):
         render(LOOP, {})

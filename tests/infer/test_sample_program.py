@@ -54,6 +54,7 @@ def run(home, repository, *arguments):
     return child.returncode, out.decode(), err.decode()
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_generate(home, repository):
     folder, model, params = home
     code, out, err = run(

@@ -118,6 +118,7 @@ def test_a_mean_of_means_would_be_another_loss(whole):
     assert abs(np.mean(means) - whole[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(whole):
     loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS, z_loss=0.1))
     assert loss == pytest.approx(whole[0], rel=1e-6)

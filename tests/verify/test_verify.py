@@ -184,6 +184,7 @@ def test_equal_models_pass_and_load_says_so(copy, kept, capsys):
     assert certificate.read(copy)["reference"]["name"] == "numpy 1"
 
 
+@pytest.mark.slow
 def test_without_a_reference_the_table_says_so(copy, capsys):
     assert command(copy) == 0
     out, _ = capsys.readouterr()
@@ -405,6 +406,7 @@ def test_a_tie_of_greedy_tokens_passes(expected, flat):
         assert ("no tie" in check.note) is not passed
 
 
+@pytest.mark.slow
 def test_decoding_is_held_to_the_whole_pass(flat, tokens):
     params = jax.tree.map(jnp.asarray, nested(flat))
     ours = comparing.full_pass(CONFIG, params, tokens)
