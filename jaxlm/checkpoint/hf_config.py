@@ -215,7 +215,7 @@ def _biases(keys: Keys) -> dict[str, bool]:
     return {"attention_bias": bias, "attention_output_bias": bias}
 
 
-def read_llama(keys: Keys) -> ModelConfig:
+def _read_llama(keys: Keys) -> ModelConfig:
     """Llama 1 to 3, SmolLM2, and what else calls itself Llama."""
     shared = _shared(keys, max_position_embeddings=2048)
     rope = _rope(keys, shared["context_length"], 10_000.0)
@@ -223,7 +223,7 @@ def read_llama(keys: Keys) -> ModelConfig:
     return ModelConfig(**shared, **rope, **_biases(keys), feed_forward_bias=bias)
 
 
-def read_mistral(keys: Keys) -> ModelConfig:
+def _read_mistral(keys: Keys) -> ModelConfig:
     shared = _shared(keys, num_key_value_heads=8, max_position_embeddings=131_072)
     rope = _rope(keys, shared["context_length"], 10_000.0)
     window = _window(keys, shared["context_length"], 4096)
@@ -233,7 +233,7 @@ def read_mistral(keys: Keys) -> ModelConfig:
     return ModelConfig(**shared, **rope, **pattern)
 
 
-def read_mixtral(keys: Keys) -> ModelConfig:
+def _read_mixtral(keys: Keys) -> ModelConfig:
     shared = _shared(
         keys,
         num_key_value_heads=8,
@@ -265,7 +265,7 @@ def _qwen_window(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     return _pattern(keys, layers, window if used else None, otherwise)
 
 
-def read_qwen2(keys: Keys) -> ModelConfig:
+def _read_qwen2(keys: Keys) -> ModelConfig:
     """Qwen2 and Qwen2.5."""
     shared = _shared(keys, max_position_embeddings=32_768)
     rope = _rope(keys, shared["context_length"], 10_000.0)
@@ -281,11 +281,11 @@ def _qwen3(keys: Keys, head_dim: int | None = 128) -> dict[str, Any]:
     return {**shared, **rope, **window, **_biases(keys), "qk_norm": "head"}
 
 
-def read_qwen3(keys: Keys) -> ModelConfig:
+def _read_qwen3(keys: Keys) -> ModelConfig:
     return ModelConfig(**_qwen3(keys))
 
 
-def read_qwen3_moe(keys: Keys) -> ModelConfig:
+def _read_qwen3_moe(keys: Keys) -> ModelConfig:
     keys.must("decoder_sparse_step", 1)
     # transformers 5 writes the other name.
     experts = keys.count("num_experts", keys.count("num_local_experts", 128))
@@ -327,12 +327,12 @@ def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
     }
 
 
-def read_gemma(keys: Keys) -> ModelConfig:
+def _read_gemma(keys: Keys) -> ModelConfig:
     fields = _gemma(keys)
     return ModelConfig(**fields, **_rope(keys, fields["context_length"], 10_000.0))
 
 
-def read_gemma2(keys: Keys) -> ModelConfig:
+def _read_gemma2(keys: Keys) -> ModelConfig:
     fields = _gemma(keys)
     layers, context = fields["num_layers"], fields["context_length"]
     keys.drop("cache_implementation")
@@ -350,7 +350,7 @@ def read_gemma2(keys: Keys) -> ModelConfig:
     )
 
 
-def read_gemma3_text(keys: Keys) -> ModelConfig:
+def _read_gemma3_text(keys: Keys) -> ModelConfig:
     """Gemma 3's text model, which is also a part of the multimodal files."""
     fields = _gemma(
         keys,
@@ -389,7 +389,7 @@ def read_gemma3_text(keys: Keys) -> ModelConfig:
     )
 
 
-def read_gemma3(keys: Keys) -> ModelConfig:
+def _read_gemma3(keys: Keys) -> ModelConfig:
     """The text part of a multimodal Gemma 3."""
     keys.drop("vision_config", "mm_tokens_per_image", "image_token_index")
     keys.drop("image_token_id", "boi_token_index", "eoi_token_index")
@@ -397,7 +397,7 @@ def read_gemma3(keys: Keys) -> ModelConfig:
     return read(keys.section("text_config"))
 
 
-def read_phi3(keys: Keys) -> ModelConfig:
+def _read_phi3(keys: Keys) -> ModelConfig:
     """Phi-3, Phi-4 and Phi-4-mini."""
     shared = _shared(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
     rope = _rope(keys, shared["context_length"], 10_000.0)
@@ -416,7 +416,7 @@ def read_phi3(keys: Keys) -> ModelConfig:
     )
 
 
-def read_olmo2(keys: Keys) -> ModelConfig:
+def _read_olmo2(keys: Keys) -> ModelConfig:
     shared = _shared(keys, max_position_embeddings=2048, rms_norm_eps=1e-5)
     return ModelConfig(
         **shared,
@@ -427,7 +427,7 @@ def read_olmo2(keys: Keys) -> ModelConfig:
     )
 
 
-def read_smollm3(keys: Keys) -> ModelConfig:
+def _read_smollm3(keys: Keys) -> ModelConfig:
     shared = _shared(
         keys,
         num_key_value_heads=4,
@@ -460,7 +460,7 @@ def read_smollm3(keys: Keys) -> ModelConfig:
     )
 
 
-def read_gpt2(keys: Keys) -> ModelConfig:
+def _read_gpt2(keys: Keys) -> ModelConfig:
     width, heads = keys.count("n_embd", 768), keys.count("n_head", 12)
     if width % heads:
         raise ValueError(
@@ -488,7 +488,7 @@ def read_gpt2(keys: Keys) -> ModelConfig:
     )
 
 
-def read_gpt_neox(keys: Keys) -> ModelConfig:
+def _read_gpt_neox(keys: Keys) -> ModelConfig:
     """GPT-NeoX and Pythia."""
     # Its own names for what `_rope` reads.
     theta = keys.number("rotary_emb_base", 10_000.0)
@@ -523,7 +523,7 @@ _GPT_OSS_ROPE = {
 }
 
 
-def read_gpt_oss(keys: Keys) -> ModelConfig:
+def _read_gpt_oss(keys: Keys) -> ModelConfig:
     quantization = keys.section("quantization_config")
     quantization.must("quant_method", "mxfp4")
     # Its two names for the number of experts of a token.
@@ -559,22 +559,22 @@ def read_gpt_oss(keys: Keys) -> ModelConfig:
 
 
 _READERS: Mapping[str, Callable[[Keys], ModelConfig]] = {
-    "llama": read_llama,
-    "mistral": read_mistral,
-    "mixtral": read_mixtral,
-    "qwen2": read_qwen2,
-    "qwen3": read_qwen3,
-    "qwen3_moe": read_qwen3_moe,
-    "gemma": read_gemma,
-    "gemma2": read_gemma2,
-    "gemma3_text": read_gemma3_text,
-    "gemma3": read_gemma3,
-    "phi3": read_phi3,
-    "olmo2": read_olmo2,
-    "smollm3": read_smollm3,
-    "gpt2": read_gpt2,
-    "gpt_neox": read_gpt_neox,
-    "gpt_oss": read_gpt_oss,
+    "llama": _read_llama,
+    "mistral": _read_mistral,
+    "mixtral": _read_mixtral,
+    "qwen2": _read_qwen2,
+    "qwen3": _read_qwen3,
+    "qwen3_moe": _read_qwen3_moe,
+    "gemma": _read_gemma,
+    "gemma2": _read_gemma2,
+    "gemma3_text": _read_gemma3_text,
+    "gemma3": _read_gemma3,
+    "phi3": _read_phi3,
+    "olmo2": _read_olmo2,
+    "smollm3": _read_smollm3,
+    "gpt2": _read_gpt2,
+    "gpt_neox": _read_gpt_neox,
+    "gpt_oss": _read_gpt_oss,
 }
 
 

@@ -75,24 +75,24 @@ def _write_shared(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_llama(c: ModelConfig) -> dict[str, Any]:
+def _write_llama(c: ModelConfig) -> dict[str, Any]:
     biases = {"attention_bias": c.attention_bias, "mlp_bias": c.feed_forward_bias}
     return {**_write_shared(c), **biases}
 
 
-def write_mistral(c: ModelConfig) -> dict[str, Any]:
+def _write_mistral(c: ModelConfig) -> dict[str, Any]:
     return {**_write_shared(c), "sliding_window": c.window}
 
 
-def write_mixtral(c: ModelConfig) -> dict[str, Any]:
+def _write_mixtral(c: ModelConfig) -> dict[str, Any]:
     return {
-        **write_mistral(c),
+        **_write_mistral(c),
         "num_local_experts": c.num_experts,
         "num_experts_per_tok": c.experts_per_token,
     }
 
 
-def write_qwen2(c: ModelConfig) -> dict[str, Any]:
+def _write_qwen2(c: ModelConfig) -> dict[str, Any]:
     return {
         **_write_shared(c),
         "use_sliding_window": c.window is not None,
@@ -101,12 +101,12 @@ def write_qwen2(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_qwen3(c: ModelConfig) -> dict[str, Any]:
-    return {**write_qwen2(c), "attention_bias": c.attention_bias}
+def _write_qwen3(c: ModelConfig) -> dict[str, Any]:
+    return {**_write_qwen2(c), "attention_bias": c.attention_bias}
 
 
-def write_qwen3_moe(c: ModelConfig) -> dict[str, Any]:
-    values = write_qwen3(c)
+def _write_qwen3_moe(c: ModelConfig) -> dict[str, Any]:
+    values = _write_qwen3(c)
     del values["layer_types"]  # unknown to this class of transformers
     return {
         **values,
@@ -119,14 +119,14 @@ def write_qwen3_moe(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_gemma(c: ModelConfig) -> dict[str, Any]:
+def _write_gemma(c: ModelConfig) -> dict[str, Any]:
     values = {**_write_shared(c), "attention_bias": c.attention_bias}
     values["hidden_activation"] = values["hidden_act"]
     return values
 
 
-def write_gemma2(c: ModelConfig) -> dict[str, Any]:
-    values = write_gemma(c)
+def _write_gemma2(c: ModelConfig) -> dict[str, Any]:
+    values = _write_gemma(c)
     del values["hidden_act"]
     scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
     return {
@@ -139,11 +139,11 @@ def write_gemma2(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_gemma3_text(c: ModelConfig) -> dict[str, Any]:
-    return {**write_gemma2(c), "rope_local_base_freq": c.rope_local_theta}
+def _write_gemma3_text(c: ModelConfig) -> dict[str, Any]:
+    return {**_write_gemma2(c), "rope_local_base_freq": c.rope_local_theta}
 
 
-def write_phi3(c: ModelConfig) -> dict[str, Any]:
+def _write_phi3(c: ModelConfig) -> dict[str, Any]:
     values = _write_shared(c)
     if c.rope_scaling is not None:
         length = c.rope_scaling.original_context_length or c.context_length
@@ -155,20 +155,20 @@ def write_phi3(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_olmo2(c: ModelConfig) -> dict[str, Any]:
+def _write_olmo2(c: ModelConfig) -> dict[str, Any]:
     return {**_write_shared(c), "attention_bias": c.attention_bias}
 
 
-def write_smollm3(c: ModelConfig) -> dict[str, Any]:
+def _write_smollm3(c: ModelConfig) -> dict[str, Any]:
     rotated = [c.rope_pattern[i % len(c.rope_pattern)] for i in range(c.num_layers)]
     return {
-        **write_qwen3(c),
+        **_write_qwen3(c),
         "mlp_bias": c.feed_forward_bias,
         "no_rope_layers": [int(r) for r in rotated],
     }
 
 
-def write_gpt2(c: ModelConfig) -> dict[str, Any]:
+def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
     names = {"gelu_tanh": "gelu_new"}
     return {
         "vocab_size": c.vocab_size,
@@ -183,7 +183,7 @@ def write_gpt2(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
+def _write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
     values = _write_shared(c)
     for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
         del values[name]
@@ -197,7 +197,7 @@ def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_gpt_oss(c: ModelConfig) -> dict[str, Any]:
+def _write_gpt_oss(c: ModelConfig) -> dict[str, Any]:
     return {
         **_write_shared(c),
         "attention_bias": True,
@@ -211,21 +211,21 @@ def write_gpt_oss(c: ModelConfig) -> dict[str, Any]:
 
 # In the order in which a family is looked for: the plain ones first.
 _WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
-    "llama": write_llama,
-    "mistral": write_mistral,
-    "qwen2": write_qwen2,
-    "qwen3": write_qwen3,
-    "gemma": write_gemma,
-    "gemma2": write_gemma2,
-    "gemma3_text": write_gemma3_text,
-    "phi3": write_phi3,
-    "olmo2": write_olmo2,
-    "smollm3": write_smollm3,
-    "gpt2": write_gpt2,
-    "gpt_neox": write_gpt_neox,
-    "mixtral": write_mixtral,
-    "qwen3_moe": write_qwen3_moe,
-    "gpt_oss": write_gpt_oss,
+    "llama": _write_llama,
+    "mistral": _write_mistral,
+    "qwen2": _write_qwen2,
+    "qwen3": _write_qwen3,
+    "gemma": _write_gemma,
+    "gemma2": _write_gemma2,
+    "gemma3_text": _write_gemma3_text,
+    "phi3": _write_phi3,
+    "olmo2": _write_olmo2,
+    "smollm3": _write_smollm3,
+    "gpt2": _write_gpt2,
+    "gpt_neox": _write_gpt_neox,
+    "mixtral": _write_mixtral,
+    "qwen3_moe": _write_qwen3_moe,
+    "gpt_oss": _write_gpt_oss,
 }
 
 _ARCHITECTURES: Mapping[str, str] = {

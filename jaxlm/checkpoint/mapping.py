@@ -16,17 +16,16 @@ from functools import cache
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from jaxlm import tree
 from jaxlm.checkpoint import arrays
-from jaxlm.checkpoint.tensor_file import StoredTensor
+from jaxlm.checkpoint.safetensors import Layout, Read
+from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig, nearest
 from jaxlm.model.transformer import init
 from jaxlm.types import Params
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Side of the squares in which a transposed tensor is copied: both stay in the cache.
 _TILE = 256
 # Values that are looked at together: few enough to stay in the cache.
@@ -92,10 +91,6 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
     sizes = {"D": c.model_dim, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
     sizes |= {"h": c.head_dim // 2, "p": 2, "P": c.context_length}
     return sizes | {"F": c.hidden_dim, "V": c.vocab_size, "E": c.num_experts}
-
-
-Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
-Read = Callable[[str], np.ndarray]
 
 
 class Translation:
