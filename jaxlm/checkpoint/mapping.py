@@ -6,16 +6,17 @@ that lie in it, and how its axes become theirs. Read forwards it loads, read bac
 it exports, so nothing can be mapped in one direction only.
 """
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
@@ -59,7 +60,7 @@ def rule(name: str, paths: str | Sequence[str], pattern: str, offset=0.0) -> Rul
     return Rule(name, tuple((path, pattern) for path in paths), offset)
 
 
-@cache
+@functools.cache
 def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of each parameter by path."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
@@ -180,10 +181,10 @@ class Translation:
                 x = x.reshape(self._lengths(rule, theirs))
             pieces.append(x)
         if "j" in wanted:
-            x = np.concatenate(pieces, axis=wanted.index("j"))
+            x = _joined(pieces, wanted.index("j"))
             x = x.reshape(self.their_shape(rule))
         else:
-            x = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+            x = _joined(pieces, 0)
         if rule.offset:
             x = x + x.dtype.type(rule.offset)
         return np.ascontiguousarray(x)
@@ -240,10 +241,13 @@ class Translation:
         array; elsewhere the host holds one (stacked) parameter at a time.
 
         Args:
-          dtype: of the parameters; None keeps each as it is stored.
+          dtype: of the parameters; None keeps each as it is stored. Layers that are
+            stored in several dtypes take the one that holds them all. float64, which
+            JAX does not use by default, becomes float32.
           shardings: tree of `jax.sharding.Sharding`s as the parameters; None puts them
             onto the default device.
-          report: gets a line for tensors with values that are not finite.
+          report: gets a line for tensors with values that are not finite, and for
+            float64.
         """
         where = {} if shardings is None else tree.flatten(shardings)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -253,6 +257,9 @@ class Translation:
                 part = _Part(self, path, tensors, dtype, pool, bad)
                 sharding = where.get(path, device)
                 params[path] = jax.make_array_from_callback(shape, sharding, part.fill)
+        used = [name for rule in self.rules for name, _ in self.names(rule)]
+        if dtype is None and any(tensors[n].dtype == np.float64 for n in used):
+            report("float64 weights are read as float32")
         if bad:
             report(f"values that are not finite in {_some(sorted(bad))}")
         return arrays.nest(params)
@@ -266,9 +273,8 @@ class Translation:
         flat = tree.flatten(params)
         layout, source = {}, {}
         for rule in self.rules:
-            found = {np.dtype(flat[path].dtype) for path, _ in rule.parts}
-            assert len(found) == 1, rule
-            stored = found.pop() if dtype is None else np.dtype(dtype)
+            stored = _common_dtype([flat[path].dtype for path, _ in rule.parts])
+            stored = stored if dtype is None else np.dtype(dtype)
             for name, index in self.names(rule):
                 layout[name] = (self.their_shape(rule), stored)
                 source[name] = (rule, index)
@@ -296,8 +302,9 @@ class _Part:
         self._translation, self._path, self._tensors = translation, path, tensors
         self._pool, self._bad = pool, bad
         self._rule, _ = translation._place[path]
-        first, _ = next(translation.names(self._rule))
-        self._dtype = tensors[first].dtype if dtype is None else np.dtype(dtype)
+        names = [name for name, _ in translation.names(self._rule)]
+        stored = _common_dtype([tensors[name].dtype for name in names])
+        self._dtype = stored if dtype is None else np.dtype(dtype)
 
     def fill(self, index: tuple[slice, ...]) -> np.ndarray:
         """The values at `index` of the whole parameter."""
@@ -318,6 +325,20 @@ class _Part:
         # Lists, so that an error of a thread is raised here.
         list(self._pool.map(one, places))
         return out
+
+
+def _joined(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Arrays one after the other, in a dtype that holds them all."""
+    if len(pieces) == 1:
+        return pieces[0]
+    dtype = _common_dtype([x.dtype for x in pieces])
+    return np.concatenate([x.astype(dtype, copy=False) for x in pieces], axis)
+
+
+def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds all of these, but no wider than float32."""
+    common = np.dtype(functools.reduce(jnp.promote_types, dtypes))
+    return np.dtype(np.float32) if common == np.float64 else common
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:

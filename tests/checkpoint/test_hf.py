@@ -73,6 +73,47 @@ def test_a_dtype_that_is_asked_for(tmp_path, stored, wanted):
         assert x.dtype == wanted and np.array_equal(np.asarray(x), expected), path
 
 
+def test_float64_is_read_as_float32_and_said(tmp_path):
+    params = make(tmp_path / "m")
+
+    def widen(tensors):
+        tensors |= {name: x.astype(np.float64) for name, x in tensors.items()}
+
+    rewrite(tmp_path / "m", widen)
+    found, lines = read(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+    assert lines == ["float64 weights are read as float32"]
+
+
+def test_layers_in_several_dtypes_lose_nothing(tmp_path):
+    """The first in bfloat16, the second in float16: float32 holds both."""
+    config = toy(preset("phi3-mini-4k"))  # q, k and v in one tensor
+    params = make(tmp_path / "m", config)
+    name = "model.layers.{}.mlp.down_proj.weight"
+
+    def narrow(tensors):
+        for i, dtype in enumerate((ml_dtypes.bfloat16, np.float16)):
+            tensors[name.format(i)] = tensors[name.format(i)].astype(dtype)
+
+    rewrite(tmp_path / "m", narrow)
+    found, _ = read(tmp_path / "m")
+    down = found["layers"]["mlp"]["down"]
+    assert down.dtype == jnp.float32
+    for i, dtype in enumerate((ml_dtypes.bfloat16, np.float16)):
+        stored = np.asarray(params["layers"]["mlp"]["down"][i]).astype(dtype)
+        np.testing.assert_array_equal(down[i], stored.astype(np.float32))
+    # Out again, with queries of another dtype than keys and values.
+    attn = found["layers"]["attn"]
+    attn["q"] = attn["q"].astype(jnp.bfloat16)
+    write_hf(tmp_path / "out", config, found, None)
+    again, _ = read(tmp_path / "out")
+    np.testing.assert_array_equal(
+        again["layers"]["attn"]["q"], attn["q"].astype(jnp.float32)
+    )
+    np.testing.assert_array_equal(again["layers"]["attn"]["k"], attn["k"])
+
+
 def test_shards_are_read_as_one_file_is(tmp_path):
     params = make(tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
