@@ -88,7 +88,7 @@ def make_sparse(folder: Path, name: str) -> None:
     }
     folder.mkdir(parents=True)
     path = folder / "model.safetensors"
-    _, header = safetensors._make_header(path, layout, None)
+    _, header = safetensors.make_header(path, layout, None)
     size = sum(int(np.prod(shape)) * 2 for shape, _ in layout.values())
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)

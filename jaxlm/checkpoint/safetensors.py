@@ -390,7 +390,7 @@ def write_safetensors(
       OSError: when the file cannot be written.
     """
     path = Path(path).expanduser()
-    order, header = _make_header(path, layout, metadata)
+    order, header = make_header(path, layout, metadata)
     with replacing(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
@@ -401,10 +401,14 @@ def write_safetensors(
             del values  # before the next ones come
 
 
-def _make_header(
+def make_header(
     path: Path, layout: Layout, metadata: Mapping[str, str] | None
 ) -> tuple[list[str], bytes]:
-    """The names in the order of the file, and the padded header."""
+    """The names in the order of the file, and the padded header.
+
+    Raises:
+      ValueError: as `write_safetensors`.
+    """
     if len(layout) > MAX_TENSORS:
         raise ValueError(f"{path}: {len(layout)} tensors are more than {MAX_TENSORS}")
     for name, (_, dtype) in layout.items():

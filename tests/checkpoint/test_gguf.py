@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_case import NAMES, small
 from parity_case import nested, weights
 
 from jaxlm import tree
@@ -23,30 +24,6 @@ LLAMA = toy(preset("smollm2-135m"))
 WIDE = dataclasses.replace(
     LLAMA, model_dim=64, hidden_dim=96, num_heads=4, num_kv_heads=2
 )
-# One for each architecture, and one for each stretching.
-ROUND_TRIPS = (
-    "smollm2-135m",
-    "llama2-7b",
-    "llama3.2-1b",
-    "qwen2-0.5b",
-    "qwen3-0.6b",
-    "gemma-2b",
-    "gemma2-2b",
-    "gemma3-4b",
-    "phi3-mini-128k",
-    "phi4-mini",
-    "mixtral-8x7b",
-    "qwen3-30b-a3b",
-)
-
-
-def small(name):
-    """A toy whose heads fill its width, as llama.cpp wants some architectures."""
-    config = toy(preset(name))
-    if name.startswith(("qwen2", "phi")):
-        width = config.num_heads * config.head_dim
-        config = dataclasses.replace(config, model_dim=width)
-    return config
 
 
 def random(config):
@@ -60,7 +37,7 @@ def read(path):
     return config, tree.flatten(params)
 
 
-@pytest.mark.parametrize("name", ROUND_TRIPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_round_trip(tmp_path, name):
     config = small(name)
     params = tree.flatten(random(config))

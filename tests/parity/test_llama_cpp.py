@@ -12,29 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_case import NAMES, small
 from parity_case import nested, weights
 
 from jaxlm.checkpoint.gguf import write_model
 from jaxlm.config import SampleConfig
 from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.infer.generate import generate
-from jaxlm.model.families import preset, toy
 
 pytestmark = pytest.mark.slow
 
-NAMES = (
-    "smollm2-135m",
-    "llama3.2-1b",
-    "qwen2-0.5b",
-    "qwen3-0.6b",
-    "gemma-2b",
-    "gemma2-2b",
-    "gemma3-4b",
-    "phi3-mini-128k",
-    "phi4-mini",
-    "mixtral-8x7b",
-    "qwen3-30b-a3b",
-)
 NEW = 24
 # Attention with f32 keys and without flash attention: nothing is rounded to f16.
 # Its server leaves incomplete characters out of what it tells, so only ASCII is drawn.
@@ -59,11 +46,7 @@ print(json.dumps([c["id"] for c in result["choices"][0]["logprobs"]["content"]])
 
 
 def model(name):
-    config = dataclasses.replace(toy(preset(name)), vocab_size=257, dtype="float32")
-    if name.startswith(("qwen2", "phi")):
-        width = config.num_heads * config.head_dim
-        config = dataclasses.replace(config, model_dim=width)
-    return config
+    return dataclasses.replace(small(name), vocab_size=257, dtype="float32")
 
 
 def drawn_by_llama_cpp(path, prompt):
