@@ -65,16 +65,20 @@ def _read_scaling(
     keys: Keys, shared: Mapping[str, Any], divisors: Mapping[str, np.ndarray]
 ) -> RopeScaling | None:
     kinds = {k: k for k in ("none", "linear", "yarn", "longrope")}
-    kind = keys.choice("rope.scaling.type", kinds, "none")
-    # The older name of a linear stretching.
-    old = keys.number("rope.scale_linear", 1.0)
-    factor = keys.number("rope.scaling.factor", old)
+    # A factor alone is a linear stretching, and so it is under its older name.
+    kind = keys.choice("rope.scaling.type", kinds, "linear")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     original = keys.count("rope.scaling.original_context_length", None)
     attention_factor = keys.number("rope.scaling.attn_factor", None)
     keys.drop("rope.scaling.finetuned")
+    stretched = kind == "yarn" or (kind == "linear" and factor != 1.0)
+    if divisors and stretched:
+        raise ValueError(
+            f"{keys.where}: {', '.join(divisors)} beside rope.scaling.type {kind}"
+        )
     if ROPE_FREQS in divisors:
-        if kind != "none" or factor != 1.0:
-            raise ValueError(f"{keys.where}: {ROPE_FREQS} beside another stretching")
+        if len(divisors) > 1:
+            raise ValueError(f"{keys.where}: {' beside '.join(divisors)}")
         return _from_divisors(shared, _shortest(divisors[ROPE_FREQS]))
     if divisors:
         if set(divisors) != {ROPE_SHORT, ROPE_LONG}:

@@ -1,6 +1,7 @@
 """Models in GGUF files: keys, names, the order of rows, and what is refused."""
 
 import dataclasses
+import re
 
 import gguf as library
 import jax
@@ -14,7 +15,14 @@ from jaxlm import tree
 from jaxlm.checkpoint import source
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.gguf import write_model
-from jaxlm.checkpoint.gguf_config import read_config, rope_tensors, write_config
+from jaxlm.checkpoint.gguf_config import (
+    ROPE_FREQS,
+    ROPE_LONG,
+    ROPE_SHORT,
+    read_config,
+    rope_tensors,
+    write_config,
+)
 from jaxlm.checkpoint.gguf_file import read_gguf, write_gguf
 from jaxlm.config import diff
 from jaxlm.model.families import PRESETS, preset, toy
@@ -249,12 +257,45 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, fault):
     assert text.startswith(str(path)) and "\n" not in text
 
 
-def test_linear_and_yarn_stretching(tmp_path):
-    for values, kind in (
-        ({"type": "linear", "factor": 4.0}, "linear"),
-        ({"type": "yarn", "factor": 4.0, "original_context_length": 32}, "yarn"),
-    ):
-        names = {f"llama.rope.scaling.{k}": v for k, v in values.items()}
-        path = changed(tmp_path, lambda m, _, names=names: m.update(names))
-        scaling = source.load_config(path).rope_scaling
-        assert scaling.kind == kind and scaling.factor == 4.0
+@pytest.mark.parametrize(
+    "values, kind",
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, "linear"),
+        # As llama.cpp takes files without a type.
+        ({"scaling.factor": 4.0}, "linear"),
+        ({"scale_linear": 4.0}, "linear"),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.type": "yarn", "scaling.factor": 4.0}, "yarn"),
+    ],
+)
+def test_linear_and_yarn_stretching(tmp_path, values, kind):
+    names = {f"llama.rope.{k}": v for k, v in values.items()}
+    path = changed(tmp_path, lambda metadata, _: metadata.update(names))
+    scaling = source.load_config(path).rope_scaling
+    assert (scaling and (scaling.kind, scaling.factor)) == (kind and (kind, 4.0))
+
+
+def with_divisors(*names, **values):
+    def change(metadata, tensors):
+        metadata |= {f"llama.rope.{k}": v for k, v in values.items()}
+        tensors |= {name: np.ones(8, np.float32) for name in names}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            with_divisors(ROPE_FREQS, scale_linear=2.0),
+            "beside rope.scaling.type linear",
+        ),
+        (with_divisors(ROPE_FREQS, ROPE_LONG), f"{ROPE_FREQS} beside {ROPE_LONG}"),
+        (with_divisors(ROPE_LONG), "is missing"),
+        (with_divisors(ROPE_LONG, ROPE_SHORT), f"llama with {ROPE_LONG} is not known"),
+    ],
+)
+def test_no_stretching_is_dropped(tmp_path, change, message):
+    path = changed(tmp_path, change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        source.load(path)
