@@ -14,8 +14,8 @@ from jaxlm.checkpoint.gguf_config import (
     write_config,
 )
 from jaxlm.checkpoint.gguf_file import read_gguf, write_gguf
-from jaxlm.checkpoint.mapping import BFLOAT16, Rule, Translation, rule
-from jaxlm.checkpoint.tensor_file import StoredTensor
+from jaxlm.checkpoint.mapping import Rule, Translation, rule
+from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig
 from jaxlm.data.gguf_tokenizer import gguf_metadata, tokenizer_from_gguf
 from jaxlm.data.text_stream import Tokenizer

@@ -127,7 +127,8 @@ def _rope_scaling(rope: Keys, context: int, original: int | None) -> RopeScaling
     old_name = rope.take("type", "default")
     kind = rope.choice("rope_type", kinds, old_name)
     if kind is None:
-        rope.drop("factor", "original_max_position_embeddings")
+        rope.must("factor", 1, 1.0)
+        rope.drop("original_max_position_embeddings")
         rope.done()
         return None
     fields: dict[str, Any] = {"kind": kind}

@@ -285,7 +285,7 @@ class Translation:
             x = self.to_theirs(rule, parts)
             with np.errstate(over="ignore"):
                 cast = x.astype(layout[name][1], copy=False)
-            if not is_finite(cast) and is_finite(x):
+            if not _is_finite(cast) and _is_finite(x):
                 raise ValueError(
                     f"{name} has values that {cast.dtype.name} cannot hold: choose "
                     "bfloat16 or float32"
@@ -318,8 +318,8 @@ class _Part:
             name = self._translation._name(self._rule, tuple(g for _, g in place))
             x = self._translation.to_ours(self._path, self._tensors[name].read())
             target = out[tuple(i for i, _ in place)]
-            copy(target, x[tuple(index[leading:])])
-            if not is_finite(target):
+            _copy(target, x[tuple(index[leading:])])
+            if not _is_finite(target):
                 self._bad.add(name)
 
         # Lists, so that an error of a thread is raised here.
@@ -341,7 +341,7 @@ def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
     return np.dtype(np.float32) if common == np.float64 else common
 
 
-def copy(target: np.ndarray, source: np.ndarray) -> None:
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
     """`target[...] = source`, fast also where source is transposed."""
     if target.dtype == source.dtype and target.dtype == BFLOAT16:
         # NumPy moves integers faster than a dtype that it does not know.
@@ -376,7 +376,7 @@ _EXPONENT = {
 }
 
 
-def is_finite(x: np.ndarray) -> bool:
+def _is_finite(x: np.ndarray) -> bool:
     """Whether no value of a contiguous float array is infinite or not a number."""
     unsigned, exponent = _EXPONENT[x.dtype]
     bits, mask = x.reshape(-1).view(unsigned), unsigned(exponent)

@@ -259,6 +259,10 @@ WRONG = {
     "a flag that is a number": ({"tie_word_embeddings": 1}, "not true or false"),
     "a list for a size": ({"vocab_size": [1]}, "not a whole number"),
     "a scaling that is text": ({"rope_scaling": "linear"}, "not a dictionary"),
+    "a factor without a kind": (
+        {"rope_scaling": {"rope_type": "default", "factor": 8.0}},
+        "factor is 8.0, which this jaxlm cannot",
+    ),
     "a factor below 1": (
         {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
         "factor is 0.5",
