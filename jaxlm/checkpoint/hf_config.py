@@ -2,7 +2,8 @@
 
 Reading is strict: each key is mapped, or stands in a list of keys that do not change
 what the model computes, or is an error. A silently ignored `rope_scaling` would be a
-bug that nobody sees. Defaults of absent keys are those of transformers' classes.
+bug that nobody sees. Defaults of absent keys are those of transformers' classes. What
+families have in common is in `hf_fields.py`.
 """
 
 import dataclasses
@@ -10,8 +11,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.checkpoint.keys import MOST_LAYERS, REQUIRED, Keys
-from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.checkpoint import hf_fields
+from jaxlm.checkpoint.keys import MOST_LAYERS, Keys
+from jaxlm.config import ModelConfig
 
 # Keys that say nothing about the values of the logits: names, training, saving,
 # generation, and code that is never run.
@@ -53,201 +55,43 @@ _UNUSED: Mapping[str, tuple[Any, ...]] = {
     "attention_chunk_size": (None,),
 }
 
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu_squared",
-}
-LAYER_KINDS = {"sliding_attention": "local", "full_attention": "global"}
-
-
-def _shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
-    """The fields that all Llama-shaped files name alike."""
-
-    def default(name: str) -> Any:
-        return defaults.get(name, REQUIRED)
-
-    width = keys.count("hidden_size", default("hidden_size"))
-    heads = keys.count("num_attention_heads", default("num_attention_heads"))
-    kv_heads = keys.count("num_key_value_heads", defaults.get("num_key_value_heads"))
-    head_dim = keys.count("head_dim", defaults.get("head_dim"))
-    if head_dim is None:
-        if width % heads:
-            raise ValueError(
-                f"{keys.where}: hidden_size {width} is no multiple of "
-                f"num_attention_heads {heads}, and head_dim is missing"
-            )
-        head_dim = width // heads
-    context = keys.count("max_position_embeddings", default("max_position_embeddings"))
-    return {
-        "vocab_size": keys.count("vocab_size", default("vocab_size")),
-        "num_layers": keys.count(
-            "num_hidden_layers", default("num_hidden_layers"), MOST_LAYERS
-        ),
-        "model_dim": width,
-        "num_heads": heads,
-        "num_kv_heads": heads if kv_heads is None else kv_heads,
-        "head_dim": head_dim,
-        "hidden_dim": keys.count("intermediate_size", default("intermediate_size")),
-        "context_length": context,
-        "activation": keys.choice(
-            "hidden_act", _ACTIVATIONS, defaults.get("hidden_act", "silu")
-        ),
-        "norm_epsilon": keys.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
-        "tied_embeddings": keys.flag(
-            "tie_word_embeddings", defaults.get("tie_word_embeddings", False)
-        ),
-    }
-
-
-def _rope(
-    keys: Keys, context: int, theta: float, default_scaling: Mapping | None = None
-) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling`."""
-    top_theta = keys.number("rope_theta", theta)
-    top_fraction = keys.number("partial_rotary_factor", 1.0)
-    original = keys.count("original_max_position_embeddings", None)
-    old, new = keys.values("rope_scaling"), keys.values("rope_parameters")
-    name = "rope_parameters" if new else "rope_scaling"
-    rope = Keys({**old, **new} or default_scaling or {}, f"{keys.where}: {name}")
-    theta = rope.number("rope_theta", top_theta)
-    fraction = rope.number("partial_rotary_factor", top_fraction)
-    scaling = _rope_scaling(rope, context, original)
-    return {"rope_theta": theta, "rope_fraction": fraction, "rope_scaling": scaling}
-
-
-def _rope_scaling(rope: Keys, context: int, original: int | None) -> RopeScaling | None:
-    kinds = {k: k for k in ("linear", "dynamic", "llama3", "yarn", "longrope")}
-    kinds |= {"default": None, "su": "longrope"}
-    old_name = rope.take("type", "default")
-    kind = rope.choice("rope_type", kinds, old_name)
-    if kind is None:
-        rope.must("factor", 1, 1.0)
-        rope.drop("original_max_position_embeddings")
-        rope.done()
-        return None
-    fields: dict[str, Any] = {"kind": kind}
-    inside = rope.count("original_max_position_embeddings", None)
-    length = original if original is not None else inside
-    if kind == "linear":
-        length = None  # it has no part in the formula
-    elif kind == "dynamic":
-        length = context  # what transformers takes, whatever the file says
-    fields["original_context_length"] = length or 0
-    if kind != "longrope":
-        fields["factor"] = rope.number("factor")
-    if kind == "llama3":
-        fields["low_frequency_factor"] = rope.number("low_freq_factor")
-        fields["high_frequency_factor"] = rope.number("high_freq_factor")
-    if kind == "yarn":
-        fields["beta_fast"] = rope.number("beta_fast", 32.0)
-        fields["beta_slow"] = rope.number("beta_slow", 1.0)
-        fields["truncate"] = rope.flag("truncate", True)
-        rope.must("mscale")
-        rope.must("mscale_all_dim")
-    if kind in ("yarn", "longrope"):
-        fields["attention_factor"] = rope.number("attention_factor", None)
-    if kind == "longrope":
-        fields["short_factors"] = tuple(map(float, rope.items("short_factor", float)))
-        fields["long_factors"] = tuple(map(float, rope.items("long_factor", float)))
-        if length is None:
-            raise ValueError(
-                f"{rope.where}: longrope needs original_max_position_embeddings"
-            )
-        # The factor is the ratio of the lengths, unless it is given.
-        factor = rope.number("factor", None)
-        if factor is not None and not math.isclose(factor, context / length):
-            raise ValueError(
-                f"{rope.where}: factor is {factor}, but the lengths give "
-                f"{context / length}: this jaxlm computes only the latter"
-            )
-    rope.done()
-    return RopeScaling(**fields)
-
-
-def _window(keys: Keys, context: int, default: int | None = None) -> int | None:
-    """The sliding window; None for one that hides nothing within the context.
-
-    Only an absent key has a default: null is no window.
-    """
-    window = keys.count("sliding_window", None if "sliding_window" in keys else default)
-    return None if window is None or window >= context else window
-
-
-def _cap(keys: Keys, name: str, default: float | None) -> float | None:
-    """A soft cap; null is none."""
-    return keys.number(name, None if name in keys else default)
-
-
-def _period(values: list[Any]) -> tuple[Any, ...]:
-    """The shortest pattern that, repeated, gives the values."""
-    for n in range(1, len(values) + 1):
-        if all(v == values[i % n] for i, v in enumerate(values)):
-            return tuple(values[:n])
-    raise AssertionError("no values")
-
-
-def _pattern(keys: Keys, layers: int, window: int | None, otherwise: list[str]):
-    """`layer_pattern` and `window` from `layer_types`, or from what stands for them."""
-    names = keys.items("layer_types", str, otherwise)
-    if len(names) < layers:
-        raise ValueError(
-            f"{keys.where}: layer_types has {len(names)} entries for {layers} layers"
-        )
-    for name in set(names) - set(LAYER_KINDS):
-        raise ValueError(
-            f"{keys.where}: layer_types has {name!r}, which this jaxlm cannot compute"
-        )
-    kinds = [LAYER_KINDS[name] for name in names[:layers]]
-    if window is None:
-        kinds = ["global"] * layers
-    elif "local" not in kinds:
-        window = None
-    return {"layer_pattern": _period(kinds), "window": window}
-
-
-def _biases(keys: Keys) -> dict[str, bool]:
-    bias = keys.flag("attention_bias", False)
-    return {"attention_bias": bias, "attention_output_bias": bias}
-
 
 def _read_llama(keys: Keys) -> ModelConfig:
     """Llama 1 to 3, SmolLM2, and what else calls itself Llama."""
-    shared = _shared(keys, max_position_embeddings=2048)
-    rope = _rope(keys, shared["context_length"], 10_000.0)
+    shared = hf_fields.shared(keys, max_position_embeddings=2048)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
     bias = keys.flag("mlp_bias", False)
-    return ModelConfig(**shared, **rope, **_biases(keys), feed_forward_bias=bias)
+    return ModelConfig(
+        **shared, **rope, **hf_fields.attention_biases(keys), feed_forward_bias=bias
+    )
 
 
 def _read_mistral(keys: Keys) -> ModelConfig:
-    shared = _shared(keys, num_key_value_heads=8, max_position_embeddings=131_072)
-    rope = _rope(keys, shared["context_length"], 10_000.0)
-    window = _window(keys, shared["context_length"], 4096)
-    pattern = _pattern(
+    shared = hf_fields.shared(
+        keys, num_key_value_heads=8, max_position_embeddings=131_072
+    )
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
+    window = hf_fields.window(keys, shared["context_length"], 4096)
+    pattern = hf_fields.layer_pattern(
         keys, shared["num_layers"], window, ["sliding_attention"] * shared["num_layers"]
     )
     return ModelConfig(**shared, **rope, **pattern)
 
 
 def _read_mixtral(keys: Keys) -> ModelConfig:
-    shared = _shared(
+    shared = hf_fields.shared(
         keys,
         num_key_value_heads=8,
         max_position_embeddings=131_072,
         rms_norm_eps=1e-5,
     )
-    rope = _rope(keys, shared["context_length"], 1e6)
+    rope = hf_fields.rope(keys, shared["context_length"], 1e6)
     layers = shared["num_layers"]
-    window = _window(keys, shared["context_length"])
+    window = hf_fields.window(keys, shared["context_length"])
     return ModelConfig(
         **shared,
         **rope,
-        **_pattern(keys, layers, window, ["sliding_attention"] * layers),
+        **hf_fields.layer_pattern(keys, layers, window, ["sliding_attention"] * layers),
         num_experts=keys.count("num_local_experts", 8),
         experts_per_token=keys.count("num_experts_per_tok", 2),
     )
@@ -257,29 +101,35 @@ def _qwen_window(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     layers = shared["num_layers"]
     # `use_sliding_window` false wins over a `sliding_window`.
     used = keys.flag("use_sliding_window", False)
-    window = _window(keys, shared["context_length"], 4096)
+    window = hf_fields.window(keys, shared["context_length"], 4096)
     first = keys.index("max_window_layers", 28)
     otherwise = [
         "sliding_attention" if used and i >= first else "full_attention"
         for i in range(layers)
     ]
-    return _pattern(keys, layers, window if used else None, otherwise)
+    return hf_fields.layer_pattern(keys, layers, window if used else None, otherwise)
 
 
 def _read_qwen2(keys: Keys) -> ModelConfig:
     """Qwen2 and Qwen2.5."""
-    shared = _shared(keys, max_position_embeddings=32_768)
-    rope = _rope(keys, shared["context_length"], 10_000.0)
+    shared = hf_fields.shared(keys, max_position_embeddings=32_768)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
     return ModelConfig(
         **shared, **rope, **_qwen_window(keys, shared), attention_bias=True
     )
 
 
 def _qwen3(keys: Keys, head_dim: int | None = 128) -> dict[str, Any]:
-    shared = _shared(keys, max_position_embeddings=32_768, head_dim=head_dim)
-    rope = _rope(keys, shared["context_length"], 10_000.0)
+    shared = hf_fields.shared(keys, max_position_embeddings=32_768, head_dim=head_dim)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
     window = _qwen_window(keys, shared)
-    return {**shared, **rope, **window, **_biases(keys), "qk_norm": "head"}
+    return {
+        **shared,
+        **rope,
+        **window,
+        **hf_fields.attention_biases(keys),
+        "qk_norm": "head",
+    }
 
 
 def _read_qwen3(keys: Keys) -> ModelConfig:
@@ -319,10 +169,10 @@ def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
         # Gemma 1's files say so and mean the approximation, as transformers notes.
         activation = "gelu_pytorch_tanh"
     keys.put("hidden_act", activation)
-    shared = _shared(keys, **defaults)
+    shared = hf_fields.shared(keys, **defaults)
     return {
         **shared,
-        **_biases(keys),
+        **hf_fields.attention_biases(keys),
         "norm": "rms_unit_offset",
         "embedding_scale": math.sqrt(shared["model_dim"]),
     }
@@ -330,7 +180,9 @@ def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
 
 def _read_gemma(keys: Keys) -> ModelConfig:
     fields = _gemma(keys)
-    return ModelConfig(**fields, **_rope(keys, fields["context_length"], 10_000.0))
+    return ModelConfig(
+        **fields, **hf_fields.rope(keys, fields["context_length"], 10_000.0)
+    )
 
 
 def _read_gemma2(keys: Keys) -> ModelConfig:
@@ -342,11 +194,13 @@ def _read_gemma2(keys: Keys) -> ModelConfig:
     ]
     return ModelConfig(
         **fields,
-        **_rope(keys, context, 10_000.0),
-        **_pattern(keys, layers, _window(keys, context, 4096), otherwise),
+        **hf_fields.rope(keys, context, 10_000.0),
+        **hf_fields.layer_pattern(
+            keys, layers, hf_fields.window(keys, context, 4096), otherwise
+        ),
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=_cap(keys, "attn_logit_softcapping", 50.0),
-        final_soft_cap=_cap(keys, "final_logit_softcapping", 30.0),
+        attention_soft_cap=hf_fields.soft_cap(keys, "attn_logit_softcapping", 50.0),
+        final_soft_cap=hf_fields.soft_cap(keys, "final_logit_softcapping", 30.0),
         norm_placement="both",
     )
 
@@ -379,12 +233,14 @@ def _read_gemma3_text(keys: Keys) -> ModelConfig:
     local.done()
     return ModelConfig(
         **fields,
-        **_rope(keys, context, 1e6),
-        **_pattern(keys, layers, _window(keys, context, 4096), otherwise),
+        **hf_fields.rope(keys, context, 1e6),
+        **hf_fields.layer_pattern(
+            keys, layers, hf_fields.window(keys, context, 4096), otherwise
+        ),
         rope_local_theta=local_theta,
         attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=_cap(keys, "attn_logit_softcapping", None),
-        final_soft_cap=_cap(keys, "final_logit_softcapping", None),
+        attention_soft_cap=hf_fields.soft_cap(keys, "attn_logit_softcapping", None),
+        final_soft_cap=hf_fields.soft_cap(keys, "final_logit_softcapping", None),
         qk_norm="head",
         norm_placement="both",
     )
@@ -400,10 +256,10 @@ def _read_gemma3(keys: Keys) -> ModelConfig:
 
 def _read_phi3(keys: Keys) -> ModelConfig:
     """Phi-3, Phi-4 and Phi-4-mini."""
-    shared = _shared(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
-    rope = _rope(keys, shared["context_length"], 10_000.0)
+    shared = hf_fields.shared(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
     layers = shared["num_layers"]
-    window = _window(keys, shared["context_length"])
+    window = hf_fields.window(keys, shared["context_length"])
     keys.must("attention_bias", False)
     # Names of the files' own code for what is above.
     keys.must("lm_head_bias", False)
@@ -413,23 +269,23 @@ def _read_phi3(keys: Keys) -> ModelConfig:
     return ModelConfig(
         **shared,
         **rope,
-        **_pattern(keys, layers, window, ["sliding_attention"] * layers),
+        **hf_fields.layer_pattern(keys, layers, window, ["sliding_attention"] * layers),
     )
 
 
 def _read_olmo2(keys: Keys) -> ModelConfig:
-    shared = _shared(keys, max_position_embeddings=2048, rms_norm_eps=1e-5)
+    shared = hf_fields.shared(keys, max_position_embeddings=2048, rms_norm_eps=1e-5)
     return ModelConfig(
         **shared,
-        **_rope(keys, shared["context_length"], 10_000.0),
-        **_biases(keys),
+        **hf_fields.rope(keys, shared["context_length"], 10_000.0),
+        **hf_fields.attention_biases(keys),
         qk_norm="full",
         norm_placement="output",
     )
 
 
 def _read_smollm3(keys: Keys) -> ModelConfig:
-    shared = _shared(
+    shared = hf_fields.shared(
         keys,
         num_key_value_heads=4,
         max_position_embeddings=32_768,
@@ -441,7 +297,7 @@ def _read_smollm3(keys: Keys) -> ModelConfig:
     # 1 marks a layer that rotates, whatever the name says.
     rotated = keys.items("no_rope_layers", int, otherwise)
     used = keys.flag("use_sliding_window", False)
-    window = _window(keys, shared["context_length"])
+    window = hf_fields.window(keys, shared["context_length"])
     keys.drop("max_window_layers")
     kinds = [
         "sliding_attention" if used and not r else "full_attention" for r in rotated
@@ -453,11 +309,11 @@ def _read_smollm3(keys: Keys) -> ModelConfig:
         )
     return ModelConfig(
         **shared,
-        **_rope(keys, shared["context_length"], 2e6),
-        **_pattern(keys, layers, window if used else None, kinds),
-        **_biases(keys),
+        **hf_fields.rope(keys, shared["context_length"], 2e6),
+        **hf_fields.layer_pattern(keys, layers, window if used else None, kinds),
+        **hf_fields.attention_biases(keys),
         feed_forward_bias=keys.flag("mlp_bias", False),
-        rope_pattern=_period([bool(r) for r in rotated[:layers]]),
+        rope_pattern=hf_fields.period([bool(r) for r in rotated[:layers]]),
     )
 
 
@@ -479,7 +335,9 @@ def _read_gpt2(keys: Keys) -> ModelConfig:
         position="learned",
         attention_bias=True,
         attention_output_bias=True,
-        activation=keys.choice("activation_function", _ACTIVATIONS, "gelu_new"),
+        activation=keys.choice(
+            "activation_function", hf_fields.ACTIVATIONS, "gelu_new"
+        ),
         gated=False,
         feed_forward_bias=True,
         norm="layer",
@@ -499,11 +357,11 @@ def _read_gpt_neox(keys: Keys) -> ModelConfig:
     epsilon = keys.number("layer_norm_eps", 1e-5)
     bias = keys.flag("attention_bias", True)
     parallel = keys.flag("use_parallel_residual", True)
-    shared = _shared(keys, max_position_embeddings=2048, hidden_act="gelu")
+    shared = hf_fields.shared(keys, max_position_embeddings=2048, hidden_act="gelu")
     shared["norm_epsilon"] = epsilon
     return ModelConfig(
         **shared,
-        **_rope(keys, shared["context_length"], theta),
+        **hf_fields.rope(keys, shared["context_length"], theta),
         attention_bias=bias,
         attention_output_bias=bias,
         gated=False,
@@ -533,7 +391,7 @@ def _read_gpt_oss(keys: Keys) -> ModelConfig:
     keys.must("swiglu_alpha", 1.702)
     keys.must("attention_bias", True)
     keys.must("hidden_act", "silu")
-    shared = _shared(
+    shared = hf_fields.shared(
         keys,
         num_key_value_heads=8,
         head_dim=64,
@@ -547,8 +405,10 @@ def _read_gpt_oss(keys: Keys) -> ModelConfig:
     ]
     return ModelConfig(
         **shared,
-        **_rope(keys, context, 150_000.0, _GPT_OSS_ROPE),
-        **_pattern(keys, layers, _window(keys, context, 128), otherwise),
+        **hf_fields.rope(keys, context, 150_000.0, _GPT_OSS_ROPE),
+        **hf_fields.layer_pattern(
+            keys, layers, hf_fields.window(keys, context, 128), otherwise
+        ),
         attention_bias=True,
         attention_output_bias=True,
         attention_sinks=True,

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from jaxlm.checkpoint.families import choose
-from jaxlm.checkpoint.hf_config import LAYER_KINDS, read
+from jaxlm.checkpoint.hf_config import read
+from jaxlm.checkpoint.hf_fields import LAYER_KINDS
 from jaxlm.checkpoint.keys import Keys
 from jaxlm.config import ModelConfig
 

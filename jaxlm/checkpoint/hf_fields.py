@@ -1,0 +1,187 @@
+"""Fields that `config.json` files of several families have in common.
+
+Each function takes its keys out of a `Keys` and gives fields of a `ModelConfig`; each
+raises ValueError, with the file and the key, for a value that cannot be.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.checkpoint.keys import MOST_LAYERS, REQUIRED, Keys
+from jaxlm.config import RopeScaling
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+LAYER_KINDS = {"sliding_attention": "local", "full_attention": "global"}
+
+
+def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
+    """Sizes, activation, epsilon and tying, which Llama-shaped files name alike.
+
+    Args:
+      defaults: by key, for those that may be absent.
+    """
+
+    def default(name: str) -> Any:
+        return defaults.get(name, REQUIRED)
+
+    width = keys.count("hidden_size", default("hidden_size"))
+    heads = keys.count("num_attention_heads", default("num_attention_heads"))
+    kv_heads = keys.count("num_key_value_heads", defaults.get("num_key_value_heads"))
+    head_dim = keys.count("head_dim", defaults.get("head_dim"))
+    if head_dim is None:
+        if width % heads:
+            raise ValueError(
+                f"{keys.where}: hidden_size {width} is no multiple of "
+                f"num_attention_heads {heads}, and head_dim is missing"
+            )
+        head_dim = width // heads
+    context = keys.count("max_position_embeddings", default("max_position_embeddings"))
+    return {
+        "vocab_size": keys.count("vocab_size", default("vocab_size")),
+        "num_layers": keys.count(
+            "num_hidden_layers", default("num_hidden_layers"), MOST_LAYERS
+        ),
+        "model_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": head_dim,
+        "hidden_dim": keys.count("intermediate_size", default("intermediate_size")),
+        "context_length": context,
+        "activation": keys.choice(
+            "hidden_act", ACTIVATIONS, defaults.get("hidden_act", "silu")
+        ),
+        "norm_epsilon": keys.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
+        "tied_embeddings": keys.flag(
+            "tie_word_embeddings", defaults.get("tie_word_embeddings", False)
+        ),
+    }
+
+
+def rope(
+    keys: Keys, context: int, theta: float, default_scaling: Mapping | None = None
+) -> dict[str, Any]:
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling`.
+
+    Args:
+      context: the context length in tokens.
+      theta: default of the base.
+      default_scaling: keys of a stretching where the file has none.
+    """
+    top_theta = keys.number("rope_theta", theta)
+    top_fraction = keys.number("partial_rotary_factor", 1.0)
+    original = keys.count("original_max_position_embeddings", None)
+    old, new = keys.values("rope_scaling"), keys.values("rope_parameters")
+    name = "rope_parameters" if new else "rope_scaling"
+    rope = Keys({**old, **new} or default_scaling or {}, f"{keys.where}: {name}")
+    theta = rope.number("rope_theta", top_theta)
+    fraction = rope.number("partial_rotary_factor", top_fraction)
+    scaling = _rope_scaling(rope, context, original)
+    return {"rope_theta": theta, "rope_fraction": fraction, "rope_scaling": scaling}
+
+
+def _rope_scaling(rope: Keys, context: int, original: int | None) -> RopeScaling | None:
+    kinds = {k: k for k in ("linear", "dynamic", "llama3", "yarn", "longrope")}
+    kinds |= {"default": None, "su": "longrope"}
+    old_name = rope.take("type", "default")
+    kind = rope.choice("rope_type", kinds, old_name)
+    if kind is None:
+        rope.must("factor", 1, 1.0)
+        rope.drop("original_max_position_embeddings")
+        rope.done()
+        return None
+    fields: dict[str, Any] = {"kind": kind}
+    inside = rope.count("original_max_position_embeddings", None)
+    length = original if original is not None else inside
+    if kind == "linear":
+        length = None  # it has no part in the formula
+    elif kind == "dynamic":
+        length = context  # what transformers takes, whatever the file says
+    fields["original_context_length"] = length or 0
+    if kind != "longrope":
+        fields["factor"] = rope.number("factor")
+    if kind == "llama3":
+        fields["low_frequency_factor"] = rope.number("low_freq_factor")
+        fields["high_frequency_factor"] = rope.number("high_freq_factor")
+    if kind == "yarn":
+        fields["beta_fast"] = rope.number("beta_fast", 32.0)
+        fields["beta_slow"] = rope.number("beta_slow", 1.0)
+        fields["truncate"] = rope.flag("truncate", True)
+        rope.must("mscale")
+        rope.must("mscale_all_dim")
+    if kind in ("yarn", "longrope"):
+        fields["attention_factor"] = rope.number("attention_factor", None)
+    if kind == "longrope":
+        fields["short_factors"] = tuple(map(float, rope.items("short_factor", float)))
+        fields["long_factors"] = tuple(map(float, rope.items("long_factor", float)))
+        if length is None:
+            raise ValueError(
+                f"{rope.where}: longrope needs original_max_position_embeddings"
+            )
+        # The factor is the ratio of the lengths, unless it is given.
+        factor = rope.number("factor", None)
+        if factor is not None and not math.isclose(factor, context / length):
+            raise ValueError(
+                f"{rope.where}: factor is {factor}, but the lengths give "
+                f"{context / length}: this jaxlm computes only the latter"
+            )
+    rope.done()
+    return RopeScaling(**fields)
+
+
+def window(keys: Keys, context: int, default: int | None = None) -> int | None:
+    """The sliding window; None for one that hides nothing within the context.
+
+    Only an absent key has a default: null is no window.
+    """
+    window = keys.count("sliding_window", None if "sliding_window" in keys else default)
+    return None if window is None or window >= context else window
+
+
+def soft_cap(keys: Keys, name: str, default: float | None) -> float | None:
+    """A soft cap; null is none."""
+    return keys.number(name, None if name in keys else default)
+
+
+def period(values: list[Any]) -> tuple[Any, ...]:
+    """The shortest pattern that, repeated, gives the values."""
+    for n in range(1, len(values) + 1):
+        if all(v == values[i % n] for i, v in enumerate(values)):
+            return tuple(values[:n])
+    raise AssertionError("no values")
+
+
+def layer_pattern(
+    keys: Keys, layers: int, window: int | None, otherwise: list[str]
+) -> dict[str, Any]:
+    """`layer_pattern` and `window` from `layer_types`, or from what stands for them."""
+    names = keys.items("layer_types", str, otherwise)
+    if len(names) < layers:
+        raise ValueError(
+            f"{keys.where}: layer_types has {len(names)} entries for {layers} layers"
+        )
+    for name in set(names) - set(LAYER_KINDS):
+        raise ValueError(
+            f"{keys.where}: layer_types has {name!r}, which this jaxlm cannot compute"
+        )
+    kinds = [LAYER_KINDS[name] for name in names[:layers]]
+    if window is None:
+        kinds = ["global"] * layers
+    elif "local" not in kinds:
+        window = None
+    return {"layer_pattern": period(kinds), "window": window}
+
+
+def attention_biases(keys: Keys) -> dict[str, bool]:
+    """`attention_bias`, which stands for the output projection as well."""
+    bias = keys.flag("attention_bias", False)
+    return {"attention_bias": bias, "attention_output_bias": bias}
