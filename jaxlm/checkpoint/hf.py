@@ -17,7 +17,7 @@ from jaxlm.checkpoint import hf_config, hf_config_writing, hf_names
 from jaxlm.checkpoint.keys import Keys
 from jaxlm.checkpoint.mapping import Translation
 from jaxlm.checkpoint.mxfp4 import decode_mxfp4
-from jaxlm.checkpoint.safetensors import read_folder, write_folder
+from jaxlm.checkpoint.safetensors_folder import read_folder, write_folder
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig
 from jaxlm.data.hugging_face_folder import tokenizer_from_folder

@@ -11,12 +11,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from jaxlm.checkpoint.safetensors import (
-    read_folder,
-    read_safetensors,
-    write_folder,
-    write_safetensors,
-)
+from jaxlm.checkpoint.safetensors import read_safetensors, write_safetensors
+from jaxlm.checkpoint.safetensors_folder import read_folder, write_folder
 
 DTYPES = {
     "F64": np.float64,
