@@ -60,9 +60,10 @@ class Run:
         report: Callable[[str], None],
     ) -> Params:
         """The parameters of the newest readable step."""
-        return reading.load(self.path, dtype=dtype, shardings=shardings, report=report)[
-            1
-        ]
+        _, params = reading.load(
+            self.path, dtype=dtype, shardings=shardings, report=report
+        )
+        return params
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was saved with the step."""
