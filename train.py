@@ -33,7 +33,6 @@ from jaxlm.cli import fail, read_config, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.infer.generate import generate
-from jaxlm.ops.dispatch import choose
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
@@ -101,7 +100,8 @@ def train(config: Config) -> int:
         progress.note(
             f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of "
             f"text, {settings.steps - step} steps on {jax.device_count()} "
-            f"{jax.devices()[0].device_kind}, {describe(config)}"
+            f"{jax.devices()[0].device_kind}, "
+            f"{compute_dtype(config.model.dtype).name}"
         )
         rows = batches(
             dataset,
@@ -130,14 +130,6 @@ def train(config: Config) -> int:
             draw_loss_png(run, run / "loss.png")
     print(f"{report}\npython sample.py {run}")
     return code
-
-
-def describe(config: Config) -> str:
-    """What the choices that are left to jaxlm have come to."""
-    model, length = config.model, config.data.sequence_length
-    cap = model.attention_soft_cap
-    implementation = choose(model.attention, length, length, cap)
-    return f"{compute_dtype(model.dtype).name}, {implementation} attention"
 
 
 def open_data(config: Config) -> Dataset:

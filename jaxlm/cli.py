@@ -18,6 +18,8 @@ from jaxlm.checkpoint.convert import convert
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.source import load_config
 from jaxlm.config import Config, nearest
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.ops.tuning import tune
 from jaxlm.train.curves import load_runs
 from jaxlm.train.picture import draw_loss_png
 from jaxlm.train.report import write_report
@@ -252,7 +254,44 @@ class Verify:
             raise SystemExit(EXIT_FAILED)
 
 
-VERBS: dict[str, type] = {"convert": Convert, "report": Report, "verify": Verify}
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Measure block sizes of attention on this device, and keep the best ones."""
+
+    what: tyro.conf.Positional[Literal["attention"]]
+    """What to tune."""
+    implementation: str | None = None
+    """One of them; None takes all that have block sizes and run here."""
+    batch: int = 4
+    length: int = 1024
+    """Tokens of a row."""
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    window: int | None = None
+
+    def run(self) -> None:
+        """Prints a line for each candidate, and the file that keeps the best."""
+        for line in tune(
+            self.implementation,
+            batch=self.batch,
+            length=self.length,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=compute_dtype(self.dtype),
+            window=self.window,
+        ):
+            print(line, flush=True)
+
+
+VERBS: dict[str, type] = {
+    "convert": Convert,
+    "report": Report,
+    "tune": Tune,
+    "verify": Verify,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

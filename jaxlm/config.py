@@ -173,8 +173,20 @@ class ModelConfig:
     unroll_layers: int = 1
     """Groups of layers that one step of the scan runs; more compiles slower and can
     run faster. 0 unrolls all."""
-    attention: Literal["auto", "reference", "dense", "blocked"] = "auto"
-    """Implementation of attention: auto picks by length, see docs/attention.md."""
+    attention: Literal[
+        "auto",
+        "reference",
+        "dense",
+        "xla",
+        "pallas_tpu",
+        "pallas_gpu",
+        "pallas_hopper",
+        "splash",
+        "mosaic_gpu",
+        "cudnn",
+    ] = "auto"
+    """Implementation of attention: auto picks by device and length, see
+    docs/attention.md."""
 
     def __post_init__(self):
         check_types(self, "model")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 # Set here, before anything imports jax; child processes inherit both. Tests write
 # nothing outside temporary folders.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLM_TEST_PLATFORM", "cpu")
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
@@ -26,11 +26,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    missing = set()
     if not (find_spec("torch") and find_spec("transformers")):
         # Their goldens are compared everywhere.
-        parity = [item for item in items if item.get_closest_marker("parity")]
-        config.hook.pytest_deselected(items=parity)
-        items[:] = [item for item in items if item not in parity]
+        missing.add("parity")
+    if not find_spec("libtpu"):
+        missing.add("aot")
+    left_out = [i for i in items if any(map(i.get_closest_marker, missing))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     if config.getoption("--run-slow"):
         return
     skip = pytest.mark.skip(reason="slow: needs --run-slow")

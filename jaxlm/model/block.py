@@ -7,6 +7,7 @@ in `jaxlm/ops`. Letters of shapes are explained in `jaxlm/types.py`.
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -135,8 +136,12 @@ class Attention(nn.Module):
             k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
             # Keys beyond the query are hidden by the causal mask.
             spec = dataclasses.replace(spec, query_segments=None, key_segments=None)
-        self._record(q, k, spec, probe)
-        z = attention(q, k, v, spec, implementation=config.attention)
+        run = partial(attention, q, k, v, spec, implementation=config.attention)
+        if probe.wants("attn_scores", "attn_lse", "attn_probs"):
+            z, lse = run(return_lse=True)
+            self._record(q, k, lse, spec, probe)
+        else:
+            z = run()
         z = probe("z", z)
         return self._output(z, probe), cache
 
@@ -167,21 +172,24 @@ class Attention(nn.Module):
             return None
         return self.param("sinks", nn.initializers.zeros, (self.config.num_heads,))
 
-    def _record(self, q: Array, k: Array, spec: attn.AttentionSpec, probe: Probe):
-        """The sites inside the softmax, built from the definition where tapped."""
-        if not probe.wants("attn_scores", "attn_lse", "attn_probs"):
+    def _record(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        lse: Float[Array, "B N T"],
+        spec: attn.AttentionSpec,
+        probe: Probe,
+    ):
+        """The sites inside the softmax: scores by the definition, and probabilities
+        rebuilt with the log-sum-exp of the implementation that ran."""
+        probe("attn_lse", lse)
+        if not probe.wants("attn_scores", "attn_probs"):
             return
         scores = attn.attention_scores(q, k, spec)
-        lse = attn.attention_lse(scores, spec)
-        probs = jnp.exp(scores - lse[..., None])
-        for site, x in (
-            ("attn_scores", scores),
-            ("attn_probs", probs),
-            ("attn_lse", lse),
-        ):
-            B, K, G = x.shape[:3]
-            rest = range(3, x.ndim)
-            probe(site, reshape(x, (B, K * G, *x.shape[3:]), (0, 1, *rest)))
+        B, K, G, T, S = scores.shape
+        scores = reshape(scores, (B, K * G, T, S), (0, 1, 3, 4))
+        probe("attn_scores", scores)
+        probe("attn_probs", jnp.exp(scores - lse[..., None]))
 
     def _output(self, z: Float[Array, "B T N H"], probe: Probe) -> Array:
         config = self.config

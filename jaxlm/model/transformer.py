@@ -6,7 +6,7 @@ Letters of shapes are explained in `jaxlm/types.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -136,6 +136,8 @@ def init(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
         raise ValueError("model.vocab_size is 0: set it to the tokenizer's size")
     # Only shapes matter here; one row for each part into which a mesh cuts a batch.
     tokens = jnp.zeros((batch_parts(), 1), jnp.int32, out_sharding=shard("batch", None))
+    # A kernel of another device could not even be traced here.
+    config = replace(config, attention="reference")
     variables = Transformer(config).init(key, tokens, None, None, None, ())
     return variables["params"]
 

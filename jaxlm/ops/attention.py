@@ -1,16 +1,17 @@
 """Attention: the specification and the plain reference.
 
 `AttentionSpec` says everything that decides the result. The reference reads it off
-literally and is the definition; faster versions (`blocked.py`) are proven against it,
-and `dispatch.py` picks one.
+literally and is the definition; faster versions (`dense.py`, `blocked.py`, `pallas/`)
+are proven against it, and `dispatch.py` picks one. Each takes (q, k, v, spec) and
+returns the result and the log-sum-exp.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, Num
 
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.mask import attention_mask
@@ -44,10 +45,39 @@ class AttentionSpec:
     """[B, T] int32: place of each query among the keys; None: 0 to T - 1."""
     key_length: Any = None
     """[B] int32: keys from this place on are hidden; None: all S are there."""
+    key_scale: Any = None
+    """[B, S, K] f32, with `value_scale`: keys and values are int8 and stand for their
+    product with it; see `quantize`."""
+    value_scale: Any = None
+    """[B, S, K] f32."""
+
+
+def quantize(
+    x: Float[Array, "*B H"],
+) -> tuple[Int8[Array, "*B H"], Float[Array, "*B"]]:
+    """Numbers rounded to int8, and the scale of each row: x is near int8 * scale.
+
+    Symmetric, by the greatest magnitude of the row; a row of zeros has scale 1.
+    """
+    x = x.astype(jnp.float32)
+    greatest = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(greatest > 0, greatest / 127.0, 1.0)
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def dequantize(
+    k: Array, v: Array, spec: AttentionSpec, dtype: Any
+) -> tuple[Array, Array, AttentionSpec]:
+    """Keys and values as numbers of `dtype`, and the spec without their scales."""
+    if spec.key_scale is None:
+        return k, v, spec
+    k = (k.astype(jnp.float32) * spec.key_scale[..., None]).astype(dtype)
+    v = (v.astype(jnp.float32) * spec.value_scale[..., None]).astype(dtype)
+    return k, v, replace(spec, key_scale=None, value_scale=None)
 
 
 def attention_scores(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], spec: AttentionSpec
+    q: Float[Array, "B T N H"], k: Num[Array, "B S K H"], spec: AttentionSpec
 ) -> Float[Array, "B K G T S"]:
     """Scores after scale and soft cap, `MASKED` where hidden, f32.
 
@@ -89,20 +119,33 @@ def attention_lse(
 
 def reference_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Num[Array, "B S K H"],
+    v: Num[Array, "B S K H"],
     spec: AttentionSpec,
-) -> Float[Array, "B T N H"]:
-    """Attention by its definition; holds all scores, [B, N, T, S] in f32."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention by its definition; holds all scores, [B, N, T, S] in f32.
+
+    Returns:
+      The result in q's dtype, and the log-sum-exp of the scores, sink included, f32.
+    """
+    k, v, spec = dequantize(k, v, spec, q.dtype)
     scores = attention_scores(q, k, spec)
+    lse = attention_lse(scores, spec)
     if spec.sinks is None:
         probs = jax.nn.softmax(scores, axis=-1)
     else:
-        probs = jnp.exp(scores - attention_lse(scores, spec)[..., None])
+        probs = jnp.exp(scores - lse[..., None])
     z = jnp.einsum(
         "BKGTS,BSKH->BTKGH",
         probs.astype(v.dtype),
         v,
         preferred_element_type=jnp.float32,
     )
-    return reshape(z, q.shape, (0, 1, 2, 4)).astype(q.dtype)
+    z = reshape(z, q.shape, (0, 1, 2, 4)).astype(q.dtype)
+    return z, join_heads(lse)
+
+
+def join_heads(lse: Float[Array, "B K G T"]) -> Float[Array, "B N T"]:
+    """One row for each query head."""
+    B, K, G, T = lse.shape
+    return reshape(lse, (B, K * G, T), (0, 1, 3))

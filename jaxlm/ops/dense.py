@@ -6,19 +6,37 @@ dimensions (the only form that XLA:CPU multiplies in bfloat16 with a batch), and
 blocks skip the keys that the causal mask or the window hides whole.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.ops.attention import MASKED, AttentionSpec
+from jaxlm.ops.attention import MASKED, AttentionSpec, join_heads
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.mask import attention_mask
+from jaxlm.ops.request import Request
+from jaxlm.ops.settings import measured, settings_key
 
-# Rows of queries whose hidden keys are skipped together. Smaller blocks skip more and
-# multiply smaller matrices; 128 was the fastest at 256 tokens.
-BLOCK = 128
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be tuned."""
+
+    block: int = 128
+    """Queries whose hidden keys are skipped together. Smaller blocks skip more and
+    multiply smaller matrices; 128 was the fastest at 256 tokens."""
+
+
+def settings_for(q: Array) -> Settings:
+    """What was measured for such queries, else the default."""
+    return measured(settings_key("dense", q), Settings())
+
+
+def declines(asked: Request) -> str | None:
+    """Why `dense_attention` cannot do what is asked; None: it can."""
+    return None if asked.soft_cap is None else "has no soft cap"
 
 
 def dense_attention(
@@ -26,37 +44,34 @@ def dense_attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     spec: AttentionSpec,
-) -> Float[Array, "B T N H"]:
-    """Attention that holds [B, N, T, S] probabilities in q's dtype.
-
-    Raises:
-      ValueError: for a spec with a soft cap.
-    """
-    if spec.soft_cap is not None:
-        raise ValueError(
-            "attention 'dense' has no soft cap: take 'reference', 'blocked' or 'auto'"
-        )
+    *,
+    settings: Settings | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention that holds [B, N, T, S] probabilities in q's dtype; no soft cap."""
+    assert spec.soft_cap is None
+    settings = settings or settings_for(q)
     B, T, N, H = q.shape
     K = k.shape[2]
     scaled = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
     q_BTKGH = reshape(scaled, (B, T, K, N // K, H), (0, 1, 2, None, 3))
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    z = _dense(q_BKGTH, k_BKSH, v_BKSH, spec)
-    return reshape(z.transpose(0, 3, 1, 2, 4), q.shape, (0, 1, 2, 4))
+    z, lse = _dense(settings.block, q_BKGTH, k_BKSH, v_BKSH, spec)
+    z = reshape(z.transpose(0, 3, 1, 2, 4), q.shape, (0, 1, 2, 4))
+    return z, join_heads(lse)
 
 
-def _blocks(num_queries: int, num_keys: int, spec: AttentionSpec):
+def _blocks(num_queries: int, num_keys: int, spec: AttentionSpec, block: int):
     """Query slices, each with the slice of keys that it may see."""
     square = num_queries == num_keys and spec.query_index is None
-    if not square or not spec.causal or num_queries % BLOCK:
+    if not square or not spec.causal or num_queries % block:
         return [(slice(0, num_queries), slice(0, num_keys))]
     blocks = []
-    for start in range(0, num_queries, BLOCK):
+    for start in range(0, num_queries, block):
         low = 0
         if spec.window is not None:
-            low = max(start - spec.window + 1, 0) // BLOCK * BLOCK
-        blocks.append((slice(start, start + BLOCK), slice(low, start + BLOCK)))
+            low = max(start - spec.window + 1, 0) // block * block
+        blocks.append((slice(start, start + block), slice(low, start + block)))
     return blocks
 
 
@@ -84,10 +99,10 @@ def _einsum(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _forward(q, k, v, spec: AttentionSpec):
-    """z, and for each block exp(scores - max) and 1 / its sum."""
-    outs, saved = [], []
-    for rows, keys in _blocks(q.shape[3], k.shape[2], spec):
+def _forward(q, k, v, spec: AttentionSpec, block: int):
+    """z, the log-sum-exp, and for each block exp(scores - max) and 1 / its sum."""
+    outs, lses, saved = [], [], []
+    for rows, keys in _blocks(q.shape[3], k.shape[2], spec, block):
         k_j, v_j = k[:, :, keys], v[:, :, keys]
         scores = _einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k_j)
         scores += _bias(spec, rows, keys)
@@ -106,30 +121,33 @@ def _forward(q, k, v, spec: AttentionSpec):
         inverse = 1 / total
         z = _einsum("BKGTS,BKSH->BKGTH", weights, v_j) * inverse
         outs.append(z.astype(q.dtype))
+        lses.append((top + jnp.log(total))[..., 0])
         saved.append((weights, inverse, None if sink is None else sink * inverse))
-    return jnp.concatenate(outs, axis=3), saved
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3), saved
 
 
-@jax.custom_vjp
-def _dense(q, k, v, spec):
-    return _forward(q, k, v, spec)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(block, q, k, v, spec):
+    return _forward(q, k, v, spec, block)[:2]
 
 
-def _dense_forward(q, k, v, spec):
-    z, saved = _forward(q, k, v, spec)
-    return z, (q, k, v, spec, z, saved)
+def _dense_forward(block, q, k, v, spec):
+    z, lse, saved = _forward(q, k, v, spec, block)
+    return (z, lse), (q, k, v, spec, z, saved)
 
 
-def _dense_backward(residuals, g):
+def _dense_backward(block, residuals, cotangents):
     q, k, v, spec, z, saved = residuals
+    g, dlse = cotangents
     dk, dv = (jnp.zeros_like(x, dtype=jnp.float32) for x in (k, v))
     dqs, dsinks = [], []
-    blocks = _blocks(q.shape[3], k.shape[2], spec)
+    blocks = _blocks(q.shape[3], k.shape[2], spec, block)
     for (rows, keys), (weights, inverse, sink) in zip(blocks, saved, strict=True):
         q_i = q[:, :, :, rows]
         g_i = g[:, :, :, rows].astype(jnp.float32) * inverse
         # What the softmax subtracts from the gradient of each of a row's scores.
         delta = jnp.sum(g_i * z[:, :, :, rows].astype(jnp.float32), -1, keepdims=True)
+        delta -= inverse * dlse[:, :, :, rows, None]
         g_i = g_i.astype(q.dtype)
         dprobs = _einsum("BKGTH,BKSH->BKGTS", g_i, v[:, :, keys])
         dscores = (weights.astype(jnp.float32) * (dprobs - delta)).astype(q.dtype)

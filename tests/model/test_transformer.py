@@ -55,7 +55,7 @@ WAYS = {
     "two groups a step": {"unroll_layers": 2},
     "unrolled": {"unroll_layers": 0},
     "reference attention": {"attention": "reference"},
-    "blocked attention": {"attention": "blocked"},
+    "long-row attention": {"attention": "xla"},
 }
 
 

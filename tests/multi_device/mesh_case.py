@@ -24,6 +24,8 @@ from jaxlm.config import (
 )
 from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.infer.generate import generate
+from jaxlm.ops.dispatch import IMPLEMENTATIONS, Kernel
+from jaxlm.ops.pallas import tpu
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.optimizer import make_optimizer
@@ -259,6 +261,24 @@ def case_errors():
     return result
 
 
+class Interpreted(Kernel):
+    """The TPU's kernel on any device."""
+
+    def run(self, q, k, v, spec):
+        settings = tpu.Settings(16, 16, 16, 16, interpret=True)
+        return tpu.attention(q, k, v, spec, settings=settings)
+
+    def declines(self, asked):
+        return None
+
+
+def case_kernel():
+    """A kernel is cut over the batch and the heads, with all that the spec holds."""
+    IMPLEMENTATIONS["pallas_tpu"] = Interpreted("", "cpu")
+    changes = {"attention": "pallas_tpu", "attention_sinks": True}
+    return case_gradients(["2x2x2"], changes)
+
+
 def main():
     case, folder = sys.argv[1:]
     all_meshes = list(MESHES)[1:]
@@ -266,7 +286,8 @@ def main():
         "errors": case_errors,
         "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),
         "gradients": lambda: case_gradients(all_meshes),
-        "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "blocked"}),
+        "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "xla"}),
+        "kernel": case_kernel,
         "adamw": lambda: case_losses(all_meshes, "adamw"),
         "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
         "experts_adamw": lambda: case_losses(all_meshes, "adamw", EXPERTS),

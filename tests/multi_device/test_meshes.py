@@ -77,6 +77,10 @@ def test_gradients_through_blocked_attention(tmp_path):
     check_gradients(run_case("blocked", tmp_path), ["data8", "2x2x2"])
 
 
+def test_gradients_through_a_kernel_on_every_device(tmp_path):
+    check_gradients(run_case("kernel", tmp_path), ["2x2x2"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case, meshes",

@@ -22,7 +22,12 @@ def slope(function, x, direction, step=1e-5):
     return (high - low) / (2 * step)
 
 
-def attention(
+def attention(q, k, v, **spec):
+    """`attention_and_lse`, the first of the two."""
+    return attention_and_lse(q, k, v, **spec)[0]
+
+
+def attention_and_lse(
     q,
     k,
     v,
@@ -37,21 +42,27 @@ def attention(
     query_index=None,
     key_length=None,
 ):
-    """Attention by its definition, one query at a time, in float64."""
+    """Attention by its definition, one query at a time, in float64.
+
+    A query that sees no key gives zeros and -inf.
+    """
     q, k, v = np.float64(q), np.float64(k), np.float64(v)
     B, T, N, _ = q.shape
     S, K = k.shape[1:3]
-    out = np.zeros_like(q)
+    out, lse = np.zeros_like(q), np.full((B, N, T), -np.inf)
+    keys = np.arange(S)
     for b in range(B):
         for t in range(T):
             place = t if query_index is None else query_index[b, t]
             seen = np.ones(S, bool)
-            for s in range(S):
-                seen[s] &= not causal or s <= place
-                seen[s] &= window is None or place - s < window
-                if query_segments is not None:
-                    seen[s] &= query_segments[b, t] == key_segments[b, s]
-                seen[s] &= key_length is None or s < key_length[b]
+            if causal:
+                seen &= keys <= place
+            if window is not None:
+                seen &= place - keys < window
+            if query_segments is not None:
+                seen &= query_segments[b, t] == key_segments[b]
+            if key_length is not None:
+                seen &= keys < key_length[b]
             for n in range(N):
                 head = n // (N // K)
                 scores = k[b, seen, head] @ q[b, t, n] * scale
@@ -61,5 +72,7 @@ def attention(
                 total = weights.sum()
                 if sinks is not None:
                     total += np.exp(np.float64(sinks[n]))
-                out[b, t, n] = weights / total @ v[b, seen, head]
-    return out
+                if total > 0:
+                    out[b, t, n] = weights / total @ v[b, seen, head]
+                    lse[b, n, t] = np.log(total)
+    return out, lse

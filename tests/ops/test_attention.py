@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,68 +19,134 @@ from jaxlm.ops.attention import (
     AttentionSpec,
     attention_lse,
     attention_scores,
+    dequantize,
+    quantize,
     reference_attention,
 )
-from jaxlm.ops.dispatch import BLOCKED_FROM, IMPLEMENTATIONS, attention, choose
+from jaxlm.ops.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.mask import attention_mask
+from jaxlm.ops.pallas import gpu, hopper, tpu
+from jaxlm.ops.request import request
 
-B, N, K, H = 2, 6, 3, 8
+B, N, K = 2, 6, 3
 SCALE = 0.3
+DEVICE = jax.default_backend()
 
-SEGMENTS = np.repeat([[1, 2, 3], [1, 1, 2]], 16, axis=1).astype(np.int32)
-INDEX = (np.arange(16)[None] + np.array([[5], [31]])).astype(np.int32)
-# name -> (queries, keys, options)
-OPTIONS = {
-    "causal": (48, 48, {}),
-    "all keys": (48, 48, {"causal": False}),
-    "window": (48, 48, {"window": 9}),
-    "soft cap": (48, 48, {"soft_cap": 1.5}),
-    "sinks": (48, 48, {"sinks": normal(5, N)}),
-    "segments": (48, 48, {"query_segments": SEGMENTS, "key_segments": SEGMENTS}),
-    "cache": (16, 48, {"query_index": INDEX, "key_length": INDEX[:, -1] + 1}),
-    "cache, window": (16, 48, {"query_index": INDEX, "window": 20}),
-    "odd length": (37, 37, {"window": 20, "sinks": normal(5, N)}),
-    "odd keys": (16, 47, {"query_index": INDEX}),
-    "all but the cap": (
-        48,
-        48,
-        {
-            "window": 20,
-            "sinks": normal(6, N),
-            "query_segments": SEGMENTS,
-            "key_segments": SEGMENTS,
-        },
-    ),
-    "everything": (
-        37,
-        37,
-        {
-            "window": 20,
-            "soft_cap": 2.0,
-            "sinks": normal(6, N),
-            "query_segments": SEGMENTS[:, :37],
-            "key_segments": SEGMENTS[:, :37],
-            "key_length": np.array([37, 36], np.int32),
-        },
-    ),
+
+@dataclass(frozen=True)
+class Case:
+    """How one implementation is tested: in blocks of `unit` tokens."""
+
+    run: Callable
+    unit: int = 16
+    head_dim: int = 8
+    heads: tuple[int, int] = (N, K)
+    atol: float = 3e-6
+    """f32 with sums of some tens of terms."""
+
+
+# On a device that has them kernels run as they are; elsewhere they are interpreted.
+CASES = {
+    "reference": Case(reference_attention),
+    "dense": Case(partial(dense.dense_attention, settings=dense.Settings(16))),
+    "xla": Case(partial(blocked.blocked_attention, settings=blocked.Settings(16))),
 }
-PAIRS = [
-    (name, options)
-    for name, options in itertools.product(IMPLEMENTATIONS, OPTIONS)
-    if not (name == "dense" and "soft_cap" in OPTIONS[options][2])
+# Their interpreter takes its time, by the number of blocks and heads.
+HOPPER = {"unit": 64, "head_dim": 32, "heads": (2, 1), "atol": 1e-5}
+if DEVICE == "gpu":
+    CASES["pallas_gpu"] = Case(gpu.attention, **HOPPER)
+    CASES["pallas_hopper"] = Case(hopper.attention, **HOPPER)
+else:
+    small = gpu.Settings(interpret=True)
+    run = partial(gpu.attention, settings=small)
+    CASES["pallas_gpu"] = Case(run, **HOPPER)
+    run = partial(hopper.attention, settings=small)
+    CASES["pallas_hopper"] = Case(run, **HOPPER)
+if DEVICE == "tpu":
+    CASES["pallas_tpu"] = Case(
+        partial(tpu.attention, settings=tpu.Settings(128, 128, 128, 128, 128)), 128, 64
+    )
+else:
+    small = tpu.Settings(16, 16, 16, 16, 16, interpret=True)
+    CASES["pallas_tpu"] = Case(partial(tpu.attention, settings=small))
+
+
+def options(names, case):
+    """(queries, keys, spec) with the named options on, three blocks long."""
+    unit = case.unit
+    T = S = 3 * unit
+    spec = {}
+    if "odd" in names:
+        T, S = T - 11, S - 11
+    rng = np.random.default_rng(7)
+    if "places" in names:
+        T = T - 2 * unit
+        start = rng.integers(0, S - T, (B, 1))
+        start[-1] = S - T
+        spec["query_index"] = (start + np.arange(T)).astype(np.int32)
+    if "all keys" in names:
+        spec["causal"] = False
+    if "window" in names:
+        spec["window"] = unit + 4
+    if "soft cap" in names:
+        spec["soft_cap"] = 1.5
+    if "sinks" in names:
+        spec["sinks"] = normal(5, case.heads[0])
+    if "segments" in names:
+        keys = np.repeat([[1, 2, 3], [1, 1, 2]], unit, axis=1).astype(np.int32)
+        spec["key_segments"] = keys[:, :S]
+        spec["query_segments"] = keys[:, S - T : S]
+        if "places" in names:
+            places = spec["query_index"]
+            spec["query_segments"] = np.take_along_axis(keys, places, axis=1)
+    if "length" in names:
+        spec["key_length"] = np.array([S, S - 2], np.int32)
+    return T, S, spec
+
+
+OPTIONS = [
+    (),
+    ("all keys",),
+    ("window",),
+    ("soft cap",),
+    ("sinks",),
+    ("segments",),
+    ("places",),
+    ("length",),
+    ("odd",),
+    # Each pair of options is together in one of these, and apart in others.
+    ("soft cap", "window", "sinks", "segments", "length"),
+    ("all keys", "sinks", "places", "odd"),
+    ("all keys", "segments", "places", "length"),
+    ("all keys", "soft cap", "window", "odd"),
+    ("length", "odd"),
+    ("window", "places"),
+    ("soft cap", "segments", "places", "odd"),
+    ("window", "sinks", "segments", "places", "length", "odd"),
 ]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks in short rows."""
-    monkeypatch.setattr(blocked, "BLOCK", 16)
-    monkeypatch.setattr(dense, "BLOCK", 16)
+def able(name, names):
+    """Whether the implementation does what is asked."""
+    case = CASES[name]
+    T, S, spec = options(names, case)
+    q, k, _ = inputs(T, S, case)
+    asked = request(q, k, make_spec(spec), lse=True)
+    if isinstance(IMPLEMENTATIONS[name], Kernel):
+        platform = IMPLEMENTATIONS[name].platform
+        kind = {"gpu": "NVIDIA H100", "tpu": "TPU v5 lite"}[platform]
+        asked = dataclasses.replace(asked, platform=platform, device_kind=kind)
+    return IMPLEMENTATIONS[name].declines(asked) is None
 
 
-def inputs(T, S):
+def inputs(T, S, case=CASES["reference"]):
+    H, (N, K) = case.head_dim, case.heads
     shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
-    return [jnp.asarray(normal(i, *shape)) for i, shape in enumerate(shapes)]
+    # Scores of about one, whatever the width.
+    return [
+        jnp.asarray(normal(i, *shape) * (8 / H) ** 0.25)
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def make_spec(options):
@@ -88,31 +157,67 @@ def make_spec(options):
     return AttentionSpec(scale=SCALE, **arrays)
 
 
-@pytest.mark.parametrize("name, options", PAIRS)
-def test_value_and_gradient(name, options):
-    """The value, and slopes in random directions, equal the oracle's."""
-    T, S, values = OPTIONS[options]
-    q, k, v = inputs(T, S)
+# The one that has no f32 shares its backward pass with `pallas_gpu`, and has f16 tests of
+# its own for the forward pass.
+EXACT = [name for name in CASES if name != "pallas_hopper"]
+
+
+def marks(name, names):
+    """Single options on the slow interpreter are left to the combinations, mostly."""
+    single = name == "pallas_gpu" and len(names) == 1 and DEVICE == "cpu"
+    return [pytest.mark.slow] if single else []
+
+
+PAIRS = [
+    pytest.param(
+        name,
+        names,
+        id=f"{name}: {', '.join(names) or 'causal'}",
+        marks=marks(name, names),
+    )
+    for name, names in itertools.product(EXACT, OPTIONS)
+    if able(name, names)
+]
+
+
+def test_every_pair_of_options_is_tried():
+    every = sorted({name for names in OPTIONS for name in names})
+    for one, other in itertools.combinations(every, 2):
+        found = {(one in names, other in names) for names in OPTIONS}
+        assert len(found) == 4, (one, other)
+
+
+@pytest.mark.parametrize("name, names", PAIRS)
+def test_value_and_gradient(name, names):
+    """Value, log-sum-exp, and their slopes in random directions, equal the oracle's."""
+    case = CASES[name]
+    T, S, values = options(names, case)
+    q, k, v = inputs(T, S, case)
     spec = make_spec(values)
-    weight = normal(4, B, T, N, H)
+    expected, expected_lse = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
+    # What a query that sees no key gives has no meaning.
+    seen = np.isfinite(expected_lse)
+    weight = normal(4, *q.shape) * seen.swapaxes(1, 2)[..., None]
+    lse_weight = normal(5, *seen.shape) * seen
 
     @quick_jit
     def value_and_grads(q, k, v, sinks):
         def total(q, k, v, sinks):
-            z = IMPLEMENTATIONS[name](q, k, v, dataclasses.replace(spec, sinks=sinks))
-            return jnp.sum(z * weight), z
+            z, lse = case.run(q, k, v, dataclasses.replace(spec, sinks=sinks))
+            return jnp.sum(z * weight) + jnp.sum(lse * lse_weight), (z, lse)
 
         which = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
         return jax.grad(total, which, has_aux=True)(q, k, v, sinks)
 
-    grads, z = value_and_grads(q, k, v, spec.sinks)
-    expected = ops_case.attention(q, k, v, scale=SCALE, **values)
-    # f32 with sums of some tens of terms.
-    np.testing.assert_allclose(z, expected, atol=3e-6)
+    grads, (z, lse) = value_and_grads(q, k, v, spec.sinks)
+    z = np.where(seen.swapaxes(1, 2)[..., None], z, 0)
+    np.testing.assert_allclose(z, expected, atol=case.atol)
+    np.testing.assert_allclose(lse[seen], expected_lse[seen], atol=case.atol)
 
     def oracle(q=q, k=k, v=v, sinks=None):
         given = values if sinks is None else {**values, "sinks": sinks}
-        return np.sum(ops_case.attention(q, k, v, scale=SCALE, **given) * weight)
+        z, lse = ops_case.attention_and_lse(q, k, v, scale=SCALE, **given)
+        return np.sum(z * weight) + np.sum(lse[seen] * lse_weight[seen])
 
     tested = [(q, "q"), (k, "k"), (v, "v")]
     tested += [] if spec.sinks is None else [(values["sinks"], "sinks")]
@@ -121,107 +226,169 @@ def test_value_and_gradient(name, options):
         right = slope(lambda x, a=argument: oracle(**{a: x}), x, direction)
         ours = np.sum(np.float64(grad) * direction)
         assert ours == pytest.approx(right, rel=1e-4, abs=1e-3), argument
+    again = value_and_grads(q, k, v, spec.sinks)
+    for one, other in zip(jax.tree.leaves(again[0]), grads, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("queries", [48, 1])
-@pytest.mark.parametrize("heads", [N, K], ids=["grouped", "one query head each"])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_bfloat16(name, heads, queries):
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("queries", ["all", "one"])
+def test_bfloat16(name, grouped, queries):
     """bf16 inputs: as near to the oracle as rounding to bf16 allows, and gradients.
 
     XLA:CPU multiplies bf16 in some forms only, so every shape of product is tried.
     """
-    q, k, v = (x.astype(jnp.bfloat16) for x in inputs(48, 48))
-    q = q[:, -queries:, :heads]
-    index = jnp.broadcast_to(jnp.arange(48 - queries, 48), (B, queries))
-    spec = AttentionSpec(scale=SCALE, query_index=index if queries == 1 else None)
+    case = CASES[name]
+    S = 3 * case.unit
+    q, k, v = (x.astype(jnp.bfloat16) for x in inputs(S, S, case))
+    if not grouped:
+        q = q[:, :, : case.heads[1]]
+    spec = AttentionSpec(scale=SCALE)
+    if queries == "one":
+        q = q[:, -1:]
+        spec = dataclasses.replace(spec, query_index=jnp.full((B, 1), S - 1))
 
     def total(q, k, v):
-        z = IMPLEMENTATIONS[name](q, k, v, spec)
+        z, _ = case.run(q, k, v, spec)
         return jnp.sum(z.astype(jnp.float32)), z
 
     grads, z = quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
     assert {x.dtype for x in (z, *grads)} == {jnp.dtype(jnp.bfloat16)}
-    last = np.asarray(index)
-    expected = ops_case.attention(q, k, v, scale=SCALE, query_index=last)
+    places = None if spec.query_index is None else np.asarray(spec.query_index)
+    expected = ops_case.attention(q, k, v, scale=SCALE, query_index=places)
     # Probabilities and results are rounded to 8 bits: 2 ** -8 of values up to 4.
     np.testing.assert_allclose(np.float32(z), expected, atol=2e-2)
+    exact = quick_jit(
+        jax.grad(
+            lambda *x: jnp.sum(reference_attention(*x, spec)[0]), argnums=(0, 1, 2)
+        )
+    )(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for one, other in zip(grads, exact, strict=True):
+        # Three roundings to 8 bits, in sums that partly cancel.
+        near = 0.03 * np.abs(other).max()
+        np.testing.assert_allclose(np.float32(one), other, atol=near)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXACT)
 def test_query_head_n_is_served_by_key_head_n_over_g(name):
-    q, k, _ = inputs(16, 16)
+    case = CASES[name]
+    if case.heads[1] == 1:
+        case = dataclasses.replace(case, heads=(4, 2))
+    N, K = case.heads
+    q, k, _ = inputs(case.unit, case.unit, case)
     v = jnp.broadcast_to(jnp.arange(K, dtype=jnp.float32)[:, None], k.shape)
-    z = quick_jit(IMPLEMENTATIONS[name])(q, k, v, AttentionSpec(scale=SCALE))
-    np.testing.assert_allclose(z[0, :, :, 0], [[0, 0, 1, 1, 2, 2]] * 16, atol=1e-6)
+    z, _ = quick_jit(case.run)(q, k, v, AttentionSpec(scale=SCALE))
+    served = np.repeat(np.arange(K), N // K)
+    np.testing.assert_allclose(z[0, :, :, 0], [served] * case.unit, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXACT)
 def test_a_window_off_by_one_is_seen(name):
-    q, k, v = inputs(48, 48)
-    z = quick_jit(IMPLEMENTATIONS[name])(q, k, v, AttentionSpec(scale=SCALE, window=9))
+    case = CASES[name]
+    q, k, v = inputs(3 * case.unit, 3 * case.unit, case)
+    run = quick_jit(case.run)
+    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, window=9))
     for wrong in (8, 10):
         other = ops_case.attention(q, k, v, scale=SCALE, window=wrong)
         assert np.abs(z - other).max() > 0.05
     # The window counts the token itself.
-    alone = AttentionSpec(scale=SCALE, window=1)
-    z = quick_jit(IMPLEMENTATIONS[name])(q, k, v, alone)
-    np.testing.assert_allclose(z, np.repeat(v, N // K, axis=2), atol=1e-6)
+    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, window=1))
+    np.testing.assert_allclose(
+        z, np.repeat(v, q.shape[2] // k.shape[2], axis=2), atol=case.atol
+    )
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXACT)
 def test_sinks_take_their_share(name):
-    q, k, v = inputs(16, 16)
-    run = quick_jit(IMPLEMENTATIONS[name])
-    plain = run(q, k, v, AttentionSpec(scale=SCALE))
-    none = run(q, k, v, AttentionSpec(scale=SCALE, sinks=jnp.full(N, -1e4)))
+    case = CASES[name]
+    q, k, v = inputs(case.unit, case.unit, case)
+    run = quick_jit(lambda spec: case.run(q, k, v, spec)[0])
+    plain = run(AttentionSpec(scale=SCALE))
+    none = run(AttentionSpec(scale=SCALE, sinks=jnp.full(q.shape[2], -1e4)))
     np.testing.assert_allclose(none, plain, atol=1e-6)
-    heavy = run(q, k, v, AttentionSpec(scale=SCALE, sinks=jnp.full(N, 30.0)))
+    heavy = run(AttentionSpec(scale=SCALE, sinks=jnp.full(q.shape[2], 30.0)))
     assert np.abs(heavy).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXACT)
 def test_a_row_without_keys_is_finite(name):
     """Padding may see nothing at all; it must not make NaN, backward neither."""
-    q, k, v = inputs(16, 16)
+    case = CASES[name]
+    q, k, v = inputs(case.unit, case.unit, case)
     spec = AttentionSpec(scale=SCALE, key_length=jnp.zeros(B, jnp.int32))
 
     def total(q, k, v):
-        return jnp.sum(IMPLEMENTATIONS[name](q, k, v, spec))
+        return jnp.sum(case.run(q, k, v, spec)[0])
 
     value, grads = quick_jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in grads)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, v = inputs(16, 16)
-    for run in IMPLEMENTATIONS.values():
-        z = quick_jit(run)(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
-        expected = reference_attention(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
-        assert np.isfinite(z).all()
-        # Scores reach 3e4, where f32 numbers lie 2e-3 apart.
-        np.testing.assert_allclose(z, expected, atol=1e-2)
+@pytest.mark.parametrize("name", EXACT)
+def test_large_scores_do_not_overflow(name):
+    case = CASES[name]
+    q, k, v = inputs(case.unit, case.unit, case)
+    z, lse = quick_jit(case.run)(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
+    expected = reference_attention(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
+    # Scores reach 3e4, where f32 numbers lie 2e-3 apart.
+    np.testing.assert_allclose(z, expected[0], atol=1e-2)
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
 
 
-def test_blocked_never_holds_all_scores(monkeypatch):
-    """At 4096 tokens its memory, backward too, is far below one [T, S] matrix."""
-    monkeypatch.undo()
-    T, heads = 4096, 2
-    x = jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32)
+@pytest.mark.parametrize("name", [n for n in EXACT if n != "dense"])
+@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("extra", ["plain", "window, soft cap, sinks", "int8"])
+def test_decoding(name, queries, extra):
+    """A few queries at the end of ragged rows, also over int8 keys and values."""
+    case = CASES[name]
+    S = 3 * case.unit - 5
+    q, k, v = inputs(queries, S, case)
+    start = np.array([[S - queries], [case.unit - 3]])
+    values = {"query_index": (start + np.arange(queries)).astype(np.int32)}
+    if extra == "window, soft cap, sinks":
+        values |= {"window": case.unit + 3, "soft_cap": 1.5}
+        values["sinks"] = normal(5, case.heads[0])
+    spec = make_spec(values)
+    if extra == "int8":
+        (k8, key_scale), (v8, value_scale) = quantize(k), quantize(v)
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        spec = dataclasses.replace(spec, **scales)
+        rounded = [
+            x * np.float32(s)[..., None]
+            for x, s in ((k8, key_scale), (v8, value_scale))
+        ]
+        # A number is off by half a step at most.
+        assert np.abs(rounded[0] - k).max() <= np.max(key_scale) / 2 + 1e-6
+        k, v = rounded
+        if IMPLEMENTATIONS[name].int8:
+            z, lse = quick_jit(case.run)(q, k8, v8, spec)
+        else:
+            z, lse = quick_jit(case.run)(q, *dequantize(k8, v8, spec, q.dtype))
+    else:
+        z, lse = quick_jit(case.run)(q, k, v, spec)
+    expected = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
+    np.testing.assert_allclose(z, expected[0], atol=case.atol)
+    np.testing.assert_allclose(lse, expected[1], atol=case.atol)
 
-    def memory(name):
+
+def test_long_rows_never_hold_all_scores():
+    """At 32768 tokens memory, backward too, is far below one [T, S] matrix."""
+    T, heads = 32768, 2
+
+    def memory(run, length):
         def total(q, k, v):
-            spec = AttentionSpec(scale=SCALE)
-            return jnp.sum(IMPLEMENTATIONS[name](q, k, v, spec))
+            z, lse = run(q, k, v, AttentionSpec(scale=SCALE))
+            return jnp.sum(z) + jnp.sum(lse)
 
-        compiled = quick_jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile()
+        shape = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
+        compiled = quick_jit(jax.grad(total, (0, 1, 2))).lower(*(shape,) * 3).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    scores = 4 * heads * T * T
-    assert memory("blocked") < scores / 10
+    assert memory(blocked.blocked_attention, T) < 4 * T * T / 100
     # The measure sees what it is there for.
-    assert memory("reference") >= scores
+    assert memory(reference_attention, 4096) >= 4 * heads * 4096**2
 
 
 def test_lse_and_probabilities():
@@ -261,35 +428,3 @@ def test_mask_against_its_definition():
                 and (not with_length or s < length[b])
             )
             assert mask[b, t, s] == seen
-
-
-def test_auto_takes_the_lean_version_for_long_rows():
-    assert choose("auto", 1024, BLOCKED_FROM // 1024) == "blocked"
-    assert choose("auto", 1024, BLOCKED_FROM // 1024 - 1) != "blocked"
-    # One query has one row of scores.
-    assert choose("auto", 1, 100 * BLOCKED_FROM) == "reference"
-    # What auto picks can do what is asked.
-    assert choose("auto", 64, 64, 50.0) != "dense"
-    for name in IMPLEMENTATIONS:
-        assert choose(name, 1, 1) == name
-
-
-def test_nothing_falls_back_silently():
-    q, k, v = inputs(16, 16)
-    with pytest.raises(ValueError, match="no attention implementation 'flash'"):
-        attention(q, k, v, AttentionSpec(scale=1.0), implementation="flash")
-    with pytest.raises(ValueError, match="no soft cap"):
-        capped = AttentionSpec(scale=1.0, soft_cap=5.0)
-        attention(q, k, v, capped, implementation="dense")
-
-
-def test_dispatch_runs_what_is_named(monkeypatch):
-    calls = []
-    for name in IMPLEMENTATIONS:
-        monkeypatch.setitem(
-            IMPLEMENTATIONS, name, lambda q, k, v, spec, n=name: (calls.append(n), q)[1]
-        )
-    q, k, v = inputs(16, 16)
-    for name in IMPLEMENTATIONS:
-        attention(q, k, v, AttentionSpec(scale=1.0), implementation=name)
-    assert calls == list(IMPLEMENTATIONS)

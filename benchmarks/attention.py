@@ -1,0 +1,202 @@
+"""Attention beside its peers, in one run, on the device that is here.
+
+python benchmarks/attention.py [--lengths 128 ... 4096] [--rounds 5] [--out FILE]
+
+For each length: forward, and forward with backward, causal and with a window of an
+eighth, by every implementation that can do it, by `jax.nn.dot_product_attention`, and
+by JAX's stock Pallas kernel and tokamax where they run. Rounds alternate between all of
+them, so that what disturbs the machine disturbs all; figures are medians. Ratios are
+the time of `jax.nn.dot_product_attention` over the other's: more is faster.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.ops.attention import AttentionSpec
+from jaxlm.ops.dispatch import IMPLEMENTATIONS, choose
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.ops.request import request
+from jaxlm.train.throughput import measure_peak_flops
+
+RESULTS = Path(__file__).parent / "results"
+PEER = "jax.nn"
+# Larger scores than this would not fit beside everything else.
+MOST_SCORES = 2**33
+HEADS, KV_HEADS = 8, 2
+
+
+def jax_nn(q, k, v, window: int | None, implementation: str | None = None):
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=q.shape[-1] ** -0.5,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+
+
+def stock_pallas(q, k, v, window: int | None):
+    """JAX's Pallas kernel of the platform; it has no groups of heads."""
+    assert window is None
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    scale = q.shape[-1] ** -0.5
+    if jax.default_backend() == "tpu":
+        from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        z = flash_attention(q, k, v, causal=True, sm_scale=scale)
+        return z.swapaxes(1, 2)
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    return mha(q, k, v, None, causal=True, sm_scale=scale)
+
+
+def tokamax(q, k, v, window: int | None):
+    import tokamax
+
+    return tokamax.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=q.shape[-1] ** -0.5,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="triton" if jax.default_backend() == "gpu" else None,
+    )
+
+
+def contestants(q, k, window: int | None) -> dict[str, Callable]:
+    """Everything that may run here, by name."""
+    spec = AttentionSpec(scale=q.shape[-1] ** -0.5, window=window)
+    asked = request(q, k, spec)
+    found: dict[str, Callable] = {PEER: partial(jax_nn, window=window)}
+    for name, implementation in IMPLEMENTATIONS.items():
+        if implementation.declines(asked) is None:
+            found[name] = lambda q, k, v, run=implementation.run: run(q, k, v, spec)[0]
+    if asked.platform != "cpu":
+        found["tokamax"] = partial(tokamax, window=window)
+        if window is None:
+            found["stock pallas"] = partial(stock_pallas, window=None)
+    return found
+
+
+def compiled(run: Callable, backward: bool, *arguments) -> Callable:
+    def total(q, k, v):
+        return jnp.sum(run(q, k, v).astype(jnp.float32))
+
+    timed = jax.jit(jax.grad(total, (0, 1, 2)) if backward else run)
+    return timed.lower(*arguments).compile()
+
+
+def time_one(run: Callable, arguments, seconds: float) -> float:
+    """Mean seconds of a call, over calls that take `seconds` together."""
+    started = time.perf_counter()
+    jax.block_until_ready(run(*arguments))
+    count = max(1, int(seconds / max(time.perf_counter() - started, 1e-6)))
+    started = time.perf_counter()
+    for _ in range(count):
+        out = run(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - started) / count
+
+
+def compare(T: int, head_dim: int, backward: bool, window: int | None, rounds: int):
+    """Medians in ms, ratios, and what could not be done."""
+    batch = max(1, 8192 // T)
+    dtype = compute_dtype("auto")
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = (HEADS, KV_HEADS, KV_HEADS)
+    arguments = [
+        jax.random.normal(key, (batch, T, n, head_dim), dtype)
+        for key, n in zip(keys, sizes, strict=True)
+    ]
+    programs, failed = {}, {}
+    for name, run in contestants(*arguments[:2], window).items():
+        whole = name in ("reference", PEER) and batch * HEADS * T * T > MOST_SCORES
+        if whole or (name == "dense" and batch * HEADS * T * T > MOST_SCORES):
+            failed[name] = "its scores would not fit"
+            continue
+        try:
+            programs[name] = compiled(run, backward, *arguments)
+        except Exception as error:  # peers raise classes of their own
+            failed[name] = (
+                str(error).splitlines()[0][:200] if str(error) else repr(error)
+            )
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            times[name].append(time_one(program, arguments, 0.2))
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    spec = AttentionSpec(scale=1.0, window=window)
+    visible = T * T / 2 if window is None else window * (T - window / 2)
+    flops = 4 * batch * HEADS * head_dim * visible * (3.5 if backward else 1)
+    return {
+        "shape": {"B": batch, "T": T, "N": HEADS, "K": KV_HEADS, "H": head_dim},
+        "window": window,
+        "what": "forward and backward" if backward else "forward",
+        "auto": choose("auto", request(*arguments[:2], spec)).name,
+        "ms": {name: round(1e3 * found, 4) for name, found in medians.items()},
+        "tflops": {n: round(flops / found / 1e12, 3) for n, found in medians.items()},
+        "ratio": {
+            name: round(medians[PEER] / found, 3)
+            for name, found in medians.items()
+            if PEER in medians
+        },
+        "failed": failed,
+    }
+
+
+def matrix_peak() -> float:
+    """FLOP/s of a large matrix product on this device."""
+    if jax.default_backend() == "cpu":
+        return measure_peak_flops(compute_dtype("auto"))
+    x = jnp.ones((8192, 8192), jnp.bfloat16)
+    product = jax.jit(lambda a, b: a @ b).lower(x, x).compile()
+    return 2 * 8192**3 / min(time_one(product, (x, x), 0.2) for _ in range(5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    lengths = [128, 256, 512, 1024, 2048, 4096]
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    peak = matrix_peak()
+    found = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "dtype": compute_dtype("auto").name,
+        "matrix_peak_tflops": round(peak / 1e12, 2),
+        "rows": [],
+    }
+    out = (
+        options.out
+        or RESULTS / f"attention_{device.device_kind.replace(' ', '_')}.json"
+    )
+    for head_dim in options.head_dims:
+        for T in options.lengths:
+            for window in (None, max(T // 8, 16)):
+                for backward in (False, True):
+                    row = compare(T, head_dim, backward, window, options.rounds)
+                    found["rows"].append(row)
+                    print(json.dumps(row), flush=True)
+                    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

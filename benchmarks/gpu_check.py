@@ -1,0 +1,76 @@
+"""Tests and timings of attention on the accelerator that is here, in one call.
+
+python benchmarks/gpu_check.py [--quick] [--out FOLDER]
+
+Runs the tests of attention as they are, on the device instead of interpreted, then
+benchmarks/attention.py at 1k to 16k tokens, head_dim 64 and 128. Writes
+attention_DEVICE.json (timings) and, for our kernel, pallas_gpu_DEVICE.json or
+pallas_tpu_DEVICE.json: the record that `PROVEN` in jaxlm/ops/dispatch.py asks for.
+Needs `pip install '.[test]'`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TESTS = ("tests/ops/test_attention.py", "tests/ops/pallas", "tests/ops/stock")
+
+
+def run_tests(platform: str) -> dict:
+    """Counts of the tests on the device, and the end of what pytest said."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rf", *TESTS]
+    done = subprocess.run(
+        command,
+        cwd=HERE.parent,
+        env={**os.environ, "JAXLM_TEST_PLATFORM": platform},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", flush=True)
+    said = [x for x in done.stdout.splitlines() if x.startswith("FAILED")]
+    return {
+        "tests_passed": done.returncode == 0,
+        "summary": done.stdout.splitlines()[-1] if done.stdout else "",
+        "failed": said,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two lengths, one width")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    # In a process of its own: this one must leave the device to the others.
+    asked = (
+        "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='\\n')"
+    )
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    platform, device = said.stdout.splitlines()[-2:]
+    if platform == "cpu":
+        raise SystemExit("error: no accelerator is here; the tests interpret on a CPU")
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = device.replace(" ", "_")
+    record = {"device": device, **run_tests("cuda" if platform == "gpu" else platform)}
+    kernel = options.out / f"pallas_{platform}_{name}.json"
+    kernel.write_text(json.dumps(record, indent=1) + "\n")
+    lengths = ["1024", "4096"] if options.quick else ["1024", "2048", "4096", "16384"]
+    timings = options.out / f"attention_{name}.json"
+    subprocess.run(
+        [
+            *(sys.executable, HERE / "attention.py", "--out", timings),
+            *("--lengths", *lengths),
+            *("--head-dims", *(["64"] if options.quick else ["64", "128"])),
+        ],
+        check=True,
+    )
+    record["timings"] = timings.name
+    kernel.write_text(json.dumps(record, indent=1) + "\n")
+    print(kernel)
+
+
+if __name__ == "__main__":
+    main()

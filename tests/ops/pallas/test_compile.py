@@ -1,0 +1,77 @@
+"""Kernels compile for TPUs and GPUs that are not here, in the vendors' own compilers.
+
+That they are taken is what is shown, not that they are right or fast.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+CASE = Path(__file__).parent / "compile_case.py"
+pytestmark = pytest.mark.aot
+needs_cuda = pytest.mark.skipif(
+    find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None,
+    reason="the cuda13 plugin is not there",
+)
+
+
+def run_case(*arguments):
+    child = subprocess.run(
+        [sys.executable, CASE, *arguments],
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def check(found, backward=2, backward_256=2):
+    """Every case compiles, with our kernels in it: one forward, and the backward ones."""
+    assert {n: f["error"] for n, f in found.items() if "error" in f} == {}
+    for name, case in found.items():
+        kernels = 1 + (backward_256 if name == "256" else backward)
+        assert case["kernels"] == (1 if name.startswith("decode") else kernels), name
+    # The [T, S] scores of one head would take 2 GiB in bf16.
+    assert found["32k"]["temporaries_mib"] < 1024
+
+
+@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_tpu(target):
+    check(run_case(target, "pallas_tpu"))
+
+
+def test_a_step_of_a_1b_model_on_256_tpus():
+    found = run_case("v5e:16x16", "step", "pallas_tpu")
+    # One forward kernel, one more where the block is computed again, and two backward.
+    assert found["kernels"] == 4
+    assert found["collectives"]["all-gather"] > 0
+    # A v5e has 16 GiB.
+    assert found["arguments_mib"] + found["temporaries_mib"] < 8192
+
+
+@needs_cuda
+def test_h100():
+    # Wide heads have a kernel each for dk and for dv.
+    check(run_case("h100:1", "pallas_gpu"), backward_256=3)
+
+
+@needs_cuda
+def test_h100_with_specialised_warpgroups():
+    found = run_case("h100:1", "pallas_hopper")
+    assert "float32 is neither bfloat16 nor float16" in found.pop("float32")["error"]
+    check(found, backward_256=3)
+
+
+@needs_cuda
+def test_a_step_of_a_1b_model_on_8_gpus():
+    found = run_case("h100:8", "step", "pallas_gpu")
+    assert found["kernels"] == 4
+    assert found["collectives"]["reduce-scatter"] > 0
+    assert found["arguments_mib"] + found["temporaries_mib"] < 60_000
