@@ -19,7 +19,25 @@ BUNDLED_TEXT = "bundled:shakespeare.txt"
 
 # Fields that say how a model is computed but not what it computes. They may
 # change when a run is resumed.
-EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention")
+EXECUTION_FIELDS = (
+    "dtype",
+    "remat",
+    "unroll_layers",
+    "attention",
+    "decode_attention",
+)
+AttentionName = Literal[
+    "auto",
+    "reference",
+    "dense",
+    "xla",
+    "pallas_tpu",
+    "pallas_gpu",
+    "pallas_hopper",
+    "splash",
+    "mosaic_gpu",
+    "cudnn",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,20 +191,11 @@ class ModelConfig:
     unroll_layers: int = 1
     """Groups of layers that one step of the scan runs; more compiles slower and can
     run faster. 0 unrolls all."""
-    attention: Literal[
-        "auto",
-        "reference",
-        "dense",
-        "xla",
-        "pallas_tpu",
-        "pallas_gpu",
-        "pallas_hopper",
-        "splash",
-        "mosaic_gpu",
-        "cudnn",
-    ] = "auto"
+    attention: AttentionName = "auto"
     """Implementation of attention: auto picks by device and length, see
     docs/attention.md."""
+    decode_attention: AttentionName = "auto"
+    """The same where there is a cache: some that train cannot decode."""
 
     def __post_init__(self):
         check_types(self, "model")

@@ -130,13 +130,15 @@ class Attention(nn.Module):
             key_segments=context.segment_ids,
             query_index=context.query_index,
         )
+        implementation = config.attention
         if cache is not None:
             assert context.lengths is not None
             cache = append(cache, context.lengths, k, v)
             k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
             # Keys beyond the query are hidden by the causal mask.
             spec = dataclasses.replace(spec, query_segments=None, key_segments=None)
-        run = partial(attention, q, k, v, spec, implementation=config.attention)
+            implementation = config.decode_attention
+        run = partial(attention, q, k, v, spec, implementation=implementation)
         if probe.wants("attn_scores", "attn_lse", "attn_probs"):
             z, lse = run(return_lse=True)
             self._record(q, k, lse, spec, probe)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ops_case import normal
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import AttentionName
 from jaxlm.ops import dispatch
 from jaxlm.ops.attention import AttentionSpec, quantize, reference_attention
 from jaxlm.ops.dispatch import (
@@ -161,7 +161,7 @@ def test_log_sum_exp_and_int8_through_the_dispatcher():
 
 
 def test_the_config_knows_the_names():
-    names = get_args(get_type_hints(ModelConfig)["attention"])
+    names = get_args(AttentionName)
     assert names == ("auto", *IMPLEMENTATIONS)
     assert {name for order in AUTO.values() for name in order} <= set(names)
 

@@ -115,7 +115,7 @@ def _decode(q, k, v, spec: AttentionSpec, settings: Settings):
     splits = settings.decode_splits
     settings = replace(settings, block_keys=settings.decode_block_keys)
     z, lse = _attend(rows, k, v, row_spec, settings, splits)
-    z = z.reshape(B, splits, T, G, K, H).astype(jnp.float32)
+    z = z.reshape(B, splits, T, G, K, H)
     lse = lse.reshape(B, splits, K, T, G)
     return _merge(z, lse, spec.sinks, q)
 
@@ -128,9 +128,9 @@ def _merge(z_BPTGKH, lse_BPKTG, sinks, q):
         sinks = sinks.astype(jnp.float32).reshape(K, 1, G)
         total = jnp.logaddexp(total, sinks)
     share = jnp.exp(lse_BPKTG - total[:, None])
-    z = jnp.einsum(
-        "BPTGKH,BPKTG->BTKGH", z_BPTGKH, share, precision=jax.lax.Precision.HIGHEST
-    )
+    # Elementwise: a product of matrices would round to bf16.
+    share = share.transpose(0, 1, 3, 4, 2)[..., None]
+    z = jnp.sum(z_BPTGKH.astype(jnp.float32) * share, axis=1).swapaxes(2, 3)
     B, T, N, _ = q.shape
     return z.reshape(q.shape).astype(q.dtype), total.swapaxes(2, 3).reshape(B, N, T)
 
@@ -209,9 +209,9 @@ def _split(table: Table, grid: Grid, splits: int) -> Table:
     share = -(-(table.last_key - table.first_key) // splits)
     first = table.first_key + share * jnp.arange(splits)[:, None]
     last = jnp.minimum(first + share, table.last_key)
-    table = replace(
-        table, first_key=jnp.minimum(first, last), last_key=jnp.maximum(last, 0)
-    )
+    # Parts without keys must not name a block after the last.
+    first, last = (jnp.where(first < last, x, 0) for x in (first, last))
+    table = replace(table, first_key=first, last_key=last)
     return jax.tree.map(jnp.ravel, table)
 
 
@@ -269,7 +269,10 @@ def _attend(q, k, v, spec: AttentionSpec, settings: Settings, splits: int = 1):
             ),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((B * splits, N, T, H), q.dtype),
+            # Parts are rounded when they are one.
+            jax.ShapeDtypeStruct(
+                (B * splits, N, T, H), jnp.float32 if splits > 1 else q.dtype
+            ),
             jax.ShapeDtypeStruct((B * splits, N, 1, T), jnp.float32),
         ),
         scratch=[
