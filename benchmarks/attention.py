@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.attention import AttentionSpec
-from jaxlm.ops.dispatch import IMPLEMENTATIONS, choose
+from jaxlm.ops.dispatch import IMPLEMENTATIONS
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.request import request
 from jaxlm.train.throughput import measure_peak_flops
@@ -138,14 +138,12 @@ def compare(T: int, head_dim: int, backward: bool, window: int | None, rounds: i
         for name, program in programs.items():
             times[name].append(time_one(program, arguments, 0.2))
     medians = {name: statistics.median(found) for name, found in times.items()}
-    spec = AttentionSpec(scale=1.0, window=window)
     visible = T * T / 2 if window is None else window * (T - window / 2)
     flops = 4 * batch * HEADS * head_dim * visible * (3.5 if backward else 1)
     return {
         "shape": {"B": batch, "T": T, "N": HEADS, "K": KV_HEADS, "H": head_dim},
         "window": window,
         "what": "forward and backward" if backward else "forward",
-        "auto": choose("auto", request(*arguments[:2], spec)).name,
         "ms": {name: round(1e3 * found, 4) for name, found in medians.items()},
         "tflops": {n: round(flops / found / 1e12, 3) for n, found in medians.items()},
         "ratio": {

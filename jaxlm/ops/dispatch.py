@@ -87,8 +87,11 @@ PROVEN: dict[str, frozenset[str]] = {
     "pallas_hopper": frozenset(),
 }
 
-# From so many scores for each head on, `auto` holds none of them as a matrix.
-LONG = 1024 * 1024
+# Scores of each head from which `auto` takes `xla`. Measured on CPUs, where `dense`
+# comes before it (benchmarks/results/attention_cpu.json); elsewhere a guess.
+LONG = {"cpu": 256 * 256, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
+# Scores of each head from which `dense` is no faster than `xla`, and holds more.
+TOO_LONG_FOR_DENSE = 2048 * 2048
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,12 @@ def _not_chosen(name: str, asked: Request) -> str | None:
     """Why `auto` passes over an implementation that could do what is asked."""
     if name in PROVEN and asked.device_kind not in PROVEN[name]:
         return f"not proven on a {asked.device_kind} yet, name it to run it"
-    long = asked.num_queries > 1 and asked.num_queries * asked.num_keys >= LONG
-    if name == "dense" and (long or asked.num_queries == 1):
-        return "made for short rows of several queries"
-    if name == "xla" and not long:
-        return "made for long rows"
+    scores = asked.num_queries * asked.num_keys
+    one = asked.num_queries == 1
+    if name == "dense" and (one or scores >= TOO_LONG_FOR_DENSE):
+        return "for several queries and rows that are not too long"
+    if name == "xla" and (one or scores < LONG[asked.platform]):
+        return "for several queries and long rows"
     return None
 
 

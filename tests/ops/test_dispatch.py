@@ -17,7 +17,6 @@ from jaxlm.ops.attention import AttentionSpec, quantize, reference_attention
 from jaxlm.ops.dispatch import (
     AUTO,
     IMPLEMENTATIONS,
-    LONG,
     PROVEN,
     Implementation,
     attention,
@@ -45,14 +44,16 @@ def asked(platform="cpu", kind="cpu", **changes) -> Request:
 
 
 def test_cpu_takes_the_measured_form_and_never_a_kernel():
-    short = {"num_queries": 256, "num_keys": 256}
-    assert choose("auto", asked(**short)).name == "dense"
-    assert choose("auto", asked(**short, soft_cap=50.0)).name == "reference"
-    assert choose("auto", asked(num_queries=1024, num_keys=LONG // 1024)).name == "xla"
-    assert choose("auto", asked(num_queries=1024, num_keys=1023)).name == "dense"
+    for length, name in ((128, "dense"), (1024, "dense"), (2048, "xla")):
+        size = {"num_queries": length, "num_keys": length}
+        assert choose("auto", asked(**size)).name == name
+    # What dense cannot do.
+    for length, name in ((128, "reference"), (256, "xla"), (2048, "xla")):
+        size = {"num_queries": length, "num_keys": length}
+        assert choose("auto", asked(**size, soft_cap=50.0)).name == name
     # One query has one row of scores.
-    assert choose("auto", asked(num_queries=1, num_keys=100 * LONG)).name == "reference"
-    choice = choose("auto", asked(**short))
+    assert choose("auto", asked(num_queries=1, num_keys=10**8)).name == "reference"
+    choice = choose("auto", asked())
     reasons = dict(choice.declined)
     for kernel in ("pallas_tpu", "splash"):
         assert reasons[kernel] == "needs a TPU"
