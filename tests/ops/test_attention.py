@@ -31,6 +31,9 @@ from jaxlm.ops.request import request
 B, N, K = 2, 6, 3
 SCALE = 0.3
 DEVICE = jax.default_backend()
+if DEVICE != "cpu":
+    # Where f32 numbers are rounded before they are multiplied, unless one asks.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def make_spec(options):
     return AttentionSpec(scale=SCALE, **arrays)
 
 
-# The one that has no f32 shares its backward pass with `pallas_gpu`, and has f16 tests of
+# The one that has no f32 shares its backward pass with `pallas_gpu`, and has tests of
 # its own for the forward pass.
 EXACT = [name for name in CASES if name != "pallas_hopper"]
 
@@ -359,7 +362,8 @@ def test_decoding(name, queries, extra):
             x * np.float32(s)[..., None]
             for x, s in ((k8, key_scale), (v8, value_scale))
         ]
-        # A number is off by half a step at most.
+        # All of int8 is used, and a number is off by half a step at most.
+        assert np.abs(np.int32(k8)).max(axis=-1).min() == 127
         assert np.abs(rounded[0] - k).max() <= np.max(key_scale) / 2 + 1e-6
         k, v = rounded
         if IMPLEMENTATIONS[name].int8:
