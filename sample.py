@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import signal
 import sys
 from pathlib import Path
 
@@ -127,9 +128,15 @@ def write_samples(arguments: Arguments, run: Path) -> int:
 
 
 class Printer:
-    """Writes the first sample as it comes, and the others after it."""
+    """Writes the first sample as it comes, and the others after it.
+
+    Python drops a KeyboardInterrupt that falls into a callback of the garbage
+    collection, so it is raised again at the next tokens.
+    """
 
     def __init__(self, tokenizer, prompt: str, num_samples: int):
+        self._interrupted = False
+        signal.signal(signal.SIGINT, self._interrupt)
         self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
         self._texts = [prompt] * num_samples
         self._many = num_samples > 1
@@ -137,9 +144,15 @@ class Printer:
             print("--- sample 1")
         print(prompt, end="", flush=True)
 
+    def _interrupt(self, number, frame) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def feed(
         self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]
     ) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
         for i, stream in enumerate(self._streams):
             text = "".join(stream.feed(int(t)) for t in new[i][inside[i]])
             self._add(i, text)

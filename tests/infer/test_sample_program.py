@@ -1,12 +1,15 @@
 """sample.py, in child processes, on a run made here without training."""
 
+import contextlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from toy_case import make_params, toy
 
@@ -113,3 +116,18 @@ def test_ctrl_c_ends_a_stream_within_two_seconds(home, repository):
         assert out.endswith(b"\n") and b"Traceback" not in err
     finally:
         child.kill()
+
+
+def test_an_interrupt_that_python_drops_is_raised_at_the_next_tokens(repository):
+    program = runpy.run_path(str(repository / "sample.py"))
+    old = signal.getsignal(signal.SIGINT)
+    try:
+        printer = program["Printer"](TOKENIZER, "", 1)
+        tokens, inside = np.full((1, 1), 97), np.ones((1, 1), bool)
+        printer.feed(tokens, inside)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            printer.feed(tokens, inside)
+    finally:
+        signal.signal(signal.SIGINT, old)
