@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import numpy as np
 
+from jaxlm.ops.request import Request
+
 # Tiny programs spend their time in the compiler: it need not try hard.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = partial(jax.jit, compiler_options=FAST)
@@ -13,6 +15,15 @@ quick_jit = partial(jax.jit, compiler_options=FAST)
 def normal(seed, *shape):
     """f32 numbers from N(0, 1)."""
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def plain_request(**asked):
+    """A `Request` with no options but those given."""
+    nothing = dict.fromkeys(
+        ("sinks", "segments", "query_index", "key_length", "int8", "lse"), False
+    )
+    plain = {"causal": True, "window": None, "soft_cap": None, "num_heads": 4}
+    return Request(**{**nothing, **plain, "num_kv_heads": 2, **asked})
 
 
 def slope(function, x, direction, step=1e-5):

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from jaxlm.ops import formulas
-from jaxlm.ops.attention import MASKED, AttentionSpec, dequantize
+from jaxlm.ops.attention import MASKED, AttentionSpec
 from jaxlm.ops.mask import may_attend
 from jaxlm.ops.pallas.mosaic import (
     ROWS,
@@ -61,21 +61,20 @@ def best_settings(head_dim: int) -> Settings:
 
 def forward(
     q: Float[Array, "B T N H"],
-    k: Num[Array, "B S K H"],
-    v: Num[Array, "B S K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     spec: AttentionSpec,
     settings: Settings,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention, and the log-sum-exp of its scores; see `flash.Kernels`.
 
-    bf16 and f16. int8 keys are widened before the kernel.
+    bf16 and f16.
 
     Returns:
       z in q's dtype, and the log-sum-exp, f32. A query that sees no key gives zeros,
       and -1e30 or its sink.
     """
     B, T, N, H = q.shape
-    k, v, spec = dequantize(k, v, spec, q.dtype)
     grid = Grid(T, k.shape[1], BLOCK_QUERIES, settings.block_keys)
     program = _Program(spec, grid, settings, N // k.shape[2])
     operands = program.operands(q, k, v)

@@ -143,7 +143,6 @@ class Plan(NamedTuple):
     grid: Grid
     rows: int
     """Rows of the table: one for each row of the batch (and split), or 1."""
-    splits: int
 
     def row(self, b: Any) -> Any:
         return b if self.rows > 1 else 0
@@ -194,7 +193,7 @@ def _plan(spec: AttentionSpec, T: int, S: int, blocks: tuple[int, int], splits: 
     table = make_table(spec, grid)
     if splits > 1:
         table = _split(table, grid, splits)
-    plan = Plan(spec, grid, table.length.shape[0], splits)
+    plan = Plan(spec, grid, table.length.shape[0])
     return plan, table
 
 

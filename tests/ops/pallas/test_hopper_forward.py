@@ -13,7 +13,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from ops_case import normal, quick_jit
 
-from jaxlm.ops.attention import MASKED, AttentionSpec, quantize
+from jaxlm.ops.attention import MASKED, AttentionSpec
 from jaxlm.ops.pallas import hopper_forward, mosaic
 from jaxlm.ops.pallas.hopper_forward import Settings, best_settings, forward
 from jaxlm.ops.pallas.mosaic import declines
@@ -106,18 +106,6 @@ def test_queries_without_keys():
     z, lse = run(q[:, :, :1], k, v, AttentionSpec(SCALE, query_index=index))
     assert not np.any(z[:, :66]) and np.all(lse[..., :66] == MASKED)
     assert np.all(np.any(z[:, 66:], axis=-1)) and np.all(lse[..., 66:] > -100)
-
-
-def test_int8():
-    """Widened before the kernel."""
-    q, k, v, _, _ = prepare("places in a cache, heads share keys")
-    q = q[:, :, :1]
-    (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
-    spec = AttentionSpec(SCALE, key_scale=key_scale, value_scale=value_scale)
-    z, _ = run(q, k, v, spec)
-    k, v = k * key_scale[..., None], v * value_scale[..., None]
-    expected = ops_case.attention(q, k, v, scale=SCALE)
-    np.testing.assert_allclose(np.float64(z), expected, atol=ERROR[BF16])
 
 
 def test_no_races(monkeypatch):

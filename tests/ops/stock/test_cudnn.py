@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import ops_case
 import pytest
-from ops_case import normal, quick_jit, slope
+from ops_case import normal, plain_request, quick_jit, slope
 
 from jaxlm.ops.attention import AttentionSpec
-from jaxlm.ops.request import Request
 from jaxlm.ops.stock import cudnn
 
 B, H = 2, 8
@@ -25,24 +24,13 @@ CASES = {
     "more keys, window": (24, 40, 2, 1, {"window": 9}),
     "more queries": (40, 24, 2, 1, {}),
 }
-CAN = Request(
+CAN = plain_request(
     platform="gpu",
     device_kind="NVIDIA H100 80GB HBM3",
     dtype=jnp.dtype(jnp.bfloat16),
     num_queries=1000,
     num_keys=1000,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=80,
-    causal=True,
-    window=None,
-    soft_cap=None,
-    sinks=False,
-    segments=False,
-    query_index=False,
-    key_length=False,
-    int8=False,
-    lse=False,
 )
 
 

@@ -7,30 +7,19 @@ import numpy as np
 import ops_case
 import pytest
 from jax.experimental.pallas.ops.gpu import attention_mgpu
-from ops_case import normal
+from ops_case import normal, plain_request
 
 from jaxlm.ops.attention import AttentionSpec
-from jaxlm.ops.request import Request
 from jaxlm.ops.stock import mosaic_gpu
 
-CAN = Request(
+CAN = plain_request(
     platform="gpu",
     device_kind="NVIDIA H100 80GB HBM3",
     dtype=jnp.dtype(jnp.float16),
     num_queries=1024,
     num_keys=1024,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=128,
     causal=False,
-    window=None,
-    soft_cap=None,
-    sinks=False,
-    segments=False,
-    query_index=False,
-    key_length=False,
-    int8=False,
-    lse=False,
 )
 
 

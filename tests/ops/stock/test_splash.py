@@ -9,10 +9,9 @@ import ops_case
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec
-from ops_case import normal, quick_jit, slope
+from ops_case import normal, plain_request, quick_jit, slope
 
 from jaxlm.ops.attention import AttentionSpec, reference_attention
-from jaxlm.ops.request import Request
 from jaxlm.ops.stock import splash
 
 H = 16
@@ -199,24 +198,13 @@ def test_few_blocks_of_a_long_mask_are_computed(monkeypatch):
 
 def test_declines(monkeypatch):
     monkeypatch.undo()
-    can = Request(
+    can = plain_request(
         platform="tpu",
         device_kind="TPU v5 lite",
         dtype=jnp.dtype(jnp.bfloat16),
         num_queries=1024,
         num_keys=1024,
-        num_heads=4,
-        num_kv_heads=2,
         head_dim=80,
-        causal=True,
-        window=None,
-        soft_cap=None,
-        sinks=False,
-        segments=False,
-        query_index=False,
-        key_length=False,
-        int8=False,
-        lse=False,
     )
     for fine in (
         {},
