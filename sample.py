@@ -11,16 +11,16 @@ import numpy as np
 import tyro
 from jaxtyping import Bool, Int
 
-from jaxlm.checkpoint import source
-from jaxlm.checkpoint.native import find_runs
+from jaxlm.checkpoint import load as source
+from jaxlm.checkpoint.native.saving import find_runs
 from jaxlm.cli import fail, parse, use_compile_cache
 from jaxlm.config import MeshConfig, SampleConfig
-from jaxlm.data.tokenizer import TextStream
 from jaxlm.infer.chat import converse
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.model.transformer import init
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
+from jaxlm.tokenizers.tokenizer import TextStream
 from jaxlm.train.stopping import EXIT_INTERRUPTED
 
 

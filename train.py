@@ -26,22 +26,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import tree
-from jaxlm.checkpoint import source
+from jaxlm.checkpoint import load as source
 from jaxlm.checkpoint.families import NOT_KEPT
-from jaxlm.checkpoint.native import Checkpoints, NoUsableCheckpoint
+from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
 from jaxlm.cli import fail, read_config, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.infer.generate import generate
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.report.page import write_report
+from jaxlm.report.picture import draw_loss_png
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.optimizer import make_optimizer
-from jaxlm.train.picture import draw_loss_png
 from jaxlm.train.progress import ProgressLine
-from jaxlm.train.report import write_report
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 from jaxlm.train.stopping import (
     EXIT_NO_CHECKPOINT,

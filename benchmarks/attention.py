@@ -20,10 +20,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxlm.ops.attention import AttentionSpec
-from jaxlm.ops.dispatch import IMPLEMENTATIONS
+from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
+from jaxlm.ops.attention.request import request
+from jaxlm.ops.attention.spec import AttentionSpec
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.ops.request import request
 from jaxlm.train.throughput import measure_peak_flops
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from jaxlm.model.families import preset
+from jaxlm.model.presets import preset
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.optimizer import make_optimizer

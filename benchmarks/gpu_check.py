@@ -5,7 +5,7 @@ python benchmarks/gpu_check.py [--quick] [--out FOLDER]
 Runs tests/ops/test_attention.py with the kernels as they are, on the device instead of
 interpreted, then benchmarks/attention.py at 1k to 16k tokens, head_dim 64 and 128.
 Writes attention_DEVICE.json (timings) and check_DEVICE.json, the record that `PROVEN`
-in jaxlm/ops/dispatch.py asks for. Needs `pip install '.[test]'`.
+in jaxlm/ops/attention/dispatch.py asks for. Needs `pip install '.[test]'`.
 """
 
 import argparse

@@ -39,7 +39,7 @@ def worker(kind: str, folder: Path) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from jaxlm.checkpoint import source
+    from jaxlm.checkpoint import load as source
 
     jax.devices()
     before, peak, running = rss_mb("RssAnon"), 0, True
@@ -73,9 +73,10 @@ def make_sparse(folder: Path, name: str) -> None:
     import ml_dtypes
     import numpy as np
 
-    from jaxlm.checkpoint import hf_config_writing, hf_names, safetensors
+    from jaxlm.checkpoint.hf import hf_config_writing, hf_names
+    from jaxlm.checkpoint.hf import safetensors_file as safetensors
     from jaxlm.checkpoint.mapping import Translation
-    from jaxlm.model.families import preset
+    from jaxlm.model.presets import preset
 
     config = preset(name)
     values = hf_config_writing.write(config)

@@ -10,7 +10,7 @@ The model and the tokenizer are those of the checkpoint: a run, a Hugging Face f
 """
 
 from jaxlm.config import Config, DataConfig, OptimizerConfig, TrainConfig
-from jaxlm.model.families import preset
+from jaxlm.model.presets import preset
 
 
 def get_config() -> Config:

@@ -9,7 +9,7 @@ Result: none was measured; the recipe is a common one (AdamW, cosine) and not tu
 import dataclasses
 
 from jaxlm.config import Config, DataConfig, OptimizerConfig, TrainConfig
-from jaxlm.model.families import preset
+from jaxlm.model.presets import preset
 
 
 def get_config() -> Config:

@@ -3,10 +3,10 @@
 The names below are the public ones; everything else is reached by its module.
 """
 
-from jaxlm.checkpoint.source import load, load_tokenizer
+from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.config import Config, ModelConfig, SampleConfig
 from jaxlm.infer.generate import Generation, generate
-from jaxlm.model.cache import init_cache
+from jaxlm.model.kv_cache import init_cache
 from jaxlm.model.transformer import Output, forward, init
 from jaxlm.ops.probe import Tap
 

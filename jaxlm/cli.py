@@ -14,17 +14,17 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
 import jax
 import tyro
 
-from jaxlm.checkpoint.convert import convert
+from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
-from jaxlm.checkpoint.source import load_config
+from jaxlm.checkpoint.load import load_config
 from jaxlm.config import Config, nearest
+from jaxlm.ops.attention.tuning import tune
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.ops.tuning import tune
-from jaxlm.train.curves import load_runs
-from jaxlm.train.picture import draw_loss_png
-from jaxlm.train.report import write_report
+from jaxlm.report.curves import load_runs
+from jaxlm.report.page import write_report
+from jaxlm.report.picture import draw_loss_png
 from jaxlm.train.stopping import EXIT_USAGE
-from jaxlm.verify.verify import NUM_TOKENS, verify, write_certificate
+from jaxlm.verify.verification import NUM_TOKENS, verify, write_certificate
 
 T = TypeVar("T")
 # What `jaxlm verify` exits with when a check is past its gate.

@@ -16,7 +16,7 @@ import pytest
 
 # Test folders are no packages, so that two files may have one name. Modules that
 # several files of a folder share are found by name.
-sys.path += [str(p.parent) for p in Path(__file__).parent.glob("*/*_case.py")]
+sys.path += [str(p.parent) for p in Path(__file__).parent.glob("**/*_case.py")]
 
 
 def pytest_addoption(parser):
@@ -67,3 +67,19 @@ def compilations():
     monitoring.register_event_duration_secs_listener(listen)
     yield names
     monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def shakespeare():
+    from jaxlm.data.sources import BUNDLED_FOLDER
+
+    return (BUNDLED_FOLDER / "shakespeare.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def models(shakespeare):
+    """A SentencePiece tokenizer of each algorithm, trained on a part of the text."""
+    from jaxlm.tokenizers.tokenizer import train_sentencepiece
+
+    text = shakespeare[:100_000]
+    return {a: train_sentencepiece([text], 500, a) for a in ("bpe", "unigram")}

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoint import folder as layout
+from jaxlm.checkpoint.native import run_folder as layout
 from jaxlm.checkpoint.tensor_file import replacing
-from jaxlm.data.progress import progress_bar
+from jaxlm.progress import progress_bar
 
 FORMAT = 1
 NAME = "certificate.json"

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
-from jaxlm.checkpoint import arrays
-from jaxlm.checkpoint.safetensors import Layout, Read
+from jaxlm.checkpoint.hf.safetensors_file import Layout, Read
+from jaxlm.checkpoint.native import arrays
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig, nearest
 from jaxlm.model.transformer import init

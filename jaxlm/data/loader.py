@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Int64
 
 from jaxlm.config import DataConfig
-from jaxlm.data.cache import (
+from jaxlm.data.derived_files import (
     build_once,
     cache_root,
     check_unchanged,
@@ -29,11 +29,11 @@ from jaxlm.data.packing import (
     split_stream,
     train_rows,
 )
-from jaxlm.data.sentence_piece import SentencePieceTokenizer
 from jaxlm.data.sources import Source, find_source, read_documents
-from jaxlm.data.text_stream import Tokenizer
-from jaxlm.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
 from jaxlm.data.tokens import tokenize_source
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
 from jaxlm.types import Batch
 
 # Changed whenever the same config and seed would give other batches than before.

@@ -25,12 +25,12 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
 from jaxlm.config import DataConfig
-from jaxlm.data.cache import build_once, cache_root, check_unchanged, key_of
-from jaxlm.data.progress import progress_bar
-from jaxlm.data.sentence_piece import SentencePieceTokenizer
+from jaxlm.data.derived_files import build_once, cache_root, check_unchanged, key_of
 from jaxlm.data.sources import Source, read_documents
-from jaxlm.data.text_stream import Tokenizer
-from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.progress import progress_bar
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.tokenizer import load_tokenizer
 
 FORMAT_VERSION = 1
 # A longer document is encoded in parts, cut after a line: one call on a gigabyte would

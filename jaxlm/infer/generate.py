@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 from jaxlm import tree
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.sampling import NEVER, draw
-from jaxlm.model.cache import Cache, init_cache, unstack
+from jaxlm.model.kv_cache import Cache, init_cache, unstack
 from jaxlm.model.transformer import features, forward, unembed
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.rules import batch_parts, lay_out

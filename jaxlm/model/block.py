@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.cache import LayerCache, append
+from jaxlm.model.kv_cache import LayerCache, append
 from jaxlm.model.positions import Rotation
-from jaxlm.ops import attention as attn
-from jaxlm.ops.dispatch import attention
+from jaxlm.ops.attention import spec as attn
+from jaxlm.ops.attention.dispatch import attention
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import product

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, Norm, layer_kinds, weight_init
-from jaxlm.model.cache import Cache
+from jaxlm.model.kv_cache import Cache
+from jaxlm.model.layers import run_layers
 from jaxlm.model.positions import rotations
-from jaxlm.model.stack import run_layers
 from jaxlm.ops.linear import compute_dtype, product
 from jaxlm.ops.probe import SITES, Probe, Tap, check_taps
 from jaxlm.ops.rope import sinusoids

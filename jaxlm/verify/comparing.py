@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.generate import Generation, bucket, generate
-from jaxlm.model.cache import Cache, init_cache, unstack
+from jaxlm.model.kv_cache import Cache, init_cache, unstack
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probe import Tap
 from jaxlm.types import Params

@@ -2,9 +2,9 @@
 
 import json
 
-from jaxlm.data.hugging_face import HuggingFaceTokenizer
-from jaxlm.data.sentence_piece import SentencePieceTokenizer
-from jaxlm.data.text_stream import Tokenizer
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
 from jaxlm.verify.check import Check
 from jaxlm.verify.expected import Expected
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.config import Config, ModelConfig
 
 CONFIG = Config(

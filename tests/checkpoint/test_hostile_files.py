@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from jaxlm.checkpoint.gguf_file import read_gguf, write_gguf
-from jaxlm.checkpoint.safetensors import read_safetensors, write_safetensors
-from jaxlm.checkpoint.safetensors_folder import INDEX_FILE, read_folder
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
+from jaxlm.checkpoint.hf.safetensors_file import read_safetensors, write_safetensors
+from jaxlm.checkpoint.hf.safetensors_folder import INDEX_FILE, read_folder
 
 # Else it leaves a folder in the working directory, even without a database.
 set_hypothesis_home_dir(os.path.join(os.environ["XDG_CACHE_HOME"], "hypothesis"))

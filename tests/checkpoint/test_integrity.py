@@ -10,7 +10,7 @@ from checkpoint_case import restore, run_with_steps, save, state_of_step
 
 from jaxlm.checkpoint import integrity
 from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
-from jaxlm.checkpoint.native import Checkpoints, NoUsableCheckpoint
+from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_wrong_values_under_a_right_manifest_are_found(tmp_path, monkeypatch):
     with Checkpoints(run, keep=2) as checkpoints:
         restore(checkpoints)
         monkeypatch.setattr(
-            "jaxlm.checkpoint.native.state_hash", lambda state: "0" * 64
+            "jaxlm.checkpoint.native.saving.state_hash", lambda state: "0" * 64
         )
         save(checkpoints, 300)
     expect_fallback(run, "state hash")

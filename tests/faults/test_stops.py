@@ -8,7 +8,7 @@ import pytest
 from run_case import CONFIG, Run
 
 from jaxlm import tree
-from jaxlm.checkpoint.native import load, state_hash
+from jaxlm.checkpoint.native.saving import load, state_hash
 from jaxlm.train.metrics import read_metrics
 
 SHORT = ("--train.steps", "4", "--train.checkpoint-every", "2")

@@ -17,13 +17,13 @@ from hugging_face_case import (
 )
 from toy_case import make_params, toy
 
-from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.config import Config, DataConfig, SampleConfig
-from jaxlm.data.gguf_tokenizer import tokenizer_from_gguf
-from jaxlm.data.tokenizer import ByteTokenizer, TextStream
 from jaxlm.infer import chat, chat_template
 from jaxlm.infer.chat import chat_ids, converse, render
 from jaxlm.infer.generate import generate
+from jaxlm.tokenizers.gguf.gguf_tokenizer import tokenizer_from_gguf
+from jaxlm.tokenizers.tokenizer import ByteTokenizer, TextStream
 
 
 def user(text):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from toy_case import make_params, toy
 
-from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.config import Config, DataConfig, SampleConfig
-from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.infer.generate import generate
+from jaxlm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 CONTEXT = 8192

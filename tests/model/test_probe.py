@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from model_case import ids, make, quick_jit, small
 
-from jaxlm.model.cache import init_cache, unstack
+from jaxlm.model.kv_cache import init_cache, unstack
 from jaxlm.model.transformer import absent_sites, features, forward, unembed
 from jaxlm.ops.probe import SITES, Probe, Tap
 

@@ -11,7 +11,7 @@ from model_case import ids, make, quick_jit, small
 
 from jaxlm import tree
 from jaxlm.config import MeshConfig
-from jaxlm.model.cache import unstack
+from jaxlm.model.kv_cache import unstack
 from jaxlm.model.transformer import forward, init
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import batch_sharding, parameter_shardings
@@ -174,7 +174,7 @@ def test_soft_caps_bound_what_they_cap(model):
 
 
 def test_segments_and_a_cache_exclude_each_other(model):
-    from jaxlm.model.cache import init_cache
+    from jaxlm.model.kv_cache import init_cache
 
     config, params = model
     cache = init_cache(config, B, 16, jnp.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
-from jaxlm.checkpoint.native import Checkpoints
+from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.config import (
     Config,
     DataConfig,
@@ -22,12 +22,12 @@ from jaxlm.config import (
     SampleConfig,
     TrainConfig,
 )
-from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.infer.generate import generate
-from jaxlm.ops.dispatch import IMPLEMENTATIONS, Kernel
-from jaxlm.ops.pallas import tpu
+from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
+from jaxlm.ops.attention.tpu import pallas_tpu as tpu
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
+from jaxlm.tokenizers.tokenizer import ByteTokenizer
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import loss_and_grads, make_train_step

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from jaxlm.ops.request import Request
+from jaxlm.ops.attention.request import Request
 
 # Tiny programs spend their time in the compiler: it need not try hard.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from hf_case import model_config
 
-from jaxlm.model.families import PRESETS
+from jaxlm.model.presets import PRESETS
 
 
 def main():

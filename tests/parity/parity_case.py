@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import ModelConfig, RopeScaling
-from jaxlm.model.families import preset, toy
+from jaxlm.model.presets import preset, toy
 
 GOLDENS = Path(__file__).with_name("goldens.npz")
 FILES = Path(__file__).with_name("files.json")

@@ -14,9 +14,9 @@ import pytest
 from parity_case import CASES, FILES, nested, weights
 
 from jaxlm import tree
-from jaxlm.checkpoint import source
+from jaxlm.checkpoint import load as source
 from jaxlm.checkpoint.families import NOT_KEPT
-from jaxlm.checkpoint.hf import write_hf
+from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.config import diff
 
 SAVED = json.loads(FILES.read_text())

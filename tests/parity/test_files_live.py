@@ -10,7 +10,7 @@ import transformers as hf
 from hf_case import build, run
 from parity_case import CASES, nested, weights
 
-from jaxlm.checkpoint.hf import write_hf
+from jaxlm.checkpoint.hf.hf_folder import write_hf
 
 pytestmark = pytest.mark.parity
 

@@ -25,7 +25,7 @@ from parity_case import (
 
 from jaxlm import tree
 from jaxlm.model import block as block_module
-from jaxlm.model.cache import unstack
+from jaxlm.model.kv_cache import unstack
 from jaxlm.model.transformer import forward, init
 from jaxlm.ops import feed_forward
 from jaxlm.ops.probe import Tap

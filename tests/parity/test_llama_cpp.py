@@ -15,10 +15,10 @@ import pytest
 from gguf_case import NAMES, small
 from parity_case import nested, weights
 
-from jaxlm.checkpoint.gguf import write_model
+from jaxlm.checkpoint.gguf.gguf_model import write_model
 from jaxlm.config import SampleConfig
-from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.infer.generate import generate
+from jaxlm.tokenizers.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.slow
 

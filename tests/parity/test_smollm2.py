@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint import source
+from jaxlm.checkpoint import load as source
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
 from jaxlm.model.transformer import forward

@@ -13,14 +13,15 @@ import pytest
 from parity_case import CASES, nested, weights
 
 from jaxlm import load
-from jaxlm.checkpoint import certificate, gguf
-from jaxlm.checkpoint.hf import write_hf
-from jaxlm.checkpoint.source import open_source
+from jaxlm.checkpoint import certificate
+from jaxlm.checkpoint.gguf import gguf_model as gguf
+from jaxlm.checkpoint.hf.hf_folder import write_hf
+from jaxlm.checkpoint.load import open_source
 from jaxlm.cli import main
-from jaxlm.data.tokenizer import ByteTokenizer
+from jaxlm.tokenizers.tokenizer import ByteTokenizer
 from jaxlm.verify import comparing, peer
-from jaxlm.verify.reference import Subject, find_reference
-from jaxlm.verify.verify import verify
+from jaxlm.verify.oracle import Subject, find_reference
+from jaxlm.verify.verification import verify
 
 pytestmark = pytest.mark.parity
 CONFIG = dataclasses.replace(CASES["qwen3-0.6b"], vocab_size=257)

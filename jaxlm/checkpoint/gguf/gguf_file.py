@@ -1,0 +1,542 @@
+"""The GGUF format of llama.cpp: reading within bounds, writing one tensor at a time.
+
+Source: docs/gguf.md of github.com/ggml-org/ggml. A file is a magic number, a version,
+the numbers of tensors and of keys, the keys with typed values, the names, dimensions,
+types and offsets of the tensors, padding, and the data. Numbers are little-endian,
+dimensions innermost first.
+"""
+
+import dataclasses
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.checkpoint.gguf.gguf_blocks import BLOCK_TYPES, dequantize, quantize_q8_0
+from jaxlm.checkpoint.tensor_file import (
+    BFLOAT16,
+    FLOAT32,
+    MAX_TENSORS,
+    StoredTensor,
+    check_given,
+    map_file,
+    number_of_values,
+    replacing,
+    shown,
+    view,
+    write_values,
+)
+
+MAX_KEYS = 100_000
+MAX_DIMS = 4
+MAX_STRING_BYTES = 64 << 20
+MAX_ALIGNMENT = 1 << 20
+# Keys, values and the list of tensors: the largest vocabularies take 20 MB.
+MAX_HEADER_BYTES = 256 << 20
+_MAX_NAME_BYTES = 65535  # that of keys in the specification
+_ALIGNMENT = "general.alignment"
+_MAGIC = b"GGUF"
+_VERSION = 3
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+
+# Types of metadata values, by their numbers in a file.
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_SCALARS = {
+    0: np.dtype("<u1"),
+    1: np.dtype("<i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    _BOOL: np.dtype(np.bool_),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+_SCALAR_TYPES = {dtype: number for number, dtype in _SCALARS.items()}
+
+
+class _TensorType(NamedTuple):
+    name: str
+    values: int
+    """Number of values in a block."""
+    bytes: int
+    """Size of a block."""
+
+
+# Also those that are not read, so that their extents can be checked.
+_TENSOR_TYPES = {
+    0: _TensorType("F32", 1, 4),
+    1: _TensorType("F16", 1, 2),
+    2: _TensorType("Q4_0", 32, 18),
+    3: _TensorType("Q4_1", 32, 20),
+    6: _TensorType("Q5_0", 32, 22),
+    7: _TensorType("Q5_1", 32, 24),
+    8: _TensorType("Q8_0", 32, 34),
+    9: _TensorType("Q8_1", 32, 40),
+    10: _TensorType("Q2_K", 256, 84),
+    11: _TensorType("Q3_K", 256, 110),
+    12: _TensorType("Q4_K", 256, 144),
+    13: _TensorType("Q5_K", 256, 176),
+    14: _TensorType("Q6_K", 256, 210),
+    15: _TensorType("Q8_K", 256, 292),
+    16: _TensorType("IQ2_XXS", 256, 66),
+    17: _TensorType("IQ2_XS", 256, 74),
+    18: _TensorType("IQ3_XXS", 256, 98),
+    19: _TensorType("IQ1_S", 256, 50),
+    20: _TensorType("IQ4_NL", 32, 18),
+    21: _TensorType("IQ3_S", 256, 110),
+    22: _TensorType("IQ2_S", 256, 82),
+    23: _TensorType("IQ4_XS", 256, 136),
+    24: _TensorType("I8", 1, 1),
+    25: _TensorType("I16", 1, 2),
+    26: _TensorType("I32", 1, 4),
+    27: _TensorType("I64", 1, 8),
+    28: _TensorType("F64", 1, 8),
+    29: _TensorType("IQ1_M", 256, 56),
+    30: _TensorType("BF16", 1, 2),
+    34: _TensorType("TQ1_0", 256, 54),
+    35: _TensorType("TQ2_0", 256, 66),
+    39: _TensorType("MXFP4", 32, 17),
+    40: _TensorType("NVFP4", 64, 36),
+    41: _TensorType("Q1_0", 128, 18),
+}
+_TYPE_NUMBERS = {t.name: number for number, t in _TENSOR_TYPES.items()}
+_PLAIN = {
+    "F32": FLOAT32,
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F64": np.dtype(np.float64),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+_UNREADABLE = np.dtype(np.void)
+# Types that are written, and the dtypes that each is made of.
+_WRITTEN = {
+    "F32": (FLOAT32,),
+    "F16": (np.dtype(np.float16),),
+    "BF16": (BFLOAT16,),
+    "Q8_0": (FLOAT32, BFLOAT16, np.dtype(np.float16)),
+}
+_MAX_WRITTEN_NAME = 63  # llama.cpp's GGML_MAX_NAME, less the zero at the end
+_QUANTIZED_AT_ONCE = 1 << 20  # values
+
+Value = str | bool | int | float | np.ndarray | list[str]
+# For `write_gguf`: the shape (outermost first) and type name of each tensor.
+Layout = Mapping[str, tuple[tuple[int, ...], str]]
+Read = Callable[[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GGUFFile:
+    """What a GGUF file holds."""
+
+    metadata: dict[str, Value]
+    """Numbers and texts as Python's own, arrays of numbers as NumPy arrays [n] of the
+    file's dtype (read-only), arrays of texts as lists."""
+    tensors: dict[str, StoredTensor]
+    """In the order of the file's list."""
+
+
+def read_gguf(path: Path | str) -> GGUFFile:
+    """Reads the header of a GGUF file (version 2 or 3) and maps the rest.
+
+    Args:
+      path: a file of at most 100,000 keys and 100,000 tensors.
+
+    Returns:
+      Metadata and tensors. Tensors of quantized types for which jaxlm has no decoder
+      are listed, but cannot be read.
+
+    Raises:
+      ValueError: when it is missing or breaks the format in any way.
+    """
+    path = Path(path).expanduser()
+    header = _Header(path, map_file(path))
+    num_tensors, num_keys = header.read_start()
+    metadata: dict[str, Value] = {}
+    for number in range(num_keys):
+        key = header.name(f"key {number}")
+        if key in metadata:
+            raise ValueError(f"{path}: key {shown(key)} appears twice")
+        metadata[key] = header.value(f"key {shown(key)}")
+    alignment = _check_alignment(path, metadata.get(_ALIGNMENT, 32))
+    entries: dict[str, _Entry] = {}
+    for number in range(num_tensors):
+        name = header.name(f"the name of tensor {number}")
+        if name in entries:
+            raise ValueError(f"{path}: tensor {shown(name)} appears twice")
+        entries[name] = header.entry(name, alignment)
+    start = -(-header.at // alignment) * alignment
+    _check_extents(list(entries.values()), len(header.data) - start)
+    tensors = {n: _stored(header.data, start, n, e) for n, e in entries.items()}
+    return GGUFFile(metadata, tensors)
+
+
+class _Entry(NamedTuple):
+    """A tensor of the list; the offset counts from the start of the data."""
+
+    offset: int
+    bytes: int
+    shape: tuple[int, ...]
+    type: _TensorType
+    where: str
+
+
+class _Header:
+    """Reads the parts of a header in turn; `at` is the offset of the next one."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path = path
+        self.data = data
+        self.at = 0
+        self._end = min(len(data), MAX_HEADER_BYTES)
+
+    def read_start(self) -> tuple[int, int]:
+        """The numbers of tensors and of keys."""
+        if self.data[:4] != _MAGIC:
+            raise ValueError(f"{self.path}: not a GGUF file")
+        self.at = 4
+        version = self._number(_U32, "the version")
+        if version & 0xFFFF == 0:
+            raise ValueError(
+                f"{self.path}: a big-endian GGUF file, which jaxlm does not read; "
+                "llama.cpp's gguf_convert_endian.py converts it"
+            )
+        if version not in (2, 3):
+            raise ValueError(f"{self.path}: GGUF version {version}, not 2 or 3")
+        num_tensors = self._number(_U64, "the number of tensors")
+        num_keys = self._number(_U64, "the number of keys")
+        # A key has at least a length, a type and a byte, a tensor 24 bytes.
+        self._check_count("tensors", num_tensors, MAX_TENSORS, 24)
+        self._check_count("keys", num_keys, MAX_KEYS, 13)
+        return num_tensors, num_keys
+
+    def _check_count(self, what: str, count: int, limit: int, size: int) -> None:
+        if count > limit:
+            raise ValueError(f"{self.path}: {count} {what}, more than {limit}")
+        self._need(count * size, f"the {count} {what}")
+
+    def _need(self, size: int, what: str) -> int:
+        """The offset after `size` more bytes, which must be there."""
+        after = self.at + size
+        if after > self._end:
+            end = len(self.data)
+            reason = "the file is cut off" if after > end else "the header is too large"
+            raise ValueError(
+                f"{self.path}: {what}: {size} bytes from byte {self.at} on go beyond "
+                f"byte {self._end}: {reason}"
+            )
+        return after
+
+    def _number(self, kind: struct.Struct, what: str) -> int:
+        after = self._need(kind.size, what)
+        (value,) = kind.unpack_from(self.data, self.at)
+        self.at = after
+        return value
+
+    def text(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
+        """A length and as many bytes of UTF-8."""
+        length = self._number(_U64, what)
+        if length > limit:
+            raise ValueError(f"{self.path}: {what}: {length} bytes, more than {limit}")
+        after = self._need(length, what)
+        try:
+            value = self.data[self.at : after].decode()
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{self.path}: {what}: not UTF-8: {e.reason}") from None
+        self.at = after
+        return value
+
+    def name(self, what: str) -> str:
+        name = self.text(what, _MAX_NAME_BYTES)
+        if not name:
+            raise ValueError(f"{self.path}: {what} is empty: is the file damaged?")
+        return name
+
+    def value(self, what: str) -> Value:
+        """A type and a value of it."""
+        kind = self._number(_U32, what)
+        if kind == _STRING:
+            return self.text(what)
+        if kind == _ARRAY:
+            return self._array(what)
+        return self._numbers(kind, 1, what)[0].item()
+
+    def _array(self, what: str) -> np.ndarray | list[str]:
+        kind = self._number(_U32, what)
+        count = self._number(_U64, what)
+        if kind == _STRING:
+            return self._texts(count, what)
+        if kind == _ARRAY:
+            raise ValueError(f"{self.path}: {what}: an array of arrays is not read")
+        return self._numbers(kind, count, what)
+
+    def _numbers(self, kind: int, count: int, what: str) -> np.ndarray:
+        if kind not in _SCALARS:
+            raise ValueError(f"{self.path}: {what}: no value has type {kind}")
+        dtype = _SCALARS[kind]
+        after = self._need(count * dtype.itemsize, what)
+        if kind == _BOOL:
+            stored = view(self.data, self.at, (count,), np.dtype(np.uint8))
+            if (stored > 1).any():
+                raise ValueError(f"{self.path}: {what}: a bool other than 0 and 1")
+        values = view(self.data, self.at, (count,), dtype)
+        values.flags.writeable = False
+        self.at = after
+        return values
+
+    def _texts(self, count: int, what: str) -> list[str]:
+        """As `text`, `count` times, and without a call for each: there are 100,000."""
+        self._need(count * _U64.size, what)
+        unpack, data, end, at = _U64.unpack_from, self.data, self._end, self.at
+        texts = []
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + unpack(data, at)[0]
+                if at > end or at - start > MAX_STRING_BYTES:
+                    raise struct.error
+                texts.append(data[start:at].decode())
+        except struct.error:
+            raise ValueError(
+                f"{self.path}: {what}: text {len(texts)} of {count} reaches beyond the "
+                f"header, or has more than {MAX_STRING_BYTES} bytes"
+            ) from None
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"{self.path}: {what}: text {len(texts)}: not UTF-8: {e.reason}"
+            ) from None
+        self.at = at
+        return texts
+
+    def entry(self, name: str, alignment: int) -> _Entry:
+        """The dimensions, type and offset of a tensor."""
+        where = f"{self.path}: tensor {shown(name)}"
+        num_dims = self._number(_U32, f"tensor {shown(name)}")
+        if num_dims > MAX_DIMS:
+            raise ValueError(f"{where}: {num_dims} dimensions, more than {MAX_DIMS}")
+        dims = [self._number(_U64, f"tensor {shown(name)}") for _ in range(num_dims)]
+        if 0 in dims:
+            raise ValueError(f"{where}: a dimension is 0")
+        number = self._number(_U32, f"tensor {shown(name)}")
+        offset = self._number(_U64, f"tensor {shown(name)}")
+        if number not in _TENSOR_TYPES:
+            raise ValueError(f"{where}: unknown type {number} ({_readable()})")
+        kind = _TENSOR_TYPES[number]
+        shape = tuple(reversed(dims))
+        count = number_of_values(shape, where)
+        if (shape[-1] if shape else 1) % kind.values:
+            raise ValueError(
+                f"{where}: {kind.name} comes in blocks of {kind.values} values, which "
+                f"do not fit shape {list(shape)}"
+            )
+        if offset % alignment:
+            raise ValueError(
+                f"{where}: its offset {offset} is no multiple of {alignment}"
+            )
+        return _Entry(offset, count // kind.values * kind.bytes, shape, kind, where)
+
+
+def _check_alignment(path: Path, alignment: Any) -> int:
+    is_power = (
+        type(alignment) is int
+        and 0 < alignment <= MAX_ALIGNMENT
+        and not alignment & (alignment - 1)
+    )
+    if not is_power:
+        raise ValueError(
+            f"{path}: {_ALIGNMENT} is not a power of two up to {MAX_ALIGNMENT}"
+        )
+    return alignment
+
+
+def _check_extents(entries: list[_Entry], size: int) -> None:
+    """No tensor reaches beyond the data, and no two overlap."""
+    at, before = 0, ""
+    for entry in sorted(entries, key=lambda e: e.offset):
+        if entry.offset + entry.bytes > size:
+            raise ValueError(
+                f"{entry.where}: it ends at byte {entry.offset + entry.bytes} of the "
+                f"data, which has {max(size, 0)}: the file is cut off"
+            )
+        if entry.offset < at:
+            raise ValueError(f"{entry.where}: it overlaps {before}")
+        at, before = entry.offset + entry.bytes, entry.where.partition(": ")[2]
+
+
+def _stored(data: mmap.mmap, start: int, name: str, entry: _Entry) -> StoredTensor:
+    kind = entry.type.name
+    dtype = _PLAIN.get(kind, FLOAT32 if kind in BLOCK_TYPES else _UNREADABLE)
+    return StoredTensor(
+        name=name,
+        shape=entry.shape,
+        dtype=dtype,
+        stored_as=kind,
+        where=entry.where,
+        _read=partial(_read_values, data, start + entry.offset, entry),
+    )
+
+
+def _read_values(data: mmap.mmap, offset: int, entry: _Entry) -> np.ndarray:
+    kind = entry.type.name
+    if kind in _PLAIN:
+        return view(data, offset, entry.shape, _PLAIN[kind])
+    if kind not in BLOCK_TYPES:
+        raise ValueError(
+            f"{entry.where}: its type {kind} cannot be read ({_readable()})"
+        )
+    blocks = view(data, offset, (entry.bytes,), np.dtype(np.uint8))
+    return dequantize(blocks, kind).reshape(entry.shape)
+
+
+def _readable() -> str:
+    return f"readable: {', '.join([*_PLAIN, *BLOCK_TYPES])}"
+
+
+def write_gguf(
+    path: Path | str, metadata: Mapping[str, Any], layout: Layout, read: Read
+) -> None:
+    """Writes a GGUF file, version 3, byte for byte as the `gguf` package does.
+
+    Args:
+      path: replaced only when the new file is whole.
+      metadata: in the order of the file. A str, bool, int (uint32), float (float32),
+        or a list of one of them (int: int32). NumPy scalars and arrays [n] are written
+        in their own dtype.
+      layout: the shape (outermost first, at most 4 dimensions) and type of each tensor
+        in the order of the file: F32, F16, BF16 or Q8_0.
+      read: gives the values of one tensor; called once for each, and no more than one
+        is held at a time. The dtype is that of the type; for Q8_0 any of the three.
+
+    Raises:
+      ValueError: for metadata, names or types that the format or llama.cpp does not
+        take, and when `read` gives another shape or dtype than the layout.
+      OSError: when the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    alignment = metadata.get(_ALIGNMENT, 32)
+    if isinstance(alignment, np.integer):
+        alignment = int(alignment)
+    alignment = _check_alignment(path, alignment)
+    parts = [_MAGIC, _U32.pack(_VERSION), _U64.pack(len(layout))]
+    parts.append(_U64.pack(len(metadata)))
+    for key, value in metadata.items():
+        parts += [_packed_text(key), _packed_value(f"{path}: key {shown(key)}", value)]
+    offset = 0
+    for name, (shape, kind) in layout.items():
+        size = _written_bytes(f"{path}: tensor {shown(name)}", name, shape, kind)
+        parts += [_packed_text(name), _U32.pack(len(shape))]
+        parts += [_U64.pack(d) for d in reversed(shape)]
+        parts += [_U32.pack(_TYPE_NUMBERS[kind]), _U64.pack(offset)]
+        offset += size + -size % alignment
+    header = b"".join(parts)
+    with replacing(path) as file:
+        file.write(header + bytes(-len(header) % alignment))
+        for name, (shape, kind) in layout.items():
+            where = f"{path}: tensor {shown(name)}"
+            values = read(name)
+            check_given(values, where, shape, _WRITTEN[kind])
+            if kind == "Q8_0":
+                _write_q8_0(file, values, where)
+            else:
+                write_values(file, values)
+            del values  # before the next ones come
+            file.write(bytes(-file.tell() % alignment))
+
+
+def _packed_text(text: str) -> bytes:
+    content = text.encode()
+    return _U64.pack(len(content)) + content
+
+
+def _packed_value(where: str, value: Any) -> bytes:
+    """The type and the bytes of a metadata value."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, str):
+        return _U32.pack(_STRING) + _packed_text(value)
+    if isinstance(value, (bool, int, float, np.generic)):
+        kind, data = _packed_numbers(where, value, np.uint32)
+        return _U32.pack(kind) + data
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
+        if not all(isinstance(v, str) for v in value):
+            raise ValueError(f"{where}: a list of texts and of other things")
+        start = _U32.pack(_ARRAY) + _U32.pack(_STRING) + _U64.pack(len(value))
+        return start + b"".join(map(_packed_text, value))
+    if isinstance(value, (list, tuple, np.ndarray)):
+        kind, data = _packed_numbers(where, value, np.int32)
+        return b"".join(
+            [_U32.pack(_ARRAY), _U32.pack(kind), _U64.pack(len(value)), data]
+        )
+    raise ValueError(f"{where}: GGUF has no type for a {type(value).__name__}")
+
+
+def _packed_numbers(where: str, value: Any, integer: type) -> tuple[int, bytes]:
+    """The type and the bytes of a number, a list or an array of numbers.
+
+    `integer` is the type of Python's own integers.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        array = np.asarray(value)
+    else:
+        array = _as_array(where, value, integer)
+    if array.dtype not in _SCALAR_TYPES or array.ndim > 1:
+        raise ValueError(f"{where}: GGUF has no type for {array.dtype} {array.ndim}-D")
+    return _SCALAR_TYPES[array.dtype], array.tobytes()
+
+
+def _as_array(where: str, value: Any, integer: type) -> np.ndarray:
+    many = value if isinstance(value, (list, tuple)) else [value]
+    kinds = {type(v) for v in many}
+    dtype = {bool: np.bool_, int: integer, float: np.float32}.get(
+        kinds.pop() if len(kinds) == 1 else None
+    )
+    if dtype is None:
+        raise ValueError(
+            f"{where}: an empty list, or one of several types: pass a NumPy array"
+        )
+    try:
+        if dtype is np.float32:
+            with np.errstate(over="raise"):
+                return np.array(many, np.float64).astype(dtype)
+        return np.array(many, dtype)
+    except (OverflowError, FloatingPointError):
+        raise ValueError(
+            f"{where}: too large for {np.dtype(dtype)}: pass NumPy's type of its own"
+        ) from None
+
+
+def _written_bytes(where: str, name: str, shape: tuple[int, ...], kind: str) -> int:
+    """The size of a tensor to be written, after all checks of its entry."""
+    if kind not in _WRITTEN:
+        raise ValueError(f"{where}: {kind} is not written ({', '.join(_WRITTEN)} are)")
+    if len(name.encode()) > _MAX_WRITTEN_NAME:
+        raise ValueError(f"{where}: its name has more than {_MAX_WRITTEN_NAME} bytes")
+    if not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1:
+        raise ValueError(f"{where}: GGUF has no shape {list(shape)}")
+    block = _TENSOR_TYPES[_TYPE_NUMBERS[kind]]
+    if shape[-1] % block.values:
+        raise ValueError(
+            f"{where}: {kind} needs an innermost dimension that is a multiple of "
+            f"{block.values}, not {shape[-1]}"
+        )
+    return number_of_values(shape, where) // block.values * block.bytes
+
+
+def _write_q8_0(file: Any, values: np.ndarray, where: str) -> None:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    try:
+        for at in range(0, len(flat), _QUANTIZED_AT_ONCE):
+            write_values(file, quantize_q8_0(flat[at : at + _QUANTIZED_AT_ONCE]))
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None

@@ -1,0 +1,220 @@
+"""Models in GGUF files, as llama.cpp runs them."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.checkpoint.gguf.gguf_config import (
+    ROPE_TENSORS,
+    read_config,
+    rope_tensors,
+    write_config,
+)
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
+from jaxlm.checkpoint.mapping import Rule, Translation, rule
+from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
+from jaxlm.config import ModelConfig
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.gguf.gguf_tokenizer import gguf_metadata, tokenizer_from_gguf
+from jaxlm.types import Params
+
+_B = "blk.{layer}."
+# Types of tensors that can be written, and the dtype of the values for each.
+TYPES = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": BFLOAT16,
+    "q8_0": np.dtype(np.float32),
+}
+
+
+def _common(offset: float = 0.0) -> tuple[Rule, ...]:
+    def norm(name: str, path: str) -> Rule:
+        return rule(f"{name}.weight", f"{path}/scale", "D -> D", offset)
+
+    def head_norm(name: str, path: str) -> Rule:
+        return rule(f"{name}.weight", f"{path}/scale", "H -> H", offset)
+
+    return (
+        rule("token_embd.weight", "embed/table", "V D -> V D"),
+        rule("output.weight", "lm_head/kernel", "V D -> D V"),
+        norm("output_norm", "final_norm"),
+        norm(_B + "attn_norm", "layers/attn_norm"),
+        norm(_B + "ffn_norm", "layers/mlp_norm"),
+        norm(_B + "post_attention_norm", "layers/attn_output_norm"),
+        norm(_B + "post_ffw_norm", "layers/mlp_output_norm"),
+        head_norm(_B + "attn_q_norm", "layers/attn/q_norm"),
+        head_norm(_B + "attn_k_norm", "layers/attn/k_norm"),
+        rule(_B + "attn_output.weight", "layers/attn/o", "D (N H) -> N H D"),
+        rule(_B + "attn_output.bias", "layers/attn/o_bias", "D -> D"),
+        rule(_B + "ffn_down.weight", "layers/mlp/down", "D F -> F D"),
+    )
+
+
+_VALUE = (
+    rule(_B + "attn_v.weight", "layers/attn/v", "(K H) D -> D K H"),
+    rule(_B + "attn_v.bias", "layers/attn/v_bias", "(K H) -> K H"),
+)
+_GATE_UP = (
+    rule(_B + "ffn_gate.weight", "layers/mlp/gate", "F D -> D F"),
+    rule(_B + "ffn_up.weight", "layers/mlp/up", "F D -> D F"),
+)
+_HALVES = (
+    rule(_B + "attn_q.weight", "layers/attn/q", "(N H) D -> D N H"),
+    rule(_B + "attn_k.weight", "layers/attn/k", "(K H) D -> D K H"),
+    rule(_B + "attn_q.bias", "layers/attn/q_bias", "(N H) -> N H"),
+    rule(_B + "attn_k.bias", "layers/attn/k_bias", "(K H) -> K H"),
+)
+# llama.cpp rotates neighbours in this architecture, so its files have the rows of each
+# head in another order: h pairs of p = 2, where ours are p halves of h.
+_PAIRS = (
+    rule(_B + "attn_q.weight", "layers/attn/q", "(N h p) D -> D N (p h)"),
+    rule(_B + "attn_k.weight", "layers/attn/k", "(K h p) D -> D K (p h)"),
+    rule(_B + "attn_q.bias", "layers/attn/q_bias", "(N h p) -> N (p h)"),
+    rule(_B + "attn_k.bias", "layers/attn/k_bias", "(K h p) -> K (p h)"),
+)
+_EXPERTS = (
+    rule(_B + "ffn_gate_inp.weight", "layers/moe/router", "E D -> D E"),
+    rule(_B + "ffn_gate_exps.weight", "layers/moe/gate", "E F D -> E D F"),
+    rule(_B + "ffn_up_exps.weight", "layers/moe/up", "E F D -> E D F"),
+    rule(_B + "ffn_down_exps.weight", "layers/moe/down", "E D F -> E F D"),
+)
+_FUSED = (
+    Rule(
+        _B + "attn_qkv.weight",
+        (
+            ("layers/attn/q", "(N H) D -> D N H"),
+            ("layers/attn/k", "(K H) D -> D K H"),
+            ("layers/attn/v", "(K H) D -> D K H"),
+        ),
+    ),
+    rule(_B + "ffn_up.weight", ("layers/mlp/gate", "layers/mlp/up"), "(j F) D -> D F"),
+)
+_PLAIN = (*_common(), *_HALVES, *_VALUE, *_GATE_UP)
+# The files hold Gemma's scales with the 1 already added.
+_GEMMA = (*_common(offset=1.0), *_HALVES, *_VALUE, *_GATE_UP)
+
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "llama": (*_common(), *_PAIRS, *_VALUE, *_GATE_UP, *_EXPERTS),
+    "qwen2": _PLAIN,
+    "qwen3": _PLAIN,
+    "qwen3moe": (*_PLAIN, *_EXPERTS),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "phi3": (*_common(), *_FUSED),
+}
+
+
+class GGUFModel:
+    """A model in one GGUF file."""
+
+    kind = "gguf"
+
+    def __init__(self, path: Path):
+        """Reads the keys of the file.
+
+        Raises:
+          ValueError: when the file is broken, or describes a model that jaxlm does not
+            compute exactly.
+        """
+        self.path = path
+        file = read_gguf(path)
+        self._metadata = file.metadata
+        self._tensors: dict[str, StoredTensor] = dict(file.tensors)
+        table = self._tensors.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            raise ValueError(f"{path} has no matrix token_embd.weight")
+        found = {name: self._divisors(name) for name in ROPE_TENSORS}
+        divisors = {name: x for name, x in found.items() if x is not None}
+        tied = "output.weight" not in self._tensors
+        try:
+            self.config = read_config(
+                self._metadata, table.shape[0], tied, divisors, str(path)
+            )
+        except ValueError as error:
+            known = str(error).startswith(str(path))
+            raise ValueError(f"{'' if known else f'{path}: '}{error}") from None
+        self._arch = str(self._metadata["general.architecture"])
+
+    def _divisors(self, name: str) -> np.ndarray | None:
+        tensor = self._tensors.pop(name, None)
+        if tensor is None:
+            return None
+        if len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
+            raise ValueError(f"{tensor.where} has shape {list(tensor.shape)}")
+        return tensor.read()
+
+    @cached_property
+    def _translation(self) -> Translation:
+        return Translation(self.config, RULES[self._arch])
+
+    def params(
+        self,
+        *,
+        dtype: Any = None,
+        shardings: Any = None,
+        report: Callable[[str], None],
+    ) -> Params:
+        """Parameters; arguments as `Translation.read`. Quantized tensors give f32.
+
+        Raises:
+          ValueError: for missing, unknown and wrongly shaped tensors, and for types
+            that jaxlm cannot decode.
+        """
+        self._translation.check(self._tensors, (), str(self.path))
+        return self._translation.read(
+            self._tensors, dtype=dtype, shardings=shardings, report=report
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the file; ValueError when there is none that is known."""
+        try:
+            return tokenizer_from_gguf(self._metadata)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+
+def write_model(
+    path: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    dtype: str = "f16",
+) -> None:
+    """Writes a model so that llama.cpp runs it.
+
+    Args:
+      path: the .gguf file.
+      tokenizer: None leaves it out.
+      dtype: f32, f16, bf16 or q8_0, of the matrices; vectors are f32, as llama.cpp
+        wants them.
+
+    Raises:
+      ValueError: when llama.cpp has no architecture for this model, or cannot run the
+        tokenizer, and for rows that Q8_0 cannot cut into blocks of 32.
+    """
+    arch, metadata = write_config(config)
+    if tokenizer is not None:
+        metadata |= gguf_metadata(tokenizer, config.vocab_size)
+    translation = Translation(config, RULES[arch])
+    f32 = np.dtype(np.float32)
+    layout, read = translation.write(params, f32)
+    divisors = rope_tensors(config)
+
+    def kind(shape: tuple[int, ...]) -> str:
+        return "F32" if len(shape) == 1 else dtype.upper()
+
+    typed = {n: (x.shape, "F32") for n, x in divisors.items()}
+    typed |= {n: (shape, kind(shape)) for n, (shape, _) in layout.items()}
+
+    def values(name: str) -> np.ndarray:
+        if name in divisors:
+            return divisors[name].astype(f32)
+        x = read(name)
+        return x if x.ndim == 1 else x.astype(TYPES[dtype], copy=False)
+
+    write_gguf(path, metadata, typed, values)

@@ -1,0 +1,463 @@
+"""`config.json` of Hugging Face models to `ModelConfig`.
+
+Reading is strict: each key is mapped, or stands in a list of keys that do not change
+what the model computes, or is an error. A silently ignored `rope_scaling` would be a
+bug that nobody sees. Defaults of absent keys are those of transformers' classes. What
+families have in common is in `hf_fields.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlm.checkpoint.hf import hf_fields
+from jaxlm.checkpoint.keys import MOST_LAYERS, Keys
+from jaxlm.config import ModelConfig
+
+# Keys that say nothing about the values of the logits: names, training, saving,
+# generation, and code that is never run.
+_NO_EFFECT = """
+_attn_implementation _attn_implementation_autoset _name_or_path architectures
+attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id
+chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+hidden_dropout id2label initial_context_length initializer_range label2id
+length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size
+num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+remove_invalid_values reorder_and_upcast_attn repetition_penalty
+resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
+summary_activation summary_first_dropout summary_proj_to_labels summary_type
+summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss
+tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+transformers.js_config transformers_version typical_p unk_token_id use_bfloat16
+use_cache
+"""
+# Keys that may be there with a value that means "not used".
+_UNUSED: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "embedding_size": (None,),
+    "is_decoder": (False, True, None),
+    "is_encoder_decoder": (False, None),
+    "is_llama_config": (True,),
+    "mlp_only_layers": ([], None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "rope_interleaved": (False,),
+    "router_jitter_noise": (0, 0.0, None),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "use_bidirectional_attention": (False, None),
+    "use_mrope": (False,),
+    "attention_chunk_size": (None,),
+}
+
+
+def _read_llama(keys: Keys) -> ModelConfig:
+    """Llama 1 to 3, SmolLM2, and what else calls itself Llama."""
+    shared = hf_fields.shared(keys, max_position_embeddings=2048)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
+    bias = keys.flag("mlp_bias", False)
+    return ModelConfig(
+        **shared, **rope, **hf_fields.attention_biases(keys), feed_forward_bias=bias
+    )
+
+
+def _read_mistral(keys: Keys) -> ModelConfig:
+    shared = hf_fields.shared(
+        keys, num_key_value_heads=8, max_position_embeddings=131_072
+    )
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
+    window = hf_fields.window(keys, shared["context_length"], 4096)
+    pattern = hf_fields.layer_pattern(
+        keys, shared["num_layers"], window, ["sliding_attention"] * shared["num_layers"]
+    )
+    return ModelConfig(**shared, **rope, **pattern)
+
+
+def _read_mixtral(keys: Keys) -> ModelConfig:
+    shared = hf_fields.shared(
+        keys,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        rms_norm_eps=1e-5,
+    )
+    rope = hf_fields.rope(keys, shared["context_length"], 1e6)
+    layers = shared["num_layers"]
+    window = hf_fields.window(keys, shared["context_length"])
+    return ModelConfig(
+        **shared,
+        **rope,
+        **hf_fields.layer_pattern(keys, layers, window, ["sliding_attention"] * layers),
+        num_experts=keys.count("num_local_experts", 8),
+        experts_per_token=keys.count("num_experts_per_tok", 2),
+    )
+
+
+def _qwen_window(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
+    layers = shared["num_layers"]
+    # `use_sliding_window` false wins over a `sliding_window`.
+    used = keys.flag("use_sliding_window", False)
+    window = hf_fields.window(keys, shared["context_length"], 4096)
+    first = keys.index("max_window_layers", 28)
+    otherwise = [
+        "sliding_attention" if used and i >= first else "full_attention"
+        for i in range(layers)
+    ]
+    return hf_fields.layer_pattern(keys, layers, window if used else None, otherwise)
+
+
+def _read_qwen2(keys: Keys) -> ModelConfig:
+    """Qwen2 and Qwen2.5."""
+    shared = hf_fields.shared(keys, max_position_embeddings=32_768)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
+    return ModelConfig(
+        **shared, **rope, **_qwen_window(keys, shared), attention_bias=True
+    )
+
+
+def _qwen3(keys: Keys, head_dim: int | None = 128) -> dict[str, Any]:
+    shared = hf_fields.shared(keys, max_position_embeddings=32_768, head_dim=head_dim)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
+    window = _qwen_window(keys, shared)
+    return {
+        **shared,
+        **rope,
+        **window,
+        **hf_fields.attention_biases(keys),
+        "qk_norm": "head",
+    }
+
+
+def _read_qwen3(keys: Keys) -> ModelConfig:
+    return ModelConfig(**_qwen3(keys))
+
+
+def _read_qwen3_moe(keys: Keys) -> ModelConfig:
+    keys.must("decoder_sparse_step", 1)
+    # transformers 5 writes the other name.
+    experts = keys.count("num_experts", keys.count("num_local_experts", 128))
+    used = keys.count("num_experts_per_tok", 8)
+    normalize = keys.flag("norm_topk_prob", False)
+    hidden = keys.count("moe_intermediate_size", 768)
+    keys.put("intermediate_size", hidden)  # what stood there is for dense layers
+    # Without a head_dim transformers takes the quotient, unlike for Qwen3.
+    fields = _qwen3(keys, head_dim=None)
+    return ModelConfig(
+        **fields,
+        num_experts=experts,
+        experts_per_token=used,
+        router_normalize=normalize,
+    )
+
+
+def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
+    defaults = {
+        "vocab_size": 256_000,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        **defaults,
+    }
+    # The later name wins: the earlier one is then a leftover of Gemma 1.
+    activation = keys.take("hidden_activation", keys.peek("hidden_act"))
+    if activation == "gelu":
+        # Gemma 1's files say so and mean the approximation, as transformers notes.
+        activation = "gelu_pytorch_tanh"
+    keys.put("hidden_act", activation)
+    shared = hf_fields.shared(keys, **defaults)
+    return {
+        **shared,
+        **hf_fields.attention_biases(keys),
+        "norm": "rms_unit_offset",
+        "embedding_scale": math.sqrt(shared["model_dim"]),
+    }
+
+
+def _read_gemma(keys: Keys) -> ModelConfig:
+    fields = _gemma(keys)
+    return ModelConfig(
+        **fields, **hf_fields.rope(keys, fields["context_length"], 10_000.0)
+    )
+
+
+def _read_gemma2(keys: Keys) -> ModelConfig:
+    fields = _gemma(keys)
+    layers, context = fields["num_layers"], fields["context_length"]
+    keys.drop("cache_implementation")
+    otherwise = [
+        "full_attention" if i % 2 else "sliding_attention" for i in range(layers)
+    ]
+    return ModelConfig(
+        **fields,
+        **hf_fields.rope(keys, context, 10_000.0),
+        **hf_fields.layer_pattern(
+            keys, layers, hf_fields.window(keys, context, 4096), otherwise
+        ),
+        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_soft_cap=hf_fields.soft_cap(keys, "attn_logit_softcapping", 50.0),
+        final_soft_cap=hf_fields.soft_cap(keys, "final_logit_softcapping", 30.0),
+        norm_placement="both",
+    )
+
+
+def _read_gemma3_text(keys: Keys) -> ModelConfig:
+    """Gemma 3's text model, which is also a part of the multimodal files."""
+    fields = _gemma(
+        keys,
+        vocab_size=262_208,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=131_072,
+    )
+    layers, context = fields["num_layers"], fields["context_length"]
+    keys.drop("cache_implementation", "_sliding_window_pattern")
+    every = keys.count("sliding_window_pattern", 6)
+    otherwise = [
+        "sliding_attention" if (i + 1) % every else "full_attention"
+        for i in range(layers)
+    ]
+    nested = keys.section("rope_parameters")
+    local, whole = nested.section("sliding_attention"), nested.values("full_attention")
+    nested.done()
+    keys.put("rope_parameters", whole)
+    local_theta = local.number("rope_theta", keys.number("rope_local_base_freq", 1e4))
+    local.must("rope_type", "default")
+    local.done()
+    return ModelConfig(
+        **fields,
+        **hf_fields.rope(keys, context, 1e6),
+        **hf_fields.layer_pattern(
+            keys, layers, hf_fields.window(keys, context, 4096), otherwise
+        ),
+        rope_local_theta=local_theta,
+        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_soft_cap=hf_fields.soft_cap(keys, "attn_logit_softcapping", None),
+        final_soft_cap=hf_fields.soft_cap(keys, "final_logit_softcapping", None),
+        qk_norm="head",
+        norm_placement="both",
+    )
+
+
+def _read_gemma3(keys: Keys) -> ModelConfig:
+    """The text part of a multimodal Gemma 3."""
+    keys.drop("vision_config", "mm_tokens_per_image", "image_token_index")
+    keys.drop("image_token_id", "boi_token_index", "eoi_token_index")
+    keys.must("tie_word_embeddings", True)
+    return read(keys.section("text_config"))
+
+
+def _read_phi3(keys: Keys) -> ModelConfig:
+    """Phi-3, Phi-4 and Phi-4-mini."""
+    shared = hf_fields.shared(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
+    layers = shared["num_layers"]
+    window = hf_fields.window(keys, shared["context_length"])
+    keys.must("attention_bias", False)
+    # Names of the files' own code for what is above.
+    keys.must("lm_head_bias", False)
+    keys.must("mlp_bias", False)
+    keys.must("full_attn_mod", 1)
+    keys.drop("interpolate_factor", "embd_layer")
+    return ModelConfig(
+        **shared,
+        **rope,
+        **hf_fields.layer_pattern(keys, layers, window, ["sliding_attention"] * layers),
+    )
+
+
+def _read_olmo2(keys: Keys) -> ModelConfig:
+    shared = hf_fields.shared(keys, max_position_embeddings=2048, rms_norm_eps=1e-5)
+    return ModelConfig(
+        **shared,
+        **hf_fields.rope(keys, shared["context_length"], 10_000.0),
+        **hf_fields.attention_biases(keys),
+        qk_norm="full",
+        norm_placement="output",
+    )
+
+
+def _read_smollm3(keys: Keys) -> ModelConfig:
+    shared = hf_fields.shared(
+        keys,
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+    )
+    layers = shared["num_layers"]
+    every = keys.count("no_rope_layer_interval", 4)
+    otherwise = [int((i + 1) % every != 0) for i in range(layers)]
+    # 1 marks a layer that rotates, whatever the name says.
+    rotated = keys.items("no_rope_layers", int, otherwise)
+    used = keys.flag("use_sliding_window", False)
+    window = hf_fields.window(keys, shared["context_length"])
+    keys.drop("max_window_layers")
+    kinds = [
+        "sliding_attention" if used and not r else "full_attention" for r in rotated
+    ]
+    if len(rotated) < layers:
+        raise ValueError(
+            f"{keys.where}: no_rope_layers has {len(rotated)} entries for {layers} "
+            "layers"
+        )
+    return ModelConfig(
+        **shared,
+        **hf_fields.rope(keys, shared["context_length"], 2e6),
+        **hf_fields.layer_pattern(keys, layers, window if used else None, kinds),
+        **hf_fields.attention_biases(keys),
+        feed_forward_bias=keys.flag("mlp_bias", False),
+        rope_pattern=hf_fields.period([bool(r) for r in rotated[:layers]]),
+    )
+
+
+def _read_gpt2(keys: Keys) -> ModelConfig:
+    width, heads = keys.count("n_embd", 768), keys.count("n_head", 12)
+    if width % heads:
+        raise ValueError(
+            f"{keys.where}: n_embd {width} is no multiple of n_head {heads}"
+        )
+    return ModelConfig(
+        vocab_size=keys.count("vocab_size", 50_257),
+        num_layers=keys.count("n_layer", 12, MOST_LAYERS),
+        model_dim=width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        hidden_dim=keys.count("n_inner", 4 * width),
+        context_length=keys.count("n_positions", 1024),
+        position="learned",
+        attention_bias=True,
+        attention_output_bias=True,
+        activation=keys.choice(
+            "activation_function", hf_fields.ACTIVATIONS, "gelu_new"
+        ),
+        gated=False,
+        feed_forward_bias=True,
+        norm="layer",
+        norm_bias=True,
+        norm_epsilon=keys.number("layer_norm_epsilon", 1e-5),
+        tied_embeddings=keys.flag("tie_word_embeddings", True),
+    )
+
+
+def _read_gpt_neox(keys: Keys) -> ModelConfig:
+    """GPT-NeoX and Pythia."""
+    # Its own names for what `_rope` reads.
+    theta = keys.number("rotary_emb_base", 10_000.0)
+    fraction = keys.number("rotary_pct", 0.25)
+    if "partial_rotary_factor" not in keys:
+        keys.put("partial_rotary_factor", fraction)
+    epsilon = keys.number("layer_norm_eps", 1e-5)
+    bias = keys.flag("attention_bias", True)
+    parallel = keys.flag("use_parallel_residual", True)
+    shared = hf_fields.shared(keys, max_position_embeddings=2048, hidden_act="gelu")
+    shared["norm_epsilon"] = epsilon
+    return ModelConfig(
+        **shared,
+        **hf_fields.rope(keys, shared["context_length"], theta),
+        attention_bias=bias,
+        attention_output_bias=bias,
+        gated=False,
+        feed_forward_bias=True,
+        norm="layer",
+        norm_bias=True,
+        parallel_block=parallel,
+    )
+
+
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _read_gpt_oss(keys: Keys) -> ModelConfig:
+    quantization = keys.section("quantization_config")
+    quantization.must("quant_method", "mxfp4")
+    # Its two names for the number of experts of a token.
+    used = keys.count("experts_per_token", keys.count("num_experts_per_tok", 4))
+    keys.must("swiglu_limit", 7, 7.0)
+    keys.must("swiglu_alpha", 1.702)
+    keys.must("attention_bias", True)
+    keys.must("hidden_act", "silu")
+    shared = hf_fields.shared(
+        keys,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131_072,
+        rms_norm_eps=1e-5,
+    )
+    shared["activation"] = "swiglu_clamped"
+    layers, context = shared["num_layers"], shared["context_length"]
+    otherwise = [
+        "full_attention" if i % 2 else "sliding_attention" for i in range(layers)
+    ]
+    return ModelConfig(
+        **shared,
+        **hf_fields.rope(keys, context, 150_000.0, _GPT_OSS_ROPE),
+        **hf_fields.layer_pattern(
+            keys, layers, hf_fields.window(keys, context, 128), otherwise
+        ),
+        attention_bias=True,
+        attention_output_bias=True,
+        attention_sinks=True,
+        feed_forward_bias=True,
+        num_experts=keys.count("num_local_experts", 128),
+        experts_per_token=used,
+        router_bias=True,
+    )
+
+
+_READERS: Mapping[str, Callable[[Keys], ModelConfig]] = {
+    "llama": _read_llama,
+    "mistral": _read_mistral,
+    "mixtral": _read_mixtral,
+    "qwen2": _read_qwen2,
+    "qwen3": _read_qwen3,
+    "qwen3_moe": _read_qwen3_moe,
+    "gemma": _read_gemma,
+    "gemma2": _read_gemma2,
+    "gemma3_text": _read_gemma3_text,
+    "gemma3": _read_gemma3,
+    "phi3": _read_phi3,
+    "olmo2": _read_olmo2,
+    "smollm3": _read_smollm3,
+    "gpt2": _read_gpt2,
+    "gpt_neox": _read_gpt_neox,
+    "gpt_oss": _read_gpt_oss,
+}
+
+
+def read(keys: Keys) -> ModelConfig:
+    """The model that the keys describe.
+
+    Raises:
+      ValueError: for an unknown model_type, a missing or impossible value, and a key
+        that is neither mapped nor known to have no effect.
+    """
+    reader = keys.choice("model_type", _READERS, "")
+    try:
+        config = reader(keys)
+    except ValueError as error:
+        known = str(error).startswith(keys.where)
+        raise ValueError(f"{'' if known else keys.where + ': '}{error}") from None
+    for name, allowed in _UNUSED.items():
+        keys.must(name, *allowed)
+    keys.done(_NO_EFFECT.split())
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic":
+        # The file gives the length before stretching.
+        longer = int(config.context_length * scaling.factor)
+        config = dataclasses.replace(config, context_length=longer)
+    return config

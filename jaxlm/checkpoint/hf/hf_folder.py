@@ -1,0 +1,206 @@
+"""Folders in the layout of Hugging Face: config.json, safetensors, tokenizer files.
+
+Nothing in a folder is ever run: `auto_map` and pickled weights are not touched.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.checkpoint.hf import hf_config, hf_config_writing, hf_names
+from jaxlm.checkpoint.hf.mxfp4 import decode_mxfp4
+from jaxlm.checkpoint.hf.safetensors_folder import read_folder, write_folder
+from jaxlm.checkpoint.keys import Keys
+from jaxlm.checkpoint.mapping import Translation
+from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
+from jaxlm.config import ModelConfig
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_folder import tokenizer_from_folder
+from jaxlm.tokenizers.hugging_face.hugging_face_writing import write_hugging_face
+from jaxlm.types import Params
+
+CONFIG = "config.json"
+# The largest published ones are near 10 kB, but for lists of labels.
+MAX_CONFIG_BYTES = 4 << 20
+
+
+class HuggingFaceFolder:
+    """A model in a folder with a config.json of a known family."""
+
+    kind = "hf"
+
+    def __init__(self, folder: Path):
+        """Reads config.json.
+
+        Raises:
+          ValueError: when it is missing or broken, or describes a model that jaxlm
+            does not compute exactly.
+        """
+        self.path = folder
+        values = read_json(folder / CONFIG)
+        self.model_type = str(values.get("model_type"))
+        self.config = hf_config.read(Keys(values, str(folder / CONFIG)))
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, StoredTensor]:
+        tensors = _renamed(read_folder(self.path), self.model_type)
+        if self.model_type == "gpt_oss":
+            tensors = _decoded(tensors)
+        return tensors
+
+    def params(
+        self,
+        *,
+        dtype: Any = None,
+        shardings: Any = None,
+        report: Callable[[str], None],
+    ) -> Params:
+        """Parameters; arguments as `Translation.read`.
+
+        Raises:
+          ValueError: for broken files, missing, unknown and wrongly shaped tensors.
+        """
+        translation = Translation(self.config, hf_names.RULES[self.model_type])
+        tensors = dict(self._tensors)
+        _drop_tied_head(tensors, self.model_type, self.config)
+        ignored = hf_names.unused(self.model_type)
+        translation.check(tensors, ignored, str(self.path))
+        return translation.read(
+            tensors, dtype=dtype, shardings=shardings, report=report
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder; ValueError when it has none that is known."""
+        return tokenizer_from_folder(self.path)
+
+
+def write_hf(
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    dtype: Any = None,
+) -> None:
+    """Writes a model so that transformers loads it.
+
+    Args:
+      folder: made if it is missing; must hold no weights.
+      tokenizer: None leaves its files out.
+      dtype: of the tensors; None keeps those of the parameters.
+
+    Raises:
+      ValueError: when no family of transformers computes this model, or the tokenizer
+        cannot be written in its format.
+    """
+    values = hf_config_writing.write(config)
+    translation = Translation(config, hf_names.RULES[values["model_type"]])
+    layout, read = translation.write(params, dtype)
+    stored = {d for _, d in layout.values()}
+    values["dtype"] = stored.pop().name if len(stored) == 1 else "float32"
+    values["bos_token_id"] = None if tokenizer is None else tokenizer.bos_id
+    values["eos_token_id"] = None if tokenizer is None else tokenizer.eos_id
+    values["pad_token_id"] = None if tokenizer is None else tokenizer.pad_id
+    write_folder(folder, layout, read)
+    if tokenizer is not None:
+        write_hugging_face(tokenizer, folder)
+    # The last file: without it the folder is no model.
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object from a file.
+
+    Raises:
+      ValueError: when it is missing, too large or no object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES} bytes")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is broken: it holds no JSON object")
+    return values
+
+
+def _renamed(
+    tensors: Mapping[str, StoredTensor], model_type: str
+) -> dict[str, StoredTensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, new in hf_names.RENAMED.get(model_type, ()):
+            name = re.sub(pattern, new, name)
+        if name in renamed:
+            raise ValueError(f"{tensor.where} is there twice, under two names")
+        renamed[name] = tensor
+    return renamed
+
+
+def _drop_tied_head(
+    tensors: dict[str, StoredTensor], model_type: str, config: ModelConfig
+) -> None:
+    """Leaves out a copy of the embeddings that stands for the tied head.
+
+    Raises:
+      ValueError: when it is no copy.
+    """
+    if not config.tied_embeddings:
+        return
+    names = {r.parts[0][0]: r.name for r in hf_names.RULES[model_type]}
+    head = tensors.pop(names["lm_head/kernel"], None)
+    table = tensors.get(names["embed/table"])
+    if head is None or table is None:
+        return
+    if not np.array_equal(_bits(head), _bits(table)):
+        raise ValueError(
+            f"{head.where} differs from {table.name}, but config.json says that they "
+            "are one (tie_word_embeddings): one of the two is wrong"
+        )
+
+
+def _bits(tensor: StoredTensor) -> np.ndarray:
+    x = tensor.read()
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+def _decoded(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """gpt-oss: pairs of `NAME_blocks` and `NAME_scales` (MXFP4) as tensors NAME.
+
+    Blocks lie along the input axis, which is the last; NAME has (in, out). Values are
+    exact in bfloat16.
+    """
+    out = dict(tensors)
+    for name in [n for n in tensors if n.endswith("_blocks")]:
+        blocks = out.pop(name)
+        stem = name.removesuffix("_blocks")
+        scales = out.pop(f"{stem}_scales", None)
+        if scales is None or blocks.shape != (*scales.shape, 16) or blocks.shape == ():
+            raise ValueError(
+                f"{blocks.where}: {stem}_scales is missing or of another shape"
+            )
+        if {blocks.dtype, scales.dtype} != {np.dtype(np.uint8)}:
+            raise ValueError(f"{blocks.where}: MXFP4 blocks and scales must be bytes")
+        *experts, rows, groups = scales.shape
+
+        def read(blocks=blocks, scales=scales) -> np.ndarray:
+            values = decode_mxfp4(blocks.read(), scales.read(), BFLOAT16)
+            return np.swapaxes(values, -1, -2)
+
+        out[stem] = dataclasses.replace(
+            blocks,
+            name=stem,
+            shape=(*experts, groups * 32, rows),
+            dtype=BFLOAT16,
+            stored_as="MXFP4",
+            _read=read,
+        )
+    return out

@@ -1,0 +1,221 @@
+"""Folders of safetensors files in the layout of Hugging Face: one file, or shards.
+
+An index, `model.safetensors.index.json`, says which shard holds which tensor.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.checkpoint.hf.safetensors_file import (
+    MAX_HEADER_BYTES,
+    Layout,
+    Read,
+    parse_object,
+    read_safetensors,
+    write_safetensors,
+)
+from jaxlm.checkpoint.tensor_file import (
+    MAX_TENSORS,
+    StoredTensor,
+    map_file,
+    number_of_values,
+    replacing,
+    shown,
+)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+
+
+def read_folder(folder: Path | str) -> dict[str, StoredTensor]:
+    """Reads the headers of a model folder in the layout of Hugging Face.
+
+    Args:
+      folder: holds model.safetensors, or model.safetensors.index.json and the shards
+        that it names. Files outside it are refused, except those that a snapshot in
+        the Hugging Face hub cache links to.
+
+    Returns:
+      The tensors of all shards by name.
+
+    Raises:
+      ValueError: when there are no safetensors (pickles are never loaded), when a file
+        breaks its format, and when index and shards do not agree.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    try:
+        return _read_folder(folder)
+    except OSError as e:
+        raise ValueError(f"{folder}: cannot be read: {e.strerror}") from e
+
+
+def _read_folder(folder: Path) -> dict[str, StoredTensor]:
+    if _exists(folder / SINGLE_FILE):
+        return read_safetensors(_inside(folder, SINGLE_FILE))[0]
+    if not _exists(folder / INDEX_FILE):
+        raise ValueError(_no_weights(folder))
+    index = folder / INDEX_FILE
+    places = _read_index(index, _inside(folder, INDEX_FILE))
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(places.values())):
+        found = read_safetensors(_inside(folder, shard))[0]
+        for name in found:
+            place = places.get(name, "no shard")
+            if place != shard:
+                raise ValueError(
+                    f"{index}: tensor {shown(name)} is in {shard}, but the index has "
+                    f"it in {place}"
+                )
+        tensors |= found
+    for name, shard in places.items():
+        if name not in tensors:
+            raise ValueError(f"{index}: tensor {shown(name)} is not in {shard}")
+    return tensors
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _no_weights(folder: Path) -> str:
+    for pattern in _PICKLES:
+        for path in sorted(folder.glob(pattern)):
+            return (
+                f"{path}: jaxlm does not load pickles, which can run code; convert it "
+                "in an environment of its own with transformers: from_pretrained"
+                "(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+            )
+    return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+
+
+def _read_index(index: Path, path: Path) -> dict[str, str]:
+    """The shard of each tensor; shards are known to be plain names of files."""
+    mapped = map_file(path)
+    if len(mapped) > MAX_HEADER_BYTES:
+        raise ValueError(f"{index}: larger than {MAX_HEADER_BYTES} bytes")
+    places = parse_object(mapped[:], f"{index}: the index").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: weight_map is not a JSON object with tensors")
+    if len(places) > MAX_TENSORS:
+        raise ValueError(f"{index}: {len(places)} tensors, more than {MAX_TENSORS}")
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not _is_shard_name(shard):
+            raise ValueError(
+                f"{index}: the shard of {shown(name)} is {shown(shard)}, not the plain "
+                "name of a .safetensors file"
+            )
+    return places
+
+
+def _is_shard_name(name: str) -> bool:
+    plain = name.isprintable() and not set(name) & set("/\\:") and name[:1] != "."
+    return plain and name.endswith(".safetensors") and len(name.encode()) < 256
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder, after the check that no link leads out.
+
+    The hub cache is `MODEL/snapshots/REVISION/name -> ../../blobs/HASH`.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    home = folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (
+        OSError,
+        RuntimeError,
+    ):  # RuntimeError: links in a circle, Python 3.11, 3.12
+        raise ValueError(f"{path}: a symbolic link to nothing") from None
+    if target.is_relative_to(home):
+        return path
+    is_blob = (
+        home.parent.name == "snapshots"
+        and target.parent == home.parent.parent / "blobs"
+        and re.fullmatch(r"[0-9a-f]+", target.name)
+    )
+    if not is_blob:
+        raise ValueError(f"{path}: a symbolic link that leads out of the folder")
+    return path
+
+
+def write_folder(
+    folder: Path | str,
+    layout: Layout,
+    read: Read,
+    max_shard_bytes: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Writes the weights of a model in the layout of Hugging Face.
+
+    Args:
+      folder: made if it is missing; may hold other files, but no weights yet.
+      layout: as in `write_safetensors`; shards are filled in its order.
+      read: as in `write_safetensors`.
+      max_shard_bytes: what does not fit into one file is split, with an index. A
+        tensor that is larger gets a file of its own.
+      metadata: as in `write_safetensors`, for each file.
+
+    Returns:
+      The files, the index last: without it nothing reads the shards of a half-written
+      folder.
+
+    Raises:
+      ValueError, OSError: as `write_safetensors`, and when weights are there already.
+    """
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
+        for path in sorted(folder.glob(pattern)):
+            raise ValueError(f"{path}: there already; choose an empty folder")
+    shards = _split(layout, max_shard_bytes)
+    if len(shards) <= 1:
+        write_safetensors(folder / SINGLE_FILE, layout, read, metadata)
+        return [folder / SINGLE_FILE]
+    written: list[Path] = []
+    try:
+        places: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            path = folder / _SHARD.format(number, len(shards))
+            write_safetensors(path, {n: layout[n] for n in names}, read, metadata)
+            written.append(path)
+            places |= dict.fromkeys(names, path.name)
+        total = sum(_bytes(layout[name]) for name in layout)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        with replacing(folder / INDEX_FILE) as file:
+            file.write(text.encode())
+    except BaseException:
+        for path in written:
+            path.unlink()
+        raise
+    return [*written, folder / INDEX_FILE]
+
+
+def _split(layout: Layout, max_bytes: int) -> list[list[str]]:
+    """Names in order, each list with no more bytes than `max_bytes` if it can be."""
+    if max_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_bytes}; it must be positive")
+    shards: list[list[str]] = []
+    size = 0
+    for name, spec in layout.items():
+        if not shards or size + _bytes(spec) > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(spec)
+    return shards
+
+
+def _bytes(spec: tuple[tuple[int, ...], np.dtype]) -> int:
+    shape, dtype = spec
+    return number_of_values(shape, "a tensor") * dtype.itemsize

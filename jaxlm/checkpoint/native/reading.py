@@ -1,0 +1,189 @@
+"""Reading a step folder, and `load`: parameters for sampling and for looking inside."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxlm import tree
+from jaxlm.checkpoint import integrity
+from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
+from jaxlm.checkpoint.native import arrays, compatible
+from jaxlm.checkpoint.native import run_folder as layout
+from jaxlm.config import Config, ModelConfig, from_dict
+from jaxlm.tokenizers import tokenizer as tokenizers
+from jaxlm.types import Params
+
+META_FORMAT = 1
+T = TypeVar("T")
+
+
+class NoUsableCheckpoint(ValueError):
+    """A run has checkpoints, and none of them can be read."""
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state that was read from a checkpoint."""
+
+    step: int
+    params: Any
+    opt_state: Any
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    shardings: Any = None,
+    report: Callable[[str], None] = say,
+) -> tuple[ModelConfig, Params]:
+    """Reads the parameters of a run (its newest readable step) or of one step.
+
+    Args:
+      path: run folder or step folder. Nothing in it is locked or changed.
+      dtype: floating-point parameters are cast to it; None keeps what is stored.
+      shardings: tree of `jax.sharding.Sharding`s in the structure of the parameters;
+        None puts them onto the default device.
+      report: gets a line for steps that are damaged.
+
+    Raises:
+      NoUsableCheckpoint: when no step can be read.
+      ValueError: when `path` is neither a run nor a step.
+    """
+
+    def read(folder: Path) -> tuple[ModelConfig, Params]:
+        integrity.verify(folder, ("params", layout.META))
+        meta = read_meta(folder)
+        config = from_dict(ModelConfig, meta["config"]["model"], f"model of {folder}")
+        where = {} if shardings is None else tree.flatten(shardings)
+        wanted = arrays.nest(arrays.abstract(meta["arrays"]["params"], where))
+        return config, read_item(arrays.new_handler(), folder, meta, "params", wanted)
+
+    config, params = first_readable(layout.candidates(path), read, report)
+    return config, params if dtype is None else tree.cast_floating(params, dtype)
+
+
+def load_config(path: str | Path, *, report: Callable[[str], None] = say) -> Config:
+    """The whole config of a run or step; arguments and errors as `load`."""
+
+    def read(folder: Path) -> Config:
+        integrity.verify(folder, (layout.META,))
+        return from_dict(Config, read_meta(folder)["config"], f"config of {folder}")
+
+    return first_readable(layout.candidates(path), read, report)
+
+
+def load_tokenizer(
+    path: str | Path, *, report: Callable[[str], None] = say
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a run or step; arguments and errors as `load`."""
+
+    def read(folder: Path) -> tokenizers.Tokenizer:
+        integrity.verify(folder, (layout.TOKENIZER, layout.META))
+        return tokenizers.load_tokenizer(folder / layout.TOKENIZER)
+
+    return first_readable(layout.candidates(path), read, report)
+
+
+def first_readable(
+    folders: list[Path], read: Callable[[Path], T], report: Callable[[str], None]
+) -> T:
+    """What `read` makes of the first folder for which it raises no UnreadableStep."""
+    broken: list[str] = []
+    for folder in folders:
+        try:
+            result = read(folder)
+        except UnreadableStep as e:
+            broken.append(f"step {folder.name} unreadable ({e})")
+            continue
+        if broken:
+            report(f"{', '.join(broken)}, using step {folder.name}")
+        return result
+    raise NoUsableCheckpoint(
+        f"no usable checkpoint in {folders[0].parent}: {', '.join(broken)}; bring back "
+        "a copy, or start over with --fresh"
+    )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """`meta.json` of a verified step; ValueError when its format is not known here."""
+    meta = json.loads((folder / layout.META).read_bytes())
+    if meta.get("format") != META_FORMAT:
+        raise ValueError(
+            f"{folder / layout.META} has format {meta.get('format')}, and this jaxlm "
+            f"reads format {META_FORMAT}: install the jaxlm that wrote it"
+        )
+    return meta
+
+
+def read_item(
+    handler: ocp.PyTreeCheckpointHandler,
+    folder: Path,
+    meta: dict[str, Any],
+    item: str,
+    wanted: Any,
+) -> Any:
+    """One tree of a step, in the structure and on the shardings of `wanted`."""
+    flat = arrays.flatten(wanted, item)
+    # Orbax would cast without a word.
+    lines = arrays.differences(meta["arrays"][item], arrays.describe(flat))
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise ValueError(
+            f"the arrays of {folder} are not those of this run: "
+            f"{'; '.join(f'{item}/{line}' for line in lines[:3])}{more}"
+        )
+    try:
+        read = arrays.read(handler, folder / item, flat)
+    except Exception as e:
+        if folder.is_dir():
+            raise
+        raise UnreadableStep("it was deleted while it was read") from e
+    return jax.tree.unflatten(jax.tree.structure(wanted), [read[n] for n in flat])
+
+
+def read_state(
+    handler: ocp.PyTreeCheckpointHandler,
+    folder: Path,
+    params: Any,
+    opt_state: Any,
+    config: Config,
+    tokenizer_fingerprint: str,
+    data_fingerprint: str,
+    report: Callable[[str], None],
+) -> Restored:
+    """The whole state of a step folder; see `Checkpoints.restore_latest`."""
+    integrity.verify(folder)
+    meta = read_meta(folder)
+    stored = from_dict(Config, meta["config"], f"config of {folder}")
+    notes = compatible.check_config(stored, config)
+    compatible.check_fingerprint(
+        "tokenizer", meta["tokenizer_fingerprint"], tokenizer_fingerprint
+    )
+    compatible.check_fingerprint("data", meta["data_fingerprint"], data_fingerprint)
+    state = {}
+    for item, wanted in (("params", params), ("opt_state", opt_state)):
+        state[item] = read_item(handler, folder, meta, item, wanted)
+    host = arrays.on_host(state)
+    # After the manifest this can only be a fault of Orbax or of the memory.
+    if host and meta["state_hash"] not in (None, state_hash(host)):
+        raise UnreadableStep("the state hash differs from the one in meta.json")
+    now = compatible.environment((params, opt_state))
+    notes += compatible.environment_changes(meta["environment"], now)
+    if notes:
+        report(
+            f"step {meta['step']} was saved under another configuration "
+            f"({'; '.join(notes)}): results may not be bit-identical"
+        )
+    return Restored(meta["step"], state["params"], state["opt_state"])

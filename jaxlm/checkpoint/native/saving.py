@@ -1,0 +1,394 @@
+"""Checkpoints of a run: written by Orbax in the background, committed by a rename.
+
+A step folder holds `params/` and `opt_state/` (Orbax), `tokenizer/`, `meta.json` and
+`manifest.json`. It is complete from the moment it has its name; see `folder.py` for
+the run folder around it and `integrity.py` for the manifest.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from jaxlm.checkpoint import integrity
+from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
+from jaxlm.checkpoint.native import arrays, compatible, reading
+from jaxlm.checkpoint.native import run_folder as layout
+from jaxlm.checkpoint.native.reading import (
+    NoUsableCheckpoint,
+    Restored,
+    load,
+    load_config,
+    load_tokenizer,
+    say,
+)
+from jaxlm.checkpoint.native.run_folder import find_runs
+from jaxlm.config import Config, to_dict
+from jaxlm.types import Params
+
+__all__ = [
+    "Checkpoints",
+    "NoUsableCheckpoint",
+    "Restored",
+    "SaveError",
+    "UnreadableStep",
+    "find_runs",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "say",
+    "state_hash",
+]
+
+
+class SaveError(ValueError):
+    """A checkpoint could not be written; those before it are intact."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What a checkpoint needs of a tokenizer."""
+
+    fingerprint: str
+
+    def save(self, folder: Path) -> None:
+        """Writes files into `folder`, which exists."""
+
+
+class Checkpoints:
+    """The checkpoints of a run that this process trains.
+
+    Use it as a context manager, or call `close`: a save that is under way when the
+    program ends may not get finished otherwise.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        keep: int = 2,
+        keep_every: int = 0,
+        *,
+        fresh: bool = False,
+        report: Callable[[str], None] = say,
+    ):
+        """Makes the run folder, locks it, and clears up after a killed process.
+
+        Args:
+          run_dir: the run folder; created when it does not exist.
+          keep: number of newest steps to keep, at least 1.
+          keep_every: steps that are multiples of this are kept for good; 0: none.
+          fresh: move what an earlier run has left in the folder to `old-N/`.
+          report: gets each line that a person should see.
+
+        Raises:
+          ValueError: when the folder cannot be written to, or another process trains
+            in it.
+        """
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
+        self.run = Path(run_dir).absolute()
+        self._keep, self._keep_every, self._report = keep, keep_every, report
+        self._handler = arrays.new_handler()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._copied = threading.Event()
+        self._last: int | None = None  # the step that this process saved or restored
+        self._saves = 0
+        self._lock: layout.RunLock | None = None
+        # With several processes, the others must wait here for process 0.
+        if jax.process_index() == 0:
+            layout.probe_writable(self.run)
+            self._lock = layout.RunLock(self.run)
+            self._start(fresh)
+
+    def _start(self, fresh: bool) -> None:
+        if leftovers := layout.remove_leftovers(self.run):
+            self._report(
+                f"removed {', '.join(leftovers)} in {self.run / layout.CHECKPOINTS}: "
+                "left by a run that was killed while saving or deleting"
+            )
+        if fresh and layout.has_history(self.run):
+            old = layout.move_aside(self.run)
+            self._report(f"moved the earlier run in {self.run} to {old}")
+            (self.run / layout.CHECKPOINTS).mkdir()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the save under way and unlocks the run folder.
+
+        Raises:
+          SaveError: as `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def steps(self) -> list[int]:
+        """Committed steps in ascending order, readable or not."""
+        return layout.list_steps(self.run)
+
+    def wait(self) -> None:
+        """Returns when no save is under way.
+
+        Raises:
+          SaveError: when the last save failed. It is raised once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def save(
+        self,
+        step: int,
+        params: Params,
+        opt_state: Any,
+        *,
+        config: Config,
+        tokenizer: Tokenizer,
+        data_fingerprint: str,
+        finite: bool,
+    ) -> None:
+        """Starts saving a state and returns when its arrays may be overwritten.
+
+        A step that this object has just saved or restored is not written again. Steps
+        beyond the one that was restored belong to a course that is being left: they are
+        moved to `RUN/old-N/`.
+
+        Args:
+          step: optimizer steps that the state has behind it.
+          params: nested dict of arrays.
+          opt_state: any tree of arrays.
+          config: the whole run.
+          tokenizer: saved beside the arrays.
+          data_fingerprint: identifies the text and the order of its rows.
+          finite: whether the loss and the gradient norm of this step are finite.
+
+        Raises:
+          ValueError: when `finite` is False: such a state must not replace a good one.
+          SaveError: when the save before this one failed, or this one at its start.
+        """
+        if not finite:
+            raise ValueError(
+                f"step {step} has a loss or gradient that is not finite, so its state "
+                "is not saved: resume from the checkpoint before it"
+            )
+        if step < 0:
+            raise ValueError(f"step is {step}: it must be at least 0")
+        self.wait()
+        if step == self._last:
+            return
+        state = {
+            "params": arrays.own(arrays.flatten(params, "params")),
+            "opt_state": arrays.own(arrays.flatten(opt_state, "opt_state")),
+        }
+        meta = {
+            "format": reading.META_FORMAT,
+            "step": step,
+            "config": to_dict(config),
+            "data_fingerprint": data_fingerprint,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "environment": compatible.environment((params, opt_state)),
+            "arrays": {item: arrays.describe(flat) for item, flat in state.items()},
+        }
+        self._copied.clear()
+        self._saves += 1
+        self._thread = threading.Thread(
+            target=self._save_in_background,
+            args=(step, state, meta, tokenizer),
+            name=f"checkpoint-{step}",
+        )
+        self._thread.start()
+        self._copied.wait()
+        if self._error is not None:
+            self.wait()
+
+    def _save_in_background(
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        tokenizer: Tokenizer,
+    ) -> None:
+        # The name is the same in each process; the lock makes it unique.
+        temporary = self._folder(f"{layout.TEMPORARY}{step}-{self._saves}")
+        needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
+        try:
+            try:
+                self._write(temporary, state, meta, tokenizer)
+                self._commit(temporary, step)
+            except Exception as e:
+                # What was written is of no use, and its space may be needed.
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise SaveError(_save_failed(self._folder(step), needed, e)) from e
+            self._delete_old()
+        except BaseException as e:
+            self._error = e  # raised by the next `wait` or `save`
+            if not threading.main_thread().is_alive():
+                # Nobody will call them any more.
+                self._report(f"{e} (close Checkpoints before the program ends)")
+        finally:
+            self._copied.set()
+
+    def _write(
+        self,
+        folder: Path,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Writes all files of a step but its manifest."""
+        folder.mkdir()
+        host = arrays.on_host(state)
+        if host is not None and arrays.on_one_device(state):
+            # The usual case waits for nothing but the copy. Otherwise Orbax gets the
+            # jax arrays, because it writes each part of an array as its own chunk.
+            state.update(host)
+            self._copied.set()
+        futures = asyncio.run(arrays.start_writes(self._handler, folder, state))
+        state.clear()  # lets go of the arrays of the device
+        self._copied.set()
+        arrays.wait_for_writes(futures)
+        # With several processes, all must have come here before process 0 goes on, and
+        # the others must wait until it has committed: this is the place for barriers.
+        if jax.process_index() == 0:
+            arrays.finish_writes(self._handler, folder, meta["arrays"])
+            (folder / layout.TOKENIZER).mkdir()
+            tokenizer.save(folder / layout.TOKENIZER)
+            meta["state_hash"] = host and state_hash(host)
+            (folder / layout.META).write_text(json.dumps(meta, indent=1) + "\n")
+
+    def _commit(self, temporary: Path, step: int) -> None:
+        if jax.process_index() == 0:
+            integrity.write_manifest(temporary)
+            newest = step - 1 if self._last is None else min(self._last, step - 1)
+            if left := [s for s in self.steps() if s > newest]:
+                old = layout.move_aside(self.run, left)
+                names = ", ".join(map(str, left))
+                self._report(
+                    f"moved steps {names} to {old}: the run goes on from {newest}"
+                )
+            integrity.rename(temporary, self._folder(step))
+        self._last = step
+
+    def _delete_old(self) -> None:
+        """Deletes steps that need not be kept; called only after a commit."""
+        if jax.process_index() != 0:
+            return
+        for step in self.steps()[: -self._keep]:
+            if self._keep_every and step % self._keep_every == 0:
+                continue
+            # Once renamed it is no step, so a kill from here on leaves no half step.
+            doomed = self._folder(f"{layout.TEMPORARY}delete-{step}-{self._saves}")
+            try:
+                integrity.rename(self._folder(step), doomed)
+                layout.remove(doomed)
+            except OSError as e:
+                raise SaveError(
+                    f"step {self._last} is saved, but the old step {step} in "
+                    f"{self.run} cannot be deleted ({e.strerror}: {e.filename}): mend "
+                    "the permissions"
+                ) from e
+
+    def _folder(self, name: int | str) -> Path:
+        return self.run / layout.CHECKPOINTS / str(name)
+
+    def restore_latest(
+        self,
+        params: Any,
+        opt_state: Any,
+        *,
+        config: Config,
+        tokenizer_fingerprint: str,
+        data_fingerprint: str,
+    ) -> Restored | None:
+        """Reads the newest step that is intact.
+
+        Args:
+          params: `jax.ShapeDtypeStruct`s (or arrays), nested as the parameters. Where
+            one has a sharding the array comes onto it, whatever mesh it was saved on.
+          opt_state: the same for the optimizer state, in its own structure.
+          config: the run that goes on; it must be that of the checkpoint up to fields
+            that do not change the numbers.
+          tokenizer_fingerprint: must be that of the checkpoint.
+          data_fingerprint: must be that of the checkpoint.
+
+        Returns:
+          The state, bit for bit as it was saved, or None when the run has no steps.
+
+        Raises:
+          NoUsableCheckpoint: when there are steps and none can be read.
+          ValueError: when the config, the data, the tokenizer, a shape or a dtype is
+            not that of the checkpoint.
+        """
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            return None
+        check = (config, tokenizer_fingerprint, data_fingerprint, self._report)
+        restored = reading.first_readable(
+            [self._folder(step) for step in reversed(steps)],
+            lambda f: reading.read_state(self._handler, f, params, opt_state, *check),
+            self._report,
+        )
+        self._last = restored.step
+        return restored
+
+    def restore(
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        *,
+        config: Config,
+        tokenizer_fingerprint: str,
+        data_fingerprint: str,
+    ) -> Restored:
+        """Reads one step; the arguments and errors are those of `restore_latest`.
+
+        Raises:
+          UnreadableStep: when it is damaged.
+          ValueError: also when there is no such step; lists those that exist.
+        """
+        self.wait()
+        steps = self.steps()
+        if step not in steps:
+            raise ValueError(layout.no_such_step(self.run, step, steps))
+        check = (config, tokenizer_fingerprint, data_fingerprint, self._report)
+        folder = self._folder(step)
+        try:
+            restored = reading.read_state(
+                self._handler, folder, params, opt_state, *check
+            )
+        except UnreadableStep as e:
+            raise UnreadableStep(f"step {step} in {self.run} is unreadable: {e}") from e
+        self._last = restored.step
+        return restored
+
+
+def _save_failed(folder: Path, needed: int, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # TensorStore wraps the error of the system in a paragraph.
+    code = re.search(r"os_error_code='(\d+)'", text)
+    reason = os.strerror(int(code[1])) if code else text[-200:] or type(error).__name__
+    free = shutil.disk_usage(folder.parent).free
+    return (
+        f"{folder} cannot be written ({reason}): it needs up to {needed:,} bytes, and "
+        f"{free:,} are free; earlier steps are intact. Make room, or raise your quota"
+    )

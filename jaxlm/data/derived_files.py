@@ -1,0 +1,167 @@
+"""A folder of derived files, each named by a hash of everything that it depends on.
+
+What a key names never changes, so a hit needs no further check of age: a text that
+was edited has another hash, and therefore another key.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data.sources import TextFile
+from jaxlm.progress import progress_bar
+
+# Reading a file to hash it costs about as much as a second of tokenizing per GB; only
+# above this size is that too slow to do at every start.
+FULL_HASH_BYTES = 256 << 20
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 1 << 20
+# A folder that is still being built after so long was left by a process that died.
+ABANDONED_SECONDS = 2 * 24 * 3600.0
+_BUILDING = ".building-"
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The cache folder: `cache_dir`, else jaxlm/tokens in the user's cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "jaxlm" / "tokens"
+
+
+def key_of(*values: Any) -> str:
+    """SHA-256 (hex) of plain values."""
+    return hashlib.sha256(json.dumps(values).encode("utf-8")).hexdigest()
+
+
+def content_hashes(files: Sequence[TextFile]) -> list[str]:
+    """A hash of each file's contents.
+
+    Up to 256 MiB it is the SHA-256 of all bytes, so that a changed file is never taken
+    for the old one. A larger file is named by its size, its time of change in
+    nanoseconds, and 64 blocks of 1 MiB spread over it: whoever changes such a file in
+    place and sets its time back as well, between the blocks, is not noticed.
+    """
+    sizes = [_size(file.path) for file in files]
+    read = [min(s, FULL_HASH_BYTES) for s in sizes]
+    hashes, done = [], 0
+    with progress_bar("reading the text to see whether it changed", sum(read)) as show:
+        for file, size, amount in zip(files, sizes, read, strict=True):
+            small = size <= FULL_HASH_BYTES
+            hashes.append(_full_hash(file.path) if small else _sampled_hash(file.path))
+            done += amount
+            show(done)
+    return hashes
+
+
+def check_unchanged(files: Sequence[TextFile], hashes: Sequence[str]) -> None:
+    """Raises ValueError for a file that was changed since its hash was taken.
+
+    Without this, what was read from a file in the middle of a change would be kept
+    under the hash of what it held before.
+    """
+    for file, before, now in zip(files, hashes, content_hashes(files), strict=True):
+        if before != now:
+            raise ValueError(
+                f"{file.path}: the file was changed while it was read: start again "
+                "when it is written"
+            )
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _full_hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _sampled_hash(path: Path) -> str:
+    status = os.stat(path)
+    digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+    last = max(status.st_size - BLOCK_BYTES, 0)
+    with open(path, "rb") as stream:
+        for block in range(SAMPLED_BLOCKS):
+            stream.seek(last * block // (SAMPLED_BLOCKS - 1))
+            digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder `root/key`, built if it is not there.
+
+    `build` fills a private folder beside it, which is renamed when it is whole and on
+    disk. When two processes build at once, both succeed and one result is kept.
+
+    Args:
+      root: the cache folder; made, for this user only, when missing.
+      key: name of the entry.
+      build: gets the folder to fill.
+
+    Raises:
+      ValueError: when the cache folder cannot be written.
+    """
+    folder = root / key
+    if folder.is_dir():
+        return folder
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # mkdtemp makes folders that only this user can enter.
+        work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {root} cannot be written ({error.strerror}): set "
+            "data.cache_dir to a folder of yours"
+        ) from None
+    try:
+        _remove_abandoned(root)
+        build(work)
+        for file in work.rglob("*"):
+            _sync(file)
+        _sync(work)
+        _publish(work, folder)
+        _sync(root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _publish(work: Path, folder: Path) -> None:
+    try:
+        os.replace(work, folder)
+    except OSError as error:
+        # Another process finished first: its folder is as good as ours.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not folder.is_dir():
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(root: Path) -> None:
+    for folder in root.glob(_BUILDING + "*"):
+        # Another process may rename or remove its folder at any moment.
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(p.stat().st_mtime for p in (folder, *folder.iterdir()))
+            if time.time() - newest > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,225 @@
+"""Memory-lean attention in plain XLA: no [T, S] matrix, forward or backward.
+
+Queries and keys are taken in blocks; the softmax is kept online (Milakov and
+Gimelshein 2018, arXiv:1805.02867) and the backward pass computes the scores again from
+the saved log-sum-exp. Blocks that the causal mask or the window hide whole are skipped.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.ops.attention import formulas
+from jaxlm.ops.attention.flash import Kernels, flash_attention
+from jaxlm.ops.attention.mask import attention_mask
+from jaxlm.ops.attention.settings import measured, settings_key
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, join_heads
+from jaxlm.ops.layout import reshape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be tuned."""
+
+    block: int = 256
+    """Tokens of a block, of queries and of keys."""
+
+
+def settings_for(q: Array) -> Settings:
+    """What was measured for such queries, else the default."""
+    return measured(settings_key("xla", q), Settings())
+
+
+def blocked_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    spec: AttentionSpec,
+    *,
+    settings: Settings | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention with O(T * block) memory. T and S need not be multiples of a block."""
+    kernels = Kernels(_forward, _backward, settings or settings_for(q))
+    return flash_attention(kernels, q, k, v, spec)
+
+
+def _in_blocks(q, k, v, spec: AttentionSpec, block: int):
+    """q [B, K, G, T, H], k and v [B, K, S, H] and the spec, in whole blocks."""
+    S, K = k.shape[1:3]
+    q_BKGTH = _grouped(q, K)
+    k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    pad = partial(_pad, block=block)
+    if spec.query_segments is not None:
+        spec = replace(
+            spec,
+            query_segments=pad(spec.query_segments, 1),
+            key_segments=pad(spec.key_segments, 1),
+        )
+    if spec.query_index is not None:
+        spec = replace(spec, query_index=pad(spec.query_index, 1))
+    if spec.key_length is None and S % block:
+        spec = replace(spec, key_length=jnp.full((1,), S, jnp.int32))
+    return pad(q_BKGTH, 3), pad(k_BKSH, 2), pad(v_BKSH, 2), spec
+
+
+def _grouped(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G T H"]:
+    B, T, N, H = x.shape
+    x = reshape(x, (B, T, K, N // K, H), (0, 1, 2, None, 3))
+    return x.transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x: Float[Array, "B K G T H"], length: int) -> Float[Array, "B _ N H"]:
+    """The first `length` queries, heads joined."""
+    B, K, G, _, H = x.shape
+    x = x[:, :, :, :length].transpose(0, 3, 1, 2, 4)
+    return reshape(x, (B, length, K * G, H), (0, 1, 2, 4))
+
+
+def _pad(x: Array, axis: int, block: int) -> Array:
+    missing = -x.shape[axis] % block
+    widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths) if missing else x
+
+
+def _block(x: Array, i: Int[Array, ""], axis: int, block: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
+
+
+def _key_blocks(spec: AttentionSpec, i, num_blocks: int, block: int):
+    """First and last + 1 of the key blocks that query block i can see."""
+    if spec.query_index is not None:
+        return 0, num_blocks
+    high = jnp.minimum(i + 1, num_blocks) if spec.causal else num_blocks
+    low = 0
+    if spec.window is not None:
+        low = jnp.maximum((i * block - spec.window + 1) // block, 0)
+    return low, high
+
+
+def _scores(q_i, k_j, spec: AttentionSpec, i, j, block: int):
+    """Scores of one pair of blocks [B, K, G, block, block], and d score / d (q k)."""
+    raw = _f32("BKGTH,BKSH->BKGTS", q_i, k_j)
+    scores = formulas.scores(raw, spec.scale, spec.soft_cap)
+    slope = formulas.slope(scores, spec.scale, spec.soft_cap)
+    if spec.query_index is None:
+        index = (i * block + jnp.arange(block))[None]
+    else:
+        index = _block(spec.query_index, i, 1, block)
+    segments = spec.query_segments is not None
+    mask = attention_mask(
+        index,
+        j * block + jnp.arange(block),
+        causal=spec.causal,
+        window=spec.window,
+        query_segments=_block(spec.query_segments, i, 1, block) if segments else None,
+        key_segments=_block(spec.key_segments, j, 1, block) if segments else None,
+        key_length=spec.key_length,
+    )
+    return formulas.hide(scores, mask[:, None, None]), slope
+
+
+def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
+    """See `flash.Kernels`."""
+    block, num_queries = settings.block, q.shape[1]
+    q, k, v, spec = _in_blocks(q, k, v, spec, block)
+    T, S = q.shape[3], k.shape[2]
+    sinks = None
+    if spec.sinks is not None:
+        sinks = spec.sinks.astype(jnp.float32)
+        sinks = reshape(sinks, (*q.shape[1:3], 1), (0, None, None))
+
+    def query_block(i):
+        q_i = _block(q, i, 3, block)
+
+        def key_block(j, carry):
+            total, top, weight = carry
+            k_j, v_j = _block(k, j, 2, block), _block(v, j, 2, block)
+            scores, _ = _scores(q_i, k_j, spec, i, j, block)
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            probs = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            part = _f32("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v_j)
+            total = total * shrink[..., None] + part
+            return total, new_top, weight * shrink + probs.sum(axis=-1)
+
+        # Zeros made from q carry its sharding.
+        zeros = jnp.zeros_like(q_i, dtype=jnp.float32)
+        row = zeros[..., 0]
+        start = (zeros, row + MASKED, row)
+        low, high = _key_blocks(spec, i, S // block, block)
+        total, top, weight = jax.lax.fori_loop(low, high, key_block, start)
+        factor, lse = formulas.finish(top, weight, sinks)
+        return (total * factor[..., None]).astype(q.dtype), lse
+
+    z, lse = jax.lax.map(query_block, jnp.arange(T // block))
+    z, lse = _join(z, 3), _join(lse, 3)
+    return _ungrouped(z, num_queries), join_heads(lse[..., :num_queries])
+
+
+def _join(blocks: Array, axis: int) -> Array:
+    """[n, ..., block, ...] -> [..., n * block, ...] along `axis` of the result."""
+    x = jnp.moveaxis(blocks, 0, axis)
+    before, after = range(axis), range(axis + 2, x.ndim)
+    size = x.shape[axis] * x.shape[axis + 1]
+    shape = (*x.shape[:axis], size, *x.shape[axis + 2 :])
+    return reshape(x, shape, (*before, None, *after))
+
+
+def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
+    """See `flash.Kernels`."""
+    block, T, S, K = settings.block, q.shape[1], k.shape[1], k.shape[2]
+    dtypes = q.dtype, k.dtype, v.dtype
+    q, k, v, spec = _in_blocks(q, k, v, spec, block)
+    dz = _pad(_grouped(dz, K), 3, block)
+    # Queries that were added have no gradient: their probabilities are 0.
+    lse, delta = (_grouped_rows(x, K) for x in (lse, delta))
+    missing = q.shape[3] - T
+    lse = jnp.pad(lse, ((0, 0),) * 3 + ((0, missing),), constant_values=-MASKED)
+    delta = _pad(delta, 3, block)
+    num_keys = k.shape[2] // block
+
+    def query_block(carry, i):
+        q_i, g_i, lse_i, delta_i = (_block(x, i, 3, block) for x in (q, dz, lse, delta))
+
+        def key_block(j, carry):
+            dq_i, dk, dv = carry
+            k_j, v_j = _block(k, j, 2, block), _block(v, j, 2, block)
+            scores, slope = _scores(q_i, k_j, spec, i, j, block)
+            probs = jnp.exp(scores - lse_i[..., None])
+            dprobs = _f32("BKGTH,BKSH->BKGTS", g_i, v_j)
+            dscores = formulas.dscores(probs, dprobs, delta_i[..., None], slope)
+            dscores = dscores.astype(q.dtype)
+            dq_i = dq_i + _f32("BKGTS,BKSH->BKGTH", dscores, k_j)
+            dk = _add(dk, _f32("BKGTS,BKGTH->BKSH", dscores, q_i), j, block)
+            probs = probs.astype(dz.dtype)
+            dv = _add(dv, _f32("BKGTS,BKGTH->BKSH", probs, g_i), j, block)
+            return dq_i, dk, dv
+
+        dk, dv = carry
+        low, high = _key_blocks(spec, i, num_keys, block)
+        start = (jnp.zeros_like(q_i, dtype=jnp.float32), dk, dv)
+        dq_i, dk, dv = jax.lax.fori_loop(low, high, key_block, start)
+        return (dk, dv), dq_i
+
+    start = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (k, v))
+    (dk, dv), dq = jax.lax.scan(query_block, start, jnp.arange(q.shape[3] // block))
+    dk, dv = (x[:, :, :S].transpose(0, 2, 1, 3) for x in (dk, dv))
+    grads = (_ungrouped(_join(dq, 3), T), dk, dv)
+    return tuple(x.astype(dtype) for x, dtype in zip(grads, dtypes, strict=True))
+
+
+def _grouped_rows(x: Float[Array, "B N T"], K: int) -> Float[Array, "B K G T"]:
+    B, N, T = x.shape
+    return reshape(x, (B, K, N // K, T), (0, 1, None, 2))
+
+
+def _f32(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _add(x: Array, part: Array, j, block: int) -> Array:
+    old = _block(x, j, 2, block)
+    return jax.lax.dynamic_update_slice_in_dim(x, old + part, j * block, 2)

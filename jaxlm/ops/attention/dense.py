@@ -1,0 +1,181 @@
+"""Attention for short rows: all probabilities are kept, in the compute dtype.
+
+The same result as the reference, with a backward pass written for the matrix units: the
+probabilities are saved unnormalised, both gradients of keys and values contract two
+dimensions (the only form that XLA:CPU multiplies in bfloat16 with a batch), and query
+blocks skip the keys that the causal mask or the window hides whole.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.ops.attention.mask import attention_mask
+from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.settings import measured, settings_key
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, join_heads
+from jaxlm.ops.layout import reshape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be tuned."""
+
+    block: int = 128
+    """Queries whose hidden keys are skipped together. Smaller blocks skip more and
+    multiply smaller matrices; 128 was the fastest at 256 tokens."""
+
+
+def settings_for(q: Array) -> Settings:
+    """What was measured for such queries, else the default."""
+    return measured(settings_key("dense", q), Settings())
+
+
+def declines(asked: Request) -> str | None:
+    """Why `dense_attention` cannot do what is asked; None: it can."""
+    return None if asked.soft_cap is None else "has no soft cap"
+
+
+def dense_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    spec: AttentionSpec,
+    *,
+    settings: Settings | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention that holds [B, N, T, S] probabilities in q's dtype; no soft cap."""
+    assert spec.soft_cap is None
+    settings = settings or settings_for(q)
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    scaled = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
+    q_BTKGH = reshape(scaled, (B, T, K, N // K, H), (0, 1, 2, None, 3))
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    z, lse = _dense(settings.block, q_BKGTH, k_BKSH, v_BKSH, spec)
+    z = reshape(z.transpose(0, 3, 1, 2, 4), q.shape, (0, 1, 2, 4))
+    return z, join_heads(lse)
+
+
+def _blocks(num_queries: int, num_keys: int, spec: AttentionSpec, block: int):
+    """Query slices, each with the slice of keys that it may see."""
+    square = num_queries == num_keys and spec.query_index is None
+    if not square or not spec.causal or num_queries % block:
+        return [(slice(0, num_queries), slice(0, num_keys))]
+    blocks = []
+    for start in range(0, num_queries, block):
+        low = 0
+        if spec.window is not None:
+            low = max(start - spec.window + 1, 0) // block * block
+        blocks.append((slice(start, start + block), slice(low, start + block)))
+    return blocks
+
+
+def _bias(spec: AttentionSpec, rows: slice, keys: slice) -> Float[Array, "#B 1 1 T S"]:
+    """0 where a query may see a key, `MASKED` where not."""
+    parts = {}
+    if spec.query_segments is not None:
+        parts["query_segments"] = spec.query_segments[:, rows]
+        parts["key_segments"] = spec.key_segments[:, keys]
+    index = jnp.arange(rows.start, rows.stop)[None]
+    if spec.query_index is not None:
+        index = spec.query_index[:, rows]
+    mask = attention_mask(
+        index,
+        jnp.arange(keys.start, keys.stop),
+        causal=spec.causal,
+        window=spec.window,
+        key_length=spec.key_length,
+        **parts,
+    )
+    return jnp.where(mask, 0.0, MASKED)[:, None, None]
+
+
+def _einsum(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _forward(q, k, v, spec: AttentionSpec, block: int):
+    """z, the log-sum-exp, and for each block exp(scores - max) and 1 / its sum."""
+    outs, lses, saved = [], [], []
+    for rows, keys in _blocks(q.shape[3], k.shape[2], spec, block):
+        k_j, v_j = k[:, :, keys], v[:, :, keys]
+        scores = _einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k_j)
+        scores += _bias(spec, rows, keys)
+        top = scores.max(axis=-1, keepdims=True)
+        # Without the barrier XLA:CPU computes the exponentials again at each use.
+        weights = jax.lax.optimization_barrier(jnp.exp(scores - top).astype(q.dtype))
+        # The sum as a product reads the rounded weights once, in the fast kernel.
+        ones = jnp.ones((weights.shape[-1], 16), q.dtype)
+        total = _einsum("BKGTS,SE->BKGTE", weights, ones)[..., :1]
+        sink = None
+        if spec.sinks is not None:
+            sinks = spec.sinks.astype(jnp.float32)
+            sinks = reshape(sinks, (*q.shape[1:3], 1, 1), (0, None, None, None))
+            sink = jnp.exp(sinks - top)
+            total += sink
+        inverse = 1 / total
+        z = _einsum("BKGTS,BKSH->BKGTH", weights, v_j) * inverse
+        outs.append(z.astype(q.dtype))
+        lses.append((top + jnp.log(total))[..., 0])
+        saved.append((weights, inverse, None if sink is None else sink * inverse))
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3), saved
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(block, q, k, v, spec):
+    return _forward(q, k, v, spec, block)[:2]
+
+
+def _dense_forward(block, q, k, v, spec):
+    z, lse, saved = _forward(q, k, v, spec, block)
+    return (z, lse), (q, k, v, spec, z, saved)
+
+
+def _dense_backward(block, residuals, cotangents):
+    q, k, v, spec, z, saved = residuals
+    g, dlse = cotangents
+    dk, dv = (jnp.zeros_like(x, dtype=jnp.float32) for x in (k, v))
+    dqs, dsinks = [], []
+    blocks = _blocks(q.shape[3], k.shape[2], spec, block)
+    for (rows, keys), (weights, inverse, sink) in zip(blocks, saved, strict=True):
+        q_i = q[:, :, :, rows]
+        g_i = g[:, :, :, rows].astype(jnp.float32) * inverse
+        # What the softmax subtracts from the gradient of each of a row's scores.
+        delta = jnp.sum(g_i * z[:, :, :, rows].astype(jnp.float32), -1, keepdims=True)
+        delta -= inverse * dlse[:, :, :, rows, None]
+        g_i = g_i.astype(q.dtype)
+        dprobs = _einsum("BKGTH,BKSH->BKGTS", g_i, v[:, :, keys])
+        dscores = (weights.astype(jnp.float32) * (dprobs - delta)).astype(q.dtype)
+        dscores = jax.lax.optimization_barrier(dscores)
+        dqs.append(_einsum("BKGTS,BKSH->BKGTH", dscores, k[:, :, keys]))
+        dk = dk.at[:, :, keys].add(_over_queries(dscores, q_i))
+        dv = dv.at[:, :, keys].add(_over_queries(weights, g_i))
+        if sink is not None:
+            dsinks.append(-jnp.sum(sink * delta / inverse, axis=(0, 3, 4)))
+    dq = jnp.concatenate(dqs, axis=3)
+    dspec = jax.tree.map(lambda x: None, spec)
+    if spec.sinks is not None:
+        total = reshape(sum(dsinks), spec.sinks.shape, (0,))
+        dspec = replace(dspec, sinks=total.astype(spec.sinks.dtype))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dspec
+
+
+def _over_queries(
+    a: Float[Array, "B K G T S"], b: Float[Array, "B K G T H"]
+) -> Float[Array, "B K S H"]:
+    """Sum over the queries and the heads of a group, f32."""
+    if a.shape[2] == 1 and a.shape[3] % 2 == 0:
+        # Two dimensions to contract, even when a group has one head: see above.
+        B, K, _, T, S = a.shape
+        kept = (0, 1, None, None, 4)
+        a = reshape(a, (B, K, 2, T // 2, S), kept)
+        b = reshape(b, (B, K, 2, T // 2, b.shape[-1]), kept)
+    return _einsum("BKGTS,BKGTH->BKSH", a, b)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)

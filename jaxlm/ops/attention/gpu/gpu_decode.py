@@ -1,0 +1,365 @@
+"""Attention of few queries against a long cache, for Hopper, in Pallas Mosaic GPU.
+
+Flash-Decoding (Dao, Haziza, Massa and Sizov 2023): the keys of one query would keep one
+multiprocessor busy and the rest idle, so the keys of a row are split into parts that
+run side by side. Each part gives a normalised result and its log-sum-exp, by which the
+parts are weighed and added. The queries that share a key head are the rows of one
+matrix, so that a key is read once for all of them.
+
+Speed is that of reading the cache: int8 travels as int8 and is widened in the kernel,
+where the scales of the keys multiply the scores and those of the values the
+probabilities.
+
+In shapes: B batch, T queries, S keys, N query heads, K key heads, H head dimension,
+P parts, R rows: the T * N / K queries of a key head.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Num
+
+from jaxlm.ops.attention import formulas
+from jaxlm.ops.attention.gpu import mosaic
+from jaxlm.ops.attention.gpu.mosaic import (
+    ROWS,
+    SHARED_BYTES,
+    Machine,
+    along_columns,
+    along_rows,
+    check_block_keys,
+    matrix_memory,
+    whole_tiles,
+)
+from jaxlm.ops.attention.mask import may_attend
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec
+from jaxlm.ops.attention.visibility import Grid, make_table
+
+MOST_QUERIES = 8
+MULTIPROCESSORS = 132
+# Two programs run beside one another on a multiprocessor: one computes while the other
+# waits. What the compiler adds is set aside.
+MOST_SHARED = SHARED_BYTES // 2 - 4096
+MOST_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the cache is cut."""
+
+    block_keys: int = 64
+    """Keys of one step: a multiple of 64, at most 256."""
+    splits: int = 1
+    """Parts into which the keys that a row sees are split."""
+    interpret: bool = False
+    """Run on the CPU, in Pallas' interpreter, for tests."""
+
+    def __post_init__(self):
+        check_block_keys(self.block_keys)
+
+
+def best_splits(shape: tuple[int, ...], num_queries: int) -> int:
+    """Parts enough for every multiprocessor, but of some blocks each.
+
+    Args:
+      shape: of the keys, [B, S, K, H].
+      num_queries: T * N.
+    """
+    B, S, K, _ = shape
+    programs = B * K * -(-num_queries // K // ROWS)
+    splits = min(-(-2 * MULTIPROCESSORS // programs), S // (4 * Settings().block_keys))
+    return max(splits, 1)
+
+
+def declines(num_queries: int, head_dim: int, dtype: Any) -> str | None:
+    """Why this kernel cannot take queries like these; None: it can."""
+    if num_queries > MOST_QUERIES:
+        return f"{num_queries} queries are more than {MOST_QUERIES}"
+    return mosaic.declines(head_dim, dtype)
+
+
+def forward(
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "B S K H"],
+    v: Num[Array, "B S K H"],
+    spec: AttentionSpec,
+    settings: Settings,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention, and the log-sum-exp of its scores; see `flash.Kernels`.
+
+    bf16 and f16; k and v are of q's dtype, or int8 with the spec's scales. Any S, but
+    where it is no multiple of 8 the cache is copied.
+
+    Returns:
+      z in q's dtype, and the log-sum-exp, f32. A query that sees no key gives zeros,
+      and -1e30 or its sink.
+    """
+    operands = _operands(q, k, v, spec, settings)
+    B, K, padded, H = operands["q"].shape
+    T, R, blocks = q.shape[1], q.shape[1] * q.shape[2] // K, padded // ROWS
+    program = _Program(spec, settings, R, tuple(operands))
+    shape = (B, K, settings.splits, blocks * program.rows)
+    kernel = program.machine.kernel(
+        program.run,
+        approximate=spec.soft_cap is None,
+        out_type=(
+            jax.ShapeDtypeStruct((*shape, H), q.dtype),
+            jax.ShapeDtypeStruct((*shape, H), q.dtype),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ),
+        scratch_types=program.scratch(H, q.dtype, k.dtype),
+        grid=(blocks, settings.splits, K, B),
+        grid_names=("block", "part", "head", "row"),
+    )
+    high, low, lse = (x[:, :, :, :R] for x in kernel(*operands.values()))
+    z, lse = _merge(high.astype(jnp.float32) + low.astype(jnp.float32), lse, spec, T)
+    return z.astype(q.dtype), lse
+
+
+def _operands(q, k, v, spec: AttentionSpec, settings: Settings) -> dict[str, Array]:
+    """What the kernel reads, by name. Rows are padded to whole blocks of `ROWS`."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    G = N // K
+    missing = -T * G % ROWS
+
+    def by_row(x):
+        """[B or 1, T] -> [B, R]"""
+        x = jnp.repeat(x.astype(jnp.int32), G, axis=1)
+        return jnp.pad(jnp.broadcast_to(x, (B, T * G)), ((0, 0), (0, missing)))
+
+    def by_key(x):
+        """[B, S, K] -> [B, K, S], as a copy must not step over the keys of others."""
+        return whole_tiles(x.astype(jnp.float32).swapaxes(1, 2), 2)
+
+    q_rows = q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
+    index = jnp.arange(T)[None] if spec.query_index is None else spec.query_index
+    table = make_table(spec, Grid(T, S, T, settings.block_keys))
+    operands = {
+        "q": jnp.pad(q_rows, ((0, 0), (0, 0), (0, missing), (0, 0))),
+        "k": whole_tiles(k, 1),
+        "v": whole_tiles(v, 1),
+        "query_index": by_row(index),
+        "first": table.first_key,
+        "last": table.last_key,
+        "length": table.length,
+    }
+    if spec.query_segments is not None:
+        operands["query_segments"] = by_row(spec.query_segments)
+        operands["key_segments"] = whole_tiles(spec.key_segments.astype(jnp.int32), 1)
+    if spec.key_scale is not None:
+        operands["key_scale"] = by_key(spec.key_scale)
+        operands["value_scale"] = by_key(spec.value_scale)
+    return operands
+
+
+def _merge(
+    z: Float[Array, "B K P R H"],
+    lse: Float[Array, "B K P R"],
+    spec: AttentionSpec,
+    T: int,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """The parts' results, weighed by their sums of exponentials."""
+    B, K, _, R, H = z.shape
+    G = R // T
+    top = jnp.max(lse, axis=2)
+    weight = jnp.exp(lse - top[:, :, None])
+    sink = None
+    if spec.sinks is not None:
+        sink = jnp.tile(spec.sinks.astype(jnp.float32).reshape(K, G), (1, T))
+    factor, lse = formulas.finish(top, jnp.sum(weight, axis=2), sink)
+    # No matrix product: those of f32 are rounded on the tensor cores.
+    z = jnp.sum(z * weight[..., None], axis=2) * factor[..., None]
+    z = z.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, K * G, H)
+    return z, lse.reshape(B, K, T, G).swapaxes(2, 3).reshape(B, K * G, T)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """One program: the rows of a key head against one part of its keys."""
+
+    spec: AttentionSpec
+    settings: Settings
+    queries: int
+    """Rows that are queries; those after them are padding."""
+    names: tuple[str, ...]
+    """The operands'."""
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.settings.interpret)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block that are written."""
+        return min(self.queries + -self.queries % 8, ROWS)
+
+    @property
+    def segments(self) -> bool:
+        return self.spec.query_segments is not None
+
+    @property
+    def int8(self) -> bool:
+        return self.spec.key_scale is not None
+
+    def scratch(self, H: int, dtype: Any, cache_dtype: Any) -> dict[str, Any]:
+        """Shared memory and barriers, by name."""
+        keys, size = self.settings.block_keys, jnp.dtype(cache_dtype).itemsize
+        one_slot = 2 * keys * H * size
+        rest = (ROWS + self.int8 * keys) * H * dtype.itemsize
+        slots = max(2, min((MOST_SHARED - rest) // one_slot, MOST_SLOTS))
+        scratch = {
+            "q": matrix_memory((ROWS, H), dtype),
+            "k": matrix_memory((slots, keys, H), cache_dtype),
+            "v": matrix_memory((slots, keys, H), cache_dtype),
+            "query_index": plgpu.SMEM((ROWS,), jnp.int32),
+            "lse": plgpu.SMEM((ROWS,), jnp.float32),
+            "q_ready": plgpu.Barrier(num_arrivals=2 + self.segments),
+            "k_ready": plgpu.Barrier(
+                num_arrivals=1 + self.segments + self.int8, num_barriers=slots
+            ),
+            "v_ready": plgpu.Barrier(num_arrivals=1 + self.int8, num_barriers=slots),
+        }
+        if self.segments:
+            scratch["query_segments"] = plgpu.SMEM((ROWS,), jnp.int32)
+            scratch["key_segments"] = plgpu.SMEM((slots, keys), jnp.int32)
+        if self.int8:
+            scratch["key_scale"] = plgpu.SMEM((slots, keys), jnp.float32)
+            scratch["value_scale"] = plgpu.SMEM((slots, keys), jnp.float32)
+            scratch["wide"] = matrix_memory((keys, H), dtype)
+        return scratch
+
+    def run(self, *refs: Any, **memory: Any) -> None:
+        """Copies and computes in one warpgroup; others hide its waiting."""
+        refs, outs = dict(zip(self.names, refs[:-3], strict=True)), refs[-3:]
+        block, part = lax.axis_index("block"), lax.axis_index("part")
+        head, row = lax.axis_index("head"), lax.axis_index("row")
+        machine, H = self.machine, memory["q"].shape[-1]
+        rows = pl.ds(block * ROWS, ROWS)
+        ready = memory["q_ready"]
+        plgpu.copy_gmem_to_smem(refs["q"].at[row, head, rows], memory["q"], ready)
+        for name in ("query_index", "query_segments")[: 1 + self.segments]:
+            plgpu.copy_gmem_to_smem(refs[name].at[row, rows], memory[name], ready)
+
+        first, count, length = self._part(refs, row, part)
+        slots = memory["k"].shape[0]
+        fetch = partial(self._fetch, refs, memory, row, head, first)
+        for slot in range(slots):
+            pl.when(slot < count)(partial(fetch, slot, slot))
+        plgpu.barrier_wait(ready)
+
+        def step(number, carry):
+            slot = lax.rem(number, jnp.int32(slots))
+            start = (first + number) * self.settings.block_keys
+            carry = self._step(memory, slot, start, length, carry)
+            if self.segments or self.int8:
+                # The copy engine may overwrite what threads have read.
+                plgpu.commit_smem()
+            pl.when(number + slots < count)(partial(fetch, number + slots, slot))
+            return carry
+
+        init = (
+            machine.full((ROWS, H), 0.0),
+            machine.full((ROWS,), MASKED),
+            machine.full((ROWS,), 0.0),
+        )
+        total, top, weight = lax.fori_loop(0, count, step, init)
+        factor, row_lse = formulas.finish(top, weight)
+        total = total * along_rows(factor, total.shape)
+        # f32 would need more memory than there is: two numbers of half its size lie
+        # where the queries were, and values.
+        high = memory["q"]
+        low = memory["wide"] if self.int8 else memory["v"].at[0]
+        low = low.at[pl.ds(0, ROWS)]
+        rounded = total.astype(high.dtype)
+        high[...] = rounded
+        low[...] = (total - rounded.astype(jnp.float32)).astype(low.dtype)
+        memory["lse"][...] = row_lse
+        plgpu.commit_smem()
+        target = pl.ds(block * self.rows, self.rows)
+        for source, out in zip((high, low, memory["lse"]), outs, strict=True):
+            source = source.at[pl.ds(0, self.rows)]
+            plgpu.copy_smem_to_gmem(source, out.at[row, head, part, target])
+        plgpu.wait_smem_to_gmem(0)
+
+    def _part(self, refs, row, part):
+        """First block of keys of a part, their number, and the length of the row."""
+        # One row stands for all of the batch where they are alike.
+        at = row if refs["length"].shape[0] > 1 else 0
+        first, last = refs["first"][at], refs["last"][at]
+        splits = jnp.int32(self.settings.splits)
+        each = lax.div(last - first + splits - 1, splits)
+        start = first + part * each
+        count = jnp.minimum(start + each, last) - start
+        return start, jnp.maximum(count, 0), refs["length"][at]
+
+    def _fetch(self, refs, memory, row, head, first, number, slot):
+        """Asks for a block of keys and values, and of what belongs to them."""
+        size = self.settings.block_keys
+        keys = pl.ds((first + number) * size, size)
+
+        def copy(name, source, ready):
+            target = memory[name].at[slot]
+            plgpu.copy_gmem_to_smem(source, target, memory[ready].at[slot])
+
+        copy("k", refs["k"].at[row, keys, head], "k_ready")
+        if self.segments:
+            copy("key_segments", refs["key_segments"].at[row, keys], "k_ready")
+        if self.int8:
+            copy("key_scale", refs["key_scale"].at[row, head, keys], "k_ready")
+        copy("v", refs["v"].at[row, keys, head], "v_ready")
+        if self.int8:
+            copy("value_scale", refs["value_scale"].at[row, head, keys], "v_ready")
+
+    def _step(self, memory, slot, start, length, carry):
+        """One block of keys, from `start` on, of the online softmax."""
+        total, top, weight = carry
+        machine, spec = self.machine, self.spec
+        plgpu.barrier_wait(memory["k_ready"].at[slot])
+        raw = machine.scores(memory["q"], self._matrix(memory, "k", slot))
+        shape = raw.shape
+
+        def columns(name):
+            x = machine.column_values(memory[name].at[slot][...])
+            return along_columns(x, shape)
+
+        def rows(name):
+            return along_rows(machine.row_values(memory[name][...]), shape)
+
+        if self.int8:
+            raw = raw * columns("key_scale")
+        allowed = may_attend(
+            rows("query_index"),
+            machine.count(start, shape, 1),
+            causal=spec.causal,
+            window=spec.window,
+            query_segment=rows("query_segments") if self.segments else None,
+            key_segment=columns("key_segments") if self.segments else None,
+            key_length=length,
+        )
+        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
+        scores = formulas.hide(scores, allowed)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        shrink = jnp.exp(top - new_top)
+        probs = jnp.exp(scores - along_rows(new_top, shape))
+        weight = weight * shrink + jnp.sum(probs, axis=1)
+        total = total * along_rows(shrink, total.shape)
+        plgpu.barrier_wait(memory["v_ready"].at[slot])
+        if self.int8:
+            probs = probs * columns("value_scale")
+        probs = probs.astype(memory["q"].dtype)
+        total = machine.add_product(total, probs, self._matrix(memory, "v", slot))
+        return total, new_top, weight
+
+    def _matrix(self, memory, name, slot):
+        """Keys or values of a slot as tensor cores take them."""
+        if not self.int8:
+            return memory[name].at[slot]
+        self.machine.widen(memory[name].at[slot], memory["wide"])
+        return memory["wide"]

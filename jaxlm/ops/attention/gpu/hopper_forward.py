@@ -1,0 +1,357 @@
+"""Flash attention forward for Hopper, with its warpgroups specialised.
+
+After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), in Pallas Mosaic GPU: one
+warpgroup does nothing but ask the copy engine for keys and values, several blocks
+ahead; two others multiply, and take turns on the tensor cores, so that the softmax of
+one runs beside the products of the other. Blocks that nobody sees are not read, blocks
+that everybody sees are not masked. `gpu_flash.py` has the backward pass.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from jaxlm.ops.attention import formulas
+from jaxlm.ops.attention.gpu.mosaic import (
+    ROWS,
+    Machine,
+    along_columns,
+    along_rows,
+    check_block_keys,
+    matrix_memory,
+    whole_tiles,
+)
+from jaxlm.ops.attention.mask import may_attend
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec
+from jaxlm.ops.attention.visibility import Extent, Grid, Table, make_table, meet
+
+# Warpgroups that multiply.
+WORKERS = 2
+BLOCK_QUERIES = WORKERS * ROWS
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the keys are cut."""
+
+    block_keys: int = 128
+    """A multiple of 64, at most 256."""
+    buffers: int = 2
+    """Blocks of keys, and of values, that are held at once."""
+    interpret: bool = False
+    """Run on the CPU, in Pallas' interpreter, for tests."""
+
+    def __post_init__(self):
+        check_block_keys(self.block_keys)
+
+
+def best_settings(head_dim: int) -> Settings:
+    """The greatest blocks whose scores and results fit into registers."""
+    return Settings() if head_dim <= 128 else Settings(block_keys=64)
+
+
+def forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    spec: AttentionSpec,
+    settings: Settings,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention, and the log-sum-exp of its scores; see `flash.Kernels`.
+
+    bf16 and f16.
+
+    Returns:
+      z in q's dtype, and the log-sum-exp, f32. A query that sees no key gives zeros,
+      and -1e30 or its sink.
+    """
+    B, T, N, H = q.shape
+    grid = Grid(T, k.shape[1], BLOCK_QUERIES, settings.block_keys)
+    program = _Program(spec, grid, settings, N // k.shape[2])
+    operands = program.operands(q, k, v)
+    tree = jax.tree.structure(operands)
+    # Rows of z that reach over its edge are not written, but the interpreter then
+    # writes none.
+    rows = grid.query_blocks * BLOCK_QUERIES
+    z_rows = rows if settings.interpret else T + -T % 8
+
+    def body(*refs, **scratch):
+        inputs = jax.tree.unflatten(tree, refs[:-2])
+        program.run(inputs, *refs[-2:], scratch)
+
+    kernel = program.machine.kernel(
+        body,
+        approximate=spec.soft_cap is None,
+        out_type=(
+            jax.ShapeDtypeStruct((B, z_rows, N, H), q.dtype),
+            jax.ShapeDtypeStruct((B, N, rows), jnp.float32),
+        ),
+        scratch_types=program.scratch(H, q.dtype),
+        grid=(N, grid.query_blocks, B),
+        grid_names=("head", "block", "row"),
+        num_threads=WORKERS + 1,
+        thread_name="warpgroup",
+    )
+    z, lse = kernel(*jax.tree.leaves(operands))
+    return z[:, :T], lse[:, :, :T]
+
+
+@dataclass(frozen=True)
+class _Program:
+    """One program: `BLOCK_QUERIES` queries of a head against the keys they see."""
+
+    spec: AttentionSpec
+    grid: Grid
+    settings: Settings
+    group: int
+    """Query heads of a key head."""
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.settings.interpret)
+
+    def operands(self, q: Array, k: Array, v: Array) -> dict[str, Any]:
+        """What the kernel reads, by name; `table` is a `Table`."""
+        spec, B = self.spec, q.shape[0]
+
+        def integers(x):
+            x = jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B, x.shape[1]))
+            return whole_tiles(x, 1)
+
+        operands = {"q": q, "k": k, "v": v}
+        operands = {name: whole_tiles(x, 1) for name, x in operands.items()}
+        # The last two are for the backward pass.
+        table = replace(make_table(spec, self.grid), first_query=None, last_query=None)
+        operands["table"] = table
+        for name in ("query_index", "query_segments", "key_segments"):
+            if getattr(spec, name) is not None:
+                operands[name] = integers(getattr(spec, name))
+        if spec.sinks is not None:
+            operands["sinks"] = spec.sinks.astype(jnp.float32)
+        return operands
+
+    def scratch(self, H: int, dtype: Any) -> dict[str, Any]:
+        """Shared memory and barriers, by name."""
+        spec, slots, keys = self.spec, self.settings.buffers, self.settings.block_keys
+        segments = spec.query_segments is not None
+        index = spec.query_index is not None
+        scratch = {
+            "qz": matrix_memory((WORKERS, ROWS, H), dtype),
+            "k": matrix_memory((slots, keys, H), dtype),
+            "v": matrix_memory((slots, keys, H), dtype),
+            "lse": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
+            "q_ready": plgpu.Barrier(
+                num_arrivals=1 + segments + index, num_barriers=WORKERS
+            ),
+            "k_ready": plgpu.Barrier(num_arrivals=1 + segments, num_barriers=slots),
+            "v_ready": plgpu.Barrier(num_barriers=slots),
+            "k_free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=slots),
+            "v_free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=slots),
+            "turn": plgpu.Barrier(num_arrivals=WORKERS),
+        }
+        if index:
+            scratch["query_index"] = plgpu.SMEM((WORKERS, ROWS), jnp.int32)
+        if segments:
+            scratch["query_segments"] = plgpu.SMEM((WORKERS, ROWS), jnp.int32)
+            scratch["key_segments"] = plgpu.SMEM((slots, keys), jnp.int32)
+        return scratch
+
+    def run(self, refs: dict, z: Any, lse: Any, memory: dict) -> None:
+        """What each warpgroup does; all know the key blocks from the table."""
+        head, row = lax.axis_index("head"), lax.axis_index("row")
+        # The longest rows of a causal mask first: what ends last should be short.
+        block = self.grid.query_blocks - 1 - lax.axis_index("block")
+        table = _BlockTable(refs["table"], self.grid, self.spec, row, block)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == WORKERS)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            self._move(refs, memory, table, row, lax.div(head, jnp.int32(self.group)))
+
+        @pl.when(warpgroup < WORKERS)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            self._work(refs, z, lse, memory, table, row, head, warpgroup)
+
+    def _move(self, refs, memory, table, row, head):
+        """Copies keys and values into the slots, as soon as one is free."""
+        slots, keys = self.settings.buffers, self.settings.block_keys
+
+        def copy(step, slot, free):
+            rows = pl.ds((table.first + step) * keys, keys)
+            ready = memory["k_ready"].at[slot]
+            if free:
+                plgpu.barrier_wait(memory["k_free"].at[slot])
+            plgpu.copy_gmem_to_smem(
+                refs["k"].at[row, rows, head], memory["k"].at[slot], ready
+            )
+            if "key_segments" in memory:
+                source = refs["key_segments"].at[row, rows]
+                target = memory["key_segments"].at[slot]
+                plgpu.copy_gmem_to_smem(source, target, ready)
+            if free:
+                plgpu.barrier_wait(memory["v_free"].at[slot])
+            ready = memory["v_ready"].at[slot]
+            plgpu.copy_gmem_to_smem(
+                refs["v"].at[row, rows, head], memory["v"].at[slot], ready
+            )
+
+        for slot in range(slots):
+            pl.when(slot < table.count)(partial(copy, slot, slot, False))
+
+        @pl.loop(slots, jnp.maximum(table.count, slots))
+        def _(step):
+            copy(step, lax.rem(step, jnp.int32(slots)), True)
+
+        # Barriers end with all of their phases seen.
+        for slot in range(slots):
+
+            @pl.when(slot < table.count)
+            def _(slot=slot):
+                plgpu.barrier_wait(memory["k_free"].at[slot])
+                plgpu.barrier_wait(memory["v_free"].at[slot])
+
+    def _work(self, refs, z, lse, memory, table, row, head, worker):
+        """Attention of `ROWS` queries."""
+        machine, H = self.machine, memory["qz"].shape[-1]
+        start = table.block * BLOCK_QUERIES + worker * ROWS
+        rows = pl.ds(start, ROWS)
+        qz, ready = memory["qz"].at[worker], memory["q_ready"].at[worker]
+        plgpu.copy_gmem_to_smem(refs["q"].at[row, rows, head], qz, ready)
+        for name in ("query_index", "query_segments"):
+            if name in memory:
+                source, target = refs[name].at[row, rows], memory[name].at[worker]
+                plgpu.copy_gmem_to_smem(source, target, ready)
+        plgpu.barrier_wait(ready)
+
+        take_turn = partial(_take_turn, memory["turn"])
+        # The second worker is half a step behind the first.
+        pl.when(worker == 1)(take_turn)
+        step = partial(self._step, memory, table, worker, start, take_turn)
+        init = (
+            machine.full((ROWS, H), 0.0),
+            machine.full((ROWS,), MASKED),
+            machine.full((ROWS,), 0.0),
+        )
+        total, top, weight = lax.fori_loop(0, table.count, step, init)
+        pl.when(worker == 0)(take_turn)
+
+        sink = refs["sinks"][head] if "sinks" in refs else None
+        factor, row_lse = formulas.finish(top / LOG2_E, weight, sink)
+        qz[...] = (total * along_rows(factor, total.shape)).astype(qz.dtype)
+        memory["lse"].at[worker][...] = row_lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(qz, z.at[row, rows, head])
+        plgpu.copy_smem_to_gmem(memory["lse"].at[worker], lse.at[row, head, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    def _step(self, memory, table, worker, start, take_turn, step, carry):
+        """One block of keys of the online softmax, in base 2."""
+        total, top, weight = carry
+        slot = lax.rem(step, jnp.int32(self.settings.buffers))
+        plgpu.barrier_wait(memory["k_ready"].at[slot])
+        raw = self.machine.scores(
+            memory["qz"].at[worker], memory["k"].at[slot], meanwhile=take_turn
+        )
+        shape = raw.shape
+        spec = self.spec
+        if spec.soft_cap is None:
+            # One factor: where nothing is masked, product and subtraction below are
+            # one instruction.
+            scores = raw * (spec.scale * LOG2_E)
+        else:
+            scores = formulas.scores(raw, spec.scale, spec.soft_cap) * LOG2_E
+        scores = lax.cond(
+            table.whole(step),
+            lambda x: x,
+            lambda x: formulas.hide(
+                x, self._allowed(memory, table, worker, start, step, slot, shape)
+            ),
+            scores,
+        )
+        if "key_segments" in memory:
+            # The copy engine may overwrite what threads, not tensor cores, have read.
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(memory["k_free"].at[slot])
+
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        shrink = jnp.exp2(top - new_top)
+        probs = jnp.exp2(scores - along_rows(new_top, shape))
+        weight = weight * shrink + jnp.sum(probs, axis=1)
+        total = total * along_rows(shrink, total.shape)
+        probs = probs.astype(memory["v"].dtype)
+        plgpu.barrier_wait(memory["v_ready"].at[slot])
+        take_turn()
+        total = self.machine.add_product(total, probs, memory["v"].at[slot])
+        plgpu.barrier_arrive(memory["v_free"].at[slot])
+        return total, new_top, weight
+
+    def _allowed(self, memory, table, worker, start, step, slot, shape):
+        """Which scores of a block are visible, [ROWS, block_keys]; None: all."""
+        machine, spec = self.machine, self.spec
+
+        def of_rows(name):
+            if name not in memory:
+                return None
+            return along_rows(machine.row_values(memory[name].at[worker][...]), shape)
+
+        index = of_rows("query_index")
+        if index is None:
+            index = machine.count(start, shape, 0)
+        key_segment = None
+        if "key_segments" in memory:
+            x = machine.column_values(memory["key_segments"].at[slot][...])
+            key_segment = along_columns(x, shape)
+        first = (table.first + step) * self.settings.block_keys
+        return may_attend(
+            index,
+            machine.count(first, shape, 1),
+            causal=spec.causal,
+            window=spec.window,
+            query_segment=of_rows("query_segments"),
+            key_segment=key_segment,
+            key_length=table.length,
+        )
+
+
+def _take_turn(turn: Any) -> None:
+    """Hands the tensor cores to the other worker, and waits for it to hand over."""
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+class _BlockTable:
+    """The numbers of one block of queries, read from the table as scalars."""
+
+    def __init__(self, table: Table, grid: Grid, spec: AttentionSpec, row, block):
+        self._keys, self._grid, self._spec = table.keys, grid, spec
+        self.block = block
+        # One row stands for all of the batch where they are alike.
+        self._row = row if table.length.shape[0] > 1 else 0
+        at = self._row * grid.query_blocks + block
+        self._queries = _read(table.queries, at)
+        self.length = table.length[self._row]
+        self.first = table.first_key[at]
+        self.count = table.last_key[at] - self.first
+
+    def whole(self, step):
+        """Whether all of the scores with a block of keys are visible."""
+        at = self._row * self._grid.key_blocks + self.first + step
+        keys, spec = _read(self._keys, at), self._spec
+        return meet(
+            self._queries, keys, self.length, causal=spec.causal, window=spec.window
+        )[1]
+
+
+def _read(extent: Extent, at: Any) -> Extent:
+    return Extent(*(None if x is None else x[at] for x in extent))

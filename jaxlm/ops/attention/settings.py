@@ -1,0 +1,63 @@
+"""Block sizes: what was measured on this machine, else what a kernel's table says.
+
+`jaxlm tune attention` writes the file; each kernel has its own `Settings`.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxlm.ops.attention.request import target
+
+T = TypeVar("T")
+
+
+def settings_file() -> Path:
+    """The file of measured settings, in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "jaxlm" / "attention.json"
+
+
+def settings_key(implementation: str, q: Array | jax.ShapeDtypeStruct) -> str:
+    """What a measurement holds for: the current device, q's head_dim and dtype."""
+    head_dim, dtype = q.shape[-1], jnp.dtype(q.dtype).name
+    return f"{implementation}, {target()[1]}, {head_dim}, {dtype}"
+
+
+def measured(key: str, default: T) -> T:
+    """`default`, with the fields that were measured for `key`.
+
+    Raises:
+      ValueError: for a file that is no JSON, or names fields that are not there.
+    """
+    path = settings_file()
+    if not path.is_file():
+        return default
+    try:
+        fields = json.loads(path.read_text()).get(key, {})
+        found = dataclasses.replace(default, **fields)
+        if not all(type(size) is int and size > 0 for size in fields.values()):
+            raise TypeError(f"{key!r} has a size that is not a whole number above 0")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {error}; delete it, or run `jaxlm tune attention` again"
+        ) from None
+    return found
+
+
+def record(key: str, settings: Any, fields: tuple[str, ...]) -> Path:
+    """Writes the fields measured for `key`, beside what the file has."""
+    path = settings_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    old[key] = {**old.get(key, {}), **{f: getattr(settings, f) for f in fields}}
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(old, indent=1))
+    new.replace(path)
+    return path

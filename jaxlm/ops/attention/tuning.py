@@ -1,0 +1,167 @@
+"""Measures block sizes of attention on the current device."""
+
+import dataclasses
+import importlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import nearest
+from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
+from jaxlm.ops.attention.request import request
+from jaxlm.ops.attention.settings import record, settings_key
+from jaxlm.ops.attention.spec import AttentionSpec
+
+BLOCKS = (128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Fields of a `Settings` that are tried together."""
+
+    fields: tuple[str, ...]
+    values: tuple[int, ...]
+    """For each field."""
+    what: str = "forward"
+    """What is timed: forward, backward (forward with it), or decode."""
+
+
+HOPPER = (
+    Group(("backward_block_queries", "backward_block_keys"), (64, 128), "backward"),
+    Group(("decode_block_keys",), (64, 128, 256), "decode"),
+)
+# Implementation -> (module with `settings_for`, groups in the order they are tuned).
+TUNABLE: dict[str, tuple[str, tuple[Group, ...]]] = {
+    "dense": (
+        "jaxlm.ops.attention.dense",
+        (Group(("block",), (64, *BLOCKS), "backward"),),
+    ),
+    "xla": ("jaxlm.ops.attention.blocked", (Group(("block",), BLOCKS, "backward"),)),
+    "pallas_tpu": (
+        "jaxlm.ops.attention.tpu.pallas_tpu",
+        (
+            Group(("block_queries", "block_keys"), BLOCKS),
+            Group(
+                ("backward_block_queries", "backward_block_keys"), BLOCKS, "backward"
+            ),
+            Group(("decode_block_keys",), (512, 1024, 2048), "decode"),
+        ),
+    ),
+    "pallas_gpu": (
+        "jaxlm.ops.attention.gpu.pallas_gpu",
+        (Group(("block_queries", "block_keys"), (64, 128)), *HOPPER),
+    ),
+    "pallas_hopper": (
+        "jaxlm.ops.attention.gpu.hopper",
+        (Group(("block_keys",), (64, 128, 256)), *HOPPER),
+    ),
+}
+
+
+def tune(
+    implementation: str | None,
+    *,
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    window: int | None = None,
+) -> Iterator[str]:
+    """Times all candidates and records the fastest; yields what to print.
+
+    Args:
+      implementation: a name in `TUNABLE`; None: all that can do this here.
+
+    Raises:
+      ValueError: for a name that has no block sizes, or declines.
+    """
+    sizes = {"batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads}
+    for name, size in {**sizes, "head_dim": head_dim}.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1")
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads {kv_heads} does not divide heads {heads}")
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        jax.random.normal(key, shape, dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+    spec = AttentionSpec(scale=head_dim**-0.5, window=window)
+    for name in _names(implementation, request(q, k, spec)):
+        yield from _tune_one(name, q, k, v, spec)
+
+
+def _names(implementation: str | None, asked: Any) -> list[str]:
+    reasons = {name: IMPLEMENTATIONS[name].declines(asked) for name in TUNABLE}
+    if implementation is None:
+        return [name for name, reason in reasons.items() if reason is None]
+    if implementation not in TUNABLE:
+        raise ValueError(
+            f"no block sizes to tune in {implementation!r}"
+            f"{nearest(implementation, list(TUNABLE))}: choose one of "
+            f"{', '.join(TUNABLE)}"
+        )
+    if reasons[implementation] is not None:
+        raise ValueError(f"attention {implementation!r}: {reasons[implementation]}")
+    return [implementation]
+
+
+def _tune_one(name: str, q, k, v, spec: AttentionSpec) -> Iterator[str]:
+    module, groups = TUNABLE[name]
+    best = importlib.import_module(module).settings_for(q)
+    key = settings_key(name, q)
+    for group in groups:
+        candidates = list(itertools.product(group.values, repeat=len(group.fields)))
+        times = {}
+        for count, values in enumerate(candidates, 1):
+            settings = dataclasses.replace(
+                best, **dict(zip(group.fields, values, strict=True))
+            )
+            label = ", ".join(map("{} {}".format, group.fields, values))
+            label = f"{name} {group.what} [{count}/{len(candidates)}] {label}"
+            try:
+                times[settings] = _seconds(name, group.what, q, k, v, spec, settings)
+            except jax.errors.JaxRuntimeError as error:
+                # Too large for the device's fast memory, most often.
+                yield f"{label}: does not compile: {str(error).splitlines()[0][:80]}"
+                continue
+            yield f"{label}: {times[settings] * 1e3:.3f} ms"
+        if not times:
+            raise ValueError(
+                f"attention {name!r}: no candidate compiles on this device"
+            )
+        best = min(times, key=times.__getitem__)
+        chosen = ", ".join(f"{f} {getattr(best, f)}" for f in group.fields)
+        file = record(key, best, group.fields)
+        yield f"{key}: {chosen} is the fastest -> {file}"
+
+
+def _seconds(name, what, q, k, v, spec: AttentionSpec, settings: Any) -> float:
+    """Seconds of one call, the best of some tenths of a second."""
+    run = partial(IMPLEMENTATIONS[name].run, settings=settings)
+    if what == "decode":
+        B, S = k.shape[:2]
+        q = q[:, :1]
+        spec = dataclasses.replace(spec, query_index=jnp.full((B, 1), S - 1))
+
+    def total(q, k, v):
+        return jnp.sum(run(q, k, v, spec)[0].astype(jnp.float32))
+
+    timed = jax.jit(jax.grad(total, (0, 1, 2)) if what == "backward" else total)
+    jax.block_until_ready(timed(q, k, v))
+    best, started = math.inf, time.perf_counter()
+    while time.perf_counter() - started < 0.5:
+        before = time.perf_counter()
+        jax.block_until_ready(timed(q, k, v))
+        best = min(best, time.perf_counter() - before)
+    return best

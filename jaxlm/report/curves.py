@@ -1,0 +1,240 @@
+"""The rows of runs as curves and figures: what the report and the picture draw."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxlm.config import ModelConfig, from_dict
+from jaxlm.train.metrics import read_metrics
+from jaxlm.train.progress import format_count, format_seconds
+from jaxlm.train.throughput import matrix_params
+
+# Rows at the end over which the last training loss is averaged.
+LAST_ROWS = 20
+
+# Nested values that JSON holds, as in config.json.
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says about its run."""
+
+    name: str
+    """Name of the folder, with as much of the path as sets it apart from the others."""
+    rows: list[Json]
+    """All rows of `metrics.jsonl`."""
+    config: Json
+    """`config.json` as it is; empty where there is none."""
+
+    def of_kind(self, kind: str) -> list[Json]:
+        """The rows of one kind, in the order of their writing."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+
+def load_runs(folders: Iterable[Path | str]) -> list[Run]:
+    """Reads run folders.
+
+    Raises:
+      ValueError: for no folder at all, a folder without metrics, or a file that cannot
+        be understood, named.
+    """
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise ValueError("no run folder was given: name at least one")
+    names = _distinct_names([path.resolve() for path in paths])
+    return [
+        Run(name=name, rows=read_metrics(path), config=_read_config(path))
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read_config(folder: Path) -> Json:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return config
+
+
+def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:
+    """One field of rows as f64; NaN where it is missing or not a number."""
+    values = [row.get(name) for row in rows]
+    return np.array(
+        [float(v) if isinstance(v, int | float) else math.nan for v in values], float
+    )
+
+
+def downsample(values: Float[np.ndarray, " n"], limit: int) -> Int[np.ndarray, " m"]:
+    """Indices of at most `limit` values (at least 5) that keep the shape of the curve.
+
+    The curve is cut into equal stretches; of each the least, the greatest and the first
+    non-finite value are kept, so no spike and no gap is lost. First and last are kept.
+    """
+    n = len(values)
+    if n <= limit:
+        return np.arange(n)
+    keep = [0, n - 1]
+    edges = np.linspace(0, n, (limit - 2) // 3 + 1).astype(int)
+    finite = np.isfinite(values)
+    for start, end in itertools.pairwise(edges):
+        good = start + np.flatnonzero(finite[start:end])
+        if len(good):
+            keep += [good[values[good].argmin()], good[values[good].argmax()]]
+        if len(good) < end - start:
+            keep.append(start + int(finite[start:end].argmin()))
+    return np.unique(keep)
+
+
+def stretch_means(
+    values: Float[np.ndarray, " n"], limit: int
+) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """Middle index and mean of the finite values of at most `limit` equal stretches."""
+    edges = np.linspace(0, len(values), min(limit, len(values)) + 1).astype(int)
+    middles, means = [], []
+    for start, end in itertools.pairwise(edges):
+        part = values[start:end]
+        part = part[np.isfinite(part)]
+        middles.append((start + end - 1) // 2)
+        means.append(part.mean() if len(part) else math.nan)
+    return np.array(middles, int), np.array(means, float)
+
+
+def smooth(values: Float[np.ndarray, " n"], half_width: int) -> Float[np.ndarray, " n"]:
+    """Moving mean, twice, over `half_width` values on either side.
+
+    The window is centred, so the curve does not lag. It shrinks towards the start,
+    where a loss falls fast, and is cut off at the end. Non-finite values are left out,
+    and stay. `page.js` does the same.
+    """
+    finite = np.isfinite(values)
+    index = np.arange(len(values))
+    half = np.minimum(index, half_width)
+    start, end = index - half, np.minimum(index + half + 1, len(values))
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    for _ in range(2):
+        sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+        total = np.maximum(counts[end] - counts[start], 1)
+        values = np.where(finite, (sums[end] - sums[start]) / total, math.nan)
+    return values
+
+
+def flatten(config: Json, prefix: str = "") -> dict[str, str]:
+    """Fields of a nested config by their dotted names, values as JSON."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fields |= flatten(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = json.dumps(value, ensure_ascii=False)
+    return fields
+
+
+def _last(rows: Sequence[Json], name: str) -> float:
+    """The last number in a column, or NaN."""
+    values = column(rows[-1:], name)
+    return float(values[-1]) if len(values) else math.nan
+
+
+def final_losses(run: Run) -> tuple[float | None, float | None]:
+    """Last training loss (mean of the last `LAST_ROWS` rows) and last held-out loss.
+
+    In nats per token; None where there is no row.
+    """
+    losses = column(run.of_kind("train")[-LAST_ROWS:], "loss")
+    evals = run.of_kind("eval")
+    return (
+        float(losses.mean()) if len(losses) else None,
+        _last(evals, "loss") if evals else None,
+    )
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else str(value)
+
+
+def _shape(run: Run) -> tuple[str, str]:
+    """The model in words, and its parameters."""
+    params = next((row["params"] for row in run.rows if "params" in row), None)
+    model = run.config.get("model")
+    try:
+        config = from_dict(ModelConfig, model if isinstance(model, dict) else {})
+    except (ValueError, TypeError):  # another version's config: what it says is shown
+        return "", format_count(params) if isinstance(params, int | float) else ""
+    words = (
+        f"{config.num_layers} layers × {config.model_dim}, {config.num_heads} heads, "
+        f"context {config.context_length}"
+    )
+    if isinstance(params, int | float):
+        return words, format_count(params)
+    if not config.vocab_size:
+        return words, ""
+    return words, f"{format_count(matrix_params(config))} in matrix products"
+
+
+def figures(run: Run) -> dict[str, str]:
+    """The figures of a run in words, by label; empty where it has none."""
+    trains, evals = run.of_kind("train"), run.of_kind("eval")
+    train, held_out = final_losses(run)
+    words, params = _shape(run)
+    table = {"Model": words, "Parameters": params}
+    train_config = run.config.get("train")
+    steps = train_config.get("steps") if isinstance(train_config, dict) else None
+    done = str(run.rows[-1]["step"]) if run.rows else "0"
+    table["Steps"] = f"{done} of {steps}" if steps is not None else done
+    table["Tokens seen"] = _or_empty(format_count, _last(trains, "tokens"))
+    table["Time"] = _or_empty(format_seconds, _last(trains, "wall_s"))
+    table[f"Train loss (mean of the last {LAST_ROWS} rows)"] = (
+        "" if train is None else _number(train)
+    )
+    table["Held-out loss"] = "" if held_out is None else _number(held_out)
+    losses = column(evals, "loss")
+    if np.isfinite(losses).any():
+        best = int(np.nanargmin(np.where(np.isfinite(losses), losses, np.nan)))
+        where = evals[best]["step"]
+        table["Lowest held-out loss"] = f"{_number(losses[best])} at step {where}"
+    else:
+        table["Lowest held-out loss"] = ""
+    table["Bits per byte"] = _or_empty(_number, _last(evals, "bits_per_byte"))
+    table["Tokens per second (median)"] = _or_empty(
+        format_count, _median(trains, "tokens_per_s")
+    )
+    share = _median(trains, "mfu")
+    table["MFU (median)"] = f"{100 * share:.1f} %" if math.isfinite(share) else ""
+    waits = np.nansum(column(trains, "data_wait_s"))
+    total = np.nansum(column(trains, "step_s"))
+    table["Waiting for data"] = f"{100 * waits / total:.1f} %" if total > 0 else ""
+    bad = int((~np.isfinite(column(trains, "loss"))).sum())
+    table["Rows with a non-finite loss"] = str(bad) if bad else ""
+    return table
+
+
+def _or_empty(form: Any, value: float) -> str:
+    return form(value) if math.isfinite(value) else ""
+
+
+def _median(rows: Sequence[Json], name: str) -> float:
+    values = column(rows, name)
+    values = values[np.isfinite(values)]
+    return statistics.median(values.tolist()) if len(values) else math.nan

@@ -1,0 +1,188 @@
+"""One HTML file that shows one run, or several over each other. It needs no network."""
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxlm.report.curves import (
+    Json,
+    Run,
+    column,
+    downsample,
+    figures,
+    flatten,
+    load_runs,
+    stretch_means,
+)
+
+MAX_POINTS = 2000  # of a curve
+MAX_SAMPLES = 200  # of a run
+MAX_CHARACTERS = 20_000  # of a sample
+
+# Curve in the page -> kind of row and field. The page knows these names.
+CURVES = {
+    "train": ("train", "loss"),
+    "eval": ("eval", "loss"),
+    "lr": ("train", "lr"),
+    "grad_norm": ("train", "grad_norm"),
+    "tokens_per_s": ("train", "tokens_per_s"),
+    "mfu": ("train", "mfu"),
+}
+
+
+def write_report(runs: Iterable[Path | str], out: Path | str) -> Path:
+    """Writes the report of `runs` (folders) to the file `out` and returns its path.
+
+    Raises:
+      ValueError: for a folder without metrics or a file that cannot be understood.
+    """
+    if isinstance(runs, str | Path):
+        runs = [runs]
+    loaded = load_runs(runs)
+    names = ", ".join(run.name for run in loaded)
+    tables = [figures(run) for run in loaded]
+    page = {
+        "title": html.escape(f"{names}: training report"),
+        "style": _asset("page.css"),
+        "script": _asset("page.js"),
+        "heading": html.escape(names),
+        "tiles": _tiles(tables[0]) if len(loaded) == 1 else "",
+        "figures": _figures_table(loaded, tables),
+        "held_out": _held_out_table(loaded),
+        "config": _config_table(loaded),
+        "held_out_hidden": _hidden_unless(any(run.of_kind("eval") for run in loaded)),
+        "config_hidden": _hidden_unless(any(run.config for run in loaded)),
+        "data": _script_json({"runs": [_run_data(run) for run in loaded]}),
+    }
+    # In one pass, so that text that looks like a place holder stays text.
+    text = re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _asset("page.html"))
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return out
+
+
+def _asset(name: str) -> str:
+    return resources.files("jaxlm.train").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hidden_unless(shown: bool) -> str:
+    return "" if shown else " hidden"
+
+
+def _script_json(value: Any) -> str:
+    """JSON that a <script> element can hold: nothing in it can end the element."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _numbers(values: Float[np.ndarray, " n"]) -> list[float | None]:
+    """Seven digits of each; None where not finite."""
+    return [float(f"{v:.7g}") if math.isfinite(v) else None for v in values.tolist()]
+
+
+def _curve(
+    positions: Float[np.ndarray, "3 n"],
+    indices: Int[np.ndarray, " m"],
+    values: Float[np.ndarray, " m"],
+) -> Json:
+    step, tokens, seconds = (_numbers(p[indices]) for p in positions)
+    return {"step": step, "tokens": tokens, "time": seconds, "y": _numbers(values)}
+
+
+def _run_data(run: Run) -> Json:
+    trains = run.of_kind("train")
+    own = np.stack([column(trains, n) for n in ("step", "tokens", "wall_s")])
+    # Where the training rows have gaps, and for held-out rows: between the neighbours.
+    known = np.isfinite(own).all(axis=0)
+    track = np.concatenate([np.zeros((3, 1)), own[:, known]], axis=1)
+    curves = {}
+    for curve, (kind, field) in CURVES.items():
+        rows = run.of_kind(kind)
+        values, steps = column(rows, field), column(rows, "step")
+        if kind == "train" and curve != "train" and not np.isfinite(values).any():
+            continue
+        positions = np.stack(
+            [steps, *(np.interp(steps, track[0], track[i]) for i in (1, 2))]
+        )
+        kept = downsample(values, MAX_POINTS)
+        curves[curve] = _curve(positions, kept, values[kept])
+        if len(kept) < len(values):
+            # Least and greatest values say nothing of the mean: it goes along.
+            middles, means = stretch_means(values, MAX_POINTS // 3)
+            curves[curve]["mean"] = _curve(positions, middles, means)
+    samples = run.of_kind("sample")
+    chosen = np.unique(np.linspace(0, len(samples) - 1, MAX_SAMPLES).astype(int))
+    return {
+        "name": run.name,
+        "curves": curves,
+        "samples": [_sample(samples[i]) for i in chosen] if samples else [],
+        "omitted": len(samples) - len(chosen) if samples else 0,
+    }
+
+
+def _sample(row: Json) -> Json:
+    text = str(row.get("text", ""))
+    if len(text) > MAX_CHARACTERS:
+        text = text[:MAX_CHARACTERS] + f" [… {len(text) - MAX_CHARACTERS} more]"
+    prompt = str(row.get("prompt", ""))[-MAX_CHARACTERS:]
+    return {"step": row["step"], "prompt": prompt, "text": text}
+
+
+def _row(cells: Sequence[str], tag: str = "td", mark: bool = False) -> str:
+    first, *rest = (html.escape(cell) for cell in cells)
+    attribute = ' class="differs"' if mark else ""
+    body = "".join(f"<{tag}>{cell}</{tag}>" for cell in rest)
+    scope = "col" if tag == "th" else "row"
+    return f'<tr{attribute}><th scope="{scope}">{first}</th>{body}</tr>\n'
+
+
+def _tiles(table: dict[str, str]) -> str:
+    """The figures that people look for first, large."""
+    tiles = []
+    for label in ("Held-out loss", "Train loss", "Bits per byte", "Parameters"):
+        value = next((v for k, v in table.items() if k.startswith(label)), "")
+        tiles.append((label, value.removesuffix(" in matrix products")))
+    tiles += [(label, table[label]) for label in ("Tokens seen", "Time")]
+    return "".join(
+        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>\n"
+        for label, value in tiles
+        if value
+    )
+
+
+def _figures_table(runs: Sequence[Run], tables: Sequence[dict[str, str]]) -> str:
+    rows = _row(["Run", *(run.name for run in runs)], "th")
+    for label in tables[0]:
+        cells = [table[label] for table in tables]
+        if any(cells):
+            rows += _row([label, *(cell or "–" for cell in cells)])
+    return rows
+
+
+def _held_out_table(runs: Sequence[Run], limit: int = 500) -> str:
+    """Held-out loss by step, the newest `limit` steps."""
+    losses = [{r["step"]: r.get("loss") for r in run.of_kind("eval")} for run in runs]
+    rows = _row(["Step", *(run.name for run in runs)], "th")
+    for step in sorted(set().union(*losses))[-limit:]:
+        values = [found.get(step) for found in losses]
+        cells = ["–" if v is None else f"{v:.4f}" for v in values]
+        rows += _row([str(step), *cells])
+    return rows
+
+
+def _config_table(runs: Sequence[Run]) -> str:
+    fields = [flatten(run.config) for run in runs]
+    rows = _row(["Field", *(run.name for run in runs)], "th")
+    for name in dict.fromkeys(name for f in fields for name in f):
+        cells = [f.get(name, "–") for f in fields]
+        rows += _row([name, *cells], mark=len(set(cells)) > 1)
+    return rows

@@ -1,0 +1,312 @@
+"""Tokenizers of GGUF files: from their metadata, and back.
+
+The keys begin with `tokenizer.ggml.`: `model` says which algorithm, `tokens`, `scores`,
+`token_type` and `merges` are its tables, the rest are habits. Two algorithms are read:
+"gpt2", a byte-level BPE, and "llama", SentencePiece's BPE.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.hugging_face import pre_tokenizers
+from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_json import (
+    added_token,
+    bos_template,
+    byte_of_character,
+)
+from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    build_model,
+)
+from jaxlm.tokenizers.special_tokens import Habits
+from jaxlm.tokenizers.tokenizer import ByteTokenizer
+
+_PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+# Files written before their format had a key for it end a turn with one of these.
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a GGUF file.
+
+    Args:
+      metadata: keys and values of the file: strings, numbers, lists of strings and
+        NumPy arrays.
+
+    Raises:
+      ValueError: for a kind that is not known here, and for tables that do not fit
+        together.
+    """
+    kind = _get(metadata, "model", str)
+    readers = {"gpt2": _byte_level, "llama": _sentence_piece}
+    if kind not in readers:
+        raise ValueError(
+            f"{_PREFIX}model is {kind!r}: jaxlm reads {' and '.join(readers)}"
+        )
+    tokens = _get(metadata, "tokens", list)
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"{_PREFIX}tokens: a token stands there twice")
+    types = _table(metadata, "token_type", len(tokens), np.integer)
+    if not set(types) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
+        raise ValueError(f"{_PREFIX}token_type: types are 1 to 6")
+    return readers[kind](metadata, tokens, types)
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> HuggingFaceTokenizer:
+    if f"{_PREFIX}pre" not in metadata:
+        raise ValueError(
+            f"{_PREFIX}pre is missing, so that nothing says how text is cut before "
+            "merging: convert the model anew (files from before May 2024 lack it)"
+        )
+    pre = pre_tokenizers.by_name(_get(metadata, "pre", str))
+    special = [
+        added_token(i, token, special=kind != USER_DEFINED)
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+    data = pre_tokenizers.byte_level_json(
+        {token: i for i, token in enumerate(tokens)},
+        _get(metadata, "merges", list),
+        pre,
+        special,
+    )
+    habits = _habits(metadata, tokens, types, adds_bos=pre.adds_bos)
+    if habits.adds_bos:
+        data["post_processor"] = bos_template(tokens[habits.bos_id], habits.bos_id)
+    return HuggingFaceTokenizer(json.dumps(data, ensure_ascii=False), habits)
+
+
+def _sentence_piece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> SentencePieceTokenizer:
+    if f"{_PREFIX}scores" not in metadata:
+        raise ValueError(f"{_PREFIX}scores is missing: without them nothing is merged")
+    scores = _table(metadata, "scores", len(tokens), np.floating)
+    types = list(types)
+    if UNKNOWN not in types:
+        types[_id(metadata, "unknown", len(tokens), 0)] = UNKNOWN
+    for i, token in enumerate(tokens):
+        if not token:
+            tokens = [*tokens[:i], f"[EMPTY_{i}]", *tokens[i + 1 :]]
+            types[i] = UNUSED
+    model = build_model(
+        tokens,
+        scores,
+        types,
+        add_dummy_prefix=bool(metadata.get(f"{_PREFIX}add_space_prefix", True)),
+        remove_extra_whitespaces=bool(
+            metadata.get(f"{_PREFIX}remove_extra_whitespaces", False)
+        ),
+    )
+    habits = _habits(metadata, tokens, types, adds_bos=True, bos=1, eos=2)
+    return SentencePieceTokenizer(model, habits)
+
+
+def _habits(
+    metadata: Mapping[str, Any],
+    tokens: Sequence[str],
+    types: Sequence[int],
+    *,
+    adds_bos: bool,
+    bos: int | None = None,
+    eos: int | None = None,
+) -> Habits:
+    """What the keys say; the arguments are the format's defaults for an algorithm."""
+    size = len(tokens)
+    template = metadata.get(_TEMPLATE)
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{_TEMPLATE} is no text")
+    turn = _id(metadata, "eot", size)
+    if turn is None:
+        ends = (t for t in _ENDS_OF_TURN if t in (template or ""))
+        found = (tokens.index(t) for t in ends if t in tokens)
+        turn = next((i for i in found if types[i] in (CONTROL, USER_DEFINED)), None)
+    stops = [_id(metadata, "eos", size, eos), turn, _id(metadata, "eom", size)]
+    return Habits(
+        bos_id=_id(metadata, "bos", size, bos),
+        eos_id=stops[0],
+        pad_id=_id(metadata, "padding", size),
+        adds_bos=bool(metadata.get(f"{_PREFIX}add_bos_token", adds_bos)),
+        stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
+        chat_template=template,
+    )
+
+
+def _get(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = metadata.get(_PREFIX + name)
+    if not isinstance(value, kind):
+        what = {str: "a text", list: "a list of texts"}[kind]
+        raise ValueError(f"{_PREFIX}{name} is {type(value).__name__}: not {what}")
+    if kind is list and not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{_PREFIX}{name} holds more than texts")
+    return value
+
+
+def _table(
+    metadata: Mapping[str, Any], name: str, size: int, kind: type
+) -> list[int] | list[float]:
+    """A number for each token; types that are missing are those of normal tokens."""
+    values = np.asarray(metadata.get(_PREFIX + name, np.full(size, NORMAL)))
+    if values.shape != (size,) or not np.issubdtype(values.dtype, kind):
+        raise ValueError(
+            f"{_PREFIX}{name} is {values.dtype}{list(values.shape)}: there are {size} "
+            "tokens, and one number for each is needed"
+        )
+    return values.tolist()
+
+
+def _id(
+    metadata: Mapping[str, Any], name: str, size: int, default: int | None = None
+) -> int | None:
+    """A special token; None where there is none, which files also write as -1."""
+    key = f"{_PREFIX}{name}_token_id"
+    value = metadata.get(key, default)
+    if value is None or value in (-1, 0xFFFFFFFF):
+        return None
+    if not isinstance(value, int | np.integer) or not 0 <= value < size:
+        raise ValueError(f"{key} is {value!r}: there are {size} tokens")
+    return int(value)
+
+
+def gguf_metadata(
+    tokenizer: Tokenizer, vocab_size: int | None = None
+) -> dict[str, Any]:
+    """Keys and values that make llama.cpp give the same ids; see `write_gguf`.
+
+    Only a U+2581 that somebody types is a space to its SentencePiece.
+
+    Args:
+      tokenizer: of any kind.
+      vocab_size: of the model: the tables get unused tokens up to it; None adds none.
+
+    Raises:
+      ValueError: for a tokenizer that llama.cpp cannot run, saying why.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        tables = _bytes_tables(tokenizer)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        tables = _byte_level_tables(tokenizer)
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        tables = _sentence_piece_tables(tokenizer)
+    else:
+        raise ValueError(_refusal(tokenizer, "its tokens are characters"))
+    if tokenizer.eos_id is None:
+        # llama.cpp would take token 2 or 11 for it.
+        raise ValueError(_refusal(tokenizer, "it has no token that ends a text"))
+    _fill_up(tables, tokenizer.vocab_size if vocab_size is None else vocab_size)
+    others = [i for i in tokenizer.stop_ids if i != tokenizer.eos_id]
+    ids = {
+        "bos": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "padding": tokenizer.pad_id,
+        "eot": others[0] if others else None,
+    }
+    out = {f"{_PREFIX}{name}": value for name, value in tables.items()}
+    out |= {f"{_PREFIX}{n}_token_id": i for n, i in ids.items() if i is not None}
+    out[f"{_PREFIX}add_bos_token"] = tokenizer.adds_bos
+    if tokenizer.chat_template is not None:
+        out[_TEMPLATE] = tokenizer.chat_template
+    return out
+
+
+def _fill_up(tables: dict[str, Any], vocab_size: int) -> None:
+    """Adds unused tokens, which are worse than any other."""
+    size = len(tables["tokens"])
+    if vocab_size < size:
+        raise ValueError(
+            f"the tokenizer has {size} tokens, more than the {vocab_size} of the model"
+        )
+    more = vocab_size - size
+    tables["tokens"] = [*tables["tokens"], *(f"[PAD{size + i}]" for i in range(more))]
+    for name, value in (("token_type", UNUSED), ("scores", -1e9)):
+        if name in tables:
+            tables[name] = np.pad(tables[name], (0, more), constant_values=value)
+
+
+def _refusal(tokenizer: Tokenizer, why: str) -> str:
+    return (
+        f"llama.cpp cannot run the tokenizer of kind {tokenizer.kind!r}: {why}; export "
+        "the model as a Hugging Face folder, or train with data.tokenizer 'bytes' or "
+        "'sentencepiece' (bpe)"
+    )
+
+
+def _bytes_tables(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """A BPE that never merges.
+
+    llama.cpp wants a list of merges that is not empty; digits are cut apart by this
+    pre-tokenizer, so that the one here is never used.
+    """
+    characters = {byte: c for c, byte in byte_of_character().items()}
+    return {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": [*(characters[b] for b in range(256)), "<|endoftext|>"],
+        "token_type": np.array([NORMAL] * 256 + [CONTROL], np.int32),
+        "merges": ["0 0"],
+        "add_space_prefix": False,
+    }
+
+
+def _byte_level_tables(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
+    data, model = tokenizer.data, tokenizer.data["model"]
+    merges = model.get("merges")
+    byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
+    if not byte_level or merges is None or model.get("byte_fallback"):
+        raise ValueError(_refusal(tokenizer, "it is no byte-level BPE"))
+    pre = pre_tokenizers.name_of(data)
+    if pre is None:
+        raise ValueError(_refusal(tokenizer, "it cuts text in a way llama.cpp lacks"))
+    tokens = tokenizer.tokens
+    special = set(tokenizer.special_ids.values())
+    types = np.full(tokenizer.vocab_size, NORMAL, np.int32)
+    for i in range(tokenizer.vocab_size):
+        if i not in tokens:
+            types[i] = UNUSED
+        elif i in special:
+            types[i] = USER_DEFINED if tokenizer.token_bytes[i] else CONTROL
+    for entry in data.get("added_tokens") or []:
+        if entry["id"] not in special:  # White space: text, but cut out first.
+            types[entry["id"]] = USER_DEFINED
+    return {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [tokens.get(i, f"[PAD{i}]") for i in range(tokenizer.vocab_size)],
+        "token_type": types,
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+        "add_space_prefix": False,
+    }
+
+
+def _sentence_piece_tables(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    table = tokenizer.table
+    if table.algorithm != BPE:
+        why = "it has unigram pieces and bytes for unknown characters"
+        raise ValueError(_refusal(tokenizer, why))
+    if table.charsmap or table.remove_extra_whitespaces or BYTE not in table.types:
+        why = "it normalizes text, or has no bytes for unknown characters"
+        raise ValueError(_refusal(tokenizer, why))
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": table.pieces,
+        "scores": np.array(table.scores, np.float32),
+        "token_type": np.array(table.types, np.int32),
+        "unknown_token_id": table.types.index(UNKNOWN),
+        "add_space_prefix": table.add_dummy_prefix,
+    }

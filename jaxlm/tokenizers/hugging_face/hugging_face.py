@@ -1,0 +1,277 @@
+"""Hugging Face tokenizers: user text stays text, and each token knows its bytes."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32, Integer
+
+from jaxlm.tokenizers.base import (
+    Piece,
+    check_text,
+    decode_ids,
+    fingerprint_of,
+    tile_bytes,
+    write_description,
+)
+from jaxlm.tokenizers.hugging_face import hugging_face_json as file
+from jaxlm.tokenizers.special_tokens import Habits, Special, SpecialTokens
+
+MODEL_FILE = "huggingface.json"
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json of the library `tokenizers`.
+
+    `encode` gives what the library gives with `add_special_tokens=False`, except that
+    added tokens, special or not, are not matched in text (those of white space only
+    are): text that a user typed never becomes one of them. `decode` gives what the
+    library gives without special tokens.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, tokenizer_json: str | bytes, habits: Habits | None = None):
+        """Takes the contents of a tokenizer.json.
+
+        Args:
+          tokenizer_json: at most 128 MiB.
+          habits: what the files beside it say; None is no bos, eos or pad token.
+
+        Raises:
+          ValueError: when it is none, has a decoder that is not known here, or lacks an
+            id that the habits name.
+        """
+        if isinstance(tokenizer_json, str):
+            tokenizer_json = tokenizer_json.encode("utf-8")
+        self._contents = tokenizer_json
+        self.data = file.parse(tokenizer_json)
+        self.habits = Habits() if habits is None else habits
+        with file.damage_in("this tokenizer.json"):
+            self._vocabulary = file.vocabulary(self.data)
+            self._added = file.added_tokens(self.data)
+            self._decoding = file.decoding_of(self.data)
+            ids = [*self._vocabulary.values(), *(t.id for t in self._added)]
+            self.vocab_size = max(ids, default=-1) + 1
+            self.habits.check(self.vocab_size)
+            self._library = self._load_literal(later=False)
+
+        ids_of_habits = json.dumps(self.habits.ids).encode()
+        self.fingerprint = fingerprint_of(
+            self.kind, tokenizer_json + b"\0" + ids_of_habits
+        )
+        self.bos_id, self.eos_id = self.habits.bos_id, self.habits.eos_id
+        self.pad_id, self.adds_bos = self.habits.pad_id, self.habits.adds_bos
+        self.stop_ids = self.habits.stop_ids
+        self.chat_template = self.habits.chat_template
+        self.leading_spaces = self._decoding.leading_spaces
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, habits: Habits | None = None
+    ) -> "HuggingFaceTokenizer":
+        """Loads what `save` wrote.
+
+        A folder that comes from Hugging Face is for `tokenizer_from_folder`.
+
+        Raises:
+          ValueError: when the file is missing or no tokenizer.
+        """
+        path = Path(folder) / MODEL_FILE
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        try:
+            return cls(path.read_bytes(), habits)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """The contents of the tokenizer.json, as they came."""
+        return self._contents
+
+    @cached_property
+    def tokens(self) -> Mapping[int, str]:
+        """Id -> text as it stands in the file (for byte-level: in GPT-2's alphabet)."""
+        of_model = {i: text for text, i in self._vocabulary.items()}
+        return of_model | {t.id: t.content for t in self._added}
+
+    @cached_property
+    def _named(self) -> dict[str, int]:
+        """Tokens that are special because the files give them a part to play."""
+        parts = [self._unknown_id, *self.habits.ids[:3]]
+        return {self.tokens[i]: i for i in parts if i in self.tokens}
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        """Id of what the vocabulary lacks (Unigram names the id, others the text)."""
+        model = self.data["model"]
+        return self._vocabulary.get(model.get("unk_token"), model.get("unk_id"))
+
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Added tokens, those of white space only left out, and bos, eos, pad."""
+        return {t.content: t.id for t in self._added if not t.is_white} | self._named
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Ids that add nothing to a decoded text."""
+        special = (t.id for t in self._added if t.special)
+        return frozenset([*special, *self._named.values()])
+
+    @cached_property
+    def _specials(self) -> SpecialTokens:
+        found = {text: Special(i) for text, i in self._named.items()}
+        for t in self._added:
+            if not t.is_white:
+                found[t.content] = Special(t.id, t.lstrip, t.rstrip, t.single_word)
+        return SpecialTokens(found)
+
+    def _load_literal(self, *, later: bool) -> tokenizers.Tokenizer:
+        data = file.literal(self.data, self.special_ids, later=later)
+        with _errors_of_the_library("not a Hugging Face tokenizer.json"):
+            library = tokenizers.Tokenizer.from_str(json.dumps(data))
+        for t in self._added:
+            if t.is_white and library.token_to_id(t.content) != t.id:
+                raise ValueError(
+                    f"added_tokens: {t.content!r} has the id {t.id}, which the library "
+                    f"takes for {library.token_to_id(t.content)}"
+                )
+        return library
+
+    @cached_property
+    def _later(self) -> tokenizers.Tokenizer:
+        """Encodes text that follows a special token."""
+        if "prepend_scheme" not in json.dumps(self.data.get("pre_tokenizer")):
+            return self._library
+        return self._load_literal(later=True)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id adds to a text: none for special tokens."""
+        table = [b""] * self.vocab_size
+        for text, i in self._vocabulary.items():
+            table[i] = self._decoding.bytes_of(text)
+        for t in self._added:
+            # An added token is text as it is, not in the model's alphabet.
+            table[t.id] = t.content.encode("utf-8")
+        for i in self._control_ids:
+            table[i] = b""
+        return table
+
+    @cached_property
+    def space_ids(self) -> frozenset[int]:
+        """Ids whose text begins with a space."""
+        return frozenset(i for i, b in enumerate(self.token_bytes) if b[:1] == b" ")
+
+    def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+        """Ids of a text; added tokens never come from text.
+
+        Raises:
+          ValueError: for a lone surrogate, or a character that the vocabulary lacks.
+        """
+        return np.asarray(self._encode(text, self._library).ids, np.int32)
+
+    def _encode(self, text: str, library: tokenizers.Tokenizer) -> tokenizers.Encoding:
+        check_text(text)
+        with _errors_of_the_library("the tokenizer has no ids for this text"):
+            encoding = library.encode(text, add_special_tokens=False)
+        # `literal` hides these tokens from every kind of model it knows: no file may
+        # get around that.
+        found = self._never_from_text.intersection(encoding.ids)
+        if found:
+            raise ValueError(
+                f"the text became the special token {self.tokens[min(found)]!r}: this "
+                "tokenizer.json cannot keep text apart from special tokens"
+            )
+        return encoding
+
+    @cached_property
+    def _never_from_text(self) -> frozenset[int]:
+        return frozenset(self.special_ids.values()) - {self._unknown_id}
+
+    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
+        """Ids of a text with special tokens; see `Tokenizer`.
+
+        Without barriers the same as the library gives for the original file.
+        """
+        ids: list[int] = []
+        for at, part in self._specials.split(text):
+            if isinstance(part, str):
+                library = self._later if at else self._library
+                ids += self._encode(part.replace(barrier, ""), library).ids
+            else:
+                ids.append(part)
+        return np.asarray(ids, np.int32)
+
+    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
+        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        return decode_ids(self, ids)
+
+    def pieces(self, text: str) -> list[Piece]:
+        """The ids of `encode(text)` with their bytes in the text.
+
+        Where the model changes text (normalization, an added space) a piece may be
+        empty, or stand for more bytes than its own.
+        """
+        encoding = self._encode(text, self._library)
+        ids, data = encoding.ids, text.encode("utf-8")
+        sizes = [len(self.token_bytes[i]) for i in ids]
+        written = b"".join([self.token_bytes[i] for i in ids])
+        if written == data:
+            return tile_bytes(ids, sizes)
+        if written == b" " + data and sizes[0]:
+            sizes[0] -= 1  # The space that the model puts before the first word.
+            return tile_bytes(ids, sizes)
+        return _with_byte_offsets(text, ids, encoding.offsets, sizes)
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and huggingface.json into an existing folder."""
+        (Path(folder) / MODEL_FILE).write_bytes(self._contents)
+        values = {"model": MODEL_FILE, "habits": self.habits.to_json()}
+        write_description(folder, self.kind, self.fingerprint, values)
+
+
+@contextmanager
+def _errors_of_the_library(what: str) -> Iterator[None]:
+    """The library raises nothing more precise than Exception, and panics with less."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what}: {' '.join(str(error).split())}") from None
+        raise
+
+
+def _with_byte_offsets(
+    text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]], sizes: list[int]
+) -> list[Piece]:
+    """Pieces from spans in characters.
+
+    The library gives the whole character to each of several tokens that make it up:
+    they share its bytes where the sizes of the tokens add up to it, else the last of
+    them gets it. Of spans that overlap the first keeps what both have.
+    """
+    lengths = [len(c.encode("utf-8")) for c in text]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
+    beyond = len(text)  # Some steps of the library give places after the end.
+    found: list[Piece] = []
+    first = at = 0
+    while first < len(ids):
+        start, end = (max(at, offsets[min(i, beyond)]) for i in spans[first])
+        last = first
+        while last + 1 < len(ids) and spans[last + 1] == spans[first] and start < end:
+            last += 1
+        group = range(first, last + 1)
+        if len(group) > 1 and sum(sizes[i] for i in group) == end - start:
+            pieces = tile_bytes([ids[i] for i in group], [sizes[i] for i in group])
+            found += [Piece(p.id, start + p.start, start + p.end) for p in pieces]
+        else:
+            found += [Piece(ids[i], start, start) for i in group[:-1]]
+            found.append(Piece(ids[last], start, end))
+        first, at = last + 1, end
+    return found

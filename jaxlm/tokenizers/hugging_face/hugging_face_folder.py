@@ -1,0 +1,292 @@
+"""Tokenizers of Hugging Face model folders: reading one, and writing one.
+
+A folder has the tokenizer itself (tokenizer.json, or tokenizer.model of SentencePiece,
+or vocab.json and merges.txt of GPT-2), and files that say how the model uses it:
+tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and
+chat_template.jinja. They are data: nothing in them names code that is run.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.hugging_face import hugging_face_json as file
+from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.pre_tokenizers import by_name, byte_level_json
+from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+    CONTROL,
+    USER_DEFINED,
+    piece_field,
+)
+from jaxlm.tokenizers.special_tokens import Habits
+
+# Classes of vocab.json + merges.txt -> how they cut text.
+_BYTE_LEVEL_CLASSES = {"GPT2": "gpt-2", "Qwen2": "qwen2"}
+
+
+def tokenizer_from_folder(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a Hugging Face model folder.
+
+    Raises:
+      ValueError: when there is none, a file is damaged, or it is of a kind that is not
+        known here.
+    """
+    files = _Files(Path(folder).expanduser())
+    with file.damage_in(f"{files.folder}: the tokenizer or its settings"):
+        return _read(files)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a folder, each read within bounds."""
+
+    folder: Path
+    _parsed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        path = self.folder / name
+        if path.stat().st_size > file.MAX_JSON_BYTES:
+            raise ValueError(
+                f"{path}: more than {file.MAX_JSON_BYTES} bytes: is it another file?"
+            )
+        return path.read_bytes()
+
+    def text(self, name: str) -> str:
+        try:
+            return self.read(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.folder / name} is damaged: {error}") from None
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file; {} when there is no such file."""
+        if name not in self._parsed:
+            self._parsed[name] = self._parse(name) if self.has(name) else {}
+        return self._parsed[name]
+
+    def _parse(self, name: str) -> dict[str, Any]:
+        text = self.text(name)
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.folder / name} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.folder / name} is damaged: it is no JSON object")
+        return values
+
+
+def _read(files: _Files) -> Tokenizer:
+    if files.has("tokenizer.json"):
+        path = files.folder / "tokenizer.json"
+        return _tokenizer_json(files, files.read("tokenizer.json"), path)
+    if files.has("tokenizer.model"):
+        return _sentence_piece(files)
+    if files.has("vocab.json") and files.has("merges.txt"):
+        return _tokenizer_json(files, _gpt2_json(files), files.folder / "vocab.json")
+    raise ValueError(
+        f"{files.folder}: no tokenizer in this folder: neither tokenizer.json, nor "
+        "tokenizer.model, nor vocab.json with merges.txt"
+    )
+
+
+def _tokenizer_json(files: _Files, contents: bytes, path: Path) -> HuggingFaceTokenizer:
+    try:
+        data = file.parse(contents)
+        more = _more_added_tokens(files, data)
+        if more:
+            data["added_tokens"] = [*(data.get("added_tokens") or []), *more]
+            contents = json.dumps(data, ensure_ascii=False).encode()
+        ids = file.vocabulary(data) | {t.content: t.id for t in file.added_tokens(data)}
+        habits = _habits(files, ids, first_added=file.first_added(data))
+        return HuggingFaceTokenizer(contents, habits)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _more_added_tokens(files: _Files, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Added tokens that only tokenizer_config.json knows."""
+    known = {t.content for t in file.added_tokens(data)}
+    owner = {i: text for text, i in file.vocabulary(data).items()}
+    owner |= {t.id: t.content for t in file.added_tokens(data)}
+    more = []
+    for i, entry in sorted(_added_tokens_decoder(files).items()):
+        text = entry["content"]
+        if text in known:
+            continue
+        if owner.get(i, text) != text:
+            raise ValueError(
+                f"tokenizer_config.json adds the token {text!r} with the id {i}, which "
+                f"{owner[i]!r} has"
+            )
+        more.append({**entry, "id": i})
+    return more
+
+
+def _added_tokens_decoder(files: _Files) -> dict[int, dict[str, Any]]:
+    """Id -> entry of the added tokens in tokenizer_config.json."""
+    entries = files.json("tokenizer_config.json").get("added_tokens_decoder") or {}
+    try:
+        return {int(i): {**e, "content": e["content"]} for i, e in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{files.folder / 'tokenizer_config.json'}: added_tokens_decoder is damaged"
+        ) from None
+
+
+def _gpt2_json(files: _Files) -> bytes:
+    config = files.json("tokenizer_config.json")
+    name = str(config.get("tokenizer_class", "GPT2Tokenizer"))
+    kind = name.removesuffix("Fast").removesuffix("Tokenizer")
+    if kind not in _BYTE_LEVEL_CLASSES:
+        raise ValueError(
+            f"{files.folder}: vocab.json and merges.txt do not say how a {name} cuts "
+            f"text (known are {', '.join(_BYTE_LEVEL_CLASSES)}): add its tokenizer.json"
+        )
+    vocab = files.json("vocab.json")
+    lines = files.text("merges.txt").removeprefix("\ufeff").split("\n")
+    merges = [m for line in lines if (m := line.rstrip("\r"))]
+    merges = merges[1:] if merges[:1] and merges[0].startswith("#version") else merges
+    added = list(_named_tokens(files))
+    if not added and "<|endoftext|>" in vocab:
+        added = ["<|endoftext|>"]
+    entries = [
+        file.added_token(vocab[token], token, special=True)
+        for token in dict.fromkeys(added)
+        if token in vocab
+    ]
+    data = byte_level_json(vocab, merges, by_name(_BYTE_LEVEL_CLASSES[kind]), entries)
+    return json.dumps(data, ensure_ascii=False).encode()
+
+
+def _named_tokens(files: _Files) -> Iterator[str]:
+    """Texts of the tokens that the settings name."""
+    for name in ("bos", "eos", "pad", "unk"):
+        text = _token(files, name)
+        if text is not None:
+            yield text
+
+
+def _sentence_piece(files: _Files) -> SentencePieceTokenizer:
+    path = files.folder / "tokenizer.model"
+    plain = SentencePieceTokenizer.from_file(path)
+    try:
+        model = _with_added_pieces(files, plain)
+        if model != plain.model:
+            plain = SentencePieceTokenizer(model)
+        ids = {piece: i for i, piece in enumerate(plain.table.pieces)}
+        own = {"bos": plain.bos_id, "eos": plain.eos_id, "pad": plain.pad_id}
+        return SentencePieceTokenizer(model, _habits(files, ids, own=own))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _with_added_pieces(files: _Files, plain: SentencePieceTokenizer) -> bytes:
+    """The model, with the tokens that the settings add after its own."""
+    added = {i: (text, False) for text, i in files.json("added_tokens.json").items()}
+    for i, entry in _added_tokens_decoder(files).items():
+        added[i] = entry["content"], bool(entry.get("special"))
+    model, size = plain.model, plain.vocab_size
+    for i in sorted(i for i in added if i >= size):
+        text, special = added[i]
+        if i != size:
+            raise ValueError(f"the added token {text!r} has the id {i}: {size} is next")
+        model += piece_field(text, 0.0, CONTROL if special else USER_DEFINED)
+        size += 1
+    return model
+
+
+def _habits(
+    files: _Files,
+    ids: Mapping[str, int],
+    *,
+    first_added: str | None = None,
+    own: Mapping[str, int | None] | None = None,
+) -> Habits:
+    """What the files say of the tokens in `ids` (text -> id).
+
+    Args:
+      first_added: the token that the tokenizer itself puts before a text.
+      own: ids of a SentencePiece model, for names that no file speaks of.
+    """
+    config = files.json("tokenizer_config.json")
+    numbers = {name: _named_id(files, name, ids, own or {}) for name in _NAMES}
+    if numbers["bos"] is None and first_added is not None:
+        numbers["bos"] = ids.get(first_added)
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is None:
+        # Without a word on it, a tokenizer.json speaks for itself; the classes that
+        # read a tokenizer.model add bos.
+        adds_bos = own is not None or (
+            first_added is not None and ids.get(first_added) == numbers["bos"]
+        )
+    return Habits(
+        bos_id=numbers["bos"],
+        eos_id=numbers["eos"],
+        pad_id=numbers["pad"],
+        adds_bos=bool(adds_bos) and numbers["bos"] is not None,
+        stop_ids=tuple(_stops(files, numbers["eos"])),
+        chat_template=_chat_template(files),
+    )
+
+
+_NAMES = ("bos", "eos", "pad")
+
+
+def _named_id(
+    files: _Files, name: str, ids: Mapping[str, int], own: Mapping[str, int | None]
+) -> int | None:
+    """Id of the bos, eos or pad token."""
+    if _is_named(files, name):
+        text = _token(files, name)
+        if text is not None and text not in ids and name != "pad":
+            raise ValueError(
+                f"the {name} token {text!r} of {files.folder} is not in the vocabulary"
+            )
+        return ids.get(text)
+    if name in own:
+        return own[name]
+    value = files.json("config.json").get(f"{name}_token_id")
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, int) else None
+
+
+def _is_named(files: _Files, name: str) -> bool:
+    key = f"{name}_token"
+    return any(key in files.json(n) for n in _SETTINGS)
+
+
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def _token(files: _Files, name: str) -> str | None:
+    """Text of a special token; a file gives it as such, or as an object."""
+    for settings in map(files.json, _SETTINGS):
+        value = settings.get(f"{name}_token")
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _stops(files: _Files, eos_id: int | None) -> Iterator[int]:
+    """The eos token and what generation_config.json lists, each once."""
+    more = files.json("generation_config.json").get("eos_token_id")
+    more = more if isinstance(more, list) else [more]
+    found = dict.fromkeys(i for i in (eos_id, *more) if isinstance(i, int))
+    yield from found
+
+
+def _chat_template(files: _Files) -> str | None:
+    if files.has("chat_template.jinja"):
+        return files.text("chat_template.jinja")
+    template = files.json("tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {t["name"]: t["template"] for t in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

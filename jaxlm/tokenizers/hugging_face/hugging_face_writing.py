@@ -1,0 +1,215 @@
+"""Writing tokenizers as files that `transformers` loads."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_json import (
+    added_token,
+    bos_template,
+    byte_of_character,
+)
+from jaxlm.tokenizers.hugging_face.pre_tokenizers import BYTES, byte_level_json
+from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    SPACE_SIGN,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    ModelTable,
+)
+from jaxlm.tokenizers.tokenizer import ByteTokenizer, CharTokenizer
+
+
+def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    `transformers.AutoTokenizer` then gives the ids that `encode` gives, with these
+    exceptions: it takes the texts of special tokens for special tokens, with a
+    SentencePiece model a typed U+2581 for a space, and with a Unigram one `<0x41>` for
+    a byte. The tokenizer.json of a Hugging Face tokenizer is written as it came; beside
+    that of a SentencePiece model stands the model itself, tokenizer.model. Beside a
+    config.json of `model_type` "qwen2", AutoTokenizer takes Qwen2's own way to cut text
+    whatever these files say; `PreTrainedTokenizerFast.from_pretrained` does not.
+
+    Args:
+      tokenizer: of any kind.
+      folder: exists; files of these names are replaced.
+
+    Raises:
+      ValueError: for a SentencePiece model whose algorithm or unused pieces a
+        tokenizer.json cannot express.
+    """
+    folder = Path(folder)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        contents = tokenizer.tokenizer_json
+        names = dict(tokenizer.tokens)
+    else:
+        if isinstance(tokenizer, ByteTokenizer):
+            data = _of_bytes(tokenizer)
+        elif isinstance(tokenizer, CharTokenizer):
+            data = _of_characters(tokenizer)
+        elif isinstance(tokenizer, SentencePieceTokenizer):
+            data = _of_sentence_piece(tokenizer)
+            (folder / "tokenizer.model").write_bytes(tokenizer.model)
+        else:
+            raise ValueError(f"{type(tokenizer).__name__} has no Hugging Face form")
+        contents = json.dumps(data, ensure_ascii=False, indent=1).encode()
+        names = {entry["id"]: entry["content"] for entry in data["added_tokens"]}
+    (folder / "tokenizer.json").write_bytes(contents)
+    ids = {
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "pad": tokenizer.pad_id,
+    }
+    known = {name: i for name, i in ids.items() if i is not None}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.adds_bos,
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": names[i] for name, i in known.items()},
+    }
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    stops = list(tokenizer.stop_ids)
+    generation: dict[str, Any] = {f"{name}_token_id": i for name, i in known.items()}
+    if stops:
+        generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "generation_config.json", generation)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, ensure_ascii=False, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _of_bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """A byte-level BPE that merges nothing."""
+    end = "<|endoftext|>"
+    vocab = byte_of_character() | {end: tokenizer.eos_id}
+    added = [added_token(tokenizer.eos_id, end, special=True)]
+    return byte_level_json(vocab, [], BYTES, added)
+
+
+def _of_characters(tokenizer: CharTokenizer) -> dict[str, Any]:
+    """Each character is a word."""
+    return {
+        **_FRAME,
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"[\s\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {c: i for i, c in enumerate(tokenizer.characters)},
+            # No such word: a character that the vocabulary lacks is an error.
+            "unk_token": "<unk>",
+        },
+    }
+
+
+_FRAME = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": None,
+    "post_processor": None,
+}
+
+
+def _of_sentence_piece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    table = tokenizer.table
+    if table.algorithm not in (BPE, UNIGRAM) or UNUSED in table.types:
+        raise ValueError(
+            "this SentencePiece model has another algorithm than BPE and Unigram, or "
+            "unused pieces: a tokenizer.json cannot express it"
+        )
+    everything = enumerate(zip(table.pieces, table.types, strict=True))
+    added = [
+        added_token(i, piece.replace(SPACE_SIGN, " "), special=kind != USER_DEFINED)
+        for i, (piece, kind) in everything
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+    bos = tokenizer.bos_id if tokenizer.adds_bos else None
+    return {
+        **_FRAME,
+        "added_tokens": added,
+        "normalizer": _normalizer(table),
+        "post_processor": None if bos is None else bos_template(table.pieces[bos], bos),
+        "decoder": _decoder(table),
+        "model": _bpe(table) if table.algorithm == BPE else _unigram(table),
+    }
+
+
+def _normalizer(table: ModelTable) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = []
+    if table.charsmap:
+        charsmap = base64.b64encode(table.charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if table.remove_extra_whitespaces:
+        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+        steps.append(spaces)
+    if table.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE_SIGN})
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_SIGN}
+    return {"type": "Sequence", "normalizers": [*steps, space]}
+
+
+def _decoder(table: ModelTable) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE_SIGN}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if table.add_dummy_prefix or table.remove_extra_whitespaces:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _bpe(table: ModelTable) -> dict[str, Any]:
+    """SentencePiece merges the pair whose piece has the best score."""
+    vocab = {piece: i for i, piece in enumerate(table.pieces)}
+    everything = zip(table.pieces, table.types, strict=True)
+    parts = {p for p, kind in everything if kind not in (CONTROL, UNKNOWN, BYTE)}
+    by_score = sorted(parts, key=lambda p: (-table.scores[vocab[p]], vocab[p]))
+    merges = [
+        [piece[:cut], piece[cut:]]
+        for piece in by_score
+        for cut in range(1, len(piece))
+        if piece[:cut] in parts and piece[cut:] in parts
+    ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": table.pieces[table.types.index(UNKNOWN)],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": table.byte_fallback,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+
+
+def _unigram(table: ModelTable) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": table.types.index(UNKNOWN),
+        "byte_fallback": table.byte_fallback,
+        "vocab": [list(p) for p in zip(table.pieces, table.scores, strict=True)],
+    }

@@ -1,0 +1,280 @@
+"""SentencePiece models: user text stays text, and each token knows its bytes."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int32, Integer
+
+from jaxlm.tokenizers.base import (
+    Piece,
+    check_text,
+    decode_ids,
+    fingerprint_of,
+    write_description,
+)
+from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+    BYTE,
+    CONTROL,
+    SPACE_SIGN,
+    UNKNOWN,
+    USER_DEFINED,
+    ModelTable,
+)
+from jaxlm.tokenizers.special_tokens import Habits, Special, SpecialTokens
+
+MODEL_FILE = "sentencepiece.model"
+# The largest published models are near 5 MB; a bound keeps a wrong path harmless.
+MAX_MODEL_BYTES = 64 << 20
+
+_SPACE_SIGN_BYTES = SPACE_SIGN.encode("utf-8")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model.
+
+    `encode` gives what the library gives, with two exceptions. User-defined pieces
+    such as `<start_of_turn>` are not matched in text (those of white space only are):
+    text that a user typed never becomes a special id. And where the model keeps text
+    as it is (no normalization, no added space, byte fallback), U+2581 is written as
+    its three bytes, so that decoding gives back exactly what was encoded.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, habits: Habits | None = None):
+        """Takes the contents of a .model file.
+
+        Args:
+          model: a serialized `ModelProto`.
+          habits: what files beside the model say; None takes the ids that the model
+            names, and no chat template.
+
+        Raises:
+          ValueError: when they are not a SentencePiece model, or an id is not in it.
+        """
+        self._model = model
+        if not model:
+            raise ValueError("not a SentencePiece model: it is empty")
+        try:
+            self._processor = _load(model)
+            self.table = ModelTable(model)
+        except (RuntimeError, IndexError, UnicodeDecodeError) as error:
+            raise ValueError(f"not a SentencePiece model: {error}") from None
+        literal = self.table.with_literal_symbols()
+        if literal != model:
+            self._processor = _load(literal)
+        self.vocab_size = len(self.table.types)
+        own = Habits(
+            bos_id=_id_or_none(self._processor.bos_id()),
+            eos_id=_id_or_none(self._processor.eos_id()),
+            pad_id=_id_or_none(self._processor.pad_id()),
+        )
+        self.habits = own if habits is None else habits
+        self.habits.check(self.vocab_size)
+        self._has_own_habits = self.habits == own
+        # A model without files beside it has the fingerprint of its contents alone.
+        same = self.habits.ids == own.ids
+        others = b"" if same else b"\0" + json.dumps(self.habits.ids).encode()
+        self.fingerprint = fingerprint_of(self.kind, model + others)
+        self.bos_id, self.eos_id = self.habits.bos_id, self.habits.eos_id
+        self.pad_id, self.adds_bos = self.habits.pad_id, self.habits.adds_bos
+        self.stop_ids = self.habits.stop_ids
+        self.chat_template = self.habits.chat_template
+        self.leading_spaces = "keep"
+        if self.table.remove_extra_whitespaces:
+            self.leading_spaces = "drop all"
+        elif self.table.add_dummy_prefix:
+            self.leading_spaces = "drop one"
+
+    @classmethod
+    def from_file(
+        cls, path: Path | str, habits: Habits | None = None
+    ) -> "SentencePieceTokenizer":
+        """Loads a .model file of at most 64 MiB.
+
+        Raises:
+          ValueError: when it is missing, no file, too large or not a model.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{path}: no such SentencePiece .model file")
+        size = os.path.getsize(path)
+        if size > MAX_MODEL_BYTES:
+            raise ValueError(
+                f"{path}: {size} bytes is too large for a SentencePiece model (at most "
+                f"{MAX_MODEL_BYTES}): is it another file?"
+            )
+        try:
+            return cls(path.read_bytes(), habits)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, habits: Habits | None = None
+    ) -> "SentencePieceTokenizer":
+        """Loads the model that `save` wrote; raises ValueError as `from_file` does."""
+        return cls.from_file(Path(folder) / MODEL_FILE, habits)
+
+    @property
+    def model(self) -> bytes:
+        """The contents of the .model file."""
+        return self._model
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id adds to a text: none for control pieces."""
+        table = self.table
+        return [
+            _bytes_of(piece, kind, table.unknown_surface)
+            for piece, kind in zip(table.pieces, table.types, strict=True)
+        ]
+
+    @cached_property
+    def space_ids(self) -> frozenset[int]:
+        """Pieces of text that begin with a space; a byte piece is none of them."""
+        table = self.table
+        everything = enumerate(zip(table.pieces, table.types, strict=True))
+        return frozenset(
+            i
+            for i, (piece, kind) in everything
+            if piece.startswith(SPACE_SIGN) and kind not in (BYTE, CONTROL, UNKNOWN)
+        )
+
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Control and user-defined pieces, those of white space only left out."""
+        return {text: special.id for text, special in self._specials.tokens.items()}
+
+    @cached_property
+    def _specials(self) -> SpecialTokens:
+        table = self.table
+        everything = enumerate(zip(table.pieces, table.types, strict=True))
+        return SpecialTokens(
+            {
+                text: Special(i)
+                for i, (piece, kind) in everything
+                if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+                and (text := piece.replace(SPACE_SIGN, " ")).strip()
+            }
+        )
+
+    @cached_property
+    def _space_sign_ids(self) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _SPACE_SIGN_BYTES]
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Splits off each U+2581 of a model that keeps text as it is."""
+        if self.table.keeps_text and SPACE_SIGN in text:
+            yield from (p for p in re.split(f"({SPACE_SIGN})", text) if p)
+        else:
+            yield text
+
+    def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+        """Ids of a text; control and user-defined ids never come from text.
+
+        Raises:
+          ValueError: for a lone surrogate.
+        """
+        check_text(text)
+        ids: list[int] = []
+        for part in self._parts(text):
+            if part == SPACE_SIGN and self.table.keeps_text:
+                ids += self._space_sign_ids
+            else:
+                ids += self._processor.encode(part)
+        return np.asarray(ids, np.int32)
+
+    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
+        """Ids of a text with special tokens; see `Tokenizer`."""
+        check_text(text)
+        parts = [np.zeros(0, np.int32)]
+        for _, part in self._specials.split(text):
+            if isinstance(part, str):
+                parts.append(self.encode(part.replace(barrier, "")))
+            else:
+                parts.append(np.array([part], np.int32))
+        return np.concatenate(parts)
+
+    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
+        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        return decode_ids(self, ids)
+
+    def pieces(self, text: str) -> list[Piece]:
+        """The ids of `encode(text)` with their bytes in the text.
+
+        Where the model changes text (normalization, an added space) a piece may be
+        empty, or stand for more bytes than its own.
+        """
+        check_text(text)
+        found: list[Piece] = []
+        at = 0
+        for part in self._parts(text):
+            data = part.encode("utf-8")
+            if part == SPACE_SIGN and self.table.keeps_text:
+                ids = self._space_sign_ids
+                found += [Piece(t, at + i, at + i + 1) for i, t in enumerate(ids)]
+            else:
+                mapping = self._processor.encode(data, return_type="offset_mapping")
+                found += self._with_byte_offsets(mapping["ids"], mapping["offsets"], at)
+            at += len(data)
+        return found
+
+    def _with_byte_offsets(
+        self, ids: list[int], offsets: list[tuple[int, int]], at: int
+    ) -> list[Piece]:
+        """Pieces, with one byte for each byte piece.
+
+        The library gives all bytes of a character to its last byte piece, and none to
+        those before.
+        """
+        found: list[Piece] = []
+        waiting: list[int] = []
+        for token_id, (start, end) in zip(ids, offsets, strict=True):
+            is_byte = self.table.types[token_id] == BYTE
+            if is_byte and start == end:
+                waiting.append(token_id)
+                continue
+            if is_byte and end - start == len(waiting) + 1:
+                group = [*waiting, token_id]
+                found += [
+                    Piece(t, at + start + i, at + start + i + 1)
+                    for i, t in enumerate(group)
+                ]
+            else:
+                found += [Piece(t, at + start, at + start) for t in waiting]
+                found.append(Piece(token_id, at + start, at + end))
+            waiting = []
+        return found + [Piece(t, at + start, at + start) for t in waiting]
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and sentencepiece.model into an existing folder."""
+        (Path(folder) / MODEL_FILE).write_bytes(self._model)
+        values = {"model": MODEL_FILE}
+        if not self._has_own_habits:
+            values["habits"] = self.habits.to_json()
+        write_description(folder, self.kind, self.fingerprint, values)
+
+
+def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def _id_or_none(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None
+
+
+def _bytes_of(piece: str, kind: int, unknown_surface: bytes) -> bytes:
+    if kind == BYTE:
+        return bytes([int(piece[3:5], 16)])
+    if kind == CONTROL:
+        return b""
+    if kind == UNKNOWN:
+        return unknown_surface
+    return piece.replace(SPACE_SIGN, " ").encode("utf-8")

@@ -1,0 +1,242 @@
+"""Tokenizers: bytes, characters and others' kinds; saving, loading, building them."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from jaxlm.config import DataConfig, nearest
+from jaxlm.tokenizers.base import (
+    FORMAT_VERSION,
+    TOKENIZER_FILE,
+    Piece,
+    TextStream,
+    Tokenizer,
+    check_text,
+    decode_ids,
+    fingerprint_of,
+    tile_bytes,
+    write_description,
+)
+from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.sentencepiece.sentence_piece_training import train_sentencepiece
+from jaxlm.tokenizers.special_tokens import Habits
+
+__all__ = [
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Habits",
+    "HuggingFaceTokenizer",
+    "Piece",
+    "SentencePieceTokenizer",
+    "TextStream",
+    "Tokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+    "train_sentencepiece",
+]
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: ids 0 to 255 are the bytes, 256 ends a document."""
+
+    kind = "bytes"
+    vocab_size = 257
+    bos_id = None
+    eos_id = 256
+    pad_id = None
+    stop_ids = (256,)
+    adds_bos = False
+    chat_template = None
+    special_ids = MappingProxyType({})
+    leading_spaces = "keep"
+    space_ids = ()
+    fingerprint = fingerprint_of("bytes", b"1")
+    token_bytes = (*(bytes([i]) for i in range(256)), b"")
+
+    def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+        """One id for each UTF-8 byte.
+
+        Raises:
+          ValueError: for a lone surrogate.
+        """
+        check_text(text)
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
+        """Ids of the text without barriers: there are no special tokens to match."""
+        return self.encode(text.replace(barrier, ""))
+
+    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
+        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        return decode_ids(self, ids)
+
+    def pieces(self, text: str) -> list[Piece]:
+        """One piece for each byte."""
+        ids = self.encode(text).tolist()
+        return tile_bytes(ids, [1] * len(ids))
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json into an existing folder."""
+        write_description(folder, self.kind, self.fingerprint, {})
+
+
+class CharTokenizer:
+    """The distinct characters of a text, sorted; no special tokens."""
+
+    kind = "chars"
+    bos_id = None
+    eos_id = None
+    pad_id = None
+    stop_ids = ()
+    adds_bos = False
+    chat_template = None
+    special_ids = MappingProxyType({})
+    leading_spaces = "keep"
+    space_ids = ()
+
+    def __init__(self, characters: Iterable[str]):
+        """Takes any text: its distinct characters become the vocabulary.
+
+        Raises:
+          ValueError: when there is no character, or one is a lone surrogate.
+        """
+        self.characters = "".join(sorted(set(characters)))
+        if not self.characters:
+            raise ValueError("a character tokenizer needs at least one character")
+        check_text(self.characters)
+        self.vocab_size = len(self.characters)
+        self.fingerprint = fingerprint_of(self.kind, self.characters.encode("utf-8"))
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes of each character."""
+        return [c.encode("utf-8") for c in self.characters]
+
+    @cached_property
+    def _id_of_code_point(self) -> Int32[np.ndarray, "code_points"]:
+        # The last entry, -1, stands for every code point above the highest known one.
+        points = np.array([ord(c) for c in self.characters])
+        table = np.full(points[-1] + 2, -1, np.int32)
+        table[points] = np.arange(self.vocab_size, dtype=np.int32)
+        return table
+
+    def encode(self, text: str) -> Int32[np.ndarray, "n"]:
+        """One id for each character.
+
+        Raises:
+          ValueError: for a character that the vocabulary lacks, with its offset.
+        """
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        table = self._id_of_code_point
+        ids = table[np.minimum(points, len(table) - 1)]
+        if ids.size and ids.min() < 0:
+            at = int(np.argmin(ids))
+            raise ValueError(
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at offset {at} of the "
+                f"text is not among the {self.vocab_size} characters of the tokenizer: "
+                "remove it, or train with data.tokenizer 'bytes' or 'sentencepiece'"
+            )
+        return ids
+
+    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
+        """Ids of the text without barriers: there are no special tokens to match."""
+        return self.encode(text.replace(barrier, ""))
+
+    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
+        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        return decode_ids(self, ids)
+
+    def pieces(self, text: str) -> list[Piece]:
+        """One piece for each character."""
+        ids = self.encode(text).tolist()
+        return tile_bytes(ids, [len(self.token_bytes[i]) for i in ids])
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json into an existing folder."""
+        values = {"characters": self.characters}
+        write_description(folder, self.kind, self.fingerprint, values)
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer that `save` wrote into a folder.
+
+    Raises:
+      ValueError: when a file is missing, damaged or of an unknown kind.
+    """
+    path = Path(folder) / TOKENIZER_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: no tokenizer was saved in this folder")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    kind, version = description.get("kind"), description.get("version")
+    folder = Path(folder)
+    readers = {
+        "bytes": lambda habits: ByteTokenizer(),
+        "chars": lambda habits: CharTokenizer(description.get("characters") or ""),
+        "sentencepiece": lambda h: SentencePieceTokenizer.from_folder(folder, h),
+        "huggingface": lambda h: HuggingFaceTokenizer.from_folder(folder, h),
+    }
+    if kind is None and "model" in description:
+        raise ValueError(
+            f"{path} is Hugging Face's own, not one that jaxlm saved: read it with "
+            "`jaxlm.tokenizers.hugging_face.hugging_face_folder.tokenizer_from_folder`"
+        )
+    if kind not in readers:
+        raise ValueError(
+            f"{path}: unknown kind of tokenizer {kind!r}"
+            f"{nearest(str(kind), list(readers))}: known are {', '.join(readers)}"
+        )
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: version {version!r} of the format, this jaxlm reads "
+            f"{FORMAT_VERSION}: update jaxlm"
+        )
+    try:
+        habits = description.get("habits")
+        tokenizer = readers[kind](habits and Habits.from_json(habits))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if tokenizer.fingerprint != description.get("fingerprint"):
+        raise ValueError(
+            f"{path} is damaged: the contents do not have the fingerprint written in it"
+        )
+    return tokenizer
+
+
+def build_tokenizer(
+    config: DataConfig, texts: Iterable[str] | Callable[[], Iterable[str]]
+) -> Tokenizer:
+    """The tokenizer that a config asks for.
+
+    Args:
+      config: `tokenizer`, `tokenizer_model`, `tokenizer_vocab_size` and
+        `tokenizer_algorithm` choose.
+      texts: the documents, or a function that returns them; only read for a character
+        vocabulary, or to train SentencePiece.
+
+    Raises:
+      ValueError: for a model that cannot be loaded or trained, and for no text.
+    """
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer_model is not None:
+        return SentencePieceTokenizer.from_file(Path(config.tokenizer_model))
+    documents = texts() if callable(texts) else texts
+    if config.tokenizer == "chars":
+        found: set[str] = set()
+        for text in documents:
+            found.update(text)
+        return CharTokenizer(found)
+    return train_sentencepiece(
+        documents, config.tokenizer_vocab_size, config.tokenizer_algorithm
+    )

@@ -1,0 +1,244 @@
+"""What a model is held to: transformers where it is there, else a certificate."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxlm import tree
+from jaxlm.checkpoint import certificate
+from jaxlm.checkpoint.hf.hf_folder import write_hf
+from jaxlm.checkpoint.load import HUB, Source, download
+from jaxlm.checkpoint.tensor_file import shown
+from jaxlm.config import ModelConfig
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_writing import write_hugging_face
+from jaxlm.types import Params
+from jaxlm.verify import peer
+from jaxlm.verify.comparing import NUM_GREEDY, steady_length
+from jaxlm.verify.expected import Expected, TextIds, from_json, observe
+from jaxlm.verify.hard_texts import HARD_TEXTS
+
+# Tokens that the greedy continuation starts from.
+_PROMPT = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The model that is verified."""
+
+    source: Source
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None
+    tokens: Int32[np.ndarray, "T"]
+    """The text to compare on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What there is to compare with."""
+
+    expected: Expected | None
+    """Its values; None when there is no independent implementation."""
+    about: str
+    """What it is, or why there is none, for a person."""
+
+
+def find_reference(
+    subject: Subject, against: str | Path | None, report: Callable[[str], None]
+) -> Reference:
+    """The reference that was asked for, or the best one that is there.
+
+    Without `against` that is transformers, which reads the same files where it can and
+    else an export of jaxlm; without transformers the certificate beside the model.
+
+    Args:
+      against: a Hugging Face folder, hf:owner/name, a .gguf file, a certificate
+        (.json), or None.
+      report: gets a line for what takes long.
+
+    Raises:
+      ValueError: when the reference that was asked for cannot be used.
+    """
+    if against is not None:
+        against = str(against)
+        if against.startswith(HUB):
+            against = str(download(against.removeprefix(HUB)))
+        path = Path(against).expanduser()
+        if path.suffix == ".json":
+            return _stored(subject, path)
+        if not path.exists():
+            raise ValueError(f"--against {path}: no such folder or file")
+        return _live(subject, path, f"read {shown(str(path))} itself", report)
+    if not peer.installed(*peer.NEEDED):
+        return _beside(subject, report)
+    path, kind, note = subject.source.path, subject.source.kind, ""
+    try:
+        if kind == "hf":
+            return _live(subject, path, "read the same files itself", report)
+        if kind == "gguf" and peer.installed(*peer.NEEDED_FOR_GGUF):
+            try:
+                return _live(subject, path, "read the same file itself", report)
+            except ValueError as error:
+                note = f" ({error})"
+        elif kind == "gguf":
+            wanted = " ".join(peer.NEEDED_FOR_GGUF)
+            note = f" (to read the file itself it needs: pip install {wanted})"
+        found = _exported(subject, report)
+        return Reference(found.expected, found.about + note)
+    except ValueError as error:
+        return Reference(None, f"no independent implementation: {error}")
+
+
+def _live(
+    subject: Subject, path: Path, how: str, report: Callable[[str], None]
+) -> Reference:
+    """transformers, on files that it reads."""
+    report(f"loading {path} with transformers")
+    engine = peer.TransformersModel(path)
+    return _observed(subject, engine, how, _texts(subject, path), report)
+
+
+def _exported(subject: Subject, report: Callable[[str], None]) -> Reference:
+    """transformers, on what jaxlm writes for it."""
+    how = "read what jaxlm wrote for it: it computes, but does not read, independently"
+    needed = 4 * tree.count(subject.params)
+    with tempfile.TemporaryDirectory(prefix="jaxlm-verify-") as name:
+        free = shutil.disk_usage(name).free
+        if needed > free:
+            raise ValueError(
+                f"the export for transformers takes {needed / 1e9:.1f} GB, and "
+                f"{Path(name).parent} has {free / 1e9:.1f} GB: set TMPDIR to a folder "
+                "with more"
+            )
+        folder = Path(name) / "model"
+        report("writing the parameters for transformers")
+        write_hf(folder, subject.config, subject.params, None)
+        report("loading them with transformers")
+        engine = peer.TransformersModel(folder)
+        return _observed(subject, engine, how, _texts(subject, folder), report)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What transformers' tokenizer gives."""
+
+    texts: tuple[TextIds, ...]
+    first_ids: tuple[int, ...] | None
+    how: str
+    """What it read, or why there is nothing."""
+
+
+def _texts(subject: Subject, path: Path) -> _Texts:
+    """The hard texts by the tokenizer of a folder, or by an export of ours.
+
+    transformers makes tokenizers of GGUF files too, but does not cut the text as the
+    file asks it to; so it gets an export.
+    """
+    if subject.tokenizer is None:
+        return _Texts((), None, "there is no tokenizer")
+    try:
+        if any((path / name).is_file() for name in peer.TOKENIZER_FILES):
+            return _read_texts(path, "read the same files itself")
+        with tempfile.TemporaryDirectory(prefix="jaxlm-verify-") as name:
+            write_hugging_face(subject.tokenizer, name)
+            return _read_texts(Path(name), "read what jaxlm wrote for it")
+    except ValueError as error:
+        return _Texts((), None, shown(str(error)))
+
+
+def _read_texts(folder: Path, how: str) -> _Texts:
+    tokenizer = peer.TransformersTokenizer(folder)
+    found = ((text, tokenizer.encode(text)) for text in HARD_TEXTS)
+    texts = tuple(
+        TextIds(text, tuple(ids), tokenizer.decode(ids))
+        for text, ids in found
+        if ids is not None
+    )
+    return _Texts(texts, tokenizer.first_ids(), how)
+
+
+def _observed(
+    subject: Subject,
+    engine: peer.TransformersModel,
+    how: str,
+    texts: _Texts,
+    report: Callable[[str], None],
+) -> Reference:
+    config, tokens = subject.config, subject.tokens
+    # Within one length, so that no rotation changes on the way.
+    length = min(config.context_length, steady_length(config))
+    new = min(NUM_GREEDY, length // 2)
+    prompt = max(1, min(_PROMPT, len(tokens), length - new))
+    report(f"{engine.name}: {len(tokens)} tokens, then {new} greedy ones")
+    expected = observe(
+        engine,
+        tokens,
+        prompt,
+        new,
+        how=how,
+        versions=peer.versions(),
+        texts=texts.texts,
+        first_ids=texts.first_ids,
+        texts_how=texts.how,
+    )
+    _check_sizes(expected, config, engine.name)
+    return Reference(expected, f"{expected.name}, which {how}")
+
+
+def _beside(subject: Subject, report: Callable[[str], None]) -> Reference:
+    """The certificate beside the model, if it belongs to it and has a reference."""
+    path = subject.source.path
+    missing = "torch and transformers are not installed (pip install 'jaxlm[parity]')"
+    try:
+        found = certificate.read(path)
+    except ValueError as error:
+        return Reference(None, f"no independent implementation: {missing}; {error}")
+    if found is None or found.get("reference") is None:
+        why = "no certificate has its values"
+        return Reference(None, f"no independent implementation: {missing}, and {why}")
+    return _from_certificate(subject, certificate.place(path), found, "")
+
+
+def _stored(subject: Subject, path: Path) -> Reference:
+    """A certificate that was named: it may belong to another copy of the weights."""
+    content = certificate.read_file(path)
+    if content.get("reference") is None:
+        raise ValueError(f"{path} holds no values of an independent implementation")
+    same = content["fingerprint"] == certificate.fingerprint(subject.source.path)
+    note = "" if same else " for other bytes than these"
+    return _from_certificate(subject, path, content, note)
+
+
+def _from_certificate(
+    subject: Subject, path: Path, content: dict, note: str
+) -> Reference:
+    try:
+        expected = from_json(content["reference"])
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+    _check_sizes(expected, subject.config, str(path))
+    about = f"{expected.name}, which {expected.how}, on {expected.made}"
+    return Reference(expected, f"{about}; its values are kept in {path}{note}")
+
+
+def _check_sizes(expected: Expected, config: ModelConfig, name: str) -> None:
+    """Raises ValueError for the reference of a model of another shape."""
+    theirs = (expected.num_layers, expected.model_dim, expected.vocab_size)
+    ours = (config.num_layers, config.model_dim, config.vocab_size)
+    if theirs != ours:
+        raise ValueError(
+            f"{name} is of another model: its layers, width and vocabulary are "
+            f"{theirs}, and those of this model {ours}"
+        )
+    length = max(len(expected.tokens), expected.prompt_length + len(expected.greedy))
+    if length > config.context_length:
+        raise ValueError(
+            f"{name} has a text of {length} tokens, more than the context of this "
+            f"model, {config.context_length}"
+        )

@@ -1,0 +1,138 @@
+"""What may change between a save and a resume."""
+
+import dataclasses
+import json
+
+import pytest
+from checkpoint_case import CONFIG, restore, run_with_steps
+
+from jaxlm.checkpoint import integrity
+from jaxlm.checkpoint.native import compatible
+from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.config import Config, DataConfig, TrainConfig
+
+
+def change(config=CONFIG, **sections):
+    """`change(model={"num_layers": 3})`"""
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_with_steps(tmp_path_factory.mktemp("run"), 5)
+
+
+REFUSED = [
+    ({"model": {"num_layers": 3}}, "model.num_layers: 2 -> 3"),
+    ({"model": {"rope_theta": 5e5}}, "model.rope_theta: 10000.0 -> 500000.0"),
+    ({"optimizer": {"name": "lion"}}, "optimizer.name: 'adamw' -> 'lion'"),
+    ({"data": {"sequence_length": 128}}, "data.sequence_length: 256 -> 128"),
+    ({"train": {"seed": 1}}, "train.seed: 0 -> 1"),
+    ({"train": {"batch_size": 8}}, "train.batch_size: 16 -> 8"),
+    ({"train": {"steps": 2000}}, "train.steps: 1000 -> 2000"),
+]
+
+
+@pytest.mark.parametrize("sections, line", REFUSED)
+def test_another_run_is_refused_with_the_difference(run, sections, line):
+    with Checkpoints(run) as checkpoints, pytest.raises(ValueError) as error:
+        restore(checkpoints, config=change(**sections))
+    message = str(error.value)
+    assert line in message and "--fresh" in message and "--init-from" in message
+    assert "\n" not in message
+
+
+def test_several_differences_are_all_named():
+    new = change(model={"num_layers": 3}, train={"seed": 7})
+    with pytest.raises(ValueError, match=r"num_layers: 2 -> 3; train\.seed: 0 -> 7"):
+        compatible.check_config(CONFIG, new)
+
+
+def test_parts_that_balance_by_themselves_are_part_of_the_run():
+    """With a balance loss the cut of a batch is no matter of rounding."""
+    experts = {"num_experts": 4, "experts_per_token": 2}
+    train = {"load_balance_loss": 0.01}
+    old = change(model=experts, train=train)
+    new = change(model=experts, train={**train, "accumulation_steps": 4})
+    with pytest.raises(ValueError, match=r"train\.accumulation_steps: 1 -> 4"):
+        compatible.check_config(old, new)
+
+
+def test_free_fields_change_without_a_word(run):
+    new = change(
+        data={"workers": 3, "prefetch": 9, "cache_dir": "/tmp"},
+        mesh={"fsdp": 4},
+        sample={"temperature": 0.1},
+        train={"log_every": 1, "run_dir": "elsewhere", "keep": 9, "max_minutes": 1.0},
+    )
+    new = dataclasses.replace(new, fresh=True, init_from="x")
+    said = []
+    with Checkpoints(run, report=said.append) as checkpoints:
+        assert restore(checkpoints, config=new).step == 5
+    assert said == []
+
+
+def test_fields_that_only_round_otherwise_are_reported(run):
+    new = change(model={"dtype": "bfloat16"}, train={"accumulation_steps": 4})
+    said = []
+    with Checkpoints(run, report=said.append) as checkpoints:
+        assert restore(checkpoints, config=new).step == 5
+    assert len(said) == 1 and "may not be bit-identical" in said[0]
+    assert "model.dtype: 'auto' -> 'bfloat16'" in said[0]
+    assert "train.accumulation_steps: 1 -> 4" in said[0]
+
+
+def test_steps_may_change_under_a_constant_schedule():
+    constant = change(optimizer={"schedule": "constant"})
+    longer = change(constant, train={"steps": 5000})
+    assert compatible.check_config(constant, longer) == []
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "data"])
+def test_another_fingerprint_is_refused(run, what):
+    error = pytest.raises(ValueError, match=rf"the {what} is not the one.*other-1")
+    with Checkpoints(run) as checkpoints, error:
+        restore(checkpoints, **{f"{what}_fingerprint": "other-1"})
+
+
+def test_another_version_gives_one_line(tmp_path):
+    run = run_with_steps(tmp_path, 5)
+    path = run / "checkpoints/5/meta.json"
+    meta = json.loads(path.read_text())
+    meta["environment"]["versions"]["jax"] = "0.0.1"
+    meta["environment"]["device_kind"] = "TPU v9"
+    path.write_text(json.dumps(meta))
+    integrity.write_manifest(path.parent)
+    said = []
+    with Checkpoints(run, report=said.append) as checkpoints:
+        assert restore(checkpoints).step == 5
+    assert len(said) == 1 and "\n" not in said[0]
+    assert "jax: 0.0.1 -> " in said[0] and "device_kind: TPU v9 -> " in said[0]
+
+
+def test_a_config_with_an_unknown_field_is_named(tmp_path):
+    run = run_with_steps(tmp_path, 5)
+    path = run / "checkpoints/5/meta.json"
+    meta = json.loads(path.read_text())
+    meta["config"]["train"]["warp"] = 1
+    path.write_text(json.dumps(meta))
+    integrity.write_manifest(path.parent)
+    error = pytest.raises(ValueError, match="unknown field 'warp'")
+    with Checkpoints(run) as checkpoints, error:
+        restore(checkpoints)
+
+
+def test_the_lists_name_fields_that_exist():
+    sections = {f.name for f in dataclasses.fields(Config)}
+    assert {"model", "data", "optimizer", "train"} <= sections
+    for config, names in (
+        (DataConfig, compatible._FREE_DATA),
+        (TrainConfig, compatible._FREE_TRAIN + compatible._ROUNDING_TRAIN),
+    ):
+        assert set(names) <= {f.name for f in dataclasses.fields(config)}

@@ -1,0 +1,210 @@
+"""Killed processes, full disks, two processes in one run folder."""
+
+import random
+import signal
+import socket
+import time
+
+import pytest
+from checkpoint_case import (
+    restore,
+    run_child,
+    run_with_steps,
+    save,
+    start_child,
+)
+
+from jaxlm.checkpoint.native import saving as native
+from jaxlm.checkpoint.native.run_folder import move_aside
+from jaxlm.checkpoint.native.saving import Checkpoints, SaveError
+
+DIE = """
+import os, sys
+from checkpoint_case import restore, save
+from jaxlm.checkpoint import folder, integrity
+from jaxlm.checkpoint.native.saving import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=1)
+restore(checkpoints)
+
+def die(*arguments):
+    os._exit(9)
+
+def die_half_way(path):
+    victim = sorted(p for p in path.rglob("*") if p.is_file())[0]
+    victim.unlink()
+    os._exit(9)
+
+where = sys.argv[2]
+if where == "write":
+    integrity.write_manifest = die
+elif where == "commit":
+    integrity.rename = die
+elif where == "delete":
+    folder.remove = die_half_way
+save(checkpoints, int(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize(
+    "where, steps", [("write", [1]), ("commit", [1]), ("delete", [2])]
+)
+def test_death_while_saving_or_deleting_leaves_only_whole_steps(tmp_path, where, steps):
+    run = run_with_steps(tmp_path, 1)
+    code, _, err = run_child(DIE, run, where, 2)
+    assert code == 9, err
+    said = []
+    assert len(list((run / "checkpoints").glob(".tmp-*"))) == 1
+    with Checkpoints(run, report=said.append) as checkpoints:
+        assert checkpoints.steps() == steps
+        assert restore(checkpoints).step == steps[-1]
+    assert len(said) == 1 and said[0].startswith("removed .tmp-")
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+
+
+SAVE_FOR_EVER = """
+import sys
+from checkpoint_case import restore, save
+from jaxlm.checkpoint.native.saving import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=3)
+restored = restore(checkpoints)
+step = restored.step if restored else 0
+print("start", step, flush=True)
+while True:
+    step += 1
+    save(checkpoints, step, wait=False)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_time_leaves_only_readable_steps(tmp_path):
+    generator = random.Random(1)
+    newest = 0
+    for _ in range(4):
+        child = start_child(SAVE_FOR_EVER, tmp_path)
+        assert child.stdout.readline() == f"start {newest}\n", child.stderr.read()
+        time.sleep(generator.uniform(0.2, 1.0))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        steps = native.layout.list_steps(tmp_path)
+        for step in steps:
+            _, params = native.load(tmp_path / f"checkpoints/{step}")
+            assert float(params["embed"]["table"][0, 0]) == step
+        newest = steps[-1] if steps else 0
+    assert newest > 0
+    with Checkpoints(tmp_path, report=lambda line: None) as checkpoints:
+        restored = restore(checkpoints)
+        assert restored.step == newest
+        assert float(restored.opt_state[1][0].mu["embed"]["table"][0, 0]) == newest
+
+
+FULL = """
+import resource, signal, sys
+import jax.numpy as jnp
+from checkpoint_case import abstract, restore, save, state_of_step
+from jaxlm.checkpoint.native.saving import Checkpoints, SaveError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import jax
+small = state_of_step(1)
+big = ({"w": jax.random.normal(jax.random.key(0), (300, 300))}, ())
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+save(checkpoints, 1, small)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+save(checkpoints, 2, big, wait=False)
+try:
+    checkpoints.wait()
+except SaveError as e:
+    print(e)
+save(checkpoints, 3, big, wait=False)
+try:
+    save(checkpoints, 4, big, wait=False)
+except SaveError as e:
+    print(e)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, resource.RLIM_INFINITY))
+print(checkpoints.steps(), restore(checkpoints).step)
+save(checkpoints, 5, small)
+print(checkpoints.steps())
+checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path):
+    code, out, err = run_child(FULL, tmp_path)
+    assert code == 0, err
+    first, second, steps, later = out.splitlines()
+    for line, step in ((first, 2), (second, 3)):
+        assert f"{tmp_path}/checkpoints/{step} cannot be written (" in line
+        assert "File too large" in line and "up to 360,000 bytes" in line
+    assert (steps, later) == ("[1] 1", "[1, 5]")
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+    assert err == ""
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from jaxlm.checkpoint.native.run_folder import RunLock
+lock = RunLock(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_dies(tmp_path):
+    child = start_child(HOLD, tmp_path)
+    assert child.stdout.readline() == "locked\n"
+    try:
+        expected = rf"pid {child.pid} on {socket.gethostname()}"
+        with pytest.raises(ValueError, match=expected):
+            Checkpoints(tmp_path)
+    finally:
+        child.kill()
+        child.communicate()
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+
+
+def test_errors_of_the_tokenizer_surface_and_leave_nothing(tmp_path, monkeypatch):
+    def broken(self, folder):
+        raise RuntimeError("no tokenizer today")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        monkeypatch.setattr("checkpoint_case.FakeTokenizer.save", broken)
+        save(checkpoints, 2, wait=False)
+        with pytest.raises(SaveError, match=r"checkpoints/2 .*no tokenizer today"):
+            checkpoints.wait()
+        monkeypatch.undo()
+        checkpoints.wait()
+        save(checkpoints, 3)
+        assert checkpoints.steps() == [1, 3]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"cannot be written to.*--train\.run-dir"):
+        Checkpoints(tmp_path / "file/run")
+
+
+def test_fresh_moves_the_earlier_run_aside(tmp_path):
+    run = run_with_steps(tmp_path, 1, 2)
+    (run / "metrics.jsonl").write_text("{}\n")
+    said = []
+    for number in (1, 2):
+        with Checkpoints(run, fresh=True, report=said.append) as checkpoints:
+            assert checkpoints.steps() == [] and restore(checkpoints) is None
+            save(checkpoints, number)
+    assert (run / "old-1/metrics.jsonl").read_text() == "{}\n"
+    assert not (run / "metrics.jsonl").exists()
+    assert native.layout.list_steps(run / "old-1") == [1, 2]
+    assert native.layout.list_steps(run / "old-2") == [1]
+    assert len(said) == 2 and "old-2" in said[1]
+    assert native.find_runs(tmp_path) == [run]
+    assert move_aside(run).name == "old-3"
+
+
+def test_fresh_moves_metrics_without_steps_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with Checkpoints(tmp_path, fresh=True, report=lambda line: None):
+        assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "old-1/metrics.jsonl").exists()

@@ -1,0 +1,306 @@
+"""Saving, restoring, keeping and loading."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_case import (
+    CONFIG,
+    abstract,
+    adamw_masked,
+    restore,
+    run_child,
+    run_with_steps,
+    save,
+    state_of_step,
+    two_optimizers,
+    updated_state,
+)
+
+from jaxlm.checkpoint.native import saving as native
+from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint, state_hash
+from jaxlm.tokenizers.tokenizer import CharTokenizer
+
+
+def lines():
+    collected = []
+    return collected, collected.append
+
+
+@pytest.mark.parametrize("optimizer", [adamw_masked, two_optimizers])
+def test_round_trip_is_exact_and_keeps_the_structure(tmp_path, optimizer):
+    state = updated_state(optimizer())
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 7, state)
+        restored = restore(checkpoints, abstract(state))
+    back = (restored.params, restored.opt_state)
+    assert restored.step == 7
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert state_hash(back) == state_hash(state)
+    leaves = zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True)
+    for a, b in leaves:
+        assert isinstance(a, jax.Array) and a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_array_equal(a, b)
+
+
+def test_optimizer_state_without_arrays(tmp_path):
+    params, _ = state_of_step(1)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, (params, ((), None)))
+        restored = restore(checkpoints, (abstract(params), ((), None)))
+    assert restored.opt_state == ((), None)
+
+
+def test_numpy_arrays_are_copied_before_save_returns(tmp_path):
+    params = {"w": np.zeros((500, 500), np.float32)}
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, (params, ()), wait=False)
+        params["w"][:] = 1
+        restored = restore(checkpoints, (abstract(params), ()))
+    assert not np.any(restored.params["w"])
+
+
+def test_buffers_may_be_donated_right_after_save(tmp_path):
+    step = jax.jit(lambda x: jax.tree.map(lambda a: a * 2 + 1, x), donate_argnums=0)
+    params = {"w": jnp.zeros((1000, 1000)), "b": jnp.zeros((3,))}
+    hashes = {}
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for number in range(1, 6):
+            params = step(params)
+            hashes[number] = state_hash(params)
+            save(checkpoints, number, (params, ()), wait=False)
+            for _ in range(3):
+                params = step(params)
+            jax.block_until_ready(params)
+        for number, expected in hashes.items():
+            restored = restore(checkpoints, (abstract(params), ()), step=number)
+            assert state_hash(restored.params) == expected
+    assert len(set(hashes.values())) == 5
+
+
+def test_meta_tells_where_the_state_comes_from(tmp_path):
+    state = state_of_step(3)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 3, state)
+    meta = json.loads((tmp_path / "checkpoints/3/meta.json").read_text())
+    assert meta["step"] == 3
+    assert meta["state_hash"] == state_hash({"params": state[0], "opt_state": state[1]})
+    assert meta["config"]["train"]["seed"] == CONFIG.train.seed
+    assert meta["environment"]["versions"]["jax"] == jax.__version__
+    assert meta["environment"]["device_count"] == len(jax.devices())
+    assert meta["data_fingerprint"] == "data-1"
+    assert meta["tokenizer_fingerprint"] == "tokenizer-1"
+    assert (tmp_path / "checkpoints/3/tokenizer/tokenizer.json").is_file()
+
+
+def test_a_state_that_is_not_finite_cannot_be_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match=r"step 4 .*not finite"):
+            save(checkpoints, 4, finite=False)
+        assert checkpoints.steps() == []
+
+
+def test_keeps_the_newest_steps_and_multiples(tmp_path):
+    with Checkpoints(tmp_path, keep=2, keep_every=100) as checkpoints:
+        for step in (50, 100, 150, 200, 250):
+            save(checkpoints, step)
+            assert step in checkpoints.steps()
+        assert checkpoints.steps() == [100, 200, 250]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["100", "200", "250"]
+    with pytest.raises(ValueError, match="keep is 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_steps_are_ordered_by_number_not_by_name_or_time(tmp_path):
+    run_with_steps(tmp_path, 9, 10)
+    os.utime(tmp_path / "checkpoints/9")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert restore(checkpoints).step == 10
+
+
+def test_no_steps_gives_none_and_a_missing_step_lists_the_existing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert restore(checkpoints) is None
+        save(checkpoints, 100)
+        save(checkpoints, 200)
+        with pytest.raises(ValueError, match=r"no checkpoint of step 999.*100, 200"):
+            restore(checkpoints, step=999)
+        assert restore(checkpoints, step=100).step == 100
+
+
+def test_the_same_step_is_written_once(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 5)
+        save(checkpoints, 5, state_of_step(6))
+        assert float(restore(checkpoints).params["embed"]["table"][0, 0]) == 5
+
+
+def test_going_on_from_an_older_step_moves_the_newer_ones_aside(tmp_path):
+    run_with_steps(tmp_path, 100, 200, 300)
+    said, report = lines()
+    with Checkpoints(tmp_path, keep=5, report=report) as checkpoints:
+        restore(checkpoints, step=100)
+        assert checkpoints.steps() == [100, 200, 300]
+        save(checkpoints, 250)
+        assert checkpoints.steps() == [100, 250]
+    assert any("steps 200, 300" in line and "old-1" in line for line in said)
+    assert native.load(tmp_path / "old-1")[0] == CONFIG.model
+
+
+def test_wrong_shape_and_dtype_are_named_by_path(tmp_path):
+    run_with_steps(tmp_path, 1)
+    params, opt_state = abstract(state_of_step(0))
+    params["layers"]["mlp"]["up"] = jax.ShapeDtypeStruct((2, 16, 48), jnp.float32)
+    params["embed"]["table"] = jax.ShapeDtypeStruct((64, 16), jnp.bfloat16)
+    params["lm_head"] = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError) as error:
+            restore(checkpoints, (params, opt_state))
+        message = str(error.value)
+        assert "params/embed/table is float32 [64, 16] in the checkpoint" in message
+        assert "bfloat16 [64, 16] here" in message
+        assert "params/layers/mlp/up is float32 [2, 16, 32]" in message
+        assert "params/lm_head is absent in the checkpoint" in message
+        with pytest.raises(ValueError, match=r"opt_state/1/0/mu.* and absent here"):
+            restore(checkpoints, (abstract(state_of_step(0)[0]), ()))
+
+
+def test_keys_and_python_numbers_are_refused_by_path(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="opt_state/key is a random key"):
+            save(checkpoints, 1, ({"w": jnp.ones(2)}, {"key": jax.random.key(0)}))
+        with pytest.raises(ValueError, match="params/w is a int"):
+            save(checkpoints, 1, ({"w": 1}, ()))
+
+
+def test_load_reads_a_run_a_step_and_a_copied_step(tmp_path):
+    run = run_with_steps(tmp_path / "run", 1, 2)
+    copied = tmp_path / "elsewhere"
+    (run / "checkpoints/1").rename(copied)
+    found = (
+        (run, 2),
+        (run / "checkpoints", 2),
+        (run / "checkpoints/2", 2),
+        (copied, 1),
+    )
+    for path, step in found:
+        config, params = native.load(path)
+        assert config == CONFIG.model
+        assert jax.tree.structure(params) == jax.tree.structure(state_of_step(0)[0])
+        assert all(bool(jnp.all(x == step)) for x in jax.tree.leaves(params))
+        assert native.load_config(path) == CONFIG
+    _, params = native.load(run, dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_load_reads_neither_the_optimizer_nor_the_lock(tmp_path):
+    run = run_with_steps(tmp_path, 1, 2)
+    for file in (run / "checkpoints/2/opt_state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0" * file.stat().st_size)
+    with Checkpoints(tmp_path):
+        said, report = lines()
+        native.load(run, report=report)
+        assert said == []
+
+
+def test_load_tokenizer(tmp_path):
+    tokenizer = CharTokenizer("hello")
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, tokenizer=tokenizer)
+    loaded = native.load_tokenizer(tmp_path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.decode(loaded.encode("hello")) == "hello"
+
+
+def test_load_falls_back_and_says_so(tmp_path):
+    run = run_with_steps(tmp_path, 1, 2)
+    (run / "checkpoints/2/meta.json").write_text("{}")
+    said, report = lines()
+    _, params = native.load(run, report=report)
+    assert float(params["embed"]["table"][0, 0]) == 1
+    assert len(said) == 1 and said[0].startswith("step 2 unreadable (meta.json has")
+    assert said[0].endswith("using step 1")
+    with pytest.raises(NoUsableCheckpoint, match="step 2 unreadable"):
+        native.load(run / "checkpoints/2")
+
+
+def test_load_of_a_path_that_is_no_run_helps(tmp_path):
+    run_with_steps(tmp_path / "shakespeare", 1)
+    with pytest.raises(ValueError, match=r"does not exist.*near it: .*shakespeare"):
+        native.load(tmp_path / "shakespear")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"no checkpoint.*it holds a\.txt"):
+        native.load(tmp_path / "notes")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 5: .*those of 1"):
+        native.load(tmp_path / "shakespeare/checkpoints/5")
+
+
+def test_find_runs_newest_first(tmp_path):
+    runs = [run_with_steps(tmp_path / name, 1) for name in ("b", "deep/a", "c")]
+    for age, run in enumerate(runs):
+        os.utime(run / "checkpoints", (1000 - age, 1000 - age))
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    assert native.find_runs(tmp_path) == runs
+
+
+MESH = """
+import sys
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from checkpoint_case import restore, save, state_of_step, abstract, updated_state
+from checkpoint_case import adamw_masked
+from jaxlm.checkpoint.native.saving import Checkpoints, load, state_hash
+
+state = updated_state(adamw_masked())
+expected, expected_params = state_hash(state), state_hash(state[0])
+
+def shardings(mesh, axis):
+    def one(x):
+        fits = x.ndim and x.shape[0] % mesh.shape[axis] == 0
+        return NamedSharding(mesh, P(axis) if fits else P())
+    return jax.tree.map(one, state)
+
+def check(restored, wanted):
+    back = (restored.params, restored.opt_state)
+    assert state_hash(back) == expected
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(wanted), strict=True):
+        assert a.sharding == b, (a.sharding, b)
+
+def shapes(wanted):
+    make = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(make, state, wanted)
+
+mesh8 = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+mesh4 = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+lines = []
+with Checkpoints(sys.argv[1], report=lines.append) as checkpoints:
+    from8, from4 = shardings(mesh8, "fsdp"), shardings(mesh4, "fsdp")
+    save(checkpoints, 1, state)                         # one device -> 8
+    check(restore(checkpoints, shapes(from8)), from8)
+    with jax.set_mesh(mesh8):
+        sharded = jax.device_put(state, from8)
+        save(checkpoints, 2, sharded, wait=False)       # 8 -> 2 x 4
+        jax.tree.map(lambda x: x.delete(), sharded)
+    with jax.set_mesh(mesh4):
+        check(restore(checkpoints, shapes(from4)), from4)
+    back = restore(checkpoints, abstract(state))        # 8 -> one device
+    assert state_hash((back.params, back.opt_state)) == expected
+assert lines and all("mesh: " in line for line in lines), lines
+_, params = load(sys.argv[1], shardings=from4[0])
+assert params["embed"]["table"].sharding == from4[0]["embed"]["table"]
+assert state_hash(params) == expected_params
+print("good")
+"""
+
+
+@pytest.mark.slow
+def test_restore_on_another_mesh_and_with_a_clean_stderr(tmp_path):
+    flags = "--xla_force_host_platform_device_count=8"
+    code, out, err = run_child(MESH, tmp_path, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    assert (code, out) == (0, "good\n"), err
+    assert err == ""

@@ -1,0 +1,176 @@
+"""From any kind of checkpoint to any other, and on into training and sampling."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity_case import nested, weights
+
+from jaxlm import tree
+from jaxlm.checkpoint import load as source
+from jaxlm.checkpoint.conversion import convert
+from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.cli import main, read_config
+from jaxlm.config import Config, DataConfig, diff
+from jaxlm.model.presets import preset, toy
+from jaxlm.tokenizers.tokenizer import ByteTokenizer
+
+TEXT = "naïve 日本語\n  x = 12"
+MODEL = toy(preset("qwen3-0.6b"))
+MODEL = dataclasses.replace(MODEL, vocab_size=257)
+
+
+def params_of(config):
+    return jax.tree.map(jnp.asarray, nested(weights(config)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of jaxlm with a tokenizer of bytes."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(
+            *(1, params_of(MODEL), {}),
+            config=Config(model=MODEL, data=DataConfig(sequence_length=16)),
+            tokenizer=ByteTokenizer(),
+            data_fingerprint="data",
+            finite=True,
+        )
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    """The same as a Hugging Face folder."""
+    folder = run.parent / "folder"
+    assert convert(run, folder) == "hf"
+    return folder
+
+
+def same(a, b):
+    first, second = (tree.flatten(source.load(path)[1]) for path in (a, b))
+    assert set(first) == set(second)
+    for path, x in first.items():
+        assert np.array_equal(np.asarray(x), np.asarray(second[path])), path
+    configs = [source.load_config(path) for path in (a, b)]
+    assert not diff(*configs, ignore=NOT_KEPT)
+    ids = [source.load_tokenizer(path).encode(TEXT).tolist() for path in (a, b)]
+    assert ids[0] == ids[1]
+
+
+def test_around_all_three_kinds(run, folder, tmp_path):
+    same(run, folder)
+    assert convert(folder, tmp_path / "run") == "jaxlm"
+    same(folder, tmp_path / "run")
+    gguf = tmp_path / "m.gguf"
+    assert convert(run, gguf, dtype="f32") == "gguf"
+    same(run, gguf)
+    assert convert(gguf, tmp_path / "back", to="hf") == "hf"
+    same(gguf, tmp_path / "back")
+    assert convert(tmp_path / "run", tmp_path / "again") == "hf"
+    for name in sorted(p.name for p in folder.iterdir()):
+        found = (tmp_path / "again" / name).read_bytes()
+        assert found == (folder / name).read_bytes(), name
+    found = (tmp_path / "back" / "model.safetensors").read_bytes()
+    assert found == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("to", ["hf", "jaxlm", "gguf"])
+def test_dtypes(run, tmp_path, to):
+    convert(run, tmp_path / "m", to=to, dtype="bf16")
+    _, params = source.load(tmp_path / "m")
+    vectors = {x.dtype for x in jax.tree.leaves(params) if x.ndim == 2}
+    matrices = {x.dtype for x in jax.tree.leaves(params) if x.ndim > 2}
+    assert matrices == {jnp.dtype(jnp.bfloat16)}
+    assert jnp.dtype(jnp.float32 if to == "gguf" else jnp.bfloat16) in vectors
+
+
+def test_without_a_tokenizer(folder, tmp_path):
+    main(["convert", str(folder), str(tmp_path / "m"), "--to", "hf", "--no-tokenizer"])
+    names = {p.name for p in (tmp_path / "m").iterdir()}
+    assert names == {"config.json", "model.safetensors"}
+    with pytest.raises(ValueError, match="tokenizer"):
+        source.load_tokenizer(tmp_path / "m")
+
+
+ERRORS = {
+    "there already": (["{folder}", "{folder}"], "is there already"),
+    "no source": (["{tmp}/none", "{tmp}/x"], "it does not exist"),
+    "type of GGUF": (["{folder}", "{tmp}/x", "--dtype", "q8_0"], "a type of GGUF"),
+    "tokenizer of a run": (["{folder}", "{tmp}/x", "--no-tokenizer"], "cannot be left"),
+    "unknown kind": (["{folder}", "{tmp}/x", "--too", "hf"], "did you mean '--to'"),
+}
+
+
+@pytest.mark.parametrize("fault", ERRORS)
+def test_errors_are_one_line(folder, tmp_path, capsys, fault):
+    words, message = ERRORS[fault]
+    with pytest.raises(SystemExit) as raised:
+        main(["convert", *(w.format(folder=folder, tmp=tmp_path) for w in words)])
+    assert raised.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_of_a_config_is_that_of_init_from(folder, repository):
+    file = repository / "configs" / "shakespeare.py"
+    for words in (["--init-from", str(folder)], [f"--init-from={folder}"]):
+        config = read_config(words, file)
+        assert not diff(config.model, MODEL, ignore=NOT_KEPT)
+        assert config.model.dtype == "auto"
+    config = read_config([*words, "--model.num-layers", "3"], file)
+    assert config.model.num_layers == 3  # train.py then says that they differ
+
+
+def test_init_from_of_what_is_no_checkpoint(tmp_path, repository, capsys):
+    with pytest.raises(SystemExit):
+        read_config(
+            ["--init-from", str(tmp_path)], repository / "configs" / "shakespeare.py"
+        )
+    assert "--init-from: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_from_a_published_model_and_out_again(folder, tmp_path, repository):
+    """`train.py --init-from`, `jaxlm convert`, `sample.py`, one after the other."""
+    (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 100)
+
+    def python(*words):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(repository)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python(
+        *(repository / "train.py", repository / "configs" / "finetune.py"),
+        *("--init-from", folder, "--data.path", "text.txt", "--train.steps", "3"),
+        *("--data.sequence-length", "32", "--optimizer.warmup-steps", "0"),
+        *("--train.run-dir", "run", "--train.sample-every", "0"),
+        *("--optimizer.learning-rate", "1e-3", "--model.dtype", "float32"),
+    )
+    main(["convert", str(tmp_path / "run"), str(tmp_path / "out")])
+    before, after = source.load(folder)[1], source.load(tmp_path / "out")[1]
+    moved = [
+        float(jnp.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    ]
+    # Adam's first steps are near the learning rate.
+    assert 1e-3 < max(moved) < 1e-2
+    text = python(
+        *(repository / "sample.py", "out", "--prompt", "It was"),
+        *("--max-new-tokens", "4", "--temperature", "0"),
+    )
+    assert text.startswith("It was")

@@ -1,0 +1,98 @@
+"""Compiles kernels for devices that are not here; runs in a child process.
+
+Usage: python compile_case.py TARGET; prints one JSON object: name -> figures or error.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+
+# Importing compile_train_step tells libtpu that there is no TPU.
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compile_train_step import compile_step, devices_of, figures
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.ops.attention.dispatch import attention
+from jaxlm.ops.attention.spec import AttentionSpec
+
+ALL = ("sinks", "query_segments", "key_segments", "query_index", "key_length")
+CACHE = ("query_index", "key_length")
+INT8 = ("query_index", "key_scale", "value_scale")
+# name -> (T, S, head_dim, dtype, arrays of the spec, its numbers)
+TRAIN = {
+    "128": (2048, 2048, 128, "bfloat16", (), {}),
+    "64": (1024, 1024, 64, "bfloat16", (), {}),
+    "80, odd lengths": (1000, 1000, 80, "bfloat16", (), {}),
+    "96, cache": (37, 530, 96, "bfloat16", CACHE, {}),
+    "256": (1024, 1024, 256, "bfloat16", (), {}),
+    "float32": (1024, 1024, 128, "float32", (), {}),
+    "32, all keys": (1024, 1024, 32, "bfloat16", (), {"causal": False}),
+    "everything": (2048, 2048, 128, "bfloat16", ALL, {"window": 700, "soft_cap": 50.0}),
+    "32k": (32768, 32768, 128, "bfloat16", (), {"window": 4096}),
+}
+DECODE = {
+    "decode": (1, 8192, 128, "bfloat16", ("query_index",), {}),
+    "decode 4": (4, 8000, 64, "bfloat16", (*CACHE, "sinks"), {"window": 1024}),
+    "decode int8": (1, 8192, 128, "bfloat16", INT8, {}),
+}
+
+
+def compile_case(device, implementation, case, gradient):
+    """Figures of one call on one device, with its gradient or without."""
+    T, S, H, dtype, arrays, numbers = case
+    B, N, K = 2, 8, 4
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Explicit,))
+    kinds = {
+        "sinks": ((N,), jnp.float32),
+        "query_segments": ((B, T), jnp.int32),
+        "key_segments": ((B, S), jnp.int32),
+        "query_index": ((B, T), jnp.int32),
+        "key_length": ((B,), jnp.int32),
+        "key_scale": ((B, S, K), jnp.float32),
+        "value_scale": ((B, S, K), jnp.float32),
+    }
+
+    def shape(size, kind):
+        spread = NamedSharding(mesh, P(*(None,) * len(size)))
+        return jax.ShapeDtypeStruct(size, kind, sharding=spread)
+
+    def total(q, k, v, given):
+        spec = AttentionSpec(scale=0.1, **numbers, **given)
+        z, lse = attention(
+            q, k, v, spec, implementation=implementation, return_lse=True
+        )
+        return jnp.sum(z.astype(jnp.float32)) + jnp.sum(lse)
+
+    kind = jnp.int8 if "key_scale" in arrays else dtype
+    keys = shape((B, S, K, H), kind)
+    given = {name: shape(*kinds[name]) for name in arrays}
+    run = jax.grad(total, (0, 1, 2)) if gradient else total
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(shape((B, T, N, H), dtype), keys, keys, given)
+        return figures(lowered.compile())
+
+
+def main():
+    target, implementation = sys.argv[1:]
+    device = devices_of(target)[0]
+    found = {}
+    for name, case in {**TRAIN, **DECODE}.items():
+        try:
+            found[name] = compile_case(device, implementation, case, name in TRAIN)
+        except Exception as error:  # the compiler has no class of its own for them
+            found[name] = {"error": str(error)[:500]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    if sys.argv[2] == "step":
+        target, _, implementation = sys.argv[1:]
+        sizes = {"layers": 16, "rows": 2, "length": 4096}
+        print(json.dumps(compile_step(devices_of(target), implementation, **sizes)))
+    else:
+        main()

@@ -1,0 +1,175 @@
+"""The decode kernel for Hopper, in Pallas' interpreter, against the float64 oracle."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import ops_case
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from ops_case import normal, quick_jit
+
+from jaxlm.ops.attention.gpu import gpu_decode, mosaic
+from jaxlm.ops.attention.gpu.gpu_decode import Settings, best_splits, declines, forward
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, quantize
+
+SCALE = 0.2
+BF16, F16 = jnp.bfloat16, jnp.float16
+# Roundings of results up to 4 and of probabilities, to 8 and to 11 bits.
+ERROR = {BF16: 2e-2, F16: 3e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes as in the kernel; `places` is that of each row's last query."""
+
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    dtype: type
+    splits: int
+    places: tuple[int, ...] | None
+    options: dict = dataclasses.field(default_factory=dict)
+    int8: bool = False
+
+
+SEGMENTS = np.repeat([[1, 2, 3]], [70, 80, 50], axis=1).astype(np.int32)
+LENGTHS = np.array([150, 65], np.int32)
+CASES = {
+    "one query": Case(1, 200, 6, 3, 64, BF16, 1, (57, 190)),
+    "parts": Case(1, 513, 6, 3, 128, BF16, 3, (512, 200)),
+    "one block, more parts": Case(4, 37, 6, 1, 32, F16, 3, (36, 20)),
+    "window": Case(8, 200, 3, 3, 96, F16, 3, (199, 90), {"window": 70}),
+    "lengths": Case(
+        1, 200, 2, 1, 64, BF16, 3, None, {"causal": False, "key_length": LENGTHS}
+    ),
+    "the first queries": Case(8, 37, 2, 2, 32, F16, 1, None),
+    "two blocks of rows": Case(8, 200, 12, 1, 32, F16, 3, (199,), {"window": 150}),
+    "int8": Case(1, 513, 6, 3, 64, BF16, 3, (500, 60), int8=True),
+    "all options": Case(
+        4,
+        200,
+        4,
+        2,
+        32,
+        F16,
+        3,
+        (180,),
+        {
+            "window": 100,
+            "soft_cap": 2.0,
+            "sinks": normal(5, 4),
+            "query_segments": SEGMENTS[:, 146:150],
+            "key_segments": SEGMENTS,
+            "key_length": np.array([170], np.int32),
+        },
+        int8=True,
+    ),
+}
+
+
+def prepare(case):
+    """Queries, keys, values and options, and the keys and values they stand for."""
+    B = len(case.options.get("key_length", case.places or (0, 0)))
+    shapes = ((B, case.T, case.N, case.H), *[(B, case.S, case.K, case.H)] * 2)
+    q, k, v = (jnp.asarray(normal(i, *x), case.dtype) for i, x in enumerate(shapes))
+    options = dict(case.options)
+    if case.places is not None:
+        last = np.array(case.places, np.int32)[:, None]
+        options["query_index"] = last - np.arange(case.T, dtype=np.int32)[::-1]
+    scales, meant = {}, (k, v)
+    if case.int8:
+        (k, scales["key_scale"]), (v, scales["value_scale"]) = map(quantize, (k, v))
+        scale = (scales["key_scale"], scales["value_scale"])
+        meant = [
+            np.float64(x) * np.float64(s)[..., None]
+            for x, s in zip((k, v), scale, strict=True)
+        ]
+    arrays = {
+        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        for name, x in options.items()
+    }
+    spec = AttentionSpec(scale=SCALE, **arrays, **scales)
+    return (q, k, v, spec), meant, options
+
+
+def run(q, k, v, spec, splits):
+    settings = Settings(block_keys=64, splits=splits, interpret=True)
+    return quick_jit(lambda *args: forward(*args, settings))(q, k, v, spec)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value(name):
+    """Results and log-sum-exps equal the oracle's; blocks that no query of a row can
+    see are not read."""
+    case = CASES[name]
+    (q, k, v, spec), meant, options = prepare(case)
+    expected, expected_lse = ops_case.attention_and_lse(
+        q, *meant, scale=SCALE, **options
+    )
+    if case.places is not None and not case.int8:
+        last = np.array(case.places)[:, None]
+        block = np.arange(case.S) // 64
+        hidden = block > last // 64
+        if spec.window is not None:
+            hidden |= block < (last - case.T + 1 - spec.window + 1) // 64
+        k, v = (jnp.where(hidden[..., None, None], jnp.nan, x) for x in (k, v))
+    z, lse = run(q, k, v, spec, case.splits)
+    assert z.dtype == case.dtype and lse.dtype == jnp.float32
+    np.testing.assert_allclose(np.float64(z), expected, atol=ERROR[case.dtype])
+    # Products of 16 bits are exact in f32, sums of them nearly so.
+    np.testing.assert_allclose(lse, expected_lse, atol=5e-6)
+
+
+def test_parts_are_added_without_rounding():
+    """257 and -255 have the mean 1; in bf16 there is no 257."""
+    values = np.repeat([[256, 258, -255]], [32, 32, 64], axis=1)
+    v = jnp.asarray(np.tile(values[..., None, None], (1, 1, 1, 16)), BF16)
+    q, k = jnp.zeros((1, 1, 1, 16), BF16), jnp.zeros((1, 128, 1, 16), BF16)
+    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, causal=False), 2)
+    assert np.all(z == 1)
+
+
+@pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0], np.float32)])
+def test_a_row_without_keys(sinks):
+    """Zeros, and the sink or -1e30; beside a row that has keys."""
+    case = Case(1, 64, 2, 1, 32, F16, 2, (40, 40), {"sinks": sinks})
+    (q, k, v, spec), _, _ = prepare(case)
+    spec = dataclasses.replace(spec, key_length=jnp.array([0, 64], jnp.int32))
+    z, lse = run(q, k, v, spec, case.splits)
+    assert not np.any(z[0]) and np.all(np.isfinite(np.float32(z[1])))
+    np.testing.assert_allclose(lse[0, :, 0], [MASKED] * 2 if sinks is None else sinks)
+
+
+def test_no_races(monkeypatch):
+    """No thread reads what a copy may be writing, nor the other way about."""
+    params = dataclasses.replace(mosaic.interpreter(), detect_races=True)
+    monkeypatch.setattr(mosaic, "interpreter", lambda: params)
+    case = Case(1, 300, 1, 1, 32, BF16, 1, (299,), {"sinks": normal(5, 1)}, int8=True)
+    (q, k, v, spec), _, _ = prepare(case)
+    run(q, k, v, spec, 1)
+    # There is no public name.
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_declines():
+    assert declines(1, 128, BF16) is None and declines(8, 96, jnp.dtype(F16)) is None
+    assert "9 queries" in declines(9, 128, BF16)
+    assert "float32" in declines(1, 128, jnp.float32)
+    assert "head_dim 72" in declines(1, 72, BF16)
+    with pytest.raises(ValueError, match="block_keys is 32"):
+        Settings(block_keys=32)
+
+
+def test_best_splits():
+    """Parts for all multiprocessors, none of them tiny."""
+
+    def splits(B, S, K):
+        return best_splits((B, S, K, 128), 4 * K)
+
+    assert splits(1, 1 << 17, 8) == 33 == -(-2 * gpu_decode.MULTIPROCESSORS // 8)
+    assert splits(1, 1024, 8) == 4
+    assert splits(1, 100, 8) == 1
+    assert splits(64, 1 << 17, 8) == 1

@@ -1,0 +1,139 @@
+"""The warp-specialised kernel, in Pallas' interpreter, against the float64 oracle.
+
+The interpreter runs the three warpgroups side by side and keeps to their barriers; it
+has no layouts, and products are plain ones.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import ops_case
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from ops_case import normal, quick_jit
+
+from jaxlm.ops.attention.gpu import hopper_forward, mosaic
+from jaxlm.ops.attention.gpu.hopper_forward import Settings, best_settings, forward
+from jaxlm.ops.attention.gpu.mosaic import declines
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec
+
+SCALE = 0.2
+BF16, F16 = jnp.bfloat16, jnp.float16
+# Roundings of results up to 4 and of probabilities, to 8 and to 11 bits.
+ERROR = {BF16: 2e-2, F16: 3e-3}
+SEGMENTS = np.repeat([[1, 2, 3]], [50, 60, 30], axis=1).astype(np.int32)
+# name -> (queries, keys, query heads, key heads, head size, dtype, options)
+CASES = {
+    # Three blocks of keys for two buffers; those that all see, then others.
+    "causal": (140, 140, 1, 1, 32, BF16, {}),
+    "all keys, large heads": (64, 300, 1, 1, 128, F16, {"causal": False}),
+    "window, odd lengths": (133, 261, 1, 1, 96, F16, {"window": 70}),
+    "places in a cache, heads share keys": (
+        70,
+        200,
+        2,
+        1,
+        64,
+        BF16,
+        {
+            "query_index": np.arange(70, dtype=np.int32)[None] + 100,
+            "key_length": np.array([160], np.int32),
+        },
+    ),
+    "all options": (
+        120,
+        140,
+        2,
+        2,
+        32,
+        F16,
+        {
+            "window": 60,
+            "soft_cap": 2.0,
+            "sinks": normal(5, 2),
+            "query_segments": SEGMENTS[:, :120],
+            "key_segments": SEGMENTS,
+        },
+    ),
+}
+
+
+def prepare(name):
+    """Queries, keys, values, specification and options."""
+    T, S, N, K, H, dtype, options = CASES[name]
+    shapes = ((1, T, N, H), *[(1, S, K, H)] * 2)
+    q, k, v = (jnp.asarray(normal(i, *x), dtype) for i, x in enumerate(shapes))
+    arrays = {
+        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        for name, x in options.items()
+    }
+    return q, k, v, AttentionSpec(scale=SCALE, **arrays), options
+
+
+def run(q, k, v, spec):
+    settings = Settings(block_keys=64, interpret=True)
+    return quick_jit(lambda *args: forward(*args, settings))(q, k, v, spec)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value(name):
+    """Results and log-sum-exps equal the oracle's."""
+    q, k, v, spec, options = prepare(name)
+    expected, expected_lse = ops_case.attention_and_lse(q, k, v, scale=SCALE, **options)
+    z, lse = run(q, k, v, spec)
+    assert z.dtype == q.dtype and lse.dtype == jnp.float32
+    np.testing.assert_allclose(np.float64(z), expected, atol=ERROR[CASES[name][5]])
+    # Products of 16 bits are exact in f32, sums of them nearly so.
+    np.testing.assert_allclose(lse, expected_lse, atol=5e-6)
+
+
+def test_unseen_blocks_are_not_read():
+    """NaN in them reaches no result."""
+    q, k, v, _, _ = prepare("all keys, large heads")
+    options = {"window": 30, "query_index": np.full((1, 64), 150, np.int32)}
+    spec = AttentionSpec(SCALE, window=30, query_index=jnp.full((1, 64), 150))
+    expected = ops_case.attention(q, k, v, scale=SCALE, **options)
+    met = np.repeat([False, True, True, False, False], 64)[:300, None, None]
+    z, _ = run(q, *(jnp.where(met, x, jnp.nan) for x in (k, v)), spec)
+    np.testing.assert_allclose(np.float64(z), expected, atol=ERROR[F16])
+
+
+def test_queries_without_keys():
+    """Zeros and -1e30, beside queries that see keys, and where there are none."""
+    q, k, v, _, _ = prepare("places in a cache, heads share keys")
+    index = jnp.where(jnp.arange(70) < 66, -1, 5)[None]
+    z, lse = run(q[:, :, :1], k, v, AttentionSpec(SCALE, query_index=index))
+    assert not np.any(z[:, :66]) and np.all(lse[..., :66] == MASKED)
+    assert np.all(np.any(z[:, 66:], axis=-1)) and np.all(lse[..., 66:] > -100)
+
+
+def test_no_races(monkeypatch):
+    """No warpgroup reads what a copy may be writing, nor the other way about."""
+    params = dataclasses.replace(mosaic.interpreter(), detect_races=True)
+    monkeypatch.setattr(mosaic, "interpreter", lambda: params)
+    q, k, v, spec, _ = prepare("all keys, large heads")
+    segments = jnp.repeat(jnp.array([[1, 2]]), 150, axis=1)
+    spec = dataclasses.replace(
+        spec, query_segments=segments[:, 110:174], key_segments=segments
+    )
+    run(q, k, v, spec)
+    # There is no public name.
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_declines():
+    assert declines(128, BF16) is None and declines(80, jnp.dtype(F16)) is None
+    assert "float32" in declines(128, jnp.float32)
+    assert "head_dim 264" in declines(264, BF16)
+    assert "head_dim 72" in declines(72, BF16)
+    with pytest.raises(ValueError, match="block_keys is 32"):
+        Settings(block_keys=32)
+
+
+def test_best_settings_fit():
+    """Queries, and the buffers of keys and values, fit the chip's shared memory."""
+    for head_dim in (64, 128, 256):
+        found = best_settings(head_dim)
+        rows = hopper_forward.BLOCK_QUERIES + 2 * found.buffers * found.block_keys
+        assert 2 * rows * head_dim < mosaic.SHARED_BYTES - 8192

@@ -1,0 +1,436 @@
+"""Every implementation of attention against a float64 oracle, in value and gradient."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ops_case
+import pytest
+from ops_case import normal, quick_jit, slope
+
+from jaxlm.ops.attention import blocked, dense
+from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
+from jaxlm.ops.attention.gpu import hopper
+from jaxlm.ops.attention.gpu import pallas_gpu as gpu
+from jaxlm.ops.attention.mask import attention_mask
+from jaxlm.ops.attention.request import request
+from jaxlm.ops.attention.spec import (
+    MASKED,
+    AttentionSpec,
+    attention_lse,
+    attention_scores,
+    dequantize,
+    quantize,
+    reference_attention,
+)
+from jaxlm.ops.attention.tpu import pallas_tpu as tpu
+
+B, N, K = 2, 6, 3
+SCALE = 0.3
+DEVICE = jax.default_backend()
+if DEVICE != "cpu":
+    # Where f32 numbers are rounded before they are multiplied, unless one asks.
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one implementation is tested: in blocks of `unit` tokens."""
+
+    run: Callable
+    unit: int = 16
+    head_dim: int = 8
+    heads: tuple[int, int] = (N, K)
+    atol: float = 3e-6
+    """f32 with sums of some tens of terms."""
+
+
+# On a device that has them kernels run as they are; elsewhere they are interpreted.
+CASES = {
+    "reference": Case(reference_attention),
+    "dense": Case(partial(dense.dense_attention, settings=dense.Settings(16))),
+    "xla": Case(partial(blocked.blocked_attention, settings=blocked.Settings(16))),
+}
+# Their interpreter takes its time, by the number of blocks and heads.
+HOPPER = {"unit": 64, "head_dim": 32, "heads": (2, 1), "atol": 1e-5}
+if DEVICE == "gpu":
+    CASES["pallas_gpu"] = Case(gpu.attention, **HOPPER)
+    CASES["pallas_hopper"] = Case(hopper.attention, **HOPPER)
+else:
+    small = gpu.Settings(interpret=True)
+    run = partial(gpu.attention, settings=small)
+    CASES["pallas_gpu"] = Case(run, **HOPPER)
+    run = partial(hopper.attention, settings=small)
+    CASES["pallas_hopper"] = Case(run, **HOPPER)
+if DEVICE == "tpu":
+    CASES["pallas_tpu"] = Case(
+        partial(tpu.attention, settings=tpu.Settings(128, 128, 128, 128, 128)), 128, 64
+    )
+else:
+    small = tpu.Settings(16, 16, 16, 16, 16, interpret=True)
+    CASES["pallas_tpu"] = Case(partial(tpu.attention, settings=small))
+
+
+def options(names, case):
+    """(queries, keys, spec) with the named options on, three blocks long."""
+    unit = case.unit
+    T = S = 3 * unit
+    spec = {}
+    if "odd" in names:
+        T, S = T - 11, S - 11
+    rng = np.random.default_rng(7)
+    if "places" in names:
+        T = T - 2 * unit
+        start = rng.integers(0, S - T, (B, 1))
+        start[-1] = S - T
+        spec["query_index"] = (start + np.arange(T)).astype(np.int32)
+    if "all keys" in names:
+        spec["causal"] = False
+    if "window" in names:
+        spec["window"] = unit + 4
+    if "soft cap" in names:
+        spec["soft_cap"] = 1.5
+    if "sinks" in names:
+        spec["sinks"] = normal(5, case.heads[0])
+    if "segments" in names:
+        keys = np.repeat([[1, 2, 3], [1, 1, 2]], unit, axis=1).astype(np.int32)
+        spec["key_segments"] = keys[:, :S]
+        spec["query_segments"] = keys[:, S - T : S]
+        if "places" in names:
+            places = spec["query_index"]
+            spec["query_segments"] = np.take_along_axis(keys, places, axis=1)
+    if "length" in names:
+        spec["key_length"] = np.array([S, S - 2], np.int32)
+    return T, S, spec
+
+
+OPTIONS = [
+    (),
+    ("all keys",),
+    ("window",),
+    ("soft cap",),
+    ("sinks",),
+    ("segments",),
+    ("places",),
+    ("length",),
+    ("odd",),
+    # Each pair of options is together in one of these, and apart in others.
+    ("soft cap", "window", "sinks", "segments", "length"),
+    ("all keys", "sinks", "places", "odd"),
+    ("all keys", "segments", "places", "length"),
+    ("all keys", "soft cap", "window", "odd"),
+    ("length", "odd"),
+    ("window", "places"),
+    ("soft cap", "segments", "places", "odd"),
+    ("window", "sinks", "segments", "places", "length", "odd"),
+]
+
+
+def able(name, names):
+    """Whether the implementation does what is asked."""
+    case = CASES[name]
+    T, S, spec = options(names, case)
+    q, k, _ = inputs(T, S, case)
+    asked = request(q, k, make_spec(spec), lse=True)
+    if isinstance(IMPLEMENTATIONS[name], Kernel):
+        platform = IMPLEMENTATIONS[name].platform
+        kind = {"gpu": "NVIDIA H100", "tpu": "TPU v5 lite"}[platform]
+        asked = dataclasses.replace(asked, platform=platform, device_kind=kind)
+    return IMPLEMENTATIONS[name].declines(asked) is None
+
+
+def inputs(T, S, case=CASES["reference"]):
+    H, (N, K) = case.head_dim, case.heads
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    # Scores of about one, whatever the width.
+    return [
+        jnp.asarray(normal(i, *shape) * (8 / H) ** 0.25)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def make_spec(options):
+    arrays = {
+        key: jnp.asarray(value) if isinstance(value, np.ndarray) else value
+        for key, value in options.items()
+    }
+    return AttentionSpec(scale=SCALE, **arrays)
+
+
+# The one that has no f32 shares its backward pass with `pallas_gpu`, and has tests of
+# its own for the forward pass.
+EXACT = [name for name in CASES if name != "pallas_hopper"]
+
+
+def marks(name, names):
+    """Single options on the slow interpreter are left to the combinations, mostly."""
+    single = name == "pallas_gpu" and len(names) == 1 and DEVICE == "cpu"
+    return [pytest.mark.slow] if single else []
+
+
+PAIRS = [
+    pytest.param(
+        name,
+        names,
+        id=f"{name}: {', '.join(names) or 'causal'}",
+        marks=marks(name, names),
+    )
+    for name, names in itertools.product(EXACT, OPTIONS)
+    if able(name, names)
+]
+
+
+def test_every_pair_of_options_is_tried():
+    every = sorted({name for names in OPTIONS for name in names})
+    for one, other in itertools.combinations(every, 2):
+        found = {(one in names, other in names) for names in OPTIONS}
+        assert len(found) == 4, (one, other)
+
+
+@pytest.mark.parametrize("name, names", PAIRS)
+def test_value_and_gradient(name, names):
+    """Value, log-sum-exp, and their slopes in random directions, equal the oracle's."""
+    case = CASES[name]
+    T, S, values = options(names, case)
+    q, k, v = inputs(T, S, case)
+    spec = make_spec(values)
+    expected, expected_lse = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
+    # What a query that sees no key gives has no meaning.
+    seen = np.isfinite(expected_lse)
+    weight = normal(4, *q.shape) * seen.swapaxes(1, 2)[..., None]
+    lse_weight = normal(5, *seen.shape) * seen
+
+    @quick_jit
+    def value_and_grads(q, k, v, sinks):
+        def total(q, k, v, sinks):
+            z, lse = case.run(q, k, v, dataclasses.replace(spec, sinks=sinks))
+            return jnp.sum(z * weight) + jnp.sum(lse * lse_weight), (z, lse)
+
+        which = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+        return jax.grad(total, which, has_aux=True)(q, k, v, sinks)
+
+    grads, (z, lse) = value_and_grads(q, k, v, spec.sinks)
+    z = np.where(seen.swapaxes(1, 2)[..., None], z, 0)
+    np.testing.assert_allclose(z, expected, atol=case.atol)
+    np.testing.assert_allclose(lse[seen], expected_lse[seen], atol=case.atol)
+
+    def oracle(q=q, k=k, v=v, sinks=None):
+        given = values if sinks is None else {**values, "sinks": sinks}
+        z, lse = ops_case.attention_and_lse(q, k, v, scale=SCALE, **given)
+        return np.sum(z * weight) + np.sum(lse[seen] * lse_weight[seen])
+
+    tested = [(q, "q"), (k, "k"), (v, "v")]
+    tested += [] if spec.sinks is None else [(values["sinks"], "sinks")]
+    for (x, argument), grad in zip(tested, grads, strict=True):
+        direction = normal(9, *x.shape)
+        right = slope(lambda x, a=argument: oracle(**{a: x}), x, direction)
+        ours = np.sum(np.float64(grad) * direction)
+        assert ours == pytest.approx(right, rel=1e-4, abs=1e-3), argument
+    again = value_and_grads(q, k, v, spec.sinks)
+    for one, other in zip(jax.tree.leaves(again[0]), grads, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("queries", ["all", "one"])
+def test_bfloat16(name, grouped, queries):
+    """bf16 inputs: as near to the oracle as rounding to bf16 allows, and gradients.
+
+    XLA:CPU multiplies bf16 in some forms only, so every shape of product is tried.
+    """
+    case = CASES[name]
+    S = 3 * case.unit
+    q, k, v = (x.astype(jnp.bfloat16) for x in inputs(S, S, case))
+    if not grouped:
+        q = q[:, :, : case.heads[1]]
+    spec = AttentionSpec(scale=SCALE)
+    if queries == "one":
+        q = q[:, -1:]
+        spec = dataclasses.replace(spec, query_index=jnp.full((B, 1), S - 1))
+
+    def total(q, k, v):
+        z, _ = case.run(q, k, v, spec)
+        return jnp.sum(z.astype(jnp.float32)), z
+
+    grads, z = quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    assert {x.dtype for x in (z, *grads)} == {jnp.dtype(jnp.bfloat16)}
+    places = None if spec.query_index is None else np.asarray(spec.query_index)
+    expected = ops_case.attention(q, k, v, scale=SCALE, query_index=places)
+    # Probabilities and results are rounded to 8 bits: 2 ** -8 of values up to 4.
+    np.testing.assert_allclose(np.float32(z), expected, atol=2e-2)
+    exact = quick_jit(
+        jax.grad(
+            lambda *x: jnp.sum(reference_attention(*x, spec)[0]), argnums=(0, 1, 2)
+        )
+    )(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for one, other in zip(grads, exact, strict=True):
+        # Three roundings to 8 bits, in sums that partly cancel.
+        near = 0.03 * np.abs(other).max()
+        np.testing.assert_allclose(np.float32(one), other, atol=near)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_query_head_n_is_served_by_key_head_n_over_g(name):
+    case = CASES[name]
+    if case.heads[1] == 1:
+        case = dataclasses.replace(case, heads=(4, 2))
+    N, K = case.heads
+    q, k, _ = inputs(case.unit, case.unit, case)
+    v = jnp.broadcast_to(jnp.arange(K, dtype=jnp.float32)[:, None], k.shape)
+    z, _ = quick_jit(case.run)(q, k, v, AttentionSpec(scale=SCALE))
+    served = np.repeat(np.arange(K), N // K)
+    np.testing.assert_allclose(z[0, :, :, 0], [served] * case.unit, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_window_off_by_one_is_seen(name):
+    case = CASES[name]
+    q, k, v = inputs(3 * case.unit, 3 * case.unit, case)
+    run = quick_jit(case.run)
+    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, window=9))
+    for wrong in (8, 10):
+        other = ops_case.attention(q, k, v, scale=SCALE, window=wrong)
+        assert np.abs(z - other).max() > 0.05
+    # The window counts the token itself.
+    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, window=1))
+    np.testing.assert_allclose(
+        z, np.repeat(v, q.shape[2] // k.shape[2], axis=2), atol=case.atol
+    )
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_sinks_take_their_share(name):
+    case = CASES[name]
+    q, k, v = inputs(case.unit, case.unit, case)
+    run = quick_jit(lambda spec: case.run(q, k, v, spec)[0])
+    plain = run(AttentionSpec(scale=SCALE))
+    none = run(AttentionSpec(scale=SCALE, sinks=jnp.full(q.shape[2], -1e4)))
+    np.testing.assert_allclose(none, plain, atol=1e-6)
+    heavy = run(AttentionSpec(scale=SCALE, sinks=jnp.full(q.shape[2], 30.0)))
+    assert np.abs(heavy).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_row_without_keys_is_finite(name):
+    """Padding may see nothing at all; it must not make NaN, backward neither."""
+    case = CASES[name]
+    q, k, v = inputs(case.unit, case.unit, case)
+    spec = AttentionSpec(scale=SCALE, key_length=jnp.zeros(B, jnp.int32))
+
+    def total(q, k, v):
+        return jnp.sum(case.run(q, k, v, spec)[0])
+
+    value, grads = quick_jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_large_scores_do_not_overflow(name):
+    case = CASES[name]
+    q, k, v = inputs(case.unit, case.unit, case)
+    z, lse = quick_jit(case.run)(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
+    expected = reference_attention(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
+    # Scores reach 3e4, where f32 numbers lie 2e-3 apart.
+    np.testing.assert_allclose(z, expected[0], atol=1e-2)
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in EXACT if n != "dense"])
+@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("extra", ["plain", "window, soft cap, sinks", "int8"])
+def test_decoding(name, queries, extra):
+    """A few queries at the end of ragged rows, also over int8 keys and values."""
+    case = CASES[name]
+    S = 3 * case.unit - 5
+    q, k, v = inputs(queries, S, case)
+    start = np.array([[S - queries], [case.unit - 3]])
+    values = {"query_index": (start + np.arange(queries)).astype(np.int32)}
+    if extra == "window, soft cap, sinks":
+        values |= {"window": case.unit + 3, "soft_cap": 1.5}
+        values["sinks"] = normal(5, case.heads[0])
+    spec = make_spec(values)
+    if extra == "int8":
+        (k8, key_scale), (v8, value_scale) = quantize(k), quantize(v)
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        spec = dataclasses.replace(spec, **scales)
+        rounded = [
+            x * np.float32(s)[..., None]
+            for x, s in ((k8, key_scale), (v8, value_scale))
+        ]
+        # All of int8 is used, and a number is off by half a step at most.
+        assert np.abs(np.int32(k8)).max(axis=-1).min() == 127
+        assert np.abs(rounded[0] - k).max() <= np.max(key_scale) / 2 + 1e-6
+        k, v = rounded
+        if IMPLEMENTATIONS[name].int8:
+            z, lse = quick_jit(case.run)(q, k8, v8, spec)
+        else:
+            z, lse = quick_jit(case.run)(q, *dequantize(k8, v8, spec, q.dtype))
+    else:
+        z, lse = quick_jit(case.run)(q, k, v, spec)
+    expected = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
+    np.testing.assert_allclose(z, expected[0], atol=case.atol)
+    np.testing.assert_allclose(lse, expected[1], atol=case.atol)
+
+
+def test_long_rows_never_hold_all_scores():
+    """At 32768 tokens memory, backward too, is far below one [T, S] matrix."""
+    T, heads = 32768, 2
+
+    def memory(run, length):
+        def total(q, k, v):
+            z, lse = run(q, k, v, AttentionSpec(scale=SCALE))
+            return jnp.sum(z) + jnp.sum(lse)
+
+        shape = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
+        compiled = quick_jit(jax.grad(total, (0, 1, 2))).lower(*(shape,) * 3).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(blocked.blocked_attention, T) < 4 * T * T / 100
+    # The measure sees what it is there for.
+    assert memory(reference_attention, 4096) >= 4 * heads * 4096**2
+
+
+def test_lse_and_probabilities():
+    q, k, _ = inputs(16, 16)
+    spec = AttentionSpec(scale=SCALE, window=5, sinks=jnp.asarray(normal(5, N)))
+    scores = np.float64(attention_scores(q, k, spec)).reshape(B, N, 16, 16)
+    lse = np.float64(attention_lse(jnp.asarray(scores.reshape(B, K, 2, 16, 16)), spec))
+    sinks = np.float64(spec.sinks)[:, None, None]
+    total = np.exp(scores).sum(-1, keepdims=True) + np.exp(sinks)
+    np.testing.assert_allclose(lse.reshape(B, N, 16), np.log(total)[..., 0], atol=1e-5)
+    hidden = np.tril(np.ones((16, 16)), -5) + np.triu(np.ones((16, 16)), 1)
+    assert ((scores == np.float32(MASKED)) == (hidden > 0)).all()
+
+
+def test_mask_against_its_definition():
+    index, keys = np.array([[3, 4], [0, 7]], np.int32), np.arange(9, dtype=np.int32)
+    queries = np.array([[1, 2], [1, 1]], np.int32)
+    segments = np.array([[1] * 4 + [2] * 5, [1] * 9], np.int32)
+    length = np.array([5, 9], np.int32)
+    for causal, window, with_segments, with_length in itertools.product(
+        (True, False), (None, 1, 3), (True, False), (True, False)
+    ):
+        given = {"query_segments": queries, "key_segments": segments}
+        mask = attention_mask(
+            jnp.asarray(index),
+            jnp.asarray(keys),
+            causal=causal,
+            window=window,
+            key_length=jnp.asarray(length) if with_length else None,
+            **(jax.tree.map(jnp.asarray, given) if with_segments else {}),
+        )
+        for b, t, s in itertools.product(range(2), range(2), range(9)):
+            seen = (
+                (not causal or s <= index[b, t])
+                and (window is None or s > index[b, t] - window)
+                and (not with_segments or queries[b, t] == segments[b, s])
+                and (not with_length or s < length[b])
+            )
+            assert mask[b, t, s] == seen

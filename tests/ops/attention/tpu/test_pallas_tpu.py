@@ -1,0 +1,93 @@
+"""What is special to the TPU's kernels; their results are in test_attention.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ops_case
+import pytest
+from ops_case import normal, quick_jit
+
+from jaxlm.ops.attention.spec import AttentionSpec, quantize
+from jaxlm.ops.attention.tpu import pallas_tpu as tpu
+
+SCALE = 0.3
+SETTINGS = tpu.Settings(16, 16, 16, 16, 16, interpret=True)
+
+
+def inputs(T, S, N=4, K=2, H=8):
+    shapes = ((2, T, N, H), (2, S, K, H), (2, S, K, H))
+    return [jnp.asarray(normal(i, *shape)) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_parts_of_the_keys_are_merged(splits):
+    """More parts than blocks too, and rows that fill some of them only."""
+    q, k, v = inputs(3, 77)
+    values = {
+        "query_index": np.array([[70], [20]], np.int32) + np.arange(3, dtype=np.int32),
+        "sinks": normal(6, 4),
+        "window": 40,
+    }
+    spec = AttentionSpec(
+        SCALE,
+        window=40,
+        **{n: jnp.asarray(values[n]) for n in ("query_index", "sinks")},
+    )
+    settings = dataclasses.replace(SETTINGS, decode_splits=splits)
+    z, lse = quick_jit(lambda *x: tpu.attention(*x, settings=settings))(q, k, v, spec)
+    expected = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
+    np.testing.assert_allclose(z, expected[0], atol=3e-6)
+    np.testing.assert_allclose(lse, expected[1], atol=3e-6)
+
+
+def test_parts_are_not_rounded_before_they_are_merged():
+    """257 and -255 have the mean 1; in bf16 there is no 257."""
+    values = np.repeat([[256.0, 258.0, -255.0]], [16, 16, 32], axis=1)
+    v = jnp.asarray(np.tile(values[..., None, None], (1, 1, 1, 8)), jnp.bfloat16)
+    q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 64, 1, 8), jnp.bfloat16)
+    spec = AttentionSpec(SCALE, query_index=jnp.full((1, 1), 63))
+    settings = dataclasses.replace(SETTINGS, decode_splits=2)
+    z, _ = quick_jit(lambda *x: tpu.attention(*x, settings=settings))(q, k, v, spec)
+    np.testing.assert_array_equal(z, 1)
+
+
+def test_hidden_blocks_are_not_read():
+    """NaN in blocks outside the window, and in other segments, reaches no result."""
+    q, k, v = inputs(64, 64)
+    ids = jnp.asarray(np.repeat([[1, 2]], 32, axis=1).repeat(2, axis=0), jnp.int32)
+    spec = AttentionSpec(SCALE, window=8, query_segments=ids, key_segments=ids)
+
+    def total(q, k, v):
+        z, lse = tpu.attention(q, k, v, spec, settings=SETTINGS)
+        return jnp.sum(z[:, 48:]) + jnp.sum(lse[..., 48:])
+
+    run = quick_jit(jax.grad(total, (0, 1, 2)))
+    clean = run(q, k, v)
+    # The last 16 queries see the blocks from 32 on.
+    broken = run(q, *(x.at[:, :32].set(jnp.nan) for x in (k, v)))
+    np.testing.assert_array_equal(clean[0][:, 48:], broken[0][:, 48:])
+    for one, other in zip(clean[1:], broken[1:], strict=True):
+        np.testing.assert_array_equal(one[:, 32:], other[:, 32:])
+
+
+def test_int8_has_no_gradient():
+    q, k, v = inputs(2, 32)
+    (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
+    spec = AttentionSpec(
+        SCALE,
+        query_index=jnp.full((2, 2), 31),
+        key_scale=key_scale,
+        value_scale=value_scale,
+    )
+    with pytest.raises(ValueError, match="int8 keys has no gradient: dequantize them"):
+        jax.grad(lambda q: jnp.sum(tpu.attention(q, k, v, spec, settings=SETTINGS)[0]))(
+            q
+        )
+    with pytest.raises(
+        ValueError, match="q, k and v are float32, bfloat16 and float32"
+    ):
+        tpu.attention(
+            q, q[:, :, :2].astype(jnp.bfloat16), q[:, :, :2], AttentionSpec(1.0)
+        )
