@@ -71,7 +71,7 @@ def write_report(runs: Iterable[Path | str], out: Path | str) -> Path:
 
 
 def _asset(name: str) -> str:
-    return resources.files("jaxlm.train").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("jaxlm.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hidden_unless(shown: bool) -> str:

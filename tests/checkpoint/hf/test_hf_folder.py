@@ -319,7 +319,7 @@ SHARDED = """
 import sys
 import jax, numpy as np
 from jaxlm import tree
-from jaxlm.checkpoint import source
+from jaxlm.checkpoint import load as source
 from jaxlm.config import MeshConfig
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh

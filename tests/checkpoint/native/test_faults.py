@@ -21,7 +21,8 @@ from jaxlm.checkpoint.native.saving import Checkpoints, SaveError
 DIE = """
 import os, sys
 from checkpoint_case import restore, save
-from jaxlm.checkpoint import folder, integrity
+from jaxlm.checkpoint import integrity
+from jaxlm.checkpoint.native import run_folder as folder
 from jaxlm.checkpoint.native.saving import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], keep=1)
 restore(checkpoints)
