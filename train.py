@@ -34,6 +34,7 @@ from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.infer.generate import generate
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.progress import ProgressLine
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
 from jaxlm.sharding import rules
@@ -41,7 +42,6 @@ from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.optimizer import make_optimizer
-from jaxlm.train.progress import ProgressLine
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 from jaxlm.train.stopping import (
     EXIT_NO_CHECKPOINT,

@@ -1,29 +1,96 @@
-"""A progress bar on standard error for work that turns out to be slow."""
+"""Progress on standard error: bars, spinners and the line of a training run.
+
+On a terminal rich draws them, one below the other where there are several, and whatever
+is printed meanwhile appears above them. Elsewhere (a pipe, a log, `TERM=dumb`) plain
+lines come out.
+"""
 
 import contextlib
+import functools
+import io
+import math
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
 # Work that ends sooner than this shows nothing.
 PATIENCE_SECONDS = 2.0
+# Cells of the bar of a training run.
+BAR_WIDTH = 20
+# Control characters, which could move the cursor; new lines and tabs are harmless.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+# A type checker that runs does not take whole numbers for float.
+Number = float | int
+
+
+def format_count(value: Number) -> str:
+    """A count in four characters or so: 950, 41.2k, 3.1M, 120B; '-' if not finite."""
+    if not math.isfinite(value):
+        return "-"
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            return f"{scaled:.0f}{unit}" if scaled >= 99.95 else f"{scaled:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def format_seconds(seconds: Number) -> str:
+    """A span of time: 0:07, 3:12, 1:02:03, 2d 03h; '-' if not finite."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02d}h"
+    if hours:
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    return f"{rest // 60}:{rest % 60:02d}"
+
+
+def format_row(row: Mapping[str, Any], eta_s: Number | None = None) -> str:
+    """`loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% eta 3:12`
+
+    Args:
+      row: a training row (`metrics.FIELDS`); fields that are missing or None are left
+        out.
+      eta_s: seconds left.
+    """
+    parts = []
+    if (loss := row.get("loss")) is not None:
+        parts.append(f"loss {loss:.3f}" if abs(loss) < 1e4 else f"loss {loss:.2e}")
+    if (lr := row.get("lr")) is not None:
+        parts.append(f"lr {lr:.1e}")
+    if (rate := row.get("tokens_per_s")) is not None:
+        parts.append(f"{format_count(rate)} tok/s")
+    if (mfu := row.get("mfu")) is not None and math.isfinite(mfu):
+        parts.append(f"MFU {100 * mfu:.{1 if 0 < mfu < 0.0995 else 0}f}%")
+    if row.get("step_s") and "data_wait_s" in row:
+        parts.append(f"wait {100 * row['data_wait_s'] / row['step_s']:.0f}%")
+    if eta_s is not None:
+        parts.append(f"eta {format_seconds(eta_s)}")
+    return " ".join(parts)
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Shows rate and time left once the work has taken two seconds.
+    """Shows the rate and the time left once the work has taken two seconds.
 
     Args:
       title: what is done and where the result goes.
@@ -32,27 +99,16 @@ def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]
     Yields:
       A function to call with the number of bytes done so far.
     """
-    bar = Progress(
-        TextColumn("{task.description}"),
+    with _after_patience(
+        title,
+        total_bytes,
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-    )
-    task = bar.add_task(title, total=total_bytes)
-    began = time.monotonic()
-
-    def advance_to(done: int) -> None:
-        if not bar.live.is_started and time.monotonic() - began > PATIENCE_SECONDS:
-            bar.start()
-        bar.update(task, completed=min(done, total_bytes))
-
-    try:
-        yield advance_to
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+    ) as update:
+        yield lambda done: update(completed=min(done, total_bytes))
 
 
 @contextlib.contextmanager
@@ -62,21 +118,155 @@ def spinner(title: str) -> Iterator[Callable[[], None]]:
     Yields:
       A function to call now and then; the spinner appears after two seconds.
     """
-    bar = Progress(
+    with _after_patience(
+        title,
+        None,
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
-        console=Console(file=sys.stderr),
-    )
-    bar.add_task(title, total=None)
+    ) as update:
+        yield update
+
+
+@contextlib.contextmanager
+def _after_patience(
+    title: str, total: int | None, *columns: ProgressColumn
+) -> Iterator[Callable[..., None]]:
+    bar = _display(_console(sys.stderr), *columns)
+    task = bar.add_task(title, total=total)
     began = time.monotonic()
 
-    def tick() -> None:
-        if not bar.live.is_started and time.monotonic() - began > PATIENCE_SECONDS:
-            bar.start()
+    def update(**fields: Any) -> None:
+        if time.monotonic() - began > PATIENCE_SECONDS:
+            _start(bar)
+        bar.update(task, **fields)
 
     try:
-        yield tick
+        yield update
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+class ProgressLine:
+    """Shows training rows as they come, on stderr.
+
+    On a terminal a bar and the figures of the last row are kept up to date in place.
+    Elsewhere plain lines come at most every `every_s` seconds, and the first and the
+    last in any case.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        stream: io.TextIOBase | None = None,
+        every_s: Number = 10.0,
+        clock: Callable[[], Number] = time.monotonic,
+    ):
+        """Shows nothing yet.
+
+        Args:
+          steps: of the whole run.
+          stream: where to; None is stderr.
+          every_s: seconds between plain lines.
+          clock: gives seconds.
+        """
+        self._steps = steps
+        self._console = _console(sys.stderr if stream is None else stream)
+        self._live = self._console.is_interactive
+        self._every_s = every_s
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+        self._shown_at = -math.inf
+        self._pending: str | None = None
+        self._bar = _display(
+            self._console,
+            # On a narrow terminal the bar shrinks, and then the figures are cut.
+            TextColumn(
+                "{task.description}",
+                markup=False,
+                table_column=Column(no_wrap=True, min_width=len(self._count(steps))),
+            ),
+            BarColumn(None, table_column=Column(max_width=BAR_WIDTH)),
+            TextColumn("{task.fields[figures]}", markup=False),
+        )
+        self._task = self._bar.add_task("", total=steps, figures="")
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Takes a training row (`metrics.FIELDS`) and shows it when it is time."""
+        now, step = self._clock(), row["step"]
+        if self._first is None:
+            self._first = (step, now)
+        figures = format_row(row, self._time_left(step, now, row.get("step_s")))
+        count = self._count(step)
+        if self._live:
+            self._bar.update(
+                self._task, completed=step, description=count, figures=figures
+            )
+            _start(self._bar)
+            return
+        done = BAR_WIDTH * step // self._steps
+        bar = "#" * done + "-" * (BAR_WIDTH - done)
+        self._pending = f"{count} [{bar}] {figures}"
+        if now - self._shown_at >= self._every_s or step >= self._steps:
+            self._show_pending(now)
+
+    def note(self, text: str) -> None:
+        """Prints text above the live line, without what could move the cursor."""
+        text = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+        if self._live:
+            self._console.out(text, highlight=False)
+        else:
+            self._write(text)
+
+    def close(self) -> None:
+        """Shows the last row if it was held back, and ends the live line."""
+        if self._pending is not None:
+            self._show_pending(self._clock())
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def _count(self, step: int) -> str:
+        return f"step {step:>{len(str(self._steps))}}/{self._steps}"
+
+    def _time_left(
+        self, step: int, now: Number, step_s: Number | None
+    ) -> Number | None:
+        # Since the first row, so with evaluations and checkpoints, without compiling.
+        first_step, first_time = self._first or (step, now)
+        if step > first_step:
+            step_s = (now - first_time) / (step - first_step)
+        return None if step_s is None else (self._steps - step) * step_s
+
+    def _show_pending(self, now: Number) -> None:
+        self._write(self._pending)
+        self._shown_at, self._pending = now, None
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text + "\n")
+        self._console.file.flush()
+
+
+@functools.lru_cache(maxsize=1)
+def _console_of(stream: Any) -> Console:
+    # rich would take FORCE_COLOR for a terminal, and fill a log with cursor movements.
+    return Console(file=stream, force_terminal=None if stream.isatty() else False)
+
+
+def _console(stream: Any) -> Console:
+    """The one console of a stream: displays that share it are drawn together."""
+    # While something is drawn, sys.stderr is rich's own, which prints above it.
+    return _console_of(getattr(stream, "rich_proxied_file", stream))
+
+
+def _display(console: Console, *columns: ProgressColumn) -> Progress:
+    # What is printed to stdout goes above the live lines only if it is seen there.
+    return Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty())
+
+
+def _start(bar: Progress) -> None:
+    if not bar.live.is_started:
+        bar.start()
+        # rich hides the cursor, and a second Ctrl-C ends the process there and then.
+        bar.console.show_cursor(True)

@@ -11,8 +11,8 @@ import optax
 
 from jaxlm.config import Config
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.progress import ProgressLine
 from jaxlm.train.metrics import MetricsWriter
-from jaxlm.train.progress import ProgressLine
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import StepMetrics, make_eval_step, make_train_step
 from jaxlm.train.stopping import EXIT_DONE, NotFinite, StopRequest
@@ -100,6 +100,7 @@ def fit(
             with log.paused():
                 text = hooks.sample(state.params, step)
                 writer.write("sample", step, text=text, prompt=train.sample_prompt)
+                progress.note(f"step {step}: sample\n{train.sample_prompt}{text}")
 
         # Save.
         if save:

@@ -1,7 +1,6 @@
-"""metrics.jsonl, the rates and the progress line."""
+"""metrics.jsonl and the rates."""
 
 import builtins
-import io
 import json
 import math
 import os
@@ -15,12 +14,6 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.train.metrics import MetricsWriter, read_metrics
-from jaxlm.train.progress import (
-    ProgressLine,
-    format_count,
-    format_progress,
-    format_seconds,
-)
 from jaxlm.train.throughput import (
     flops_per_token,
     matrix_params,
@@ -324,98 +317,3 @@ def test_peaks_add_up_and_an_unknown_device_has_none():
 def test_a_cpu_is_measured():
     peak = measure_peak_flops("float32", seconds=0.02)
     assert 1e8 < peak < 1e15
-
-
-def test_progress_line():
-    line = format_progress(
-        step=120,
-        steps=2000,
-        loss=2.3141,
-        lr=1.9e-2,
-        tokens_per_s=41234.0,
-        mfu=0.312,
-        data_wait=0.001,
-        eta_s=192.0,
-    )
-    assert line == (
-        "step  120/2000 [#-------------------] loss 2.314 lr 1.9e-02 41.2k tok/s "
-        "MFU 31% wait 0% eta 3:12"
-    )
-
-
-@pytest.mark.parametrize("width", [20, 60, 80, 100])
-def test_progress_fits_its_width(width):
-    line = format_progress(
-        step=9_999_999,
-        steps=10_000_000,
-        loss=1e30,
-        lr=1e-12,
-        tokens_per_s=123_456_789_012.0,
-        mfu=0.001,
-        data_wait=1.0,
-        eta_s=1e7,
-        width=width,
-    )
-    assert len(line) <= width and line.startswith("step  9999999/100")
-
-
-def test_progress_with_odd_values():
-    line = format_progress(
-        step=0, steps=1, loss=math.nan, tokens_per_s=math.inf, mfu=None, eta_s=math.nan
-    )
-    assert "loss nan" in line and "- tok/s" in line and "MFU" not in line
-
-
-def test_counts_and_times_in_words():
-    counts = [950, 999.9, 41_234, 99_960, 1_000_000, 10.77e6, 1.3e9]
-    assert [format_count(v) for v in counts] == [
-        *("950", "1.0k", "41.2k", "100k", "1.0M", "10.8M", "1.3B")
-    ]
-    spans = [0, 7.4, 192, 3723, 97_200]
-    assert [format_seconds(v) for v in spans] == [
-        *("0:00", "0:07", "3:12", "1:02:03", "1d 03h")
-    ]
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_progress_in_a_file_is_a_line_every_ten_seconds():
-    stream, clock = io.StringIO(), Clock()
-    progress = ProgressLine(100, stream=stream, clock=clock)
-    for step in range(1, 96):
-        progress.update({"step": step, **train_row(step)})
-        clock.now += 0.5
-    progress.close()
-    lines = stream.getvalue().splitlines()
-    shown = [int(line.split()[1].split("/")[0]) for line in lines]
-    assert shown == [1, 21, 41, 61, 81, 95]  # the first, each 10 s, and the last
-    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
-    # 0.5 s a step on the clock, whatever the rows say: with evaluations in it.
-    assert lines[2].endswith("eta 0:30")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_on_a_terminal_is_one_line_rewritten(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "70")
-    stream, clock = Terminal(), Clock()
-    progress = ProgressLine(10, stream=stream, clock=clock)
-    for step in range(1, 11):
-        progress.update({"step": step, **train_row(step)})
-        clock.now += 1.0
-        if step == 5:
-            progress.note("held-out loss 2.000")
-    progress.close()
-    text = stream.getvalue()
-    assert text.count("\n") == 2 and text.endswith("\n")  # the note's and the last
-    drawn = [part.split("\x1b[K")[0] for part in text.split("\r")]
-    assert all(len(part) <= 69 for part in drawn)
-    assert "step 10/10" in drawn[-1]

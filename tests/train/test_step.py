@@ -23,11 +23,11 @@ from jaxlm.config import (
 from jaxlm.model.transformer import forward
 from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.probe import Tap
+from jaxlm.progress import ProgressLine
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter, read_metrics
 from jaxlm.train.optimizer import make_optimizer
-from jaxlm.train.progress import ProgressLine
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import loss_and_grads, loss_sums, make_eval_step, make_train_step
 from jaxlm.train.stopping import NotFinite, StopRequest

@@ -1,0 +1,173 @@
+"""What a terminal and a log show of work that takes time."""
+
+import fcntl
+import io
+import math
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pyte
+import pytest
+
+import jaxlm.progress
+from jaxlm.progress import ProgressLine, format_count, format_row, format_seconds
+
+# A run with everything that may want a place on the terminal at the same time.
+RUN = r"""
+import sys, warnings
+sys.path.append("JAXLM")  # by itself it does not wait for jax
+import progress
+
+progress.PATIENCE_SECONDS = -1.0  # bars appear at once
+line = progress.ProgressLine(2000)
+line.note("run: 12 parameters [bold]")
+row = {"loss": 2.0, "lr": 1e-3, "tokens_per_s": 1000.0, "data_wait_s": 0.0, "step_s": 0.1}
+for step in range(1, 1001):
+    line.update({"step": step, **row})
+    if step == 500:
+        print("on stdout")
+        print("on stderr", file=sys.stderr)
+        warnings.warn_explicit("a warning", UserWarning, "file.py", 7)
+        line.note("a sample\n\x1b[2J\rTo be\nor not " + "x" * 80)
+        with progress.progress_bar("hashing [a/b]", 1000) as advance_to:
+            advance_to(10)
+            with progress.spinner("learning") as tick:
+                tick()
+                line.note("a note under three lines")
+            advance_to(1000)
+line.update({"step": 2000, **row, "loss": 1.0})
+line.close()
+print("the end")
+""".replace("JAXLM", str(Path(jaxlm.progress.__file__).parent))
+ROW = {
+    "loss": 2.3141,
+    "lr": 1.9e-2,
+    "tokens_per_s": 41234.0,
+    "mfu": 0.312,
+    "data_wait_s": 0.0001,
+    "step_s": 0.1,
+}
+FIGURES = "lr 1.0e-03 1.0k tok/s wait 0% eta 0:00"
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def on_terminal(program: str, *, columns: int = 80, **environment: str):
+    """What a program leaves on a terminal of 30 rows, and all bytes that it wrote."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", **environment}
+    command = [sys.executable, "-c", program]
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen(command, env=environment, **streams) as child:
+        os.close(theirs)
+        written = b""
+        try:
+            while data := os.read(ours, 65536):
+                written += data
+        except OSError:  # how a pty says that the other side is closed
+            pass
+    os.close(ours)
+    assert child.returncode == 0, written.decode()
+    screen = pyte.Screen(columns, 30)
+    pyte.ByteStream(screen).feed(written)
+    assert not screen.cursor.hidden
+    return [line.rstrip() for line in screen.display[: screen.cursor.y]], written
+
+
+@pytest.mark.parametrize("columns", [100, 50])
+def test_lines_on_a_terminal_do_not_overwrite_each_other(columns):
+    lines, _ = on_terminal(RUN, columns=columns)
+    long = "or not " + "x" * 80
+    assert lines[:3] == ["run: 12 parameters [bold]", "on stdout", "on stderr"]
+    assert lines[3:6] == ["file.py:7: UserWarning: a warning", "a sample", "�[2J�To be"]
+    rest = lines[6:]
+    wrapped = rest[: -(-len(long) // columns)]
+    assert "".join(wrapped) == long
+    rest = rest[len(wrapped) :]
+    assert rest[0] == "a note under three lines"
+    assert "learning 0:00:00" in rest[1] and rest[2].startswith("hashing [a/b] ━━━━━")
+    assert lines[-1] == "the end"
+    if columns == 100:
+        assert lines[-2] == f"step 2000/2000 {'━' * 20} loss 1.000 {FIGURES}"
+        assert len(rest) == 5
+    else:  # without a bar, and cut
+        assert lines[-2] == f"step 2000/2000 loss 1.000 {FIGURES}"[:50]
+
+
+def test_a_terminal_without_cursor_movements_gets_plain_lines():
+    lines, written = on_terminal(RUN, TERM="dumb")
+    assert b"\x1b" not in written
+    assert f"step 2000/2000 [{'#' * 20}] loss 1.000 {FIGURES}"[:80] in lines
+
+
+def test_no_color_is_respected():
+    _, colours = on_terminal(RUN)
+    _, written = on_terminal(RUN, NO_COLOR="1")
+    assert b"\x1b[38;5" in colours and b"\x1b[38;5" not in written
+
+
+def test_a_pipe_gets_plain_lines_whatever_the_environment_says():
+    result = subprocess.run(
+        [sys.executable, "-c", RUN],
+        env={**os.environ, "FORCE_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "on stdout\nthe end\n"
+    assert "\x1b" not in result.stderr and "\r" not in result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[0] == "run: 12 parameters [bold]"
+    assert lines[1].startswith(f"step    1/2000 [{'-' * 20}] loss 2.000 lr 1.0e-03")
+    assert lines[-1].startswith(f"step 2000/2000 [{'#' * 20}] loss 1.000 lr 1.0e-03")
+    assert any(line.startswith("hashing [a/b]") for line in lines)
+
+
+def test_the_figures_of_a_row():
+    figures = "loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% eta 3:12"
+    assert format_row(ROW, 192.0) == figures
+    odd = {"loss": math.nan, "tokens_per_s": math.inf, "mfu": None, "lr": None}
+    assert format_row(odd, math.nan) == "loss nan - tok/s eta -"
+    assert format_row({"loss": 1e30, "mfu": 0.001}) == "loss 1.00e+30 MFU 0.1%"
+
+
+def test_counts_and_times_in_words():
+    counts = [950, 999.9, 41_234, 99_960, 1_000_000, 10.77e6, 1.3e9]
+    assert [format_count(v) for v in counts] == [
+        *("950", "1.0k", "41.2k", "100k", "1.0M", "10.8M", "1.3B")
+    ]
+    spans = [0, 7.4, 192, 3723, 97_200]
+    assert [format_seconds(v) for v in spans] == [
+        *("0:00", "0:07", "3:12", "1:02:03", "1d 03h")
+    ]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_log_gets_a_line_every_ten_seconds():
+    stream, clock = io.StringIO(), Clock()
+    progress = ProgressLine(100, stream=stream, clock=clock)
+    for step in range(1, 96):
+        progress.update({"step": step, **ROW})
+        clock.now += 0.5
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    shown = [int(line.split()[1].split("/")[0]) for line in lines]
+    assert shown == [1, 21, 41, 61, 81, 95]  # the first, each 10 s, and the last
+    # 0.5 s a step on the clock, whatever the rows say: with evaluations in it.
+    assert lines[2].endswith("eta 0:30")
