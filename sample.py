@@ -20,7 +20,7 @@ from jaxlm.infer.generate import Generation, generate
 from jaxlm.model.transformer import init
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
-from jaxlm.tokenizers.tokenizer import TextStream
+from jaxlm.tokenizers.base import TextStream
 from jaxlm.train.stopping import EXIT_INTERRUPTED
 
 

@@ -79,7 +79,7 @@ def shakespeare():
 @pytest.fixture(scope="session")
 def models(shakespeare):
     """A SentencePiece tokenizer of each algorithm, trained on a part of the text."""
-    from jaxlm.tokenizers.tokenizer import train_sentencepiece
+    from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
 
     text = shakespeare[:100_000]
     return {a: train_sentencepiece([text], 500, a) for a in ("bpe", "unigram")}

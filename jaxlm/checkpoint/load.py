@@ -69,7 +69,7 @@ class Run:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was saved with the step."""
-        return reading.load_tokenizer(self.path, report=self._report)
+        return reading.restore_tokenizer(self.path, report=self._report)
 
 
 def open_source(path: str | Path, *, report: Callable[[str], None] = say) -> Source:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Int64
 
 from jaxlm.config import DataConfig
-from jaxlm.data.derived_files import (
+from jaxlm.data.disk_cache import (
     build_once,
     cache_root,
     check_unchanged,
@@ -32,8 +32,9 @@ from jaxlm.data.packing import (
 from jaxlm.data.sources import Source, find_source, read_documents
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
-from jaxlm.tokenizers.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.types import Batch
 
 # Changed whenever the same config and seed would give other batches than before.
@@ -262,7 +263,7 @@ def _tokenizer_of(
 
     folder = build_once(root, key, build)
     try:
-        return load_tokenizer(folder)
+        return read_saved_tokenizer(folder)
     except ValueError as error:
         raise ValueError(f"{error}: delete the folder {folder}") from error
 

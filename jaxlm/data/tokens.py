@@ -25,12 +25,12 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
 from jaxlm.config import DataConfig
-from jaxlm.data.derived_files import build_once, cache_root, check_unchanged, key_of
+from jaxlm.data.disk_cache import build_once, cache_root, check_unchanged, key_of
 from jaxlm.data.sources import Source, read_documents
 from jaxlm.progress import progress_bar
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
-from jaxlm.tokenizers.tokenizer import load_tokenizer
+from jaxlm.tokenizers.kinds import read_saved_tokenizer
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
 FORMAT_VERSION = 1
 # A longer document is encoded in parts, cut after a line: one call on a gigabyte would
@@ -318,7 +318,7 @@ def _start_worker(folder: str) -> None:
     # The parent alone answers Ctrl-C, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _worker_tokenizer
-    _worker_tokenizer = load_tokenizer(Path(folder))
+    _worker_tokenizer = read_saved_tokenizer(Path(folder))
 
 
 def _encode_task(texts: list[str]) -> list[np.ndarray]:

@@ -80,7 +80,7 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes what `load_tokenizer` reads into an existing folder."""
+        """Writes what `read_saved_tokenizer` reads into an existing folder."""
         ...
 
 

@@ -14,7 +14,7 @@ _SPACES_BEFORE = re.compile(f"[{_SPACES}]*\\Z")
 
 
 @dataclass(frozen=True)
-class Habits:
+class TokenizerSettings:
     """How a model uses its tokenizer, as the files beside it say."""
 
     bos_id: int | None = None
@@ -57,10 +57,10 @@ class Habits:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Any) -> "Habits":
+    def from_json(cls, values: Any) -> "TokenizerSettings":
         """The inverse of `to_json`; raises TypeError or ValueError for others."""
         if not isinstance(values, Mapping):
-            raise ValueError("the habits of the tokenizer are no JSON object")
+            raise ValueError("the tokenizer settings are not a JSON object")
         return cls(**{**values, "stop_ids": tuple(values.get("stop_ids", ()))})
 
 

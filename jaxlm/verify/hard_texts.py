@@ -3,8 +3,8 @@
 import json
 
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.verify.check import Check
 from jaxlm.verify.expected import Expected
 

@@ -16,7 +16,7 @@ from jaxlm.checkpoint.load import HUB, Source, download
 from jaxlm.checkpoint.tensor_file import shown
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.hugging_face.hugging_face_writing import write_hugging_face
+from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
 from jaxlm.types import Params
 from jaxlm.verify import peer
 from jaxlm.verify.comparing import NUM_GREEDY, steady_length

@@ -19,7 +19,7 @@ from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.cli import main, read_config
 from jaxlm.config import Config, DataConfig, diff
 from jaxlm.model.presets import preset, toy
-from jaxlm.tokenizers.tokenizer import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TEXT = "naïve 日本語\n  x = 12"
 MODEL = toy(preset("qwen3-0.6b"))

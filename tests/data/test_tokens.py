@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import derived_files as cache
 from jaxlm.data import tokens
-from jaxlm.data.derived_files import build_once, cache_root, content_hashes
+from jaxlm.data.disk_cache import build_once, cache_root, content_hashes
 from jaxlm.data.sources import find_source
 from jaxlm.data.tokens import open_tokens, tokenize_source
-from jaxlm.tokenizers.tokenizer import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 
 
 def tokenized(path, tokenizer=None, **options):

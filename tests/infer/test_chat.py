@@ -22,8 +22,9 @@ from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer import chat, chat_template
 from jaxlm.infer.chat import chat_ids, converse, render
 from jaxlm.infer.generate import generate
-from jaxlm.tokenizers.gguf.gguf_tokenizer import tokenizer_from_gguf
-from jaxlm.tokenizers.tokenizer import ByteTokenizer, TextStream
+from jaxlm.tokenizers.base import TextStream
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.tokenizers.gguf import tokenizer_from_gguf
 
 
 def user(text):

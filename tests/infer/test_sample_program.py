@@ -16,7 +16,7 @@ from toy_case import make_params, toy
 from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer.generate import generate
-from jaxlm.tokenizers.tokenizer import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 CONTEXT = 8192

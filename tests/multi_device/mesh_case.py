@@ -27,7 +27,7 @@ from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu as tpu
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
-from jaxlm.tokenizers.tokenizer import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import loss_and_grads, make_train_step

@@ -18,7 +18,7 @@ from parity_case import nested, weights
 from jaxlm.checkpoint.gguf.gguf_model import write_model
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
-from jaxlm.tokenizers.tokenizer import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_source
 from jaxlm.cli import main
-from jaxlm.tokenizers.tokenizer import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.verify import comparing, peer
 from jaxlm.verify.oracle import Subject, find_reference
 from jaxlm.verify.verification import verify

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.tokenizers.hugging_face.hugging_face_folder import tokenizer_from_folder
+from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 
 GOLDENS = json.loads((Path(__file__).parent / "hugging_face_goldens.json").read_text())
 SMOLLM2 = json.loads((Path(__file__).parent / "smollm2_goldens.json").read_text())

@@ -15,16 +15,13 @@ from hugging_face_case import (
 )
 
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf
-from jaxlm.tokenizers.gguf.gguf_tokenizer import gguf_metadata, tokenizer_from_gguf
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.gguf import gguf_metadata, tokenizer_from_gguf
 from jaxlm.tokenizers.hugging_face import pre_tokenizers
-from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
-from jaxlm.tokenizers.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Habits,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
+from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
 KEY = "tokenizer.ggml."
 TEXTS = [row[0] for row in GOLDENS["llama"]["texts"]]
@@ -140,14 +137,15 @@ def test_words_that_are_tokens_stay_whole():
         ({f"{KEY}add_bos_token": True}, (2,), True),
     ],
 )
-def test_habits(changes, stops, adds_bos):
+def test_settings(changes, stops, adds_bos):
     tokenizer = tokenizer_from_gguf({**smollm2_metadata(500), **changes})
     assert tokenizer.stop_ids == stops and tokenizer.adds_bos == adds_bos
 
 
 def test_sentencepiece_there_and_back(models, shakespeare):
     original = SentencePieceTokenizer(
-        models["bpe"].model, Habits(eos_id=1, stop_ids=(1, 0), chat_template="{{ 1 }}")
+        models["bpe"].model,
+        TokenizerSettings(eos_id=1, stop_ids=(1, 0), chat_template="{{ 1 }}"),
     )
     metadata = gguf_metadata(original)
     assert metadata[f"{KEY}model"] == "llama"
@@ -275,7 +273,7 @@ def test_what_llama_cpp_cannot_run(models, tmp_path):
             gguf_metadata(tokenizer)
     spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
     data = {**plain.data, "pre_tokenizer": spaced}
-    other = HuggingFaceTokenizer(json.dumps(data), Habits(eos_id=2))
+    other = HuggingFaceTokenizer(json.dumps(data), TokenizerSettings(eos_id=2))
     with pytest.raises(ValueError, match=r"in a way llama.cpp lacks"):
         gguf_metadata(other)
 

@@ -13,10 +13,13 @@ from hugging_face_case import (
     write_folder,
 )
 
-from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
-from jaxlm.tokenizers.hugging_face.hugging_face_folder import tokenizer_from_folder
-from jaxlm.tokenizers.hugging_face.hugging_face_writing import write_hugging_face
-from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+from jaxlm.tokenizers.base import TextStream, Tokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
+from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
+from jaxlm.tokenizers.kinds import read_saved_tokenizer
+from jaxlm.tokenizers.sentencepiece.model_proto import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -24,15 +27,8 @@ from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
     USER_DEFINED,
     build_model,
 )
-from jaxlm.tokenizers.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Habits,
-    SentencePieceTokenizer,
-    TextStream,
-    Tokenizer,
-    load_tokenizer,
-)
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
+from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
 BARRIER = "\ufdd1"
 
@@ -184,12 +180,12 @@ def test_words_of_a_word_level_model_stay_text():
             "unk_token": "<unk>",
         },
     }
-    tokenizer = HuggingFaceTokenizer(json.dumps(data), Habits(eos_id=1))
+    tokenizer = HuggingFaceTokenizer(json.dumps(data), TokenizerSettings(eos_id=1))
     assert tokenizer.encode("a </s> a").tolist() == [2, 0, 2]
     assert tokenizer.encode_trusted("a </s> a", BARRIER).tolist() == [2, 1, 2]
     # Without anything that cuts at spaces, a word can be made to look like one.
     data["pre_tokenizer"] = None
-    tokenizer = HuggingFaceTokenizer(json.dumps(data), Habits(eos_id=1))
+    tokenizer = HuggingFaceTokenizer(json.dumps(data), TokenizerSettings(eos_id=1))
     with pytest.raises(ValueError, match="became the special token '</s>'"):
         tokenizer.encode(" </s>")
     del data["model"]["vocab"]["<unk>"]
@@ -355,8 +351,8 @@ def test_a_folder_with_a_sentencepiece_model(tmp_path, models):
     saved = tmp_path / "saved"
     saved.mkdir()
     tokenizer.save(saved)
-    again = load_tokenizer(saved)
-    assert again.habits == tokenizer.habits
+    again = read_saved_tokenizer(saved)
+    assert again.settings == tokenizer.settings
     assert again.fingerprint == tokenizer.fingerprint != plain.fingerprint
     (tmp_path / "added_tokens.json").unlink()
     with pytest.raises(ValueError, match="has the id 501: 500 is next"):
@@ -390,29 +386,35 @@ def test_save_and_load(all_of_them, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         tokenizer.save(folder)
-        again = load_tokenizer(folder)
+        again = read_saved_tokenizer(folder)
         assert isinstance(again, HuggingFaceTokenizer)
-        assert again.habits == tokenizer.habits
+        assert again.settings == tokenizer.settings
         assert again.fingerprint == tokenizer.fingerprint
         assert again.encode("a <s> b").tolist() == tokenizer.encode("a <s> b").tolist()
         fingerprints.add(tokenizer.fingerprint)
-        ids = Habits(bos_id=0), Habits(bos_id=1), Habits(bos_id=1, adds_bos=True)
+        ids = (
+            TokenizerSettings(bos_id=0),
+            TokenizerSettings(bos_id=1),
+            TokenizerSettings(bos_id=1, adds_bos=True),
+        )
         fingerprints |= {
             HuggingFaceTokenizer(contents(name), h).fingerprint for h in ids
         }
         # What does not change ids does not make another tokenizer.
-        template = HuggingFaceTokenizer(contents(name), Habits(chat_template="x"))
+        template = HuggingFaceTokenizer(
+            contents(name), TokenizerSettings(chat_template="x")
+        )
         assert template.fingerprint == HuggingFaceTokenizer(contents(name)).fingerprint
     assert len(fingerprints) == 4 * len(all_of_them)
     (folder / "huggingface.json").unlink()
     with pytest.raises(ValueError, match=r"huggingface\.json is missing"):
-        load_tokenizer(folder)
+        read_saved_tokenizer(folder)
     put(folder, "huggingface.json", contents("llama"))
     with pytest.raises(ValueError, match="fingerprint"):
-        load_tokenizer(folder)
+        read_saved_tokenizer(folder)
     write_folder(folder, "llama")
     with pytest.raises(ValueError, match=r"Hugging Face's own.*tokenizer_from_folder"):
-        load_tokenizer(folder)
+        read_saved_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
@@ -456,11 +458,11 @@ def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="no JSON object"):
         tokenizer_from_folder(tmp_path)
     with pytest.raises(ValueError, match="names none"):
-        Habits(adds_bos=True)
+        TokenizerSettings(adds_bos=True)
     with pytest.raises(
         ValueError, match=r"the eos token is 999, outside .* 469 tokens"
     ):
-        HuggingFaceTokenizer(contents("llama"), Habits(eos_id=999))
+        HuggingFaceTokenizer(contents("llama"), TokenizerSettings(eos_id=999))
 
 
 def llama_like_model():
@@ -477,8 +479,10 @@ def every_kind(models, all_of_them):
     yield "chars", CharTokenizer("".join(r[0] for r in GOLDENS["llama"]["texts"]))
     yield "bytes", ByteTokenizer()
     yield from ((f"{algorithm}.model", model) for algorithm, model in models.items())
-    habits = Habits(bos_id=1, eos_id=2, adds_bos=True, chat_template="{{ 1 }}")
-    yield "llama.model", SentencePieceTokenizer(llama_like_model(), habits)
+    settings = TokenizerSettings(
+        bos_id=1, eos_id=2, adds_bos=True, chat_template="{{ 1 }}"
+    )
+    yield "llama.model", SentencePieceTokenizer(llama_like_model(), settings)
     yield from all_of_them.items()
 
 

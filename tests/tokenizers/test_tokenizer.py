@@ -6,16 +6,12 @@ import pytest
 import sentencepiece
 
 from jaxlm.config import DataConfig
-from jaxlm.tokenizers.sentencepiece import sentence_piece
-from jaxlm.tokenizers.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    SentencePieceTokenizer,
-    TextStream,
-    build_tokenizer,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from jaxlm.tokenizers.base import TextStream
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
+from jaxlm.tokenizers.sentencepiece import processor
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
+from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
 
 HARD_TEXTS = [
     "",
@@ -190,7 +186,7 @@ def test_save_and_load(models, tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         tokenizer.save(folder)
-        again = load_tokenizer(folder)
+        again = read_saved_tokenizer(folder)
         assert type(again) is type(tokenizer)
         assert again.fingerprint == tokenizer.fingerprint
         text = "ab\n▁é"
@@ -207,33 +203,33 @@ def change(folder, **values):
 
 def test_damaged_folders(models, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
     CharTokenizer("abc").save(tmp_path)
     change(tmp_path, characters="abd")
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged.*fingerprint"):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
     change(tmp_path, characters=None)
     with pytest.raises(ValueError, match=r"tokenizer\.json: .*at least one"):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
     change(tmp_path, kind="char")
     with pytest.raises(
         ValueError, match=r"unknown kind .*'char' \(did you mean 'chars'"
     ):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
     change(tmp_path, kind="chars", version=2)
     with pytest.raises(ValueError, match="version 2"):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
     models["bpe"].save(tmp_path)
     model = tmp_path / "sentencepiece.model"
     model.write_bytes(models["unigram"]._model)
     with pytest.raises(ValueError, match="fingerprint"):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
     model.unlink()
     with pytest.raises(ValueError, match=r"no such SentencePiece \.model"):
-        load_tokenizer(tmp_path)
+        read_saved_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 200, b"\x0a\xff\xff\xff\xff\x0f"])
@@ -255,7 +251,7 @@ def test_truncated_models(models):
 
 
 def test_model_of_absurd_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(sentence_piece, "MAX_MODEL_BYTES", 10)
+    monkeypatch.setattr(processor, "MAX_MODEL_BYTES", 10)
     path = tmp_path / "a.model"
     path.write_bytes(b"x" * 11)
     with pytest.raises(ValueError, match="11 bytes is too large"):

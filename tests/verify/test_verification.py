@@ -18,7 +18,7 @@ from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, RopeScaling
 from jaxlm.model.presets import preset, toy
-from jaxlm.tokenizers.tokenizer import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.verify import comparing, peer
 from jaxlm.verify import verification as verify_module
 from jaxlm.verify.check import Check, table

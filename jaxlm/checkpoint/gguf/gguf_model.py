@@ -18,7 +18,7 @@ from jaxlm.checkpoint.mapping import Rule, Translation, rule
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.gguf.gguf_tokenizer import gguf_metadata, tokenizer_from_gguf
+from jaxlm.tokenizers.gguf import gguf_metadata, tokenizer_from_gguf
 from jaxlm.types import Params
 
 _B = "blk.{layer}."

@@ -21,8 +21,8 @@ from jaxlm.checkpoint.mapping import Translation
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.hugging_face.hugging_face_folder import tokenizer_from_folder
-from jaxlm.tokenizers.hugging_face.hugging_face_writing import write_hugging_face
+from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
+from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 from jaxlm.types import Params
 
 CONFIG = "config.json"

@@ -16,7 +16,8 @@ from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
 from jaxlm.checkpoint.native import arrays, compatible
 from jaxlm.checkpoint.native import run_folder as layout
 from jaxlm.config import Config, ModelConfig, from_dict
-from jaxlm.tokenizers import tokenizer as tokenizers
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.kinds import read_saved_tokenizer
 from jaxlm.types import Params
 
 META_FORMAT = 1
@@ -84,14 +85,14 @@ def load_config(path: str | Path, *, report: Callable[[str], None] = say) -> Con
     return first_readable(layout.candidates(path), read, report)
 
 
-def load_tokenizer(
+def restore_tokenizer(
     path: str | Path, *, report: Callable[[str], None] = say
-) -> tokenizers.Tokenizer:
+) -> Tokenizer:
     """The tokenizer of a run or step; arguments and errors as `load`."""
 
-    def read(folder: Path) -> tokenizers.Tokenizer:
+    def read(folder: Path) -> Tokenizer:
         integrity.verify(folder, (layout.TOKENIZER, layout.META))
-        return tokenizers.load_tokenizer(folder / layout.TOKENIZER)
+        return read_saved_tokenizer(folder / layout.TOKENIZER)
 
     return first_readable(layout.candidates(path), read, report)
 

@@ -26,7 +26,7 @@ from jaxlm.checkpoint.native.reading import (
     Restored,
     load,
     load_config,
-    load_tokenizer,
+    restore_tokenizer,
     say,
 )
 from jaxlm.checkpoint.native.run_folder import find_runs
@@ -42,7 +42,7 @@ __all__ = [
     "find_runs",
     "load",
     "load_config",
-    "load_tokenizer",
+    "restore_tokenizer",
     "say",
     "state_hash",
 ]

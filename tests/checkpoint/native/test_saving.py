@@ -22,7 +22,7 @@ from checkpoint_case import (
 
 from jaxlm.checkpoint.native import saving as native
 from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint, state_hash
-from jaxlm.tokenizers.tokenizer import CharTokenizer
+from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 
 
 def lines():
@@ -207,11 +207,11 @@ def test_load_reads_neither_the_optimizer_nor_the_lock(tmp_path):
         assert said == []
 
 
-def test_load_tokenizer(tmp_path):
+def test_restore_tokenizer(tmp_path):
     tokenizer = CharTokenizer("hello")
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, tokenizer=tokenizer)
-    loaded = native.load_tokenizer(tmp_path)
+    loaded = native.restore_tokenizer(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.decode(loaded.encode("hello")) == "hello"
 

@@ -9,7 +9,7 @@ from typing import Literal
 import sentencepiece
 
 from jaxlm.progress import spinner
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
 # SentencePiece learns from "sentences". Stretches of whole lines let it learn pieces
 # with newlines, which made the bundled text 8% shorter than training line by line.

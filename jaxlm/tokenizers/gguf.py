@@ -1,8 +1,8 @@
 """Tokenizers of GGUF files: from their metadata, and back.
 
 The keys begin with `tokenizer.ggml.`: `model` says which algorithm, `tokens`, `scores`,
-`token_type` and `merges` are its tables, the rest are habits. Two algorithms are read:
-"gpt2", a byte-level BPE, and "llama", SentencePiece's BPE.
+`token_type` and `merges` are its tables, the rest are settings. Two algorithms are
+read: "gpt2", a byte-level BPE, and "llama", the BPE of SentencePiece.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.hugging_face import pre_tokenizers
-from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
-from jaxlm.tokenizers.hugging_face.hugging_face_json import (
+from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
     byte_of_character,
 )
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+from jaxlm.tokenizers.sentencepiece.model_proto import (
     BPE,
     BYTE,
     CONTROL,
@@ -30,8 +30,8 @@ from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
     USER_DEFINED,
     build_model,
 )
-from jaxlm.tokenizers.special_tokens import Habits
-from jaxlm.tokenizers.tokenizer import ByteTokenizer
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
+from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -85,10 +85,10 @@ def _byte_level(
         pre,
         special,
     )
-    habits = _habits(metadata, tokens, types, adds_bos=pre.adds_bos)
-    if habits.adds_bos:
-        data["post_processor"] = bos_template(tokens[habits.bos_id], habits.bos_id)
-    return HuggingFaceTokenizer(json.dumps(data, ensure_ascii=False), habits)
+    settings = _settings(metadata, tokens, types, adds_bos=pre.adds_bos)
+    if settings.adds_bos:
+        data["post_processor"] = bos_template(tokens[settings.bos_id], settings.bos_id)
+    return HuggingFaceTokenizer(json.dumps(data, ensure_ascii=False), settings)
 
 
 def _sentence_piece(
@@ -113,11 +113,11 @@ def _sentence_piece(
             metadata.get(f"{_PREFIX}remove_extra_whitespaces", False)
         ),
     )
-    habits = _habits(metadata, tokens, types, adds_bos=True, bos=1, eos=2)
-    return SentencePieceTokenizer(model, habits)
+    settings = _settings(metadata, tokens, types, adds_bos=True, bos=1, eos=2)
+    return SentencePieceTokenizer(model, settings)
 
 
-def _habits(
+def _settings(
     metadata: Mapping[str, Any],
     tokens: Sequence[str],
     types: Sequence[int],
@@ -125,7 +125,7 @@ def _habits(
     adds_bos: bool,
     bos: int | None = None,
     eos: int | None = None,
-) -> Habits:
+) -> TokenizerSettings:
     """What the keys say; the arguments are the format's defaults for an algorithm."""
     size = len(tokens)
     template = metadata.get(_TEMPLATE)
@@ -137,7 +137,7 @@ def _habits(
         found = (tokens.index(t) for t in ends if t in tokens)
         turn = next((i for i in found if types[i] in (CONTROL, USER_DEFINED)), None)
     stops = [_id(metadata, "eos", size, eos), turn, _id(metadata, "eom", size)]
-    return Habits(
+    return TokenizerSettings(
         bos_id=_id(metadata, "bos", size, bos),
         eos_id=stops[0],
         pad_id=_id(metadata, "padding", size),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from jaxlm.tokenizers.sentencepiece.sentence_piece_model import SPACE_SIGN
+from jaxlm.tokenizers.sentencepiece.model_proto import SPACE_SIGN
 
 # The largest published files have 35 MB and 262,145 tokens.
 MAX_JSON_BYTES = 128 << 20

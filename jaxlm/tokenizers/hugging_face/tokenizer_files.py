@@ -13,16 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.hugging_face import hugging_face_json as file
-from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import by_name, byte_level_json
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+from jaxlm.tokenizers.hugging_face.tokenizer_json import (
+    MAX_JSON_BYTES,
+    added_token,
+    added_tokens,
+    damage_in,
+    first_added,
+    parse,
+    vocabulary,
+)
+from jaxlm.tokenizers.sentencepiece.model_proto import (
     CONTROL,
     USER_DEFINED,
     piece_field,
 )
-from jaxlm.tokenizers.special_tokens import Habits
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
+from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
 # Classes of vocab.json + merges.txt -> how they cut text.
 _BYTE_LEVEL_CLASSES = {"GPT2": "gpt-2", "Qwen2": "qwen2"}
@@ -36,7 +44,7 @@ def tokenizer_from_folder(folder: Path | str) -> Tokenizer:
         known here.
     """
     files = _Files(Path(folder).expanduser())
-    with file.damage_in(f"{files.folder}: the tokenizer or its settings"):
+    with damage_in(f"{files.folder}: the tokenizer or its settings"):
         return _read(files)
 
 
@@ -52,9 +60,9 @@ class _Files:
 
     def read(self, name: str) -> bytes:
         path = self.folder / name
-        if path.stat().st_size > file.MAX_JSON_BYTES:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(
-                f"{path}: more than {file.MAX_JSON_BYTES} bytes: is it another file?"
+                f"{path}: more than {MAX_JSON_BYTES} bytes: is it another file?"
             )
         return path.read_bytes()
 
@@ -97,23 +105,23 @@ def _read(files: _Files) -> Tokenizer:
 
 def _tokenizer_json(files: _Files, contents: bytes, path: Path) -> HuggingFaceTokenizer:
     try:
-        data = file.parse(contents)
+        data = parse(contents)
         more = _more_added_tokens(files, data)
         if more:
             data["added_tokens"] = [*(data.get("added_tokens") or []), *more]
             contents = json.dumps(data, ensure_ascii=False).encode()
-        ids = file.vocabulary(data) | {t.content: t.id for t in file.added_tokens(data)}
-        habits = _habits(files, ids, first_added=file.first_added(data))
-        return HuggingFaceTokenizer(contents, habits)
+        ids = vocabulary(data) | {t.content: t.id for t in added_tokens(data)}
+        settings = _settings(files, ids, first_added=first_added(data))
+        return HuggingFaceTokenizer(contents, settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _more_added_tokens(files: _Files, data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Added tokens that only tokenizer_config.json knows."""
-    known = {t.content for t in file.added_tokens(data)}
-    owner = {i: text for text, i in file.vocabulary(data).items()}
-    owner |= {t.id: t.content for t in file.added_tokens(data)}
+    known = {t.content for t in added_tokens(data)}
+    owner = {i: text for text, i in vocabulary(data).items()}
+    owner |= {t.id: t.content for t in added_tokens(data)}
     more = []
     for i, entry in sorted(_added_tokens_decoder(files).items()):
         text = entry["content"]
@@ -156,7 +164,7 @@ def _gpt2_json(files: _Files) -> bytes:
     if not added and "<|endoftext|>" in vocab:
         added = ["<|endoftext|>"]
     entries = [
-        file.added_token(vocab[token], token, special=True)
+        added_token(vocab[token], token, special=True)
         for token in dict.fromkeys(added)
         if token in vocab
     ]
@@ -181,7 +189,7 @@ def _sentence_piece(files: _Files) -> SentencePieceTokenizer:
             plain = SentencePieceTokenizer(model)
         ids = {piece: i for i, piece in enumerate(plain.table.pieces)}
         own = {"bos": plain.bos_id, "eos": plain.eos_id, "pad": plain.pad_id}
-        return SentencePieceTokenizer(model, _habits(files, ids, own=own))
+        return SentencePieceTokenizer(model, _settings(files, ids, own=own))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -201,13 +209,13 @@ def _with_added_pieces(files: _Files, plain: SentencePieceTokenizer) -> bytes:
     return model
 
 
-def _habits(
+def _settings(
     files: _Files,
     ids: Mapping[str, int],
     *,
     first_added: str | None = None,
     own: Mapping[str, int | None] | None = None,
-) -> Habits:
+) -> TokenizerSettings:
     """What the files say of the tokens in `ids` (text -> id).
 
     Args:
@@ -225,7 +233,7 @@ def _habits(
         adds_bos = own is not None or (
             first_added is not None and ids.get(first_added) == numbers["bos"]
         )
-    return Habits(
+    return TokenizerSettings(
         bos_id=numbers["bos"],
         eos_id=numbers["eos"],
         pad_id=numbers["pad"],
@@ -258,15 +266,15 @@ def _named_id(
 
 def _is_named(files: _Files, name: str) -> bool:
     key = f"{name}_token"
-    return any(key in files.json(n) for n in _SETTINGS)
+    return any(key in files.json(n) for n in _SETTINGS_FILES)
 
 
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def _token(files: _Files, name: str) -> str | None:
     """Text of a special token; a file gives it as such, or as an object."""
-    for settings in map(files.json, _SETTINGS):
+    for settings in map(files.json, _SETTINGS_FILES):
         value = settings.get(f"{name}_token")
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):

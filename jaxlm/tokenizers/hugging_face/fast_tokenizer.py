@@ -18,8 +18,15 @@ from jaxlm.tokenizers.base import (
     tile_bytes,
     write_description,
 )
-from jaxlm.tokenizers.hugging_face import hugging_face_json as file
-from jaxlm.tokenizers.special_tokens import Habits, Special, SpecialTokens
+from jaxlm.tokenizers.hugging_face.tokenizer_json import (
+    added_tokens,
+    damage_in,
+    decoding_of,
+    literal,
+    parse,
+    vocabulary,
+)
+from jaxlm.tokenizers.special_tokens import Special, SpecialTokens, TokenizerSettings
 
 MODEL_FILE = "huggingface.json"
 
@@ -35,44 +42,46 @@ class HuggingFaceTokenizer:
 
     kind = "huggingface"
 
-    def __init__(self, tokenizer_json: str | bytes, habits: Habits | None = None):
+    def __init__(
+        self, tokenizer_json: str | bytes, settings: TokenizerSettings | None = None
+    ):
         """Takes the contents of a tokenizer.json.
 
         Args:
           tokenizer_json: at most 128 MiB.
-          habits: what the files beside it say; None is no bos, eos or pad token.
+          settings: what the files beside it say; None is no bos, eos or pad token.
 
         Raises:
           ValueError: when it is none, has a decoder that is not known here, or lacks an
-            id that the habits name.
+            id that the settings name.
         """
         if isinstance(tokenizer_json, str):
             tokenizer_json = tokenizer_json.encode("utf-8")
         self._contents = tokenizer_json
-        self.data = file.parse(tokenizer_json)
-        self.habits = Habits() if habits is None else habits
-        with file.damage_in("this tokenizer.json"):
-            self._vocabulary = file.vocabulary(self.data)
-            self._added = file.added_tokens(self.data)
-            self._decoding = file.decoding_of(self.data)
+        self.data = parse(tokenizer_json)
+        self.settings = TokenizerSettings() if settings is None else settings
+        with damage_in("this tokenizer.json"):
+            self._vocabulary = vocabulary(self.data)
+            self._added = added_tokens(self.data)
+            self._decoding = decoding_of(self.data)
             ids = [*self._vocabulary.values(), *(t.id for t in self._added)]
             self.vocab_size = max(ids, default=-1) + 1
-            self.habits.check(self.vocab_size)
+            self.settings.check(self.vocab_size)
             self._library = self._load_literal(later=False)
 
-        ids_of_habits = json.dumps(self.habits.ids).encode()
+        ids_of_settings = json.dumps(self.settings.ids).encode()
         self.fingerprint = fingerprint_of(
-            self.kind, tokenizer_json + b"\0" + ids_of_habits
+            self.kind, tokenizer_json + b"\0" + ids_of_settings
         )
-        self.bos_id, self.eos_id = self.habits.bos_id, self.habits.eos_id
-        self.pad_id, self.adds_bos = self.habits.pad_id, self.habits.adds_bos
-        self.stop_ids = self.habits.stop_ids
-        self.chat_template = self.habits.chat_template
+        self.bos_id, self.eos_id = self.settings.bos_id, self.settings.eos_id
+        self.pad_id, self.adds_bos = self.settings.pad_id, self.settings.adds_bos
+        self.stop_ids = self.settings.stop_ids
+        self.chat_template = self.settings.chat_template
         self.leading_spaces = self._decoding.leading_spaces
 
     @classmethod
     def from_folder(
-        cls, folder: Path, habits: Habits | None = None
+        cls, folder: Path, settings: TokenizerSettings | None = None
     ) -> "HuggingFaceTokenizer":
         """Loads what `save` wrote.
 
@@ -85,7 +94,7 @@ class HuggingFaceTokenizer:
         if not path.is_file():
             raise ValueError(f"{path} is missing")
         try:
-            return cls(path.read_bytes(), habits)
+            return cls(path.read_bytes(), settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -103,7 +112,7 @@ class HuggingFaceTokenizer:
     @cached_property
     def _named(self) -> dict[str, int]:
         """Tokens that are special because the files give them a part to play."""
-        parts = [self._unknown_id, *self.habits.ids[:3]]
+        parts = [self._unknown_id, *self.settings.ids[:3]]
         return {self.tokens[i]: i for i in parts if i in self.tokens}
 
     @cached_property
@@ -132,7 +141,7 @@ class HuggingFaceTokenizer:
         return SpecialTokens(found)
 
     def _load_literal(self, *, later: bool) -> tokenizers.Tokenizer:
-        data = file.literal(self.data, self.special_ids, later=later)
+        data = literal(self.data, self.special_ids, later=later)
         with _errors_of_the_library("not a Hugging Face tokenizer.json"):
             library = tokenizers.Tokenizer.from_str(json.dumps(data))
         for t in self._added:
@@ -232,7 +241,7 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and huggingface.json into an existing folder."""
         (Path(folder) / MODEL_FILE).write_bytes(self._contents)
-        values = {"model": MODEL_FILE, "habits": self.habits.to_json()}
+        values = {"model": MODEL_FILE, "habits": self.settings.to_json()}
         write_description(folder, self.kind, self.fingerprint, values)
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
-from jaxlm.tokenizers.hugging_face.hugging_face_json import (
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.pre_tokenizers import BYTES, byte_level_json
+from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
     byte_of_character,
 )
-from jaxlm.tokenizers.hugging_face.pre_tokenizers import BYTES, byte_level_json
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+from jaxlm.tokenizers.sentencepiece.model_proto import (
     BPE,
     BYTE,
     CONTROL,
@@ -25,7 +25,7 @@ from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
     USER_DEFINED,
     ModelTable,
 )
-from jaxlm.tokenizers.tokenizer import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
 
 def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:

@@ -18,7 +18,7 @@ from jaxlm.tokenizers.base import (
     fingerprint_of,
     write_description,
 )
-from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
+from jaxlm.tokenizers.sentencepiece.model_proto import (
     BYTE,
     CONTROL,
     SPACE_SIGN,
@@ -26,7 +26,7 @@ from jaxlm.tokenizers.sentencepiece.sentence_piece_model import (
     USER_DEFINED,
     ModelTable,
 )
-from jaxlm.tokenizers.special_tokens import Habits, Special, SpecialTokens
+from jaxlm.tokenizers.special_tokens import Special, SpecialTokens, TokenizerSettings
 
 MODEL_FILE = "sentencepiece.model"
 # The largest published models are near 5 MB; a bound keeps a wrong path harmless.
@@ -47,12 +47,12 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, habits: Habits | None = None):
+    def __init__(self, model: bytes, settings: TokenizerSettings | None = None):
         """Takes the contents of a .model file.
 
         Args:
           model: a serialized `ModelProto`.
-          habits: what files beside the model say; None takes the ids that the model
+          settings: what files beside the model say; None takes the ids that the model
             names, and no chat template.
 
         Raises:
@@ -70,22 +70,22 @@ class SentencePieceTokenizer:
         if literal != model:
             self._processor = _load(literal)
         self.vocab_size = len(self.table.types)
-        own = Habits(
+        own = TokenizerSettings(
             bos_id=_id_or_none(self._processor.bos_id()),
             eos_id=_id_or_none(self._processor.eos_id()),
             pad_id=_id_or_none(self._processor.pad_id()),
         )
-        self.habits = own if habits is None else habits
-        self.habits.check(self.vocab_size)
-        self._has_own_habits = self.habits == own
+        self.settings = own if settings is None else settings
+        self.settings.check(self.vocab_size)
+        self._has_own_settings = self.settings == own
         # A model without files beside it has the fingerprint of its contents alone.
-        same = self.habits.ids == own.ids
-        others = b"" if same else b"\0" + json.dumps(self.habits.ids).encode()
+        same = self.settings.ids == own.ids
+        others = b"" if same else b"\0" + json.dumps(self.settings.ids).encode()
         self.fingerprint = fingerprint_of(self.kind, model + others)
-        self.bos_id, self.eos_id = self.habits.bos_id, self.habits.eos_id
-        self.pad_id, self.adds_bos = self.habits.pad_id, self.habits.adds_bos
-        self.stop_ids = self.habits.stop_ids
-        self.chat_template = self.habits.chat_template
+        self.bos_id, self.eos_id = self.settings.bos_id, self.settings.eos_id
+        self.pad_id, self.adds_bos = self.settings.pad_id, self.settings.adds_bos
+        self.stop_ids = self.settings.stop_ids
+        self.chat_template = self.settings.chat_template
         self.leading_spaces = "keep"
         if self.table.remove_extra_whitespaces:
             self.leading_spaces = "drop all"
@@ -94,7 +94,7 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_file(
-        cls, path: Path | str, habits: Habits | None = None
+        cls, path: Path | str, settings: TokenizerSettings | None = None
     ) -> "SentencePieceTokenizer":
         """Loads a .model file of at most 64 MiB.
 
@@ -111,16 +111,16 @@ class SentencePieceTokenizer:
                 f"{MAX_MODEL_BYTES}): is it another file?"
             )
         try:
-            return cls(path.read_bytes(), habits)
+            return cls(path.read_bytes(), settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_folder(
-        cls, folder: Path, habits: Habits | None = None
+        cls, folder: Path, settings: TokenizerSettings | None = None
     ) -> "SentencePieceTokenizer":
         """Loads the model that `save` wrote; raises ValueError as `from_file` does."""
-        return cls.from_file(Path(folder) / MODEL_FILE, habits)
+        return cls.from_file(Path(folder) / MODEL_FILE, settings)
 
     @property
     def model(self) -> bytes:
@@ -257,8 +257,8 @@ class SentencePieceTokenizer:
         """Writes tokenizer.json and sentencepiece.model into an existing folder."""
         (Path(folder) / MODEL_FILE).write_bytes(self._model)
         values = {"model": MODEL_FILE}
-        if not self._has_own_habits:
-            values["habits"] = self.habits.to_json()
+        if not self._has_own_settings:
+            values["habits"] = self.settings.to_json()
         write_description(folder, self.kind, self.fingerprint, values)
 
 

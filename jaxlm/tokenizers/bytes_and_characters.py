@@ -1,7 +1,6 @@
-"""Tokenizers: bytes, characters and others' kinds; saving, loading, building them."""
+"""The two tokenizers without a model: UTF-8 bytes, and the characters of a text."""
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -9,37 +8,14 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from jaxlm.config import DataConfig, nearest
 from jaxlm.tokenizers.base import (
-    FORMAT_VERSION,
-    TOKENIZER_FILE,
     Piece,
-    TextStream,
-    Tokenizer,
     check_text,
     decode_ids,
     fingerprint_of,
     tile_bytes,
     write_description,
 )
-from jaxlm.tokenizers.hugging_face.hugging_face import HuggingFaceTokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece import SentencePieceTokenizer
-from jaxlm.tokenizers.sentencepiece.sentence_piece_training import train_sentencepiece
-from jaxlm.tokenizers.special_tokens import Habits
-
-__all__ = [
-    "ByteTokenizer",
-    "CharTokenizer",
-    "Habits",
-    "HuggingFaceTokenizer",
-    "Piece",
-    "SentencePieceTokenizer",
-    "TextStream",
-    "Tokenizer",
-    "build_tokenizer",
-    "load_tokenizer",
-    "train_sentencepiece",
-]
 
 
 class ByteTokenizer:
@@ -161,82 +137,3 @@ class CharTokenizer:
         """Writes tokenizer.json into an existing folder."""
         values = {"characters": self.characters}
         write_description(folder, self.kind, self.fingerprint, values)
-
-
-def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer that `save` wrote into a folder.
-
-    Raises:
-      ValueError: when a file is missing, damaged or of an unknown kind.
-    """
-    path = Path(folder) / TOKENIZER_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: no tokenizer was saved in this folder")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(description, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    kind, version = description.get("kind"), description.get("version")
-    folder = Path(folder)
-    readers = {
-        "bytes": lambda habits: ByteTokenizer(),
-        "chars": lambda habits: CharTokenizer(description.get("characters") or ""),
-        "sentencepiece": lambda h: SentencePieceTokenizer.from_folder(folder, h),
-        "huggingface": lambda h: HuggingFaceTokenizer.from_folder(folder, h),
-    }
-    if kind is None and "model" in description:
-        raise ValueError(
-            f"{path} is Hugging Face's own, not one that jaxlm saved: read it with "
-            "`jaxlm.tokenizers.hugging_face.hugging_face_folder.tokenizer_from_folder`"
-        )
-    if kind not in readers:
-        raise ValueError(
-            f"{path}: unknown kind of tokenizer {kind!r}"
-            f"{nearest(str(kind), list(readers))}: known are {', '.join(readers)}"
-        )
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: version {version!r} of the format, this jaxlm reads "
-            f"{FORMAT_VERSION}: update jaxlm"
-        )
-    try:
-        habits = description.get("habits")
-        tokenizer = readers[kind](habits and Habits.from_json(habits))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if tokenizer.fingerprint != description.get("fingerprint"):
-        raise ValueError(
-            f"{path} is damaged: the contents do not have the fingerprint written in it"
-        )
-    return tokenizer
-
-
-def build_tokenizer(
-    config: DataConfig, texts: Iterable[str] | Callable[[], Iterable[str]]
-) -> Tokenizer:
-    """The tokenizer that a config asks for.
-
-    Args:
-      config: `tokenizer`, `tokenizer_model`, `tokenizer_vocab_size` and
-        `tokenizer_algorithm` choose.
-      texts: the documents, or a function that returns them; only read for a character
-        vocabulary, or to train SentencePiece.
-
-    Raises:
-      ValueError: for a model that cannot be loaded or trained, and for no text.
-    """
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    if config.tokenizer_model is not None:
-        return SentencePieceTokenizer.from_file(Path(config.tokenizer_model))
-    documents = texts() if callable(texts) else texts
-    if config.tokenizer == "chars":
-        found: set[str] = set()
-        for text in documents:
-            found.update(text)
-        return CharTokenizer(found)
-    return train_sentencepiece(
-        documents, config.tokenizer_vocab_size, config.tokenizer_algorithm
-    )
