@@ -1,13 +1,13 @@
 """`loss.png`: the losses of a run, or of several, as a picture."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
 
 from jaxlm.report.curves import (
     Run,
@@ -19,65 +19,16 @@ from jaxlm.report.curves import (
     stretch_means,
 )
 
-WIDTH, HEIGHT = 1200, 750
-LEFT, RIGHT, TOP, BOTTOM = 84, 1168, 92, 684
-LEGEND_TOP, LEGEND_ROW, MAX_LEGEND_ROWS = 66, 22, 10
-SCALE = 3  # lines are drawn this much larger and then shrunk, which smooths them
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-INK, FAINT, GRID = (27, 31, 36), (92, 101, 112), (224, 228, 233)
-BAD = (179, 38, 30)
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (176, 80, 138),
-    (138, 109, 0),
-    (58, 63, 143),
-)
-
-Colour = tuple[int, int, int]
-Number = float | int  # a type checker that runs does not take whole numbers for float
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What part of the plane the picture shows."""
-
-    x0: Number
-    x1: Number
-    y0: Number
-    y1: Number
-    log: bool
-    top: Number
-    """Pixel row of y1: below the legend, which has a row for each run."""
-
-    def x(self, step: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """Pixel of a step."""
-        return LEFT + (step - self.x0) / (self.x1 - self.x0) * (RIGHT - LEFT)
-
-    def y(self, loss: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """Pixel of a loss."""
-        low, high = self.y0, self.y1
-        if self.log:
-            loss, low, high = np.log(loss), math.log(low), math.log(high)
-        return BOTTOM - (loss - low) / (high - low) * (BOTTOM - self.top)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A line of the legend."""
-
-    x: Number
-    row: int
-    colour: Colour
-    held_out: bool
-    text: str
-
-    @property
-    def y(self) -> Number:
-        """Pixel row of its middle."""
-        return LEGEND_TOP + LEGEND_ROW * self.row
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#b0508a", "#8a6d00", "#3a3f8f")
+NOT_FINITE, FAINT, GRID = "#b3261e", "#5c6570", "#e0e4e9"
+MAX_LEGEND_ROWS = 10
+# Losses that span more than this factor get a logarithmic axis.
+LOG_SPAN = 20
 
 
 def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> Path:
@@ -89,207 +40,161 @@ def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> P
     Raises:
       ValueError: for a folder without metrics or a file that cannot be understood.
     """
-    loaded = load_runs([runs] if isinstance(runs, str | Path) else runs)
-    frame = _frame(loaded)
-    image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
-    draw = ImageDraw.Draw(image)
-    x_ticks = _ticks(frame.x0, frame.x1, 8)
-    y_ticks = _log_ticks(frame) if frame.log else _ticks(frame.y0, frame.y1, 7)
-    for loss in y_ticks:
-        y = float(frame.y(np.array([loss]))[0])
-        _line(draw, [(LEFT, y), (RIGHT, y)], GRID, 1)
-    for step in x_ticks:
-        x = float(frame.x(np.array([step]))[0])
-        _line(draw, [(x, BOTTOM), (x, BOTTOM + 5)], FAINT, 1)
-    _line(draw, [(LEFT, BOTTOM), (RIGHT, BOTTOM)], FAINT, 1)
-    for number, run in enumerate(loaded):
-        _draw_run(draw, run, frame, number, several=len(loaded) > 1)
-    _legend(draw, loaded)
-    image = image.reduce(SCALE)
-    _write_words(image, loaded, frame, x_ticks, y_ticks)
+    figure = draw_losses(load_runs([runs] if isinstance(runs, str | Path) else runs))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(out, "PNG", compress_level=6)
+    new = out.with_name(out.name + ".new")
+    figure.savefig(new, format="png")
+    os.replace(new, out)
     return out
 
 
-def _frame(runs: Sequence[Run]) -> _Frame:
-    top = TOP + LEGEND_ROW * (min(len(runs), MAX_LEGEND_ROWS + 1) - 1)
-    rows = [r for run in runs for kind in ("train", "eval") for r in run.of_kind(kind)]
-    losses, steps = column(rows, "loss"), column(rows, "step")
-    losses = losses[np.isfinite(losses)]
-    x1 = float(steps.max()) if len(steps) else 1.0
-    x0 = float(steps.min()) if len(steps) else 0.0
-    x0 = 0.0 if x0 < 0.1 * x1 else x0
-    if x0 == x1:
-        x0, x1 = x0 - 1, x1 + 1
-    if not len(losses):
-        return _Frame(x0, x1, 0.0, 1.0, False, top)
-    low, high = float(losses.min()), float(losses.max())
-    log = low > 0 and high / low > 20
-    if low == high:
-        return _Frame(x0, x1, low - 0.1 * (abs(low) or 1), high + 0.1, False, top)
-    if log:
-        margin = (high / low) ** 0.04
-        return _Frame(x0, x1, low / margin, high * margin, True, top)
-    margin = 0.04 * (high - low)
-    return _Frame(x0, x1, low - margin, high + margin, False, top)
+def draw_losses(runs: Sequence[Run]) -> "Figure":
+    """The losses of runs over each other, as a figure of matplotlib."""
+    # Importing it takes a third of a second, so only those who draw pay for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7.5), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        colors = [COLORS[number % len(COLORS)]] * 2 if len(runs) > 1 else COLORS[:2]
+        _draw_run(axes, run, *colors)
+    _set_axes(axes, runs)
+    rows = _add_legend(axes, runs)
+    figure.subplots_adjust(0.07, 0.09, 0.97, 0.9 - 0.033 * rows)
+    return figure
 
 
-def _ticks(low: Number, high: Number, wanted: int) -> list[float]:
-    """Round numbers between `low` and `high`, about `wanted` of them."""
-    rough = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-def _log_ticks(frame: _Frame) -> list[float]:
-    decades = math.log10(frame.y1 / frame.y0)
-    parts = (1,) if decades > 5 else (1, 2, 5)
-    exponents = range(
-        math.floor(math.log10(frame.y0)), math.ceil(math.log10(frame.y1)) + 1
+def _draw_run(axes: "Axes", run: Run, train_color: str, eval_color: str) -> None:
+    rows = run.of_kind("train")
+    steps, losses = column(rows, "step"), column(rows, "loss")
+    bad = steps[~np.isfinite(losses)]
+    axes.plot(
+        *(bad, np.zeros_like(bad), "^"),
+        color=NOT_FINITE,
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+        zorder=3,
     )
-    found = [float(f"{m}e{e}") for e in exponents for m in parts]
-    return [v for v in found if frame.y0 <= v <= frame.y1]
+    if len(losses) > 10:
+        kept = downsample(losses, 4000)
+        _plot(axes, steps[kept], losses[kept], train_color, linewidth=0.8, alpha=0.35)
+        means = smooth(losses, math.ceil(len(losses) / 50))
+        middles, losses = stretch_means(means, 1000)
+        steps = steps[middles]
+    _plot(axes, steps, losses, train_color, linewidth=2.2)
+    rows = run.of_kind("eval")
+    steps, losses = column(rows, "step"), column(rows, "loss")
+    style = {"marker": "o", "markerfacecolor": "white"} if len(rows) <= 60 else {}
+    axes.plot(
+        steps, _finite(losses), color=eval_color, linewidth=1.2, clip_on=False, **style
+    )
 
 
-def _light(colour: Colour, share: float = 0.35) -> Colour:
-    """A colour mixed with the white of the ground."""
-    r, g, b = (round(255 + share * (c - 255)) for c in colour)
-    return r, g, b
-
-
-def _line(
-    draw: ImageDraw.ImageDraw,
-    points: Sequence[tuple[Number, Number]],
-    colour: Colour,
-    width: Number,
-) -> None:
-    scaled = [(x * SCALE, y * SCALE) for x, y in points]
-    draw.line(scaled, fill=colour, width=round(width * SCALE), joint="curve")
-
-
-def _dot(draw: ImageDraw.ImageDraw, x: Number, y: Number, colour: Colour) -> None:
-    """A ring, as held-out losses are marked."""
-    draw.circle((x * SCALE, y * SCALE), 5 * SCALE, fill=colour)
-    draw.circle((x * SCALE, y * SCALE), 2.5 * SCALE, fill="white")
+def _finite(losses: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """NaN where a loss is not finite: there matplotlib breaks the line."""
+    return np.where(np.isfinite(losses), losses, np.nan)
 
 
 def _plot(
-    draw: ImageDraw.ImageDraw,
-    frame: _Frame,
+    axes: "Axes",
     steps: Float[np.ndarray, " n"],
     losses: Float[np.ndarray, " n"],
-    colour: Colour,
-    width: Number,
+    color: str,
+    **style: float,
 ) -> None:
-    """A line through the finite losses, broken where one is not."""
-    finite = np.flatnonzero(np.isfinite(losses))
-    for part in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1):
-        xs, ys = frame.x(steps[part]).tolist(), frame.y(losses[part]).tolist()
-        if len(part) == 1:  # a lone value is a dash, or it could not be seen
-            xs, ys = [xs[0] - width, xs[0] + width], ys * 2
-        if len(part):
-            _line(draw, list(zip(xs, ys, strict=True)), colour, width)
+    """A line through the finite losses; one without finite neighbours is a dot."""
+    edges = np.pad(np.isfinite(losses), 1)
+    alone = np.flatnonzero(edges[1:-1] & ~edges[:-2] & ~edges[2:])
+    axes.plot(
+        *(steps, _finite(losses)),
+        color=color,
+        marker=".",
+        markevery=alone.tolist(),
+        **style,
+    )
 
 
-def _colours(number: int, several: bool) -> tuple[Colour, Colour]:
-    """Colours of train and held-out loss."""
-    if not several:
-        return COLOURS[0], COLOURS[1]
-    return COLOURS[number % len(COLOURS)], COLOURS[number % len(COLOURS)]
+def _set_axes(axes: "Axes", runs: Sequence[Run]) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+    rows = [r for run in runs for kind in ("train", "eval") for r in run.of_kind(kind)]
+    losses, steps = column(rows, "loss"), column(rows, "step")
+    losses = losses[np.isfinite(losses)]
+    axes.margins(x=0, y=0.04)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+    if not len(losses):
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        middle = {"x": 0.5, "y": 0.5, "ha": "center", "backgroundcolor": "white"}
+        axes.text(s="no finite loss yet", color=FAINT, fontsize=12, **middle)
+    elif 0 < steps.min() < 0.1 * steps.max():
+        axes.set_xlim(0, steps.max())
+    if len(steps) and steps.max() >= 10_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(losses) and 0 < losses.min() < losses.max() / LOG_SPAN:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("step", color=FAINT, fontsize=12)
+    axes.set_ylabel("loss (nats per token)", color=FAINT, fontsize=12)
+    axes.tick_params(labelsize=12, labelcolor=FAINT, color=FAINT, left=False)
+    axes.grid(axis="y", color=GRID)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
 
 
-def _draw_run(
-    draw: ImageDraw.ImageDraw, run: Run, frame: _Frame, number: int, several: bool
-) -> None:
-    train_colour, eval_colour = _colours(number, several)
-    trains, evals = run.of_kind("train"), run.of_kind("eval")
-    steps, losses = column(trains, "step"), column(trains, "loss")
-    for x in frame.x(steps[~np.isfinite(losses)]):
-        corners = [(x, BOTTOM - 10), (x + 5, BOTTOM - 1), (x - 5, BOTTOM - 1)]
-        draw.polygon([(a * SCALE, b * SCALE) for a, b in corners], fill=BAD)
-    kept = downsample(losses, 4000)
-    _plot(draw, frame, steps[kept], losses[kept], _light(train_colour), 1)
-    if len(losses) > 10:
-        line = smooth(losses, math.ceil(len(losses) / 50))
-        middles, line = stretch_means(line, 1000)
-        _plot(draw, frame, steps[middles], line, train_colour, 2.5)
-    else:
-        _plot(draw, frame, steps, losses, train_colour, 2.5)
-    steps, losses = column(evals, "step"), column(evals, "loss")
-    _plot(draw, frame, steps, losses, eval_colour, 1.5)
-    if len(losses) <= 60:
-        for x, y in zip(frame.x(steps), frame.y(losses), strict=True):
-            if math.isfinite(y):
-                _dot(draw, float(x), float(y), eval_colour)
+def _add_legend(axes: "Axes", runs: Sequence[Run]) -> int:
+    """Names and last losses of the runs, above the axes; returns the rows it takes."""
+    from matplotlib.lines import Line2D
 
-
-def _legend_entries(runs: Sequence[Run]) -> list[_Entry]:
-    """One row a run; of a single run train and held-out loss stand side by side."""
+    train = {"linewidth": 2.2}
+    held_out = {"linewidth": 1.2, "marker": "o", "markerfacecolor": "white"}
+    last = [[_in_words(loss) for loss in final_losses(run)] for run in runs]
     if len(runs) == 1:
-        train, held_out = (_loss(value) for value in final_losses(runs[0]))
-        return [
-            _Entry(LEFT, 0, COLOURS[0], False, f"train {train}"),
-            _Entry(LEFT + 180, 0, COLOURS[1], True, f"held-out {held_out}"),
+        entries = [
+            (f"train {last[0][0]}", {"color": COLORS[0], **train}),
+            (f"held-out {last[0][1]}", {"color": COLORS[1], **held_out}),
         ]
-    entries = []
-    for row, run in enumerate(runs[:MAX_LEGEND_ROWS]):
-        train, held_out = (_loss(value) for value in final_losses(run))
-        colour = _colours(row, several=True)[0]
-        words = f"{_cut(run.name, 48)}: train {train}, held-out {held_out}"
-        entries.append(_Entry(LEFT, row, colour, False, words))
-    if len(runs) > MAX_LEGEND_ROWS:
-        words = f"and {len(runs) - MAX_LEGEND_ROWS} more"
-        entries.append(_Entry(LEFT, MAX_LEGEND_ROWS, GRID, False, words))
-    entries.append(_Entry(RIGHT - 120, 0, FAINT, True, "held-out"))
-    return entries
+    else:
+        entries = []
+        for number, run in enumerate(runs[:MAX_LEGEND_ROWS]):
+            losses = "train {}, held-out {}".format(*last[number])
+            style = {"color": COLORS[number % len(COLORS)], **train}
+            entries.append((f"{_drawable(run.name, 48)}: {losses}", style))
+        if len(runs) > MAX_LEGEND_ROWS:
+            more = len(runs) - MAX_LEGEND_ROWS
+            entries.append((f"and {more} more", {"linestyle": "none"}))
+        entries.append(("held-out", {"color": FAINT, **held_out}))
+    legend = axes.legend(
+        [Line2D([], [], **style) for _, style in entries],
+        [text for text, _ in entries],
+        title=_drawable(", ".join(run.name for run in runs), 70),
+        title_fontsize=20,
+        fontsize=12,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.01),
+        borderaxespad=0,
+        borderpad=0,
+        ncols=2 if len(runs) == 1 else 1,
+        alignment="left",
+        frameon=False,
+    )
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+    return 1 if len(runs) == 1 else len(entries)
 
 
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _in_words(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
 
 
-def _legend(draw: ImageDraw.ImageDraw, runs: Sequence[Run]) -> None:
-    for entry in _legend_entries(runs):
-        x, y = entry.x, entry.y
-        width = 1.5 if entry.held_out else 2.5
-        _line(draw, [(x, y), (x + 32, y)], entry.colour, width)
-        if entry.held_out:
-            _dot(draw, x + 16, y, entry.colour)
+def _drawable(text: str, length: int) -> str:
+    """The end of a text, with a replacement for characters that the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else "…" + text[1 - length :]
-
-
-def _write_words(
-    image: Image.Image,
-    runs: Sequence[Run],
-    frame: _Frame,
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-) -> None:
-    draw = ImageDraw.Draw(image)
-    small, large = ImageFont.load_default(16), ImageFont.load_default(26)
-    title = ", ".join(run.name for run in runs)
-    draw.text((LEFT, 18), _cut(title, 70), INK, large)
-    for step in x_ticks:
-        text = f"{step / 1000:g}k" if frame.x1 >= 10_000 else f"{step:g}"
-        x = float(frame.x(np.array([step]))[0])
-        draw.text((x, BOTTOM + 10), text, FAINT, small, anchor="ma")
-    for loss in y_ticks:
-        y = float(frame.y(np.array([loss]))[0])
-        draw.text((LEFT - 10, y), f"{loss:g}", FAINT, small, anchor="rm")
-    draw.text(((LEFT + RIGHT) / 2, HEIGHT - 16), "step", FAINT, small, anchor="ms")
-    side = Image.new("RGB", (260, 24), "white")
-    ImageDraw.Draw(side).text((130, 12), "loss (nats per token)", FAINT, small, "mm")
-    side = side.rotate(90, expand=True)
-    image.paste(side, (8, (round(frame.top) + BOTTOM - side.height) // 2))
-    if not any(np.isfinite(column(run.rows, "loss")).any() for run in runs):
-        middle = ((LEFT + RIGHT) / 2, (frame.top + BOTTOM) / 2)
-        draw.text(middle, "no finite loss yet", FAINT, small, anchor="mm")
-    for entry in _legend_entries(runs):
-        draw.text((entry.x + 42, entry.y), entry.text, INK, small, anchor="lm")
+    known = get_font(findfont(FontProperties())).get_charmap()
+    text = text if len(text) <= length else "…" + text[1 - length :]
+    return "".join(c if ord(c) in known else "\N{REPLACEMENT CHARACTER}" for c in text)
