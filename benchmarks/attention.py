@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
 from jaxlm.ops.attention.request import request
-from jaxlm.ops.attention.spec import AttentionSpec
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.train.throughput import measure_peak_flops
 
@@ -78,7 +78,7 @@ def tokamax(q, k, v, window: int | None):
 
 def contestants(q, k, window: int | None) -> dict[str, Callable]:
     """Everything that may run here, by name."""
-    spec = AttentionSpec(scale=q.shape[-1] ** -0.5, window=window)
+    spec = AttentionSpec(q.shape[-1] ** -0.5, Mask(window=window))
     asked = request(q, k, spec)
     found: dict[str, Callable] = {PEER: partial(jax_nn, window=window)}
     for name, implementation in IMPLEMENTATIONS.items():

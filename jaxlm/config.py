@@ -33,9 +33,7 @@ AttentionName = Literal[
     "xla",
     "pallas_tpu",
     "pallas_gpu",
-    "pallas_hopper",
     "splash",
-    "mosaic_gpu",
     "cudnn",
 ]
 

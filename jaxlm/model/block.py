@@ -4,7 +4,6 @@ Modules hold no state: parameters go in as a nested dict, values come out. Formu
 in `jaxlm/ops`. Letters of shapes are explained in `jaxlm/types.py`.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,9 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.model.kv_cache import LayerCache, append
 from jaxlm.model.positions import Rotation
-from jaxlm.ops.attention import spec as attn
 from jaxlm.ops.attention.dispatch import attention
+from jaxlm.ops.attention.reference import attention_scores
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import product
@@ -121,22 +121,24 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k = probe("q_rot", q), probe("k_rot", k)
 
-        spec = attn.AttentionSpec(
-            scale=config.attention_scale or H**-0.5,
-            window=config.window if self.kind.local else None,
+        # With a cache, keys beyond the query are hidden by the causal mask.
+        segment_ids = context.segment_ids if cache is None else None
+        spec = AttentionSpec(
+            config.attention_scale or H**-0.5,
+            Mask(
+                window=config.window if self.kind.local else None,
+                query_positions=context.query_index,
+                query_segments=segment_ids,
+                key_segments=segment_ids,
+            ),
             soft_cap=config.attention_soft_cap,
             sinks=self._sinks(),
-            query_segments=context.segment_ids,
-            key_segments=context.segment_ids,
-            query_index=context.query_index,
         )
         implementation = config.attention
         if cache is not None:
             assert context.lengths is not None
             cache = append(cache, context.lengths, k, v)
             k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
-            # Keys beyond the query are hidden by the causal mask.
-            spec = dataclasses.replace(spec, query_segments=None, key_segments=None)
             implementation = config.decode_attention
         run = partial(attention, q, k, v, spec, implementation=implementation)
         if probe.wants("attn_scores", "attn_lse", "attn_probs"):
@@ -179,7 +181,7 @@ class Attention(nn.Module):
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
         lse: Float[Array, "B N T"],
-        spec: attn.AttentionSpec,
+        spec: AttentionSpec,
         probe: Probe,
     ):
         """The sites inside the softmax: scores by the definition, and probabilities
@@ -187,7 +189,7 @@ class Attention(nn.Module):
         probe("attn_lse", lse)
         if not probe.wants("attn_scores", "attn_probs"):
             return
-        scores = attn.attention_scores(q, k, spec)
+        scores = attention_scores(q, k, spec)
         B, K, G, T, S = scores.shape
         scores = reshape(scores, (B, K * G, T, S), (0, 1, 3, 4))
         probe("attn_scores", scores)

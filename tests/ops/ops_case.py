@@ -1,11 +1,14 @@
 """Oracles in float64 NumPy, written from the definitions, and finite differences."""
 
+import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.request import Request, request_of_sizes
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 # Tiny programs spend their time in the compiler: it need not try hard.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -17,13 +20,23 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def plain_request(**asked):
-    """A `Request` with no options but those given."""
-    nothing = dict.fromkeys(
-        ("sinks", "segments", "query_index", "key_length", "int8", "lse"), False
-    )
-    plain = {"causal": True, "window": None, "soft_cap": None, "num_heads": 4}
-    return Request(**{**nothing, **plain, "num_kv_heads": 2, **asked})
+def plain_request(**asked) -> Request:
+    """A `Request` of plain sizes with no options but those given; any device."""
+    device = {x: asked.pop(x) for x in ("platform", "device_kind") if x in asked}
+    sizes = {"num_queries": 1024, "num_keys": 1024, "num_heads": 4, "num_kv_heads": 2}
+    asked = {"batch": 2, **sizes, "head_dim": 80, "dtype": jnp.bfloat16, **asked}
+    return dataclasses.replace(request_of_sizes(**asked), **device)
+
+
+def make_spec(scale, **options) -> AttentionSpec:
+    """A spec from the options that `attention_and_lse` takes."""
+    options = {
+        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        for name, x in options.items()
+    }
+    of_mask = {field.name for field in dataclasses.fields(Mask)} & set(options)
+    mask = Mask(**{name: options.pop(name) for name in of_mask})
+    return AttentionSpec(scale, mask, **options)
 
 
 def slope(function, x, direction, step=1e-5):
@@ -50,8 +63,7 @@ def attention_and_lse(
     sinks=None,
     query_segments=None,
     key_segments=None,
-    query_index=None,
-    key_length=None,
+    query_positions=None,
 ):
     """Attention by its definition, one query at a time, in float64.
 
@@ -64,16 +76,14 @@ def attention_and_lse(
     keys = np.arange(S)
     for b in range(B):
         for t in range(T):
-            place = t if query_index is None else query_index[b, t]
+            position = t if query_positions is None else query_positions[b, t]
             seen = np.ones(S, bool)
             if causal:
-                seen &= keys <= place
+                seen &= keys <= position
             if window is not None:
-                seen &= place - keys < window
+                seen &= position - keys < window
             if query_segments is not None:
                 seen &= query_segments[b, t] == key_segments[b]
-            if key_length is not None:
-                seen &= keys < key_length[b]
             for n in range(N):
                 head = n // (N // K)
                 scores = k[b, seen, head] @ q[b, t, n] * scale

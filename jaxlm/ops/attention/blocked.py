@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.attention import formulas
 from jaxlm.ops.attention.flash import Kernels, flash_attention
-from jaxlm.ops.attention.mask import attention_mask
+from jaxlm.ops.attention.reference import join_heads
 from jaxlm.ops.attention.settings import measured, settings_key
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec, join_heads
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask, Tokens
 from jaxlm.ops.layout import reshape
 
 
@@ -46,23 +46,13 @@ def blocked_attention(
     return flash_attention(kernels, q, k, v, spec)
 
 
-def _in_blocks(q, k, v, spec: AttentionSpec, block: int):
-    """q [B, K, G, T, H], k and v [B, K, S, H] and the spec, in whole blocks."""
-    S, K = k.shape[1:3]
-    q_BKGTH = _grouped(q, K)
+def _in_blocks(q, k, v, mask: Mask, block: int):
+    """q [B, K, G, T, H], k and v [B, K, S, H] and the mask, in whole blocks."""
+    q_BKGTH = _grouped(q, k.shape[2])
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
     pad = partial(_pad, block=block)
-    if spec.query_segments is not None:
-        spec = replace(
-            spec,
-            query_segments=pad(spec.query_segments, 1),
-            key_segments=pad(spec.key_segments, 1),
-        )
-    if spec.query_index is not None:
-        spec = replace(spec, query_index=pad(spec.query_index, 1))
-    if spec.key_length is None and S % block:
-        spec = replace(spec, key_length=jnp.full((1,), S, jnp.int32))
-    return pad(q_BKGTH, 3), pad(k_BKSH, 2), pad(v_BKSH, 2), spec
+    mask = jax.tree.map(lambda x: pad(x, 1), mask)
+    return pad(q_BKGTH, 3), pad(k_BKSH, 2), pad(v_BKSH, 2), mask
 
 
 def _grouped(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G T H"]:
@@ -88,43 +78,40 @@ def _block(x: Array, i: Int[Array, ""], axis: int, block: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
 
-def _key_blocks(spec: AttentionSpec, i, num_blocks: int, block: int):
+def _key_blocks(mask: Mask, i, num_blocks: int, block: int):
     """First and last + 1 of the key blocks that query block i can see."""
-    if spec.query_index is not None:
+    if mask.query_positions is not None:
         return 0, num_blocks
-    high = jnp.minimum(i + 1, num_blocks) if spec.causal else num_blocks
+    high = jnp.minimum(i + 1, num_blocks) if mask.causal else num_blocks
     low = 0
-    if spec.window is not None:
-        low = jnp.maximum((i * block - spec.window + 1) // block, 0)
+    if mask.window is not None:
+        low = jnp.maximum((i * block - mask.window + 1) // block, 0)
     return low, high
 
 
-def _scores(q_i, k_j, spec: AttentionSpec, i, j, block: int):
+def _scores(q_i, k_j, spec: AttentionSpec, i, j, block: int, num_keys: int):
     """Scores of one pair of blocks [B, K, G, block, block], and d score / d (q k)."""
     raw = _f32("BKGTH,BKSH->BKGTS", q_i, k_j)
     scores = formulas.scores(raw, spec.scale, spec.soft_cap)
     slope = formulas.slope(scores, spec.scale, spec.soft_cap)
-    if spec.query_index is None:
-        index = (i * block + jnp.arange(block))[None]
-    else:
-        index = _block(spec.query_index, i, 1, block)
-    segments = spec.query_segments is not None
-    mask = attention_mask(
-        index,
-        j * block + jnp.arange(block),
-        causal=spec.causal,
-        window=spec.window,
-        query_segments=_block(spec.query_segments, i, 1, block) if segments else None,
-        key_segments=_block(spec.key_segments, j, 1, block) if segments else None,
-        key_length=spec.key_length,
-    )
-    return formulas.hide(scores, mask[:, None, None]), slope
+    mask = spec.mask
+    positions = (i * block + jnp.arange(block))[None]
+    if mask.query_positions is not None:
+        positions = _block(mask.query_positions, i, 1, block)
+    queries = Tokens(positions)
+    keys = Tokens((j * block + jnp.arange(block))[None])
+    if mask.query_segments is not None:
+        queries = Tokens(positions, _block(mask.query_segments, i, 1, block))
+        keys = keys._replace(segments=_block(mask.key_segments, j, 1, block))
+    allowed = mask.pairs(queries, keys, num_keys if num_keys % block else None)
+    return formulas.hide(scores, allowed[:, None, None]), slope
 
 
 def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
     """See `flash.Kernels`."""
-    block, num_queries = settings.block, q.shape[1]
-    q, k, v, spec = _in_blocks(q, k, v, spec, block)
+    block, num_queries, num_keys = settings.block, q.shape[1], k.shape[1]
+    q, k, v, mask = _in_blocks(q, k, v, spec.mask, block)
+    spec = replace(spec, mask=mask)
     T, S = q.shape[3], k.shape[2]
     sinks = None
     if spec.sinks is not None:
@@ -137,7 +124,7 @@ def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
         def key_block(j, carry):
             total, top, weight = carry
             k_j, v_j = _block(k, j, 2, block), _block(v, j, 2, block)
-            scores, _ = _scores(q_i, k_j, spec, i, j, block)
+            scores, _ = _scores(q_i, k_j, spec, i, j, block, num_keys)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             probs = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -149,7 +136,7 @@ def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
         zeros = jnp.zeros_like(q_i, dtype=jnp.float32)
         row = zeros[..., 0]
         start = (zeros, row + MASKED, row)
-        low, high = _key_blocks(spec, i, S // block, block)
+        low, high = _key_blocks(mask, i, S // block, block)
         total, top, weight = jax.lax.fori_loop(low, high, key_block, start)
         factor, lse = formulas.finish(top, weight, sinks)
         return (total * factor[..., None]).astype(q.dtype), lse
@@ -172,14 +159,15 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
     """See `flash.Kernels`."""
     block, T, S, K = settings.block, q.shape[1], k.shape[1], k.shape[2]
     dtypes = q.dtype, k.dtype, v.dtype
-    q, k, v, spec = _in_blocks(q, k, v, spec, block)
+    q, k, v, mask = _in_blocks(q, k, v, spec.mask, block)
+    spec = replace(spec, mask=mask)
     dz = _pad(_grouped(dz, K), 3, block)
     # Queries that were added have no gradient: their probabilities are 0.
     lse, delta = (_grouped_rows(x, K) for x in (lse, delta))
     missing = q.shape[3] - T
     lse = jnp.pad(lse, ((0, 0),) * 3 + ((0, missing),), constant_values=-MASKED)
     delta = _pad(delta, 3, block)
-    num_keys = k.shape[2] // block
+    key_blocks = k.shape[2] // block
 
     def query_block(carry, i):
         q_i, g_i, lse_i, delta_i = (_block(x, i, 3, block) for x in (q, dz, lse, delta))
@@ -187,7 +175,7 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
         def key_block(j, carry):
             dq_i, dk, dv = carry
             k_j, v_j = _block(k, j, 2, block), _block(v, j, 2, block)
-            scores, slope = _scores(q_i, k_j, spec, i, j, block)
+            scores, slope = _scores(q_i, k_j, spec, i, j, block, S)
             probs = jnp.exp(scores - lse_i[..., None])
             dprobs = _f32("BKGTH,BKSH->BKGTS", g_i, v_j)
             dscores = formulas.dscores(probs, dprobs, delta_i[..., None], slope)
@@ -199,7 +187,7 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
             return dq_i, dk, dv
 
         dk, dv = carry
-        low, high = _key_blocks(spec, i, num_keys, block)
+        low, high = _key_blocks(mask, i, key_blocks, block)
         start = (jnp.zeros_like(q_i, dtype=jnp.float32), dk, dv)
         dq_i, dk, dv = jax.lax.fori_loop(low, high, key_block, start)
         return (dk, dv), dq_i

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.ops.attention.mask import attention_mask
+from jaxlm.ops.attention.reference import join_heads
 from jaxlm.ops.attention.request import Request
 from jaxlm.ops.attention.settings import measured, settings_key
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec, join_heads
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask
 from jaxlm.ops.layout import reshape
 
 
@@ -34,9 +34,9 @@ def settings_for(q: Array) -> Settings:
     return measured(settings_key("dense", q), Settings())
 
 
-def declines(asked: Request) -> str | None:
+def declines(request: Request) -> str | None:
     """Why `dense_attention` cannot do what is asked; None: it can."""
-    return None if asked.soft_cap is None else "has no soft cap"
+    return None if request.spec.soft_cap is None else "has no soft cap"
 
 
 def dense_attention(
@@ -61,38 +61,25 @@ def dense_attention(
     return z, join_heads(lse)
 
 
-def _blocks(num_queries: int, num_keys: int, spec: AttentionSpec, block: int):
+def _blocks(num_queries: int, num_keys: int, mask: Mask, block: int):
     """Query slices, each with the slice of keys that it may see."""
-    square = num_queries == num_keys and spec.query_index is None
-    if not square or not spec.causal or num_queries % block:
+    square = num_queries == num_keys and mask.query_positions is None
+    if not square or not mask.causal or num_queries % block:
         return [(slice(0, num_queries), slice(0, num_keys))]
     blocks = []
     for start in range(0, num_queries, block):
         low = 0
-        if spec.window is not None:
-            low = max(start - spec.window + 1, 0) // block * block
+        if mask.window is not None:
+            low = max(start - mask.window + 1, 0) // block * block
         blocks.append((slice(start, start + block), slice(low, start + block)))
     return blocks
 
 
-def _bias(spec: AttentionSpec, rows: slice, keys: slice) -> Float[Array, "#B 1 1 T S"]:
-    """0 where a query may see a key, `MASKED` where not."""
-    parts = {}
-    if spec.query_segments is not None:
-        parts["query_segments"] = spec.query_segments[:, rows]
-        parts["key_segments"] = spec.key_segments[:, keys]
-    index = jnp.arange(rows.start, rows.stop)[None]
-    if spec.query_index is not None:
-        index = spec.query_index[:, rows]
-    mask = attention_mask(
-        index,
-        jnp.arange(keys.start, keys.stop),
-        causal=spec.causal,
-        window=spec.window,
-        key_length=spec.key_length,
-        **parts,
-    )
-    return jnp.where(mask, 0.0, MASKED)[:, None, None]
+def _bias(mask: Mask, rows: slice, keys: slice) -> Float[Array, "#B 1 1 T S"]:
+    """0 where a query may attend to a key, `MASKED` where not."""
+    queries = jax.tree.map(lambda x: x[:, rows], mask.queries(rows.stop))
+    columns = jax.tree.map(lambda x: x[:, keys], mask.keys(keys.stop))
+    return jnp.where(mask.pairs(queries, columns), 0.0, MASKED)[:, None, None]
 
 
 def _einsum(equation: str, a: Array, b: Array) -> Array:
@@ -102,10 +89,10 @@ def _einsum(equation: str, a: Array, b: Array) -> Array:
 def _forward(q, k, v, spec: AttentionSpec, block: int):
     """z, the log-sum-exp, and for each block exp(scores - max) and 1 / its sum."""
     outs, lses, saved = [], [], []
-    for rows, keys in _blocks(q.shape[3], k.shape[2], spec, block):
+    for rows, keys in _blocks(q.shape[3], k.shape[2], spec.mask, block):
         k_j, v_j = k[:, :, keys], v[:, :, keys]
         scores = _einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k_j)
-        scores += _bias(spec, rows, keys)
+        scores += _bias(spec.mask, rows, keys)
         top = scores.max(axis=-1, keepdims=True)
         # Without the barrier XLA:CPU computes the exponentials again at each use.
         weights = jax.lax.optimization_barrier(jnp.exp(scores - top).astype(q.dtype))
@@ -141,7 +128,7 @@ def _dense_backward(block, residuals, cotangents):
     g, dlse = cotangents
     dk, dv = (jnp.zeros_like(x, dtype=jnp.float32) for x in (k, v))
     dqs, dsinks = [], []
-    blocks = _blocks(q.shape[3], k.shape[2], spec, block)
+    blocks = _blocks(q.shape[3], k.shape[2], spec.mask, block)
     for (rows, keys), (weights, inverse, sink) in zip(blocks, saved, strict=True):
         q_i = q[:, :, :, rows]
         g_i = g[:, :, :, rows].astype(jnp.float32) * inverse

@@ -2,14 +2,15 @@
 
 An implementation looks at the `Request` and gives a reason to decline it, or none.
 Named, it runs or raises with that reason; `auto` takes the first of the device's list
-that does not decline, and says once which it took and why others declined.
+that does not decline. The choice is logged: what was taken and why others declined at
+INFO, and at WARNING where an accelerator computes long rows without a kernel.
 """
 
 import functools
 import importlib
-import sys
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,20 +19,23 @@ from jaxtyping import Array, Float, Num
 
 from jaxlm.config import nearest
 from jaxlm.ops.attention import blocked, dense
+from jaxlm.ops.attention.reference import reference_attention
 from jaxlm.ops.attention.request import Request, request
-from jaxlm.ops.attention.spec import AttentionSpec, dequantize, reference_attention
+from jaxlm.ops.attention.spec import AttentionSpec, Mask, dequantize
 from jaxlm.ops.layout import layout
+
+logger = logging.getLogger(__name__)
 
 Result = tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute attention, in operations that XLA cuts over a mesh itself."""
+    """A way to compute attention, in operations that XLA shards over a mesh itself."""
 
     run: Callable[..., Result]
     """(q, k, v, spec, *, settings=None)"""
-    declines: Callable[[Request], str | None] = lambda asked: None
+    declines: Callable[[Request], str | None] = lambda request: None
     """Why it cannot do what is asked; None: it can."""
     int8: bool = False
     """Takes int8 keys and values as they are; else they are dequantized before."""
@@ -52,12 +56,12 @@ class Kernel:
         module = importlib.import_module(self.module)
         return module.attention(q, k, v, spec, **settings)
 
-    def declines(self, asked: Request) -> str | None:
-        if asked.platform != self.platform:
+    def declines(self, request: Request) -> str | None:
+        if request.platform != self.platform:
             return f"needs a {self.platform.upper()}"
-        if asked.auto_mesh:
-            return "XLA cannot cut a kernel over Auto mesh axes: make them Explicit"
-        return importlib.import_module(self.module).declines(asked)
+        if request.auto_mesh:
+            return "XLA cannot shard a kernel over Auto mesh axes: make them Explicit"
+        return importlib.import_module(self.module).declines(request)
 
 
 IMPLEMENTATIONS: dict[str, Implementation | Kernel] = {
@@ -66,16 +70,14 @@ IMPLEMENTATIONS: dict[str, Implementation | Kernel] = {
     "xla": Implementation(blocked.blocked_attention),
     "pallas_tpu": Kernel("jaxlm.ops.attention.tpu.pallas_tpu", "tpu", int8=True),
     "pallas_gpu": Kernel("jaxlm.ops.attention.gpu.pallas_gpu", "gpu", int8=True),
-    "pallas_hopper": Kernel("jaxlm.ops.attention.gpu.hopper", "gpu", int8=True),
     "splash": Kernel("jaxlm.ops.attention.jax_kernels.splash", "tpu"),
-    "mosaic_gpu": Kernel("jaxlm.ops.attention.jax_kernels.mosaic_gpu", "gpu"),
     "cudnn": Kernel("jaxlm.ops.attention.jax_kernels.cudnn", "gpu"),
 }
 
 # What `auto` tries, in this order. On each device the fast ones first.
 AUTO = {
     "tpu": ("pallas_tpu", "splash", "xla", "reference"),
-    "gpu": ("pallas_hopper", "pallas_gpu", "cudnn", "xla", "reference"),
+    "gpu": ("pallas_gpu", "cudnn", "xla", "reference"),
     "cpu": ("dense", "xla", "reference"),
 }
 
@@ -84,7 +86,6 @@ AUTO = {
 PROVEN: dict[str, frozenset[str]] = {
     "pallas_tpu": frozenset(),
     "pallas_gpu": frozenset(),
-    "pallas_hopper": frozenset(),
 }
 
 # Scores of each head from which `auto` takes `xla`. Measured on CPUs, where `dense`
@@ -92,6 +93,8 @@ PROVEN: dict[str, frozenset[str]] = {
 LONG = {"cpu": 256 * 256, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
 # Scores of each head from which `dense` is no faster than `xla`, and holds more.
 TOO_LONG_FOR_DENSE = 2048 * 2048
+# Scores of each head from which a kernel is expected on an accelerator.
+LONG_FOR_A_KERNEL = 512 * 512
 
 
 @dataclass(frozen=True)
@@ -99,72 +102,97 @@ class Choice:
     """What runs, and what was asked before it."""
 
     name: str
-    declined: tuple[tuple[str, str], ...]
-    """Names and reasons."""
+    declined: tuple[tuple[str, str], ...] = ()
+    """Names and reasons; empty for an implementation that was asked for by name."""
+    warning: str | None = None
+    """What is slower than expected on this accelerator, and what to do about it."""
 
     def __str__(self) -> str:
-        names: dict[str, list[str]] = {}
-        for name, reason in self.declined:
-            names.setdefault(reason, []).append(name)
-        parts = [f"auto took {self.name}"]
-        parts += [f"{', '.join(who)}: {reason}" for reason, who in names.items()]
-        return "; ".join(parts)
+        return "; ".join((f"auto took {self.name}", *_by_reason(self.declined)))
 
 
-def choose(implementation: str, asked: Request) -> Choice:
-    """The implementation that runs.
+def _by_reason(declined: tuple[tuple[str, str], ...]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, reason in declined:
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(who)}: {reason}" for reason, who in names.items()]
+
+
+def choose(implementation: str, request: Request) -> Choice:
+    """The implementation that runs. Pure: says nothing and keeps nothing.
 
     Raises:
       ValueError: for an unknown name, and for one that cannot do what is asked.
     """
     if implementation == "auto":
-        return _choose(asked)
+        return _choose(request)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"no attention implementation {implementation!r}"
             f"{nearest(implementation, list(IMPLEMENTATIONS))}: choose auto or one of "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
-    reason = IMPLEMENTATIONS[implementation].declines(asked)
+    reason = IMPLEMENTATIONS[implementation].declines(request)
     if reason is not None:
-        able = [n for n, i in IMPLEMENTATIONS.items() if i.declines(asked) is None]
+        able = [n for n, i in IMPLEMENTATIONS.items() if i.declines(request) is None]
         raise ValueError(
             f"attention {implementation!r}: {reason}; for this call choose auto or one "
             f"of {', '.join(able)}"
         )
-    return Choice(implementation, ())
+    return Choice(implementation)
 
 
-def _choose(asked: Request) -> Choice:
-    order = AUTO[asked.platform]
+def _choose(request: Request) -> Choice:
+    order = AUTO[request.platform]
     others = [name for name in IMPLEMENTATIONS if name not in order]
-    declined = [(n, IMPLEMENTATIONS[n].declines(asked)) for n in others]
+    declined = [(n, IMPLEMENTATIONS[n].declines(request)) for n in others]
     for name in order:
-        reason = IMPLEMENTATIONS[name].declines(asked) or _not_chosen(name, asked)
+        reason = IMPLEMENTATIONS[name].declines(request) or _not_chosen(name, request)
         if reason is None:
             reasons = tuple((n, why) for n, why in declined if why is not None)
-            return Choice(name, reasons)
+            return Choice(name, reasons, _slow(name, reasons, request))
         declined.append((name, reason))
-    raise AssertionError(f"nothing computes {asked}")
+    raise AssertionError(f"nothing computes {request}")
 
 
-def _not_chosen(name: str, asked: Request) -> str | None:
+def _not_chosen(name: str, request: Request) -> str | None:
     """Why `auto` passes over an implementation that could do what is asked."""
-    if name in PROVEN and asked.device_kind not in PROVEN[name]:
-        return f"not proven on a {asked.device_kind} yet, name it to run it"
-    scores = asked.num_queries * asked.num_keys
-    one = asked.num_queries == 1
+    if name in PROVEN and request.device_kind not in PROVEN[name]:
+        return f"not proven on a {request.device_kind} yet, name it to run it"
+    scores = request.num_queries * request.num_keys
+    one = request.num_queries == 1
     if name == "dense" and (one or scores >= TOO_LONG_FOR_DENSE):
         return "for several queries and rows that are not too long"
-    if name == "xla" and (one or scores < LONG[asked.platform]):
+    if name == "xla" and (one or scores < LONG[request.platform]):
         return "for several queries and long rows"
     return None
 
 
+def _slow(
+    name: str, declined: tuple[tuple[str, str], ...], request: Request
+) -> str | None:
+    """A warning where long rows run on an accelerator without a kernel."""
+    if request.platform == "cpu" or isinstance(IMPLEMENTATIONS[name], Kernel):
+        return None
+    if request.num_queries * request.num_keys < LONG_FOR_A_KERNEL:
+        return None
+    kernels = tuple(
+        (n, why)
+        for n, why in declined
+        if isinstance(IMPLEMENTATIONS[n], Kernel)
+        and IMPLEMENTATIONS[n].platform == request.platform
+    )
+    return (
+        f"{request.num_queries} x {request.num_keys} scores are computed by {name}, "
+        f"slower than a kernel would ({'; '.join(_by_reason(kernels))}): change what "
+        "the kernel declines, or name one that is not proven yet (--model.attention)"
+    )
+
+
 @functools.cache
-def _say(line: str) -> None:
-    """On stderr, once in a process."""
-    print(line, file=sys.stderr, flush=True)
+def _log_once(level: int, line: str) -> None:
+    """Once in a process: every layer and every compilation makes the same choice."""
+    logger.log(level, "%s", line)
 
 
 def attention(
@@ -178,7 +206,7 @@ def attention(
 ) -> Float[Array, "B T N H"] | Result:
     """Grouped-query attention in q's dtype; N is a multiple of K.
 
-    In an Explicit mesh the batch and the heads may be cut, and nothing else.
+    In an Explicit mesh the batch and the heads may be sharded, and nothing else.
 
     Args:
       implementation: a name in `IMPLEMENTATIONS`, or auto.
@@ -189,10 +217,13 @@ def attention(
     Raises:
       ValueError: for an unknown implementation, or one that cannot do what is asked.
     """
-    asked = request(q, k, spec, lse=return_lse)
-    choice = choose(implementation, asked)
+    call = request(q, k, spec, lse=return_lse)
+    choice = choose(implementation, call)
     if implementation == "auto":
-        _say(f"attention on {asked.device_kind}: {choice}")
+        _log_once(logging.INFO, f"attention on {call.device_kind}: {choice}")
+    if choice.warning is not None:
+        warning = f"attention on {call.device_kind}: {choice.warning}"
+        _log_once(logging.WARNING, warning)
     chosen = IMPLEMENTATIONS[choice.name]
     if not chosen.int8:
         k, v, spec = dequantize(k, v, spec, q.dtype)
@@ -212,29 +243,34 @@ def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Resu
     if tokens is not None or width is not None:
         raise ValueError(
             f"attention: queries are laid out as {placed.spec}, but only the batch and "
-            "the heads may be cut"
+            "the heads may be sharded"
         )
 
-    def partition(x: Array, *axes: Any) -> P:
-        """That of x, a row for all of the batch being whole on each device."""
-        whole = axes[0] is batch and x.shape[0] == 1
-        return P(None, *axes[1:]) if whole else P(*axes)
+    def rows(x: Array | None, *axes: Any) -> P | None:
+        """That of x; one row for all of the batch is whole on each device."""
+        if x is None:
+            return None
+        return P(None if x.shape[0] == 1 else batch, *axes)
 
-    cuts = {
-        "sinks": (heads,),
-        "query_segments": (batch, None),
-        "key_segments": (batch, None),
-        "query_index": (batch, None),
-        "key_length": (batch,),
-        "key_scale": (batch, None, heads),
-        "value_scale": (batch, None, heads),
-    }
-    given = {name: getattr(spec, name) for name in cuts}
-    parts = {n: partition(x, *cuts[n]) for n, x in given.items() if x is not None}
-    cut = P(batch, None, heads, None)
-    in_specs = (cut, cut, cut, replace(spec, **parts))
+    mask = spec.mask
+    spec_partitions = AttentionSpec(
+        spec.scale,
+        Mask(
+            mask.causal,
+            mask.window,
+            query_positions=rows(mask.query_positions, None),
+            query_segments=rows(mask.query_segments, None),
+            key_segments=rows(mask.key_segments, None),
+        ),
+        spec.soft_cap,
+        sinks=None if spec.sinks is None else P(heads),
+        key_scale=rows(spec.key_scale, None, heads),
+        value_scale=rows(spec.value_scale, None, heads),
+    )
+    sharded = P(batch, None, heads, None)
+    in_specs = (sharded, sharded, sharded, spec_partitions)
     arguments = jax.tree.map(jax.sharding.reshard, (q, k, v, spec), in_specs)
-    out_specs = (cut, P(batch, heads, None)) if return_lse else cut
+    out_specs = (sharded, P(batch, heads, None)) if return_lse else sharded
 
     def local(*arguments):
         z, lse = run(*arguments)

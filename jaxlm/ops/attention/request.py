@@ -1,6 +1,6 @@
-"""What a call of attention asks for, as far as it is known when it is traced."""
+"""What a call asks of attention, as far as it is known when the call is traced."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -8,72 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-from jaxlm.ops.attention.spec import AttentionSpec
-
-
-@dataclass(frozen=True)
-class Request:
-    """Implementations look at this and decline, or not. Sizes are those of one call,
-    before a mesh cuts the batch and the heads."""
-
-    platform: str
-    """cpu, gpu or tpu."""
-    device_kind: str
-    """As JAX names the device, e.g. `TPU v5 lite`."""
-    dtype: jnp.dtype
-    """Of the queries."""
-    num_queries: int
-    num_keys: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    causal: bool
-    window: int | None
-    soft_cap: float | None
-    sinks: bool
-    segments: bool
-    query_index: bool
-    """Places of the queries are given, as in decoding."""
-    key_length: bool
-    int8: bool
-    """Keys and values are int8, with scales."""
-    lse: bool
-    """The log-sum-exp is wanted."""
-    auto_mesh: bool = False
-    """XLA decides how arrays are cut over several devices (Auto mesh axes)."""
-
-
-def request(q: Array, k: Array, spec: AttentionSpec, *, lse: bool = False) -> Request:
-    """The request that a call with these arguments makes of the current device."""
-    platform, device_kind = target()
-    return Request(
-        platform=platform,
-        device_kind=device_kind,
-        dtype=jnp.dtype(q.dtype),
-        num_queries=q.shape[1],
-        num_keys=k.shape[1],
-        num_heads=q.shape[2],
-        num_kv_heads=k.shape[2],
-        head_dim=q.shape[3],
-        causal=spec.causal,
-        window=spec.window,
-        soft_cap=spec.soft_cap,
-        sinks=spec.sinks is not None,
-        segments=spec.query_segments is not None,
-        query_index=spec.query_index is not None,
-        key_length=spec.key_length is not None,
-        int8=spec.key_scale is not None,
-        lse=lse,
-        auto_mesh=_auto_mesh(),
-    )
-
-
-def _auto_mesh() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(
-        kind == AxisType.Auto and size > 1
-        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    )
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 
 def target() -> tuple[str, str]:
@@ -88,3 +23,108 @@ def target() -> tuple[str, str]:
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
     return device.platform, device.device_kind
+
+
+def _auto_mesh() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(
+        kind == AxisType.Auto and size > 1
+        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, before a mesh shards its batch and heads.
+
+    Implementations look at this and decline, or not.
+    """
+
+    q: jax.ShapeDtypeStruct
+    """[B, T, N, H]"""
+    k: jax.ShapeDtypeStruct
+    """[B, S, K, H]; v is like it."""
+    spec: AttentionSpec
+    """With a `jax.ShapeDtypeStruct` in the place of each array."""
+    lse: bool = False
+    """The log-sum-exp is wanted."""
+    platform: str = field(default_factory=lambda: target()[0])
+    """cpu, gpu or tpu."""
+    device_kind: str = field(default_factory=lambda: target()[1])
+    """As JAX names the device, e.g. `TPU v5 lite`."""
+    auto_mesh: bool = field(default_factory=_auto_mesh)
+    """XLA decides how arrays are sharded over several devices (Auto mesh axes)."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the queries."""
+        return jnp.dtype(self.q.dtype)
+
+    @property
+    def num_queries(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def num_keys(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[3]
+
+
+def request(
+    q: Array | jax.ShapeDtypeStruct,
+    k: Array | jax.ShapeDtypeStruct,
+    spec: AttentionSpec,
+    *,
+    lse: bool = False,
+) -> Request:
+    """The request that a call with these arguments makes of the current device."""
+    q, k, spec = jax.tree.map(_shape, (q, k, spec))
+    return Request(q, k, spec, lse)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def request_of_sizes(
+    *,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: bool = False,
+    segments: bool = False,
+    query_positions: bool = False,
+    lse: bool = False,
+) -> Request:
+    """The request of a call that is not made yet, from plain sizes.
+
+    For training `segments` is true, for a call with a cache `query_positions` is.
+    """
+
+    def of(wanted: bool, *shape: int) -> jax.ShapeDtypeStruct | None:
+        kind = jnp.float32 if len(shape) == 1 else jnp.int32
+        return jax.ShapeDtypeStruct(shape, kind) if wanted else None
+
+    mask = Mask(
+        causal,
+        window,
+        query_positions=of(query_positions, batch, num_queries),
+        query_segments=of(segments, batch, num_queries),
+        key_segments=of(segments, batch, num_keys),
+    )
+    return Request(
+        jax.ShapeDtypeStruct((batch, num_queries, num_heads, head_dim), dtype),
+        jax.ShapeDtypeStruct((batch, num_keys, num_kv_heads, head_dim), dtype),
+        AttentionSpec(head_dim**-0.5, mask, soft_cap, sinks=of(sinks, num_heads)),
+        lse,
+    )

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from jaxlm.config import nearest
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
-from jaxlm.ops.attention.request import request
+from jaxlm.ops.attention.request import Request, request
 from jaxlm.ops.attention.settings import record, settings_key
-from jaxlm.ops.attention.spec import AttentionSpec
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 BLOCKS = (128, 256, 512, 1024)
 
@@ -58,10 +58,6 @@ TUNABLE: dict[str, tuple[str, tuple[Group, ...]]] = {
         "jaxlm.ops.attention.gpu.pallas_gpu",
         (Group(("block_queries", "block_keys"), (64, 128)), *HOPPER),
     ),
-    "pallas_hopper": (
-        "jaxlm.ops.attention.gpu.hopper",
-        (Group(("block_keys",), (64, 128, 256)), *HOPPER),
-    ),
 }
 
 
@@ -96,13 +92,13 @@ def tune(
         jax.random.normal(key, shape, dtype)
         for key, shape in zip(keys, shapes, strict=True)
     )
-    spec = AttentionSpec(scale=head_dim**-0.5, window=window)
+    spec = AttentionSpec(head_dim**-0.5, Mask(window=window))
     for name in _names(implementation, request(q, k, spec)):
         yield from _tune_one(name, q, k, v, spec)
 
 
-def _names(implementation: str | None, asked: Any) -> list[str]:
-    reasons = {name: IMPLEMENTATIONS[name].declines(asked) for name in TUNABLE}
+def _names(implementation: str | None, call: Request) -> list[str]:
+    reasons = {name: IMPLEMENTATIONS[name].declines(call) for name in TUNABLE}
     if implementation is None:
         return [name for name, reason in reasons.items() if reason is None]
     if implementation not in TUNABLE:
@@ -152,7 +148,8 @@ def _seconds(name, what, q, k, v, spec: AttentionSpec, settings: Any) -> float:
     if what == "decode":
         B, S = k.shape[:2]
         q = q[:, :1]
-        spec = dataclasses.replace(spec, query_index=jnp.full((B, 1), S - 1))
+        mask = dataclasses.replace(spec.mask, query_positions=jnp.full((B, 1), S - 1))
+        spec = dataclasses.replace(spec, mask=mask)
 
     def total(q, k, v):
         return jnp.sum(run(q, k, v, spec)[0].astype(jnp.float32))

@@ -1,78 +1,26 @@
 """Which blocks of keys a block of queries meets, from a few numbers for each block.
 
-Hidden blocks are skipped, and blocks of which everything is visible need no mask. The
-numbers are made by XLA before a kernel starts; a kernel reads them as scalars.
+Hidden pairs of blocks are skipped, and pairs that are visible as a whole need no mask.
+XLA makes the numbers before a kernel starts; the kernel reads them as scalars.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ops.attention.spec import AttentionSpec
+from jaxlm.ops.attention.spec import Mask
 
 
 class Extent(NamedTuple):
-    """The least and greatest place and segment in a block; segments None if unused."""
+    """Least and greatest position and segment in a block; segments None if unused."""
 
     low: Any
     high: Any
     segment_low: Any = None
     segment_high: Any = None
-
-
-def meet(
-    queries: Extent, keys: Extent, length: Any, *, causal: bool, window: int | None
-) -> tuple[Any, Any]:
-    """Whether a pair of blocks has visible scores, and whether all of them are.
-
-    The first may be true for a hidden pair (segments that are not sorted), the second
-    false for one that is visible as a whole; never the other way about. Numbers or
-    arrays that broadcast.
-
-    Args:
-      length: keys from this place on are hidden.
-    """
-    some, whole = keys.low < length, keys.high < length
-    if causal:
-        some = some & (keys.low <= queries.high)
-        whole = whole & (keys.high <= queries.low)
-    if window is not None:
-        some = some & (queries.low - keys.high < window)
-        whole = whole & (queries.high - keys.low < window)
-    if queries.segment_low is not None:
-        some = some & (queries.segment_low <= keys.segment_high)
-        some = some & (keys.segment_low <= queries.segment_high)
-        # All four are equal.
-        whole = whole & (queries.segment_low == keys.segment_high)
-        whole = whole & (keys.segment_low == queries.segment_high)
-    return some, whole
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Table:
-    """The numbers of all blocks, int32, [rows * blocks]; rows are B, or 1 for all.
-
-    A kernel gets it as a tree of references.
-    """
-
-    queries: Any
-    """`Extent` of the query blocks."""
-    keys: Any
-    """`Extent` of the key blocks."""
-    length: Any
-    """[rows]"""
-    first_key: Any
-    """First key block that each query block meets."""
-    last_key: Any
-    """Last one, and 1; `first_key` where there is none."""
-    first_query: Any
-    """First query block that each key block meets."""
-    last_query: Any
-    """Last one, and 1."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +40,98 @@ class Grid:
     def key_blocks(self) -> int:
         return -(-self.num_keys // self.block_keys)
 
+    @property
+    def end_of_keys(self) -> int | None:
+        """`num_keys` where the last block of keys reaches over, for `Mask.allowed`."""
+        return self.num_keys if self.num_keys % self.block_keys else None
+
+
+def meet(mask: Mask, queries: Extent, keys: Extent, num_keys: int) -> tuple[Any, Any]:
+    """Whether a pair of blocks has visible scores, and whether all of them are.
+
+    The first may be true for a hidden pair (segments that are not sorted), the second
+    false for one that is visible as a whole; never the other way about. Numbers or
+    arrays that broadcast; the mask's own arrays are not read.
+    """
+    some, whole = keys.low < num_keys, keys.high < num_keys
+    if mask.causal:
+        some = some & (keys.low <= queries.high)
+        whole = whole & (keys.high <= queries.low)
+    if mask.window is not None:
+        some = some & (queries.low - keys.high < mask.window)
+        whole = whole & (queries.high - keys.low < mask.window)
+    if queries.segment_low is not None:
+        some = some & (queries.segment_low <= keys.segment_high)
+        some = some & (keys.segment_low <= queries.segment_high)
+        # All four are equal.
+        whole = whole & (queries.segment_low == keys.segment_high)
+        whole = whole & (keys.segment_low == queries.segment_high)
+    return some, whole
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockTable:
+    """The numbers of all blocks, int32, [rows * blocks]; rows are B, or 1 for all.
+
+    A kernel gets it as a tree of references. In the methods b is a row of the batch, i
+    a block of queries and j a block of keys.
+    """
+
+    mask: Mask = field(metadata={"static": True})
+    """Without its arrays."""
+    grid: Grid = field(metadata={"static": True})
+    queries: Extent
+    """Of the query blocks; positions None where they are 0 to T - 1."""
+    keys: Extent
+    """Of the key blocks; positions always None."""
+    first_key: Any
+    """First key block that each query block meets."""
+    last_key: Any
+    """Last one, and 1; `first_key` where there is none."""
+    first_query: Any
+    """First query block that each key block meets."""
+    last_query: Any
+    """Last one, and 1."""
+
+    @property
+    def rows(self) -> int:
+        return self.first_key.shape[0] // self.grid.query_blocks
+
+    def _row(self, b: Any) -> Any:
+        return b if self.rows > 1 else 0
+
+    def keys_met(self, b: Any, i: Any) -> tuple[Any, Any]:
+        """First and last + 1 of the key blocks that query block i meets."""
+        at = self._row(b) * self.grid.query_blocks + i
+        return self.first_key[at], self.last_key[at]
+
+    def queries_met(self, b: Any, j: Any) -> tuple[Any, Any]:
+        """First and last + 1 of the query blocks that key block j meets."""
+        at = self._row(b) * self.grid.key_blocks + j
+        return self.first_query[at], self.last_query[at]
+
+    def query_extent(self, b: Any, i: Any) -> Extent:
+        at = self._row(b) * self.grid.query_blocks + i
+        return _read(self.queries, at, i, self.grid.block_queries)
+
+    def key_extent(self, b: Any, j: Any) -> Extent:
+        at = self._row(b) * self.grid.key_blocks + j
+        return _read(self.keys, at, j, self.grid.block_keys)
+
+    def meet(self, queries: Extent, keys: Extent) -> tuple[Any, Any]:
+        """`meet` under this table's mask."""
+        return meet(self.mask, queries, keys, self.grid.num_keys)
+
+
+def _read(extent: Extent, at: Any, block: Any, size: int) -> Extent:
+    low, high, *segments = (None if x is None else x[at] for x in extent)
+    if low is None:
+        # Positions in order need no reading.
+        low = block * size
+        high = low + size - 1
+    return Extent(low, high, *segments)
+
 
 class Bounds(NamedTuple):
     """What is known of a grid when it is traced."""
@@ -104,52 +144,52 @@ class Bounds(NamedTuple):
     """Pairs of blocks that meet, in one row of the batch, at most."""
 
 
-def bounds(spec: AttentionSpec, grid: Grid) -> Bounds:
-    """Bounds that hold whatever the spec's arrays are."""
-    if spec.query_index is not None:
+def bounds(mask: Mask, grid: Grid) -> Bounds:
+    """Bounds that hold whatever the mask's arrays are."""
+    if mask.query_positions is not None:
         pairs = grid.query_blocks * grid.key_blocks
         return Bounds(grid.key_blocks, grid.query_blocks, pairs)
-    bare = AttentionSpec(scale=1.0, causal=spec.causal, window=spec.window)
+    bare = Mask(mask.causal, mask.window)
     first_key, last_key, first_query, last_query = _ranges(
-        bare, *_extents(bare, grid, np), np
+        bare, grid, *_extents(bare, grid, np), np
     )
     keys, queries = last_key - first_key, last_query - first_query
     return Bounds(int(keys.max()), int(queries.max()), int(keys.sum()))
 
 
-def make_table(spec: AttentionSpec, grid: Grid) -> Table:
+def make_table(mask: Mask, grid: Grid) -> BlockTable:
     """The table of one call."""
-    queries, keys, length = _extents(spec, grid, jnp)
-    ranges = _ranges(spec, queries, keys, length, jnp)
-    parts = (queries, keys, length, *ranges)
+    queries, keys = _extents(mask, grid, jnp)
+    ranges = _ranges(mask, grid, queries, keys, jnp)
+    if mask.query_positions is None:
+        queries = queries._replace(low=None, high=None)
+    parts = (queries, keys._replace(low=None, high=None), *ranges)
     rows = max(x.shape[0] for x in jax.tree.leaves(parts))
 
     def flat(x):
         x = jnp.asarray(x, jnp.int32)
         return jnp.broadcast_to(x, (rows, *x.shape[1:])).reshape(-1)
 
-    return Table(*jax.tree.map(flat, parts))
+    bare = Mask(mask.causal, mask.window)
+    return BlockTable(bare, grid, *jax.tree.map(flat, parts))
 
 
-def _extents(spec: AttentionSpec, grid: Grid, xp: Any) -> tuple[Extent, Extent, Any]:
-    """`Extent`s [rows, blocks] and key lengths [rows]."""
-    places = xp.arange(grid.query_blocks * grid.block_queries)[None]
-    if spec.query_index is not None:
-        places = spec.query_index
-    queries = _least_and_greatest(places, grid.block_queries, xp)
+def _extents(mask: Mask, grid: Grid, xp: Any) -> tuple[Extent, Extent]:
+    """`Extent`s of the query and of the key blocks, [rows, blocks]."""
+    positions = xp.arange(grid.query_blocks * grid.block_queries)[None]
+    if mask.query_positions is not None:
+        positions = mask.query_positions
+    queries = _least_and_greatest(positions, grid.block_queries, xp)
     # A last block that reaches over the keys is never visible as a whole.
-    keys = xp.arange(grid.key_blocks * grid.block_keys)[None]
-    keys = _least_and_greatest(keys, grid.block_keys, xp)
-    query_segments, key_segments = (), ()
-    if spec.query_segments is not None:
-        query_segments = _least_and_greatest(
-            spec.query_segments, grid.block_queries, xp
-        )
-        key_segments = _least_and_greatest(spec.key_segments, grid.block_keys, xp)
-    length = xp.full((1,), grid.num_keys)
-    if spec.key_length is not None:
-        length = xp.minimum(spec.key_length, grid.num_keys)
-    return Extent(*queries, *query_segments), Extent(*keys, *key_segments), length
+    positions = xp.arange(grid.key_blocks * grid.block_keys)[None]
+    keys = _least_and_greatest(positions, grid.block_keys, xp)
+    if mask.query_segments is None:
+        return Extent(*queries), Extent(*keys)
+    segments = (
+        _least_and_greatest(mask.query_segments, grid.block_queries, xp),
+        _least_and_greatest(mask.key_segments, grid.block_keys, xp),
+    )
+    return Extent(*queries, *segments[0]), Extent(*keys, *segments[1])
 
 
 def _least_and_greatest(x: Any, block: int, xp: Any) -> tuple[Any, Any]:
@@ -161,13 +201,11 @@ def _least_and_greatest(x: Any, block: int, xp: Any) -> tuple[Any, Any]:
     return x.min(axis=-1), x.max(axis=-1)
 
 
-def _ranges(spec: AttentionSpec, queries: Extent, keys: Extent, length: Any, xp: Any):
+def _ranges(mask: Mask, grid: Grid, queries: Extent, keys: Extent, xp: Any):
     """First and last + 1 of the blocks met, of both sides, [rows, blocks]."""
     column = Extent(*(None if x is None else x[:, :, None] for x in queries))
     row = Extent(*(None if x is None else x[:, None, :] for x in keys))
-    some, _ = meet(
-        column, row, length[:, None, None], causal=spec.causal, window=spec.window
-    )
+    some, _ = meet(mask, column, row, grid.num_keys)
     some = some & xp.ones((1, queries.low.shape[1], 1), bool)
     return *_first_and_last(some, 2, xp), *_first_and_last(some, 1, xp)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Importing compile_train_step tells libtpu that there is no TPU.
 import jax
@@ -16,13 +17,13 @@ import numpy as np
 from compile_train_step import compile_step, devices_of, figures
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ops_case import make_spec
 
 from jaxlm.ops.attention.dispatch import attention
-from jaxlm.ops.attention.spec import AttentionSpec
 
-ALL = ("sinks", "query_segments", "key_segments", "query_index", "key_length")
-CACHE = ("query_index", "key_length")
-INT8 = ("query_index", "key_scale", "value_scale")
+ALL = ("sinks", "query_segments", "key_segments", "query_positions")
+CACHE = ("query_positions",)
+INT8 = ("query_positions", "key_scale", "value_scale")
 # name -> (T, S, head_dim, dtype, arrays of the spec, its numbers)
 TRAIN = {
     "128": (2048, 2048, 128, "bfloat16", (), {}),
@@ -36,7 +37,7 @@ TRAIN = {
     "32k": (32768, 32768, 128, "bfloat16", (), {"window": 4096}),
 }
 DECODE = {
-    "decode": (1, 8192, 128, "bfloat16", ("query_index",), {}),
+    "decode": (1, 8192, 128, "bfloat16", CACHE, {}),
     "decode 4": (4, 8000, 64, "bfloat16", (*CACHE, "sinks"), {"window": 1024}),
     "decode int8": (1, 8192, 128, "bfloat16", INT8, {}),
 }
@@ -51,8 +52,7 @@ def compile_case(device, implementation, case, gradient):
         "sinks": ((N,), jnp.float32),
         "query_segments": ((B, T), jnp.int32),
         "key_segments": ((B, S), jnp.int32),
-        "query_index": ((B, T), jnp.int32),
-        "key_length": ((B,), jnp.int32),
+        "query_positions": ((B, T), jnp.int32),
         "key_scale": ((B, S, K), jnp.float32),
         "value_scale": ((B, S, K), jnp.float32),
     }
@@ -62,7 +62,7 @@ def compile_case(device, implementation, case, gradient):
         return jax.ShapeDtypeStruct(size, kind, sharding=spread)
 
     def total(q, k, v, given):
-        spec = AttentionSpec(scale=0.1, **numbers, **given)
+        spec = make_spec(0.1, **numbers, **given)
         z, lse = attention(
             q, k, v, spec, implementation=implementation, return_lse=True
         )

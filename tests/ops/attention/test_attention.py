@@ -11,22 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import ops_case
 import pytest
-from ops_case import normal, quick_jit, slope
+from ops_case import make_spec, normal, quick_jit, slope
 
 from jaxlm.ops.attention import blocked, dense
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
-from jaxlm.ops.attention.gpu import hopper
 from jaxlm.ops.attention.gpu import pallas_gpu as gpu
-from jaxlm.ops.attention.mask import attention_mask
+from jaxlm.ops.attention.reference import (
+    attention_lse,
+    attention_scores,
+    reference_attention,
+)
 from jaxlm.ops.attention.request import request
 from jaxlm.ops.attention.spec import (
     MASKED,
     AttentionSpec,
-    attention_lse,
-    attention_scores,
+    Mask,
     dequantize,
     quantize,
-    reference_attention,
 )
 from jaxlm.ops.attention.tpu import pallas_tpu as tpu
 
@@ -60,13 +61,9 @@ CASES = {
 HOPPER = {"unit": 64, "head_dim": 32, "heads": (2, 1), "atol": 1e-5}
 if DEVICE == "gpu":
     CASES["pallas_gpu"] = Case(gpu.attention, **HOPPER)
-    CASES["pallas_hopper"] = Case(hopper.attention, **HOPPER)
 else:
     small = gpu.Settings(interpret=True)
-    run = partial(gpu.attention, settings=small)
-    CASES["pallas_gpu"] = Case(run, **HOPPER)
-    run = partial(hopper.attention, settings=small)
-    CASES["pallas_hopper"] = Case(run, **HOPPER)
+    CASES["pallas_gpu"] = Case(partial(gpu.attention, settings=small), **HOPPER)
 if DEVICE == "tpu":
     CASES["pallas_tpu"] = Case(
         partial(tpu.attention, settings=tpu.Settings(128, 128, 128, 128, 128)), 128, 64
@@ -84,11 +81,11 @@ def options(names, case):
     if "odd" in names:
         T, S = T - 11, S - 11
     rng = np.random.default_rng(7)
-    if "places" in names:
+    if "positions" in names:
         T = T - 2 * unit
         start = rng.integers(0, S - T, (B, 1))
         start[-1] = S - T
-        spec["query_index"] = (start + np.arange(T)).astype(np.int32)
+        spec["query_positions"] = (start + np.arange(T)).astype(np.int32)
     if "all keys" in names:
         spec["causal"] = False
     if "window" in names:
@@ -101,11 +98,9 @@ def options(names, case):
         keys = np.repeat([[1, 2, 3], [1, 1, 2]], unit, axis=1).astype(np.int32)
         spec["key_segments"] = keys[:, :S]
         spec["query_segments"] = keys[:, S - T : S]
-        if "places" in names:
-            places = spec["query_index"]
-            spec["query_segments"] = np.take_along_axis(keys, places, axis=1)
-    if "length" in names:
-        spec["key_length"] = np.array([S, S - 2], np.int32)
+        if "positions" in names:
+            positions = spec["query_positions"]
+            spec["query_segments"] = np.take_along_axis(keys, positions, axis=1)
     return T, S, spec
 
 
@@ -116,18 +111,16 @@ OPTIONS = [
     ("soft cap",),
     ("sinks",),
     ("segments",),
-    ("places",),
-    ("length",),
+    ("positions",),
     ("odd",),
     # Each pair of options is together in one of these, and apart in others.
-    ("soft cap", "window", "sinks", "segments", "length"),
-    ("all keys", "sinks", "places", "odd"),
-    ("all keys", "segments", "places", "length"),
+    ("soft cap", "window", "sinks", "segments"),
+    ("all keys", "sinks", "positions", "odd"),
+    ("all keys", "segments", "positions"),
     ("all keys", "soft cap", "window", "odd"),
-    ("length", "odd"),
-    ("window", "places"),
-    ("soft cap", "segments", "places", "odd"),
-    ("window", "sinks", "segments", "places", "length", "odd"),
+    ("window", "positions"),
+    ("soft cap", "segments", "positions", "odd"),
+    ("window", "sinks", "segments", "positions", "odd"),
 ]
 
 
@@ -136,12 +129,12 @@ def able(name, names):
     case = CASES[name]
     T, S, spec = options(names, case)
     q, k, _ = inputs(T, S, case)
-    asked = request(q, k, make_spec(spec), lse=True)
+    call = request(q, k, make_spec(SCALE, **spec), lse=True)
     if isinstance(IMPLEMENTATIONS[name], Kernel):
         platform = IMPLEMENTATIONS[name].platform
         kind = {"gpu": "NVIDIA H100", "tpu": "TPU v5 lite"}[platform]
-        asked = dataclasses.replace(asked, platform=platform, device_kind=kind)
-    return IMPLEMENTATIONS[name].declines(asked) is None
+        call = dataclasses.replace(call, platform=platform, device_kind=kind)
+    return IMPLEMENTATIONS[name].declines(call) is None
 
 
 def inputs(T, S, case=CASES["reference"]):
@@ -152,19 +145,6 @@ def inputs(T, S, case=CASES["reference"]):
         jnp.asarray(normal(i, *shape) * (8 / H) ** 0.25)
         for i, shape in enumerate(shapes)
     ]
-
-
-def make_spec(options):
-    arrays = {
-        key: jnp.asarray(value) if isinstance(value, np.ndarray) else value
-        for key, value in options.items()
-    }
-    return AttentionSpec(scale=SCALE, **arrays)
-
-
-# The one that has no f32 shares its backward pass with `pallas_gpu`, and has tests of
-# its own for the forward pass.
-EXACT = [name for name in CASES if name != "pallas_hopper"]
 
 
 def marks(name, names):
@@ -180,7 +160,7 @@ PAIRS = [
         id=f"{name}: {', '.join(names) or 'causal'}",
         marks=marks(name, names),
     )
-    for name, names in itertools.product(EXACT, OPTIONS)
+    for name, names in itertools.product(CASES, OPTIONS)
     if able(name, names)
 ]
 
@@ -198,7 +178,7 @@ def test_value_and_gradient(name, names):
     case = CASES[name]
     T, S, values = options(names, case)
     q, k, v = inputs(T, S, case)
-    spec = make_spec(values)
+    spec = make_spec(SCALE, **values)
     expected, expected_lse = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
     # What a query that sees no key gives has no meaning.
     seen = np.isfinite(expected_lse)
@@ -252,7 +232,7 @@ def test_bfloat16(name, grouped, queries):
     spec = AttentionSpec(scale=SCALE)
     if queries == "one":
         q = q[:, -1:]
-        spec = dataclasses.replace(spec, query_index=jnp.full((B, 1), S - 1))
+        spec = AttentionSpec(SCALE, Mask(query_positions=jnp.full((B, 1), S - 1)))
 
     def total(q, k, v):
         z, _ = case.run(q, k, v, spec)
@@ -260,8 +240,8 @@ def test_bfloat16(name, grouped, queries):
 
     grads, z = quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
     assert {x.dtype for x in (z, *grads)} == {jnp.dtype(jnp.bfloat16)}
-    places = None if spec.query_index is None else np.asarray(spec.query_index)
-    expected = ops_case.attention(q, k, v, scale=SCALE, query_index=places)
+    positions = spec.mask.query_positions
+    expected = ops_case.attention(q, k, v, scale=SCALE, query_positions=positions)
     # Probabilities and results are rounded to 8 bits: 2 ** -8 of values up to 4.
     np.testing.assert_allclose(np.float32(z), expected, atol=2e-2)
     exact = quick_jit(
@@ -275,7 +255,7 @@ def test_bfloat16(name, grouped, queries):
         np.testing.assert_allclose(np.float32(one), other, atol=near)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", CASES)
 def test_query_head_n_is_served_by_key_head_n_over_g(name):
     case = CASES[name]
     if case.heads[1] == 1:
@@ -288,23 +268,23 @@ def test_query_head_n_is_served_by_key_head_n_over_g(name):
     np.testing.assert_allclose(z[0, :, :, 0], [served] * case.unit, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", CASES)
 def test_a_window_off_by_one_is_seen(name):
     case = CASES[name]
     q, k, v = inputs(3 * case.unit, 3 * case.unit, case)
     run = quick_jit(case.run)
-    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, window=9))
+    z, _ = run(q, k, v, AttentionSpec(SCALE, Mask(window=9)))
     for wrong in (8, 10):
         other = ops_case.attention(q, k, v, scale=SCALE, window=wrong)
         assert np.abs(z - other).max() > 0.05
     # The window counts the token itself.
-    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, window=1))
+    z, _ = run(q, k, v, AttentionSpec(SCALE, Mask(window=1)))
     np.testing.assert_allclose(
         z, np.repeat(v, q.shape[2] // k.shape[2], axis=2), atol=case.atol
     )
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", CASES)
 def test_sinks_take_their_share(name):
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
@@ -316,12 +296,13 @@ def test_sinks_take_their_share(name):
     assert np.abs(heavy).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", CASES)
 def test_a_row_without_keys_is_finite(name):
     """Padding may see nothing at all; it must not make NaN, backward neither."""
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
-    spec = AttentionSpec(scale=SCALE, key_length=jnp.zeros(B, jnp.int32))
+    positions = jnp.full((B, case.unit), -1, jnp.int32)
+    spec = AttentionSpec(SCALE, Mask(query_positions=positions))
 
     def total(q, k, v):
         return jnp.sum(case.run(q, k, v, spec)[0])
@@ -331,7 +312,7 @@ def test_a_row_without_keys_is_finite(name):
     assert all(np.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", CASES)
 def test_large_scores_do_not_overflow(name):
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
@@ -342,7 +323,7 @@ def test_large_scores_do_not_overflow(name):
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in EXACT if n != "dense"])
+@pytest.mark.parametrize("name", [n for n in CASES if n != "dense"])
 @pytest.mark.parametrize("queries", [1, 8])
 @pytest.mark.parametrize("extra", ["plain", "window, soft cap, sinks", "int8"])
 def test_decoding(name, queries, extra):
@@ -351,11 +332,11 @@ def test_decoding(name, queries, extra):
     S = 3 * case.unit - 5
     q, k, v = inputs(queries, S, case)
     start = np.array([[S - queries], [case.unit - 3]])
-    values = {"query_index": (start + np.arange(queries)).astype(np.int32)}
+    values = {"query_positions": (start + np.arange(queries)).astype(np.int32)}
     if extra == "window, soft cap, sinks":
         values |= {"window": case.unit + 3, "soft_cap": 1.5}
         values["sinks"] = normal(5, case.heads[0])
-    spec = make_spec(values)
+    spec = make_spec(SCALE, **values)
     if extra == "int8":
         (k8, key_scale), (v8, value_scale) = quantize(k), quantize(v)
         scales = {"key_scale": key_scale, "value_scale": value_scale}
@@ -399,7 +380,7 @@ def test_long_rows_never_hold_all_scores():
 
 def test_lse_and_probabilities():
     q, k, _ = inputs(16, 16)
-    spec = AttentionSpec(scale=SCALE, window=5, sinks=jnp.asarray(normal(5, N)))
+    spec = make_spec(SCALE, window=5, sinks=normal(5, N))
     scores = np.float64(attention_scores(q, k, spec)).reshape(B, N, 16, 16)
     lse = np.float64(attention_lse(jnp.asarray(scores.reshape(B, K, 2, 16, 16)), spec))
     sinks = np.float64(spec.sinks)[:, None, None]
@@ -410,27 +391,22 @@ def test_lse_and_probabilities():
 
 
 def test_mask_against_its_definition():
-    index, keys = np.array([[3, 4], [0, 7]], np.int32), np.arange(9, dtype=np.int32)
+    positions, S = np.array([[3, 4], [0, 7]], np.int32), 9
     queries = np.array([[1, 2], [1, 1]], np.int32)
     segments = np.array([[1] * 4 + [2] * 5, [1] * 9], np.int32)
-    length = np.array([5, 9], np.int32)
-    for causal, window, with_segments, with_length in itertools.product(
-        (True, False), (None, 1, 3), (True, False), (True, False)
+    for causal, window, with_segments, num_keys in itertools.product(
+        (True, False), (None, 1, 3), (True, False), (None, 5)
     ):
         given = {"query_segments": queries, "key_segments": segments}
-        mask = attention_mask(
-            jnp.asarray(index),
-            jnp.asarray(keys),
-            causal=causal,
-            window=window,
-            key_length=jnp.asarray(length) if with_length else None,
-            **(jax.tree.map(jnp.asarray, given) if with_segments else {}),
-        )
-        for b, t, s in itertools.product(range(2), range(2), range(9)):
+        given = jax.tree.map(jnp.asarray, given) if with_segments else {}
+        mask = Mask(causal, window, query_positions=jnp.asarray(positions), **given)
+        found = mask.pairs(mask.queries(2), mask.keys(S), num_keys)
+        found = np.broadcast_to(found, (2, 2, S))
+        for b, t, s in itertools.product(range(2), range(2), range(S)):
             seen = (
-                (not causal or s <= index[b, t])
-                and (window is None or s > index[b, t] - window)
+                (not causal or s <= positions[b, t])
+                and (window is None or s > positions[b, t] - window)
                 and (not with_segments or queries[b, t] == segments[b, s])
-                and (not with_length or s < length[b])
+                and (num_keys is None or s < num_keys)
             )
-            assert mask[b, t, s] == seen
+            assert found[b, t, s] == seen

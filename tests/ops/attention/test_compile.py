@@ -63,13 +63,6 @@ def test_h100():
 
 
 @needs_cuda
-def test_h100_with_specialised_warpgroups():
-    found = run_case("h100:1", "pallas_hopper")
-    assert "float32 is neither bfloat16 nor float16" in found.pop("float32")["error"]
-    check(found, backward_256=3)
-
-
-@needs_cuda
 def test_a_step_of_a_1b_model_on_8_gpus():
     found = run_case("h100:8", "step", "pallas_gpu")
     assert found["kernels"] == 4

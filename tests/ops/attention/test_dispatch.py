@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_case import normal
+from ops_case import normal, plain_request
 
 from jaxlm.config import AttentionName
 from jaxlm.ops.attention import dispatch
@@ -21,8 +22,9 @@ from jaxlm.ops.attention.dispatch import (
     attention,
     choose,
 )
-from jaxlm.ops.attention.request import Request, request, target
-from jaxlm.ops.attention.spec import AttentionSpec, quantize, reference_attention
+from jaxlm.ops.attention.reference import reference_attention
+from jaxlm.ops.attention.request import Request, request, request_of_sizes, target
+from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 SPEC = AttentionSpec(scale=0.3)
@@ -34,13 +36,9 @@ def inputs(T=16, S=16, dtype=jnp.float32):
 
 
 def asked(platform="cpu", kind="cpu", **changes) -> Request:
-    q, k, _ = inputs()
-    plain = request(q, k, SPEC)
-    sizes = {"num_queries": 1024, "num_keys": 1024, "head_dim": 128, "num_heads": 8}
-    sizes |= {"dtype": jnp.dtype(jnp.bfloat16)} if platform != "cpu" else {}
-    return dataclasses.replace(
-        plain, platform=platform, device_kind=kind, **sizes | changes
-    )
+    dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    changes = {"head_dim": 128, "num_heads": 8, "dtype": dtype, **changes}
+    return plain_request(platform=platform, device_kind=kind, **changes)
 
 
 def test_cpu_takes_the_measured_form_and_never_a_kernel():
@@ -57,7 +55,7 @@ def test_cpu_takes_the_measured_form_and_never_a_kernel():
     reasons = dict(choice.declined)
     for kernel in ("pallas_tpu", "splash"):
         assert reasons[kernel] == "needs a TPU"
-    for kernel in ("pallas_gpu", "mosaic_gpu", "cudnn"):
+    for kernel in ("pallas_gpu", "cudnn"):
         assert reasons[kernel] == "needs a GPU"
 
 
@@ -80,7 +78,7 @@ def test_an_unproven_kernel_is_named_but_not_chosen(monkeypatch, platform, kind,
     assert choose("auto", call).name == ours
     # What the stock kernel cannot do falls to XLA, and is said.
     monkeypatch.setitem(PROVEN, ours, frozenset())
-    choice = choose("auto", asked(platform, kind, query_index=True))
+    choice = choose("auto", asked(platform, kind, query_positions=True))
     assert choice.name == "xla"
     assert f"{stock}: " in str(choice)
 
@@ -96,7 +94,7 @@ def test_kernels_decline_a_mesh_that_xla_cuts(monkeypatch):
     with jax.sharding.use_abstract_mesh(mesh):
         choice = choose("auto", request(q, k, SPEC))
     assert choice.name == "xla"
-    assert "pallas_tpu, splash: XLA cannot cut a kernel over Auto" in str(choice)
+    assert "pallas_tpu, splash: XLA cannot shard a kernel over Auto" in str(choice)
 
 
 def test_what_is_proven_has_a_record():
@@ -112,7 +110,7 @@ def test_named_it_runs_or_raises():
     with pytest.raises(ValueError, match=r"no attention implementation 'xl'.*xla"):
         attention(q, k, v, SPEC, implementation="xl")
     with pytest.raises(ValueError, match=r"'dense': has no soft cap; .*reference, xla"):
-        capped = AttentionSpec(scale=1.0, soft_cap=5.0)
+        capped = AttentionSpec(1.0, soft_cap=5.0)
         attention(q, k, v, capped, implementation="dense")
     with pytest.raises(ValueError, match="'pallas_tpu': needs a TPU"):
         attention(q, k, v, SPEC, implementation="pallas_tpu")
@@ -132,17 +130,67 @@ def test_dispatch_runs_what_is_named(monkeypatch):
     assert calls == names
 
 
-def test_auto_says_once_what_it_took(capsys):
-    dispatch._say.cache_clear()
+def test_the_choice_is_logged_once(caplog, capfd):
+    """At INFO, where nobody sees it who did not ask."""
+    caplog.set_level(logging.INFO, dispatch.__name__)
+    dispatch._log_once.cache_clear()
     q, k, v = inputs()
     for _ in range(2):
         attention(q, k, v, SPEC)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert said[0].startswith("attention on cpu: auto took dense; ")
-    assert "pallas_tpu, splash: needs a TPU" in said[0]
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.message.startswith("attention on cpu: auto took dense; ")
+    assert "pallas_tpu, splash: needs a TPU" in record.message
     attention(q, k, v, SPEC, implementation="xla")
-    assert capsys.readouterr().err == ""
+    assert len(caplog.records) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_warning_where_an_accelerator_has_no_kernel_for_long_rows(
+    monkeypatch, caplog
+):
+    h100 = ("gpu", "NVIDIA H100 80GB HBM3")
+    # Training batches have segments.
+    choice = choose("auto", asked(*h100, segments=True))
+    assert choice.name == "xla"
+    assert choice.warning.startswith("1024 x 1024 scores are computed by xla, slower")
+    assert "cudnn: no segments" in choice.warning
+    assert "pallas_gpu: not proven on a NVIDIA H100" in choice.warning
+    assert "--model.attention" in choice.warning and "splash" not in choice.warning
+    # Nothing to say where a kernel runs, for one query, for short rows, on a CPU, and
+    # where the implementation was asked for.
+    assert choose("auto", asked(*h100)).warning is None
+    one = asked(*h100, num_queries=1, query_positions=True)
+    assert choose("auto", one).warning is None
+    short = asked(*h100, num_queries=256, num_keys=256, segments=True)
+    assert choose("auto", short).warning is None
+    assert choose("auto", asked(segments=True)).warning is None
+    assert choose("xla", asked(*h100, segments=True)).warning is None
+    # The call that makes the choice says it once.
+    monkeypatch.setattr(
+        dispatch, "request", lambda *a, **k: asked(*h100, segments=True)
+    )
+    dispatch._log_once.cache_clear()
+    q, k, v = inputs()
+    for _ in range(2):
+        attention(q, k, v, SPEC)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and choice.warning in record.message
+
+
+def test_a_request_from_sizes_is_that_of_the_call():
+    shapes = ((2, 8, 4, 16), (2, 24, 2, 16))
+    q, k = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
+    sizes = {"batch": 2, "num_queries": 8, "num_keys": 24, "num_heads": 4}
+    sizes |= {"num_kv_heads": 2, "head_dim": 16, "dtype": jnp.bfloat16}
+    ids = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 24), jnp.int32)
+    mask = Mask(window=5, query_segments=ids[0], key_segments=ids[1])
+    spec = AttentionSpec(16**-0.5, mask, sinks=jnp.zeros(4))
+    made = request_of_sizes(**sizes, window=5, segments=True, sinks=True, lse=True)
+    assert made == request(q, k, spec, lse=True)
+    spec = AttentionSpec(16**-0.5, Mask(query_positions=ids[0]), soft_cap=3.0)
+    made = request_of_sizes(**sizes, query_positions=True, soft_cap=3.0)
+    assert made == request(q, k, spec)
 
 
 def test_log_sum_exp_and_int8_through_the_dispatcher():

@@ -37,8 +37,7 @@ from jaxlm.ops.attention.gpu.mosaic import (
     matrix_memory,
     whole_tiles,
 )
-from jaxlm.ops.attention.mask import may_attend
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
 from jaxlm.ops.attention.visibility import Grid, make_table
 
 MOST_QUERIES = 8
@@ -103,7 +102,7 @@ def forward(
     operands = _operands(q, k, v, spec, settings)
     B, K, padded, H = operands["q"].shape
     T, R, blocks = q.shape[1], q.shape[1] * q.shape[2] // K, padded // ROWS
-    program = _Program(spec, settings, R, tuple(operands))
+    program = _Program(spec, k.shape[1], settings, R, tuple(operands))
     shape = (B, K, settings.splits, blocks * program.rows)
     kernel = program.machine.kernel(
         program.run,
@@ -139,20 +138,20 @@ def _operands(q, k, v, spec: AttentionSpec, settings: Settings) -> dict[str, Arr
         return whole_tiles(x.astype(jnp.float32).swapaxes(1, 2), 2)
 
     q_rows = q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
-    index = jnp.arange(T)[None] if spec.query_index is None else spec.query_index
-    table = make_table(spec, Grid(T, S, T, settings.block_keys))
+    mask = spec.mask
+    table = make_table(mask, Grid(T, S, T, settings.block_keys))
     operands = {
         "q": jnp.pad(q_rows, ((0, 0), (0, 0), (0, missing), (0, 0))),
         "k": whole_tiles(k, 1),
         "v": whole_tiles(v, 1),
-        "query_index": by_row(index),
+        "query_positions": by_row(mask.queries(T).positions),
         "first": table.first_key,
         "last": table.last_key,
-        "length": table.length,
     }
-    if spec.query_segments is not None:
-        operands["query_segments"] = by_row(spec.query_segments)
-        operands["key_segments"] = whole_tiles(spec.key_segments.astype(jnp.int32), 1)
+    if mask.query_segments is not None:
+        operands["query_segments"] = by_row(mask.query_segments)
+        segments = jnp.broadcast_to(mask.key_segments.astype(jnp.int32), (B, S))
+        operands["key_segments"] = whole_tiles(segments, 1)
     if spec.key_scale is not None:
         operands["key_scale"] = by_key(spec.key_scale)
         operands["value_scale"] = by_key(spec.value_scale)
@@ -185,6 +184,7 @@ class _Program:
     """One program: the rows of a key head against one part of its keys."""
 
     spec: AttentionSpec
+    num_keys: int
     settings: Settings
     queries: int
     """Rows that are queries; those after them are padding."""
@@ -202,7 +202,7 @@ class _Program:
 
     @property
     def segments(self) -> bool:
-        return self.spec.query_segments is not None
+        return self.spec.mask.query_segments is not None
 
     @property
     def int8(self) -> bool:
@@ -218,7 +218,7 @@ class _Program:
             "q": matrix_memory((ROWS, H), dtype),
             "k": matrix_memory((slots, keys, H), cache_dtype),
             "v": matrix_memory((slots, keys, H), cache_dtype),
-            "query_index": plgpu.SMEM((ROWS,), jnp.int32),
+            "query_positions": plgpu.SMEM((ROWS,), jnp.int32),
             "lse": plgpu.SMEM((ROWS,), jnp.float32),
             "q_ready": plgpu.Barrier(num_arrivals=2 + self.segments),
             "k_ready": plgpu.Barrier(
@@ -244,10 +244,10 @@ class _Program:
         rows = pl.ds(block * ROWS, ROWS)
         ready = memory["q_ready"]
         plgpu.copy_gmem_to_smem(refs["q"].at[row, head, rows], memory["q"], ready)
-        for name in ("query_index", "query_segments")[: 1 + self.segments]:
+        for name in ("query_positions", "query_segments")[: 1 + self.segments]:
             plgpu.copy_gmem_to_smem(refs[name].at[row, rows], memory[name], ready)
 
-        first, count, length = self._part(refs, row, part)
+        first, count = self._part(refs, row, part)
         slots = memory["k"].shape[0]
         fetch = partial(self._fetch, refs, memory, row, head, first)
         for slot in range(slots):
@@ -257,7 +257,7 @@ class _Program:
         def step(number, carry):
             slot = lax.rem(number, jnp.int32(slots))
             start = (first + number) * self.settings.block_keys
-            carry = self._step(memory, slot, start, length, carry)
+            carry = self._step(memory, slot, start, carry)
             if self.segments or self.int8:
                 # The copy engine may overwrite what threads have read.
                 plgpu.commit_smem()
@@ -289,15 +289,15 @@ class _Program:
         plgpu.wait_smem_to_gmem(0)
 
     def _part(self, refs, row, part):
-        """First block of keys of a part, their number, and the length of the row."""
+        """First block of keys of a part, and their number."""
         # One row stands for all of the batch where they are alike.
-        at = row if refs["length"].shape[0] > 1 else 0
+        at = row if refs["first"].shape[0] > 1 else 0
         first, last = refs["first"][at], refs["last"][at]
         splits = jnp.int32(self.settings.splits)
         each = lax.div(last - first + splits - 1, splits)
         start = first + part * each
         count = jnp.minimum(start + each, last) - start
-        return start, jnp.maximum(count, 0), refs["length"][at]
+        return start, jnp.maximum(count, 0)
 
     def _fetch(self, refs, memory, row, head, first, number, slot):
         """Asks for a block of keys and values, and of what belongs to them."""
@@ -317,7 +317,7 @@ class _Program:
         if self.int8:
             copy("value_scale", refs["value_scale"].at[row, head, keys], "v_ready")
 
-    def _step(self, memory, slot, start, length, carry):
+    def _step(self, memory, slot, start, carry):
         """One block of keys, from `start` on, of the online softmax."""
         total, top, weight = carry
         machine, spec = self.machine, self.spec
@@ -334,15 +334,11 @@ class _Program:
 
         if self.int8:
             raw = raw * columns("key_scale")
-        allowed = may_attend(
-            rows("query_index"),
-            machine.count(start, shape, 1),
-            causal=spec.causal,
-            window=spec.window,
-            query_segment=rows("query_segments") if self.segments else None,
-            key_segment=columns("key_segments") if self.segments else None,
-            key_length=length,
-        )
+        positions, segments = rows("query_positions"), self.segments
+        queries = Tokens(positions, rows("query_segments") if segments else None)
+        positions = machine.count(start, shape, 1)
+        keys = Tokens(positions, columns("key_segments") if segments else None)
+        allowed = spec.mask.allowed(queries, keys, self.num_keys)
         scores = formulas.scores(raw, spec.scale, spec.soft_cap)
         scores = formulas.hide(scores, allowed)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))

@@ -27,9 +27,8 @@ from jaxtyping import Array, Float
 
 from jaxlm.ops.attention import formulas
 from jaxlm.ops.attention.gpu.mosaic import SHARED_BYTES, interpreter, matrix_memory
-from jaxlm.ops.attention.mask import may_attend
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec
-from jaxlm.ops.attention.visibility import Extent, Grid, make_table, meet
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
+from jaxlm.ops.attention.visibility import Extent, Grid, make_table
 
 # A bound of what is in shared memory and is no matrix, in bytes.
 SMALL = 8192
@@ -291,8 +290,8 @@ class _Side:
 
     def integers(self, spec: AttentionSpec) -> list[str]:
         """Fields of the spec with a number for each row."""
-        names = (f"{self.name}_index", f"{self.name}_segments")
-        return [x for x in names if getattr(spec, x, None) is not None]
+        names = (f"{self.name}_positions", f"{self.name}_segments")
+        return [x for x in names if getattr(spec.mask, x, None) is not None]
 
     @property
     def ready(self) -> str:
@@ -315,10 +314,10 @@ class _Kernel:
 
     def integers(self) -> dict:
         """Operands: the table of blocks, and the spec's integers [1 or B, rows]."""
-        operands = {"table": make_table(self.spec, self.grid)}
+        operands = {"table": make_table(self.spec.mask, self.grid)}
         for side in (self.queries, self.keys):
             for name in side.integers(self.spec):
-                x = getattr(self.spec, name)
+                x = getattr(self.spec.mask, name)
                 missing = -x.shape[1] % side.block
                 operands[name] = jnp.pad(x, ((0, 0), (0, missing)), mode="edge")
         return operands
@@ -360,8 +359,7 @@ class _Kernel:
             groups = [[next(refs) for _ in part] for part in leaves]
             names = ("head", "block", "batch")
             place = map(lax.axis_index, names)
-            run = _Run(self, *map(jax.tree.unflatten, shapes, groups), *place)
-            program(replace(run, length=run.entry(run.ins["table"].length, 0, 1)))
+            program(_Run(self, *map(jax.tree.unflatten, shapes, groups), *place))
 
         # Profiles show it.
         body.__name__ = program.__name__.strip("_")
@@ -392,8 +390,6 @@ class _Run:
     head: Any
     block: Any
     row: Any
-    length: Any = None
-    """Keys from this place on are hidden."""
 
     def entry(self, column: Any, block: Any, blocks: int) -> Any:
         """The number of a block in a column of the table."""
@@ -401,26 +397,14 @@ class _Run:
         return column[(self.row if rows > 1 else 0) * blocks + block]
 
     def extent(self, side: _Side, block: Any) -> Extent:
-        """Least and greatest place and segment of a block."""
-        table, grid = self.ins["table"], self.kernel.grid
-        columns, blocks = table.queries, grid.query_blocks
-        if side.name == "key":
-            columns, blocks = table.keys, grid.key_blocks
-
-        def read(column):
-            return None if column is None else self.entry(column, block, blocks)
-
-        segments = read(columns.segment_low), read(columns.segment_high)
-        if f"{side.name}_index" in self.ins:
-            return Extent(read(columns.low), read(columns.high), *segments)
-        # Places in order need no reading.
-        low = block * side.block
-        return Extent(low, low + side.block - 1, *segments)
+        """Least and greatest position and segment of a block."""
+        table = self.ins["table"]
+        read = table.key_extent if side.name == "key" else table.query_extent
+        return read(self.row, block)
 
     def meet(self, queries: Extent, keys: Extent) -> tuple[Any, Any]:
         """Whether a block of queries sees something of one of keys, and whether all."""
-        spec = self.kernel.spec
-        return meet(queries, keys, self.length, causal=spec.causal, window=spec.window)
+        return self.ins["table"].meet(queries, keys)
 
     def fetch(self, side: _Side, slot: Any, block: Any, head: Any) -> None:
         """Starts the copies of a block into a slot of shared memory."""
@@ -525,18 +509,13 @@ class _Run:
             return self.load(name, slots[side], shape, (axis, 1 - axis)[side])
 
         def hide(scores):
-            index = load("query_index", 0)
-            if index is None:
-                index = self.count(i * self.kernel.queries.block, shape, axis)
-            allowed = may_attend(
-                index,
-                self.count(j * self.kernel.keys.block, shape, 1 - axis),
-                causal=spec.causal,
-                window=spec.window,
-                query_segment=load("query_segments", 0),
-                key_segment=load("key_segments", 1),
-                key_length=self.length,
-            )
+            positions = load("query_positions", 0)
+            if positions is None:
+                positions = self.count(i * self.kernel.queries.block, shape, axis)
+            queries = Tokens(positions, load("query_segments", 0))
+            positions = self.count(j * self.kernel.keys.block, shape, 1 - axis)
+            keys = Tokens(positions, load("key_segments", 1))
+            allowed = spec.mask.allowed(queries, keys, self.kernel.grid.num_keys)
             return formulas.hide(scores, allowed)
 
         return scores, lax.cond(whole, lambda scores: scores, hide, scores)

@@ -29,9 +29,8 @@ from jaxlm.ops.attention.gpu.mosaic import (
     matrix_memory,
     whole_tiles,
 )
-from jaxlm.ops.attention.mask import may_attend
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec
-from jaxlm.ops.attention.visibility import Extent, Grid, Table, make_table, meet
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
+from jaxlm.ops.attention.visibility import BlockTable, Grid, make_table
 
 # Warpgroups that multiply.
 WORKERS = 2
@@ -130,11 +129,12 @@ class _Program:
         operands = {"q": q, "k": k, "v": v}
         operands = {name: whole_tiles(x, 1) for name, x in operands.items()}
         # The last two are for the backward pass.
-        table = replace(make_table(spec, self.grid), first_query=None, last_query=None)
+        table = make_table(spec.mask, self.grid)
+        table = replace(table, first_query=None, last_query=None)
         operands["table"] = table
-        for name in ("query_index", "query_segments", "key_segments"):
-            if getattr(spec, name) is not None:
-                operands[name] = integers(getattr(spec, name))
+        for name in ("query_positions", "query_segments", "key_segments"):
+            if getattr(spec.mask, name) is not None:
+                operands[name] = integers(getattr(spec.mask, name))
         if spec.sinks is not None:
             operands["sinks"] = spec.sinks.astype(jnp.float32)
         return operands
@@ -142,15 +142,15 @@ class _Program:
     def scratch(self, H: int, dtype: Any) -> dict[str, Any]:
         """Shared memory and barriers, by name."""
         spec, slots, keys = self.spec, self.settings.buffers, self.settings.block_keys
-        segments = spec.query_segments is not None
-        index = spec.query_index is not None
+        segments = spec.mask.query_segments is not None
+        positions = spec.mask.query_positions is not None
         scratch = {
             "qz": matrix_memory((WORKERS, ROWS, H), dtype),
             "k": matrix_memory((slots, keys, H), dtype),
             "v": matrix_memory((slots, keys, H), dtype),
             "lse": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
             "q_ready": plgpu.Barrier(
-                num_arrivals=1 + segments + index, num_barriers=WORKERS
+                num_arrivals=1 + segments + positions, num_barriers=WORKERS
             ),
             "k_ready": plgpu.Barrier(num_arrivals=1 + segments, num_barriers=slots),
             "v_ready": plgpu.Barrier(num_barriers=slots),
@@ -158,8 +158,8 @@ class _Program:
             "v_free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=slots),
             "turn": plgpu.Barrier(num_arrivals=WORKERS),
         }
-        if index:
-            scratch["query_index"] = plgpu.SMEM((WORKERS, ROWS), jnp.int32)
+        if positions:
+            scratch["query_positions"] = plgpu.SMEM((WORKERS, ROWS), jnp.int32)
         if segments:
             scratch["query_segments"] = plgpu.SMEM((WORKERS, ROWS), jnp.int32)
             scratch["key_segments"] = plgpu.SMEM((slots, keys), jnp.int32)
@@ -170,7 +170,7 @@ class _Program:
         head, row = lax.axis_index("head"), lax.axis_index("row")
         # The longest rows of a causal mask first: what ends last should be short.
         block = self.grid.query_blocks - 1 - lax.axis_index("block")
-        table = _BlockTable(refs["table"], self.grid, self.spec, row, block)
+        table = _KeysMet(refs["table"], row, block)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == WORKERS)
@@ -228,7 +228,7 @@ class _Program:
         rows = pl.ds(start, ROWS)
         qz, ready = memory["qz"].at[worker], memory["q_ready"].at[worker]
         plgpu.copy_gmem_to_smem(refs["q"].at[row, rows, head], qz, ready)
-        for name in ("query_index", "query_segments"):
+        for name in ("query_positions", "query_segments"):
             if name in memory:
                 source, target = refs[name].at[row, rows], memory[name].at[worker]
                 plgpu.copy_gmem_to_smem(source, target, ready)
@@ -305,23 +305,17 @@ class _Program:
                 return None
             return along_rows(machine.row_values(memory[name].at[worker][...]), shape)
 
-        index = of_rows("query_index")
-        if index is None:
-            index = machine.count(start, shape, 0)
-        key_segment = None
+        positions = of_rows("query_positions")
+        if positions is None:
+            positions = machine.count(start, shape, 0)
+        queries = Tokens(positions, of_rows("query_segments"))
+        segments = None
         if "key_segments" in memory:
             x = machine.column_values(memory["key_segments"].at[slot][...])
-            key_segment = along_columns(x, shape)
+            segments = along_columns(x, shape)
         first = (table.first + step) * self.settings.block_keys
-        return may_attend(
-            index,
-            machine.count(first, shape, 1),
-            causal=spec.causal,
-            window=spec.window,
-            query_segment=of_rows("query_segments"),
-            key_segment=key_segment,
-            key_length=table.length,
-        )
+        keys = Tokens(machine.count(first, shape, 1), segments)
+        return spec.mask.allowed(queries, keys, self.grid.num_keys)
 
 
 def _take_turn(turn: Any) -> None:
@@ -330,28 +324,16 @@ def _take_turn(turn: Any) -> None:
     plgpu.barrier_wait(turn)
 
 
-class _BlockTable:
-    """The numbers of one block of queries, read from the table as scalars."""
+class _KeysMet:
+    """The key blocks that one block of queries meets, read from the table."""
 
-    def __init__(self, table: Table, grid: Grid, spec: AttentionSpec, row, block):
-        self._keys, self._grid, self._spec = table.keys, grid, spec
-        self.block = block
-        # One row stands for all of the batch where they are alike.
-        self._row = row if table.length.shape[0] > 1 else 0
-        at = self._row * grid.query_blocks + block
-        self._queries = _read(table.queries, at)
-        self.length = table.length[self._row]
-        self.first = table.first_key[at]
-        self.count = table.last_key[at] - self.first
+    def __init__(self, table: BlockTable, row, block):
+        self._table, self._row, self.block = table, row, block
+        self._queries = table.query_extent(row, block)
+        self.first, last = table.keys_met(row, block)
+        self.count = last - self.first
 
     def whole(self, step):
         """Whether all of the scores with a block of keys are visible."""
-        at = self._row * self._grid.key_blocks + self.first + step
-        keys, spec = _read(self._keys, at), self._spec
-        return meet(
-            self._queries, keys, self.length, causal=spec.causal, window=spec.window
-        )[1]
-
-
-def _read(extent: Extent, at: Any) -> Extent:
-    return Extent(*(None if x is None else x[at] for x in extent))
+        keys = self._table.key_extent(self._row, self.first + step)
+        return self._table.meet(self._queries, keys)[1]

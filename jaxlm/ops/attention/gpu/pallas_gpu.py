@@ -33,12 +33,12 @@ def settings_for(q: Array) -> Settings:
     return measured(settings_key("pallas_gpu", q), default_settings(q))
 
 
-def declines(asked: Request) -> str | None:
+def declines(request: Request) -> str | None:
     """Why these kernels cannot do what is asked; None: they can."""
     # Its matrix instructions are in no card before or after.
-    if not asked.device_kind.startswith(("NVIDIA H", "NVIDIA GH")):
-        return f"made for Hopper, not for a {asked.device_kind}"
-    return gpu_flash.declines(asked.head_dim, asked.dtype)
+    if not request.device_kind.startswith(("NVIDIA H", "NVIDIA GH")):
+        return f"made for Hopper, not for a {request.device_kind}"
+    return gpu_flash.declines(request.head_dim, request.dtype)
 
 
 def attention(
@@ -67,7 +67,8 @@ def forward(
 ) -> tuple[Array, Array]:
     """z and lse, by the decode kernel or by `many`, one for many queries."""
     _, T, N, H = q.shape
-    if spec.query_index is None or gpu_decode.declines(T, H, q.dtype) is not None:
+    decoding = spec.mask.query_positions is not None
+    if not decoding or gpu_decode.declines(T, H, q.dtype) is not None:
         return many(q, *dequantize(k, v, spec, q.dtype), settings)
     splits = settings.decode_splits or gpu_decode.best_splits(k.shape, T * N)
     decode = gpu_decode.Settings(

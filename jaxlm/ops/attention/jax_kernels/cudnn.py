@@ -16,15 +16,15 @@ def declines(request: Request) -> str | None:
         return "needs an NVIDIA GPU, Ampere or later"
     if request.dtype not in (jnp.bfloat16, jnp.float16):
         return f"no {request.dtype}"
+    spec, mask = request.spec, request.spec.mask
     for asked, name in (
         # JAX rounds it to the dtype of q, and gives it no gradient.
         (request.lse, "log-sum-exp with a gradient"),
-        (request.soft_cap is not None, "soft cap"),
-        (request.sinks, "sinks"),
+        (spec.soft_cap is not None, "soft cap"),
+        (spec.sinks is not None, "sinks"),
         # JAX would take them as a [T, S] mask.
-        (request.segments, "segments"),
-        (request.query_index, "places of queries"),
-        (request.key_length, "lengths of keys"),
+        (mask.query_segments is not None, "segments"),
+        (mask.query_positions is not None, "positions of queries"),
     ):
         if asked:
             return f"no {name}"
@@ -43,8 +43,8 @@ def _declines_sizes(request: Request, capability: tuple[int, int] | None) -> str
     # With a gradient; one query alone has a refusal of its own in cuDNN.
     if request.num_queries % 2 or request.num_keys % 2:
         return "lengths must be even"
-    if request.window is not None:
-        if not request.causal:
+    if request.spec.mask.window is not None:
+        if not request.spec.mask.causal:
             return "no window that is not causal"
         if request.num_queries > request.num_keys:
             return "no window with more queries than keys"
@@ -70,14 +70,14 @@ def attention(
 
     `implementation` is JAX's; "xla" computes the same on any device.
     """
-    # JAX counts the places beside the token: on the left, on the right.
-    window = None if spec.window is None else (spec.window - 1, 0)
+    # JAX counts the positions beside the token: on the left, on the right.
+    window = None if spec.mask.window is None else (spec.mask.window - 1, 0)
     z = jax.nn.dot_product_attention(
         q,
         k,
         v,
         scale=spec.scale,
-        is_causal=spec.causal,
+        is_causal=spec.mask.causal,
         local_window_size=window,
         implementation=implementation,
     )

@@ -24,17 +24,16 @@ MOST_BLOCKS = 509 * 509
 
 def declines(request: Request) -> str | None:
     """Why splash attention cannot do this, or None."""
-    T, S, window = request.num_queries, request.num_keys, request.window
+    T, S = request.num_queries, request.num_keys
+    mask = request.spec.mask
     if request.platform != "tpu":
         return "needs a TPU"
     if request.dtype not in (jnp.bfloat16, jnp.float32):
         return f"no {request.dtype}"
     if request.lse:
         return "no log-sum-exp with a gradient"
-    if request.query_index:
-        return "no places of queries"
-    if request.key_length:
-        return "no lengths of keys"
+    if mask.query_positions is not None:
+        return "no positions of queries"
     if T % LANES or S % LANES:
         return f"lengths must be multiples of {LANES}"
     if request.head_dim > 2 * WIDE:
@@ -43,7 +42,7 @@ def declines(request: Request) -> str | None:
     if (T // rows) * (S // columns) > MOST_BLOCKS:
         return f"too many blocks at lengths {T} and {S}"
     # The kernel would divide by a sum of nothing.
-    if window is not None and T - window >= S:
+    if mask.window is not None and T - mask.window >= S:
         return "the window leaves queries without keys"
     return None
 
@@ -65,9 +64,10 @@ def attention(
     q = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     segments = None
-    if spec.query_segments is not None:
+    mask = spec.mask
+    if mask.query_segments is not None:
         segments = splash_attention_kernel.SegmentIds(
-            spec.query_segments, spec.key_segments
+            mask.query_segments, mask.key_segments
         )
     sinks = None if spec.sinks is None else _keep_dtype(spec.sinks)
     run = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
@@ -98,11 +98,11 @@ def _kernel(shape: tuple[int, ...], S: int, spec: AttentionSpec, interpret: bool
     Query head n takes key head n // (N / K).
     """
     _, T, N, H = shape
-    right = 0 if spec.causal else None
-    if right is None and spec.window is None:
+    right = 0 if spec.mask.causal else None
+    if right is None and spec.mask.window is None:
         mask = splash_attention_mask.FullMask((T, S))
     else:
-        left = None if spec.window is None else spec.window - 1
+        left = None if spec.mask.window is None else spec.mask.window - 1
         mask = _Band((T, S), (left, right), 0)
     rows, columns = _block(T, H), _block(S, H)
     blocks = splash_attention_kernel.BlockSizes(
@@ -122,7 +122,7 @@ def _kernel(shape: tuple[int, ...], S: int, spec: AttentionSpec, interpret: bool
 
 
 class _Band(splash_attention_mask.LocalMask):
-    """Keys at most `left` places before and `right` after the query; None: no limit.
+    """Keys at most `left` positions before and `right` after the query; None: no limit.
 
     The kernel's set-up asks for every block of the mask. Most are all visible or all
     hidden, which their corners tell: computing them took seconds at 32k tokens.

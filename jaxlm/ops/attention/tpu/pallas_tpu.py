@@ -11,7 +11,7 @@ pads nothing.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,10 @@ from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention import formulas
 from jaxlm.ops.attention.flash import Kernels, flash_attention
-from jaxlm.ops.attention.mask import may_attend
 from jaxlm.ops.attention.request import Request
 from jaxlm.ops.attention.settings import measured, settings_key
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec, dequantize
-from jaxlm.ops.attention.visibility import (
-    Extent,
-    Grid,
-    Table,
-    bounds,
-    make_table,
-    meet,
-)
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens, dequantize
+from jaxlm.ops.attention.visibility import BlockTable, Grid, bounds, make_table
 
 LANES = 128
 # Up to so many queries take the decode form.
@@ -65,8 +57,8 @@ def attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention, and the log-sum-exp of its scores.
 
-    f32 and bf16, any lengths, int8 keys. Up to `DECODE_QUERIES` queries whose places
-    are given take a form that reads each key once for all query heads that it serves.
+    f32 and bf16, any lengths, int8 keys. Up to `DECODE_QUERIES` queries whose positions
+    are given take a form that reads each key once for all query heads that share it.
     """
     kernels = Kernels(_forward, _backward, settings or settings_for(q))
     return flash_attention(kernels, q, k, v, spec)
@@ -79,18 +71,18 @@ def settings_for(q: Array) -> Settings:
     return measured(settings_key("pallas_tpu", q), default)
 
 
-def declines(asked: Request) -> str | None:
+def declines(request: Request) -> str | None:
     """Why these kernels cannot do what is asked; None: they can."""
-    if asked.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"{asked.dtype.name} does not load on a TPU"
-    if asked.head_dim > 256:
-        return f"head_dim {asked.head_dim} is above 256"
+    if request.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{request.dtype.name} does not load on a TPU"
+    if request.head_dim > 256:
+        return f"head_dim {request.head_dim} is above 256"
     return None
 
 
 def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
     """z in q's dtype and lse; see `flash.Kernels`."""
-    if spec.query_index is not None and q.shape[1] <= DECODE_QUERIES:
+    if spec.mask.query_positions is not None and q.shape[1] <= DECODE_QUERIES:
         return _decode(q, k, v, spec, settings)
     k, v, spec = dequantize(k, v, spec, q.dtype)
     return _attend(q, k, v, spec, settings)
@@ -103,15 +95,11 @@ def _decode(q, k, v, spec: AttentionSpec, settings: Settings):
     G = N // K
     rows = q.reshape(B, T, K, G, H).swapaxes(2, 3).reshape(B, T * G, K, H)
 
-    def repeat(x):
-        return None if x is None else jnp.repeat(x, G, axis=1)
-
-    row_spec = replace(
-        spec,
-        sinks=None,
-        query_index=repeat(spec.query_index),
-        query_segments=repeat(spec.query_segments),
+    positions, segments = jax.tree.map(
+        lambda x: jnp.repeat(x, G, axis=1), spec.mask.queries(T)
     )
+    mask = replace(spec.mask, query_positions=positions, query_segments=segments)
+    row_spec = replace(spec, mask=mask, sinks=None)
     splits = settings.decode_splits
     settings = replace(settings, block_keys=settings.decode_block_keys)
     z, lse = _attend(rows, k, v, row_spec, settings, splits)
@@ -135,73 +123,37 @@ def _merge(z_BPTGKH, lse_BPKTG, sinks, q):
     return z.reshape(q.shape).astype(q.dtype), total.swapaxes(2, 3).reshape(B, N, T)
 
 
-class Plan(NamedTuple):
-    """What a kernel knows when it is traced."""
-
-    spec: AttentionSpec
-    """Its numbers; the arrays are inputs."""
-    grid: Grid
-    rows: int
-    """Rows of the table: one for each row of the batch (and split), or 1."""
-
-    def row(self, b: Any) -> Any:
-        return b if self.rows > 1 else 0
-
-    def key_block(self, table: Table, b: Any, i: Any, j: Any) -> Any:
-        """Number of the j-th key block that query block i meets, or of the last one."""
-        at = self.row(b) * self.grid.query_blocks + i
-        last = jnp.maximum(table.last_key[at] - 1, table.first_key[at])
-        return jnp.minimum(table.first_key[at] + j, last)
-
-    def query_block(self, table: Table, b: Any, j: Any, i: Any) -> Any:
-        at = self.row(b) * self.grid.key_blocks + j
-        last = jnp.maximum(table.last_query[at] - 1, table.first_query[at])
-        return jnp.minimum(table.first_query[at] + i, last)
-
-    def meet(self, table: Table, b: Any, i: Any, j: Any) -> tuple[Any, Any]:
-        """`visibility.meet` of query block i and key block j."""
-        row = self.row(b)
-
-        def extent(extents: Extent, at: Any) -> Extent:
-            return Extent(*(None if x is None else x[at] for x in extents))
-
-        return meet(
-            extent(table.queries, row * self.grid.query_blocks + i),
-            extent(table.keys, row * self.grid.key_blocks + j),
-            table.length[row],
-            causal=self.spec.causal,
-            window=self.spec.window,
-        )
-
-    @property
-    def partial_queries(self) -> bool:
-        return self.grid.num_queries % self.grid.block_queries != 0
-
-    @property
-    def partial_keys(self) -> bool:
-        return self.grid.num_keys % self.grid.block_keys != 0
-
-
-def _plan(spec: AttentionSpec, T: int, S: int, blocks: tuple[int, int], splits: int):
-    """The plan of a kernel and its table."""
+def _make_table(
+    spec: AttentionSpec, T: int, S: int, blocks: tuple[int, int], splits: int = 1
+) -> BlockTable:
+    """The table of a kernel; with splits, a row for each part of each row's keys."""
     # Blocks longer than the row help nobody.
     sizes = (
         min(block, pl.cdiv(n, LANES) * LANES)
         for n, block in zip((T, S), blocks, strict=True)
     )
-    grid = Grid(T, S, *sizes)
-    table = make_table(spec, grid)
-    if splits > 1:
-        table = _split(table, grid, splits)
-    plan = Plan(spec, grid, table.length.shape[0])
-    return plan, table
+    table = make_table(spec.mask, Grid(T, S, *sizes))
+    return _split(table, splits) if splits > 1 else table
 
 
-def _split(table: Table, grid: Grid, splits: int) -> Table:
+def _key_block(table: BlockTable, b: Any, i: Any, step: Any) -> Any:
+    """The key block that query block i meets at this step, or the last one."""
+    first, last = table.keys_met(b, i)
+    return jnp.minimum(first + step, jnp.maximum(last - 1, first))
+
+
+def _query_block(table: BlockTable, b: Any, j: Any, step: Any) -> Any:
+    """The query block that key block j meets at this step, or the last one."""
+    first, last = table.queries_met(b, j)
+    return jnp.minimum(first + step, jnp.maximum(last - 1, first))
+
+
+def _split(table: BlockTable, splits: int) -> BlockTable:
     """The table with a row for each part of each row's key blocks."""
+    rows = table.rows
 
     def repeat(x: Array) -> Array:
-        x = x.reshape(table.length.shape[0], 1, -1)
+        x = x.reshape(rows, 1, -1)
         return jnp.broadcast_to(x, (x.shape[0], splits, x.shape[2]))
 
     table = jax.tree.map(repeat, table)
@@ -219,24 +171,24 @@ def _attend(q, k, v, spec: AttentionSpec, settings: Settings, splits: int = 1):
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     blocks = settings.block_queries, settings.block_keys
-    plan, table = _plan(spec, T, S, blocks, splits)
-    grid = plan.grid
-    met = bounds(spec, grid)
+    table = _make_table(spec, T, S, blocks, splits)
+    grid = table.grid
+    met = bounds(spec.mask, grid)
 
     def queries(b, n, i, j, table):
         return b // splits, n, i, 0
 
     def keys(b, n, i, j, table):
-        return b // splits, n // (N // K), plan.key_block(table, b, i, j), 0
+        return b // splits, n // (N // K), _key_block(table, b, i, j), 0
 
     def query_row(b, n, i, j, table):
         return b // splits, 0, i
 
     def key_row(b, n, i, j, table):
-        return b // splits, 0, plan.key_block(table, b, i, j)
+        return b // splits, 0, _key_block(table, b, i, j)
 
     def key_head_row(b, n, i, j, table):
-        return b // splits, n // (N // K), 0, plan.key_block(table, b, i, j)
+        return b // splits, n // (N // K), 0, _key_block(table, b, i, j)
 
     inputs = {"q": _heads_first(q), "k": _heads_first(k), "v": _heads_first(v)}
     in_specs = {
@@ -254,7 +206,7 @@ def _attend(q, k, v, spec: AttentionSpec, settings: Settings, splits: int = 1):
             inputs[name] = scale_BKS[:, :, None].astype(jnp.float32)
             in_specs[name] = pl.BlockSpec((1, 1, 1, grid.block_keys), key_head_row)
     z, lse = _call(
-        partial(_forward_kernel, plan),
+        partial(_forward_kernel, spec),
         table,
         inputs,
         in_specs,
@@ -285,11 +237,14 @@ def _attend(q, k, v, spec: AttentionSpec, settings: Settings, splits: int = 1):
     return z.transpose(0, 2, 1, 3), lse[:, :, 0]
 
 
-def _forward_kernel(plan: Plan, table: Table, refs, z, lse, top, weight, total):
+def _forward_kernel(
+    spec: AttentionSpec, table: BlockTable, refs, z, lse, top, weight, total
+):
     """One pair of blocks. Scratch: `top` and `weight` of the online softmax, each
     number in all lanes of its row, and `total`, the weighted sum of values."""
     b, n, i, step = (pl.program_id(axis) for axis in range(4))
-    j = plan.key_block(table, b, i, step)
+    grid = table.grid
+    j = _key_block(table, b, i, step)
 
     @pl.when(step == 0)
     def _():
@@ -298,18 +253,18 @@ def _forward_kernel(plan: Plan, table: Table, refs, z, lse, top, weight, total):
         total[...] = jnp.zeros_like(total)
 
     def visit(masked: bool):
-        start = j * plan.grid.block_keys
+        start = j * grid.block_keys
         q, k, v = (refs[name][0, 0] for name in "qkv")
         if "key_scale" in refs:
             k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
-        if masked and plan.partial_keys:
-            v = _fill_after(v, start, plan.grid.num_keys)
+        if masked and grid.end_of_keys:
+            v = _fill_after(v, start, grid.num_keys)
         raw = _product(q, k, ((1,), (1,)))
         if "key_scale" in refs:
             raw *= refs["key_scale"][0, 0]
-        scores = formulas.scores(raw, plan.spec.scale, plan.spec.soft_cap)
+        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
         if masked:
-            scores = formulas.hide(scores, _allowed(plan, table, refs, b, i, j))
+            scores = formulas.hide(scores, _allowed(table, refs, i, j))
         old = top[:, :1]
         new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
         probs, shrink = jnp.exp(scores - new), jnp.exp(old - new)
@@ -318,15 +273,15 @@ def _forward_kernel(plan: Plan, table: Table, refs, z, lse, top, weight, total):
         weight[...] = weight[...] * shrink + sums
         if "value_scale" in refs:
             scale = refs["value_scale"][0, 0]
-            if masked and plan.partial_keys:
-                scale = _fill_after(scale, start, plan.grid.num_keys, axis=1)
+            if masked and grid.end_of_keys:
+                scale = _fill_after(scale, start, grid.num_keys, axis=1)
             probs *= scale
         part = _product(probs.astype(v.dtype), v, ((1,), (0,)))
         total[...] = total[...] * shrink + part
 
-    at = plan.row(b) * plan.grid.query_blocks + i
-    some, whole = plan.meet(table, b, i, j)
-    some &= table.first_key[at] + step < table.last_key[at]
+    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
+    first, last = table.keys_met(b, i)
+    some &= first + step < last
     pl.when(some & whole)(partial(visit, masked=False))
     pl.when(some & ~whole)(partial(visit, masked=True))
 
@@ -342,18 +297,20 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
     """dq, dk and dv; see `flash.Kernels`."""
     T, S = q.shape[1], k.shape[1]
     blocks = settings.backward_block_queries, settings.backward_block_keys
-    plan, table = _plan(spec, T, S, blocks, 1)
+    table = _make_table(spec, T, S, blocks)
     arrays = {"q": q, "k": k, "v": v, "dz": dz}
     inputs = {name: _heads_first(x) for name, x in arrays.items()}
     inputs |= {"lse": lse[:, :, None], "delta": delta[:, :, None]}
-    dq = _query_gradient(plan, table, inputs, settings)
-    dk, dv = _key_value_gradients(plan, table, inputs, settings)
+    dq = _query_gradient(spec, table, inputs, settings)
+    dk, dv = _key_value_gradients(spec, table, inputs, settings)
     return tuple(x.transpose(0, 2, 1, 3) for x in (dq, dk, dv))
 
 
-def _backward_specs(plan: Plan, inputs, queries: Callable, keys: Callable):
+def _backward_specs(
+    spec: AttentionSpec, grid: Grid, inputs, queries: Callable, keys: Callable
+):
     """Inputs and their blocks, from maps to (b, head, block) of both sides."""
-    grid, H = plan.grid, inputs["q"].shape[-1]
+    H = inputs["q"].shape[-1]
 
     def block(at: Callable, size: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, size, H), lambda *ids: (*at(*ids), 0))
@@ -376,11 +333,11 @@ def _backward_specs(plan: Plan, inputs, queries: Callable, keys: Callable):
     specs = {name: block(queries, grid.block_queries) for name in ("q", "dz")}
     specs |= {name: block(keys, grid.block_keys) for name in ("k", "v")}
     specs |= {name: row(queries, grid.block_queries) for name in ("lse", "delta")}
-    _add_rows(inputs, specs, plan.spec, grid, all_heads(queries), all_heads(keys))
+    _add_rows(inputs, specs, spec, grid, all_heads(queries), all_heads(keys))
     return inputs, specs
 
 
-def _query_gradient(plan: Plan, table: Table, inputs, settings: Settings):
+def _query_gradient(spec: AttentionSpec, table: BlockTable, inputs, settings: Settings):
     B, N, T, H = inputs["q"].shape
     group = N // inputs["k"].shape[1]
 
@@ -388,13 +345,13 @@ def _query_gradient(plan: Plan, table: Table, inputs, settings: Settings):
         return b, n, i
 
     def keys(b, n, i, j, table):
-        return b, n // group, plan.key_block(table, b, i, j)
+        return b, n // group, _key_block(table, b, i, j)
 
-    inputs, in_specs = _backward_specs(plan, inputs, queries, keys)
-    grid = plan.grid
-    met = bounds(plan.spec, grid)
+    grid = table.grid
+    inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
+    met = bounds(spec.mask, grid)
     return _call(
-        partial(_query_gradient_kernel, plan),
+        partial(_query_gradient_kernel, spec),
         table,
         inputs,
         in_specs,
@@ -409,9 +366,10 @@ def _query_gradient(plan: Plan, table: Table, inputs, settings: Settings):
     )
 
 
-def _query_gradient_kernel(plan: Plan, table: Table, refs, dq, total):
+def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, total):
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    j = plan.key_block(table, b, i, step)
+    grid = table.grid
+    j = _key_block(table, b, i, step)
 
     @pl.when(step == 0)
     def _():
@@ -419,23 +377,23 @@ def _query_gradient_kernel(plan: Plan, table: Table, refs, dq, total):
 
     def visit(masked: bool):
         q, k, v, dz = (refs[name][0, 0] for name in ("q", "k", "v", "dz"))
-        if masked and plan.partial_keys:
-            start = j * plan.grid.block_keys
-            k, v = (_fill_after(x, start, plan.grid.num_keys) for x in (k, v))
+        if masked and grid.end_of_keys:
+            start = j * grid.block_keys
+            k, v = (_fill_after(x, start, grid.num_keys) for x in (k, v))
         lse, delta = (refs[name][0, 0].T for name in ("lse", "delta"))
         raw = _product(q, k, ((1,), (1,)))
-        scores = formulas.scores(raw, plan.spec.scale, plan.spec.soft_cap)
-        slope = formulas.slope(scores, plan.spec.scale, plan.spec.soft_cap)
+        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
+        slope = formulas.slope(scores, spec.scale, spec.soft_cap)
         if masked:
-            scores = formulas.hide(scores, _allowed(plan, table, refs, b, i, j))
+            scores = formulas.hide(scores, _allowed(table, refs, i, j))
         probs = jnp.exp(scores - lse)
         dprobs = _product(dz, v, ((1,), (1,)))
         dscores = formulas.dscores(probs, dprobs, delta, slope)
         total[...] += _product(dscores.astype(k.dtype), k, ((1,), (0,)))
 
-    at = plan.row(b) * plan.grid.query_blocks + i
-    some, whole = plan.meet(table, b, i, j)
-    some &= table.first_key[at] + step < table.last_key[at]
+    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
+    first, last = table.keys_met(b, i)
+    some &= first + step < last
     pl.when(some & whole)(partial(visit, masked=False))
     pl.when(some & ~whole)(partial(visit, masked=True))
 
@@ -444,24 +402,26 @@ def _query_gradient_kernel(plan: Plan, table: Table, refs, dq, total):
         dq[0, 0] = total[...].astype(dq.dtype)
 
 
-def _key_value_gradients(plan: Plan, table: Table, inputs, settings: Settings):
+def _key_value_gradients(
+    spec: AttentionSpec, table: BlockTable, inputs, settings: Settings
+):
     """Each key head sums over its group, one query head after another."""
     B, K, S, H = inputs["k"].shape
     group = inputs["q"].shape[1] // K
 
     def queries(b, n, j, g, i, table):
-        return b, n * group + g, plan.query_block(table, b, j, i)
+        return b, n * group + g, _query_block(table, b, j, i)
 
     def keys(b, n, j, g, i, table):
         return b, n, j
 
-    inputs, in_specs = _backward_specs(plan, inputs, queries, keys)
-    grid = plan.grid
-    met = bounds(plan.spec, grid)
+    grid = table.grid
+    inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
+    met = bounds(spec.mask, grid)
     out = pl.BlockSpec((1, 1, grid.block_keys, H), lambda b, n, j, *_: (b, n, j, 0))
     shape = jax.ShapeDtypeStruct((B, K, S, H), inputs["k"].dtype)
     return _call(
-        partial(_key_value_kernel, plan),
+        partial(_key_value_kernel, spec),
         table,
         inputs,
         in_specs,
@@ -474,11 +434,14 @@ def _key_value_gradients(plan: Plan, table: Table, inputs, settings: Settings):
     )
 
 
-def _key_value_kernel(plan: Plan, table: Table, refs, dk, dv, dk_total, dv_total):
+def _key_value_kernel(
+    spec: AttentionSpec, table: BlockTable, refs, dk, dv, dk_total, dv_total
+):
     """One pair of blocks, with scores [keys, queries]: no product transposes them."""
     b, j, g, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
-    i = plan.query_block(table, b, j, step)
-    grid = plan.grid
+    i = _query_block(table, b, j, step)
+    grid = table.grid
+    partial_queries = grid.num_queries % grid.block_queries != 0
 
     @pl.when((g == 0) & (step == 0))
     def _():
@@ -488,16 +451,16 @@ def _key_value_kernel(plan: Plan, table: Table, refs, dk, dv, dk_total, dv_total
     def visit(masked: bool):
         q, k, v, dz = (refs[name][0, 0] for name in ("q", "k", "v", "dz"))
         lse, delta = (refs[name][0, 0] for name in ("lse", "delta"))
-        if masked and plan.partial_queries:
+        if masked and partial_queries:
             start, end = i * grid.block_queries, grid.num_queries
             q, dz = (_fill_after(x, start, end) for x in (q, dz))
             delta = _fill_after(delta, start, end, axis=1)
             lse = _fill_after(lse, start, end, axis=1, fill=-MASKED)
         raw = _product(k, q, ((1,), (1,)))
-        scores = formulas.scores(raw, plan.spec.scale, plan.spec.soft_cap)
-        slope = formulas.slope(scores, plan.spec.scale, plan.spec.soft_cap)
+        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
+        slope = formulas.slope(scores, spec.scale, spec.soft_cap)
         if masked:
-            allowed = _allowed(plan, table, refs, b, i, j, keys_first=True)
+            allowed = _allowed(table, refs, i, j, keys_first=True)
             scores = formulas.hide(scores, allowed)
         probs = jnp.exp(scores - lse)
         dprobs = _product(v, dz, ((1,), (1,)))
@@ -505,17 +468,17 @@ def _key_value_kernel(plan: Plan, table: Table, refs, dk, dv, dk_total, dv_total
         dv_total[...] += _product(probs.astype(dz.dtype), dz, ((1,), (0,)))
         dk_total[...] += _product(dscores.astype(q.dtype), q, ((1,), (0,)))
 
-    at = plan.row(b) * grid.key_blocks + j
-    some, whole = plan.meet(table, b, i, j)
-    some &= table.first_query[at] + step < table.last_query[at]
-    if plan.partial_queries:
+    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
+    first, last = table.queries_met(b, j)
+    some &= first + step < last
+    if partial_queries:
         whole &= (i + 1) * grid.block_queries <= grid.num_queries
     pl.when(some & whole)(partial(visit, masked=False))
     pl.when(some & ~whole)(partial(visit, masked=True))
 
-    last = (g == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)
+    ends = (g == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)
 
-    @pl.when(last)
+    @pl.when(ends)
     def _():
         dk[0, 0] = dk_total[...].astype(dk.dtype)
         dv[0, 0] = dv_total[...].astype(dv.dtype)
@@ -538,30 +501,33 @@ def _product(a: Any, b: Any, dims: Any) -> Any:
 
 
 def _fill_after(x: Any, start: Any, end: int, axis: int = 0, fill: float = 0.0) -> Any:
-    """x, whose first number on `axis` has place `start`, with `fill` from `end` on."""
-    place = start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    return jnp.where(place < end, x, jnp.full_like(x, fill))
+    """x, whose first number on `axis` is at `start`, with `fill` from `end` on."""
+    position = start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.where(position < end, x, jnp.full_like(x, fill))
 
 
 def _add_rows(inputs, in_specs, spec: AttentionSpec, grid: Grid, query_row, key_row):
-    """Adds the places and segments of tokens, as rows [B, 1, tokens]."""
+    """Adds the positions and segments of tokens, as rows [B, 1, tokens]."""
+    mask = spec.mask
     rows = (
-        ("places", spec.query_index, grid.block_queries, query_row),
-        ("query_segments", spec.query_segments, grid.block_queries, query_row),
-        ("key_segments", spec.key_segments, grid.block_keys, key_row),
+        ("query_positions", grid.block_queries, query_row),
+        ("query_segments", grid.block_queries, query_row),
+        ("key_segments", grid.block_keys, key_row),
     )
-    for name, x, block, index in rows:
+    for name, block, index in rows:
+        x = getattr(mask, name)
         if x is not None:
+            x = jnp.broadcast_to(x, (inputs["q"].shape[0], x.shape[1]))
             inputs[name] = x[:, None]
             in_specs[name] = pl.BlockSpec((1, 1, block), index)
 
 
-def _allowed(plan: Plan, table: Table, refs, b, i, j, keys_first: bool = False) -> Any:
+def _allowed(table: BlockTable, refs, i, j, keys_first: bool = False) -> Any:
     """Which scores of query block i and key block j are visible; None: all are."""
-    grid, spec = plan.grid, plan.spec
+    grid = table.grid
     query_axis, key_axis = (1, 0) if keys_first else (0, 1)
 
-    def places(start: Any, size: int, axis: int) -> Any:
+    def count(start: Any, size: int, axis: int) -> Any:
         shape = (size, 1) if axis == 0 else (1, size)
         return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
@@ -571,25 +537,18 @@ def _allowed(plan: Plan, table: Table, refs, b, i, j, keys_first: bool = False) 
         row = refs[name][0]
         return row if axis == 1 else row.T
 
-    queries = read("places", query_axis)
-    if queries is None:
-        start = i * grid.block_queries
-        queries = places(start, grid.block_queries, query_axis)
-    limited = spec.key_length is not None or plan.partial_keys
-    return may_attend(
-        queries,
-        places(j * grid.block_keys, grid.block_keys, key_axis),
-        causal=spec.causal,
-        window=spec.window,
-        query_segment=read("query_segments", query_axis),
-        key_segment=read("key_segments", key_axis),
-        key_length=table.length[plan.row(b)] if limited else None,
-    )
+    positions = read("query_positions", query_axis)
+    if positions is None:
+        positions = count(i * grid.block_queries, grid.block_queries, query_axis)
+    queries = Tokens(positions, read("query_segments", query_axis))
+    positions = count(j * grid.block_keys, grid.block_keys, key_axis)
+    keys = Tokens(positions, read("key_segments", key_axis))
+    return table.mask.allowed(queries, keys, grid.end_of_keys)
 
 
 def _call(
     kernel: Callable,
-    table: Table,
+    table: BlockTable,
     inputs: dict[str, Array],
     in_specs: dict[str, pl.BlockSpec],
     *,

@@ -7,11 +7,11 @@ import numpy as np
 import ops_case
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from ops_case import normal, quick_jit
+from ops_case import make_spec, normal, quick_jit
 
 from jaxlm.ops.attention.gpu import gpu_decode, mosaic
 from jaxlm.ops.attention.gpu.gpu_decode import Settings, best_splits, declines, forward
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec, quantize
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask, quantize
 
 SCALE = 0.2
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -21,7 +21,7 @@ ERROR = {BF16: 2e-2, F16: 3e-3}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes as in the kernel; `places` is that of each row's last query."""
+    """Sizes as in the kernel; `positions` are those of each row's last query."""
 
     T: int
     S: int
@@ -30,21 +30,18 @@ class Case:
     H: int
     dtype: type
     splits: int
-    places: tuple[int, ...] | None
+    positions: tuple[int, ...] | None
     options: dict = dataclasses.field(default_factory=dict)
     int8: bool = False
 
 
 SEGMENTS = np.repeat([[1, 2, 3]], [70, 80, 50], axis=1).astype(np.int32)
-LENGTHS = np.array([150, 65], np.int32)
 CASES = {
     "one query": Case(1, 200, 6, 3, 64, BF16, 1, (57, 190)),
     "parts": Case(1, 513, 6, 3, 128, BF16, 3, (512, 200)),
     "one block, more parts": Case(4, 37, 6, 1, 32, F16, 3, (36, 20)),
     "window": Case(8, 200, 3, 3, 96, F16, 3, (199, 90), {"window": 70}),
-    "lengths": Case(
-        1, 200, 2, 1, 64, BF16, 3, None, {"causal": False, "key_length": LENGTHS}
-    ),
+    "all keys": Case(1, 200, 2, 1, 64, BF16, 3, None, {"causal": False}),
     "the first queries": Case(8, 37, 2, 2, 32, F16, 1, None),
     "two blocks of rows": Case(8, 200, 12, 1, 32, F16, 3, (199,), {"window": 150}),
     "int8": Case(1, 513, 6, 3, 64, BF16, 3, (500, 60), int8=True),
@@ -63,7 +60,6 @@ CASES = {
             "sinks": normal(5, 4),
             "query_segments": SEGMENTS[:, 146:150],
             "key_segments": SEGMENTS,
-            "key_length": np.array([170], np.int32),
         },
         int8=True,
     ),
@@ -72,13 +68,13 @@ CASES = {
 
 def prepare(case):
     """Queries, keys, values and options, and the keys and values they stand for."""
-    B = len(case.options.get("key_length", case.places or (0, 0)))
+    B = len(case.positions or (0, 0))
     shapes = ((B, case.T, case.N, case.H), *[(B, case.S, case.K, case.H)] * 2)
     q, k, v = (jnp.asarray(normal(i, *x), case.dtype) for i, x in enumerate(shapes))
     options = dict(case.options)
-    if case.places is not None:
-        last = np.array(case.places, np.int32)[:, None]
-        options["query_index"] = last - np.arange(case.T, dtype=np.int32)[::-1]
+    if case.positions is not None:
+        last = np.array(case.positions, np.int32)[:, None]
+        options["query_positions"] = last - np.arange(case.T, dtype=np.int32)[::-1]
     scales, meant = {}, (k, v)
     if case.int8:
         (k, scales["key_scale"]), (v, scales["value_scale"]) = map(quantize, (k, v))
@@ -87,11 +83,7 @@ def prepare(case):
             np.float64(x) * np.float64(s)[..., None]
             for x, s in zip((k, v), scale, strict=True)
         ]
-    arrays = {
-        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-        for name, x in options.items()
-    }
-    spec = AttentionSpec(scale=SCALE, **arrays, **scales)
+    spec = make_spec(SCALE, **options, **scales)
     return (q, k, v, spec), meant, options
 
 
@@ -109,12 +101,12 @@ def test_value(name):
     expected, expected_lse = ops_case.attention_and_lse(
         q, *meant, scale=SCALE, **options
     )
-    if case.places is not None and not case.int8:
-        last = np.array(case.places)[:, None]
+    if case.positions is not None and not case.int8:
+        last = np.array(case.positions)[:, None]
         block = np.arange(case.S) // 64
         hidden = block > last // 64
-        if spec.window is not None:
-            hidden |= block < (last - case.T + 1 - spec.window + 1) // 64
+        if spec.mask.window is not None:
+            hidden |= block < (last - case.T + 1 - spec.mask.window + 1) // 64
         k, v = (jnp.where(hidden[..., None, None], jnp.nan, x) for x in (k, v))
     z, lse = run(q, k, v, spec, case.splits)
     assert z.dtype == case.dtype and lse.dtype == jnp.float32
@@ -128,16 +120,15 @@ def test_parts_are_added_without_rounding():
     values = np.repeat([[256, 258, -255]], [32, 32, 64], axis=1)
     v = jnp.asarray(np.tile(values[..., None, None], (1, 1, 1, 16)), BF16)
     q, k = jnp.zeros((1, 1, 1, 16), BF16), jnp.zeros((1, 128, 1, 16), BF16)
-    z, _ = run(q, k, v, AttentionSpec(scale=SCALE, causal=False), 2)
+    z, _ = run(q, k, v, AttentionSpec(SCALE, Mask(causal=False)), 2)
     assert np.all(z == 1)
 
 
 @pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0], np.float32)])
 def test_a_row_without_keys(sinks):
     """Zeros, and the sink or -1e30; beside a row that has keys."""
-    case = Case(1, 64, 2, 1, 32, F16, 2, (40, 40), {"sinks": sinks})
+    case = Case(1, 64, 2, 1, 32, F16, 2, (-1, 40), {"sinks": sinks})
     (q, k, v, spec), _, _ = prepare(case)
-    spec = dataclasses.replace(spec, key_length=jnp.array([0, 64], jnp.int32))
     z, lse = run(q, k, v, spec, case.splits)
     assert not np.any(z[0]) and np.all(np.isfinite(np.float32(z[1])))
     np.testing.assert_allclose(lse[0, :, 0], [MASKED] * 2 if sinks is None else sinks)

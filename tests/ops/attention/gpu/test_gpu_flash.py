@@ -1,18 +1,17 @@
 """What is special to the Hopper kernels; their results are in test_attention.py."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_case import normal, quick_jit
+from ops_case import make_spec, normal, quick_jit
 
 from jaxlm.ops.attention.gpu import gpu_flash, mosaic
 from jaxlm.ops.attention.gpu import pallas_gpu as gpu
-from jaxlm.ops.attention.spec import AttentionSpec, reference_attention
+from jaxlm.ops.attention.reference import reference_attention
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
-SPEC = AttentionSpec(scale=0.3, causal=False)
+SPEC = AttentionSpec(0.3, Mask(causal=False))
 
 
 def inputs(T, S, N, H, dtype=jnp.bfloat16):
@@ -67,19 +66,14 @@ def test_float32_is_cut_into_three_without_loss():
 
 
 @pytest.mark.parametrize(
-    "hidden, options",
-    [
-        (slice(64, 128), {"key_length": jnp.array([64])}),
-        (slice(0, 64), {"causal": True, "window": 8, "query_index": [[72, 127]]}),
-    ],
-    ids=["length", "window"],
+    "hidden, positions, window",
+    [(slice(64, 128), [[3, 63]], None), (slice(0, 64), [[72, 127]], 8)],
+    ids=["causal", "window"],
 )
-def test_hidden_blocks_are_not_read(hidden, options):
+def test_hidden_blocks_are_not_read(hidden, positions, window):
     """They may hold anything: a mask would let NaN through, as 0 * NaN is NaN."""
     q, k, v = inputs(2, 128, 1, 16)
-    spec = replace(SPEC, **options)
-    if spec.query_index is not None:
-        spec = replace(spec, query_index=jnp.array(spec.query_index))
+    spec = make_spec(0.3, window=window, query_positions=np.array(positions, np.int32))
     k, v = (x.at[:, hidden].set(jnp.nan) for x in (k, v))
     (dq, dk, dv), z = gradients(ours(spec), 1.0)(q, k, v)
     for x in (z, dq, dk, dv):
@@ -107,7 +101,7 @@ def test_other_shapes_give_the_same(head_dim, settings):
     q, k, v = inputs(70, 70, 2, head_dim, jnp.float32)
     if head_dim > 128:
         q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    spec = AttentionSpec(scale=0.1, soft_cap=2.0, window=50)
+    spec = make_spec(0.1, soft_cap=2.0, window=50)
     weight = normal(3, *q.shape)
     grads, z = gradients(ours(spec, **settings), weight)(q, k, v)
     exact = [x.astype(jnp.float32) for x in (q, k, v)]

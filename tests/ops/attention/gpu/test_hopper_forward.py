@@ -11,12 +11,12 @@ import numpy as np
 import ops_case
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from ops_case import normal, quick_jit
+from ops_case import make_spec, normal, quick_jit
 
 from jaxlm.ops.attention.gpu import hopper_forward, mosaic
 from jaxlm.ops.attention.gpu.hopper_forward import Settings, best_settings, forward
 from jaxlm.ops.attention.gpu.mosaic import declines
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask
 
 SCALE = 0.2
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -29,7 +29,7 @@ CASES = {
     "causal": (140, 140, 1, 1, 32, BF16, {}),
     "all keys, large heads": (64, 300, 1, 1, 128, F16, {"causal": False}),
     "window, odd lengths": (133, 261, 1, 1, 96, F16, {"window": 70}),
-    "places in a cache, heads share keys": (
+    "positions in a cache, heads share keys": (
         70,
         200,
         2,
@@ -37,8 +37,7 @@ CASES = {
         64,
         BF16,
         {
-            "query_index": np.arange(70, dtype=np.int32)[None] + 100,
-            "key_length": np.array([160], np.int32),
+            "query_positions": np.arange(70, dtype=np.int32)[None] + 100,
         },
     ),
     "all options": (
@@ -64,11 +63,7 @@ def prepare(name):
     T, S, N, K, H, dtype, options = CASES[name]
     shapes = ((1, T, N, H), *[(1, S, K, H)] * 2)
     q, k, v = (jnp.asarray(normal(i, *x), dtype) for i, x in enumerate(shapes))
-    arrays = {
-        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-        for name, x in options.items()
-    }
-    return q, k, v, AttentionSpec(scale=SCALE, **arrays), options
+    return q, k, v, make_spec(SCALE, **options), options
 
 
 def run(q, k, v, spec):
@@ -91,8 +86,8 @@ def test_value(name):
 def test_unseen_blocks_are_not_read():
     """NaN in them reaches no result."""
     q, k, v, _, _ = prepare("all keys, large heads")
-    options = {"window": 30, "query_index": np.full((1, 64), 150, np.int32)}
-    spec = AttentionSpec(SCALE, window=30, query_index=jnp.full((1, 64), 150))
+    options = {"window": 30, "query_positions": np.full((1, 64), 150, np.int32)}
+    spec = make_spec(SCALE, **options)
     expected = ops_case.attention(q, k, v, scale=SCALE, **options)
     met = np.repeat([False, True, True, False, False], 64)[:300, None, None]
     z, _ = run(q, *(jnp.where(met, x, jnp.nan) for x in (k, v)), spec)
@@ -101,9 +96,9 @@ def test_unseen_blocks_are_not_read():
 
 def test_queries_without_keys():
     """Zeros and -1e30, beside queries that see keys, and where there are none."""
-    q, k, v, _, _ = prepare("places in a cache, heads share keys")
+    q, k, v, _, _ = prepare("positions in a cache, heads share keys")
     index = jnp.where(jnp.arange(70) < 66, -1, 5)[None]
-    z, lse = run(q[:, :, :1], k, v, AttentionSpec(SCALE, query_index=index))
+    z, lse = run(q[:, :, :1], k, v, AttentionSpec(SCALE, Mask(query_positions=index)))
     assert not np.any(z[:, :66]) and np.all(lse[..., :66] == MASKED)
     assert np.all(np.any(z[:, 66:], axis=-1)) and np.all(lse[..., 66:] > -100)
 
@@ -114,9 +109,10 @@ def test_no_races(monkeypatch):
     monkeypatch.setattr(mosaic, "interpreter", lambda: params)
     q, k, v, spec, _ = prepare("all keys, large heads")
     segments = jnp.repeat(jnp.array([[1, 2]]), 150, axis=1)
-    spec = dataclasses.replace(
-        spec, query_segments=segments[:, 110:174], key_segments=segments
+    mask = dataclasses.replace(
+        spec.mask, query_segments=segments[:, 110:174], key_segments=segments
     )
+    spec = dataclasses.replace(spec, mask=mask)
     run(q, k, v, spec)
     # There is no public name.
     assert not gpu_callbacks.get_races().races_found

@@ -1,16 +1,14 @@
 """cuDNN's attention: what it is asked for, and what JAX's own version makes of that."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ops_case
 import pytest
-from ops_case import normal, plain_request, quick_jit, slope
+from ops_case import make_spec, normal, plain_request, quick_jit, slope
 
 from jaxlm.ops.attention.jax_kernels import cudnn
-from jaxlm.ops.attention.spec import AttentionSpec
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 B, H = 2, 8
 SCALE = 0.3
@@ -24,14 +22,12 @@ CASES = {
     "more keys, window": (24, 40, 2, 1, {"window": 9}),
     "more queries": (40, 24, 2, 1, {}),
 }
-CAN = plain_request(
-    platform="gpu",
-    device_kind="NVIDIA H100 80GB HBM3",
-    dtype=jnp.dtype(jnp.bfloat16),
-    num_queries=1000,
-    num_keys=1000,
-    head_dim=80,
-)
+
+
+def request_of(**asked):
+    """A request that cuDNN can do, but for what is asked."""
+    can = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3"}
+    return plain_request(**{**can, "num_queries": 1000, "num_keys": 1000, **asked})
 
 
 def inputs(T, S, N, K, dtype=jnp.float32):
@@ -44,7 +40,7 @@ def test_arguments_mean_what_the_spec_says(name):
     """The same arguments, given to JAX's own version, equal the float64 oracle."""
     T, S, N, K, options = CASES[name]
     arguments = inputs(T, S, N, K)
-    spec = AttentionSpec(scale=SCALE, **options)
+    spec = make_spec(SCALE, **options)
     weight = normal(4, B, T, N, H)
 
     def total(q, k, v):
@@ -79,8 +75,8 @@ def test_cudnn_is_asked_for(monkeypatch):
         jax.nn, "dot_product_attention", lambda *a, **k: (calls.append(k), a[0])[1]
     )
     q, k, v = inputs(8, 8, 2, 1, jnp.bfloat16)
-    cudnn.attention(q, k, v, AttentionSpec(scale=SCALE, window=5))
-    cudnn.attention(q, k, v, AttentionSpec(scale=SCALE, causal=False))
+    cudnn.attention(q, k, v, AttentionSpec(SCALE, Mask(window=5)))
+    cudnn.attention(q, k, v, AttentionSpec(SCALE, Mask(causal=False)))
     for call, causal, window in zip(calls, (True, False), ((4, 0), None), strict=True):
         assert call == {
             "scale": SCALE,
@@ -94,7 +90,7 @@ def test_cudnn_is_asked_for(monkeypatch):
     "asked",
     [
         {},
-        {"dtype": jnp.dtype(jnp.float16)},
+        {"dtype": jnp.float16},
         {"causal": False, "num_queries": 998},
         {"window": 1},
         {"window": 100, "num_keys": 2000},
@@ -102,7 +98,7 @@ def test_cudnn_is_asked_for(monkeypatch):
     ],
 )
 def test_does(asked):
-    assert cudnn.declines(dataclasses.replace(CAN, **asked)) is None
+    assert cudnn.declines(request_of(**asked)) is None
 
 
 @pytest.mark.parametrize(
@@ -110,13 +106,12 @@ def test_does(asked):
     [
         ({"platform": "cpu", "device_kind": "cpu"}, "needs an NVIDIA GPU"),
         ({"device_kind": "AMD Instinct MI300X"}, "needs an NVIDIA GPU"),
-        ({"dtype": jnp.dtype(jnp.float32)}, "no float32"),
+        ({"dtype": jnp.float32}, "no float32"),
         ({"lse": True}, "no log-sum-exp with a gradient"),
         ({"soft_cap": 30.0}, "no soft cap"),
         ({"sinks": True}, "no sinks"),
         ({"segments": True}, "no segments"),
-        ({"query_index": True}, "no places of queries"),
-        ({"key_length": True}, "no lengths of keys"),
+        ({"query_positions": True}, "no positions of queries"),
         ({"head_dim": 84}, "head_dim 84 is not a multiple of 8"),
         ({"head_dim": 264}, "head_dim 264 is over 256"),
         ({"head_dim": 256}, "head_dim 256 is over 128"),
@@ -127,7 +122,7 @@ def test_does(asked):
     ],
 )
 def test_declines(asked, reason):
-    assert cudnn.declines(dataclasses.replace(CAN, **asked)).startswith(reason)
+    assert cudnn.declines(request_of(**asked)).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +141,7 @@ def test_the_gpu_that_is_here_decides(monkeypatch, capability, head_dim, reason)
         compute_capability = capability
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    said = cudnn.declines(dataclasses.replace(CAN, head_dim=head_dim))
+    said = cudnn.declines(request_of(head_dim=head_dim))
     assert (said or "").startswith(reason or "") and (said is None) == (reason is None)
 
 

@@ -9,10 +9,11 @@ import ops_case
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec
-from ops_case import normal, plain_request, quick_jit, slope
+from ops_case import make_spec, normal, plain_request, quick_jit, slope
 
 from jaxlm.ops.attention.jax_kernels import splash
-from jaxlm.ops.attention.spec import AttentionSpec, reference_attention
+from jaxlm.ops.attention.reference import reference_attention
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 H = 16
 SCALE = 0.3
@@ -53,16 +54,6 @@ def inputs(T, S, N, K, dtype=jnp.float32):
     return [jnp.asarray(normal(i, *shape), dtype) for i, shape in enumerate(shapes)]
 
 
-def make_spec(options):
-    return AttentionSpec(
-        scale=SCALE,
-        **{
-            key: jnp.asarray(value) if isinstance(value, np.ndarray) else value
-            for key, value in options.items()
-        },
-    )
-
-
 def interpreted(q, k, v, spec):
     return splash.attention(q, k, v, spec, interpret=True)
 
@@ -84,7 +75,7 @@ def value_and_grads(attention, spec, weight, *arguments):
 def test_value_and_gradient(name):
     T, S, N, K, options = CASES[name]
     q, k, v = inputs(T, S, N, K)
-    spec = make_spec(options)
+    spec = make_spec(SCALE, **options)
     weight = normal(4, 1, T, N, H)
     sinks = [] if spec.sinks is None else [spec.sinks]
     z, grads = value_and_grads(interpreted, spec, weight, q, k, v, *sinks)
@@ -116,7 +107,7 @@ def test_value_and_gradient(name):
 
 def test_a_window_off_by_one_is_seen():
     q, k, v = inputs(256, 256, 1, 1)
-    z, _ = quick_jit(interpreted)(q, k, v, AttentionSpec(scale=SCALE, window=100))
+    z, _ = quick_jit(interpreted)(q, k, v, AttentionSpec(SCALE, Mask(window=100)))
     for wrong in (99, 101):
         other = ops_case.attention(q, k, v, scale=SCALE, window=wrong)
         assert np.abs(z - other).max() > 0.05
@@ -126,7 +117,7 @@ def test_bfloat16():
     """As near to the oracle as rounding to bf16 allows, and gradients; sinks stay f32."""
     options = {**CASES["all but the window"][-1], "window": 70}
     q, k, v = inputs(256, 256, 4, 2, jnp.bfloat16)
-    spec = make_spec(options)
+    spec = make_spec(SCALE, **options)
     weight = normal(4, 1, 256, 4, H)
     arguments = (q, k, v, spec.sinks)
     z, grads = value_and_grads(interpreted, spec, weight, *arguments)
@@ -148,9 +139,8 @@ def test_inside_shard_map():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def run(q, k, v, segments):
-        spec = AttentionSpec(
-            scale=SCALE, query_segments=segments, key_segments=segments
-        )
+        mask = Mask(query_segments=segments, key_segments=segments)
+        spec = AttentionSpec(SCALE, mask)
         return interpreted(q, k, v, spec)[0]
 
     rows = PartitionSpec("data")
@@ -189,7 +179,7 @@ def test_few_blocks_of_a_long_mask_are_computed(monkeypatch):
 
     monkeypatch.setattr(splash_attention_mask.LocalMask, "__getitem__", counted)
     x = jax.ShapeDtypeStruct((1, 32768, 2, 128), jnp.bfloat16)
-    spec = AttentionSpec(scale=SCALE, window=1024)
+    spec = AttentionSpec(SCALE, Mask(window=1024))
     z, lse = jax.eval_shape(interpreted, x, x, x, spec)
     assert (z.shape, z.dtype, lse) == (x.shape, x.dtype, None)
     # The edges of the band; there are 64 * 64 blocks, each asked for several times.
@@ -198,34 +188,26 @@ def test_few_blocks_of_a_long_mask_are_computed(monkeypatch):
 
 def test_declines(monkeypatch):
     monkeypatch.undo()
-    can = plain_request(
-        platform="tpu",
-        device_kind="TPU v5 lite",
-        dtype=jnp.dtype(jnp.bfloat16),
-        num_queries=1024,
-        num_keys=1024,
-        head_dim=80,
-    )
+    can = {"platform": "tpu", "device_kind": "TPU v5 lite"}
     for fine in (
         {},
-        {"dtype": jnp.dtype(jnp.float32)},
+        {"dtype": jnp.float32},
         {"causal": False, "soft_cap": 30.0, "sinks": True, "segments": True},
         {"num_keys": 2048, "window": 1},
         {"num_queries": 2048, "window": 1025},
         {"num_queries": 131072, "num_keys": 131072},
         {"head_dim": 512},
     ):
-        assert splash.declines(dataclasses.replace(can, **fine)) is None
+        assert splash.declines(plain_request(**can, **fine)) is None
     for asked, reason in (
         ({"platform": "gpu"}, "needs a TPU"),
-        ({"dtype": jnp.dtype(jnp.float16)}, "no float16"),
+        ({"dtype": jnp.float16}, "no float16"),
         ({"lse": True}, "no log-sum-exp with a gradient"),
-        ({"query_index": True}, "no places of queries"),
-        ({"key_length": True}, "no lengths of keys"),
+        ({"query_positions": True}, "no positions of queries"),
         ({"num_queries": 1000}, "lengths must be multiples of 128"),
         ({"num_keys": 64}, "lengths must be multiples of 128"),
         ({"head_dim": 576}, "head_dim 576 is over 512"),
         ({"num_queries": 2048, "window": 1024}, "queries without keys"),
         ({"num_queries": 131200, "num_keys": 131200}, "too many blocks"),
     ):
-        assert reason in splash.declines(dataclasses.replace(can, **asked))
+        assert reason in splash.declines(plain_request(**{**can, **asked}))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import ops_case
 import pytest
-from ops_case import normal, quick_jit
+from ops_case import make_spec, normal, quick_jit
 
-from jaxlm.ops.attention.spec import AttentionSpec, quantize
+from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
 from jaxlm.ops.attention.tpu import pallas_tpu as tpu
 
 SCALE = 0.3
@@ -26,15 +26,12 @@ def test_parts_of_the_keys_are_merged(splits):
     """More parts than blocks too, and rows that fill some of them only."""
     q, k, v = inputs(3, 77)
     values = {
-        "query_index": np.array([[70], [20]], np.int32) + np.arange(3, dtype=np.int32),
+        "query_positions": np.array([[70], [20]], np.int32)
+        + np.arange(3, dtype=np.int32),
         "sinks": normal(6, 4),
         "window": 40,
     }
-    spec = AttentionSpec(
-        SCALE,
-        window=40,
-        **{n: jnp.asarray(values[n]) for n in ("query_index", "sinks")},
-    )
+    spec = make_spec(SCALE, **values)
     settings = dataclasses.replace(SETTINGS, decode_splits=splits)
     z, lse = quick_jit(lambda *x: tpu.attention(*x, settings=settings))(q, k, v, spec)
     expected = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
@@ -47,7 +44,7 @@ def test_parts_are_not_rounded_before_they_are_merged():
     values = np.repeat([[256.0, 258.0, -255.0]], [16, 16, 32], axis=1)
     v = jnp.asarray(np.tile(values[..., None, None], (1, 1, 1, 8)), jnp.bfloat16)
     q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 64, 1, 8), jnp.bfloat16)
-    spec = AttentionSpec(SCALE, query_index=jnp.full((1, 1), 63))
+    spec = AttentionSpec(SCALE, Mask(query_positions=jnp.full((1, 1), 63)))
     settings = dataclasses.replace(SETTINGS, decode_splits=2)
     z, _ = quick_jit(lambda *x: tpu.attention(*x, settings=settings))(q, k, v, spec)
     np.testing.assert_array_equal(z, 1)
@@ -57,7 +54,7 @@ def test_hidden_blocks_are_not_read():
     """NaN in blocks outside the window, and in other segments, reaches no result."""
     q, k, v = inputs(64, 64)
     ids = jnp.asarray(np.repeat([[1, 2]], 32, axis=1).repeat(2, axis=0), jnp.int32)
-    spec = AttentionSpec(SCALE, window=8, query_segments=ids, key_segments=ids)
+    spec = make_spec(SCALE, window=8, query_segments=ids, key_segments=ids)
 
     def total(q, k, v):
         z, lse = tpu.attention(q, k, v, spec, settings=SETTINGS)
@@ -77,7 +74,7 @@ def test_int8_has_no_gradient():
     (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
     spec = AttentionSpec(
         SCALE,
-        query_index=jnp.full((2, 2), 31),
+        Mask(query_positions=jnp.full((2, 2), 31)),
         key_scale=key_scale,
         value_scale=value_scale,
     )

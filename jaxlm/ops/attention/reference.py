@@ -1,0 +1,77 @@
+"""Attention by its definition, in plain JAX: what every implementation must equal.
+
+Each implementation takes (q, k, v, spec) and returns the result and the log-sum-exp of
+the scores; `dispatch.py` picks one.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, dequantize
+from jaxlm.ops.layout import reshape
+
+
+def attention_scores(
+    q: Float[Array, "B T N H"], k: Num[Array, "B S K H"], spec: AttentionSpec
+) -> Float[Array, "B K G T S"]:
+    """Scores after scale and soft cap, `MASKED` where hidden, f32.
+
+    Query head n attends with key head n // G.
+    """
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q_BTKGH = reshape(q, (B, T, K, N // K, H), (0, 1, 2, None, 3))
+    scores = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32
+    )
+    scores = scores * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    return jnp.where(spec.mask.array(T, S)[:, None, None], scores, MASKED)
+
+
+def attention_lse(
+    scores: Float[Array, "B K G T S"], spec: AttentionSpec
+) -> Float[Array, "B K G T"]:
+    """Log-sum-exp of the scores of each query, the sink included, f32."""
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    if spec.sinks is not None:
+        K, G = scores.shape[1:3]
+        sinks = spec.sinks.astype(jnp.float32)
+        lse = jnp.logaddexp(lse, reshape(sinks, (K, G, 1), (0, None, None)))
+    return lse
+
+
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "B S K H"],
+    v: Num[Array, "B S K H"],
+    spec: AttentionSpec,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention by its definition; holds all scores, [B, N, T, S] in f32.
+
+    Returns:
+      The result in q's dtype, and the log-sum-exp of the scores, sink included, f32.
+    """
+    k, v, spec = dequantize(k, v, spec, q.dtype)
+    scores = attention_scores(q, k, spec)
+    lse = attention_lse(scores, spec)
+    if spec.sinks is None:
+        probs = jax.nn.softmax(scores, axis=-1)
+    else:
+        probs = jnp.exp(scores - lse[..., None])
+    z = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        probs.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    z = reshape(z, q.shape, (0, 1, 2, 4)).astype(q.dtype)
+    return z, join_heads(lse)
+
+
+def join_heads(x: Float[Array, "B K G T"]) -> Float[Array, "B N T"]:
+    """One row for each query head."""
+    B, K, G, T = x.shape
+    return reshape(x, (B, K * G, T), (0, 1, 3))
