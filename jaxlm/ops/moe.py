@@ -120,7 +120,8 @@ def mixture(
     cut, and of the matrices F, but neither E nor D.
 
     Args:
-      weights, experts: from `route`.
+      weights: of a token's experts, from `route`.
+      experts: their numbers, from `route`.
       matrices: see `Matrices`.
       activation: a name in `feed_forward.ACTIVATIONS`.
     """
