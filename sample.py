@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from jaxtyping import Bool, Int
 
-from jaxlm.checkpoint import load as source
+from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.checkpoint.native.saving import find_runs
 from jaxlm.cli import fail, parse, use_compile_cache
 from jaxlm.config import MeshConfig, SampleConfig
@@ -84,10 +84,10 @@ def newest_run() -> Path:
 
 def write_samples(arguments: Arguments, run: Path) -> int:
     """Loads the model and writes each sample to stdout."""
-    model = source.load_config(run)
+    checkpoint = open_checkpoint(run)
+    model, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if arguments.dtype is not None:
         model = dataclasses.replace(model, dtype=arguments.dtype)
-    tokenizer = source.load_tokenizer(run)
     sizes = dataclasses.asdict(arguments.mesh)
     if any(size < 1 for size in sizes.values()):
         raise ValueError(f"mesh {sizes}: say how many devices each axis has")
@@ -102,7 +102,7 @@ def write_samples(arguments: Arguments, run: Path) -> int:
     shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
     shardings = rules.parameter_shardings(shapes, mesh)
     with jax.set_mesh(mesh):
-        _, params = source.load(run, shardings=shardings)
+        _, params = load(checkpoint, shardings=shardings)
         key = jax.random.key(arguments.seed)
         if arguments.chat:
             converse(

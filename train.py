@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import tree
-from jaxlm.checkpoint import load as source
 from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.load import load
 from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.cli import fail, read_config, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
@@ -56,12 +57,12 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    config = read_config(sys.argv[1:], HERE / "configs" / "shakespeare.py")
+    config, initial = read_config(sys.argv[1:], HERE / "configs" / "shakespeare.py")
     if config.train.compile_cache:
         use_compile_cache()
     try:
         with jax.set_mesh(make_mesh(config.mesh)):
-            return train(config)
+            return train(config, initial)
     except NoUsableCheckpoint as error:
         fail(error, EXIT_NO_CHECKPOINT)
     except NotFinite as error:
@@ -70,18 +71,22 @@ def main() -> int:
         fail(error)
 
 
-def train(config: Config) -> int:
-    """Runs a config to its end or to a stop; returns the exit code."""
+def train(config: Config, initial: Checkpoint | None) -> int:
+    """Runs a config to its end or to a stop; returns the exit code.
+
+    Args:
+      initial: the checkpoint of `config.init_from`, opened.
+    """
     settings = config.train
     run = Path(settings.run_dir)
     checkpoints = Checkpoints(
         run, settings.keep, settings.keep_every, fresh=config.fresh
     )
     with checkpoints, StopRequest(settings.max_minutes) as stop:
-        dataset = open_data(config)
+        dataset = open_data(config, initial)
         config = with_vocabulary(config, dataset.tokenizer.vocab_size)
         optimizer = make_optimizer(config.optimizer, settings.steps)
-        state, resumed = start(config, optimizer, checkpoints, dataset)
+        state, resumed = start(config, optimizer, checkpoints, dataset, initial)
         step = int(state.step)
         if resumed and step >= settings.steps:
             print(f"{run}: all {step} steps are done; raise --train.steps or --fresh")
@@ -132,10 +137,8 @@ def train(config: Config) -> int:
     return code
 
 
-def open_data(config: Config) -> Dataset:
-    tokenizer = None
-    if config.init_from is not None:
-        tokenizer = source.load_tokenizer(config.init_from)
+def open_data(config: Config, initial: Checkpoint | None) -> Dataset:
+    tokenizer = None if initial is None else initial.tokenizer()
     return open_dataset(config.data, tokenizer, seed=config.train.seed)
 
 
@@ -153,7 +156,11 @@ def with_vocabulary(config: Config, size: int) -> Config:
 
 
 def start(
-    config: Config, optimizer, checkpoints: Checkpoints, dataset: Dataset
+    config: Config,
+    optimizer,
+    checkpoints: Checkpoints,
+    dataset: Dataset,
+    initial: Checkpoint | None,
 ) -> tuple[TrainState, bool]:
     """The state to train from, and whether it continues this run."""
     mesh = jax.sharding.get_mesh()
@@ -168,13 +175,12 @@ def start(
     if restored is not None:
         step = jax.device_put(restored.step, wanted.step.sharding)
         return TrainState(step, restored.params, restored.opt_state), True
-    if config.init_from is None:
+    if initial is None:
         return init_state(config.model, optimizer, config.train.seed, mesh), False
-    model = source.load_config(config.init_from)
-    if lines := diff(model, config.model, ignore=NOT_KEPT):
+    if lines := diff(initial.config, config.model, ignore=NOT_KEPT):
         raise ValueError(f"--init-from {config.init_from}: {'; '.join(lines)}")
     shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
-    _, params = source.load(config.init_from, dtype=jnp.float32, shardings=shardings)
+    _, params = load(initial, dtype=jnp.float32, shardings=shardings)
     return state_from(params, optimizer), False
 
 

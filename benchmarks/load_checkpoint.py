@@ -39,7 +39,7 @@ def worker(kind: str, folder: Path) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from jaxlm.checkpoint import load as source
+    from jaxlm.checkpoint.load import load
 
     jax.devices()
     before, peak, running = rss_mb("RssAnon"), 0, True
@@ -59,7 +59,7 @@ def worker(kind: str, folder: Path) -> dict[str, float]:
             while len(raw := np.fromfile(file, np.uint8, PART)):
                 result.append(jax.numpy.array(raw))
     else:
-        _, result = source.load(folder)
+        _, result = load(folder)
     jax.block_until_ready(result)
     seconds = time.perf_counter() - start
     running = False

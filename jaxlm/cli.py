@@ -16,7 +16,8 @@ import tyro
 
 from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
-from jaxlm.checkpoint.load import load_config
+from jaxlm.checkpoint.load import open_checkpoint
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.config import Config, nearest
 from jaxlm.ops.attention.tuning import tune
 from jaxlm.ops.linear import compute_dtype
@@ -112,8 +113,12 @@ def _default(f: dataclasses.Field) -> Any:
     return None if f.default is dataclasses.MISSING else f.default
 
 
-def read_config(arguments: Sequence[str], default_file: Path) -> Config:
+def read_config(
+    arguments: Sequence[str], default_file: Path
+) -> tuple[Config, Checkpoint | None]:
     """`[CONFIG_FILE] [--section.field value ...]` as a `Config`.
+
+    Also returns the checkpoint of --init-from, opened, where there is one.
 
     Exits with code 2 for a file or a flag that is wrong.
     """
@@ -132,16 +137,19 @@ def read_config(arguments: Sequence[str], default_file: Path) -> Config:
         fail(f"{file}: {error}")
     if not isinstance(config, Config):
         fail(f"{file}: get_config() returns {type(config).__name__}, not a Config")
+    initial = None
     path = _value_of("--init-from", flags) or config.init_from
     if path is not None:
         try:
             rows = _value_of("--data.sequence-length", flags)
-            config = _with_model_of(path, config, rows is not None)
+            initial = open_checkpoint(path)
+            config = _with_model_of(initial, config, rows is not None)
         except ValueError as error:
             fail(f"--init-from: {error}")
     usage = "train.py [CONFIG_FILE] [--section.field value ...]"
     about = f"{module.get('__doc__') or ''}\nusage: {usage}; defaults from {file}"
-    return parse(Config, config, flags, prog="train.py", description=about)
+    config = parse(Config, config, flags, prog="train.py", description=about)
+    return config, initial
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -154,15 +162,18 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _with_model_of(path: str, config: Config, rows_are_given: bool) -> Config:
+def _with_model_of(
+    checkpoint: Checkpoint, config: Config, rows_are_given: bool
+) -> Config:
     """The config with the model of a checkpoint, run as the config's own would be."""
     own = {name: getattr(config.model, name) for name in NOT_KEPT}
-    model = dataclasses.replace(load_config(path), **own)
+    model = dataclasses.replace(checkpoint.config, **own)
     data, length = config.data, model.context_length
     if data.sequence_length > length:
         data = dataclasses.replace(data, sequence_length=length)
         if not rows_are_given:
-            print(f"rows of {length} tokens, the context of {path}", file=sys.stderr)
+            context = f"the context of {checkpoint.path}"
+            print(f"rows of {length} tokens, {context}", file=sys.stderr)
     return dataclasses.replace(config, model=model, data=data)
 
 

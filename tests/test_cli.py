@@ -54,8 +54,8 @@ def exit_of(capsys, function, *arguments):
 
 
 def test_flags_change_the_config_file(default_file):
-    assert read_config([], default_file).train.steps == 10
-    config = read_config(
+    assert read_config([], default_file)[0].train.steps == 10
+    config, _ = read_config(
         [
             *("--model.num-layers", "12", "--train.run-dir", "runs/x"),
             *("--data.path", "a.txt", "b.txt", "--data.weights", "1", "2.5"),
@@ -83,7 +83,7 @@ def test_a_config_file_may_come_first(default_file, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(CONFIG_FILE.replace("steps=10", "steps=7"))
     flags = ["--train.batch-size", "8"]
-    config = read_config([str(other), *flags], default_file)
+    config, _ = read_config([str(other), *flags], default_file)
     assert (config.train.steps, config.train.batch_size) == (7, 8)
 
 
@@ -148,7 +148,7 @@ def test_a_missing_config_file_names_the_nearest(default_file, capsys):
 def test_help_tells_every_flag_and_its_meaning(default_file, capsys):
     code, out, _ = exit_of(capsys, read_config, ["--help"], default_file)
     assert code == 0
-    for flag in cli._flags(read_config([], default_file), ()):
+    for flag in cli._flags(read_config([], default_file)[0], ()):
         assert re.search(rf"{flag}(?![\w-])", out), flag
     for text in ("A tiny run.", "Parts into which a batch is cut", "Transformer block"):
         assert text in out

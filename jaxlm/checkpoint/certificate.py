@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoint.native import run_folder as layout
+from jaxlm.checkpoint.integrity import MANIFEST
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.checkpoint.tensor_file import replacing
 from jaxlm.progress import progress_bar
 
@@ -27,25 +28,21 @@ def place(path: Path) -> Path:
 
     Beside a file, and beside a step of a run: its manifest allows no other file in it.
     """
-    beside = path.is_file() or (path / layout.integrity.MANIFEST).is_file()
+    beside = path.is_file() or (path / MANIFEST).is_file()
     return path.with_name(f"{path.name}.{NAME}") if beside else path / NAME
 
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of what makes up a checkpoint.
-
-    Args:
-      path: a .gguf file, a Hugging Face folder, or a run (then its newest step is
-        meant) or step folder.
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hex) over the names and bytes of the files of a checkpoint.
 
     Raises:
-      ValueError: when there is no checkpoint, or it cannot be read.
+      ValueError: when they cannot be read.
     """
     digest, done = hashlib.sha256(), 0
     try:
-        files = _files(path)
+        files = checkpoint.files()
         sizes = [file.stat().st_size for file in files]
-        with progress_bar(f"hashing {path}", sum(sizes)) as advance_to:
+        with progress_bar(f"hashing {checkpoint.path}", sum(sizes)) as advance_to:
             for file, size in zip(files, sizes, strict=True):
                 digest.update(f"{file.name} {size}\n".encode())
                 with file.open("rb") as stream:
@@ -58,44 +55,35 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
-    """The files whose bytes decide what is loaded. Of a step its manifest: that has
-    the hashes of all others."""
-    if path.is_file():
-        return [path]
-    if list(path.glob("*.safetensors")):
-        wanted = ("*.safetensors", "*.safetensors.index.json", "config.json")
-        return sorted(f for pattern in wanted for f in path.glob(pattern))
-    return [layout.candidates(path)[0] / layout.integrity.MANIFEST]
-
-
-def _dates(path: Path) -> dict[str, list[int]]:
+def _dates(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Size and time of change (ns) of each file.
 
     While they stay, `read` takes the bytes for the same: hashing takes as long as
     loading does.
     """
-    stats = {file.name: file.stat() for file in _files(path)}
+    stats = {file.name: file.stat() for file in checkpoint.files()}
     return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
 
 
-def write(path: Path, findings: dict[str, Any], target: Path | None = None) -> Path:
+def write(
+    checkpoint: Checkpoint, findings: dict[str, Any], target: Path | None = None
+) -> Path:
     """Writes the findings about a checkpoint; returns the file.
 
     Args:
       findings: JSON values; `passed` and `summary`, one line, are what `summary` tells.
-      target: another file than `place(path)`.
+      target: another file than `place(checkpoint.path)`.
 
     Raises:
       OSError: when it cannot be written.
     """
     content = {
         "format": FORMAT,
-        "fingerprint": fingerprint(path),
-        "dates": _dates(path),
+        "fingerprint": fingerprint(checkpoint),
+        "dates": _dates(checkpoint),
         **findings,
     }
-    target = place(path) if target is None else target
+    target = place(checkpoint.path) if target is None else target
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     # Thousands of numbers, each on a line of its own, would hide all else. No text is
     # touched: a line break in a text is escaped.
@@ -133,34 +121,34 @@ def read_file(file: Path) -> dict[str, Any]:
     return content
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The findings about a checkpoint; None where there are none.
 
     Raises:
       ValueError: when the certificate is broken, or belongs to other bytes.
     """
-    file = place(path)
+    file = place(checkpoint.path)
     if not file.is_file():
         return None
     content = read_file(file)
     try:
-        unchanged = content.get("dates") == _dates(path)
+        unchanged = content.get("dates") == _dates(checkpoint)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None
-    if not unchanged and content["fingerprint"] != fingerprint(path):
+    if not unchanged and content["fingerprint"] != fingerprint(checkpoint):
         raise ValueError(
             f"{file} belongs to other weights than those that are there: verify again"
         )
     return content
 
 
-def summary(path: Path) -> str | None:
+def summary(checkpoint: Checkpoint) -> str | None:
     """One line about the certificate of a checkpoint; None where there is none."""
     try:
-        content = read(path)
+        content = read(checkpoint)
     except ValueError as error:
         return f"warning: {error}"
     if content is None:
         return None
     verdict = "verified" if content["passed"] else "FAILED verification"
-    return f"{path}: {verdict} {content['summary']}".rstrip()
+    return f"{checkpoint.path}: {verdict} {content['summary']}".rstrip()

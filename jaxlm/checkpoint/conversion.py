@@ -6,14 +6,13 @@ from typing import Literal
 
 import numpy as np
 
-from jaxlm.checkpoint import load as source
 from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
-from jaxlm.checkpoint.native.reading import say
+from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.config import Config, DataConfig
 
-Kind = Literal["jaxlm", "hf", "gguf"]
 DType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
@@ -24,19 +23,19 @@ def convert(
     to: Kind | None = None,
     dtype: DType | None = None,
     with_tokenizer: bool = True,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = print_to_stderr,
 ) -> Kind:
     """Writes a checkpoint as one of another kind.
 
     Args:
-      src: as `source.load`.
+      src: as `open_checkpoint`.
       dst: a new folder, or a new .gguf file.
       to: the kind; None is gguf for a name that ends so, else hf for a run of jaxlm
         and jaxlm for all others.
       dtype: of the parameters; None keeps what is stored (in GGUF: f16). q8_0 only in
         GGUF.
       with_tokenizer: False leaves the tokenizer out (not of a run of jaxlm).
-      report: as `source.load`.
+      report: as `open_checkpoint`.
 
     Returns:
       The kind that was written.
@@ -47,7 +46,7 @@ def convert(
     """
     if dst.exists():
         raise ValueError(f"{dst} is there already: choose another name, or remove it")
-    opened = source.open_source(src, report=report)
+    opened = open_checkpoint(src, report=report)
     if to is None:
         natural: Kind = "hf" if opened.kind == "jaxlm" else "jaxlm"
         to = "gguf" if dst.suffix == ".gguf" else natural
@@ -58,10 +57,10 @@ def convert(
     tokenizer = opened.tokenizer() if with_tokenizer else None
     cast: np.dtype | None = None if dtype is None else gguf.TYPES[dtype]
     if to == "gguf":
-        params = opened.params(report=report)
+        params = opened.params()
         gguf.write_model(dst, opened.config, params, tokenizer, dtype or "f16")
         return to
-    params = opened.params(dtype=cast, report=report)
+    params = opened.params(dtype=cast)
     if to == "hf":
         write_hf(dst, opened.config, params, tokenizer)
         return to

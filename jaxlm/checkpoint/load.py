@@ -1,16 +1,15 @@
-"""`load` for every kind of checkpoint: of jaxlm, of Hugging Face, and GGUF files."""
+"""The door: opening a path of any kind, and reading a model from it."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 from jaxlm.checkpoint import certificate
-from jaxlm.checkpoint.gguf.gguf_model import GGUFModel
-from jaxlm.checkpoint.hf import hf_folder as hf
-from jaxlm.checkpoint.hf.hf_folder import HuggingFaceFolder
-from jaxlm.checkpoint.native import reading
-from jaxlm.checkpoint.native.reading import say
-from jaxlm.checkpoint.native.run_folder import candidates
+from jaxlm.checkpoint.gguf.gguf_model import GGUFCheckpoint
+from jaxlm.checkpoint.hf import hf_folder
+from jaxlm.checkpoint.hf.hf_folder import HFCheckpoint
+from jaxlm.checkpoint.native.native_checkpoint import NativeCheckpoint
+from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
@@ -21,67 +20,23 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A checkpoint of any kind, opened but not yet read."""
-
-    kind: Literal["jaxlm", "hf", "gguf"]
-    path: Path
-    config: ModelConfig
-
-    def params(
-        self,
-        *,
-        dtype: Any = None,
-        shardings: Any = None,
-        report: Callable[[str], None],
-    ) -> Params:
-        """The parameters, as `load` gives them."""
-        ...
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer; ValueError when there is none."""
-        ...
-
-
-class Run:
-    """A run or a step of jaxlm."""
-
-    kind = "jaxlm"
-
-    def __init__(self, path: Path, report: Callable[[str], None]):
-        """Raises ValueError when the path is neither, or no step can be read."""
-        self.path, self._report = path, report
-        self.config = reading.load_config(path, report=report).model
-
-    def params(
-        self,
-        *,
-        dtype: Any = None,
-        shardings: Any = None,
-        report: Callable[[str], None],
-    ) -> Params:
-        """The parameters of the newest readable step."""
-        _, params = reading.load(
-            self.path, dtype=dtype, shardings=shardings, report=report
-        )
-        return params
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that was saved with the step."""
-        return reading.restore_tokenizer(self.path, report=self._report)
-
-
-def open_source(path: str | Path, *, report: Callable[[str], None] = say) -> Source:
+def open_checkpoint(
+    path: str | Path, *, report: Callable[[str], None] = print_to_stderr
+) -> Checkpoint:
     """Finds out what a path is and reads its config.
+
+    Open a path once and pass the result on: a run in training saves new steps and
+    deletes old ones, so what is opened twice may not be the same.
 
     Args:
       path: a run or step folder, a Hugging Face folder, a .gguf file, or
         `hf:owner/name` (with the extra `hub` and a network).
-      report: gets a line for steps that are damaged.
+      report: gets a line for steps that are damaged and for values that are not finite,
+        also while the parameters are read.
 
     Raises:
-      ValueError: when it is none of these, or cannot be read.
+      ValueError: when it is none of these, or cannot be read; `NoUsableCheckpoint` when
+        a run has steps and none of them can.
     """
     if str(path).startswith(HUB):
         path = download(str(path).removeprefix(HUB))
@@ -96,18 +51,17 @@ def open_source(path: str | Path, *, report: Callable[[str], None] = say) -> Sou
                 f"{path} is pickled, and loading it could run any program: convert it "
                 "where you trust it, with transformers' save_pretrained"
             )
-        return GGUFModel(path)
+        return GGUFCheckpoint(path, report)
     if _is_hugging_face(path):
-        return HuggingFaceFolder(path)
-    candidates(path)  # says what is wrong with the path
-    return Run(path, report)
+        return HFCheckpoint(path, report)
+    return NativeCheckpoint(path, report)
 
 
 def _is_hugging_face(path: Path) -> bool:
-    """A folder whose config.json is of a model: a run has one as well."""
-    if not (path / hf.CONFIG).is_file():
+    """Whether a folder has the config.json of a model; a run has one of its own."""
+    if not (path / hf_folder.CONFIG).is_file():
         return False
-    values = hf.read_json(path / hf.CONFIG)
+    values = hf_folder.read_json(path / hf_folder.CONFIG)
     return "model_type" in values or "architectures" in values
 
 
@@ -137,43 +91,34 @@ def download(name: str) -> Path:
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     dtype: Any = None,
     shardings: Any = None,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = print_to_stderr,
 ) -> tuple[ModelConfig, Params]:
     """Reads a model.
 
     Args:
-      path: as `open_source`; of a run its newest readable step. Nothing is changed.
-      dtype: floating-point parameters are cast to it; None keeps what is stored
-        (float32 for quantized tensors).
-      shardings: tree of `jax.sharding.Sharding`s in the structure of the parameters;
-        None puts them onto the default device.
-      report: gets a line for damaged steps, for values that are not finite, and for
-        the certificate of `jaxlm verify`, where there is one.
+      path: as `open_checkpoint`, or what that gave.
+      dtype: as `Checkpoint.params`.
+      shardings: as `Checkpoint.params`.
+      report: as `open_checkpoint`; also gets the result of `jaxlm verify`, where there
+        is a certificate of it.
 
     Raises:
-      ValueError: when it cannot be read; `NoUsableCheckpoint` when a run has steps and
-        none of them can.
+      ValueError: as `open_checkpoint` and `Checkpoint.params`.
     """
-    source = open_source(path, report=report)
-    params = source.params(dtype=dtype, shardings=shardings, report=report)
-    if line := certificate.summary(source.path):
+    if isinstance(path, str | Path):
+        path = open_checkpoint(path, report=report)
+    params = path.params(dtype=dtype, shardings=shardings)
+    if line := certificate.summary(path):
         report(line)
-    return source.config, params
-
-
-def load_config(
-    path: str | Path, *, report: Callable[[str], None] = say
-) -> ModelConfig:
-    """The config of a model; arguments and errors as `load`."""
-    return open_source(path, report=report).config
+    return path.config, params
 
 
 def load_tokenizer(
-    path: str | Path, *, report: Callable[[str], None] = say
+    path: str | Path, *, report: Callable[[str], None] = print_to_stderr
 ) -> Tokenizer:
-    """The tokenizer of a model; arguments and errors as `load`."""
-    return open_source(path, report=report).tokenizer()
+    """The tokenizer of a model; arguments and errors as `open_checkpoint`."""
+    return open_checkpoint(path, report=report).tokenizer()

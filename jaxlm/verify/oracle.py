@@ -12,7 +12,8 @@ from jaxtyping import Int32
 from jaxlm import tree
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.hf.hf_folder import write_hf
-from jaxlm.checkpoint.load import HUB, Source, download
+from jaxlm.checkpoint.load import HUB, download
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.checkpoint.tensor_file import shown
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
@@ -31,7 +32,7 @@ _PROMPT = 32
 class Subject:
     """The model that is verified."""
 
-    source: Source
+    checkpoint: Checkpoint
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
@@ -77,7 +78,8 @@ def find_reference(
         return _live(subject, path, f"read {shown(str(path))} itself", report)
     if not peer.installed(*peer.NEEDED):
         return _beside(subject, report)
-    path, kind, note = subject.source.path, subject.source.kind, ""
+    path, kind = subject.checkpoint.path, subject.checkpoint.kind
+    note = ""
     try:
         if kind == "hf":
             return _live(subject, path, "read the same files itself", report)
@@ -193,16 +195,16 @@ def _observed(
 
 def _beside(subject: Subject, report: Callable[[str], None]) -> Reference:
     """The certificate beside the model, if it belongs to it and has a reference."""
-    path = subject.source.path
+    checkpoint = subject.checkpoint
     missing = "torch and transformers are not installed (pip install 'jaxlm[parity]')"
     try:
-        found = certificate.read(path)
+        found = certificate.read(checkpoint)
     except ValueError as error:
         return Reference(None, f"no independent implementation: {missing}; {error}")
     if found is None or found.get("reference") is None:
         why = "no certificate has its values"
         return Reference(None, f"no independent implementation: {missing}, and {why}")
-    return _from_certificate(subject, certificate.place(path), found, "")
+    return _from_certificate(subject, certificate.place(checkpoint.path), found, "")
 
 
 def _stored(subject: Subject, path: Path) -> Reference:
@@ -210,7 +212,7 @@ def _stored(subject: Subject, path: Path) -> Reference:
     content = certificate.read_file(path)
     if content.get("reference") is None:
         raise ValueError(f"{path} holds no values of an independent implementation")
-    same = content["fingerprint"] == certificate.fingerprint(subject.source.path)
+    same = content["fingerprint"] == certificate.fingerprint(subject.checkpoint)
     note = "" if same else " for other bytes than these"
     return _from_certificate(subject, path, content, note)
 

@@ -21,9 +21,9 @@ from jaxtyping import Int32
 
 from jaxlm import tree
 from jaxlm.checkpoint import certificate
-from jaxlm.checkpoint.load import Source, open_source
+from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.mapping import parameter_shapes
-from jaxlm.checkpoint.native.reading import say
+from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
 from jaxlm.config import ModelConfig
 from jaxlm.data.sources import BUNDLED_FOLDER
 from jaxlm.tokenizers.base import Tokenizer
@@ -44,8 +44,8 @@ _CHARACTERS = 16
 class Verification:
     """What was found about a model."""
 
-    path: Path
-    """The checkpoint."""
+    checkpoint: Checkpoint
+    """The model."""
     model: str
     """What it is, in a line."""
     text: str
@@ -86,7 +86,12 @@ class Verification:
         if self.reference.expected is None:
             verdict += ", but without an independent implementation"
         against = "against " if self.reference.expected else ""
-        head = [str(self.path), self.model, self.text, against + self.reference.about]
+        head = [
+            str(self.checkpoint.path),
+            self.model,
+            self.text,
+            against + self.reference.about,
+        ]
         return "\n".join([*head, "", table(self.checks), "", verdict])
 
     def findings(self) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def verify(
     *,
     against: str | Path | None = None,
     num_tokens: int = NUM_TOKENS,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = print_to_stderr,
 ) -> Verification:
     """Compares a model with an independent implementation, and with itself.
 
@@ -131,15 +136,15 @@ def verify(
     def phase(line: str) -> None:
         report(f"[{time.monotonic() - began:5.1f} s] {line}")
 
-    source = open_source(src, report=report)
-    config = dataclasses.replace(source.config, dtype="float32")
+    checkpoint = open_checkpoint(src, report=report)
+    config = dataclasses.replace(checkpoint.config, dtype="float32")
     _check_memory(config, num_tokens)
-    tokenizer, why_not = _tokenizer(source)
+    tokenizer, why_not = _tokenizer(checkpoint)
     tokens, text = _text(config, tokenizer, num_tokens)
     with jax.default_matmul_precision("highest"):
-        phase(f"reading {source.path}")
-        params = source.params(dtype=jnp.float32, report=report)
-        subject = Subject(source, config, params, tokenizer, tokens)
+        phase(f"reading {checkpoint.path}")
+        params = checkpoint.params(dtype=jnp.float32)
+        subject = Subject(checkpoint, config, params, tokenizer, tokens)
         reference = find_reference(subject, against, phase)
         checks = _check_tokenizer(tokenizer, why_not, config, reference)
         checks += _check_model(subject, reference, phase)
@@ -147,10 +152,10 @@ def verify(
     if expected is not None and expected.tokens is not tokens:
         text = f"{len(expected.tokens)} tokens that were kept with the reference"
     phase("done")
-    model = f"{source.kind}, {config.num_layers} layers, "
+    model = f"{checkpoint.kind}, {config.num_layers} layers, "
     model += f"{tree.count(params) / 1e6:.1f}M parameters, computed in float32 on "
     model += jax.local_devices()[0].device_kind
-    return Verification(source.path, model, text, reference, tuple(checks))
+    return Verification(checkpoint, model, text, reference, tuple(checks))
 
 
 def write_certificate(verification: Verification, out: Path | None = None) -> str:
@@ -160,16 +165,16 @@ def write_certificate(verification: Verification, out: Path | None = None) -> st
       A line that says where it is, or why it is not there.
     """
     try:
-        file = certificate.write(verification.path, verification.findings(), out)
+        file = certificate.write(verification.checkpoint, verification.findings(), out)
     except OSError as error:
         return f"no certificate: {error.filename}: {error.strerror} (--out FILE)"
     return f"certificate: {file}"
 
 
-def _tokenizer(source: Source) -> tuple[Tokenizer | None, str]:
+def _tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer | None, str]:
     """The tokenizer, or why there is none."""
     try:
-        return source.tokenizer(), ""
+        return checkpoint.tokenizer(), ""
     except ValueError as error:
         return None, str(error)
 

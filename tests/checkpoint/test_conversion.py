@@ -12,9 +12,9 @@ import pytest
 from parity_case import nested, weights
 
 from jaxlm import tree
-from jaxlm.checkpoint import load as source
 from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
 from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.cli import main, read_config
 from jaxlm.config import Config, DataConfig, diff
@@ -54,13 +54,13 @@ def folder(run):
 
 
 def same(a, b):
-    first, second = (tree.flatten(source.load(path)[1]) for path in (a, b))
+    first, second = (tree.flatten(load(path)[1]) for path in (a, b))
     assert set(first) == set(second)
     for path, x in first.items():
         assert np.array_equal(np.asarray(x), np.asarray(second[path])), path
-    configs = [source.load_config(path) for path in (a, b)]
+    configs = [open_checkpoint(path).config for path in (a, b)]
     assert not diff(*configs, ignore=NOT_KEPT)
-    ids = [source.load_tokenizer(path).encode(TEXT).tolist() for path in (a, b)]
+    ids = [load_tokenizer(path).encode(TEXT).tolist() for path in (a, b)]
     assert ids[0] == ids[1]
 
 
@@ -84,7 +84,7 @@ def test_around_all_three_kinds(run, folder, tmp_path):
 @pytest.mark.parametrize("to", ["hf", "jaxlm", "gguf"])
 def test_dtypes(run, tmp_path, to):
     convert(run, tmp_path / "m", to=to, dtype="bf16")
-    _, params = source.load(tmp_path / "m")
+    _, params = load(tmp_path / "m")
     vectors = {x.dtype for x in jax.tree.leaves(params) if x.ndim == 2}
     matrices = {x.dtype for x in jax.tree.leaves(params) if x.ndim > 2}
     assert matrices == {jnp.dtype(jnp.bfloat16)}
@@ -96,7 +96,7 @@ def test_without_a_tokenizer(folder, tmp_path):
     names = {p.name for p in (tmp_path / "m").iterdir()}
     assert names == {"config.json", "model.safetensors"}
     with pytest.raises(ValueError, match="tokenizer"):
-        source.load_tokenizer(tmp_path / "m")
+        load_tokenizer(tmp_path / "m")
 
 
 ERRORS = {
@@ -122,10 +122,11 @@ def test_errors_are_one_line(folder, tmp_path, capsys, fault):
 def test_the_model_of_a_config_is_that_of_init_from(folder, repository):
     file = repository / "configs" / "shakespeare.py"
     for words in (["--init-from", str(folder)], [f"--init-from={folder}"]):
-        config = read_config(words, file)
+        config, initial = read_config(words, file)
+        assert initial.path == folder
         assert not diff(config.model, MODEL, ignore=NOT_KEPT)
         assert config.model.dtype == "auto"
-    config = read_config([*words, "--model.num-layers", "3"], file)
+    config, _ = read_config([*words, "--model.num-layers", "3"], file)
     assert config.model.num_layers == 3  # train.py then says that they differ
 
 
@@ -162,7 +163,7 @@ def test_training_from_a_published_model_and_out_again(folder, tmp_path, reposit
         *("--optimizer.learning-rate", "1e-3", "--model.dtype", "float32"),
     )
     main(["convert", str(tmp_path / "run"), str(tmp_path / "out")])
-    before, after = source.load(folder)[1], source.load(tmp_path / "out")[1]
+    before, after = load(folder)[1], load(tmp_path / "out")[1]
     moved = [
         float(jnp.abs(a - b).max())
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)

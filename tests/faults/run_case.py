@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxlm.checkpoint.native.saving import load, state_hash
+from jaxlm.checkpoint.load import load
+from jaxlm.checkpoint.native.saving import state_hash
 from jaxlm.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ import pytest
 from run_case import CONFIG, Run
 
 from jaxlm import tree
-from jaxlm.checkpoint.native.saving import load, state_hash
+from jaxlm.checkpoint.load import load
+from jaxlm.checkpoint.native.saving import state_hash
 from jaxlm.train.metrics import read_metrics
 
 SHORT = ("--train.steps", "4", "--train.checkpoint-every", "2")

@@ -14,9 +14,9 @@ import pytest
 from parity_case import CASES, FILES, nested, weights
 
 from jaxlm import tree
-from jaxlm.checkpoint import load as source
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.hf.hf_folder import write_hf
+from jaxlm.checkpoint.load import load
 from jaxlm.config import diff
 
 SAVED = json.loads(FILES.read_text())
@@ -31,7 +31,7 @@ def test_weights_are_written_and_read_as_transformers_does(tmp_path, name):
     # From here on the folder is transformers' own.
     (tmp_path / "m" / "config.json").write_text(json.dumps(SAVED[name]["config"]))
     lines = []
-    config, params = source.load(tmp_path / "m", report=lines.append)
+    config, params = load(tmp_path / "m", report=lines.append)
     assert not lines
     # A linear stretching has no original length.
     left = diff(case, config, ignore=NOT_KEPT)

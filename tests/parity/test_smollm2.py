@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint import load as source
+from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
 from jaxlm.model.transformer import forward
@@ -35,7 +35,7 @@ def path():
 
 @pytest.fixture(scope="module")
 def model(path):
-    config, params = source.load(path)
+    config, params = load(path)
     return dataclasses.replace(config, dtype="float32"), params
 
 
@@ -45,7 +45,7 @@ def test_logits_log_probabilities_and_greedy_tokens(path, model, name):
     expected = EXPECTED[name]
     ids = np.array(expected["input_ids"], np.int32)
     if name != "p3_chat":
-        assert source.load_tokenizer(path).encode(expected["text"]).tolist() == [*ids]
+        assert load_tokenizer(path).encode(expected["text"]).tolist() == [*ids]
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(lambda p, t: forward(config, p, t).logits)(params, ids[None])
         result = generate(

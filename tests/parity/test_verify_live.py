@@ -16,7 +16,7 @@ from jaxlm import load
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
-from jaxlm.checkpoint.load import open_source
+from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.cli import main
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.verify import comparing, peer
@@ -59,11 +59,11 @@ def test_every_family(name, tmp_path):
     if name == "llama-dynamic":  # Its files have no context but 2 * 48.
         config = dataclasses.replace(config, context_length=96)
     write_hf(tmp_path / "m", config, params_of(config), None)
-    source = open_source(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m")
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 96, np.int32)
     with jax.default_matmul_precision("highest"):
-        params = source.params(dtype=jnp.float32, report=print)
-        subject = Subject(source, config, params, None, tokens)
+        params = checkpoint.params(dtype=jnp.float32)
+        subject = Subject(checkpoint, config, params, None, tokens)
         expected = find_reference(subject, None, print).expected
         assert expected is not None
         ours = comparing.full_pass(config, params, tokens)
@@ -104,7 +104,7 @@ def test_damaged_weights_against_the_original(model, tmp_path, capsys):
     assert stop.value.code == 1
     out, _ = capsys.readouterr()
     assert "layer 1 (" in out and "no tie" in out
-    assert certificate.read(tmp_path / "bad")["passed"] is False
+    assert certificate.read(open_checkpoint(tmp_path / "bad"))["passed"] is False
 
 
 def test_no_code_of_a_model_is_run(tmp_path):

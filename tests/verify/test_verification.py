@@ -14,6 +14,7 @@ from parity_case import nested, weights
 from jaxlm import load, tree
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.hf.hf_folder import write_hf
+from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, RopeScaling
@@ -152,7 +153,7 @@ def command(*arguments):
 
 
 def rows(folder):
-    checks = certificate.read(folder)["checks"]
+    checks = certificate.read(open_checkpoint(folder))["checks"]
     return {c["name"]: c for c in checks}
 
 
@@ -181,7 +182,7 @@ def test_equal_models_pass_and_load_says_so(copy, kept, capsys):
     assert command(copy) == 0
     out, _ = capsys.readouterr()
     assert f"kept in {copy / 'certificate.json'}\n" in out
-    assert certificate.read(copy)["reference"]["name"] == "numpy 1"
+    assert certificate.read(open_checkpoint(copy))["reference"]["name"] == "numpy 1"
 
 
 @pytest.mark.slow
@@ -191,7 +192,7 @@ def test_without_a_reference_the_table_says_so(copy, capsys):
     assert "no independent implementation: torch and transformers are not" in out
     assert "passed, but without an independent implementation" in out
     assert out.count("not checked") == 5
-    assert certificate.read(copy)["reference"] is None
+    assert certificate.read(open_checkpoint(copy))["reference"] is None
     (line,) = said(copy)
     assert "verified without an independent implementation: decoding" in line
 
@@ -268,7 +269,7 @@ def test_a_certificate_is_bound_to_the_bytes(copy, model, flat, kept, tmp_path, 
     assert command(copy) == 0
     out, _ = capsys.readouterr()
     assert "belongs to other weights than those that are there" in out
-    assert certificate.read(copy)["reference"] is None
+    assert certificate.read(open_checkpoint(copy))["reference"] is None
 
 
 @pytest.mark.slow

@@ -109,19 +109,22 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-class GGUFModel:
+class GGUFCheckpoint:
     """A model in one GGUF file."""
 
     kind = "gguf"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, report: Callable[[str], None]):
         """Reads the keys of the file.
+
+        Args:
+          report: gets a line for values that are not finite.
 
         Raises:
           ValueError: when the file is broken, or describes a model that jaxlm does not
             compute exactly.
         """
-        self.path = path
+        self.path, self._report = path, report
         file = read_gguf(path)
         self._metadata = file.metadata
         self._tensors: dict[str, StoredTensor] = dict(file.tensors)
@@ -152,13 +155,7 @@ class GGUFModel:
     def _translation(self) -> Translation:
         return Translation(self.config, RULES[self._arch])
 
-    def params(
-        self,
-        *,
-        dtype: Any = None,
-        shardings: Any = None,
-        report: Callable[[str], None],
-    ) -> Params:
+    def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
         """Parameters; arguments as `Translation.read`. Quantized tensors give f32.
 
         Raises:
@@ -167,7 +164,7 @@ class GGUFModel:
         """
         self._translation.check(self._tensors, (), str(self.path))
         return self._translation.read(
-            self._tensors, dtype=dtype, shardings=shardings, report=report
+            self._tensors, dtype=dtype, shardings=shardings, report=self._report
         )
 
     def tokenizer(self) -> Tokenizer:
@@ -176,6 +173,10 @@ class GGUFModel:
             return tokenizer_from_gguf(self._metadata)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
+
+    def files(self) -> list[Path]:
+        """The file itself."""
+        return [self.path]
 
 
 def write_model(

@@ -30,19 +30,22 @@ CONFIG = "config.json"
 MAX_CONFIG_BYTES = 4 << 20
 
 
-class HuggingFaceFolder:
+class HFCheckpoint:
     """A model in a folder with a config.json of a known family."""
 
     kind = "hf"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, report: Callable[[str], None]):
         """Reads config.json.
+
+        Args:
+          report: gets a line for values that are not finite, and for float64.
 
         Raises:
           ValueError: when it is missing or broken, or describes a model that jaxlm
             does not compute exactly.
         """
-        self.path = folder
+        self.path, self._report = folder, report
         values = read_json(folder / CONFIG)
         self.model_type = str(values.get("model_type"))
         self.config = hf_config.read(Keys(values, str(folder / CONFIG)))
@@ -54,13 +57,7 @@ class HuggingFaceFolder:
             tensors = _decoded(tensors)
         return tensors
 
-    def params(
-        self,
-        *,
-        dtype: Any = None,
-        shardings: Any = None,
-        report: Callable[[str], None],
-    ) -> Params:
+    def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
         """Parameters; arguments as `Translation.read`.
 
         Raises:
@@ -72,12 +69,17 @@ class HuggingFaceFolder:
         ignored = hf_names.unused(self.model_type)
         translation.check(tensors, ignored, str(self.path))
         return translation.read(
-            tensors, dtype=dtype, shardings=shardings, report=report
+            tensors, dtype=dtype, shardings=shardings, report=self._report
         )
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the folder; ValueError when it has none that is known."""
         return tokenizer_from_folder(self.path)
+
+    def files(self) -> list[Path]:
+        """The weights, their index and config.json."""
+        patterns = ("*.safetensors", "*.safetensors.index.json", CONFIG)
+        return sorted(f for pattern in patterns for f in self.path.glob(pattern))
 
 
 def write_hf(

@@ -1,7 +1,6 @@
-"""Reading a step folder, and `load`: parameters for sampling and for looking inside."""
+"""Reading a step folder."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from jaxlm import tree
 from jaxlm.checkpoint import integrity
 from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
 from jaxlm.checkpoint.native import arrays, compatible
 from jaxlm.checkpoint.native import run_folder as layout
-from jaxlm.config import Config, ModelConfig, from_dict
-from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.kinds import read_saved_tokenizer
-from jaxlm.types import Params
+from jaxlm.config import Config, from_dict
 
 META_FORMAT = 1
 T = TypeVar("T")
@@ -28,11 +23,6 @@ class NoUsableCheckpoint(ValueError):
     """A run has checkpoints, and none of them can be read."""
 
 
-def say(line: str) -> None:
-    """Prints a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
 @dataclass(frozen=True)
 class Restored:
     """A state that was read from a checkpoint."""
@@ -40,61 +30,6 @@ class Restored:
     step: int
     params: Any
     opt_state: Any
-
-
-def load(
-    path: str | Path,
-    *,
-    dtype: Any = None,
-    shardings: Any = None,
-    report: Callable[[str], None] = say,
-) -> tuple[ModelConfig, Params]:
-    """Reads the parameters of a run (its newest readable step) or of one step.
-
-    Args:
-      path: run folder or step folder. Nothing in it is locked or changed.
-      dtype: floating-point parameters are cast to it; None keeps what is stored.
-      shardings: tree of `jax.sharding.Sharding`s in the structure of the parameters;
-        None puts them onto the default device.
-      report: gets a line for steps that are damaged.
-
-    Raises:
-      NoUsableCheckpoint: when no step can be read.
-      ValueError: when `path` is neither a run nor a step.
-    """
-
-    def read(folder: Path) -> tuple[ModelConfig, Params]:
-        integrity.verify(folder, ("params", layout.META))
-        meta = read_meta(folder)
-        config = from_dict(ModelConfig, meta["config"]["model"], f"model of {folder}")
-        where = {} if shardings is None else tree.flatten(shardings)
-        wanted = arrays.nest(arrays.abstract(meta["arrays"]["params"], where))
-        return config, read_item(arrays.new_handler(), folder, meta, "params", wanted)
-
-    config, params = first_readable(layout.candidates(path), read, report)
-    return config, params if dtype is None else tree.cast_floating(params, dtype)
-
-
-def load_config(path: str | Path, *, report: Callable[[str], None] = say) -> Config:
-    """The whole config of a run or step; arguments and errors as `load`."""
-
-    def read(folder: Path) -> Config:
-        integrity.verify(folder, (layout.META,))
-        return from_dict(Config, read_meta(folder)["config"], f"config of {folder}")
-
-    return first_readable(layout.candidates(path), read, report)
-
-
-def restore_tokenizer(
-    path: str | Path, *, report: Callable[[str], None] = say
-) -> Tokenizer:
-    """The tokenizer of a run or step; arguments and errors as `load`."""
-
-    def read(folder: Path) -> Tokenizer:
-        integrity.verify(folder, (layout.TOKENIZER, layout.META))
-        return read_saved_tokenizer(folder / layout.TOKENIZER)
-
-    return first_readable(layout.candidates(path), read, report)
 
 
 def first_readable(

@@ -21,15 +21,9 @@ from jaxlm.checkpoint import integrity
 from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
 from jaxlm.checkpoint.native import arrays, compatible, reading
 from jaxlm.checkpoint.native import run_folder as layout
-from jaxlm.checkpoint.native.reading import (
-    NoUsableCheckpoint,
-    Restored,
-    load,
-    load_config,
-    restore_tokenizer,
-    say,
-)
+from jaxlm.checkpoint.native.reading import NoUsableCheckpoint, Restored
 from jaxlm.checkpoint.native.run_folder import find_runs
+from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config, to_dict
 from jaxlm.types import Params
 
@@ -40,10 +34,6 @@ __all__ = [
     "SaveError",
     "UnreadableStep",
     "find_runs",
-    "load",
-    "load_config",
-    "restore_tokenizer",
-    "say",
     "state_hash",
 ]
 
@@ -76,7 +66,7 @@ class Checkpoints:
         keep_every: int = 0,
         *,
         fresh: bool = False,
-        report: Callable[[str], None] = say,
+        report: Callable[[str], None] = print_to_stderr,
     ):
         """Makes the run folder, locks it, and clears up after a killed process.
 

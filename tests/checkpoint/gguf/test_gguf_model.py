@@ -12,7 +12,6 @@ from gguf_case import NAMES, small
 from parity_case import nested, weights
 
 from jaxlm import tree
-from jaxlm.checkpoint import load as source
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.gguf.gguf_config import (
     ROPE_FREQS,
@@ -24,6 +23,7 @@ from jaxlm.checkpoint.gguf.gguf_config import (
 )
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
 from jaxlm.checkpoint.gguf.gguf_model import write_model
+from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.config import diff
 from jaxlm.model.presets import PRESETS, preset, toy
 
@@ -40,7 +40,7 @@ def random(config):
 
 def read(path):
     lines = []
-    config, params = source.load(path, report=lines.append)
+    config, params = load(path, report=lines.append)
     assert not lines
     return config, tree.flatten(params)
 
@@ -252,7 +252,7 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, fault):
     change, message = FAULTS[fault]
     path = changed(tmp_path, change)
     with pytest.raises(ValueError, match=message) as raised:
-        source.load(path)
+        load(path)
     text = str(raised.value)
     assert text.startswith(str(path)) and "\n" not in text
 
@@ -271,7 +271,7 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, fault):
 def test_linear_and_yarn_stretching(tmp_path, values, kind):
     names = {f"llama.rope.{k}": v for k, v in values.items()}
     path = changed(tmp_path, lambda metadata, _: metadata.update(names))
-    scaling = source.load_config(path).rope_scaling
+    scaling = open_checkpoint(path).config.rope_scaling
     assert (scaling and (scaling.kind, scaling.factor)) == (kind and (kind, 4.0))
 
 
@@ -298,4 +298,4 @@ def with_divisors(*names, **values):
 def test_no_stretching_is_dropped(tmp_path, change, message):
     path = changed(tmp_path, change)
     with pytest.raises(ValueError, match=re.escape(message)):
-        source.load(path)
+        load(path)

@@ -16,8 +16,8 @@ from parity_case import nested, weights
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import tree
-from jaxlm.checkpoint import load as source
-from jaxlm.checkpoint.hf.hf_folder import HuggingFaceFolder, write_hf
+from jaxlm.checkpoint.hf.hf_folder import write_hf
+from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.model.presets import preset, toy
 
 LLAMA = toy(preset("llama3.2-1b"))
@@ -43,7 +43,7 @@ def rewrite(folder, change):
 
 def read(folder):
     lines = []
-    _, params = source.load(folder, report=lines.append)
+    _, params = load(folder, report=lines.append)
     return params, lines
 
 
@@ -51,7 +51,7 @@ def read(folder):
 def test_round_trip_keeps_every_bit(tmp_path, dtype):
     params = random(LLAMA, dtype)
     write_hf(tmp_path / "a", LLAMA, params, None)
-    config, again = source.load(tmp_path / "a")
+    config, again = load(tmp_path / "a")
     assert dataclasses.replace(config, init_std=LLAMA.init_std) == LLAMA
     for path, value in tree.flatten(params).items():
         found = tree.flatten(again)[path]
@@ -66,7 +66,7 @@ def test_round_trip_keeps_every_bit(tmp_path, dtype):
 @pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
 def test_a_dtype_that_is_asked_for(tmp_path, stored, wanted):
     params = make(tmp_path / "m", dtype=stored)
-    _, found = source.load(tmp_path / "m", dtype=wanted)
+    _, found = load(tmp_path / "m", dtype=wanted)
     for path, value in tree.flatten(params).items():
         expected = np.asarray(value).astype(stored).astype(wanted)
         x = tree.flatten(found)[path]
@@ -287,24 +287,24 @@ def test_paths_that_are_no_model(tmp_path):
     make(tmp_path / "m")
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(ValueError, match=r"is pickled.*save_pretrained"):
-        source.load(tmp_path / "m" / "pytorch_model.bin")
+        load(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="name its folder"):
-        source.load(tmp_path / "m" / "model.safetensors")
+        load(tmp_path / "m" / "model.safetensors")
     with pytest.raises(ValueError, match="no checkpoint"):
-        source.load(tmp_path)
+        load(tmp_path)
     (tmp_path / "m" / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json is broken"):
-        source.load(tmp_path / "m")
+        load(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     (tmp_path / "m" / "config.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint"):
-        source.load(tmp_path / "m")
+        load(tmp_path / "m")
 
 
 def test_the_hub_without_its_package_and_without_a_network(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install 'jaxlm\[hub\]'"):
-        source.load("hf:owner/name")
+        load("hf:owner/name")
 
 
 def test_only_pickles_in_a_folder_are_refused(tmp_path):
@@ -312,23 +312,23 @@ def test_only_pickles_in_a_folder_are_refused(tmp_path):
     (tmp_path / "m" / "model.safetensors").unlink()
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(ValueError, match="save_pretrained"):
-        source.load(tmp_path / "m")
+        load(tmp_path / "m")
 
 
 SHARDED = """
 import sys
 import jax, numpy as np
 from jaxlm import tree
-from jaxlm.checkpoint import load as source
+from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.config import MeshConfig
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 
-config, whole = source.load(sys.argv[1])
+config, whole = load(sys.argv[1])
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 with jax.set_mesh(mesh):
     shardings = rules.parameter_shardings(jax.eval_shape(lambda: whole), mesh)
-    _, cut = source.load(sys.argv[1], shardings=shardings)
+    _, cut = load(sys.argv[1], shardings=shardings)
 for path, x in tree.flatten(cut).items():
     assert x.sharding == tree.flatten(shardings)[path], path
     assert np.array_equal(np.asarray(x), np.asarray(tree.flatten(whole)[path])), path
@@ -352,4 +352,4 @@ def test_each_device_gets_its_part(tmp_path):
 def test_an_opened_folder_reads_no_weights(tmp_path):
     make(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
-    assert HuggingFaceFolder(tmp_path / "m").config.num_layers == LLAMA.num_layers
+    assert open_checkpoint(tmp_path / "m").config.num_layers == LLAMA.num_layers

@@ -14,8 +14,8 @@ from checkpoint_case import (
     start_child,
 )
 
-from jaxlm.checkpoint.native import saving as native
-from jaxlm.checkpoint.native.run_folder import move_aside
+from jaxlm.checkpoint.load import load
+from jaxlm.checkpoint.native.run_folder import find_runs, list_steps, move_aside
 from jaxlm.checkpoint.native.saving import Checkpoints, SaveError
 
 DIE = """
@@ -86,9 +86,9 @@ def test_sigkill_at_any_time_leaves_only_readable_steps(tmp_path):
         time.sleep(generator.uniform(0.2, 1.0))
         child.send_signal(signal.SIGKILL)
         child.communicate()
-        steps = native.layout.list_steps(tmp_path)
+        steps = list_steps(tmp_path)
         for step in steps:
-            _, params = native.load(tmp_path / f"checkpoints/{step}")
+            _, params = load(tmp_path / f"checkpoints/{step}")
             assert float(params["embed"]["table"][0, 0]) == step
         newest = steps[-1] if steps else 0
     assert newest > 0
@@ -197,10 +197,10 @@ def test_fresh_moves_the_earlier_run_aside(tmp_path):
             save(checkpoints, number)
     assert (run / "old-1/metrics.jsonl").read_text() == "{}\n"
     assert not (run / "metrics.jsonl").exists()
-    assert native.layout.list_steps(run / "old-1") == [1, 2]
-    assert native.layout.list_steps(run / "old-2") == [1]
+    assert list_steps(run / "old-1") == [1, 2]
+    assert list_steps(run / "old-2") == [1]
     assert len(said) == 2 and "old-2" in said[1]
-    assert native.find_runs(tmp_path) == [run]
+    assert find_runs(tmp_path) == [run]
     assert move_aside(run).name == "old-3"
 
 

@@ -20,7 +20,8 @@ from checkpoint_case import (
     updated_state,
 )
 
-from jaxlm.checkpoint.native import saving as native
+from jaxlm.checkpoint.load import load, load_tokenizer
+from jaxlm.checkpoint.native.run_folder import find_runs
 from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint, state_hash
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 
@@ -147,7 +148,7 @@ def test_going_on_from_an_older_step_moves_the_newer_ones_aside(tmp_path):
         save(checkpoints, 250)
         assert checkpoints.steps() == [100, 250]
     assert any("steps 200, 300" in line and "old-1" in line for line in said)
-    assert native.load(tmp_path / "old-1")[0] == CONFIG.model
+    assert load(tmp_path / "old-1")[0] == CONFIG.model
 
 
 def test_wrong_shape_and_dtype_are_named_by_path(tmp_path):
@@ -187,12 +188,11 @@ def test_load_reads_a_run_a_step_and_a_copied_step(tmp_path):
         (copied, 1),
     )
     for path, step in found:
-        config, params = native.load(path)
+        config, params = load(path)
         assert config == CONFIG.model
         assert jax.tree.structure(params) == jax.tree.structure(state_of_step(0)[0])
         assert all(bool(jnp.all(x == step)) for x in jax.tree.leaves(params))
-        assert native.load_config(path) == CONFIG
-    _, params = native.load(run, dtype=jnp.bfloat16)
+    _, params = load(run, dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -203,15 +203,15 @@ def test_load_reads_neither_the_optimizer_nor_the_lock(tmp_path):
             file.write_bytes(b"\0" * file.stat().st_size)
     with Checkpoints(tmp_path):
         said, report = lines()
-        native.load(run, report=report)
+        load(run, report=report)
         assert said == []
 
 
-def test_restore_tokenizer(tmp_path):
+def test_load_tokenizer(tmp_path):
     tokenizer = CharTokenizer("hello")
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, tokenizer=tokenizer)
-    loaded = native.restore_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.decode(loaded.encode("hello")) == "hello"
 
@@ -220,24 +220,24 @@ def test_load_falls_back_and_says_so(tmp_path):
     run = run_with_steps(tmp_path, 1, 2)
     (run / "checkpoints/2/meta.json").write_text("{}")
     said, report = lines()
-    _, params = native.load(run, report=report)
+    _, params = load(run, report=report)
     assert float(params["embed"]["table"][0, 0]) == 1
     assert len(said) == 1 and said[0].startswith("step 2 unreadable (meta.json has")
     assert said[0].endswith("using step 1")
     with pytest.raises(NoUsableCheckpoint, match="step 2 unreadable"):
-        native.load(run / "checkpoints/2")
+        load(run / "checkpoints/2")
 
 
 def test_load_of_a_path_that_is_no_run_helps(tmp_path):
     run_with_steps(tmp_path / "shakespeare", 1)
     with pytest.raises(ValueError, match=r"does not exist.*near it: .*shakespeare"):
-        native.load(tmp_path / "shakespear")
+        load(tmp_path / "shakespear")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"no checkpoint.*it holds a\.txt"):
-        native.load(tmp_path / "notes")
+        load(tmp_path / "notes")
     with pytest.raises(ValueError, match=r"no checkpoint of step 5: .*those of 1"):
-        native.load(tmp_path / "shakespeare/checkpoints/5")
+        load(tmp_path / "shakespeare/checkpoints/5")
 
 
 def test_find_runs_newest_first(tmp_path):
@@ -245,7 +245,7 @@ def test_find_runs_newest_first(tmp_path):
     for age, run in enumerate(runs):
         os.utime(run / "checkpoints", (1000 - age, 1000 - age))
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    assert native.find_runs(tmp_path) == runs
+    assert find_runs(tmp_path) == runs
 
 
 MESH = """
@@ -254,7 +254,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from checkpoint_case import restore, save, state_of_step, abstract, updated_state
 from checkpoint_case import adamw_masked
-from jaxlm.checkpoint.native.saving import Checkpoints, load, state_hash
+from jaxlm.checkpoint.load import load
+from jaxlm.checkpoint.native.saving import Checkpoints, state_hash
 
 state = updated_state(adamw_masked())
 expected, expected_params = state_hash(state), state_hash(state[0])

@@ -1,0 +1,93 @@
+"""A run of jaxlm, or one step of it, opened for reading."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlm import tree
+from jaxlm.checkpoint import integrity
+from jaxlm.checkpoint.integrity import UnreadableStep
+from jaxlm.checkpoint.native import arrays, reading, run_folder
+from jaxlm.config import ModelConfig, from_dict
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.kinds import read_saved_tokenizer
+from jaxlm.types import Params
+
+_PARTS = ("params", run_folder.TOKENIZER, run_folder.META)
+
+
+class NativeCheckpoint:
+    """One step. Nothing in its folder is locked or changed."""
+
+    kind = "jaxlm"
+
+    def __init__(self, path: Path, report: Callable[[str], None]):
+        """Chooses the step: of a run folder the newest that is intact.
+
+        Args:
+          path: run folder or step folder.
+          report: gets a line for steps that are damaged.
+
+        Raises:
+          NoUsableCheckpoint: when no step is intact.
+          ValueError: when `path` is neither a run nor a step.
+        """
+        self.path = path
+        self.step_folder, self._manifest, self._meta = reading.first_readable(
+            run_folder.candidates(path), _open_step, report
+        )
+        self.config = from_dict(
+            ModelConfig, self._meta["config"]["model"], f"model of {self.step_folder}"
+        )
+
+    def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
+        """As `Checkpoint.params`; ValueError when the step is no longer there."""
+        by_path = {} if shardings is None else tree.flatten(shardings)
+        wanted = arrays.nest(arrays.abstract(self._meta["arrays"]["params"], by_path))
+        with self._same_step():
+            params = reading.read_item(
+                arrays.new_handler(), self.step_folder, self._meta, "params", wanted
+            )
+        return params if dtype is None else tree.cast_floating(params, dtype)
+
+    def tokenizer(self) -> Tokenizer:
+        """As `Checkpoint.tokenizer`; ValueError when the step is no longer there."""
+        with self._same_step():
+            return read_saved_tokenizer(self.step_folder / run_folder.TOKENIZER)
+
+    def files(self) -> list[Path]:
+        """The manifest, which has the hashes of all other files."""
+        return [self.step_folder / integrity.MANIFEST]
+
+    @contextlib.contextmanager
+    def _same_step(self) -> Iterator[None]:
+        """Around reading: raises ValueError when the step has gone in the meantime.
+
+        A run in training deletes its older steps, and one that starts over with
+        --fresh saves another step under the same number.
+        """
+        try:
+            yield
+        except Exception:
+            self._check_same_step()
+            raise
+        self._check_same_step()
+
+    def _check_same_step(self) -> None:
+        [file] = self.files()
+        if not file.is_file() or file.read_bytes() != self._manifest:
+            raise ValueError(
+                f"{self.step_folder} has been deleted or replaced since it was opened: "
+                "is a run in training there? Try again, or name a step that it keeps"
+            )
+
+
+def _open_step(folder: Path) -> tuple[Path, bytes, dict[str, Any]]:
+    """A step folder whose files are intact, its manifest and its meta.json."""
+    integrity.verify(folder, _PARTS)
+    try:
+        manifest = (folder / integrity.MANIFEST).read_bytes()
+        return folder, manifest, reading.read_meta(folder)
+    except OSError as error:
+        raise UnreadableStep(f"{error.strerror}: {error.filename}") from error

@@ -1,0 +1,13 @@
+"""What is exported does not change with the code: bytes as they once were."""
+
+import json
+
+import pytest
+from exported_case import EXPORTED, MODELS, exported_hashes
+
+RECORDED = json.loads(EXPORTED.read_text())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_files_are_the_recorded_ones(tmp_path, name):
+    assert exported_hashes(name, tmp_path) == RECORDED[name]
