@@ -363,11 +363,11 @@ def _encode_in_pool(
             'or the script lacks `if __name__ == "__main__":`): set data.workers to 1'
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         if not finished:
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
-        pool.shutdown(wait=True)
+        # Waits: a worker that is still starting reads the tokenizer in `folder`.
+        pool.shutdown(cancel_futures=True)
 
 
 def _results(task: list[_Part], future: Future):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import tokens
+from jaxlm.data import disk_cache, tokens
 from jaxlm.data.disk_cache import build_once, cache_root, content_hashes
 from jaxlm.data.sources import find_source
 from jaxlm.data.tokens import open_tokens, tokenize_source
@@ -93,7 +93,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, cache_home):
 
 
 def test_a_large_file_is_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "FULL_HASH_BYTES", 10)
+    monkeypatch.setattr(disk_cache, "FULL_HASH_BYTES", 10)
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 5_000_000)
     files = find_source(str(path)).files
