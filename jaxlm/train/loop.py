@@ -1,10 +1,10 @@
 """The training loop: any iterator of batches in, a trained state out."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import optax
@@ -22,16 +22,16 @@ from jaxlm.types import Batch, Params
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls but does not know how to do."""
+    """What the loop needs from outside, since it opens no files and draws no tokens."""
 
     save: Callable[[TrainState], None]
     """Saves a state whose loss and gradient are finite."""
     held_out: Callable[[], Iterable[Batch]] | None = None
-    """Batches of one pass over the held-out text; None: no evaluation."""
+    """The batches of one pass over the held-out text; None turns evaluation off."""
     bytes_per_token: float | None = None
-    """UTF-8 bytes of a held-out token, for bits per byte."""
+    """Mean UTF-8 bytes of a held-out token, for bits per byte; None if unknown."""
     sample: Callable[[Params, int], str] | None = None
-    """Text from the parameters at a step; None: no samples."""
+    """Generates text from the parameters at a step; None turns samples off."""
 
 
 def fit(
@@ -50,62 +50,56 @@ def fit(
 
     Args:
       config: the whole run.
-      state: taken over; it must not be used afterwards.
-      batches: one batch a step, from the step of `state` on, laid out on the mesh.
+      state: donated to the first step; it must not be used afterwards.
+      batches: one batch a step, starting with the step after that of `state`, already
+        on the mesh.
       started: `time.monotonic()` when the process began; None takes now.
 
     Returns:
       The state, saved, and the exit code (`stopping.py`).
 
     Raises:
-      NotFinite: with the first step whose loss or gradient is not finite. What the
-        run saved before it is untouched.
+      NotFinite: at the first step whose loss or gradient is not finite. Checkpoints
+        saved before it are untouched.
     """
     train = config.train
     train_step = make_train_step(config, optimizer)
-    evaluate = _evaluator(config, hooks)
-    first = int(state.step)
+    eval_step = make_eval_step(config.model, train)
+    first = int(state.step) + 1
     started = time.monotonic() if started is None else started
     log = _Log(config, writer, progress, first)
     saved_at, code = time.monotonic(), EXIT_DONE
 
-    for step in range(first + 1, train.steps + 1):
-        # Step.
+    for step in range(first, train.steps + 1):
+        # Step. JAX dispatches it and returns before the device is done.
         batch = log.timed_next(batches)
         state, metrics = train_step(state, batch)
         log.add(step, metrics)
         last = step == train.steps
 
-        # Read: the only place where the host waits for the device.
+        # Read the metrics: the only place where the host waits for the device.
         requested = stop.exit_code()
         save = last or requested is not None or _due(step, train.checkpoint_every)
         minutes = (time.monotonic() - saved_at) / 60
         save |= train.checkpoint_minutes > 0 and minutes >= train.checkpoint_minutes
-        if _due(step, train.log_every) or save or step == first + 1:
+        if _due(step, train.log_every) or save or step == first:
             log.read()
-        if step == first + 1:
-            ready = time.monotonic() - started
-            writer.write("event", step, event="first step", since_start_s=ready)
-            progress.note(f"first step done {ready:.1f} s after the start")
+        if step == first:
+            log.first_step(step, time.monotonic() - started)
 
-        # Look.
-        if evaluate and (last or _due(step, train.eval_every)):
+        # Evaluate and sample.
+        if hooks.held_out and (last or _due(step, train.eval_every)):
             with log.paused():
-                evaluate(state.params, step, writer, progress)
-        if (
-            hooks.sample
-            and train.sample_every
-            and (last or _due(step, train.sample_every))
-        ):
+                sums = [eval_step(state.params, batch) for batch in hooks.held_out()]
+                log.evaluation(step, sums, hooks.bytes_per_token)
+        due = last or _due(step, train.sample_every)
+        if hooks.sample and train.sample_every > 0 and due:
             with log.paused():
-                text = hooks.sample(state.params, step)
-                writer.write("sample", step, text=text, prompt=train.sample_prompt)
-                progress.note(f"step {step}: sample\n{train.sample_prompt}{text}")
+                log.sample(step, hooks.sample(state.params, step))
 
         # Save.
         if save:
             with log.paused():
-                log.read()
                 hooks.save(state)
             saved_at = time.monotonic()
         if requested is not None:
@@ -118,31 +112,16 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluator(config: Config, hooks: Hooks) -> Callable[..., None] | None:
-    if hooks.held_out is None:
-        return None
-    eval_step = make_eval_step(config.model, config.train)
-
-    def evaluate(params, step, writer: MetricsWriter, progress: ProgressLine) -> None:
-        sums = [eval_step(params, batch) for batch in hooks.held_out()]
-        entropy, targets = (
-            math.fsum(s) for s in zip(*jax.device_get(sums), strict=True)
-        )
-        loss = entropy / targets
-        bits = None
-        if hooks.bytes_per_token is not None:
-            bits = loss / math.log(2) / hooks.bytes_per_token
-        writer.write("eval", step, loss=loss, bits_per_byte=bits, targets=int(targets))
-        shown = "" if bits is None else f", {bits:.4f} bits per byte"
-        progress.note(f"step {step}: held-out loss {loss:.4f}{shown}")
-
-    return evaluate
-
-
 class _Log:
-    """Steps whose metrics are still on the device, and the clocks of the run."""
+    """Writes what happens to `metrics.jsonl` and to the terminal, and keeps time.
 
-    def __init__(self, config: Config, writer: MetricsWriter, progress, first: int):
+    The metrics of a step stay on the device until they are read.
+    """
+
+    def __init__(
+        self, config: Config, writer: MetricsWriter, progress: ProgressLine, first: int
+    ):
+        """`first` is the step that compiles."""
         self._train, self._writer, self._progress = config.train, writer, progress
         self._first = first
         self._pending: list[tuple[int, StepMetrics, float]] = []
@@ -157,20 +136,59 @@ class _Log:
         self._peak = peak_flops(jax.devices(), compute_dtype(config.model.dtype))
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; how long it took goes into the row of its step."""
         start = time.monotonic()
         batch = next(batches)
         self._wait = time.monotonic() - start
         return batch
 
     def add(self, step: int, metrics: StepMetrics) -> None:
+        """Keeps the metrics of a step, which may still be running."""
         self._pending.append((step, metrics, self._wait))
 
-    def paused(self) -> "_Pause":
-        """Evaluations, samples and saves do not count as training time."""
-        return _Pause(self)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside does not count as training time."""
+        start = time.monotonic()
+        yield
+        self._pause += time.monotonic() - start
+
+    def first_step(self, step: int, seconds: float) -> None:
+        """Notes how long the start took, compilation included."""
+        self._writer.write("event", step, event="first step", since_start_s=seconds)
+        self._progress.note(f"first step done {seconds:.1f} s after the start")
+
+    def evaluation(
+        self,
+        step: int,
+        sums: Sequence[tuple[jax.Array, jax.Array]],
+        bytes_per_token: float | None,
+    ) -> None:
+        """Writes the held-out loss, from sums of cross-entropy and of weights."""
+        entropy, targets = (
+            math.fsum(s) for s in zip(*jax.device_get(sums), strict=True)
+        )
+        loss, bits, shown = entropy / targets, None, ""
+        if bytes_per_token is not None:
+            bits = loss / math.log(2) / bytes_per_token
+            shown = f", {bits:.4f} bits per byte"
+        self._writer.write(
+            "eval", step, loss=loss, bits_per_byte=bits, targets=int(targets)
+        )
+        self._progress.note(f"step {step}: held-out loss {loss:.4f}{shown}")
+
+    def sample(self, step: int, text: str) -> None:
+        """Writes what the model generated."""
+        prompt = self._train.sample_prompt
+        self._writer.write("sample", step, text=text, prompt=prompt)
+        self._progress.note(f"step {step}: sample\n{prompt}{text}")
 
     def read(self) -> None:
-        """Waits for the pending steps, checks them, and writes those to be logged."""
+        """Waits for the pending steps, checks them, and writes those due for logging.
+
+        Raises:
+          NotFinite: for a loss or gradient norm that is not finite.
+        """
         if not self._pending:
             return
         steps, metrics, waits = zip(*self._pending, strict=True)
@@ -178,9 +196,8 @@ class _Log:
         now = time.monotonic()
         seconds = max(now - self._since - self._pause, 1e-9)
         self._pending, self._since, self._pause = [], now, 0.0
-        compiling = steps == (self._first + 1,)
         self._wall += seconds
-        rate = self._tokens_per_step * len(steps) / seconds
+        timing = self._timing(steps, waits, seconds)
         for step, m in zip(steps, metrics, strict=True):
             if not (math.isfinite(m.loss) and math.isfinite(m.grad_norm)):
                 raise NotFinite(
@@ -191,29 +208,25 @@ class _Log:
             if not _due(step, self._train.log_every) and step != self._train.steps:
                 continue
             row = {
-                "loss": m.loss,
-                "lr": m.lr,
-                "grad_norm": m.grad_norm,
-                # The first step's time is that of the compiler.
-                "tokens_per_s": None if compiling else rate,
-                "mfu": None
-                if compiling or not self._peak
-                else rate * self._flops / self._peak,
-                "data_wait_s": sum(waits) / len(waits),
-                "step_s": seconds / len(steps),
+                **{"loss": m.loss, "lr": m.lr, "grad_norm": m.grad_norm},
+                **timing,
                 "tokens": self._tokens_per_step * step,
                 "wall_s": self._wall,
             }
             self._writer.write("train", step, **row)
             self._progress.update({"step": step, **row})
 
-
-class _Pause:
-    def __init__(self, log: _Log):
-        self._log = log
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._log._pause += time.monotonic() - self._start
+    def _timing(
+        self, steps: Sequence[int], waits: Sequence[float], seconds: float
+    ) -> dict[str, float | None]:
+        """Rates over the steps read together; None for the one that compiled."""
+        rate = mfu = None
+        if tuple(steps) != (self._first,):
+            rate = self._tokens_per_step * len(steps) / seconds
+            mfu = rate * self._flops / self._peak if self._peak else None
+        return {
+            "tokens_per_s": rate,
+            "mfu": mfu,
+            "data_wait_s": sum(waits) / len(waits),
+            "step_s": seconds / len(steps),
+        }

@@ -196,12 +196,16 @@ class Trial:
     """`fit` with everything around it replaced by lists."""
 
     def __init__(self, folder, config, batches, hooks=None, start=0):
-        self.saved, self.folder = [], folder
+        self.saved, self.folder, self.stream = [], folder, io.StringIO()
         self.held_out = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in (50, 51, 52)]
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         params = jax.tree.map(jnp.copy, PARAMS)  # the step takes it over
         self.state = TrainState(jnp.int32(start), params, optimizer.init(params))
-        hooks = hooks or Hooks(save=self.save, held_out=lambda: self.held_out)
+        hooks = hooks or Hooks(
+            save=self.save,
+            held_out=lambda: self.held_out,
+            sample=lambda _params, step: f"text {step}",
+        )
         with MetricsWriter(folder) as writer, StopRequest() as stop:
             self.stop = stop
             self.result = fit(
@@ -211,7 +215,7 @@ class Trial:
                 iter(batches),
                 hooks,
                 writer=writer,
-                progress=ProgressLine(config.train.steps, stream=io.StringIO()),
+                progress=ProgressLine(config.train.steps, stream=self.stream),
                 stop=stop,
             )
 
@@ -238,6 +242,11 @@ def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilation
     assert [r["step"] for r in trains] == [1, 2, 3, 4, 5, 6]
     evals = [r for r in rows if r["kind"] == "eval"]
     assert [r["step"] for r in evals] == [4, 6]
+    samples = [(r["step"], r["text"]) for r in rows if r["kind"] == "sample"]
+    assert samples == [(6, "text 6")]
+    shown = trial.stream.getvalue()
+    assert "\nstep 6: sample\n\ntext 6\n" in shown
+    assert f"\nstep 4: held-out loss {evals[0]['loss']:.4f}\n" in shown
     # Steps 2, 3 and 4 compile nothing, nor does step 6; the evaluation after step 4
     # does.
     assert at_step[2] == at_step[3]
