@@ -667,7 +667,8 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> An
 
 def _value_from_json(value: Any, hint: Any, where: str) -> Any:
     for option in get_args(hint) or (hint,):
-        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+        is_config = isinstance(option, type) and dataclasses.is_dataclass(option)
+        if is_config and isinstance(value, Mapping):
             return from_dict(option, value, where)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)

@@ -1,8 +1,8 @@
-"""Conversations: a chat template lays out the messages, the model answers.
+"""Conversations: a chat template formats the messages, and the model answers.
 
-Special tokens are the template's alone. A character that Unicode keeps free for such
-use stands behind the first character of each special token's text while the template
-works on the messages: wherever the template moves their text, it stays text.
+Only the template produces special tokens. While it renders, a Unicode noncharacter
+follows every character of a message that a special token could begin with. So wherever
+the template moves a message's text, it stays text.
 """
 
 import json
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Protocol, runtime_checkable
 
 import jax
 import jinja2
@@ -29,42 +28,17 @@ from jaxlm.infer.chat_template import (
     MAX_TEMPLATE_BYTES,
 )
 from jaxlm.infer.generate import generate
+from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
 
-# A template that waits is stopped too, and a busy machine is given time to start one.
+# Wall-clock limit: a template that sleeps is stopped too, and a busy machine still has
+# time to start the process.
 MAX_SECONDS = 20
-# Unicode's noncharacters: no text has a use for them.
+# Unicode's noncharacters, which no text contains.
 _NONCHARACTERS = [*map(chr, range(0xFDD0, 0xFDF0)), "\ufffe", "\uffff"]
-# What a template takes out of an assistant's own words again: its thoughts.
+# Marks of an assistant's reasoning, which templates look for to cut it out of history.
 _THOUGHTS = ("<think>", "</think>")
 _ROLE = re.compile(r"\w[\w-]*")
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What a conversation needs of a tokenizer."""
-
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    stop_ids: tuple[int, ...]
-    chat_template: str | None
-    special_ids: Mapping[str, int]
-
-    @property
-    def token_bytes(self) -> Sequence[bytes]: ...
-
-    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]: ...
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """Turns ids into text as they come."""
-
-    def feed(self, token_id: int) -> str: ...
-
-    def finish(self) -> str: ...
 
 
 def chat_ids(
@@ -73,55 +47,55 @@ def chat_ids(
     *,
     add_generation_prompt: bool = True,
 ) -> Int32[np.ndarray, "n"]:
-    """Ids of a conversation, laid out by the tokenizer's chat template.
+    """Token ids of a conversation, formatted by the tokenizer's chat template.
 
-    Nothing in the messages becomes a special token. Without texts of special tokens in
-    them, the ids are those of `apply_chat_template` of the library `transformers`:
-    whether bos stands in front is the template's affair.
+    Nothing in the messages becomes a special token. If they do not contain the text of
+    one, the ids equal those of `apply_chat_template` in transformers. The template
+    decides whether a bos token comes first.
 
     Args:
       tokenizer: with a chat template.
       messages: each with a `role` (system, user, assistant, ...) and a `content`.
-      add_generation_prompt: whether the beginning of an answer is put at the end.
+      add_generation_prompt: append what opens the assistant's next answer.
 
     Raises:
-      ValueError: when there is no template, when it refuses the messages, fails, or
-        breaks a limit (size, output, time, memory), and for messages that are none.
+      ValueError: if there is no template; if it refuses the messages, fails, or exceeds
+        a limit (size, output, time, memory); or if a message is malformed.
     """
-    check_template(tokenizer)
+    template = _chat_template(tokenizer)
     for i, message in enumerate(messages):
         if not {"role", "content"} <= message.keys():
             raise ValueError(f"message {i} has no role or no content")
         if not _ROLE.fullmatch(message["role"]):
             raise ValueError(f"message {i} has the role {message['role']!r}: no word")
-    barrier = _unused_character(tokenizer.chat_template, messages)
-    names = {i: text for text, i in tokenizer.special_ids.items()}
-    ends = {
-        "bos_token": names.get(tokenizer.bos_id),
-        "eos_token": names.get(tokenizer.eos_id),
-        "pad_token": names.get(tokenizer.pad_id),
+    barrier = _unused_character(template, messages)
+    texts = {i: text for text, i in tokenizer.special_ids.items()}
+    named_ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "pad_token": tokenizer.pad_id,
     }
     variables = {
         "messages": [_guarded(tokenizer, m, barrier) for m in messages],
         "add_generation_prompt": add_generation_prompt,
         "tools": None,
         "documents": None,
-        **{name: text for name, text in ends.items() if text is not None},
+        **{name: texts[i] for name, i in named_ids.items() if i in texts},
     }
-    ids = tokenizer.encode_trusted(render(tokenizer.chat_template, variables), barrier)
+    ids = tokenizer.encode_trusted(render(template, variables), barrier)
     if not len(ids):
         raise ValueError("the chat template gives no text for these messages")
     return ids
 
 
-def check_template(tokenizer: Tokenizer) -> None:
-    """Raises ValueError when there is no chat template."""
+def _chat_template(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
             "this model has no chat template, which says how a conversation is laid "
             "out: take a model that was trained to chat, or continue a text with "
             "--prompt"
         )
+    return tokenizer.chat_template
 
 
 def _unused_character(template: str, messages: Sequence[Mapping[str, str]]) -> str:
@@ -138,7 +112,7 @@ def _unused_character(template: str, messages: Sequence[Mapping[str, str]]) -> s
 def _guarded(
     tokenizer: Tokenizer, message: Mapping[str, str], barrier: str
 ) -> dict[str, str]:
-    """The message with a barrier behind whatever a special token could begin with."""
+    """The message with a barrier after whatever could begin a special token."""
     firsts = {text.lstrip()[0] for text in tokenizer.special_ids if text.strip()}
     if not firsts:
         return dict(message)
@@ -158,16 +132,16 @@ def _guarded(
 
 
 def _is_control(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether a text is a special token that decoding leaves out."""
+    """Whether a text is a special token that decoding omits."""
     token_id = tokenizer.special_ids.get(text)
     return token_id is not None and not tokenizer.token_bytes[token_id]
 
 
 def render(template: str, variables: Mapping[str, object]) -> str:
-    """The text of a template, rendered by a child process within limits.
+    """Renders a template in a child process, within limits.
 
     Raises:
-      ValueError: when the template fails or breaks a limit.
+      ValueError: when the template fails or exceeds a limit.
     """
     size = len(template.encode("utf-8", "surrogatepass"))
     if size > MAX_TEMPLATE_BYTES:
@@ -175,7 +149,8 @@ def render(template: str, variables: Mapping[str, object]) -> str:
             f"the chat template has {size:,} bytes: at most {MAX_TEMPLATE_BYTES:,} are "
             "run"
         )
-    # Isolated mode knows no PYTHONPATH and no packages of the user.
+    # Isolated mode (-I) ignores PYTHONPATH and the user's packages, so the child is told
+    # where Jinja is.
     folders = {m.__path__[0].rpartition("/")[0] for m in (jinja2, markupsafe)}
     command = [sys.executable, "-I", chat_template.__file__, *sorted(folders)]
     job = json.dumps({"template": template, "variables": variables}).encode()
@@ -198,10 +173,10 @@ def _result(child: subprocess.CompletedProcess) -> str:
     try:
         answer = json.loads(child.stdout[: 8 * MAX_OUTPUT_BYTES])
     except ValueError:
-        told = child.stderr.decode(errors="replace").strip().splitlines()
+        lines = child.stderr.decode(errors="replace").strip().splitlines()
         raise ValueError(
             f"the process that renders the chat template ended with status "
-            f"{child.returncode}: {told[-1] if told else 'without a word'}"
+            f"{child.returncode}: {lines[-1] if lines else 'no message'}"
         ) from None
     if "error" in answer:
         raise ValueError(f"the chat template {answer['error']}")
@@ -215,27 +190,27 @@ def converse(
     sample: SampleConfig,
     key: Key[Array, ""],
     *,
-    new_stream: Callable[[], Stream],
+    new_stream: Callable[[], TextStream],
     system: str | None = None,
 ) -> None:
-    """Holds a conversation: lines from stdin, answers to stdout as they come.
+    """Holds a conversation: reads lines from stdin, streams answers to stdout.
 
-    The end of the input or `/exit` ends it, and so does a context that is full. Ctrl-C
-    stops an answer; what there is of it stays in the conversation.
+    It ends at the end of the input, at `/exit`, or when the context is full. Ctrl-C
+    stops an answer; the part already printed stays in the conversation.
 
     Args:
       config: the model.
       params: as for `generate`.
       tokenizer: with a chat template.
-      sample: how to draw; without stop ids the tokenizer's are taken.
-      key: a typed PRNG key; each answer draws with its own.
-      new_stream: gives a `TextStream` for an answer.
-      system: what the system message says; None sends none.
+      sample: how to sample; if it has no stop ids, the tokenizer's are used.
+      key: a typed PRNG key, folded with the number of the turn.
+      new_stream: makes a `TextStream` for an answer.
+      system: content of the system message; None sends none.
 
     Raises:
       ValueError: as `chat_ids` and `generate` do.
     """
-    check_template(tokenizer)
+    _chat_template(tokenizer)  # raises before the first line is typed
     if not sample.stop_ids:
         sample = replace(sample, stop_ids=tokenizer.stop_ids)
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -279,9 +254,9 @@ def converse(
 
 
 class _Answer:
-    """Prints an answer as it comes, and keeps it."""
+    """Prints an answer as it arrives, and keeps its text."""
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: TextStream):
         self._stream = stream
         self._text = ""
 
@@ -299,7 +274,7 @@ class _Answer:
 
 
 def _next_line() -> str | None:
-    """What the user types next; None at the end."""
+    """The user's next line that is not blank; None at the end of the conversation."""
     while True:
         try:
             line = input("> ")

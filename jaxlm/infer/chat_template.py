@@ -1,20 +1,20 @@
 """A program that renders one chat template within limits; `chat` runs it as a child.
 
-A template comes with a model's files and may be hostile. Jinja's sandbox keeps it from
-the machine, but not from running or growing without end: that is what the process and
-its limits are for. It is run by its path and in isolated mode, so that it imports
-nothing of jaxlm, and JAX not at all.
+A template comes with a model's files and may be hostile. Jinja's sandbox keeps it away
+from the machine, but does not stop it from running forever or filling the memory: the
+separate process and its limits do. The file is run by path in isolated mode, so it
+imports nothing of jaxlm, and no JAX.
 
 Reads {"template": ..., "variables": {...}} from stdin and writes {"text": ...} or
-{"error": ...} to stdout, both JSON. Folders to import from may be given as arguments.
-macOS has no limit on the memory of a process; there the others hold alone.
+{"error": ...} to stdout, both JSON. The arguments are folders to import from. macOS
+does not enforce the memory limit; the other limits hold there.
 """
 
 import datetime
 import json
 import resource
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 MAX_TEMPLATE_BYTES = 64_000
 MAX_OUTPUT_BYTES = 1_000_000
@@ -26,7 +26,7 @@ TOO_LARGE = f"needs more than {MAX_MEMORY_BYTES >> 20} MB of memory"
 
 
 def set_limits() -> None:
-    """For this process, from here on."""
+    """Limits this process's CPU time and memory, and turns core dumps off."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 1))
     if sys.platform != "darwin":
@@ -34,7 +34,7 @@ def set_limits() -> None:
 
 
 def new_environment() -> Any:
-    """Jinja's sandbox, with what published templates expect to find in it."""
+    """Jinja's sandbox with the extensions and globals that published templates use."""
     from jinja2 import TemplateError, nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
@@ -42,9 +42,9 @@ def new_environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """{% generation %} marks what a model is trained on: here just text."""
+        """{% generation %} marks the text that is trained on; here it is plain text."""
 
-        tags = frozenset(["generation"])
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -52,7 +52,7 @@ def new_environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class PlainNamespace(Namespace):
-        """No attribute of Python's own can be put on it."""
+        """A namespace that takes no names with a leading underscore."""
 
         def __init__(*arguments, **values):
             self, *rest = arguments
@@ -71,7 +71,7 @@ def new_environment() -> Any:
                 raise SecurityError(f"a namespace has no attribute {name!r}")
 
     class Dict:
-        """Makes dicts, and is not the class itself."""
+        """Builds dicts without exposing the class `dict` itself."""
 
         def __call__(self, *arguments, **values):
             return dict(*arguments, **values)
@@ -88,7 +88,7 @@ def new_environment() -> Any:
     def tojson(
         value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
     ):
-        # Jinja's own escapes signs of HTML.
+        # Jinja's own filter escapes HTML.
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,
@@ -111,7 +111,7 @@ def new_environment() -> Any:
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """The text of a template; raises OverflowError when there is too much of it."""
+    """Renders a template; OverflowError when its text exceeds `MAX_OUTPUT_BYTES`."""
     parts, size = [], 0
     for part in new_environment().from_string(template).generate(**variables):
         size += len(part.encode("utf-8", "surrogatepass"))
@@ -122,7 +122,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """One job from stdin to stdout."""
+    """Renders the job on stdin and writes the answer to stdout."""
     sys.path.extend(sys.argv[1:])
     job = json.loads(sys.stdin.buffer.read())
     set_limits()
@@ -130,7 +130,7 @@ def main() -> None:
         answer = {"text": render(job["template"], job["variables"])}
     except MemoryError:
         answer = {"error": TOO_LARGE}
-    except Exception as error:  # Whatever it was, the parent is told.
+    except Exception as error:  # Any failure is reported to the parent.
         line = getattr(error, "lineno", None)
         where = f" in line {line}" if line else ""
         message = " ".join(str(error)[:2000].split())[:300]

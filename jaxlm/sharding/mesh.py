@@ -1,6 +1,7 @@
-"""The device mesh that everything runs in: one device or many, the same code."""
+"""The device mesh that everything runs in, be it one device or many."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -10,14 +11,14 @@ from jaxlm.config import MeshConfig
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """An Explicit mesh over `devices` (all devices when None), axes as in `AXES`.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """An Explicit mesh over `devices` (None: all of them) with the axes `AXES`.
 
-    Explicit axes make shardings part of array types, so that a wrong layout is an
-    error at trace time even on one device.
+    Explicit axes make shardings part of array types, so a wrong sharding is an error at
+    trace time, even on one device.
 
     Raises:
-      ValueError: when the axis sizes do not use the devices exactly.
+      ValueError: when the product of the axis sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
