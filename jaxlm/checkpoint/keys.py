@@ -44,7 +44,9 @@ class Keys:
         """Another value for a key, as if the file had it."""
         self._values[name] = value
 
-    def _typed(self, name: str, default: Any, kinds: tuple[type, ...], what: str):
+    def _typed(
+        self, name: str, default: Any, kinds: tuple[type, ...], what: str
+    ) -> Any:
         value = self.take(name, default)
         wrong = isinstance(value, bool) and bool not in kinds
         if value is not default and (wrong or not isinstance(value, kinds)):

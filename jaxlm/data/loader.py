@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -294,12 +295,12 @@ def place(
             f"parts on the mesh {dict(sharding.mesh.shape)} by {sharding.spec}: set "
             "train.batch_size, data.sequence_length or the mesh to fit"
         ) from error
-    spans = [index[0].indices(shape[0]) for index in indices]
+    spans = [index[0].indices(shape[0]) for index in indices if index]
     low, high = min(s[0] for s in spans), max(s[1] for s in spans)
     local = build(slice(low, high))
 
     def whole(leaf: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(shape[0])
             return leaf[start - low : stop - low, index[1]]
 

@@ -14,7 +14,7 @@ import os
 import signal
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -281,7 +281,7 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
 
 def _encode_parts(
     source: Source, tokenizer: Tokenizer, folder: Path, config: DataConfig
-) -> Iterator[tuple[_Part, np.ndarray]]:
+) -> Generator[tuple[_Part, np.ndarray], None, None]:
     """Parts with their ids, in order; in processes where that is worth while."""
     parts = _parts(source, config)
     workers = config.workers or _num_cores()
@@ -322,6 +322,7 @@ def _start_worker(folder: str) -> None:
 
 
 def _encode_task(texts: list[str]) -> list[np.ndarray]:
+    assert _worker_tokenizer is not None
     return [_worker_tokenizer.encode(text) for text in texts]
 
 

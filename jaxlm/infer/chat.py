@@ -149,7 +149,7 @@ def render(template: str, variables: Mapping[str, object]) -> str:
             f"the chat template has {size:,} bytes: at most {MAX_TEMPLATE_BYTES:,} are "
             "run"
         )
-    # Isolated mode (-I) ignores PYTHONPATH and the user's packages, so the child is told
+    # Isolated mode (-I) ignores PYTHONPATH and the user's packages: the child is told
     # where Jinja is.
     folders = {m.__path__[0].rpartition("/")[0] for m in (jinja2, markupsafe)}
     command = [sys.executable, "-I", chat_template.__file__, *sorted(folders)]

@@ -20,8 +20,8 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     """Nucleus filter (Holtzman et al. 2019, arXiv:1904.09751).
 
-    Keeps the fewest most likely tokens whose probabilities sum to at least `p`; the most
-    likely one is always kept.
+    Keeps the fewest most likely tokens whose probabilities sum to at least `p`, and
+    always the most likely one.
     """
     descending = -jnp.sort(-logits, axis=-1)
     probs = jax.nn.softmax(descending, axis=-1)

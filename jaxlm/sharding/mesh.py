@@ -11,7 +11,11 @@ from jaxlm.config import MeshConfig
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    # Type checkers take the alias jax.Device for a variable.
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
     """An Explicit mesh over `devices` (None: all of them) with the axes `AXES`.
 
     Explicit axes make shardings part of array types, so a wrong sharding is an error at

@@ -181,7 +181,7 @@ def layer_pattern(
     return {"layer_pattern": period(kinds), "window": window}
 
 
-def attention_biases(keys: Keys) -> dict[str, bool]:
+def attention_biases(keys: Keys) -> dict[str, Any]:
     """`attention_bias`, which stands for the output projection as well."""
     bias = keys.flag("attention_bias", False)
     return {"attention_bias": bias, "attention_output_bias": bias}
