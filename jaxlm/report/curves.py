@@ -1,4 +1,4 @@
-"""The rows of runs as curves and figures: what the report and the picture draw."""
+"""The rows of runs as curves and figures, for the report and the picture."""
 
 import itertools
 import json
@@ -20,23 +20,23 @@ from jaxlm.train.throughput import matrix_params
 # Rows at the end over which the last training loss is averaged.
 LAST_ROWS = 20
 
-# Nested values that JSON holds, as in config.json.
+# A JSON object, as in config.json.
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says about its run."""
+    """A run, as its folder describes it."""
 
     name: str
-    """Name of the folder, with as much of the path as sets it apart from the others."""
+    """The name of the folder, with as much of its path as tells the runs apart."""
     rows: list[Json]
-    """All rows of `metrics.jsonl`."""
+    """All rows of `metrics.jsonl`, in the order written."""
     config: Json
-    """`config.json` as it is; empty where there is none."""
+    """`config.json` as it is; empty if there is none."""
 
     def of_kind(self, kind: str) -> list[Json]:
-        """The rows of one kind, in the order of their writing."""
+        """The rows of one kind, in the order written."""
         return [row for row in self.rows if row["kind"] == kind]
 
 
@@ -44,8 +44,8 @@ def load_runs(folders: Iterable[Path | str]) -> list[Run]:
     """Reads run folders.
 
     Raises:
-      ValueError: for no folder at all, a folder without metrics, or a file that cannot
-        be understood, named.
+      ValueError: for no folder at all, a folder without metrics, or a file (named) that
+        cannot be parsed.
     """
     paths = [Path(folder) for folder in folders]
     if not paths:
@@ -79,7 +79,7 @@ def _read_config(folder: Path) -> Json:
 
 
 def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:
-    """One field of rows as f64; NaN where it is missing or not a number."""
+    """One field of the rows as f64; NaN where it is missing or not a number."""
     values = [row.get(name) for row in rows]
     return np.array(
         [float(v) if isinstance(v, int | float) else math.nan for v in values], float
@@ -87,10 +87,11 @@ def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:
 
 
 def downsample(values: Float[np.ndarray, " n"], limit: int) -> Int[np.ndarray, " m"]:
-    """Indices of at most `limit` values (at least 5) that keep the shape of the curve.
+    """Indices of at most `limit` values (at least 5) that keep the shape of a curve.
 
-    The curve is cut into equal stretches; of each the least, the greatest and the first
-    non-finite value are kept, so no spike and no gap is lost. First and last are kept.
+    Of each of several equal buckets the minimum, the maximum and the first non-finite
+    value are kept, so that no spike and no gap is lost. The first and the last value
+    are kept too.
     """
     n = len(values)
     if n <= limit:
@@ -107,10 +108,10 @@ def downsample(values: Float[np.ndarray, " n"], limit: int) -> Int[np.ndarray, "
     return np.unique(keep)
 
 
-def stretch_means(
+def bucket_means(
     values: Float[np.ndarray, " n"], limit: int
 ) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
-    """Middle index and mean of the finite values of at most `limit` equal stretches."""
+    """Middle index and mean of the finite values of at most `limit` equal buckets."""
     edges = np.linspace(0, len(values), min(limit, len(values)) + 1).astype(int)
     middles, means = [], []
     for start, end in itertools.pairwise(edges):
@@ -122,11 +123,11 @@ def stretch_means(
 
 
 def smooth(values: Float[np.ndarray, " n"], half_width: int) -> Float[np.ndarray, " n"]:
-    """Moving mean, twice, over `half_width` values on either side.
+    """A moving mean over `half_width` values on either side, taken twice.
 
     The window is centred, so the curve does not lag. It shrinks towards the start,
-    where a loss falls fast, and is cut off at the end. Non-finite values are left out,
-    and stay. `page.js` does the same.
+    where a loss falls fast, and is cut off at the end. Non-finite values do not enter
+    the mean, and become NaN. `page.js` does the same.
     """
     finite = np.isfinite(values)
     index = np.arange(len(values))
@@ -141,7 +142,7 @@ def smooth(values: Float[np.ndarray, " n"], half_width: int) -> Float[np.ndarray
 
 
 def flatten(config: Json, prefix: str = "") -> dict[str, str]:
-    """Fields of a nested config by their dotted names, values as JSON."""
+    """The fields of a nested config by their dotted names, with values as JSON."""
     fields = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -158,7 +159,7 @@ def _last(rows: Sequence[Json], name: str) -> float:
 
 
 def final_losses(run: Run) -> tuple[float | None, float | None]:
-    """Last training loss (mean of the last `LAST_ROWS` rows) and last held-out loss.
+    """The last training loss (mean of `LAST_ROWS` rows) and the last held-out loss.
 
     In nats per token; None where there is no row.
     """
@@ -174,31 +175,31 @@ def _number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else str(value)
 
 
-def _shape(run: Run) -> tuple[str, str]:
-    """The model in words, and its parameters."""
+def _model(run: Run) -> tuple[str, str]:
+    """A description of the model, and the number of its parameters."""
     params = next((row["params"] for row in run.rows if "params" in row), None)
     model = run.config.get("model")
     try:
         config = from_dict(ModelConfig, model if isinstance(model, dict) else {})
-    except (ValueError, TypeError):  # another version's config: what it says is shown
+    except (ValueError, TypeError):  # written by another version
         return "", format_count(params) if isinstance(params, int | float) else ""
-    words = (
+    shape = (
         f"{config.num_layers} layers × {config.model_dim}, {config.num_heads} heads, "
         f"context {config.context_length}"
     )
     if isinstance(params, int | float):
-        return words, format_count(params)
+        return shape, format_count(params)
     if not config.vocab_size:
-        return words, ""
-    return words, f"{format_count(matrix_params(config))} in matrix products"
+        return shape, ""
+    return shape, f"{format_count(matrix_params(config))} in matmuls"
 
 
 def figures(run: Run) -> dict[str, str]:
-    """The figures of a run in words, by label; empty where it has none."""
+    """The figures of a run as text, by label; empty where there is none."""
     trains, evals = run.of_kind("train"), run.of_kind("eval")
     train, held_out = final_losses(run)
-    words, params = _shape(run)
-    table = {"Model": words, "Parameters": params}
+    shape, params = _model(run)
+    table = {"Model": shape, "Parameters": params}
     train_config = run.config.get("train")
     steps = train_config.get("steps") if isinstance(train_config, dict) else None
     done = str(run.rows[-1]["step"]) if run.rows else "0"

@@ -1,4 +1,4 @@
-"""One HTML file that shows one run, or several over each other. It needs no network."""
+"""`report.html`: one file that shows a run, or compares several, without a network."""
 
 import html
 import json
@@ -15,19 +15,20 @@ from jaxtyping import Float, Int
 from jaxlm.report.curves import (
     Json,
     Run,
+    bucket_means,
     column,
     downsample,
     figures,
     flatten,
     load_runs,
-    stretch_means,
 )
 
-MAX_POINTS = 2000  # of a curve
-MAX_SAMPLES = 200  # of a run
-MAX_CHARACTERS = 20_000  # of a sample
+# At most this many points of a curve, samples of a run and characters of a sample.
+MAX_POINTS = 2000
+MAX_SAMPLES = 200
+MAX_CHARACTERS = 20_000
 
-# Curve in the page -> kind of row and field. The page knows these names.
+# Name of a curve, which page.js knows -> kind of row and field.
 CURVES = {
     "train": ("train", "loss"),
     "eval": ("eval", "loss"),
@@ -42,7 +43,7 @@ def write_report(runs: Iterable[Path | str], out: Path | str) -> Path:
     """Writes the report of `runs` (folders) to the file `out` and returns its path.
 
     Raises:
-      ValueError: for a folder without metrics or a file that cannot be understood.
+      ValueError: for a folder without metrics or a file that cannot be parsed.
     """
     if isinstance(runs, str | Path):
         runs = [runs]
@@ -62,7 +63,7 @@ def write_report(runs: Iterable[Path | str], out: Path | str) -> Path:
         "config_hidden": _hidden_unless(any(run.config for run in loaded)),
         "data": _script_json({"runs": [_run_data(run) for run in loaded]}),
     }
-    # In one pass, so that text that looks like a place holder stays text.
+    # In one pass, so that text that looks like a placeholder stays text.
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _asset("page.html"))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,13 +80,13 @@ def _hidden_unless(shown: bool) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that a <script> element can hold: nothing in it can end the element."""
+    """JSON that is safe in a <script> element: nothing in it can end the element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _numbers(values: Float[np.ndarray, " n"]) -> list[float | None]:
-    """Seven digits of each; None where not finite."""
+    """Each to seven digits; None where it is not finite."""
     return [float(f"{v:.7g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
@@ -101,7 +102,7 @@ def _curve(
 def _run_data(run: Run) -> Json:
     trains = run.of_kind("train")
     own = np.stack([column(trains, n) for n in ("step", "tokens", "wall_s")])
-    # Where the training rows have gaps, and for held-out rows: between the neighbours.
+    # Interpolated where training rows have gaps, and for held-out rows.
     known = np.isfinite(own).all(axis=0)
     track = np.concatenate([np.zeros((3, 1)), own[:, known]], axis=1)
     curves = {}
@@ -116,8 +117,8 @@ def _run_data(run: Run) -> Json:
         kept = downsample(values, MAX_POINTS)
         curves[curve] = _curve(positions, kept, values[kept])
         if len(kept) < len(values):
-            # Least and greatest values say nothing of the mean: it goes along.
-            middles, means = stretch_means(values, MAX_POINTS // 3)
+            # The mean cannot be told from the extremes that were kept.
+            middles, means = bucket_means(values, MAX_POINTS // 3)
             curves[curve]["mean"] = _curve(positions, middles, means)
     samples = run.of_kind("sample")
     chosen = np.unique(np.linspace(0, len(samples) - 1, MAX_SAMPLES).astype(int))
@@ -146,11 +147,11 @@ def _row(cells: Sequence[str], tag: str = "td", mark: bool = False) -> str:
 
 
 def _tiles(table: dict[str, str]) -> str:
-    """The figures that people look for first, large."""
+    """The figures that people look for first, in large type."""
     tiles = []
     for label in ("Held-out loss", "Train loss", "Bits per byte", "Parameters"):
         value = next((v for k, v in table.items() if k.startswith(label)), "")
-        tiles.append((label, value.removesuffix(" in matrix products")))
+        tiles.append((label, value.removesuffix(" in matmuls")))
     tiles += [(label, table[label]) for label in ("Tokens seen", "Time")]
     return "".join(
         f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>\n"
@@ -169,7 +170,7 @@ def _figures_table(runs: Sequence[Run], tables: Sequence[dict[str, str]]) -> str
 
 
 def _held_out_table(runs: Sequence[Run], limit: int = 500) -> str:
-    """Held-out loss by step, the newest `limit` steps."""
+    """Held-out loss by step, for the last `limit` steps."""
     losses = [{r["step"]: r.get("loss") for r in run.of_kind("eval")} for run in runs]
     rows = _row(["Step", *(run.name for run in runs)], "th")
     for step in sorted(set().union(*losses))[-limit:]:

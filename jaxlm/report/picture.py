@@ -11,12 +11,12 @@ from jaxtyping import Float
 
 from jaxlm.report.curves import (
     Run,
+    bucket_means,
     column,
     downsample,
     final_losses,
     load_runs,
     smooth,
-    stretch_means,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> P
     axis is logarithmic where the losses span more than a factor of 20.
 
     Raises:
-      ValueError: for a folder without metrics or a file that cannot be understood.
+      ValueError: for a folder without metrics or a file that cannot be parsed.
     """
     figure = draw_losses(load_runs([runs] if isinstance(runs, str | Path) else runs))
     out = Path(out)
@@ -82,7 +82,7 @@ def _draw_run(axes: "Axes", run: Run, train_color: str, eval_color: str) -> None
         kept = downsample(losses, 4000)
         _plot(axes, steps[kept], losses[kept], train_color, linewidth=0.8, alpha=0.35)
         means = smooth(losses, math.ceil(len(losses) / 50))
-        middles, losses = stretch_means(means, 1000)
+        middles, losses = bucket_means(means, 1000)
         steps = steps[middles]
     _plot(axes, steps, losses, train_color, linewidth=2.2)
     rows = run.of_kind("eval")
@@ -152,7 +152,7 @@ def _add_legend(axes: "Axes", runs: Sequence[Run]) -> int:
 
     train = {"linewidth": 2.2}
     held_out = {"linewidth": 1.2, "marker": "o", "markerfacecolor": "white"}
-    last = [[_in_words(loss) for loss in final_losses(run)] for run in runs]
+    last = [[_format_loss(loss) for loss in final_losses(run)] for run in runs]
     if len(runs) == 1:
         entries = [
             (f"train {last[0][0]}", {"color": COLORS[0], **train}),
@@ -187,7 +187,7 @@ def _add_legend(axes: "Axes", runs: Sequence[Run]) -> int:
     return 1 if len(runs) == 1 else len(entries)
 
 
-def _in_words(loss: float | None) -> str:
+def _format_loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` of a run folder: one JSON object a line, written as the run goes.
+"""`metrics.jsonl` in a run folder: one JSON object a line, written during the run.
 
 A row has `kind`, `step` and the fields of its kind (`FIELDS`). Floats read back
 exactly; NaN and infinities are the strings "nan", "inf" and "-inf", so that each line
@@ -15,7 +15,7 @@ from typing import Any
 
 FILE_NAME = "metrics.jsonl"
 
-# The fields that a row of each kind must have. It may have more.
+# The fields that a row of each kind must have; it may have more.
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "train": {
         "loss": "nats per token",
@@ -33,11 +33,11 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
         "bits_per_byte": "bits per byte of the held-out text; null where unknown",
         "targets": "tokens predicted",
     },
-    "sample": {"text": "what the model wrote", "prompt": "what it went on from"},
+    "sample": {"text": "what the model wrote", "prompt": "the text that it continued"},
     "event": {"event": "what happened, such as 'resume'"},
 }
 
-# Fields that are never read as numbers: a sample whose whole text is "nan" is a text.
+# Fields that are never read as numbers: a sample may consist of the text "nan".
 TEXT_FIELDS = ("kind", "text", "prompt", "event", "message")
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -83,13 +83,13 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines and rows. A last line that was cut off while it was written is left out."""
+    """Lines and rows, without a last line that was cut off while it was written."""
     parsed = []
     lines = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        # A killed process leaves a line without an end; a power cut may leave zeros.
+        # A killed process leaves a line without a newline; a power cut may leave zeros.
         cut_off = number == len(lines) or (
             b"\0" in line and not any(rest.strip() for rest in lines[number:])
         )
@@ -102,11 +102,12 @@ def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The rows of a run in the order of their writing, non-finite numbers as floats.
+    """The rows of a run in the order written, non-finite numbers as floats.
+
+    A last line that is only half written, as in a run in progress, is left out.
 
     Raises:
-      ValueError: when there is no such file, or a line (named) is no row. A last line
-        that is only half written, as in a run that is going on, is left out.
+      ValueError: when there is no such file, or a line of it (named) is not a row.
     """
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
@@ -115,11 +116,11 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` of a run folder. For one process of a run.
+    """Appends rows to `metrics.jsonl` in a run folder. One process of a run has one.
 
-    Each row reaches the file in one write, so a killed process loses none of the rows
-    before and leaves at most a half one, which the next start removes. A file that
-    cannot be written (a full disk) gives one warning, and the run goes on without.
+    Each row is a single write, so a killed process loses no earlier row and leaves at
+    most half of one, which the next start removes. If the file cannot be written (the
+    disk is full), there is one warning and the run goes on.
     """
 
     def __init__(
@@ -133,21 +134,21 @@ class MetricsWriter:
 
         Args:
           run_dir: folder of the run.
-          resume_step: last step that the run has behind it; rows of later steps are
-            dropped, since those steps come again. None starts an empty file; rows of
-            an earlier run are kept aside as `metrics.previous.jsonl`.
-          tensorboard: write scalars and samples as TensorBoard events too.
+          resume_step: the step to resume after; rows of later steps are dropped, since
+            those steps will be repeated. None starts an empty file and keeps the rows
+            of an earlier run as `metrics.previous.jsonl`.
+          tensorboard: also write scalars and samples as TensorBoard events.
 
         Raises:
-          ValueError: for a file with a line that is no row (named), or when
+          ValueError: for a file with a line (named) that is not a row, or when
             tensorboardX is not installed.
           OSError: when the folder cannot be written.
         """
         self.path = Path(run_dir) / FILE_NAME
         self.last_train: dict[str, Any] | None = None
-        """Last training row that was kept or written: the counts to go on from."""
+        """The last training row kept or written; its counts are continued."""
         self.lost_rows = 0
-        """Rows that could not be written."""
+        """How many rows could not be written."""
         self._warned = False
         self._board = _open_tensorboard(self.path, resume_step) if tensorboard else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ class MetricsWriter:
         self._good_size = self._file.tell()
 
     def _keep_up_to(self, step: int) -> None:
-        """Drops later rows and a half-written last line, replacing the file at once."""
+        """Drops later rows and a half-written last line, by an atomic replacement."""
         if not self.path.exists():
             return
         data = self.path.read_bytes()
@@ -182,8 +183,8 @@ class MetricsWriter:
         Args:
           kind: 'train', 'eval', 'sample' or 'event'.
           step: optimizer steps done.
-          **values: at least the fields that `FIELDS` gives for the kind; numbers may
-            be NumPy or jax scalars.
+          **values: at least the fields of the kind in `FIELDS`; numbers may be NumPy
+            or JAX scalars.
 
         Raises:
           ValueError: for an unknown kind, a missing field, or a value that is neither
@@ -196,7 +197,7 @@ class MetricsWriter:
             raise ValueError(f"a {kind} row lacks {', '.join(missing)}")
         row = _encode({"kind": kind, "step": step, **values})
         if self.lost_rows:
-            row["lost_rows"] = self.lost_rows  # so that the gap can be seen
+            row["lost_rows"] = self.lost_rows  # so that the gap shows
         self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
         if kind == "train":
             self.last_train = _decode(dict(row))
@@ -205,7 +206,7 @@ class MetricsWriter:
 
     def _append(self, line: bytes) -> None:
         try:
-            if self._file.tell() != self._good_size:  # the rest of a failed write
+            if self._file.tell() != self._good_size:  # left by a failed write
                 self._file.truncate(self._good_size)
                 self._file.seek(self._good_size)
             written = self._file.write(line)
@@ -245,7 +246,7 @@ def _open_tensorboard(path: Path, resume_step: int | None) -> Any:
             "train.tensorboard is on but tensorboardX is not installed: "
             "pip install 'jaxlm[tensorboard]'"
         ) from None
-    # Hides what earlier starts wrote of the steps that come again.
+    # Hides what an earlier start wrote for the steps that will be repeated.
     purge = 0 if resume_step is None else resume_step + 1
     return SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
 

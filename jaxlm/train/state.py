@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The state that training carries from step to step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +24,15 @@ class TrainState:
     step: Int[Array, ""] | jax.ShapeDtypeStruct
     """Optimizer steps done."""
     params: Any
-    """`Params`: master weights, f32."""
+    """`Params`: the master weights, f32."""
     opt_state: Any
-    """State of the optax transformation."""
+    """The state of the optax transformation."""
 
 
 def init_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> TrainState:
-    """A state at step 0, every leaf created on the devices that will hold it.
+    """A state at step 0, each leaf created on the devices that will hold it.
 
     Call it inside `jax.set_mesh(mesh)`.
     """
@@ -42,7 +42,7 @@ def init_state(
 
 
 def state_from(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 with given parameters, f32; the others lie where these do."""
+    """A state at step 0 with these parameters (f32), sharded as they are."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -56,7 +56,7 @@ def abstract_state(
     """Shapes, dtypes and shardings of `init_state`, without computing anything.
 
     Raises:
-      ValueError: when a mesh axis does not divide a parameter.
+      ValueError: when a mesh axis does not divide a dimension that it shards.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     if mesh.size > 1:

@@ -1,4 +1,4 @@
-"""One step of training, and one of evaluation: pure functions, jitted by the loop."""
+"""A training step and an evaluation step: pure functions, jitted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class StepMetrics:
     # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
     # are given below, but not checked.
     loss: Any
-    """Mean cross-entropy in nats a token, before the update."""
+    """Mean cross-entropy in nats per token, before the update."""
     grad_norm: Any
-    """Global norm of the gradient before clipping."""
+    """Global norm of the gradient, before clipping."""
     targets: Any
     """Sum of the loss weights."""
     lr: Any
@@ -82,45 +82,45 @@ def loss_sums(
 def loss_and_grads(
     config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
-    """Mean loss, its gradient, and the sum of the weights.
+    """The mean loss, its gradient, and the sum of the loss weights.
 
-    The batch is cut into `train.accumulation_steps` parts. Sums over tokens are
-    divided by the weights of the whole batch, so the cut does not move the result;
-    only the load-balance loss is that of each part by itself.
+    The batch is split into `train.accumulation_steps` microbatches. Sums over tokens
+    are divided by the weights of the whole batch, so the split does not change the
+    result; only the load-balance loss is computed for each microbatch by itself.
     """
     total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
 
-    def mean_loss(params, part):
-        objective, entropy = loss_sums(config, train, params, part)
+    def mean_loss(params, microbatch):
+        objective, entropy = loss_sums(config, train, params, microbatch)
         return objective / total, entropy / total
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
-    parts = train.accumulation_steps
-    if parts == 1:
+    count = train.accumulation_steps
+    if count == 1:
         (_, loss), grads = gradient(params, batch)
         return loss, grads, total
 
-    def cut(x: Array) -> Array:
-        """[B, T] -> [parts, B / parts, T]; each part takes rows of every shard."""
+    def split(x: Array) -> Array:
+        """[B, T] -> [count, B / count, T]; each microbatch has rows of every shard."""
         B, T = x.shape
-        return reshape(x, (B // parts, parts, T), (0, None, 1)).swapaxes(0, 1)
+        return reshape(x, (B // count, count, T), (0, None, 1)).swapaxes(0, 1)
 
-    # As plain arrays: a `Batch` has rows only, not parts of rows.
+    # Plain arrays are scanned over: a `Batch` holds [B, T] and nothing else.
     leaves, structure = jax.tree.flatten(batch)
 
-    def accumulate(sums, part):
-        (_, loss), grads = gradient(params, jax.tree.unflatten(structure, part))
+    def accumulate(sums, microbatch):
+        (_, loss), grads = gradient(params, jax.tree.unflatten(structure, microbatch))
         return jax.tree.map(jnp.add, sums, (loss, grads)), None
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), _ = jax.lax.scan(accumulate, start, [cut(x) for x in leaves])
+    (loss, grads), _ = jax.lax.scan(accumulate, start, [split(x) for x in leaves])
     return loss, grads, total
 
 
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """A jitted step. It takes over (donates) the state that it is given."""
+    """A jitted step, to which the state that it is given is donated."""
     model, train = config.model, config.train
     peak = config.optimizer.learning_rate
     schedule = make_schedule(config.optimizer, train.steps, peak)
@@ -139,7 +139,7 @@ def make_train_step(
 def make_eval_step(
     config: ModelConfig, train: TrainConfig
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """A jitted function: sums of the cross-entropy (nats) and of the weights."""
+    """A jitted function: the sums of the cross-entropy (nats) and the loss weights."""
 
     def eval_step(params: Params, batch: Batch):
         _, entropy = loss_sums(config, train, params, batch)

@@ -1,4 +1,4 @@
-"""Stopping early, and what a run tells its caller by the exit code."""
+"""Stopping early, and the exit codes by which a run tells its caller how it ended."""
 
 import os
 import signal
@@ -18,15 +18,15 @@ class NotFinite(ValueError):
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM and the time limit into a wish that the loop reads.
+    """Turns Ctrl-C, SIGTERM and the time limit into a request that the loop reads.
 
-    The first signal lets the step finish and the state be saved; a second one ends the
-    process at once, with the checkpoints that are there. Use it as a context manager,
-    in the main thread; the handlers of before are put back at the end.
+    After the first signal the step is finished and the state saved. A second one ends
+    the process at once; the checkpoints saved before stay. Use it as a context manager
+    in the main thread; it restores the previous handlers.
     """
 
     def __init__(self, max_minutes: float = 0.0):
-        """`max_minutes`: time limit from now; 0 is none."""
+        """`max_minutes` is the time limit, from now on; 0 is none."""
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         self._code: int | None = None
         self._old: dict[int, object] = {}
@@ -47,7 +47,7 @@ class StopRequest:
         self._code = code
 
     def exit_code(self) -> int | None:
-        """The exit code to stop with, or None to go on."""
+        """The exit code to stop with; None means go on."""
         if self._code is not None:
             return self._code
         if self._deadline is not None and time.monotonic() > self._deadline:

@@ -1,8 +1,8 @@
-"""How much arithmetic a token costs, and how much the devices can do.
+"""The FLOPs that a token costs, and the peak FLOP/s of the devices.
 
 Their quotient is the model FLOPs utilization (MFU) as PaLM defines it (Chowdhery et
-al. 2022, appendix B): the arithmetic that the model needs, over the arithmetic that
-the devices could do at their peak in the same time. Recomputation does not count.
+al. 2022, appendix B): the FLOPs that the model needs, over those that the devices could
+do at their peak in the same time. Recomputation does not count.
 """
 
 import time
@@ -32,9 +32,9 @@ _TPU_PEAKS = {
     "TPU7x": 2307e12 / 2,
 }
 
-# GPU: the makers' data sheets (NVIDIA gives figures with sparsity: half of them here).
-# The first part of a name that occurs in `device_kind` counts, so longer ones come
-# first: "NVIDIA H100 PCIe" is not the H100 of the SXM board.
+# GPU: the vendors' data sheets (NVIDIA gives figures with sparsity; half of them here).
+# The first name that occurs in `device_kind` counts, so longer names come first:
+# "NVIDIA H100 PCIe" is not the H100 of the SXM board.
 _GPU_PEAKS = {
     "GB300": 2500e12,
     "GB200": 2500e12,
@@ -128,12 +128,12 @@ def published_peak_flops(device_kind: str) -> float | None:
 def measure_peak_flops(
     dtype: jax.typing.DTypeLike, seconds: float | int = 0.2
 ) -> float:
-    """FLOP/s of the best of several 1024 x 1024 x 1024 products on the first device.
+    """FLOP/s of the best of several 1024 x 1024 x 1024 matmuls on the first device.
 
-    For CPUs, whose makers publish no such figure. A product uses all cores of the
+    For CPUs, whose vendors publish no such figure. A matmul uses all cores of the
     process, so it stands for all CPU devices together. Accumulates in f32.
     """
-    # A mesh of one device, for the caller may have set one of several.
+    # A mesh of one device, because the caller may have set one of several.
     mesh = jax.make_mesh(
         (1,),
         ("data",),
@@ -143,14 +143,12 @@ def measure_peak_flops(
     best = float("inf")
     with jax.set_mesh(mesh):
         x = jnp.asarray(np.ones((1024, 1024), np.float32)).astype(dtype)
-        product = jax.jit(
-            lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32)
-        )
-        product(x, x).block_until_ready()  # compiles
+        matmul = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+        matmul(x, x).block_until_ready()  # compiles
         end = time.perf_counter() + seconds
         for _ in range(1000):
             start = time.perf_counter()
-            product(x, x).block_until_ready()
+            matmul(x, x).block_until_ready()
             now = time.perf_counter()
             best = min(best, now - start)
             if now > end:
@@ -161,10 +159,10 @@ def measure_peak_flops(
 def peak_flops(
     devices: Sequence[jax.Device], dtype: jax.typing.DTypeLike
 ) -> float | None:
-    """Peak FLOP/s of all `devices` together; None where a kind is not known.
+    """Peak FLOP/s of all `devices` together; None if the kind of one is not known.
 
     Accelerators: the published bf16 figure, whatever `dtype` is, so that runs can be
-    compared. CPU: measured here in `dtype` (about 0.3 s), times the processes.
+    compared. CPUs: measured here in `dtype` (about 0.3 s), times the processes.
     """
     if all(device.platform == "cpu" for device in devices):
         processes = {device.process_index for device in devices}

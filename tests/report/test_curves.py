@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from report_case import make_run
 
-from jaxlm.report.curves import downsample, load_runs, smooth, stretch_means
+from jaxlm.report.curves import bucket_means, downsample, load_runs, smooth
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
 
@@ -21,10 +21,8 @@ def test_downsampling_keeps_extremes_and_ends(n):
         assert values.argmin() in kept and values.argmax() in kept
 
 
-def test_means_of_stretches_ignore_non_finite_values():
-    middles, means = stretch_means(
-        np.array([1.0, 3.0, math.nan, 5.0, math.inf, 7.0]), 3
-    )
+def test_means_of_buckets_ignore_non_finite_values():
+    middles, means = bucket_means(np.array([1.0, 3.0, math.nan, 5.0, math.inf, 7.0]), 3)
     assert middles.tolist() == [0, 2, 4] and means.tolist() == [2.0, 5.0, 7.0]
 
 
