@@ -26,8 +26,8 @@ from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.rules import batch_parts, lay_out
 from jaxlm.types import Params
 
-# Tokens decoded by one call of the compiled program. A stream shows text, and stops,
-# between calls.
+# Tokens decoded by one call of the compiled program. Between calls a stream prints its
+# text, and generation can stop.
 CHUNK = 16
 SMALLEST_BUCKET = 32
 
@@ -37,37 +37,37 @@ class Generation:
     """What `generate` returns, on the host."""
 
     tokens: Int[np.ndarray, "B max_new_tokens"]
-    """New tokens only, int32; after the end of a row 0."""
+    """New tokens only, int32; 0 after the end of a row."""
     lengths: Int[np.ndarray, " B"]
-    """New tokens of each row, without the stop token."""
+    """Number of new tokens of each row, without the stop token."""
     logprobs: Float[np.ndarray, "B max_new_tokens"]
-    """Log-probability of each token under the model, f32; after the end 0."""
+    """Log-probability of each token under the model, f32; 0 after the end."""
     prefill_s: float
-    """Seconds to read the prompts, compiling left out."""
+    """Seconds for the prompts, without compiling."""
     decode_s: float
-    """Seconds of decoding, compiling left out."""
+    """Seconds for decoding, without compiling."""
     compile_s: float
-    """Seconds of compiling; 0 when the programs were there."""
+    """Seconds of compiling; 0 if the programs were compiled before."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Everything that decoding carries from token to token."""
+    """Everything that the decoding scan carries from token to token."""
 
     # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
     # are given below, but not checked.
     cache: Cache
     logits: Any
-    """[B, V] f32: of the next token."""
+    """[B, V] f32: logits of the next token."""
     count: Any
     """[] int32: new tokens so far."""
     done: Any
-    """[B] bool: rows that have drawn a stop token."""
+    """[B] bool: rows that have sampled a stop token."""
 
 
 def bucket(length: int, largest: int) -> int:
-    """The size that `length` is rounded up to: a power of two, at most `largest`."""
+    """`length` rounded up to a power of two, between `SMALLEST_BUCKET` and `largest`."""
     size = SMALLEST_BUCKET
     while size < length:
         size *= 2
@@ -87,26 +87,26 @@ def generate(
 ) -> Generation:
     """Continues each prompt.
 
-    A row's result depends on its prompt, its place in the batch and the key, not on
-    the other rows or their lengths.
+    A row's result depends on its prompt, its index in the batch and the key, not on the
+    other rows or their lengths.
 
     Args:
       config: the model.
-      params: stacked, as `init` and `load` give them.
+      params: stacked over layers, as `init` and `load` return them.
       prompts: token ids, at least one each; lengths may differ.
-      sample: how to draw, and when to stop.
+      sample: how to sample, and when to stop.
       key: a typed PRNG key.
-      num_tokens: ids below this exist in the tokenizer, so only they are drawn; None
-        is `config.vocab_size`.
-      on_tokens: called with each piece of new tokens as it comes and a mask of those
-        that belong to the text; returning True ends the generation.
+      num_tokens: only ids below this are sampled: those that the tokenizer has. None
+        takes `config.vocab_size`.
+      on_tokens: called with each chunk of new tokens and a mask of those that belong to
+        the text; returning True ends the generation.
 
     Raises:
-      ValueError: for an empty prompt, an id outside the vocabulary, a text longer than
-        the context, or logits that are not finite.
+      ValueError: for an empty prompt, an id outside the vocabulary, a prompt that with
+        its new tokens exceeds the context, or logits that are not finite.
     """
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
-    rows = _check(config, prompts, sample, num_tokens)
+    rows = _checked_rows(config, prompts, sample, num_tokens)
     lengths = np.array([len(p) for p in rows], np.int32)
     width = bucket(int(lengths.max()), config.context_length)
     tokens = np.zeros((len(rows), width), np.int32)
@@ -123,25 +123,25 @@ def generate(
 
     layers = programs.unstack(params)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
-    pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     clock.lap()
     for first in range(0, sample.max_new_tokens, CHUNK):
-        state, *piece = programs.decode(layers, state, keys)
+        state, *chunk = programs.decode(layers, state, keys)
         left = sample.max_new_tokens - first
-        new, inside, logprobs = (np.asarray(x)[: len(prompts), :left] for x in piece)
+        new, inside, logprobs = (np.asarray(x)[: len(prompts), :left] for x in chunk)
         if np.isnan(logprobs).any():
             raise ValueError(
                 "the model's logits are not finite: its parameters hold NaN or "
                 "infinities, or the compute dtype overflows (try --model.dtype float32)"
             )
-        pieces.append((new, inside, logprobs))
+        chunks.append((new, inside, logprobs))
         stopped = on_tokens is not None and on_tokens(new, inside) is True
         if stopped or not inside[:, -1].any():
             break
     decode_s = clock.lap()
 
     new, inside, logprobs = (
-        np.concatenate(p, axis=1) for p in zip(*pieces, strict=True)
+        np.concatenate(c, axis=1) for c in zip(*chunks, strict=True)
     )
     missing = ((0, 0), (0, sample.max_new_tokens - new.shape[1]))
     return Generation(
@@ -154,8 +154,13 @@ def generate(
     )
 
 
-def _check(config, prompts, sample: SampleConfig, num_tokens: int) -> list[list[int]]:
-    """The prompts, and copies of the first up to a multiple of the mesh's parts."""
+def _checked_rows(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int] | Integer[np.ndarray, " _"]],
+    sample: SampleConfig,
+    num_tokens: int,
+) -> list[list[int]]:
+    """The prompts, padded with copies of the first to a multiple of `batch_parts`."""
     if not prompts:
         raise ValueError("no prompts: give at least one")
     if not 0 < num_tokens <= config.vocab_size:
@@ -188,12 +193,12 @@ def _check(config, prompts, sample: SampleConfig, num_tokens: int) -> list[list[
 
 
 def _static(sample: SampleConfig) -> SampleConfig:
-    """Without what does not change the program."""
+    """The config without the field that does not change the program."""
     return replace(sample, max_new_tokens=1)
 
 
 class _Program:
-    """A jitted function that counts the seconds it spends compiling."""
+    """A jitted function that measures its compile time."""
 
     def __init__(self, function: Callable[..., Any], donate: tuple[int, ...] = ()):
         self._jitted = jax.jit(function, donate_argnums=donate)
@@ -223,7 +228,7 @@ class _Programs:
 
 
 class _Clock:
-    """Times stretches of a generation, compiling left out."""
+    """Measures the stages of a generation, without compiling."""
 
     def __init__(self, programs: _Programs):
         self._programs = programs
@@ -251,7 +256,7 @@ _FACTORS = re.compile(r"/(q|k|v|o|gate|up|down|table|kernel)$")
 def _programs(
     config: ModelConfig, max_length: int, sample: SampleConfig, num_tokens: int
 ) -> _Programs:
-    """Compiled functions for one model and one way to draw; shapes are jit's affair."""
+    """The compiled functions of a model and sampling config, for every batch shape."""
     dtype = compute_dtype(config.dtype)
 
     def prefill(params, tokens, lengths) -> DecodeState:
