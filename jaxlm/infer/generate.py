@@ -67,7 +67,7 @@ class DecodeState:
 
 
 def bucket(length: int, largest: int) -> int:
-    """`length` rounded up to a power of two, between `SMALLEST_BUCKET` and `largest`."""
+    """`length` rounded up to a power of two from `SMALLEST_BUCKET` to `largest`."""
     size = SMALLEST_BUCKET
     while size < length:
         size *= 2
