@@ -17,8 +17,7 @@ from jaxlm.cli import fail, parse, use_compile_cache
 from jaxlm.config import MeshConfig, SampleConfig
 from jaxlm.infer.chat import converse
 from jaxlm.infer.generate import Generation, generate
-from jaxlm.model.transformer import init
-from jaxlm.sharding import rules
+from jaxlm.model.params import init, parameter_shardings
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.base import TextStream
 from jaxlm.train.stopping import EXIT_INTERRUPTED
@@ -100,7 +99,7 @@ def write_samples(arguments: Arguments, run: Path) -> int:
         prompt = np.array([tokenizer.bos_id, *prompt])
     mesh = make_mesh(arguments.mesh, devices)
     shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
-    shardings = rules.parameter_shardings(shapes, mesh)
+    shardings = parameter_shardings(shapes, mesh)
     with jax.set_mesh(mesh):
         _, params = load(checkpoint, shardings=shardings)
         key = jax.random.key(arguments.seed)

@@ -7,7 +7,8 @@ from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.config import Config, ModelConfig, SampleConfig
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.model.kv_cache import init_cache
-from jaxlm.model.transformer import Output, forward, init
+from jaxlm.model.params import init
+from jaxlm.model.transformer import Output, forward
 from jaxlm.ops.probe import Tap
 
 __all__ = [

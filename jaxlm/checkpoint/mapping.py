@@ -24,7 +24,7 @@ from jaxlm.checkpoint.hf.safetensors_file import Layout, Read
 from jaxlm.checkpoint.native import arrays
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig, nearest
-from jaxlm.model.transformer import init
+from jaxlm.model.params import init
 from jaxlm.types import Params
 
 # Side of the squares in which a transposed tensor is copied: both stay in the cache.

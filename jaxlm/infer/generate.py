@@ -5,7 +5,6 @@ that a prompt of another length runs the programs that are compiled already. The
 knows token ids only; text is the caller's.
 """
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from jaxlm import tree
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.sampling import NEVER, draw
 from jaxlm.model.kv_cache import Cache, init_cache, unstack
-from jaxlm.model.transformer import features, forward, unembed
+from jaxlm.model.params import cast_matrices
+from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.rules import batch_parts, lay_out
 from jaxlm.types import Params
@@ -247,11 +246,6 @@ class _Clock:
         return seconds
 
 
-# Parameters that only enter a model rounded to the compute dtype: not norms, routers
-# and sinks, which are used in f32.
-_FACTORS = re.compile(r"/(q|k|v|o|gate|up|down|table|kernel)$")
-
-
 @lru_cache(maxsize=32)
 def _programs(
     config: ModelConfig, max_length: int, sample: SampleConfig, num_tokens: int
@@ -260,17 +254,21 @@ def _programs(
     dtype = compute_dtype(config.dtype)
 
     def prefill(params, tokens, lengths) -> DecodeState:
-        tokens, lengths = lay_out(tokens, "batch", None), lay_out(lengths, "batch")
+        tokens, lengths = lay_out(tokens, "BT"), lay_out(lengths, "B")
         cache = init_cache(config, tokens.shape[0], max_length, dtype)
         # Padding does not make a row longer: some rotations depend on its length.
         places = jnp.arange(tokens.shape[1])
         positions = jnp.minimum(places, lengths[:, None] - 1)
-        x, cache, _ = features(config, params, tokens, positions=positions, cache=cache)
+        out = forward(
+            config, params, tokens, positions=positions, cache=cache, head=False
+        )
         # Only the last token of each prompt needs logits.
         ends = places == lengths[:, None] - 1
-        last = jnp.sum(jnp.where(ends[..., None], x, 0), axis=1, keepdims=True)
+        last = jnp.sum(
+            jnp.where(ends[..., None], out.hidden_states, 0), axis=1, keepdims=True
+        )
         logits = unembed(config, params, last)[:, 0]
-        layers = unstack(cache.layers, config.num_layers)
+        layers = unstack(out.cache.layers, config.num_layers)
         return DecodeState(
             cache=Cache(layers=layers, lengths=lengths),
             logits=logits,
@@ -279,12 +277,12 @@ def _programs(
         )
 
     def decode(params, state: DecodeState, keys):
-        keys = lay_out(keys, "batch")
+        keys = lay_out(keys, "B")
 
         def one(state: DecodeState, _):
             keys_now = jax.vmap(lambda k: jax.random.fold_in(k, state.count))(keys)
             exists = jnp.arange(config.vocab_size) < num_tokens
-            logits = jnp.where(exists, lay_out(state.logits, "batch", None), NEVER)
+            logits = jnp.where(exists, lay_out(state.logits, "BT"), NEVER)
             token, logprob = draw(
                 logits,
                 keys_now,
@@ -304,10 +302,8 @@ def _programs(
         return state, *(x.swapaxes(0, 1) for x in out)
 
     def split(params):
-        # Each product would round them, in every step anew.
-        params = tree.map_with_name(
-            lambda name, x: x.astype(dtype) if _FACTORS.search(name) else x, params
-        )
+        # Each einsum would round them, in every step anew.
+        params = cast_matrices(params, dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
     return _Programs(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.sharding import rules
+from jaxlm.sharding.rules import activation
 
 
 @jax.tree_util.register_dataclass
@@ -51,12 +51,12 @@ def init_cache(
         )
     shape = (config.num_layers, batch_size, max_length)
     shape += (config.num_kv_heads, config.head_dim)
-    partition = rules.activation("layers", "batch", None, "heads", None)
+    partition = activation("LBSKH")
 
     def zeros() -> Float[Array, "L B S K H"]:
         return jnp.zeros(shape, dtype, out_sharding=partition)
 
-    lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=rules.activation("batch"))
+    lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation("B"))
     return Cache(layers=LayerCache(zeros(), zeros()), lengths=lengths)
 
 

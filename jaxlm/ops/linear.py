@@ -1,4 +1,4 @@
-"""The one function through which every product with a parameter goes.
+"""The one einsum through which every product with a parameter goes.
 
 It asks for f32 accumulation, casts the parameter once, and gives XLA:CPU the forms
 that it runs fast, forward and backward; on accelerators the same forms are as good.
@@ -37,11 +37,11 @@ def _cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def product(
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def einsum(
     equation: str,
     x: Float[Array, "..."],
     w: Float[Array, "..."],
-    *,
     out_sharding: P | None = None,
     out_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -52,48 +52,42 @@ def product(
     the parameter stays in the parameter's dtype.
 
     Args:
-      equation: einsum with an output; each letter of x is in w or in the output.
+      equation: with an output; each letter of x is in w or in the output.
       out_sharding: layout of the result where the mesh makes it ambiguous.
       out_dtype: dtype of the result; None is x's.
       precision: of f32 products on accelerators, which else multiply them in fewer
         bits; forward and backward.
     """
-    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    return _product(equation, out_sharding, out_dtype, precision, x, w)
-
-
-def _einsum(equation, a, b, out_sharding, precision):
-    return jnp.einsum(
+    y = jnp.einsum(
         equation,
-        a,
-        b,
+        x,
+        w.astype(x.dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
         out_sharding=out_sharding,
     )
+    return y.astype(x.dtype if out_dtype is None else out_dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _product(equation, out_sharding, out_dtype, precision, x, w):
-    y = _einsum(equation, x, w.astype(x.dtype), out_sharding, precision)
-    return y.astype(out_dtype)
+def _einsum_forward(equation, x, w, out_sharding, out_dtype, precision):
+    return einsum(equation, x, w, out_sharding, out_dtype, precision), (x, w)
 
 
-def _product_forward(equation, out_sharding, out_dtype, precision, x, w):
-    return _product(equation, out_sharding, out_dtype, precision, x, w), (x, w)
-
-
-def _product_backward(equation, out_sharding, out_dtype, precision, residuals, g):
+def _einsum_backward(equation, out_sharding, out_dtype, precision, residuals, g):
     x, w = residuals
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     # Cotangents are rounded to the compute dtype so that both products of the
     # backward pass run in it; their sums are f32 again.
     g = g.astype(x.dtype)
-    to_x, to_w = f"{out},{w_axes}->{x_axes}", f"{x_axes},{out}->{w_axes}"
-    dx = _einsum(to_x, g, w.astype(x.dtype), layout(x), precision)
-    dw = _einsum(to_w, x, g, layout(w), precision)
+    f32_sums = partial(
+        jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+    )
+    dx = f32_sums(
+        f"{out},{w_axes}->{x_axes}", g, w.astype(x.dtype), out_sharding=layout(x)
+    )
+    dw = f32_sums(f"{x_axes},{out}->{w_axes}", x, g, out_sharding=layout(w))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import layout
-from jaxlm.ops.linear import product
+from jaxlm.ops.linear import einsum
 
 # `gate` (when gated), `up` [E D F] and `down` [E F D]; with biases, beside them
 # `gate_bias`, `up_bias` [E F] and `down_bias` [E D].
@@ -79,7 +79,7 @@ def reference_mixture(
     """The definition: every expert on every token, and a weighted sum of the chosen."""
 
     def project(name: str, equation: str, h: Array) -> Array:
-        y = product(equation, h, matrices[name])
+        y = einsum(equation, h, matrices[name])
         bias = matrices.get(f"{name}_bias")
         return y if bias is None else y + bias.astype(y.dtype)
 
@@ -140,7 +140,7 @@ def mixture(
     y = run(x, weights, experts, inner)
     if "down_bias" in matrices:  # whole on each device, so it is not part of a sum
         share = _shares(weights, experts, matrices["down_bias"].shape[0])
-        y += product("BTE,ED->BTD", share, matrices["down_bias"])
+        y += einsum("BTE,ED->BTD", share, matrices["down_bias"])
     return y.astype(x.dtype)
 
 
@@ -171,7 +171,7 @@ def _sorted_mixture(
         if bias is None:
             return y
         # A product, because the gradient of a look-up would be scattered row by row.
-        return y + product("ME,EF->MF", taken.astype(y.dtype), bias)
+        return y + einsum("ME,EF->MF", taken.astype(y.dtype), bias)
 
     rows = _rows(k, x.reshape(B * T, D), order, inverse)
     hidden = _hidden(partial(project, h=rows), "gate" in matrices, activation)

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis. All arithmetic in f32, results in x's dtype."""
+"""Normalization over the last axis. All arithmetic in f32, results in x's dtype."""
 
 from functools import partial
 
@@ -7,54 +7,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def inverse_rms(x: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B 1"]:
-    """`1 / sqrt(mean(x^2) + epsilon)` in f32."""
-    mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+def divisor(x: Float[Array, "*B D"], epsilon: float, kind: str) -> Float[Array, "*B 1"]:
+    """What `normalize` divides by: `sqrt(mean(x^2) + epsilon)`, f32.
+
+    Of `layer` the root of variance + epsilon.
+    """
+    return 1.0 / _inverse(_centered(x, kind), epsilon)
+
+
+def _centered(x: Float[Array, "*B D"], kind: str) -> Float[Array, "*B D"]:
+    x32 = x.astype(jnp.float32)
+    if kind == "layer":
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    return x32
+
+
+def _inverse(x32: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B 1"]:
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return jax.lax.rsqrt(mean_square + epsilon)
-
-
-def inverse_std(x: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B 1"]:
-    """`1 / sqrt(variance(x) + epsilon)` in f32."""
-    x32 = x.astype(jnp.float32)
-    return inverse_rms(x32 - jnp.mean(x32, axis=-1, keepdims=True), epsilon)
-
-
-def rms_norm(
-    x: Float[Array, "*B D"],
-    scale: Float[Array, " D"],
-    inverse: Float[Array, "*B 1"],
-    *,
-    unit_offset: bool = False,
-) -> Float[Array, "*B D"]:
-    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467).
-
-    Args:
-      x: any float dtype.
-      scale: multiplied in f32, before the result is rounded to x's dtype.
-      inverse: `inverse_rms(x, epsilon)`.
-      unit_offset: multiply by `1 + scale`, as Gemma does.
-    """
-    factor = scale.astype(jnp.float32) + (1.0 if unit_offset else 0.0)
-    return (x.astype(jnp.float32) * inverse * factor).astype(x.dtype)
-
-
-def layer_norm(
-    x: Float[Array, "*B D"],
-    scale: Float[Array, " D"],
-    bias: Float[Array, " D"] | None,
-    inverse: Float[Array, "*B 1"],
-) -> Float[Array, "*B D"]:
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450), its bias optional.
-
-    Args:
-      inverse: `inverse_std(x, epsilon)`.
-    """
-    x32 = x.astype(jnp.float32)
-    y = (x32 - jnp.mean(x32, axis=-1, keepdims=True)) * inverse
-    y = y * scale.astype(jnp.float32)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -65,13 +35,18 @@ def normalize(
     epsilon: float,
     kind: str,
 ) -> Float[Array, "*B D"]:
-    """`rms_norm` or `layer_norm` with its inverse, and a backward pass of its own.
+    """RMSNorm or LayerNorm, in x's dtype, with a backward pass of its own.
 
-    The only thing saved is the normalised x in its own dtype.
+    Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016,
+    arXiv:1607.06450. The only array saved for the backward pass is the normalized x in
+    its own dtype.
 
     Args:
+      x: any float dtype.
+      scale, bias: applied in f32, before the result is rounded to x's dtype.
       epsilon: added to the mean square or the variance.
-      kind: `rms`, `rms_unit_offset` (multiply by `1 + scale`) or `layer`.
+      kind: `rms`, `rms_unit_offset` (multiply by `1 + scale`, as Gemma does) or
+        `layer` (the mean is subtracted first).
     """
     return _normalize_forward(x, scale, bias, epsilon, kind)[0]
 
@@ -81,10 +56,8 @@ def _factor(scale, kind: str) -> Float[Array, " D"]:
 
 
 def _normalize_forward(x, scale, bias, epsilon, kind):
-    x32 = x.astype(jnp.float32)
-    if kind == "layer":
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = inverse_rms(x32, epsilon)
+    x32 = _centered(x, kind)
+    inverse = _inverse(x32, epsilon)
     # The barrier keeps XLA:CPU from computing it again at each use.
     unit = jax.lax.optimization_barrier((x32 * inverse).astype(x.dtype))
     y = unit.astype(jnp.float32) * _factor(scale, kind)

@@ -1,50 +1,78 @@
-"""Named places in the forward pass where values can be read.
+"""Named sites of the forward pass, and how their values are read.
 
-The model calls `probe(site, x)` and goes on with what comes back. Nothing tapped,
-nothing recorded: the call returns `x` itself, so that the compiled program is the
-same as without it. Edits, which return another value, belong here too.
+The model calls `probe(site, x)` and goes on with what comes back. Where nothing is
+tapped that is `x` itself, so the compiled program is the same as without the call.
+A block's `Probe` collects what is tapped in one layer, and a `Recorder` keeps it, one
+slot for each layer that was chosen. Derived sites are computed after the pass.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxlm.config import nearest
+from jaxlm.ops.layout import layout
 
-# Site -> (shape of one layer's value, what it is). Shapes in the letters of types.py.
-# Sites marked * lie outside the layers.
-SITES: dict[str, tuple[str, str]] = {
-    "tokens": ("B T", "* token ids"),
-    "embed": ("B T D", "* embeddings, scaled, with learned or sinusoidal positions"),
-    "resid_pre": ("B T D", "residual stream that enters the block"),
-    "attn_norm_scale": ("B T 1", "inverse RMS or deviation of the norm before it"),
-    "attn_in": ("B T D", "input of the attention projections, after its norm"),
-    "q": ("B T N H", "queries after bias and qk-norm, before rotation"),
-    "k": ("B T K H", "keys after bias and qk-norm, before rotation"),
-    "v": ("B T K H", "values"),
-    "q_rot": ("B T N H", "queries as the scores see them"),
-    "k_rot": ("B T K H", "keys as the scores see them"),
-    "attn_scores": ("B N T S", "scores after scale and soft cap, -1e30 where masked"),
-    "attn_lse": ("B N T", "log-sum-exp of the scores, the sink included"),
-    "attn_probs": ("B N T S", "attention probabilities; with a sink rows sum below 1"),
-    "z": ("B T N H", "weighted values of each head"),
-    "head_out": ("B T N D", "each head's part of attn_out, without the bias"),
-    "attn_out": ("B T D", "output projection of attention, before any output norm"),
-    "attn_out_post": ("B T D", "what attention adds to the residual stream"),
-    "resid_mid": ("B T D", "residual stream between attention and feed-forward"),
-    "mlp_norm_scale": ("B T 1", "inverse RMS or deviation of the norm before it"),
-    "mlp_in": ("B T D", "input of the feed-forward, after its norm"),
-    "router_logits": ("B T E", "logits of the experts, f32, after the bias"),
-    "mlp_pre": ("B T F", "argument of the non-linearity"),
-    "mlp_gate": ("B T F", "second projection of a gated feed-forward"),
-    "mlp_act": ("B T F", "input of the down projection"),
-    "mlp_out": ("B T D", "output of the feed-forward, before any output norm"),
-    "mlp_out_post": ("B T D", "what the feed-forward adds to the residual stream"),
-    "resid_post": ("B T D", "residual stream that leaves the block"),
-    "final_norm": ("B T D", "* input of the output head"),
-    "logits": ("B T V", "* logits after the final soft cap"),
+
+@dataclass(frozen=True)
+class Site:
+    """A named value of the forward pass."""
+
+    shape: str
+    """Of one layer's value, in the letters of `types.py`; k is experts of a token."""
+    description: str
+    outside: bool = False
+    """It lies outside the layers."""
+    derived: bool = False
+    """Computed after the pass from other sites."""
+    float32: bool = False
+    """Read in float32 on the way; other sites of a layer have the compute dtype."""
+
+
+SITES: dict[str, Site] = {
+    "tokens": Site("B T", "token ids, int32", outside=True),
+    "embed": Site("B T D", "token embeddings, scaled", outside=True),
+    "pos_embed": Site("B T D", "learned or sinusoidal positions", outside=True),
+    "resid_pre": Site("B T D", "residual stream that enters the block"),
+    "attn_norm_div": Site("B T 1", "divisor of the norm of attention", derived=True),
+    "attn_in": Site("B T D", "input of the attention projections, after its norm"),
+    "q": Site("B T N H", "queries, with bias, before qk-norm and rotation"),
+    "k": Site("B T K H", "keys, with bias, before qk-norm and rotation"),
+    "v": Site("B T K H", "values"),
+    "q_normed": Site("B T N H", "queries after qk-norm, before rotation"),
+    "k_normed": Site("B T K H", "keys after qk-norm, before rotation"),
+    "q_rot": Site("B T N H", "queries as the scores see them"),
+    "k_rot": Site("B T K H", "keys as the scores and the cache see them"),
+    "attn_scores": Site("B N T S", "scores, -1e30 where masked", derived=True),
+    "attn_lse": Site("B N T", "log-sum-exp of the scores, sink included", float32=True),
+    "attn_probs": Site("B N T S", "exp(scores - lse)", derived=True),
+    "z": Site("B T N H", "probability-weighted values of each head"),
+    "head_out": Site("B T N D", "each head's part of attn_out", derived=True),
+    "attn_out": Site("B T D", "output projection of attention, before an output norm"),
+    "attn_out_post": Site("B T D", "what attention adds to the residual stream"),
+    "resid_mid": Site("B T D", "residual stream between attention and feed-forward"),
+    "mlp_norm_div": Site("B T 1", "divisor of the feed-forward's norm", derived=True),
+    "mlp_in": Site("B T D", "input of the feed-forward, after its norm"),
+    "router_logits": Site("B T E", "logits of the experts, with bias", float32=True),
+    "expert_ids": Site("B T k", "experts of each token, best first", derived=True),
+    "expert_weights": Site("B T k", "weights of these experts", derived=True),
+    "mlp_pre": Site("B T F", "argument of the non-linearity"),
+    "mlp_up": Site("B T F", "what the activation is multiplied by, when gated"),
+    "mlp_act": Site("B T F", "input of the down projection"),
+    "mlp_out": Site("B T D", "output of the feed-forward, before an output norm"),
+    "mlp_out_post": Site("B T D", "what the feed-forward adds to the residual stream"),
+    "resid_post": Site("B T D", "residual stream that leaves the block"),
+    "final_norm_div": Site(
+        "B T 1", "divisor of the last norm", outside=True, derived=True
+    ),
+    "final_norm": Site("B T D", "input of the output head", outside=True),
+    "logits": Site("B T V", "logits, after the final soft cap", outside=True),
 }
 
 
@@ -80,7 +108,7 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
         seen.add(tap.site)
         if tap.layers is None:
             continue
-        if SITES[tap.site][1].startswith("*"):
+        if SITES[tap.site].outside:
             raise ValueError(f"site {tap.site!r} lies outside the layers: no layers=")
         if not tap.layers or len(set(tap.layers)) != len(tap.layers):
             raise ValueError(
@@ -95,21 +123,95 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
 
 
 class Probe:
-    """Records the tapped sites of one place in the model while it is traced."""
+    """Collects the tapped sites of one stretch of the model while it is traced."""
 
     def __init__(self, taps: Sequence[Tap] = ()):
         self._sites = frozenset(tap.site for tap in taps)
         self.values: dict[str, Array] = {}
 
-    def wants(self, *sites: str) -> bool:
-        """Whether any of the sites is tapped: ask before computing a value for it."""
-        return any(site in self._sites for site in sites)
+    def __contains__(self, site: str) -> bool:
+        return site in self._sites
 
     def __call__(self, site: str, x: Array) -> Array:
-        assert site in SITES, site
+        assert site in SITES and not SITES[site].derived, site
         if site in self._sites:
             self.values[site] = x
         return x
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recorder:
+    """Tapped values of all layers, each in its slot. It is carried from layer to layer.
+
+    One more slot takes the values of layers that were not chosen, where the number of
+    the layer is only known when the program runs.
+    """
+
+    taps: tuple[Tap, ...] = field(metadata={"static": True})
+    num_layers: int = field(metadata={"static": True})
+    # While JAX takes this tree apart and rebuilds it, a leaf may be anything.
+    slots: Mapping[str, Any]
+    """Site -> [slots, *shape of the site]."""
+
+    @classmethod
+    def empty(
+        cls,
+        taps: Sequence[Tap],
+        num_layers: int,
+        sizes: Mapping[str, int],
+        dtype: Any,
+        partition: Callable[[str], P | None],
+    ) -> "Recorder":
+        """Slots of zeros.
+
+        Args:
+          taps: of sites inside the layers that are not derived.
+          sizes: of each letter of their shapes.
+          dtype: the compute dtype.
+          partition: from letters to a layout in the current mesh, or None.
+        """
+
+        def zeros(tap: Tap) -> Array:
+            letters = SITES[tap.site].shape.split()
+            chosen = num_layers if tap.layers is None else len(tap.layers) + 1
+            shape = (chosen, *(sizes[letter] for letter in letters))
+            out = partition("L" + "".join(letters))
+            exact = jnp.float32 if SITES[tap.site].float32 else dtype
+            return jnp.zeros(shape, exact, out_sharding=out)
+
+        return cls(tuple(taps), num_layers, {tap.site: zeros(tap) for tap in taps})
+
+    def write(self, layer: Any, values: Mapping[str, Array]) -> "Recorder":
+        """With the values of a layer, whose number may be traced."""
+        slots = dict(self.slots)
+        for tap in self.taps:
+            if isinstance(layer, int) and layer not in (tap.layers or (layer,)):
+                continue
+            old, new = slots[tap.site], values[tap.site]
+            assert (new.shape, new.dtype) == (old.shape[1:], old.dtype), tap.site
+            placed = layout(old)
+            if placed is not None:
+                new = jax.sharding.reshard(new, P(*placed.spec[1:]))
+            slot = self._slots_of(tap)[layer]
+            slots[tap.site] = jax.lax.dynamic_update_index_in_dim(old, new, slot, 0)
+        return Recorder(self.taps, self.num_layers, slots)
+
+    def read(self) -> dict[str, Array]:
+        """Site -> [layers of its tap, *shape], in the order of the tap."""
+        return {
+            tap.site: self.slots[tap.site]
+            if tap.layers is None
+            else self.slots[tap.site][: len(tap.layers)]
+            for tap in self.taps
+        }
+
+    def _slots_of(self, tap: Tap) -> Array:
+        """The slot of each layer."""
+        layers = range(self.num_layers) if tap.layers is None else tap.layers
+        slots = np.full(self.num_layers, len(layers))
+        slots[list(layers)] = np.arange(len(layers))
+        return jnp.asarray(slots)
 
 
 jax.tree_util.register_static(Tap)

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlm.config import ModelConfig, from_dict
+from jaxlm.model.params import matrix_params
 from jaxlm.progress import format_count, format_seconds
 from jaxlm.train.metrics import read_metrics
-from jaxlm.train.throughput import matrix_params
 
 # Rows at the end over which the last training loss is averaged.
 LAST_ROWS = 20

@@ -1,57 +1,46 @@
 """Which mesh axis each logical axis lies on: the only table of its kind.
 
-Parameters are matched by path, activations name their logical axes where they are
-made. Both meet the mesh through `MESH_AXES`.
+Dimensions are written in the letters of `types.py`; each letter stands for a logical
+axis, and `MESH_AXES` says where that lies. Parameters take their letters from
+`model/params.py`, activations name theirs where they are made.
 """
 
 import math
-import re
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxlm import tree
+LOGICAL_AXES = {
+    "B": "batch",
+    "T": "length",
+    "D": "model",
+    "N": "heads",
+    "K": "heads",
+    "F": "hidden",
+    "V": "vocab",
+    "L": "layers",
+    "E": "experts",
+}
 
-# Logical axis -> mesh axes. `model` is the width of parameters, cut for storage
-# (fsdp) and gathered when used; the width of activations is never cut (None).
+# Logical axis -> mesh axes; None is never cut. `model` is the width of parameters, cut
+# for storage (fsdp) and gathered when used; the width of activations is never cut.
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "length": None,
     "model": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "hidden": "tensor",
+    "layers": None,
     "experts": None,
 }
 
-# Path -> logical axes; the first row whose path matches and whose length is the rank.
-# `layers` is the stacking axis; None is never cut.
-PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed/table", ("vocab", "model")),
-    (r"embed/positions", (None, "model")),
-    (r"lm_head/kernel", ("model", "vocab")),
-    (r"layers/attn/[qkv]", ("layers", "model", "heads", None)),
-    (r"layers/attn/o", ("layers", "heads", None, "model")),
-    (r"layers/attn/[qkv]_bias", ("layers", "heads", None)),
-    (r"layers/attn/o_bias", ("layers", None)),
-    (r"layers/attn/sinks", ("layers", "heads")),
-    (r"layers/attn/[qk]_norm/scale", ("layers", "heads", None)),
-    (r"layers/attn/[qk]_norm/scale", ("layers", None)),
-    (r"layers/mlp/(gate|up)", ("layers", "model", "hidden")),
-    (r"layers/mlp/down", ("layers", "hidden", "model")),
-    (r"layers/mlp/(gate|up)_bias", ("layers", "hidden")),
-    (r"layers/mlp/down_bias", ("layers", None)),
-    (r"layers/moe/router", ("layers", "model", "experts")),
-    (r"layers/moe/router_bias", ("layers", "experts")),
-    (r"layers/moe/(gate|up)", ("layers", "experts", "model", "hidden")),
-    (r"layers/moe/down", ("layers", "experts", "hidden", "model")),
-    (r"layers/moe/(gate|up)_bias", ("layers", "experts", "hidden")),
-    (r"layers/moe/down_bias", ("layers", "experts", None)),
-    (r"layers/\w+_norm/(scale|bias)", ("layers", None)),
-    (r"final_norm/(scale|bias)", (None,)),
-)
+
+def logical_axes(letters: str) -> tuple[str | None, ...]:
+    """The logical axis of each letter; None for those that are never cut."""
+    return tuple(LOGICAL_AXES.get(letter) for letter in letters)
 
 
 def spec(*axes: str | None) -> P:
@@ -60,7 +49,7 @@ def spec(*axes: str | None) -> P:
     Raises:
       ValueError: when two dimensions would lie on one mesh axis.
     """
-    entries = [None if a in (None, "layers") else MESH_AXES[a] for a in axes]
+    entries = [None if axis is None else MESH_AXES[axis] for axis in axes]
     used: list[str] = []
     for entry in entries:
         for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
@@ -70,69 +59,56 @@ def spec(*axes: str | None) -> P:
     return P(*entries)
 
 
-def activation(*axes: str | None) -> P | None:
-    """The partition of an activation in the current mesh; None without one.
+def activation(letters: str) -> P | None:
+    """The partition of an activation, e.g. `BTNH`, in the current mesh.
 
-    None too where the mesh axes are not Explicit: there the compiler decides.
+    None without a mesh, and where its axes are not Explicit: the compiler decides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
         return None
-    return spec(*axes)
+    axes = logical_axes(letters)
+    return spec(*(None if axis == "model" else axis for axis in axes))
 
 
-def lay_out(x: Array, *axes: str | None) -> Array:
-    """x with the layout of its logical `axes`; x itself without an Explicit mesh."""
-    out = activation(*axes)
+def lay_out(x: Array, letters: str) -> Array:
+    """x as an activation of these letters; x itself without an Explicit mesh."""
+    out = activation(letters)
     return x if out is None else jax.sharding.reshard(x, out)
 
 
 def batch_parts() -> int:
     """Into how many parts the current mesh cuts a batch; 1 without an Explicit mesh."""
-    if activation("batch") is None:
+    if activation("B") is None:
         return 1
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in MESH_AXES["batch"])
 
 
-def parameter_spec(name: str, shape: tuple[int, ...]) -> P:
-    """The partition of the parameter `name`.
+def sharding(
+    path: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    mesh: Mesh | AbstractMesh,
+) -> NamedSharding:
+    """Where the parameter `path` lies, from the logical axes of its dimensions.
 
     Raises:
-      ValueError: when no rule matches.
+      ValueError: when a mesh axis does not divide the parameter.
     """
-    for pattern, axes in PARAMETER_AXES:
-        if len(axes) == len(shape) and re.fullmatch(pattern, name):
-            return spec(*axes)
-    raise ValueError(
-        f"no sharding rule for the parameter {name!r} of shape {shape}: add one to "
-        "PARAMETER_AXES in jaxlm/sharding/rules.py"
-    )
-
-
-def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """A tree of `NamedSharding` for stacked parameters (arrays or shapes).
-
-    Raises:
-      ValueError: when a parameter has no rule or a mesh axis does not divide it.
-    """
-
-    def sharding(name: str, leaf: Any) -> NamedSharding:
-        partition = parameter_spec(name, leaf.shape)
-        for size, entry in zip(leaf.shape, partition, strict=True):
-            for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
-                if size % mesh.shape[mesh_axis]:
-                    raise ValueError(
-                        f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not "
-                        f"divide {size} in the shape {leaf.shape} of {name!r}: choose "
-                        f"another mesh.{mesh_axis} or another size (model.vocab_size "
-                        "may be larger than the tokenizer's)"
-                    )
-        return NamedSharding(mesh, partition)
-
-    return tree.map_with_name(sharding, params)
+    partition = spec(*axes)
+    for size, entry in zip(shape, partition, strict=True):
+        for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
+            if size % mesh.shape[mesh_axis]:
+                raise ValueError(
+                    f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not "
+                    f"divide {size} in the shape {shape} of {path!r}: choose another "
+                    f"mesh.{mesh_axis} or another size (model.vocab_size may be larger "
+                    "than the tokenizer's)"
+                )
+    return NamedSharding(mesh, partition)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of every array of a `Batch`, `[B, T]`."""
-    return NamedSharding(mesh, spec("batch", None))
+    return NamedSharding(mesh, spec("batch", "length"))

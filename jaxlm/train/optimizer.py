@@ -1,6 +1,5 @@
 """From `OptimizerConfig` to an optax transformation."""
 
-import re
 from typing import Any
 
 import jax
@@ -8,19 +7,9 @@ import optax
 
 from jaxlm import tree
 from jaxlm.config import OptimizerConfig
+from jaxlm.model.params import Role, weight_of
 from jaxlm.ops.layout import layout
 from jaxlm.types import Params
-
-# Matrices inside the layers: muon's, with the axes that each maps from and to. Along
-# the other axes (the layer, the expert) lie matrices of their own.
-MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    r"layers/attn/[qkv]": ((1,), (2, 3)),
-    r"layers/attn/o": ((1, 2), (3,)),
-    r"layers/mlp/(gate|up|down)": ((1,), (2,)),
-    r"layers/moe/router": ((1,), (2,)),
-    r"layers/moe/(gate|up|down)": ((2,), (3,)),
-}
-DECAYED = (*MATRICES, r"lm_head/kernel")
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
@@ -94,16 +83,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def decay_mask(params: Params) -> Any:
     """True for the leaves that weight decay shrinks."""
     return tree.map_with_name(
-        lambda name, _: any(re.fullmatch(p, name) for p in DECAYED), params
+        lambda path, x: weight_of(path, x).role.multiplies, params
     )
 
 
 def _matrix_axes(params: Params) -> Any:
-    def axes(name: str, _leaf: Any) -> Any:
-        for pattern, (inputs, outputs) in MATRICES.items():
-            if re.fullmatch(pattern, name):
-                return optax.contrib.MuonDimensionNumbers(inputs, outputs)
-        return None
+    """Muon's: the matrices inside the layers, not the output head."""
+
+    def axes(path: str, leaf: Any) -> Any:
+        weight = weight_of(path, leaf)
+        if weight.role not in (Role.MATRIX, Role.ROUTER):
+            return None
+        return optax.contrib.MuonDimensionNumbers(*weight.matrix_axes)
 
     return tree.map_with_name(axes, params)
 

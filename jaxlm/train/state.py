@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.transformer import init
-from jaxlm.sharding import rules
+from jaxlm.model.params import init, parameter_shardings
 from jaxlm.types import Params
 
 
@@ -64,7 +63,7 @@ def abstract_state(
         # neither the parameter nor the remedy.
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             params = jax.eval_shape(lambda key: init(config, key), key)
-        rules.parameter_shardings(params, mesh)
+        parameter_shardings(params, mesh)
     shapes = jax.eval_shape(lambda key: _build(config, optimizer, key, mesh), key)
 
     def on_mesh(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -78,7 +77,7 @@ def abstract_state(
 
 def _build(config, optimizer, key, mesh) -> TrainState:
     params = init(config, key)
-    shardings = rules.parameter_shardings(params, mesh)
+    shardings = parameter_shardings(params, mesh)
     params = jax.tree.map(jax.sharding.reshard, params, shardings)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

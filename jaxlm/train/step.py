@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
-from jaxlm.model.transformer import features, unembed
+from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.ops.moe import load_balance_loss, route
@@ -48,14 +48,16 @@ def loss_sums(
     """
     batch = jax.tree.map(jnp.asarray, batch)
     balanced = train.load_balance_loss > 0
-    x, _, trace = features(
+    out = forward(
         config,
         params,
         batch.tokens,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
         taps=(Tap("router_logits"),) if balanced else (),
+        head=False,
     )
+    x = out.hidden_states
     targets, weights = batch.targets, batch.loss_weights
     if train.loss_chunk:
         objective, entropy = chunked_cross_entropy(
@@ -72,7 +74,7 @@ def loss_sums(
             logits, targets, weights, z_loss=train.z_loss
         )
     if balanced:
-        logits = trace["router_logits"]
+        logits = out.trace["router_logits"]
         _, experts = route(logits, config.experts_per_token, config.router_normalize)
         balance = load_balance_loss(logits, experts, weights)
         objective += train.load_balance_loss * balance * jnp.sum(weights)

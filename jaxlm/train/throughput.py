@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.params import matrix_params
 
 # Peak bf16 FLOP/s without sparsity of one JAX device, by `device_kind`.
 # TPU: cloud.google.com/tpu/docs (system architecture), per chip; v2, v3 and 7x show
@@ -62,30 +63,6 @@ _GPU_PEAKS = {
     "MI300X": 1307e12,
     "MI250X": 383e12 / 2,  # each of its two dies is a device
 }
-
-
-def matrix_params(config: ModelConfig) -> int:
-    """Parameters that take part in a matrix product for each token.
-
-    Counts the projections of attention and feed-forward and the output head (also when
-    it is the embedding table), not the embedding lookup, norms or biases; of a mixture
-    of experts the router and the experts that a token goes through.
-
-    Raises:
-      ValueError: when model.vocab_size is not set.
-    """
-    if config.vocab_size == 0:
-        raise ValueError(
-            "model.vocab_size is 0: give the size of the tokenizer to count FLOPs"
-        )
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q and o, k and v
-    attention = config.model_dim * heads * config.head_dim
-    feed_forward = (3 if config.gated else 2) * config.model_dim * config.hidden_dim
-    if config.num_experts:
-        feed_forward *= config.experts_per_token
-        feed_forward += config.model_dim * config.num_experts
-    head = config.model_dim * config.vocab_size
-    return config.num_layers * (attention + feed_forward) + head
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

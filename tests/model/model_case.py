@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
-from jaxlm.model.transformer import init
+from jaxlm.model.params import init
 
 # Tiny programs spend their time in the compiler: it need not try hard.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

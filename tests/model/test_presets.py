@@ -12,8 +12,9 @@ from model_case import ids, make, quick_jit
 from jaxlm import tree
 from jaxlm.config import EXECUTION_FIELDS, ModelConfig
 from jaxlm.model.kv_cache import init_cache
+from jaxlm.model.params import init
 from jaxlm.model.presets import PRESETS, preset, toy
-from jaxlm.model.transformer import forward, init
+from jaxlm.model.transformer import forward
 from jaxlm.ops.loss import cross_entropy
 
 # What `sum(p.numel())` is in transformers 5.23.0 for models of these sizes on the meta

@@ -10,12 +10,15 @@ import pytest
 from model_case import ids, make, quick_jit, small
 
 from jaxlm.model.kv_cache import init_cache, unstack
-from jaxlm.model.transformer import absent_sites, features, forward, unembed
+from jaxlm.model.trace import absent_sites
+from jaxlm.model.transformer import forward, unembed
+from jaxlm.ops.moe import route
 from jaxlm.ops.probe import SITES, Probe, Tap
 
 B, T = 2, 11
 CONFIGS = {
     "plain": small(num_layers=3),
+    "learned": small(num_layers=2, position="learned", embedding_scale=3.0),
     # 5 layers in groups of 2: one is left over. Norms on both sides, caps, a window.
     "groups": small(
         num_layers=5,
@@ -41,6 +44,7 @@ CONFIGS = {
     ),
     "output": small(num_layers=2, norm_placement="output", qk_norm="full"),
     "post": small(num_layers=2, norm_placement="post", norm="layer", final_norm=False),
+    "post after": small(num_layers=2, norm_placement="post"),
     "experts": small(num_layers=2, num_experts=5, experts_per_token=2),
 }
 
@@ -50,7 +54,7 @@ def sites(config):
 
 
 def inner(site):
-    return not SITES[site][1].startswith("*")
+    return not SITES[site].outside
 
 
 @lru_cache
@@ -84,9 +88,9 @@ def test_every_site_has_the_documented_shape(name):
     assert set(trace) == set(sites(c))
     letters = dict(B=B, T=T, S=T, D=c.model_dim, N=c.num_heads, K=c.num_kv_heads)
     letters |= dict(H=c.head_dim, F=c.hidden_dim, V=c.vocab_size) | {"1": 1}
-    letters["E"] = c.num_experts
+    letters |= dict(E=c.num_experts, k=c.experts_per_token)
     for site, value in trace.items():
-        shape = tuple(letters[letter] for letter in SITES[site][0].split())
+        shape = tuple(letters[letter] for letter in SITES[site].shape.split())
         assert value.shape == ((c.num_layers, *shape) if inner(site) else shape), site
     np.testing.assert_array_equal(trace["logits"], logits)
     np.testing.assert_array_equal(trace["tokens"], ids(B, T))
@@ -107,12 +111,14 @@ def test_identities(name):
     np.testing.assert_allclose(heads, trace["attn_out"], **near)
     if c.norm_placement != "post":
         middle = trace["resid_pre"] + trace["attn_out_post"]
-        np.testing.assert_allclose(middle, trace["resid_mid"], **near)
+        if not c.parallel_block:
+            np.testing.assert_allclose(middle, trace["resid_mid"], **near)
         np.testing.assert_allclose(
             middle + trace["mlp_out_post"], trace["resid_post"], **near
         )
     np.testing.assert_array_equal(trace["resid_pre"][1:], trace["resid_post"][:-1])
-    np.testing.assert_array_equal(trace["resid_pre"][0], trace["embed"])
+    embedded = trace["embed"] + trace.get("pos_embed", 0.0)
+    np.testing.assert_array_equal(trace["resid_pre"][0], embedded)
     probs = np.exp(trace["attn_scores"] - trace["attn_lse"][..., None])
     np.testing.assert_allclose(probs, trace["attn_probs"], atol=1e-6)
     rows = trace["attn_probs"].sum(-1)
@@ -120,20 +126,55 @@ def test_identities(name):
         assert (rows < 1).all()
     else:
         np.testing.assert_allclose(rows, 1, atol=1e-5)
-    if c.norm_placement in ("pre", "both"):
-        x = np.float64(trace["resid_pre"])
-        if c.norm == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        right = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + c.norm_epsilon)
-        np.testing.assert_allclose(trace["attn_norm_scale"], right, rtol=1e-4)
+    if c.norm_placement in ("pre", "both") and c.final_norm:
+        gains = params["layers"]
+        mid = "resid_pre" if c.parallel_block else "resid_mid"
+        check_norm(
+            c, trace, "resid_pre", "attn_norm_div", "attn_in", gains["attn_norm"]
+        )
+        check_norm(c, trace, mid, "mlp_norm_div", "mlp_in", gains["mlp_norm"])
+        last = {**trace, "last": trace["resid_post"][-1]}
+        gain = params["final_norm"]
+        check_norm(c, last, "last", "final_norm_div", "final_norm", gain)
     if c.num_experts:
+        weights, experts = route(trace["router_logits"], c.experts_per_token, True)
+        np.testing.assert_array_equal(trace["expert_ids"], experts)
+        np.testing.assert_allclose(trace["expert_weights"], weights, atol=1e-6)
         router = params["layers"]["moe"]["router"]
         logits = np.einsum("LBTD,LDE->LBTE", trace["mlp_in"], router)
         np.testing.assert_allclose(logits, trace["router_logits"], **near)
     if not c.gated or c.num_experts:
         return
-    act = jax.nn.silu(trace["mlp_pre"]) * trace["mlp_gate"]
+    act = jax.nn.silu(trace["mlp_pre"]) * trace["mlp_up"]
     np.testing.assert_allclose(act, trace["mlp_act"], **near)
+
+
+def check_norm(config, trace, x, div, normed, gain):
+    """`normed = x / div * gain`, plus a bias, for a norm of each layer or the last."""
+    x, div = np.float64(trace[x]), np.float64(trace[div])
+    if config.norm == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    right = np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+    np.testing.assert_allclose(div, right, rtol=1e-4)
+    scale, bias = (np.asarray(gain.get(part, 0.0)) for part in ("scale", "bias"))
+    if scale.ndim == 2:
+        scale, bias = scale[:, None, None], bias[:, None, None] if bias.ndim else bias
+    factor = scale + (config.norm == "rms_unit_offset")
+    right = x / div * factor + bias
+    np.testing.assert_allclose(trace[normed], right, atol=1e-4 * np.abs(right).max())
+
+
+@pytest.mark.parametrize("div", ["attn_norm_div", "mlp_norm_div", "final_norm_div"])
+def test_divisors_of_norms_after_the_sum(div):
+    """With norms after the sum a divisor is that of the sum, which has no site."""
+    config, _, trace, _ = everything("post after")
+    attn = trace["resid_pre"] + trace["attn_out_post"]
+    mlp = trace["resid_mid"] + trace["mlp_out_post"]
+    x = {"attn_norm_div": attn, "mlp_norm_div": mlp}
+    x["final_norm_div"] = trace["resid_post"][-1]
+    x = np.float64(x[div])
+    right = np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+    np.testing.assert_allclose(trace[div], right, rtol=1e-4)
 
 
 def test_the_output_is_the_last_sites():
@@ -141,8 +182,9 @@ def test_the_output_is_the_last_sites():
 
     @quick_jit
     def parts(params):
-        x, _, _ = features(config, params, ids(B, T))
-        return x, unembed(config, params, x)
+        out = forward(config, params, ids(B, T), head=False)
+        assert out.logits is None
+        return out.hidden_states, unembed(config, params, out.hidden_states)
 
     x, ours = parts(params)
     np.testing.assert_allclose(x, trace["final_norm"], atol=1e-4)
@@ -202,7 +244,9 @@ def test_taps_with_a_cache_read_the_new_tokens():
     "taps, message",
     [
         ([Tap("resid_pots")], "no site 'resid_pots' .*did you mean 'resid_post'"),
-        ([Tap("mlp_gate")], "no site 'mlp_gate' in this model"),
+        ([Tap("mlp_up")], "no site 'mlp_up' in this model"),
+        ([Tap("resid_mid")], "no site 'resid_mid' in this model"),
+        ([Tap("pos_embed")], "no site 'pos_embed' in this model"),
         ([Tap("router_logits")], "no site 'router_logits' in this model"),
         ([Tap("z"), Tap("z", layers=(1,))], "'z' is tapped twice"),
         ([Tap("z", layers=(2,))], "layer 2 is not among 0 to 1"),
@@ -216,12 +260,6 @@ def test_a_wrong_selection_is_an_error(taps, message):
     config, params = model("parallel")
     with pytest.raises(ValueError, match=message):
         forward(config, params, ids(B, T), taps=taps)
-
-
-def test_edits_are_refused():
-    config, params = model("plain")
-    with pytest.raises(ValueError, match="edits"):
-        forward(config, params, ids(B, T), edits=("zero",))
 
 
 def cost(config, params, taps=()):
@@ -245,7 +283,7 @@ def test_nothing_tapped_costs_nothing(name, monkeypatch):
     if name == "plain":
         assert cost(config, params, (Tap("attn_probs"),)) != ours
     monkeypatch.setattr(Probe, "__call__", lambda self, site, x: x)
-    monkeypatch.setattr(Probe, "wants", lambda self, *sites: False)
+    monkeypatch.setattr(Probe, "__contains__", lambda self, site: False)
     assert cost(config, params) == ours
 
 

@@ -12,9 +12,10 @@ from model_case import ids, make, quick_jit, small
 from jaxlm import tree
 from jaxlm.config import MeshConfig
 from jaxlm.model.kv_cache import unstack
-from jaxlm.model.transformer import forward, init
+from jaxlm.model.params import init, parameter_shardings
+from jaxlm.model.transformer import forward
 from jaxlm.sharding.mesh import make_mesh
-from jaxlm.sharding.rules import batch_sharding, parameter_shardings
+from jaxlm.sharding.rules import batch_sharding
 
 B, T = 2, 12
 # One layer more than whole groups; everything that a mask can do.

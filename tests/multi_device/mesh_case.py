@@ -23,6 +23,7 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.infer.generate import generate
+from jaxlm.model.params import parameter_shardings
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu as tpu
 from jaxlm.sharding import rules
@@ -80,7 +81,7 @@ def state_on(config, mesh, move=0.0):
     """The same state on any mesh; `move` shifts one weight."""
     params = make_params(config.model)
     params["layers"]["attn"]["q"][0, 3, 1, 2] += move
-    params = jax.device_put(params, rules.parameter_shardings(params, mesh))
+    params = jax.device_put(params, parameter_shardings(params, mesh))
     optimizer = make_optimizer(config.optimizer, STEPS)
     opt_state = jax.jit(optimizer.init)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), jax.NamedSharding(mesh, jax.P()))
@@ -234,7 +235,7 @@ def case_generate(names):
             mesh = mesh_of(name)
             with jax.set_mesh(mesh):
                 params = make_params(MODEL, std=0.5)
-                params = jax.device_put(params, rules.parameter_shardings(params, mesh))
+                params = jax.device_put(params, parameter_shardings(params, mesh))
                 out = generate(MODEL, params, prompts, sample, jax.random.key(0))
             tokens[name] = out.tokens
         for name in names:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ops_case import normal
 
-from jaxlm.ops.linear import compute_dtype, product
+from jaxlm.ops.linear import compute_dtype, einsum
 
 # Each equation of the model: (shape of x, shape of w).
 EQUATIONS = {
@@ -37,7 +37,7 @@ def test_value_and_gradient(equation, rows):
     expected = np.einsum(equation, np.float64(x), np.float64(w))
     g = normal(3, *expected.shape)
     arrays = jnp.asarray(x), jnp.asarray(w)
-    y, pull = jax.vjp(lambda x, w: product(equation, x, w), *arrays)
+    y, pull = jax.vjp(lambda x, w: einsum(equation, x, w), *arrays)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     for ours, right in zip(
         pull(jnp.asarray(g)), gradients(equation, x, w, g), strict=True
@@ -55,7 +55,7 @@ def test_bfloat16(equation):
     rounded = np.float64(jnp.asarray(w).astype(jnp.bfloat16))
     expected = np.einsum(equation, np.float64(x), rounded)
     g = jnp.asarray(normal(3, *expected.shape)).astype(jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: product(equation, x, w), x, jnp.asarray(w))
+    y, pull = jax.vjp(lambda x, w: einsum(equation, x, w), x, jnp.asarray(w))
     assert y.dtype == jnp.bfloat16
     # One rounding to 8 bits; sums of bf16 numbers would be off by much more.
     np.testing.assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-3)
@@ -70,7 +70,7 @@ def test_out_dtype():
     """Logits are f32 sums that were never rounded to bf16."""
     x, w = normal(1, 2, 3, 64), normal(2, 64, 8)
     x16 = jnp.asarray(x).astype(jnp.bfloat16)
-    y = product("BTD,DV->BTV", x16, jnp.asarray(w), out_dtype=jnp.float32)
+    y = einsum("BTD,DV->BTV", x16, jnp.asarray(w), out_dtype=jnp.float32)
     assert y.dtype == jnp.float32
     w16 = np.float64(jnp.asarray(w).astype(jnp.bfloat16))
     expected = np.einsum("BTD,DV->BTV", np.float64(x16), w16)

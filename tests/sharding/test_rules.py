@@ -1,4 +1,4 @@
-"""The table of layouts: every parameter has a row, and no row is ambiguous."""
+"""Where parameters and activations lie in a mesh."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
-from jaxlm.model.transformer import init
+from jaxlm.model.params import init, parameter_shardings, weight_of
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import AXES
 
@@ -80,9 +80,7 @@ def _shapes(config):
 def test_every_parameter_has_a_layout(variant):
     shapes = tree.flatten(shapes_of(**VARIANTS[variant]))
     mesh = abstract_mesh(2, 2, 2)
-    shardings = tree.flatten(
-        rules.parameter_shardings(shapes_of(**VARIANTS[variant]), mesh)
-    )
+    shardings = tree.flatten(parameter_shardings(shapes_of(**VARIANTS[variant]), mesh))
     assert shardings.keys() == shapes.keys()
     for name, sharding in shardings.items():
         assert isinstance(sharding, NamedSharding), name
@@ -100,9 +98,7 @@ def test_the_layouts_by_name():
     shapes = shapes_of(tied_embeddings=False, attention_bias=True, qk_norm="full")
     specs = {
         name: sharding.spec
-        for name, sharding in tree.flatten(
-            rules.parameter_shardings(shapes, mesh)
-        ).items()
+        for name, sharding in tree.flatten(parameter_shardings(shapes, mesh)).items()
     }
     assert specs["embed/table"] == P("tensor", "fsdp")
     assert specs["lm_head/kernel"] == P("fsdp", "tensor")
@@ -121,7 +117,7 @@ def test_the_layouts_by_name():
 def test_the_layouts_of_experts_by_name():
     """The experts are whole on each device: an axis for them comes later."""
     shapes = shapes_of(**VARIANTS["experts"])
-    shardings = tree.flatten(rules.parameter_shardings(shapes, abstract_mesh(1, 2, 2)))
+    shardings = tree.flatten(parameter_shardings(shapes, abstract_mesh(1, 2, 2)))
     found = {
         name.removeprefix("layers/moe/"): sharding.spec
         for name, sharding in shardings.items()
@@ -139,32 +135,19 @@ def test_the_layouts_of_experts_by_name():
     }
 
 
-def test_no_rule_is_dead():
-    names = {
-        name
-        for changes in VARIANTS.values()
-        for name in tree.flatten(shapes_of(**changes))
-    }
-    used = set()
-    for name in names:
-        for row in rules.PARAMETER_AXES:
-            if rules.re.fullmatch(row[0], name):
-                used.add(row[0])
-    assert {row[0] for row in rules.PARAMETER_AXES} == used
-
-
 def test_a_parameter_without_a_rule_is_refused():
     extra = jax.ShapeDtypeStruct((2, 3), "float32")
     shapes = tree.replace(shapes_of(), "layers/attn/q", {"of_a_new_kind": extra})
     with pytest.raises(
-        ValueError, match=r"no sharding rule.*'layers/attn/q/of_a_new_kind'.*add one"
+        ValueError, match=r"no weight 'layers/attn/q/of_a_new_kind'.*add it to"
     ):
-        rules.parameter_shardings(shapes, abstract_mesh())
+        parameter_shardings(shapes, abstract_mesh())
     # The right name with another rank is another parameter.
-    with pytest.raises(ValueError, match=r"no sharding rule.*'layers/attn/q'"):
-        rules.parameter_spec("layers/attn/q", (2, 32, 32))
-    with pytest.raises(ValueError, match=r"no sharding rule.*'xlayers/attn/q'"):
-        rules.parameter_spec("xlayers/attn/q", (2, 32, 4, 8))
+    flat = jax.ShapeDtypeStruct((2, 32, 32), "float32")
+    with pytest.raises(ValueError, match=r"no weight 'layers/attn/q' of shape"):
+        weight_of("layers/attn/q", flat)
+    with pytest.raises(ValueError, match=r"no weight 'xlayers/attn/q'"):
+        weight_of("xlayers/attn/q", flat)
 
 
 def test_two_dimensions_on_one_mesh_axis_are_refused():
@@ -186,7 +169,7 @@ def test_an_axis_that_does_not_divide_names_parameter_and_remedy(axis, size, nam
         match=rf"mesh\.{axis} is {size}, which does not divide \d+ in the shape .*"
         rf"'{name}.*choose another mesh\.{axis} or another size",
     ):
-        rules.parameter_shardings(shapes_of(), abstract_mesh(**{axis: size}))
+        parameter_shardings(shapes_of(), abstract_mesh(**{axis: size}))
 
 
 def test_a_batch_is_cut_by_data_and_fsdp():
@@ -195,14 +178,14 @@ def test_a_batch_is_cut_by_data_and_fsdp():
     )
     with jax.sharding.use_abstract_mesh(abstract_mesh(2, 4, 3)):
         assert rules.batch_parts() == 8
-        assert rules.activation("batch", None) == P(("data", "fsdp"), None)
+        assert rules.activation("BT") == P(("data", "fsdp"), None)
 
 
 def test_without_a_mesh_nothing_is_laid_out():
     x = jax.numpy.ones((3, 2))
-    assert rules.activation("batch", None) is None
+    assert rules.activation("BT") is None
     assert rules.batch_parts() == 1
-    assert rules.lay_out(x, "batch", None) is x
+    assert rules.lay_out(x, "BD") is x
     auto = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     with jax.sharding.use_abstract_mesh(auto):
-        assert rules.activation("batch", None) is None
+        assert rules.activation("BT") is None

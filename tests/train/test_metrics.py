@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.params import matrix_params
 from jaxlm.train.metrics import MetricsWriter, read_metrics
 from jaxlm.train.throughput import (
     flops_per_token,
-    matrix_params,
     measure_peak_flops,
     peak_flops,
     published_peak_flops,

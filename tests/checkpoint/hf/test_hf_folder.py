@@ -321,13 +321,13 @@ import jax, numpy as np
 from jaxlm import tree
 from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.config import MeshConfig
-from jaxlm.sharding import rules
+from jaxlm.model.params import parameter_shardings
 from jaxlm.sharding.mesh import make_mesh
 
 config, whole = load(sys.argv[1])
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 with jax.set_mesh(mesh):
-    shardings = rules.parameter_shardings(jax.eval_shape(lambda: whole), mesh)
+    shardings = parameter_shardings(jax.eval_shape(lambda: whole), mesh)
     _, cut = load(sys.argv[1], shardings=shardings)
 for path, x in tree.flatten(cut).items():
     assert x.sharding == tree.flatten(shardings)[path], path

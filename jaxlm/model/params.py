@@ -1,0 +1,369 @@
+"""Every weight of the model, described once.
+
+`WEIGHTS` is the contract between the model, checkpoints, sharding, optimizers and tools
+that look inside. Initialization, partitions, weight decay, Muon's axes, the casts of
+decoding, FLOP counts and the page `docs/params.md` are made from it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Key
+
+from jaxlm import tree
+from jaxlm.config import ModelConfig
+from jaxlm.sharding import rules
+
+Initializer = Callable[..., Array]
+
+
+class Role(Enum):
+    """What a weight does, which decides how it is trained, cast and counted."""
+
+    EMBEDDING = "embedding"
+    """Rows that are looked up (and, when tied, the output head)."""
+    MATRIX = "matrix"
+    """A projection inside a layer."""
+    ROUTER = "router"
+    """The projection that chooses experts; used in f32 whatever the compute dtype."""
+    HEAD = "head"
+    """The output head."""
+    NORM = "norm"
+    """Gain or bias of a norm."""
+    BIAS = "bias"
+    """Added to a projection, or a logit of an attention sink."""
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether each token is multiplied by it: such weights decay."""
+        return self in (Role.MATRIX, Role.ROUTER, Role.HEAD)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Which models have a weight."""
+
+    words: str
+    """In terms of `ModelConfig`, for the docs."""
+    holds: Callable[[ModelConfig], bool]
+
+    def __and__(self, other: "Condition") -> "Condition":
+        if self is ALWAYS:
+            return other
+        return Condition(
+            f"{self.words}, {other.words}", lambda c: self.holds(c) and other.holds(c)
+        )
+
+
+ALWAYS = Condition("always", lambda c: True)
+LEARNED = Condition('`position="learned"`', lambda c: c.position == "learned")
+UNTIED = Condition("not `tied_embeddings`", lambda c: not c.tied_embeddings)
+DENSE = Condition("without experts", lambda c: not c.num_experts)
+EXPERTS = Condition("with experts (`num_experts` > 0)", lambda c: bool(c.num_experts))
+GATED = Condition("`gated`", lambda c: c.gated)
+QKV_BIAS = Condition("`attention_bias`", lambda c: c.attention_bias)
+OUTPUT_BIAS = Condition("`attention_output_bias`", lambda c: c.attention_output_bias)
+MLP_BIAS = Condition("`feed_forward_bias`", lambda c: c.feed_forward_bias)
+ROUTER_BIAS = Condition("`router_bias`", lambda c: c.router_bias)
+SINKS = Condition("`attention_sinks`", lambda c: c.attention_sinks)
+HEAD_NORM = Condition('`qk_norm="head"`', lambda c: c.qk_norm == "head")
+FULL_NORM = Condition('`qk_norm="full"`', lambda c: c.qk_norm == "full")
+INPUT_NORM = Condition(
+    "`norm_placement` pre, post, both", lambda c: c.norm_placement != "output"
+)
+OUTPUT_NORM = Condition(
+    "`norm_placement` output, both", lambda c: c.norm_placement in ("output", "both")
+)
+FINAL_NORM = Condition("`final_norm`", lambda c: c.final_norm)
+NORM_BIAS = Condition("`norm_bias`", lambda c: c.norm_bias)
+
+
+def _embedding(config: ModelConfig, fan_in: int) -> Initializer:
+    return nn.initializers.normal(config.init_std)
+
+
+def _projection(config: ModelConfig, fan_in: int) -> Initializer:
+    return nn.initializers.normal(_std(config, fan_in))
+
+
+def _residual(config: ModelConfig, fan_in: int) -> Initializer:
+    """Of a projection that adds to the residual stream (GPT-2, section 2.3)."""
+    std = _std(config, fan_in) / math.sqrt(2 * config.num_layers)
+    return nn.initializers.normal(std)
+
+
+def _head(config: ModelConfig, fan_in: int) -> Initializer:
+    zeros = config.init == "fan_in"
+    return nn.initializers.zeros if zeros else _projection(config, fan_in)
+
+
+def _gain(config: ModelConfig, fan_in: int) -> Initializer:
+    offset = config.norm == "rms_unit_offset"
+    return nn.initializers.zeros if offset else nn.initializers.ones
+
+
+def _zeros(config: ModelConfig, fan_in: int) -> Initializer:
+    return nn.initializers.zeros
+
+
+def _std(config: ModelConfig, fan_in: int) -> float:
+    return config.init_std if config.init == "normal" else fan_in**-0.5
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One entry of the table."""
+
+    path: str
+    """In the tree of parameters; below `layers` all layers are stacked."""
+    letters: str
+    """Dimensions in the letters of `types.py`; `inputs -> outputs` for a weight that
+    multiplies. `E:` in front: one for each expert."""
+    role: Role
+    init: Callable[[ModelConfig, int], Initializer]
+    """From the config and the fan-in to an initializer of the values."""
+    present: Condition
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def stacked(self) -> str:
+        """Letters of the dimensions along which weights of their own lie."""
+        layer = "L" if self.path.startswith("layers/") else ""
+        return layer + ("E" if ":" in self.letters else "")
+
+    @property
+    def _own(self) -> str:
+        return self.letters.rpartition(":")[2].replace(" ", "")
+
+    @property
+    def dimensions(self) -> str:
+        """All letters, e.g. `LDNH`."""
+        return self.stacked + self._own.replace("->", "")
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axis of each dimension; the width of vectors is never cut."""
+        axes = rules.logical_axes(self.dimensions)
+        if "->" in self.letters or self.role is Role.EMBEDDING:
+            return axes
+        return tuple(None if axis == "model" else axis for axis in axes)
+
+    @property
+    def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Positions of the inputs and of the outputs among the dimensions."""
+        inputs, arrow, outputs = self._own.partition("->")
+        assert arrow, f"{self.path} multiplies nothing"
+        first = len(self.stacked)
+        middle, end = first + len(inputs), first + len(inputs) + len(outputs)
+        return tuple(range(first, middle)), tuple(range(middle, end))
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Of the stacked array."""
+        return tuple(sizes(config)[letter] for letter in self.dimensions)
+
+    def initializer(self, config: ModelConfig) -> Initializer:
+        """Of the values: `(key, shape) -> array`, f32."""
+        shape = self.shape(config)
+        inputs = self.matrix_axes[0] if "->" in self.letters else ()
+        return self.init(config, math.prod(shape[axis] for axis in inputs))
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """Size of each letter that parameters have; C is the context length."""
+    return {
+        "V": config.vocab_size,
+        "C": config.context_length,
+        "D": config.model_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.hidden_dim,
+        "L": config.num_layers,
+        "E": config.num_experts,
+    }
+
+
+def _norm(path: str, letters: str, present: Condition) -> tuple[Weight, Weight]:
+    return (
+        Weight(f"{path}/scale", letters, Role.NORM, _gain, present),
+        Weight(f"{path}/bias", letters, Role.NORM, _zeros, present & NORM_BIAS),
+    )
+
+
+def _with_bias(
+    path: str,
+    letters: str,
+    bias: str,
+    init: Callable[[ModelConfig, int], Initializer],
+    present: Condition,
+    has_bias: Condition,
+) -> tuple[Weight, Weight]:
+    """A projection of a layer and its bias."""
+    return (
+        Weight(path, letters, Role.MATRIX, init, present),
+        Weight(f"{path}_bias", bias, Role.BIAS, _zeros, present & has_bias),
+    )
+
+
+# Random values depend on the order within a folder: new entries go to its end.
+WEIGHTS: tuple[Weight, ...] = (
+    Weight("embed/table", "V D", Role.EMBEDDING, _embedding, ALWAYS),
+    Weight("embed/positions", "C D", Role.EMBEDDING, _embedding, LEARNED),
+    *_with_bias("layers/attn/q", "D -> N H", "N H", _projection, ALWAYS, QKV_BIAS),
+    *_norm("layers/attn/q_norm", "H", HEAD_NORM),
+    *_norm("layers/attn/q_norm", "N H", FULL_NORM),
+    *_with_bias("layers/attn/k", "D -> K H", "K H", _projection, ALWAYS, QKV_BIAS),
+    *_norm("layers/attn/k_norm", "H", HEAD_NORM),
+    *_norm("layers/attn/k_norm", "K H", FULL_NORM),
+    *_with_bias("layers/attn/v", "D -> K H", "K H", _projection, ALWAYS, QKV_BIAS),
+    Weight("layers/attn/sinks", "N", Role.BIAS, _zeros, SINKS),
+    *_with_bias("layers/attn/o", "N H -> D", "D", _residual, ALWAYS, OUTPUT_BIAS),
+    *_with_bias("layers/mlp/up", "D -> F", "F", _projection, DENSE, MLP_BIAS),
+    *_with_bias("layers/mlp/gate", "D -> F", "F", _projection, DENSE & GATED, MLP_BIAS),
+    *_with_bias("layers/mlp/down", "F -> D", "D", _residual, DENSE, MLP_BIAS),
+    Weight("layers/moe/router", "D -> E", Role.ROUTER, _projection, EXPERTS),
+    Weight("layers/moe/router_bias", "E", Role.BIAS, _zeros, EXPERTS & ROUTER_BIAS),
+    *_with_bias(
+        "layers/moe/gate", "E: D -> F", "E: F", _projection, EXPERTS & GATED, MLP_BIAS
+    ),
+    *_with_bias("layers/moe/up", "E: D -> F", "E: F", _projection, EXPERTS, MLP_BIAS),
+    *_with_bias("layers/moe/down", "E: F -> D", "E: D", _residual, EXPERTS, MLP_BIAS),
+    *_norm("layers/attn_norm", "D", INPUT_NORM),
+    *_norm("layers/attn_output_norm", "D", OUTPUT_NORM),
+    *_norm("layers/mlp_norm", "D", INPUT_NORM),
+    *_norm("layers/mlp_output_norm", "D", OUTPUT_NORM),
+    *_norm("final_norm", "D", FINAL_NORM),
+    Weight("lm_head/kernel", "D -> V", Role.HEAD, _head, UNTIED),
+)
+_BY_PATH_AND_RANK = {(w.path, len(w.dimensions)): w for w in WEIGHTS}
+
+
+@lru_cache
+def weights(config: ModelConfig) -> dict[str, Weight]:
+    """The weights of a model, by path."""
+    return {w.path: w for w in WEIGHTS if w.present.holds(config)}
+
+
+def weight_of(path: str, leaf: Any) -> Weight:
+    """The entry of a leaf of a parameter tree (an array or a shape).
+
+    Raises:
+      ValueError: when no weight of that path has that rank.
+    """
+    rank = len(leaf.shape)
+    if (path, rank) not in _BY_PATH_AND_RANK:
+        raise ValueError(
+            f"no weight {path!r} of shape {tuple(leaf.shape)} is described: add it to "
+            "WEIGHTS in jaxlm/model/params.py"
+        )
+    return _BY_PATH_AND_RANK[path, rank]
+
+
+def param(module: nn.Module, path: str) -> Array:
+    """The weight `path` of one layer, or outside the layers, declared in a module.
+
+    Args:
+      module: has a `config`, and the place in the tree that the path says.
+    """
+    weight = weights(module.config)[path]
+    config, layers = module.config, weight.stacked.count("L")
+    return module.param(
+        weight.name, weight.initializer(config), weight.shape(config)[layers:]
+    )
+
+
+def init(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Random parameters, f32, stacked over layers. Jit it to make them sharded.
+
+    Raises:
+      ValueError: when the vocabulary size is not set.
+    """
+    if not config.vocab_size:
+        raise ValueError("model.vocab_size is 0: set it to the tokenizer's size")
+    return _Parameters(config, "", parent=None).init(key)["params"]
+
+
+class _Parameters(nn.Module):
+    """Declares all weights below a folder of the tree, in the order of the table."""
+
+    config: ModelConfig
+    folder: str
+
+    @nn.compact
+    def __call__(self):
+        inside = [p for p in weights(self.config) if p.startswith(self.folder)]
+        names = dict.fromkeys(p[len(self.folder) :].partition("/")[0] for p in inside)
+        for name in names:
+            path = self.folder + name
+            if path in inside:
+                param(self, path)
+            elif path == "layers":
+                self.param(name, _init_layers, self.config)
+            else:
+                _Parameters(self.config, f"{path}/", name=name)()
+
+
+def _init_layers(key: Key[Array, ""], config: ModelConfig) -> dict[str, Any]:
+    """All layers, stacked: [L, ...]. All kinds of layers have the same shapes."""
+    layer = _Parameters(config, "layers/", parent=None)
+    keys = jax.random.split(key, config.num_layers)
+    return jax.vmap(lambda key: layer.init(key)["params"])(keys)
+
+
+def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A tree of `NamedSharding` for stacked parameters (arrays or shapes).
+
+    Raises:
+      ValueError: when the table has no such weight, or a mesh axis does not divide it.
+    """
+
+    def sharding(path: str, leaf: Any):
+        return rules.sharding(path, leaf.shape, weight_of(path, leaf).axes, mesh)
+
+    return tree.map_with_name(sharding, params)
+
+
+def cast_matrices(params: Any, dtype: Any) -> Any:
+    """Stacked parameters, with those in `dtype` that enter the model rounded to it.
+
+    Norms, routers, biases and sinks, which are used in f32, stay as they are.
+    """
+    rounded = (Role.EMBEDDING, Role.MATRIX, Role.HEAD)
+    return tree.map_with_name(
+        lambda path, x: x.astype(dtype) if weight_of(path, x).role in rounded else x,
+        params,
+    )
+
+
+def matrix_params(config: ModelConfig) -> int:
+    """Parameters that take part in a matrix product for each token.
+
+    Counts the projections of attention and feed-forward and the output head (also when
+    it is the embedding table), not the embedding lookup, norms or biases; of a mixture
+    of experts the router and the experts that a token goes through.
+
+    Raises:
+      ValueError: when model.vocab_size is not set.
+    """
+    if config.vocab_size == 0:
+        raise ValueError(
+            "model.vocab_size is 0: give the size of the tokenizer to count FLOPs"
+        )
+    total = 0
+    for weight in weights(config).values():
+        size = math.prod(weight.shape(config))
+        if "E" in weight.stacked:
+            size = size // config.num_experts * config.experts_per_token
+        total += size if weight.role.multiplies else 0
+    return total + config.tied_embeddings * config.vocab_size * config.model_dim

@@ -1,0 +1,148 @@
+"""The table of weights: what is made from it, and that nothing stands outside of it."""
+
+import dataclasses
+import importlib.util
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from model_case import small
+
+from jaxlm import tree
+from jaxlm.config import ModelConfig
+from jaxlm.model.params import (
+    WEIGHTS,
+    Role,
+    cast_matrices,
+    init,
+    param,
+    weight_of,
+    weights,
+)
+
+BIASES = {
+    "attention_bias": True,
+    "attention_output_bias": True,
+    "feed_forward_bias": True,
+    "norm": "layer",
+    "norm_bias": True,
+}
+VARIANTS = {
+    "biases": small(position="learned", tied_embeddings=False, **BIASES),
+    "head norms": small(qk_norm="head", norm_placement="both", **BIASES),
+    "full norms": small(qk_norm="full", attention_sinks=True, **BIASES),
+    "experts": small(num_experts=4, experts_per_token=2, router_bias=True, **BIASES),
+}
+
+
+def shapes(config: ModelConfig):
+    return tree.flatten(jax.eval_shape(lambda: init(config, jax.random.key(0))))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_has_the_weights_of_the_table_and_no_others(name):
+    config = VARIANTS[name]
+    found = {path: leaf.shape for path, leaf in shapes(config).items()}
+    assert found == {path: w.shape(config) for path, w in weights(config).items()}
+
+
+def test_every_entry_is_in_some_model():
+    used = {w for config in VARIANTS.values() for w in weights(config).values()}
+    assert used == set(WEIGHTS)
+
+
+def test_no_two_entries_of_a_model_have_one_path():
+    for config in VARIANTS.values():
+        present = [w.path for w in WEIGHTS if w.present.holds(config)]
+        assert len(present) == len(set(present))
+
+
+def test_a_weight_without_an_entry_cannot_exist():
+    class Extra(nn.Module):
+        config: ModelConfig
+
+        @nn.compact
+        def __call__(self):
+            return param(self, "layers/attn/extra")
+
+    with pytest.raises(KeyError, match="layers/attn/extra"):
+        Extra(small()).init(jax.random.key(0))
+
+
+def test_axes_of_matrices():
+    """Written out: which axes a matrix maps from and to, after layer and expert."""
+    wanted = {
+        "layers/attn/q": ((1,), (2, 3)),
+        "layers/attn/k": ((1,), (2, 3)),
+        "layers/attn/v": ((1,), (2, 3)),
+        "layers/attn/o": ((1, 2), (3,)),
+        "layers/mlp/gate": ((1,), (2,)),
+        "layers/mlp/up": ((1,), (2,)),
+        "layers/mlp/down": ((1,), (2,)),
+        "layers/moe/router": ((1,), (2,)),
+        "layers/moe/gate": ((2,), (3,)),
+        "layers/moe/up": ((2,), (3,)),
+        "layers/moe/down": ((2,), (3,)),
+        "lm_head/kernel": ((0,), (1,)),
+    }
+    assert {w.path: w.matrix_axes for w in WEIGHTS if w.role.multiplies} == wanted
+
+
+@pytest.mark.parametrize("kind", ["normal", "fan_in"])
+def test_spread_of_random_values(kind):
+    """Standard deviations by the formulas of each kind, written out."""
+    config = dataclasses.replace(
+        small(tied_embeddings=False, init=kind, init_std=0.05),
+        model_dim=128,
+        hidden_dim=256,
+        head_dim=32,
+        vocab_size=512,
+    )
+    params = tree.flatten(jax.jit(lambda k: init(config, k))(jax.random.key(0)))
+    fixed = kind == "normal"
+    residual = (2 * config.num_layers) ** -0.5
+    wanted = {
+        "embed/table": 0.05,
+        "layers/attn/q": 0.05 if fixed else 128**-0.5,
+        "layers/attn/o": (0.05 if fixed else (6 * 32) ** -0.5) * residual,
+        "layers/mlp/gate": 0.05 if fixed else 128**-0.5,
+        "layers/mlp/down": (0.05 if fixed else 256**-0.5) * residual,
+        "lm_head/kernel": 0.05 if fixed else 0.0,
+    }
+    for path, std in wanted.items():
+        # More than 20,000 values: the spread is within 2 % of the truth.
+        assert np.std(params[path]) == pytest.approx(std, rel=0.02), path
+    assert (params["layers/attn_norm/scale"] == 1).all()
+
+
+def test_random_values_depend_on_seed_layer_and_path_only():
+    config = small(num_layers=3)
+    make = jax.jit(lambda c, k: init(c, k), static_argnums=0)
+    first = make(config, jax.random.key(0))["layers"]["attn"]
+    assert not np.array_equal(
+        first["q"], make(config, jax.random.key(1))["layers"]["attn"]["q"]
+    )
+    assert not np.array_equal(first["q"][0], first["q"][1])
+    assert not np.array_equal(first["k"], first["v"])
+    learned = make(dataclasses.replace(config, position="learned"), jax.random.key(0))
+    np.testing.assert_array_equal(first["q"], learned["layers"]["attn"]["q"])
+
+
+def test_only_what_is_rounded_in_use_is_cast():
+    config = VARIANTS["experts"]
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    cast = jax.eval_shape(lambda p: cast_matrices(p, "bfloat16"), params)
+    for path, leaf in tree.flatten(cast).items():
+        role = weight_of(path, leaf).role
+        rounded = role in (Role.MATRIX, Role.EMBEDDING, Role.HEAD)
+        assert leaf.dtype == ("bfloat16" if rounded else "float32"), path
+
+
+def test_the_page_in_docs_is_up_to_date(repository):
+    path = repository / "docs" / "make_params.py"
+    spec = importlib.util.spec_from_file_location("make_params", path)
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    page = maker.PAGE.read_text()
+    assert page == maker.with_table(page), "stale: run python docs/make_params.py"
