@@ -3,7 +3,8 @@
 python benchmarks/attention.py [--lengths 128 ... 4096] [--rounds 5] [--out FILE]
 
 For each length: forward, and forward with backward, causal and with a window of an
-eighth, by every implementation that can do it, by `jax.nn.dot_product_attention`, and
+eighth, by every implementation that can do it (`pallas_gpu` with each of its forward
+kernels), by `jax.nn.dot_product_attention`, and
 by JAX's stock Pallas kernel and tokamax where they run. Rounds alternate between all of
 them, so that what disturbs the machine disturbs all; figures are medians. Ratios are
 the time of `jax.nn.dot_product_attention` over the other's: more is faster.
@@ -84,6 +85,14 @@ def contestants(q, k, window: int | None) -> dict[str, Callable]:
     for name, implementation in IMPLEMENTATIONS.items():
         if implementation.declines(asked) is None:
             found[name] = lambda q, k, v, run=implementation.run: run(q, k, v, spec)[0]
+    if "pallas_gpu" in found:
+        from jaxlm.ops.attention.gpu import pallas_gpu
+
+        del found["pallas_gpu"]
+        for forward in ("plain", "specialized"):
+            settings = pallas_gpu.default_settings(q, forward)
+            run = partial(pallas_gpu.attention, spec=spec, settings=settings)
+            found[f"pallas_gpu, {forward}"] = lambda *qkv, run=run: run(*qkv)[0]
     if asked.platform != "cpu":
         found["tokamax"] = partial(tokamax, window=window)
         if window is None:

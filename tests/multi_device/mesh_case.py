@@ -25,7 +25,7 @@ from jaxlm.config import (
 from jaxlm.infer.generate import generate
 from jaxlm.model.params import parameter_shardings
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
-from jaxlm.ops.attention.tpu import pallas_tpu as tpu
+from jaxlm.ops.attention.tpu import pallas_tpu
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -266,8 +266,8 @@ class Interpreted(Kernel):
     """The TPU's kernel on any device."""
 
     def run(self, q, k, v, spec):
-        settings = tpu.Settings(16, 16, 16, 16, interpret=True)
-        return tpu.attention(q, k, v, spec, settings=settings)
+        settings = pallas_tpu.TpuSettings(16, 16, 16, 16, interpret=True)
+        return pallas_tpu.attention(q, k, v, spec, settings=settings)
 
     def declines(self, asked):
         return None

@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlm.ops.attention import formulas
-from jaxlm.ops.attention.flash import Kernels, flash_attention
+from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.flash import FlashKernels, flash_attention
 from jaxlm.ops.attention.reference import join_heads
-from jaxlm.ops.attention.settings import measured, settings_key
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask, Tokens
+from jaxlm.ops.attention.tuning_cache import measured, settings_key
 from jaxlm.ops.layout import reshape
 
 
 @dataclass(frozen=True)
-class Settings:
+class BlockedSettings:
     """What may be tuned."""
 
     block: int = 256
     """Tokens of a block, of queries and of keys."""
 
 
-def settings_for(q: Array) -> Settings:
+def settings_for(q: Array) -> BlockedSettings:
     """What was measured for such queries, else the default."""
-    return measured(settings_key("xla", q), Settings())
+    return measured(settings_key("xla", q), BlockedSettings())
 
 
 def blocked_attention(
@@ -39,10 +39,10 @@ def blocked_attention(
     v: Float[Array, "B S K H"],
     spec: AttentionSpec,
     *,
-    settings: Settings | None = None,
+    settings: BlockedSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention with O(T * block) memory. T and S need not be multiples of a block."""
-    kernels = Kernels(_forward, _backward, settings or settings_for(q))
+    kernels = FlashKernels(_forward, _backward, settings or settings_for(q))
     return flash_attention(kernels, q, k, v, spec)
 
 
@@ -92,8 +92,8 @@ def _key_blocks(mask: Mask, i, num_blocks: int, block: int):
 def _scores(q_i, k_j, spec: AttentionSpec, i, j, block: int, num_keys: int):
     """Scores of one pair of blocks [B, K, G, block, block], and d score / d (q k)."""
     raw = _f32("BKGTH,BKSH->BKGTS", q_i, k_j)
-    scores = formulas.scores(raw, spec.scale, spec.soft_cap)
-    slope = formulas.slope(scores, spec.scale, spec.soft_cap)
+    scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+    slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
     mask = spec.mask
     positions = (i * block + jnp.arange(block))[None]
     if mask.query_positions is not None:
@@ -104,11 +104,11 @@ def _scores(q_i, k_j, spec: AttentionSpec, i, j, block: int, num_keys: int):
         queries = Tokens(positions, _block(mask.query_segments, i, 1, block))
         keys = keys._replace(segments=_block(mask.key_segments, j, 1, block))
     allowed = mask.pairs(queries, keys, num_keys if num_keys % block else None)
-    return formulas.hide(scores, allowed[:, None, None]), slope
+    return online_softmax.hide(scores, allowed[:, None, None]), slope
 
 
-def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
-    """See `flash.Kernels`."""
+def _forward(q, k, v, spec: AttentionSpec, settings: BlockedSettings):
+    """See `flash.FlashKernels`."""
     block, num_queries, num_keys = settings.block, q.shape[1], k.shape[1]
     q, k, v, mask = _in_blocks(q, k, v, spec.mask, block)
     spec = replace(spec, mask=mask)
@@ -122,24 +122,24 @@ def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
         q_i = _block(q, i, 3, block)
 
         def key_block(j, carry):
-            total, top, weight = carry
+            m, l, acc = carry
             k_j, v_j = _block(k, j, 2, block), _block(v, j, 2, block)
             scores, _ = _scores(q_i, k_j, spec, i, j, block, num_keys)
-            new_top = jnp.maximum(top, scores.max(axis=-1))
-            probs = jnp.exp(scores - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            part = _f32("BKGTS,BKSH->BKGTH", probs.astype(v.dtype), v_j)
-            total = total * shrink[..., None] + part
-            return total, new_top, weight * shrink + probs.sum(axis=-1)
+            m_new = jnp.maximum(m, scores.max(axis=-1))
+            p = jnp.exp(scores - m_new[..., None])
+            alpha = jnp.exp(m - m_new)
+            part = _f32("BKGTS,BKSH->BKGTH", p.astype(v.dtype), v_j)
+            acc = acc * alpha[..., None] + part
+            return m_new, l * alpha + p.sum(axis=-1), acc
 
         # Zeros made from q carry its sharding.
         zeros = jnp.zeros_like(q_i, dtype=jnp.float32)
         row = zeros[..., 0]
-        start = (zeros, row + MASKED, row)
+        start = (row + MASKED, row, zeros)
         low, high = _key_blocks(mask, i, S // block, block)
-        total, top, weight = jax.lax.fori_loop(low, high, key_block, start)
-        factor, lse = formulas.finish(top, weight, sinks)
-        return (total * factor[..., None]).astype(q.dtype), lse
+        m, l, acc = jax.lax.fori_loop(low, high, key_block, start)
+        factor, lse = online_softmax.finish(m, l, sinks)
+        return (acc * factor[..., None]).astype(q.dtype), lse
 
     z, lse = jax.lax.map(query_block, jnp.arange(T // block))
     z, lse = _join(z, 3), _join(lse, 3)
@@ -155,8 +155,8 @@ def _join(blocks: Array, axis: int) -> Array:
     return reshape(x, shape, (*before, None, *after))
 
 
-def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
-    """See `flash.Kernels`."""
+def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: BlockedSettings):
+    """See `flash.FlashKernels`."""
     block, T, S, K = settings.block, q.shape[1], k.shape[1], k.shape[2]
     dtypes = q.dtype, k.dtype, v.dtype
     q, k, v, mask = _in_blocks(q, k, v, spec.mask, block)
@@ -178,7 +178,7 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
             scores, slope = _scores(q_i, k_j, spec, i, j, block, S)
             probs = jnp.exp(scores - lse_i[..., None])
             dprobs = _f32("BKGTH,BKSH->BKGTS", g_i, v_j)
-            dscores = formulas.dscores(probs, dprobs, delta_i[..., None], slope)
+            dscores = online_softmax.dscores(probs, dprobs, delta_i[..., None], slope)
             dscores = dscores.astype(q.dtype)
             dq_i = dq_i + _f32("BKGTS,BKSH->BKGTH", dscores, k_j)
             dk = _add(dk, _f32("BKGTS,BKGTH->BKSH", dscores, q_i), j, block)

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 
 from jaxlm.ops.attention.reference import join_heads
 from jaxlm.ops.attention.request import Request
-from jaxlm.ops.attention.settings import measured, settings_key
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask
+from jaxlm.ops.attention.tuning_cache import measured, settings_key
 from jaxlm.ops.layout import reshape
 
 
 @dataclass(frozen=True)
-class Settings:
+class DenseSettings:
     """What may be tuned."""
 
     block: int = 128
@@ -29,9 +29,9 @@ class Settings:
     multiply smaller matrices; 128 was the fastest at 256 tokens."""
 
 
-def settings_for(q: Array) -> Settings:
+def settings_for(q: Array) -> DenseSettings:
     """What was measured for such queries, else the default."""
-    return measured(settings_key("dense", q), Settings())
+    return measured(settings_key("dense", q), DenseSettings())
 
 
 def declines(request: Request) -> str | None:
@@ -45,7 +45,7 @@ def dense_attention(
     v: Float[Array, "B S K H"],
     spec: AttentionSpec,
     *,
-    settings: Settings | None = None,
+    settings: DenseSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention that holds [B, N, T, S] probabilities in q's dtype; no soft cap."""
     assert spec.soft_cap is None

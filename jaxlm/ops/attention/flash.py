@@ -18,7 +18,7 @@ from jaxlm.ops.attention.spec import MASKED, AttentionSpec
 
 
 @dataclass(frozen=True)
-class Kernels:
+class FlashKernels:
     """The two halves, and how they run."""
 
     forward: Callable
@@ -32,7 +32,7 @@ class Kernels:
 
 
 def flash_attention(
-    kernels: Kernels,
+    kernels: FlashKernels,
     q: Float[Array, "B T N H"],
     k: Num[Array, "B S K H"],
     v: Num[Array, "B S K H"],

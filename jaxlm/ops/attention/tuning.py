@@ -1,4 +1,4 @@
-"""Measures block sizes of attention on the current device."""
+"""Measures block sizes on the current device, for `jaxlm tune attention`."""
 
 import dataclasses
 import importlib
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from jaxlm.config import nearest
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
 from jaxlm.ops.attention.request import Request, request
-from jaxlm.ops.attention.settings import record, settings_key
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
+from jaxlm.ops.attention.tuning_cache import record, settings_key
 
 BLOCKS = (128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Fields of a `Settings` that are tried together."""
+    """Fields of an implementation's settings that are tried together."""
 
     fields: tuple[str, ...]
     values: tuple[int, ...]
@@ -33,10 +33,6 @@ class Group:
     """What is timed: forward, backward (forward with it), or decode."""
 
 
-HOPPER = (
-    Group(("backward_block_queries", "backward_block_keys"), (64, 128), "backward"),
-    Group(("decode_block_keys",), (64, 128, 256), "decode"),
-)
 # Implementation -> (module with `settings_for`, groups in the order they are tuned).
 TUNABLE: dict[str, tuple[str, tuple[Group, ...]]] = {
     "dense": (
@@ -56,7 +52,13 @@ TUNABLE: dict[str, tuple[str, tuple[Group, ...]]] = {
     ),
     "pallas_gpu": (
         "jaxlm.ops.attention.gpu.pallas_gpu",
-        (Group(("block_queries", "block_keys"), (64, 128)), *HOPPER),
+        (
+            Group(("block_queries", "block_keys"), (64, 128)),
+            Group(
+                ("backward_block_queries", "backward_block_keys"), (64, 128), "backward"
+            ),
+            Group(("decode_block_keys",), (64, 128, 256), "decode"),
+        ),
     ),
 }
 
@@ -127,8 +129,9 @@ def _tune_one(name: str, q, k, v, spec: AttentionSpec) -> Iterator[str]:
             label = f"{name} {group.what} [{count}/{len(candidates)}] {label}"
             try:
                 times[settings] = _seconds(name, group.what, q, k, v, spec, settings)
-            except jax.errors.JaxRuntimeError as error:
-                # Too large for the device's fast memory, most often.
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
+                # Too large for the device's fast memory, most often: the compiler of
+                # TPUs raises the one, that of GPUs the other.
                 yield f"{label}: does not compile: {str(error).splitlines()[0][:80]}"
                 continue
             yield f"{label}: {times[settings] * 1e3:.3f} ms"

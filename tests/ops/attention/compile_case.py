@@ -1,6 +1,7 @@
 """Compiles kernels for devices that are not here; runs in a child process.
 
-Usage: python compile_case.py TARGET; prints one JSON object: name -> figures or error.
+Usage: python compile_case.py TARGET IMPLEMENTATION [specialized]; prints one JSON object:
+name -> figures or error. `specialized` is the GPU's forward kernel of that name.
 """
 
 import json
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ops_case import make_spec
 
 from jaxlm.ops.attention.dispatch import attention
+from jaxlm.ops.attention.gpu import pallas_gpu
 
 ALL = ("sinks", "query_segments", "key_segments", "query_positions")
 CACHE = ("query_positions",)
@@ -78,8 +80,11 @@ def compile_case(device, implementation, case, gradient):
 
 
 def main():
-    target, implementation = sys.argv[1:]
+    target, implementation, *forward = sys.argv[1:]
     device = devices_of(target)[0]
+    if forward == ["specialized"]:
+        # As if it were proven there.
+        pallas_gpu.PROVEN_SPECIALIZED = frozenset({device.device_kind})
     found = {}
     for name, case in {**TRAIN, **DECODE}.items():
         try:

@@ -8,8 +8,13 @@ import pytest
 
 from jaxlm.cli import main
 from jaxlm.ops.attention import dense
-from jaxlm.ops.attention.settings import measured, record, settings_file, settings_key
 from jaxlm.ops.attention.tuning import TUNABLE, tune
+from jaxlm.ops.attention.tuning_cache import (
+    measured,
+    record,
+    settings_file,
+    settings_key,
+)
 
 SMALL = {"batch": 1, "length": 256, "heads": 2, "kv_heads": 1, "head_dim": 8}
 
@@ -21,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_the_fastest_is_kept_and_used(monkeypatch):
     q = jnp.zeros((1, 256, 2, 8))
-    assert dense.settings_for(q) == dense.Settings()
+    assert dense.settings_for(q) == dense.DenseSettings()
     seconds = {64: 3.0, 128: 2.0, 256: 1.0, 512: 4.0, 1024: 5.0}
     monkeypatch.setattr(
         "jaxlm.ops.attention.tuning._seconds", lambda *a: seconds[a[-1].block]
@@ -30,10 +35,10 @@ def test_the_fastest_is_kept_and_used(monkeypatch):
     assert len(lines) == len(seconds) + 1
     assert "dense backward [3/5] block 256: 1000.000 ms" in lines[2]
     assert "block 256 is the fastest" in lines[-1]
-    assert dense.settings_for(q) == dense.Settings(256)
+    assert dense.settings_for(q) == dense.DenseSettings(256)
     # What was measured holds for its width and dtype only.
-    assert dense.settings_for(q.astype(jnp.bfloat16)) == dense.Settings()
-    assert dense.settings_for(jnp.zeros((1, 256, 2, 16))) == dense.Settings()
+    assert dense.settings_for(q.astype(jnp.bfloat16)) == dense.DenseSettings()
+    assert dense.settings_for(jnp.zeros((1, 256, 2, 16))) == dense.DenseSettings()
 
 
 def test_the_command_measures(capsys):
@@ -63,7 +68,7 @@ def test_wrong_input_is_one_line():
 def test_a_damaged_file_is_named(text):
     q = jnp.zeros((1, 256, 2, 8))
     key = settings_key("dense", q)
-    record(key, dense.Settings(64), ("block",))
+    record(key, dense.DenseSettings(64), ("block",))
     settings_file().write_text(text.replace("KEY", key))
     with pytest.raises(ValueError, match=r"attention\.json: .*jaxlm tune attention"):
         dense.settings_for(q)
@@ -75,4 +80,4 @@ def test_groups_name_fields_that_exist():
         settings = importlib.import_module(module).settings_for(q)
         for group in groups:
             assert all(hasattr(settings, field) for field in group.fields), name
-    assert measured("nothing", dense.Settings()) == dense.Settings()
+    assert measured("nothing", dense.DenseSettings()) == dense.DenseSettings()

@@ -25,42 +25,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Num
 
-from jaxlm.ops.attention import formulas
-from jaxlm.ops.attention.gpu import mosaic
-from jaxlm.ops.attention.gpu.mosaic import (
+from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
+from jaxlm.ops.attention.gpu.warpgroup import (
     ROWS,
     SHARED_BYTES,
-    Machine,
-    along_columns,
-    along_rows,
-    check_block_keys,
+    Warpgroup,
     matrix_memory,
+    spread,
     whole_tiles,
 )
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
 from jaxlm.ops.attention.visibility import Grid, make_table
 
-MOST_QUERIES = 8
+MAX_QUERIES = 8
 MULTIPROCESSORS = 132
 # Two programs run beside one another on a multiprocessor: one computes while the other
 # waits. What the compiler adds is set aside.
 MOST_SHARED = SHARED_BYTES // 2 - 4096
 MOST_SLOTS = 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the cache is cut."""
-
-    block_keys: int = 64
-    """Keys of one step: a multiple of 64, at most 256."""
-    splits: int = 1
-    """Parts into which the keys that a row sees are split."""
-    interpret: bool = False
-    """Run on the CPU, in Pallas' interpreter, for tests."""
-
-    def __post_init__(self):
-        check_block_keys(self.block_keys)
 
 
 def best_splits(shape: tuple[int, ...], num_queries: int) -> int:
@@ -72,15 +55,8 @@ def best_splits(shape: tuple[int, ...], num_queries: int) -> int:
     """
     B, S, K, _ = shape
     programs = B * K * -(-num_queries // K // ROWS)
-    splits = min(-(-2 * MULTIPROCESSORS // programs), S // (4 * Settings().block_keys))
-    return max(splits, 1)
-
-
-def declines(num_queries: int, head_dim: int, dtype: Any) -> str | None:
-    """Why this kernel cannot take queries like these; None: it can."""
-    if num_queries > MOST_QUERIES:
-        return f"{num_queries} queries are more than {MOST_QUERIES}"
-    return mosaic.declines(head_dim, dtype)
+    enough = -(-2 * MULTIPROCESSORS // programs)
+    return max(min(enough, S // (4 * GpuSettings().decode_block_keys)), 1)
 
 
 def forward(
@@ -88,32 +64,33 @@ def forward(
     k: Num[Array, "B S K H"],
     v: Num[Array, "B S K H"],
     spec: AttentionSpec,
-    settings: Settings,
+    settings: GpuSettings,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention, and the log-sum-exp of its scores; see `flash.Kernels`.
+    """Attention, and the log-sum-exp of its scores; see `flash.FlashKernels`.
 
-    bf16 and f16; k and v are of q's dtype, or int8 with the spec's scales. Any S, but
-    where it is no multiple of 8 the cache is copied.
+    k and v are of q's dtype, or int8 with the spec's scales. Any S, but where it is no
+    multiple of 8 the cache is copied.
 
     Returns:
       z in q's dtype, and the log-sum-exp, f32. A query that sees no key gives zeros,
       and -1e30 or its sink.
     """
-    operands = _operands(q, k, v, spec, settings)
+    operands = _operands(q, k, v, spec, settings.decode_block_keys)
     B, K, padded, H = operands["q"].shape
     T, R, blocks = q.shape[1], q.shape[1] * q.shape[2] // K, padded // ROWS
-    program = _Program(spec, k.shape[1], settings, R, tuple(operands))
-    shape = (B, K, settings.splits, blocks * program.rows)
-    kernel = program.machine.kernel(
+    splits = settings.decode_splits or best_splits(k.shape, T * q.shape[2])
+    program = _Program(spec, k.shape[1], settings, splits, R, tuple(operands))
+    shape = (B, K, splits, blocks * program.rows)
+    kernel = program.warpgroup.kernel(
         program.run,
-        approximate=spec.soft_cap is None,
+        soft_cap=spec.soft_cap,
         out_type=(
             jax.ShapeDtypeStruct((*shape, H), q.dtype),
             jax.ShapeDtypeStruct((*shape, H), q.dtype),
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ),
         scratch_types=program.scratch(H, q.dtype, k.dtype),
-        grid=(blocks, settings.splits, K, B),
+        grid=(blocks, splits, K, B),
         grid_names=("block", "part", "head", "row"),
     )
     high, low, lse = (x[:, :, :, :R] for x in kernel(*operands.values()))
@@ -121,7 +98,7 @@ def forward(
     return z.astype(q.dtype), lse
 
 
-def _operands(q, k, v, spec: AttentionSpec, settings: Settings) -> dict[str, Array]:
+def _operands(q, k, v, spec: AttentionSpec, block_keys: int) -> dict[str, Array]:
     """What the kernel reads, by name. Rows are padded to whole blocks of `ROWS`."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -139,7 +116,7 @@ def _operands(q, k, v, spec: AttentionSpec, settings: Settings) -> dict[str, Arr
 
     q_rows = q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
     mask = spec.mask
-    table = make_table(mask, Grid(T, S, T, settings.block_keys))
+    table = make_table(mask, Grid(T, S, T, block_keys))
     operands = {
         "q": jnp.pad(q_rows, ((0, 0), (0, 0), (0, missing), (0, 0))),
         "k": whole_tiles(k, 1),
@@ -167,13 +144,13 @@ def _merge(
     """The parts' results, weighed by their sums of exponentials."""
     B, K, _, R, H = z.shape
     G = R // T
-    top = jnp.max(lse, axis=2)
-    weight = jnp.exp(lse - top[:, :, None])
+    m = jnp.max(lse, axis=2)
+    weight = jnp.exp(lse - m[:, :, None])
     sink = None
     if spec.sinks is not None:
         sink = jnp.tile(spec.sinks.astype(jnp.float32).reshape(K, G), (1, T))
-    factor, lse = formulas.finish(top, jnp.sum(weight, axis=2), sink)
-    # No matrix product: those of f32 are rounded on the tensor cores.
+    factor, lse = online_softmax.finish(m, jnp.sum(weight, axis=2), sink)
+    # No einsum: tensor cores would round f32.
     z = jnp.sum(z * weight[..., None], axis=2) * factor[..., None]
     z = z.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, K * G, H)
     return z, lse.reshape(B, K, T, G).swapaxes(2, 3).reshape(B, K * G, T)
@@ -185,15 +162,17 @@ class _Program:
 
     spec: AttentionSpec
     num_keys: int
-    settings: Settings
+    settings: GpuSettings
+    splits: int
+    """Parts into which the keys of a row are split."""
     queries: int
     """Rows that are queries; those after them are padding."""
     names: tuple[str, ...]
     """The operands'."""
 
     @property
-    def machine(self) -> Machine:
-        return Machine(self.settings.interpret)
+    def warpgroup(self) -> Warpgroup:
+        return Warpgroup(self.settings.interpret)
 
     @property
     def rows(self) -> int:
@@ -210,7 +189,7 @@ class _Program:
 
     def scratch(self, H: int, dtype: Any, cache_dtype: Any) -> dict[str, Any]:
         """Shared memory and barriers, by name."""
-        keys, size = self.settings.block_keys, jnp.dtype(cache_dtype).itemsize
+        keys, size = self.settings.decode_block_keys, jnp.dtype(cache_dtype).itemsize
         one_slot = 2 * keys * H * size
         rest = (ROWS + self.int8 * keys) * H * dtype.itemsize
         slots = max(2, min((MOST_SHARED - rest) // one_slot, MOST_SLOTS))
@@ -240,7 +219,7 @@ class _Program:
         refs, outs = dict(zip(self.names, refs[:-3], strict=True)), refs[-3:]
         block, part = lax.axis_index("block"), lax.axis_index("part")
         head, row = lax.axis_index("head"), lax.axis_index("row")
-        machine, H = self.machine, memory["q"].shape[-1]
+        warpgroup, H = self.warpgroup, memory["q"].shape[-1]
         rows = pl.ds(block * ROWS, ROWS)
         ready = memory["q_ready"]
         plgpu.copy_gmem_to_smem(refs["q"].at[row, head, rows], memory["q"], ready)
@@ -256,7 +235,7 @@ class _Program:
 
         def step(number, carry):
             slot = lax.rem(number, jnp.int32(slots))
-            start = (first + number) * self.settings.block_keys
+            start = (first + number) * self.settings.decode_block_keys
             carry = self._step(memory, slot, start, carry)
             if self.segments or self.int8:
                 # The copy engine may overwrite what threads have read.
@@ -265,21 +244,21 @@ class _Program:
             return carry
 
         init = (
-            machine.full((ROWS, H), 0.0),
-            machine.full((ROWS,), MASKED),
-            machine.full((ROWS,), 0.0),
+            warpgroup.full((ROWS,), MASKED),
+            warpgroup.full((ROWS,), 0.0),
+            warpgroup.full((ROWS, H), 0.0),
         )
-        total, top, weight = lax.fori_loop(0, count, step, init)
-        factor, row_lse = formulas.finish(top, weight)
-        total = total * along_rows(factor, total.shape)
+        m, l, acc = lax.fori_loop(0, count, step, init)
+        factor, row_lse = online_softmax.finish(m, l)
+        acc = acc * spread(factor, acc.shape, 0)
         # f32 would need more memory than there is: two numbers of half its size lie
         # where the queries were, and values.
         high = memory["q"]
         low = memory["wide"] if self.int8 else memory["v"].at[0]
         low = low.at[pl.ds(0, ROWS)]
-        rounded = total.astype(high.dtype)
+        rounded = acc.astype(high.dtype)
         high[...] = rounded
-        low[...] = (total - rounded.astype(jnp.float32)).astype(low.dtype)
+        low[...] = (acc - rounded.astype(jnp.float32)).astype(low.dtype)
         memory["lse"][...] = row_lse
         plgpu.commit_smem()
         target = pl.ds(block * self.rows, self.rows)
@@ -293,7 +272,7 @@ class _Program:
         # One row stands for all of the batch where they are alike.
         at = row if refs["first"].shape[0] > 1 else 0
         first, last = refs["first"][at], refs["last"][at]
-        splits = jnp.int32(self.settings.splits)
+        splits = jnp.int32(self.splits)
         each = lax.div(last - first + splits - 1, splits)
         start = first + part * each
         count = jnp.minimum(start + each, last) - start
@@ -301,7 +280,7 @@ class _Program:
 
     def _fetch(self, refs, memory, row, head, first, number, slot):
         """Asks for a block of keys and values, and of what belongs to them."""
-        size = self.settings.block_keys
+        size = self.settings.decode_block_keys
         keys = pl.ds((first + number) * size, size)
 
         def copy(name, source, ready):
@@ -319,43 +298,41 @@ class _Program:
 
     def _step(self, memory, slot, start, carry):
         """One block of keys, from `start` on, of the online softmax."""
-        total, top, weight = carry
-        machine, spec = self.machine, self.spec
+        m, l, acc = carry
+        warpgroup, spec = self.warpgroup, self.spec
         plgpu.barrier_wait(memory["k_ready"].at[slot])
-        raw = machine.scores(memory["q"], self._matrix(memory, "k", slot))
+        raw = warpgroup.dot(memory["q"], self._matrix(memory, "k", slot))
         shape = raw.shape
 
         def columns(name):
-            x = machine.column_values(memory[name].at[slot][...])
-            return along_columns(x, shape)
+            return warpgroup.load(memory[name].at[slot], shape, 1)
 
         def rows(name):
-            return along_rows(machine.row_values(memory[name][...]), shape)
+            return warpgroup.load(memory[name], shape, 0)
 
         if self.int8:
             raw = raw * columns("key_scale")
         positions, segments = rows("query_positions"), self.segments
         queries = Tokens(positions, rows("query_segments") if segments else None)
-        positions = machine.count(start, shape, 1)
+        positions = warpgroup.iota(start, shape, 1)
         keys = Tokens(positions, columns("key_segments") if segments else None)
         allowed = spec.mask.allowed(queries, keys, self.num_keys)
-        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
-        scores = formulas.hide(scores, allowed)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        shrink = jnp.exp(top - new_top)
-        probs = jnp.exp(scores - along_rows(new_top, shape))
-        weight = weight * shrink + jnp.sum(probs, axis=1)
-        total = total * along_rows(shrink, total.shape)
+        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        scores = online_softmax.hide(scores, allowed)
+        m_new = jnp.maximum(m, jnp.max(scores, axis=1))
+        alpha = jnp.exp(m - m_new)
+        p = jnp.exp(scores - spread(m_new, shape, 0))
+        l = l * alpha + jnp.sum(p, axis=1)
+        acc = acc * spread(alpha, acc.shape, 0)
         plgpu.barrier_wait(memory["v_ready"].at[slot])
         if self.int8:
-            probs = probs * columns("value_scale")
-        probs = probs.astype(memory["q"].dtype)
-        total = machine.add_product(total, probs, self._matrix(memory, "v", slot))
-        return total, new_top, weight
+            p = p * columns("value_scale")
+        acc = warpgroup.accumulate(acc, p, self._matrix(memory, "v", slot))
+        return m_new, l, acc
 
     def _matrix(self, memory, name, slot):
         """Keys or values of a slot as tensor cores take them."""
         if not self.int8:
             return memory[name].at[slot]
-        self.machine.widen(memory[name].at[slot], memory["wide"])
+        self.warpgroup.widen(memory[name].at[slot], memory["wide"])
         return memory["wide"]

@@ -1,34 +1,38 @@
-"""Our attention on Hopper GPUs: which kernels a call takes, and their block sizes."""
+"""Our attention on Hopper GPUs: which kernel a call takes, and its block sizes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from jaxlm.ops.attention.flash import Kernels, flash_attention
-from jaxlm.ops.attention.gpu import gpu_decode, gpu_flash
-from jaxlm.ops.attention.request import Request
-from jaxlm.ops.attention.settings import measured, settings_key
+from jaxlm.ops.attention.flash import FlashKernels, flash_attention
+from jaxlm.ops.attention.gpu import gpu_decode, gpu_flash, specialized_forward
+from jaxlm.ops.attention.gpu.gpu_settings import ForwardKernel, GpuSettings
+from jaxlm.ops.attention.request import Request, target
 from jaxlm.ops.attention.spec import AttentionSpec, dequantize
+from jaxlm.ops.attention.tuning_cache import measured, settings_key
+
+# Kinds of device on which a run of the specialized forward kernel is recorded in
+# benchmarks/results: right, and faster than the plain one. It is the default there.
+PROVEN_SPECIALIZED: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Settings(gpu_flash.Settings):
-    """Block sizes of all kernels."""
+def default_settings(q: Array, forward: ForwardKernel | None = None) -> GpuSettings:
+    """Blocks that fit the shared memory and the registers of an H100.
 
-    decode_block_keys: int = 64
-    """A multiple of 64, at most 256."""
-    decode_splits: int = 0
-    """Parts into which the keys of a row are cut; 0: enough to fill the card."""
+    Args:
+      forward: the forward kernel; None: the specialized one where it is proven.
+    """
+    if forward is None:
+        proven = target()[1] in PROVEN_SPECIALIZED
+        forward = "specialized" if proven else "plain"
+    settings = GpuSettings(forward=forward)
+    if forward == "specialized" and q.shape[-1] <= 128:
+        settings = replace(settings, block_keys=128)
+    return settings
 
 
-def default_settings(q: Array) -> Settings:
-    """Blocks that fit the shared memory of an H100."""
-    forward, backward = gpu_flash.buffers(q.shape[-1], q.dtype)
-    return Settings(buffers=forward, backward_buffers=backward)
-
-
-def settings_for(q: Array) -> Settings:
+def settings_for(q: Array) -> GpuSettings:
     """What was measured for such queries, else the default."""
     return measured(settings_key("pallas_gpu", q), default_settings(q))
 
@@ -38,7 +42,12 @@ def declines(request: Request) -> str | None:
     # Its matrix instructions are in no card before or after.
     if not request.device_kind.startswith(("NVIDIA H", "NVIDIA GH")):
         return f"made for Hopper, not for a {request.device_kind}"
-    return gpu_flash.declines(request.head_dim, request.dtype)
+    # Tensor cores have no float32.
+    if request.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{request.dtype.name} is neither bfloat16 nor float16"
+    if request.head_dim > 256:
+        return f"head_dim {request.head_dim} is above 256"
+    return None
 
 
 def attention(
@@ -47,33 +56,31 @@ def attention(
     v: Num[Array, "B S K H"],
     spec: AttentionSpec,
     *,
-    settings: Settings | None = None,
+    settings: GpuSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention, and the log-sum-exp of its scores.
 
-    f32, bf16 and f16, any lengths, int8 keys. Up to 8 queries whose places are given
-    take the decode kernel where it can.
+    bf16 and f16, any lengths, int8 keys. Up to 8 queries whose positions are given take
+    the decode kernel.
     """
-    kernels = Kernels(_forward, gpu_flash.backward, settings or settings_for(q))
-    return flash_attention(kernels, q, k, v, spec)
+    kernels = FlashKernels(_forward, gpu_flash.backward, settings or settings_for(q))
+    H = q.shape[-1]
+    # Matrix instructions take 16 numbers of a row at a time.
+    q, k, v = (_pad_head_dim(x, -H % 16) for x in (q, k, v))
+    z, lse = flash_attention(kernels, q, k, v, spec)
+    return z[..., :H], lse
 
 
-def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
-    return forward(gpu_flash.forward, q, k, v, spec, settings)
+def _pad_head_dim(x: Array, missing: int) -> Array:
+    return jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x
 
 
-def forward(
-    many: Callable, q: Array, k: Array, v: Array, spec: AttentionSpec, settings
-) -> tuple[Array, Array]:
-    """z and lse, by the decode kernel or by `many`, one for many queries."""
-    _, T, N, H = q.shape
-    decoding = spec.mask.query_positions is not None
-    if not decoding or gpu_decode.declines(T, H, q.dtype) is not None:
-        return many(q, *dequantize(k, v, spec, q.dtype), settings)
-    splits = settings.decode_splits or gpu_decode.best_splits(k.shape, T * N)
-    decode = gpu_decode.Settings(
-        block_keys=settings.decode_block_keys,
-        splits=splits,
-        interpret=settings.interpret,
-    )
-    return gpu_decode.forward(q, k, v, spec, decode)
+def _forward(q, k, v, spec: AttentionSpec, settings: GpuSettings):
+    """z and lse; see `flash.FlashKernels`."""
+    given = spec.mask.query_positions is not None
+    if given and q.shape[1] <= gpu_decode.MAX_QUERIES:
+        return gpu_decode.forward(q, k, v, spec, settings)
+    k, v, spec = dequantize(k, v, spec, q.dtype)
+    specialized = settings.forward == "specialized"
+    kernel = specialized_forward if specialized else gpu_flash
+    return kernel.forward(q, k, v, spec, settings)

@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Num
 
-from jaxlm.ops.attention import formulas
-from jaxlm.ops.attention.flash import Kernels, flash_attention
+from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.flash import FlashKernels, flash_attention
 from jaxlm.ops.attention.request import Request
-from jaxlm.ops.attention.settings import measured, settings_key
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens, dequantize
+from jaxlm.ops.attention.tuning_cache import measured, settings_key
 from jaxlm.ops.attention.visibility import BlockTable, Grid, bounds, make_table
 
 LANES = 128
@@ -32,7 +32,7 @@ DECODE_QUERIES = 8
 
 
 @dataclass(frozen=True)
-class Settings:
+class TpuSettings:
     """Block sizes: multiples of 128 on a device."""
 
     block_queries: int = 512
@@ -53,21 +53,21 @@ def attention(
     v: Num[Array, "B S K H"],
     spec: AttentionSpec,
     *,
-    settings: Settings | None = None,
+    settings: TpuSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention, and the log-sum-exp of its scores.
 
     f32 and bf16, any lengths, int8 keys. Up to `DECODE_QUERIES` queries whose positions
     are given take a form that reads each key once for all query heads that share it.
     """
-    kernels = Kernels(_forward, _backward, settings or settings_for(q))
+    kernels = FlashKernels(_forward, _backward, settings or settings_for(q))
     return flash_attention(kernels, q, k, v, spec)
 
 
-def settings_for(q: Array) -> Settings:
+def settings_for(q: Array) -> TpuSettings:
     """What was measured for such queries, else blocks that fit the fast memory."""
     wide = q.shape[-1] > LANES or q.dtype == jnp.float32
-    default = Settings(256, 512, 256, 256) if wide else Settings()
+    default = TpuSettings(256, 512, 256, 256) if wide else TpuSettings()
     return measured(settings_key("pallas_tpu", q), default)
 
 
@@ -80,15 +80,15 @@ def declines(request: Request) -> str | None:
     return None
 
 
-def _forward(q, k, v, spec: AttentionSpec, settings: Settings):
-    """z in q's dtype and lse; see `flash.Kernels`."""
+def _forward(q, k, v, spec: AttentionSpec, settings: TpuSettings):
+    """z in q's dtype and lse; see `flash.FlashKernels`."""
     if spec.mask.query_positions is not None and q.shape[1] <= DECODE_QUERIES:
         return _decode(q, k, v, spec, settings)
     k, v, spec = dequantize(k, v, spec, q.dtype)
     return _attend(q, k, v, spec, settings)
 
 
-def _decode(q, k, v, spec: AttentionSpec, settings: Settings):
+def _decode(q, k, v, spec: AttentionSpec, settings: TpuSettings):
     """Few queries: all queries of a key head are the rows of one block."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -166,7 +166,7 @@ def _split(table: BlockTable, splits: int) -> BlockTable:
     return jax.tree.map(jnp.ravel, table)
 
 
-def _attend(q, k, v, spec: AttentionSpec, settings: Settings, splits: int = 1):
+def _attend(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1):
     """z [B T N H] and lse [B N T]; with splits, their parts: [B * splits, ...]."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -231,26 +231,24 @@ def _attend(q, k, v, spec: AttentionSpec, settings: Settings, splits: int = 1):
             (grid.block_queries, LANES),
             (grid.block_queries, H),
         ],
-        products=2 * met.pairs,
+        matmuls=2 * met.pairs,
         settings=settings,
     )
     return z.transpose(0, 2, 1, 3), lse[:, :, 0]
 
 
-def _forward_kernel(
-    spec: AttentionSpec, table: BlockTable, refs, z, lse, top, weight, total
-):
-    """One pair of blocks. Scratch: `top` and `weight` of the online softmax, each
-    number in all lanes of its row, and `total`, the weighted sum of values."""
+def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, acc):
+    """One pair of blocks. Scratch: m, l and acc of the online softmax; each m and l
+    lies in all lanes of its row."""
     b, n, i, step = (pl.program_id(axis) for axis in range(4))
     grid = table.grid
     j = _key_block(table, b, i, step)
 
     @pl.when(step == 0)
     def _():
-        top[...] = jnp.full_like(top, MASKED)
-        weight[...] = jnp.zeros_like(weight)
-        total[...] = jnp.zeros_like(total)
+        m[...] = jnp.full_like(m, MASKED)
+        l[...] = jnp.zeros_like(l)
+        acc[...] = jnp.zeros_like(acc)
 
     def visit(masked: bool):
         start = j * grid.block_keys
@@ -259,25 +257,25 @@ def _forward_kernel(
             k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
         if masked and grid.end_of_keys:
             v = _fill_after(v, start, grid.num_keys)
-        raw = _product(q, k, ((1,), (1,)))
+        raw = _dot(q, k, ((1,), (1,)))
         if "key_scale" in refs:
             raw *= refs["key_scale"][0, 0]
-        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
+        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
         if masked:
-            scores = formulas.hide(scores, _allowed(table, refs, i, j))
-        old = top[:, :1]
-        new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-        probs, shrink = jnp.exp(scores - new), jnp.exp(old - new)
-        sums = jnp.sum(probs, axis=1, keepdims=True)
-        top[...] = jnp.broadcast_to(new, top.shape)
-        weight[...] = weight[...] * shrink + sums
+            scores = online_softmax.hide(scores, _allowed(table, refs, i, j))
+        m_old = m[:, :1]
+        m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
+        p, alpha = jnp.exp(scores - m_new), jnp.exp(m_old - m_new)
+        sums = jnp.sum(p, axis=1, keepdims=True)
+        m[...] = jnp.broadcast_to(m_new, m.shape)
+        l[...] = l[...] * alpha + sums
         if "value_scale" in refs:
             scale = refs["value_scale"][0, 0]
             if masked and grid.end_of_keys:
                 scale = _fill_after(scale, start, grid.num_keys, axis=1)
-            probs *= scale
-        part = _product(probs.astype(v.dtype), v, ((1,), (0,)))
-        total[...] = total[...] * shrink + part
+            p *= scale
+        part = _dot(p.astype(v.dtype), v, ((1,), (0,)))
+        acc[...] = acc[...] * alpha + part
 
     some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
     first, last = table.keys_met(b, i)
@@ -288,13 +286,13 @@ def _forward_kernel(
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         sink = refs["sinks"][n] if "sinks" in refs else None
-        factor, row_lse = formulas.finish(top[:, :1], weight[:, :1], sink)
-        z[0, 0] = (total[...] * factor).astype(z.dtype)
+        factor, row_lse = online_softmax.finish(m[:, :1], l[:, :1], sink)
+        z[0, 0] = (acc[...] * factor).astype(z.dtype)
         lse[0, 0] = row_lse.T
 
 
-def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: Settings):
-    """dq, dk and dv; see `flash.Kernels`."""
+def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: TpuSettings):
+    """dq, dk and dv; see `flash.FlashKernels`."""
     T, S = q.shape[1], k.shape[1]
     blocks = settings.backward_block_queries, settings.backward_block_keys
     table = _make_table(spec, T, S, blocks)
@@ -337,7 +335,9 @@ def _backward_specs(
     return inputs, specs
 
 
-def _query_gradient(spec: AttentionSpec, table: BlockTable, inputs, settings: Settings):
+def _query_gradient(
+    spec: AttentionSpec, table: BlockTable, inputs, settings: TpuSettings
+):
     B, N, T, H = inputs["q"].shape
     group = N // inputs["k"].shape[1]
 
@@ -361,7 +361,7 @@ def _query_gradient(spec: AttentionSpec, table: BlockTable, inputs, settings: Se
         ),
         out_shape=jax.ShapeDtypeStruct((B, N, T, H), inputs["q"].dtype),
         scratch=[(grid.block_queries, H)],
-        products=3 * met.pairs,
+        matmuls=3 * met.pairs,
         settings=settings,
     )
 
@@ -381,15 +381,15 @@ def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, tot
             start = j * grid.block_keys
             k, v = (_fill_after(x, start, grid.num_keys) for x in (k, v))
         lse, delta = (refs[name][0, 0].T for name in ("lse", "delta"))
-        raw = _product(q, k, ((1,), (1,)))
-        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
-        slope = formulas.slope(scores, spec.scale, spec.soft_cap)
+        raw = _dot(q, k, ((1,), (1,)))
+        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
         if masked:
-            scores = formulas.hide(scores, _allowed(table, refs, i, j))
+            scores = online_softmax.hide(scores, _allowed(table, refs, i, j))
         probs = jnp.exp(scores - lse)
-        dprobs = _product(dz, v, ((1,), (1,)))
-        dscores = formulas.dscores(probs, dprobs, delta, slope)
-        total[...] += _product(dscores.astype(k.dtype), k, ((1,), (0,)))
+        dprobs = _dot(dz, v, ((1,), (1,)))
+        dscores = online_softmax.dscores(probs, dprobs, delta, slope)
+        total[...] += _dot(dscores.astype(k.dtype), k, ((1,), (0,)))
 
     some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
     first, last = table.keys_met(b, i)
@@ -403,7 +403,7 @@ def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, tot
 
 
 def _key_value_gradients(
-    spec: AttentionSpec, table: BlockTable, inputs, settings: Settings
+    spec: AttentionSpec, table: BlockTable, inputs, settings: TpuSettings
 ):
     """Each key head sums over its group, one query head after another."""
     B, K, S, H = inputs["k"].shape
@@ -429,7 +429,7 @@ def _key_value_gradients(
         out_specs=(out, out),
         out_shape=(shape, shape),
         scratch=[(grid.block_keys, H)] * 2,
-        products=4 * met.pairs,
+        matmuls=4 * met.pairs,
         settings=settings,
     )
 
@@ -456,17 +456,17 @@ def _key_value_kernel(
             q, dz = (_fill_after(x, start, end) for x in (q, dz))
             delta = _fill_after(delta, start, end, axis=1)
             lse = _fill_after(lse, start, end, axis=1, fill=-MASKED)
-        raw = _product(k, q, ((1,), (1,)))
-        scores = formulas.scores(raw, spec.scale, spec.soft_cap)
-        slope = formulas.slope(scores, spec.scale, spec.soft_cap)
+        raw = _dot(k, q, ((1,), (1,)))
+        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
         if masked:
             allowed = _allowed(table, refs, i, j, keys_first=True)
-            scores = formulas.hide(scores, allowed)
+            scores = online_softmax.hide(scores, allowed)
         probs = jnp.exp(scores - lse)
-        dprobs = _product(v, dz, ((1,), (1,)))
-        dscores = formulas.dscores(probs, dprobs, delta, slope)
-        dv_total[...] += _product(probs.astype(dz.dtype), dz, ((1,), (0,)))
-        dk_total[...] += _product(dscores.astype(q.dtype), q, ((1,), (0,)))
+        dprobs = _dot(v, dz, ((1,), (1,)))
+        dscores = online_softmax.dscores(probs, dprobs, delta, slope)
+        dv_total[...] += _dot(probs.astype(dz.dtype), dz, ((1,), (0,)))
+        dk_total[...] += _dot(dscores.astype(q.dtype), q, ((1,), (0,)))
 
     some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
     first, last = table.queries_met(b, j)
@@ -488,7 +488,7 @@ def _heads_first(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3)
 
 
-def _product(a: Any, b: Any, dims: Any) -> Any:
+def _dot(a: Any, b: Any, dims: Any) -> Any:
     """Products accumulate in f32; those of f32 numbers are not rounded before."""
     exact = a.dtype == jnp.float32
     return jax.lax.dot_general(
@@ -556,13 +556,13 @@ def _call(
     out_specs: Any,
     out_shape: Any,
     scratch: list[tuple[int, int]],
-    products: int,
-    settings: Settings,
+    matmuls: int,
+    settings: TpuSettings,
 ):
     """Runs a kernel whose last axes of the grid sum up: all after the third.
 
     Args:
-      products: products of two blocks for each row of the batch and query head.
+      matmuls: matrix products of two blocks for each row of the batch and query head.
     """
     B, N, _, H = inputs["q"].shape
     area = in_specs["q"].block_shape[2] * in_specs["k"].block_shape[2]
@@ -581,8 +581,8 @@ def _call(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * B * N * area * H,
-            transcendentals=products * B * N * area // 2,
+            flops=2 * matmuls * B * N * area * H,
+            transcendentals=matmuls * B * N * area // 2,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in leaves),
         ),
         interpret=settings.interpret,

@@ -9,8 +9,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from ops_case import make_spec, normal, quick_jit
 
-from jaxlm.ops.attention.gpu import gpu_decode, mosaic
-from jaxlm.ops.attention.gpu.gpu_decode import Settings, best_splits, declines, forward
+from jaxlm.ops.attention.gpu import gpu_decode, warpgroup
+from jaxlm.ops.attention.gpu.gpu_decode import best_splits, forward
+from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask, quantize
 
 SCALE = 0.2
@@ -88,7 +89,7 @@ def prepare(case):
 
 
 def run(q, k, v, spec, splits):
-    settings = Settings(block_keys=64, splits=splits, interpret=True)
+    settings = GpuSettings(decode_splits=splits, interpret=True)
     return quick_jit(lambda *args: forward(*args, settings))(q, k, v, spec)
 
 
@@ -136,22 +137,13 @@ def test_a_row_without_keys(sinks):
 
 def test_no_races(monkeypatch):
     """No thread reads what a copy may be writing, nor the other way about."""
-    params = dataclasses.replace(mosaic.interpreter(), detect_races=True)
-    monkeypatch.setattr(mosaic, "interpreter", lambda: params)
+    params = dataclasses.replace(warpgroup.interpreter(), detect_races=True)
+    monkeypatch.setattr(warpgroup, "interpreter", lambda: params)
     case = Case(1, 300, 1, 1, 32, BF16, 1, (299,), {"sinks": normal(5, 1)}, int8=True)
     (q, k, v, spec), _, _ = prepare(case)
     run(q, k, v, spec, 1)
     # There is no public name.
     assert not gpu_callbacks.get_races().races_found
-
-
-def test_declines():
-    assert declines(1, 128, BF16) is None and declines(8, 96, jnp.dtype(F16)) is None
-    assert "9 queries" in declines(9, 128, BF16)
-    assert "float32" in declines(1, 128, jnp.float32)
-    assert "head_dim 72" in declines(1, 72, BF16)
-    with pytest.raises(ValueError, match="block_keys is 32"):
-        Settings(block_keys=32)
 
 
 def test_best_splits():

@@ -1,13 +1,13 @@
-"""What is special to the Hopper kernels; their results are in test_attention.py."""
+"""What is special to the GPU kernels; their results are in test_attention.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_case import make_spec, normal, quick_jit
+from ops_case import make_spec, normal, plain_request, quick_jit
 
-from jaxlm.ops.attention.gpu import gpu_flash, mosaic
-from jaxlm.ops.attention.gpu import pallas_gpu as gpu
+from jaxlm.ops.attention.gpu import pallas_gpu, specialized_forward, warpgroup
+from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
 from jaxlm.ops.attention.reference import reference_attention
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
@@ -31,38 +31,54 @@ def gradients(attention, weight):
 
 
 def ours(spec, **settings):
-    settings = gpu.Settings(interpret=True, **settings)
-    return lambda q, k, v: gpu.attention(q, k, v, spec, settings=settings)
+    settings = GpuSettings(interpret=True, **settings)
+    return lambda q, k, v: pallas_gpu.attention(q, k, v, spec, settings=settings)
 
 
 def test_declines_say_why():
-    for dtype, most in {"bfloat16": 256, "float16": 256, "float32": 128}.items():
-        assert gpu_flash.declines(most, dtype) is None
-        reason = f"head_dim {most + 4} is above {most}, the most for {dtype}"
-        assert gpu_flash.declines(most + 4, dtype) == reason
-    assert gpu_flash.declines(64, jnp.int8).startswith("int8 is not one of bfloat16")
+    def reason(**asked):
+        hopper = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3"}
+        return pallas_gpu.declines(plain_request(**{**hopper, **asked}))
+
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert reason(dtype=dtype, head_dim=256) is None
+    assert reason(dtype=jnp.float32) == "float32 is neither bfloat16 nor float16"
+    assert reason(head_dim=260) == "head_dim 260 is above 256"
+    assert reason(device_kind="NVIDIA B200").startswith("made for Hopper, not for a")
     q, k, v = inputs(8, 8, 1, 16)
     with pytest.raises(ValueError, match="bfloat16, bfloat16 and float32"):
-        gpu.attention(q, k, v.astype(jnp.float32), SPEC)
+        pallas_gpu.attention(q, k, v.astype(jnp.float32), SPEC)
 
 
 def test_settings_are_checked_and_fit():
-    for name in ("block_queries", "backward_block_keys"):
-        with pytest.raises(ValueError, match="block of 96: not a multiple of 64"):
-            gpu.Settings(**{name: 96})
-    for head_dim, dtype in ((32, "float16"), (256, "bfloat16"), (128, "float32")):
-        forward, backward = gpu_flash.buffers(head_dim, dtype)
-        matrix = 64 * head_dim * (6 if dtype == "float32" else 2)
-        assert forward >= 1 and backward >= 1
-        assert (1 + 2 * forward) * matrix < mosaic.SHARED_BYTES
-        assert (2 + 2 * backward) * matrix < mosaic.SHARED_BYTES
+    for name in ("block_queries", "backward_block_keys", "decode_block_keys"):
+        with pytest.raises(ValueError, match=f"^{name} is 96, not 64, 128, 192 or 256"):
+            GpuSettings(**{name: 96})
+    for head_dim in (64, 128, 256):
+        q = jnp.zeros((1, 1, 1, head_dim), jnp.bfloat16)
+        room = warpgroup.SHARED_BYTES - 8192
+        plain = pallas_gpu.default_settings(q, "plain")
+        # Queries, and the buffers of keys and values.
+        rows = plain.block_queries + 2 * plain.buffers * plain.block_keys
+        assert 2 * rows * head_dim < room
+        # The side that stays has two matrices, and so has the side that streams.
+        rows = plain.backward_block_queries * (2 + 2 * plain.backward_buffers)
+        assert plain.backward_block_queries == plain.backward_block_keys
+        assert 2 * rows * head_dim < room
+        special = pallas_gpu.default_settings(q, "specialized")
+        rows = specialized_forward.BLOCK_QUERIES
+        rows += 2 * special.buffers * special.block_keys
+        assert 2 * rows * head_dim < room
 
 
-def test_float32_is_cut_into_three_without_loss():
-    x = normal(0, 1, 8, 4, 16) * np.logspace(-7, 8, 16, dtype=np.float32)
-    parts = quick_jit(gpu_flash._parts)(jnp.asarray(x))
-    assert parts.dtype == jnp.bfloat16 and parts.shape == (3, *x.shape)
-    np.testing.assert_array_equal(np.float64(parts).sum(axis=0), np.float64(x))
+def test_the_forward_kernel_is_the_one_that_is_proven(monkeypatch):
+    """And every entry has the record of a run behind it (test_dispatch.py)."""
+    q = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
+    assert pallas_gpu.default_settings(q).forward == "plain"
+    kinds = frozenset({jax.devices()[0].device_kind})
+    monkeypatch.setattr(pallas_gpu, "PROVEN_SPECIALIZED", kinds)
+    assert pallas_gpu.default_settings(q).forward == "specialized"
+    assert pallas_gpu.default_settings(q, "plain").forward == "plain"
 
 
 @pytest.mark.parametrize(

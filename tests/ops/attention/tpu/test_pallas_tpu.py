@@ -10,10 +10,10 @@ import pytest
 from ops_case import make_spec, normal, quick_jit
 
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
-from jaxlm.ops.attention.tpu import pallas_tpu as tpu
+from jaxlm.ops.attention.tpu import pallas_tpu
 
 SCALE = 0.3
-SETTINGS = tpu.Settings(16, 16, 16, 16, 16, interpret=True)
+SETTINGS = pallas_tpu.TpuSettings(16, 16, 16, 16, 16, interpret=True)
 
 
 def inputs(T, S, N=4, K=2, H=8):
@@ -33,7 +33,9 @@ def test_parts_of_the_keys_are_merged(splits):
     }
     spec = make_spec(SCALE, **values)
     settings = dataclasses.replace(SETTINGS, decode_splits=splits)
-    z, lse = quick_jit(lambda *x: tpu.attention(*x, settings=settings))(q, k, v, spec)
+    z, lse = quick_jit(lambda *x: pallas_tpu.attention(*x, settings=settings))(
+        q, k, v, spec
+    )
     expected = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
     np.testing.assert_allclose(z, expected[0], atol=3e-6)
     np.testing.assert_allclose(lse, expected[1], atol=3e-6)
@@ -46,7 +48,9 @@ def test_parts_are_not_rounded_before_they_are_merged():
     q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 64, 1, 8), jnp.bfloat16)
     spec = AttentionSpec(SCALE, Mask(query_positions=jnp.full((1, 1), 63)))
     settings = dataclasses.replace(SETTINGS, decode_splits=2)
-    z, _ = quick_jit(lambda *x: tpu.attention(*x, settings=settings))(q, k, v, spec)
+    z, _ = quick_jit(lambda *x: pallas_tpu.attention(*x, settings=settings))(
+        q, k, v, spec
+    )
     np.testing.assert_array_equal(z, 1)
 
 
@@ -57,7 +61,7 @@ def test_hidden_blocks_are_not_read():
     spec = make_spec(SCALE, window=8, query_segments=ids, key_segments=ids)
 
     def total(q, k, v):
-        z, lse = tpu.attention(q, k, v, spec, settings=SETTINGS)
+        z, lse = pallas_tpu.attention(q, k, v, spec, settings=SETTINGS)
         return jnp.sum(z[:, 48:]) + jnp.sum(lse[..., 48:])
 
     run = quick_jit(jax.grad(total, (0, 1, 2)))
@@ -79,12 +83,12 @@ def test_int8_has_no_gradient():
         value_scale=value_scale,
     )
     with pytest.raises(ValueError, match="int8 keys has no gradient: dequantize them"):
-        jax.grad(lambda q: jnp.sum(tpu.attention(q, k, v, spec, settings=SETTINGS)[0]))(
-            q
-        )
+        jax.grad(
+            lambda q: jnp.sum(pallas_tpu.attention(q, k, v, spec, settings=SETTINGS)[0])
+        )(q)
     with pytest.raises(
         ValueError, match="q, k and v are float32, bfloat16 and float32"
     ):
-        tpu.attention(
+        pallas_tpu.attention(
             q, q[:, :, :2].astype(jnp.bfloat16), q[:, :, :2], AttentionSpec(1.0)
         )

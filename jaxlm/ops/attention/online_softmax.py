@@ -1,7 +1,12 @@
-"""The mathematics that the kernels share: plain functions of one block's numbers.
+"""The softmax over blocks of keys, and its gradient: formulas that the kernels share.
 
-Arguments broadcast against a block of scores, whichever way it lies: [queries, keys] or
-[keys, queries]. `raw` is q k before the scale, all numbers are f32.
+Milakov and Gimelshein 2018 (arXiv:1805.02867), with the letters of FlashAttention: for
+each query m is the greatest score so far, l the sum of exp(score - m), acc the sum of
+exp(score - m) * value.
+
+Plain functions of one block's numbers, f32. Arguments broadcast against a block of
+scores, whichever way it lies: [queries, keys] or [keys, queries]. `raw` is q k^T before
+the scale.
 """
 
 from typing import Any
@@ -30,24 +35,24 @@ def hide(x: Any, allowed: Any) -> Any:
     return x if allowed is None else jnp.where(allowed, x, MASKED)
 
 
-def finish(top: Any, weight: Any, sink: Any = None) -> tuple[Any, Any]:
+def finish(m: Any, l: Any, sink: Any = None) -> tuple[Any, Any]:
     """The end of an online softmax.
 
     Args:
-      top: the greatest score of each row, `MASKED` where a row saw no key.
-      weight: the sum of exp(score - top).
+      m: the greatest score of each query, `MASKED` where it saw no key.
+      l: the sum of exp(score - m).
       sink: a logit that takes part in the sum, or None.
 
     Returns:
-      What the sum of exp(score - top) * value is multiplied by, and the log-sum-exp;
-      for a row without keys 0, and the sink or `MASKED`.
+      The factor that makes acc the result, and the log-sum-exp; for a query without
+      keys 0, and the sink or `MASKED`.
     """
-    seen = top > MASKED / 2
-    lse = jnp.where(seen, top + jnp.log(jnp.where(seen, weight, 1.0)), MASKED)
+    seen = m > MASKED / 2
+    lse = jnp.where(seen, m + jnp.log(jnp.where(seen, l, 1.0)), MASKED)
     if sink is not None:
         greater = jnp.maximum(lse, sink)
         lse = greater + jnp.log(jnp.exp(lse - greater) + jnp.exp(sink - greater))
-    return jnp.where(seen, jnp.exp(top - lse), 0.0), lse
+    return jnp.where(seen, jnp.exp(m - lse), 0.0), lse
 
 
 def dscores(probs: Any, dprobs: Any, delta: Any, slope: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Block sizes: what was measured on this machine, else what a kernel's table says.
+"""The file of block sizes that were measured on this machine.
 
-`jaxlm tune attention` writes the file; each kernel has its own `Settings`.
+`tuning.py` measures and writes it; each implementation reads it for its own settings.
 """
 
 import dataclasses

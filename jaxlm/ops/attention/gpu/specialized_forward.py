@@ -3,8 +3,8 @@
 After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), in Pallas Mosaic GPU: one
 warpgroup does nothing but ask the copy engine for keys and values, several blocks
 ahead; two others multiply, and take turns on the tensor cores, so that the softmax of
-one runs beside the products of the other. Blocks that nobody sees are not read, blocks
-that everybody sees are not masked. `gpu_flash.py` has the backward pass.
+one runs beside the matrix products of the other. Blocks that nobody sees are not read,
+blocks that everybody sees are not masked. `gpu_flash.py` has the backward pass.
 """
 
 import math
@@ -19,14 +19,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from jaxlm.ops.attention import formulas
-from jaxlm.ops.attention.gpu.mosaic import (
+from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
+from jaxlm.ops.attention.gpu.warpgroup import (
     ROWS,
-    Machine,
-    along_columns,
-    along_rows,
-    check_block_keys,
+    Warpgroup,
+    mask_operands,
     matrix_memory,
+    spread,
     whole_tiles,
 )
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
@@ -38,36 +38,14 @@ BLOCK_QUERIES = WORKERS * ROWS
 LOG2_E = math.log2(math.e)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the keys are cut."""
-
-    block_keys: int = 128
-    """A multiple of 64, at most 256."""
-    buffers: int = 2
-    """Blocks of keys, and of values, that are held at once."""
-    interpret: bool = False
-    """Run on the CPU, in Pallas' interpreter, for tests."""
-
-    def __post_init__(self):
-        check_block_keys(self.block_keys)
-
-
-def best_settings(head_dim: int) -> Settings:
-    """The greatest blocks whose scores and results fit into registers."""
-    return Settings() if head_dim <= 128 else Settings(block_keys=64)
-
-
 def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     spec: AttentionSpec,
-    settings: Settings,
+    settings: GpuSettings,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention, and the log-sum-exp of its scores; see `flash.Kernels`.
-
-    bf16 and f16.
+    """Attention, and the log-sum-exp of its scores; see `flash.FlashKernels`.
 
     Returns:
       z in q's dtype, and the log-sum-exp, f32. A query that sees no key gives zeros,
@@ -87,9 +65,9 @@ def forward(
         inputs = jax.tree.unflatten(tree, refs[:-2])
         program.run(inputs, *refs[-2:], scratch)
 
-    kernel = program.machine.kernel(
+    kernel = program.warpgroup.kernel(
         body,
-        approximate=spec.soft_cap is None,
+        soft_cap=spec.soft_cap,
         out_type=(
             jax.ShapeDtypeStruct((B, z_rows, N, H), q.dtype),
             jax.ShapeDtypeStruct((B, N, rows), jnp.float32),
@@ -110,33 +88,24 @@ class _Program:
 
     spec: AttentionSpec
     grid: Grid
-    settings: Settings
+    settings: GpuSettings
     group: int
     """Query heads of a key head."""
 
     @property
-    def machine(self) -> Machine:
-        return Machine(self.settings.interpret)
+    def warpgroup(self) -> Warpgroup:
+        return Warpgroup(self.settings.interpret)
 
     def operands(self, q: Array, k: Array, v: Array) -> dict[str, Any]:
-        """What the kernel reads, by name; `table` is a `Table`."""
-        spec, B = self.spec, q.shape[0]
-
-        def integers(x):
-            x = jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B, x.shape[1]))
-            return whole_tiles(x, 1)
-
-        operands = {"q": q, "k": k, "v": v}
+        """What the kernel reads, by name."""
+        operands: dict[str, Any] = {"q": q, "k": k, "v": v}
         operands = {name: whole_tiles(x, 1) for name, x in operands.items()}
+        operands |= mask_operands(self.spec.mask, q.shape[0])
         # The last two are for the backward pass.
-        table = make_table(spec.mask, self.grid)
-        table = replace(table, first_query=None, last_query=None)
-        operands["table"] = table
-        for name in ("query_positions", "query_segments", "key_segments"):
-            if getattr(spec.mask, name) is not None:
-                operands[name] = integers(getattr(spec.mask, name))
-        if spec.sinks is not None:
-            operands["sinks"] = spec.sinks.astype(jnp.float32)
+        table = make_table(self.spec.mask, self.grid)
+        operands["table"] = replace(table, first_query=None, last_query=None)
+        if self.spec.sinks is not None:
+            operands["sinks"] = self.spec.sinks.astype(jnp.float32)
         return operands
 
     def scratch(self, H: int, dtype: Any) -> dict[str, Any]:
@@ -223,7 +192,7 @@ class _Program:
 
     def _work(self, refs, z, lse, memory, table, row, head, worker):
         """Attention of `ROWS` queries."""
-        machine, H = self.machine, memory["qz"].shape[-1]
+        warpgroup, H = self.warpgroup, memory["qz"].shape[-1]
         start = table.block * BLOCK_QUERIES + worker * ROWS
         rows = pl.ds(start, ROWS)
         qz, ready = memory["qz"].at[worker], memory["q_ready"].at[worker]
@@ -239,16 +208,16 @@ class _Program:
         pl.when(worker == 1)(take_turn)
         step = partial(self._step, memory, table, worker, start, take_turn)
         init = (
-            machine.full((ROWS, H), 0.0),
-            machine.full((ROWS,), MASKED),
-            machine.full((ROWS,), 0.0),
+            warpgroup.full((ROWS,), MASKED),
+            warpgroup.full((ROWS,), 0.0),
+            warpgroup.full((ROWS, H), 0.0),
         )
-        total, top, weight = lax.fori_loop(0, table.count, step, init)
+        m, l, acc = lax.fori_loop(0, table.count, step, init)
         pl.when(worker == 0)(take_turn)
 
         sink = refs["sinks"][head] if "sinks" in refs else None
-        factor, row_lse = formulas.finish(top / LOG2_E, weight, sink)
-        qz[...] = (total * along_rows(factor, total.shape)).astype(qz.dtype)
+        factor, row_lse = online_softmax.finish(m / LOG2_E, l, sink)
+        qz[...] = (acc * spread(factor, acc.shape, 0)).astype(qz.dtype)
         memory["lse"].at[worker][...] = row_lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(qz, z.at[row, rows, head])
@@ -257,24 +226,24 @@ class _Program:
 
     def _step(self, memory, table, worker, start, take_turn, step, carry):
         """One block of keys of the online softmax, in base 2."""
-        total, top, weight = carry
+        m, l, acc = carry
         slot = lax.rem(step, jnp.int32(self.settings.buffers))
         plgpu.barrier_wait(memory["k_ready"].at[slot])
-        raw = self.machine.scores(
+        raw = self.warpgroup.dot(
             memory["qz"].at[worker], memory["k"].at[slot], meanwhile=take_turn
         )
         shape = raw.shape
         spec = self.spec
         if spec.soft_cap is None:
-            # One factor: where nothing is masked, product and subtraction below are
-            # one instruction.
+            # One factor: where nothing is masked, the multiplication and the
+            # subtraction below are one instruction.
             scores = raw * (spec.scale * LOG2_E)
         else:
-            scores = formulas.scores(raw, spec.scale, spec.soft_cap) * LOG2_E
+            scores = online_softmax.scores(raw, spec.scale, spec.soft_cap) * LOG2_E
         scores = lax.cond(
             table.whole(step),
             lambda x: x,
-            lambda x: formulas.hide(
+            lambda x: online_softmax.hide(
                 x, self._allowed(memory, table, worker, start, step, slot, shape)
             ),
             scores,
@@ -284,38 +253,34 @@ class _Program:
             plgpu.commit_smem()
         plgpu.barrier_arrive(memory["k_free"].at[slot])
 
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        shrink = jnp.exp2(top - new_top)
-        probs = jnp.exp2(scores - along_rows(new_top, shape))
-        weight = weight * shrink + jnp.sum(probs, axis=1)
-        total = total * along_rows(shrink, total.shape)
-        probs = probs.astype(memory["v"].dtype)
+        m_new = jnp.maximum(m, jnp.max(scores, axis=1))
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(scores - spread(m_new, shape, 0))
+        l = l * alpha + jnp.sum(p, axis=1)
+        acc = acc * spread(alpha, acc.shape, 0)
         plgpu.barrier_wait(memory["v_ready"].at[slot])
         take_turn()
-        total = self.machine.add_product(total, probs, memory["v"].at[slot])
+        acc = self.warpgroup.accumulate(acc, p, memory["v"].at[slot])
         plgpu.barrier_arrive(memory["v_free"].at[slot])
-        return total, new_top, weight
+        return m_new, l, acc
 
     def _allowed(self, memory, table, worker, start, step, slot, shape):
         """Which scores of a block are visible, [ROWS, block_keys]; None: all."""
-        machine, spec = self.machine, self.spec
+        warpgroup = self.warpgroup
 
-        def of_rows(name):
+        def load(name, place, axis):
             if name not in memory:
                 return None
-            return along_rows(machine.row_values(memory[name].at[worker][...]), shape)
+            return warpgroup.load(memory[name].at[place], shape, axis)
 
-        positions = of_rows("query_positions")
+        positions = load("query_positions", worker, 0)
         if positions is None:
-            positions = machine.count(start, shape, 0)
-        queries = Tokens(positions, of_rows("query_segments"))
-        segments = None
-        if "key_segments" in memory:
-            x = machine.column_values(memory["key_segments"].at[slot][...])
-            segments = along_columns(x, shape)
+            positions = warpgroup.iota(start, shape, 0)
+        queries = Tokens(positions, load("query_segments", worker, 0))
         first = (table.first + step) * self.settings.block_keys
-        keys = Tokens(machine.count(first, shape, 1), segments)
-        return spec.mask.allowed(queries, keys, self.grid.num_keys)
+        positions = warpgroup.iota(first, shape, 1)
+        keys = Tokens(positions, load("key_segments", slot, 1))
+        return self.spec.mask.allowed(queries, keys, self.grid.num_keys)
 
 
 def _take_turn(turn: Any) -> None:

@@ -1,7 +1,7 @@
 """The warp-specialised kernel, in Pallas' interpreter, against the float64 oracle.
 
 The interpreter runs the three warpgroups side by side and keeps to their barriers; it
-has no layouts, and products are plain ones.
+has no layouts, and its dot products are plain ones.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from ops_case import make_spec, normal, quick_jit
 
-from jaxlm.ops.attention.gpu import hopper_forward, mosaic
-from jaxlm.ops.attention.gpu.hopper_forward import Settings, best_settings, forward
-from jaxlm.ops.attention.gpu.mosaic import declines
+from jaxlm.ops.attention.gpu import warpgroup
+from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
+from jaxlm.ops.attention.gpu.specialized_forward import forward
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask
 
 SCALE = 0.2
@@ -67,7 +67,7 @@ def prepare(name):
 
 
 def run(q, k, v, spec):
-    settings = Settings(block_keys=64, interpret=True)
+    settings = GpuSettings(block_keys=64, interpret=True)
     return quick_jit(lambda *args: forward(*args, settings))(q, k, v, spec)
 
 
@@ -105,8 +105,8 @@ def test_queries_without_keys():
 
 def test_no_races(monkeypatch):
     """No warpgroup reads what a copy may be writing, nor the other way about."""
-    params = dataclasses.replace(mosaic.interpreter(), detect_races=True)
-    monkeypatch.setattr(mosaic, "interpreter", lambda: params)
+    params = dataclasses.replace(warpgroup.interpreter(), detect_races=True)
+    monkeypatch.setattr(warpgroup, "interpreter", lambda: params)
     q, k, v, spec, _ = prepare("all keys, large heads")
     segments = jnp.repeat(jnp.array([[1, 2]]), 150, axis=1)
     mask = dataclasses.replace(
@@ -116,20 +116,3 @@ def test_no_races(monkeypatch):
     run(q, k, v, spec)
     # There is no public name.
     assert not gpu_callbacks.get_races().races_found
-
-
-def test_declines():
-    assert declines(128, BF16) is None and declines(80, jnp.dtype(F16)) is None
-    assert "float32" in declines(128, jnp.float32)
-    assert "head_dim 264" in declines(264, BF16)
-    assert "head_dim 72" in declines(72, BF16)
-    with pytest.raises(ValueError, match="block_keys is 32"):
-        Settings(block_keys=32)
-
-
-def test_best_settings_fit():
-    """Queries, and the buffers of keys and values, fit the chip's shared memory."""
-    for head_dim in (64, 128, 256):
-        found = best_settings(head_dim)
-        rows = hopper_forward.BLOCK_QUERIES + 2 * found.buffers * found.block_keys
-        assert 2 * rows * head_dim < mosaic.SHARED_BYTES - 8192

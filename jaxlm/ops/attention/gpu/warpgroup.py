@@ -1,5 +1,8 @@
-"""What GPU kernels share: how matrices lie in shared memory, and the few things that
-are written differently for Pallas' interpreter (Mosaic GPU, Hopper)."""
+"""What all GPU kernels share: how a warpgroup holds and multiplies matrices, how these
+lie in shared memory, and what is written differently for Pallas' interpreter.
+
+Pallas Mosaic GPU, for Hopper: a warpgroup is four warps, which multiply together.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+
+from jaxlm.ops.attention.spec import Mask
 
 # Rows of a matrix product of one warpgroup.
 ROWS = 64
@@ -43,37 +48,54 @@ def whole_tiles(x: Array, axis: int) -> Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
+def mask_operands(mask: Mask, batch: int) -> dict[str, Array]:
+    """The mask's arrays, by name, as kernels copy them: int32 [B, rows]."""
+    names = ("query_positions", "query_segments", "key_segments")
+    given = {name: getattr(mask, name) for name in names}
+    return {
+        name: whole_tiles(
+            jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, x.shape[1])), 1
+        )
+        for name, x in given.items()
+        if x is not None
+    }
+
+
+def spread(x: Any, shape: tuple[int, int], axis: int) -> Any:
+    """A vector along one axis of a matrix, repeated along the other."""
+    return lax.broadcast_in_dim(x, shape, (axis,))
+
+
 @dataclass(frozen=True)
-class Machine:
-    """What is written differently for the interpreter, which has no layouts and
-    multiplies neither transposed matrices nor those in registers."""
+class Warpgroup:
+    """How one warpgroup holds numbers and multiplies them.
+
+    The interpreter has no layouts, and multiplies neither transposed matrices nor those
+    in registers: it gets the same dot products in JAX.
+    """
 
     interpret: bool
 
     def _place(self, x: Any, layout: Any) -> Any:
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
-    def row_values(self, x: Any) -> Any:
-        """[rows] as threads hold it beside a matrix [rows, columns]."""
-        return self._place(x, plgpu.Layout.WGMMA.reduce(1))
-
-    def column_values(self, x: Any) -> Any:
-        """[columns], likewise."""
-        return self._place(x, plgpu.Layout.WGMMA.reduce(0))
-
     def full(self, shape: tuple[int, ...], value: float) -> Any:
         """f32 [rows] or [rows, columns]."""
         x = jnp.full(shape, value, jnp.float32)
-        if len(shape) == 1:
-            return self.row_values(x)
-        return self._place(x, plgpu.Layout.WGMMA)
+        layout = plgpu.Layout.WGMMA
+        return self._place(x, layout.reduce(1) if len(shape) == 1 else layout)
 
-    def count(self, start: Any, shape: tuple[int, int], axis: int) -> Any:
+    def iota(self, start: Any, shape: tuple[int, int], axis: int) -> Any:
         """start, start + 1, ... along an axis, int32."""
         if self.interpret:
             return start + lax.broadcasted_iota(jnp.int32, shape, axis)
         layout = plgpu.Layout.WGMMA
         return start + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+    def load(self, vector: Any, shape: tuple[int, int], axis: int) -> Any:
+        """A vector in shared memory, along one axis of a matrix."""
+        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+        return spread(self._place(vector[...], layout), shape, axis)
 
     def widen(self, source: Any, target: Any) -> None:
         """target = source for matrices in shared memory, int8 to 16 bits."""
@@ -82,48 +104,50 @@ class Machine:
         target[...] = x.astype(target.dtype)
         plgpu.commit_smem()
 
-    def scores(self, q: Any, k: Any, meanwhile: Any = lambda: None) -> Any:
-        """q k', f32 [rows, keys], of matrices in shared memory.
+    def dot(self, a: Any, b: Any, meanwhile: Any = lambda: None) -> Any:
+        """a b^T, f32 [rows of a, rows of b], of matrices in shared memory.
 
         Args:
-          meanwhile: called while the product runs.
+          meanwhile: called while the tensor cores work.
         """
         if self.interpret:
             meanwhile()
-            return _dot(q[...], k[...], 1)
+            return _interpreted_dot(a[...], b[...], 1)
 
-        def run(total):
-            plgpu.wgmma(total, q, k.transpose((1, 0)))
+        def run(acc):
+            plgpu.wgmma(acc, a, b.transpose((1, 0)))
             meanwhile()
-            return total[...]
+            return acc[...]
 
-        return pl.run_scoped(run, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
+        return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
-    def add_product(self, total: Any, probs: Any, v: Any) -> Any:
-        """total + probs v, f32 [rows, H]; only v is in shared memory."""
+    def accumulate(self, acc: Any, p: Any, b: Any) -> Any:
+        """acc + p b, f32 [rows, H]; b is in shared memory, p in registers, f32.
+
+        p is rounded to the dtype of b.
+        """
+        p = p.astype(b.dtype)
         if self.interpret:
-            return total + _dot(probs, v[...], 0)
-        run = pl.run_state(lambda total: plgpu.wgmma(total, probs, v))
-        return run(plgpu.ACC.init(total))
+            return acc + _interpreted_dot(p, b[...], 0)
+        run = pl.run_state(lambda acc: plgpu.wgmma(acc, p, b))
+        return run(plgpu.ACC.init(acc))
 
-    def kernel(self, body: Any, *, approximate: bool, **options: Any) -> Any:
+    def kernel(self, body: Any, *, soft_cap: float | None, **options: Any) -> Any:
         """`plgpu.kernel`.
 
-        Args:
-          approximate: the chip's own exp, good to 2 ** -22. Its tanh is good to
-            2 ** -11 only: not for a soft cap, as errors of scores are relative errors
-            of probabilities.
+        Without a soft cap with the chip's own exp, good to 2 ** -22. Its tanh is good
+        to 2 ** -11 only, and errors of scores are relative errors of probabilities.
         """
         if self.interpret:
             options["interpret"] = interpreter()
         # Sums and maxima of rows stay within a warp, which needs no scratch for them.
         params = plgpu.CompilerParams(
-            approx_math=approximate, reduction_scratch_bytes=512
+            approx_math=soft_cap is None, reduction_scratch_bytes=512
         )
         return plgpu.kernel(body, compiler_params=params, **options)
 
 
-def _dot(a: Any, b: Any, axis: int) -> Any:
+def _interpreted_dot(a: Any, b: Any, axis: int) -> Any:
     dims = (((1,), (axis,)), ((), ()))
     # Tensor cores and the copy engine see one another's accesses; threads need a fence.
     plgpu.commit_smem()
@@ -140,28 +164,3 @@ def interpreter() -> Any:
         )
     # As the copy engine does, zeros for what lies outside an array.
     return params(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-
-
-def declines(head_dim: int, dtype: Any) -> str | None:
-    """Why matrix instructions cannot take such rows as they are; None: they can."""
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"{jnp.dtype(dtype).name} is neither bfloat16 nor float16"
-    if head_dim % 16 or head_dim > 256:
-        return f"head_dim {head_dim} is not a multiple of 16 up to 256"
-    return None
-
-
-def check_block_keys(block_keys: int) -> None:
-    """Matrices in shared memory are 64 numbers wide; a copy has at most 256 rows."""
-    if block_keys % 64 or not 64 <= block_keys <= 256:
-        raise ValueError(f"block_keys is {block_keys}, not 64, 128, 192 or 256")
-
-
-def along_rows(x: Any, shape: tuple[int, int]) -> Any:
-    """[rows] -> [rows, columns]"""
-    return lax.broadcast_in_dim(x, shape, (0,))
-
-
-def along_columns(x: Any, shape: tuple[int, int]) -> Any:
-    """[columns] -> [rows, columns]"""
-    return lax.broadcast_in_dim(x, shape, (1,))
