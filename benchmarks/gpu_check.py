@@ -2,11 +2,11 @@
 
 python benchmarks/gpu_check.py [--quick] [--out FOLDER]
 
-Runs tests/ops/attention/test_attention.py with the kernels as they are, on the device
-instead of interpreted, then benchmarks/attention.py at 1k to 16k tokens, head_dim 64 and
-128. Writes attention_DEVICE.json (timings) and check_DEVICE.json, the record that
-`PROVEN` in jaxlm/ops/attention/dispatch.py and `PROVEN_SPECIALIZED` in gpu/pallas_gpu.py
-ask for. Needs `pip install '.[test]'`.
+Runs tests/ops/attention/test_attention.py with the kernels as they are, on the device,
+then benchmarks/attention.py at 1k to 16k tokens, head_dim 64 and 128. Writes
+attention_DEVICE.json (timings) and check_DEVICE.json, the record that `PROVEN` in
+jaxlm/ops/attention/dispatch.py and `PROVEN_SPECIALIZED` in its gpu/pallas_gpu.py ask
+for. Needs `pip install '.[test]'`.
 """
 
 import argparse
