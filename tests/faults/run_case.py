@@ -31,12 +31,13 @@ def get_config():
     )
 """
 
-# Runs train.py's own `main` with a recorder around its batches: a line for each batch
+# Runs `jaxlm train` with a recorder around its batches: a line for each batch
 # that the loop takes, and at a given step a signal or a fault.
 CHILD = """
 import hashlib, os, signal, sys, time
 import jax, numpy as np
-import train
+from jaxlm import cli
+from jaxlm.commands import train
 
 action, _, at = os.environ.get("FAULT", "").partition("@")
 real_batches, real_start = train.batches, train.start
@@ -84,7 +85,7 @@ def start(*arguments):
     return state, resumed
 
 train.batches, train.start = batches, start
-sys.exit(train.main())
+sys.exit(cli.run("train", sys.argv[1:], "python train.py"))
 """
 
 

@@ -1,6 +1,5 @@
 """Chat templates against transformers (goldens), hostile ones, and whole conversations."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from hugging_face_case import (
 from toy_case import make_params, toy
 
 from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer import chat, chat_template
 from jaxlm.infer.chat import chat_ids, converse, render
@@ -374,13 +374,8 @@ def test_the_program(run, repository, model):
         (["--chat", "--prompt", "x"], "leave out --prompt and --num-samples"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, words, repository, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
-    spec = importlib.util.spec_from_file_location("sample", repository / "sample.py")
-    program = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sample", program)
-    spec.loader.exec_module(program)
+def test_flags_that_do_not_go_together(flags, words, capsys):
     with pytest.raises(SystemExit, match="2"):
-        program.main()
+        main(["sample", *flags])
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.cli import VERBS, read_config
+from jaxlm.cli import VERBS
+from jaxlm.flags import read_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

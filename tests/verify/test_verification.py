@@ -146,10 +146,9 @@ def copy(model, tmp_path):
 def command(*arguments):
     """Exit code of `jaxlm verify`."""
     try:
-        main(["verify", *map(str, arguments)])
+        return main(["verify", *map(str, arguments)])
     except SystemExit as stop:
         return stop.code
-    return 0
 
 
 def rows(folder):

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-import runpy
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ import pytest
 from toy_case import make_params, toy
 
 from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.commands.sample import Printer
 from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer.generate import generate
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
+# One new token, a piece of the text.
+A = np.full((1, 1), ord("a")), np.ones((1, 1), bool)
 CONTEXT = 8192
 
 
@@ -84,6 +88,31 @@ def test_the_text_is_that_of_generate(home, repository):
     assert "prefill 6 tokens in" in err and "decode 40 tokens in" in err
 
 
+@pytest.mark.parametrize("flags", [[], ["-v"]])
+def test_a_terminal_shows_nothing_between_the_prompt_and_its_text(
+    home, repository, flags
+):
+    """Both streams on one terminal; with -v, what was chosen stands before."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(home[0])
+        os.environ["PYTHONPATH"] = str(repository)
+        program = [sys.executable, str(repository / "sample.py"), *flags]
+        os.execv(program[0], [*program, "--prompt", "<abc>", "--max-new-tokens", "40"])
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal, on Linux
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
+    before, prompt, text = shown.decode().partition("<abc>")
+    assert prompt and re.fullmatch(r"[^ ]{40}\r\n", text), shown
+    if flags:
+        assert before.startswith("attention on cpu: auto took ")
+    else:
+        assert before == ""
+
+
 @pytest.mark.slow
 def test_errors_are_one_line_with_a_remedy(home, repository, tmp_path):
     folder, _, _ = home
@@ -92,6 +121,11 @@ def test_errors_are_one_line_with_a_remedy(home, repository, tmp_path):
         (tmp_path, [], ["no run with a checkpoint below runs/", "python train.py"]),
         (folder, ["--temprature", "1"], ["did you mean '--temperature'"]),
         (folder, ["--num-samples", "0"], ["--num-samples is 0: it must be at least 1"]),
+        (
+            folder,
+            ["--prompt", "é", "--max-new-tokens", "8191"],
+            ["more than the model"],
+        ),
     ):
         code, out, err = run(where, repository, *arguments)
         assert code == 2 and not out
@@ -118,16 +152,35 @@ def test_ctrl_c_ends_a_stream_within_two_seconds(home, repository):
         child.kill()
 
 
-def test_an_interrupt_that_python_drops_is_raised_at_the_next_tokens(repository):
-    program = runpy.run_path(str(repository / "sample.py"))
-    old = signal.getsignal(signal.SIGINT)
-    try:
-        printer = program["Printer"](TOKENIZER, "", 1)
-        tokens, inside = np.full((1, 1), 97), np.ones((1, 1), bool)
-        printer.feed(tokens, inside)
+def test_an_interrupt_that_python_drops_is_raised_at_the_next_tokens():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Printer(TOKENIZER, "", 1) as printer:
+        printer.feed(*A)
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            printer.feed(tokens, inside)
-    finally:
-        signal.signal(signal.SIGINT, old)
+        printer.feed(*A)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("num_samples, header", [(1, ""), (2, "--- sample 1\n")])
+def test_the_prompt_comes_with_the_first_tokens(num_samples, header, capsys):
+    tokens, inside = (np.repeat(x, num_samples, axis=0) for x in A)
+    with Printer(TOKENIZER, "prompt ", num_samples) as printer:
+        assert capsys.readouterr().out == ""
+        printer.feed(tokens, inside)
+        assert capsys.readouterr().out == f"{header}prompt a"
+        printer.feed(tokens, inside)
+        assert capsys.readouterr().out == "a"
+    rest = "--- sample 2\nprompt aa\n" if num_samples == 2 else ""
+    assert capsys.readouterr().out == f"\n{rest}"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])
+def test_a_text_that_was_begun_ends_its_line(begun, stop, capsys):
+    with pytest.raises(stop), Printer(TOKENIZER, "prompt ", 2) as printer:
+        if begun:
+            printer.feed(*(np.repeat(x, 2, axis=0) for x in A))
+        raise stop
+    shown = "--- sample 1\nprompt a\n" if begun else ""
+    assert capsys.readouterr().out == shown

@@ -1,0 +1,56 @@
+"""Say what this machine has, and what jaxlm would use of it for a config."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+
+import jax
+
+from jaxlm.commands.process import compile_cache_folder
+from jaxlm.config import Config
+from jaxlm.flags import read_config
+from jaxlm.model.attention_choice import attention_choices
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.sharding.mesh import make_mesh
+
+PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def main(arguments: Sequence[str], prog: str) -> int:
+    """`[CONFIG_FILE] [--section.field value ...]`, as for training."""
+    config, _ = read_config(arguments, prog=prog)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        for name, value in [*machine(), *attention(config)]:
+            print(f"{name:<20} {value}")
+    return 0
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """Versions, devices, and where things are kept."""
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for name in PACKAGES:
+        yield name, version(name)
+    devices = jax.devices()
+    yield "devices", f"{len(devices)} {devices[0].device_kind} ({devices[0].platform})"
+    yield "dtype auto", compute_dtype("auto").name
+    yield "compiled programs", str(compile_cache_folder())
+
+
+def attention(config: Config) -> Iterator[tuple[str, str]]:
+    """What each call of the model takes, for each kind of layer, and why not others."""
+    model, length = config.model, config.data.sequence_length
+    rows, context = config.train.batch_size, model.context_length
+    calls = {
+        f"training {rows} x {length}": (rows, length, None),
+        f"prefill 1 x {length}": (1, length, context),
+        f"decode 1 of {context}": (1, 1, context),
+    }
+    for name, sizes in calls.items():
+        try:
+            choices = attention_choices(model, *sizes)
+        except ValueError as error:
+            yield name, str(error)
+            continue
+        for kind, choice in choices.items():
+            lines = f"{kind} layers: {choice}".split("; ")
+            yield name, f"\n{'':<20} ".join(lines)

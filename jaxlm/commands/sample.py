@@ -1,0 +1,219 @@
+"""Continue a text with a trained model, or hold a conversation with it."""
+
+import dataclasses
+import functools
+import math
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from jaxtyping import Bool, Int
+
+from jaxlm.checkpoint.load import Source, open_source
+from jaxlm.checkpoint.native.run_folder import find_runs
+from jaxlm.commands.process import use_compile_cache
+from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
+from jaxlm.flags import fail, parse
+from jaxlm.infer.chat import converse
+from jaxlm.infer.generate import Generation, generate
+from jaxlm.model.transformer import init
+from jaxlm.sharding import rules
+from jaxlm.sharding.mesh import make_mesh
+from jaxlm.tokenizers.base import TextStream, Tokenizer
+from jaxlm.types import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Continue a text with a trained model."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name;
+    None takes the newest run below runs/."""
+    prompt: str = "\n"
+    """Text to continue."""
+    chat: bool = False
+    """Hold a conversation: lines are read until /exit or the end of the input."""
+    system: str | None = None
+    """With --chat, what the system message says; None sends none."""
+    num_samples: int = 1
+    """Continuations, drawn together."""
+    seed: int = 0
+    """Seed of the draw."""
+    stats: bool = False
+    """Print tokens per second of prefill and decoding to stderr."""
+    dtype: str | None = None
+    """Compute dtype (float32, bfloat16); None takes the run's."""
+    sample: tyro.conf.OmitArgPrefixes[SampleConfig] = field(
+        default_factory=lambda: SampleConfig(temperature=0.8)
+    )
+    """How tokens are drawn."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    """Devices to use."""
+
+
+def main(arguments: Sequence[str], prog: str) -> int:
+    """`[CHECKPOINT] [--prompt TEXT | --chat] ...`; returns the exit code."""
+    chosen = read_arguments(arguments, prog)
+    use_compile_cache()
+    source = open_source(chosen.run or newest_run())
+    model, tokenizer = source.config, source.tokenizer()
+    if chosen.dtype is not None:
+        model = dataclasses.replace(model, dtype=chosen.dtype)
+    drawing = chosen.sample
+    if not drawing.stop_ids:
+        drawing = dataclasses.replace(drawing, stop_ids=tokenizer.stop_ids)
+    key = jax.random.key(chosen.seed)
+    with jax.set_mesh(mesh_of(chosen.mesh)):
+        params = read_params(source, model)
+        if chosen.chat:
+            converse(
+                *(model, params, tokenizer, drawing, key),
+                new_stream=functools.partial(TextStream, tokenizer),
+                system=chosen.system,
+            )
+        else:
+            write_samples(model, params, tokenizer, drawing, key, chosen)
+    return 0
+
+
+def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:
+    """The flags; exits with code 2 for those that do not go together."""
+    chosen = parse(Arguments, None, arguments, flat=("sample",), prog=prog)
+    if chosen.num_samples < 1:
+        fail(f"--num-samples is {chosen.num_samples}: it must be at least 1")
+    if chosen.system is not None and not chosen.chat:
+        fail("--system is for conversations: add --chat")
+    if chosen.chat and (chosen.num_samples, chosen.prompt) != (1, "\n"):
+        fail("--chat reads what to answer: leave out --prompt and --num-samples")
+    return chosen
+
+
+def newest_run() -> Path:
+    """The run below runs/ that was saved last; ValueError when there is none."""
+    runs = find_runs()
+    if not runs:
+        raise ValueError(
+            "no run with a checkpoint below runs/: train one with `python train.py`, "
+            "or name a run folder"
+        )
+    return runs[0]
+
+
+def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh of as many devices as the flags name.
+
+    Raises:
+      ValueError: for an axis without a size, and when there are too few devices.
+    """
+    sizes = dataclasses.asdict(config)
+    if any(size < 1 for size in sizes.values()):
+        raise ValueError(f"mesh {sizes}: say how many devices each axis has")
+    return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
+
+
+def read_params(source: Source, model: ModelConfig) -> Params:
+    """The parameters, each part read onto the devices that hold it."""
+    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    shardings = rules.parameter_shardings(shapes, jax.sharding.get_mesh())
+    return source.params(shardings=shardings)
+
+
+def write_samples(
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    drawing: SampleConfig,
+    key: jax.Array,
+    chosen: Arguments,
+) -> None:
+    """Draws the continuations and writes them to stdout, the first as it comes."""
+    prompt = tokenizer.encode(chosen.prompt)
+    if tokenizer.bos_id is not None and (tokenizer.adds_bos or not len(prompt)):
+        prompt = np.array([tokenizer.bos_id, *prompt])
+    with Printer(tokenizer, chosen.prompt, chosen.num_samples) as printer:
+        result = generate(
+            model,
+            params,
+            [prompt] * chosen.num_samples,
+            drawing,
+            key,
+            num_tokens=tokenizer.vocab_size,
+            on_tokens=printer.feed,
+        )
+    if chosen.stats:
+        print_stats(result, len(prompt) * chosen.num_samples)
+
+
+class Printer:
+    """Writes the first sample as it comes, and the others after it.
+
+    The prompt is written with the first new tokens: nothing that is said before them
+    comes between, and a prompt that is refused is not written.
+
+    Python drops a KeyboardInterrupt that falls into a callback of the garbage
+    collection, so it is raised again at the next tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, num_samples: int):
+        self._interrupted = False
+        self._begun = False
+        self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
+        self._texts = [prompt] * num_samples
+
+    def __enter__(self) -> "Printer":
+        self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._old_handler)
+        if kind is None:
+            self._finish()
+        elif self._begun:
+            print(flush=True)
+
+    def _interrupt(self, number, frame) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def feed(
+        self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]
+    ) -> None:
+        """Takes new tokens of each sample, and a mask of those that are text."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._add(
+            "".join(stream.feed(int(t)) for t in row[mask])
+            for stream, row, mask in zip(self._streams, new, inside, strict=True)
+        )
+
+    def _add(self, texts: Iterable[str]) -> None:
+        shown = len(self._texts[0]) if self._begun else 0
+        self._texts = [a + b for a, b in zip(self._texts, texts, strict=True)]
+        if not self._begun and len(self._texts) > 1:
+            print("--- sample 1")
+        self._begun = True
+        print(self._texts[0][shown:], end="", flush=True)
+
+    def _finish(self) -> None:
+        self._add(stream.finish() for stream in self._streams)
+        print()
+        for i, text in enumerate(self._texts[1:], start=2):
+            print(f"--- sample {i}\n{text}")
+
+
+def print_stats(result: Generation, prompt_tokens: int) -> None:
+    """Tokens per second, on stderr."""
+    drawn = int(result.lengths.sum())
+    print(
+        f"prefill {prompt_tokens} tokens in {result.prefill_s:.2f} s "
+        f"({prompt_tokens / result.prefill_s:.0f} tokens/s), decode {drawn} tokens in "
+        f"{result.decode_s:.2f} s ({drawn / result.decode_s:.0f} tokens/s), "
+        f"compiling {result.compile_s:.1f} s",
+        file=sys.stderr,
+    )

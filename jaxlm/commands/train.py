@@ -1,0 +1,262 @@
+"""Train a language model: from a config to a run folder.
+
+`train` is the whole way: the text, the state, the loop and its records. It wires the
+parts of jaxlm together, none of which knows the others.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm import tree
+from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.load import Source
+from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
+from jaxlm.commands.process import STARTED, use_compile_cache
+from jaxlm.config import Config, diff, to_dict
+from jaxlm.data.loader import Dataset, batches, open_dataset, place
+from jaxlm.flags import fail, read_config
+from jaxlm.infer.generate import generate
+from jaxlm.model.attention_choice import attention_choices
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.progress import ProgressLine
+from jaxlm.report.page import write_report
+from jaxlm.report.picture import draw_loss_png
+from jaxlm.sharding import rules
+from jaxlm.sharding.mesh import make_mesh
+from jaxlm.train.loop import Hooks, fit
+from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
+from jaxlm.train.stopping import (
+    EXIT_DONE,
+    EXIT_NO_CHECKPOINT,
+    EXIT_NOT_FINITE,
+    NotFinite,
+    StopRequest,
+)
+from jaxlm.types import Batch, Params
+
+REPORT = "report.html"
+SAMPLE_STREAM = 1  # of random numbers; parameters use the seed itself
+
+
+def main(arguments: Sequence[str], prog: str) -> int:
+    """`[CONFIG_FILE] [--section.field value ...]`; returns the exit code."""
+    config, source = read_config(arguments, prog=prog)
+    if config.train.compile_cache:
+        use_compile_cache()
+    try:
+        with jax.set_mesh(make_mesh(config.mesh)):
+            code = train(config, source, prog.replace("train", "sample"))
+    except NoUsableCheckpoint as error:
+        fail(error, EXIT_NO_CHECKPOINT)
+    except NotFinite as error:
+        fail(error, EXIT_NOT_FINITE)
+    return code
+
+
+def train(
+    config: Config, source: Source | None = None, sample_command: str = "jaxlm sample"
+) -> int:
+    """Runs a config to its end or to a stop, on the mesh in use.
+
+    Args:
+      config: the whole run.
+      source: the checkpoint whose parameters it starts from; None initializes them.
+      sample_command: what samples from the run, to be said at the end.
+
+    Returns:
+      The exit code (`train/stopping.py`).
+
+    Raises:
+      ValueError: when the text, the run folder or the checkpoint cannot be used.
+      NotFinite: at the first step whose loss or gradient is not finite.
+    """
+    settings = config.train
+    checkpoints = Checkpoints(
+        settings.run_dir, settings.keep, settings.keep_every, fresh=config.fresh
+    )
+    with checkpoints, StopRequest(settings.max_minutes) as stop:
+        # The text.
+        tokenizer = None if source is None else source.tokenizer()
+        dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
+        config = with_vocabulary(config, dataset.tokenizer.vocab_size)
+
+        # The state.
+        optimizer = make_optimizer(config.optimizer, settings.steps)
+        state, resumed = start(config, optimizer, checkpoints, dataset, source)
+        if resumed and state.step >= settings.steps:
+            print(
+                f"{settings.run_dir}: all {state.step} steps are done; raise "
+                "--train.steps or --fresh"
+            )
+            return EXIT_DONE
+
+        # The loop.
+        rows = batches(
+            dataset,
+            settings.batch_size,
+            int(state.step),
+            rules.batch_sharding(jax.sharding.get_mesh()),
+            config.data.prefetch,
+        )
+        hooks = make_hooks(config, dataset, checkpoints)
+        with records(config, state, resumed, dataset) as (writer, progress):
+            _, code = fit(
+                config,
+                optimizer,
+                state,
+                rows,
+                hooks,
+                writer=writer,
+                progress=progress,
+                stop=stop,
+                started=STARTED,
+            )
+    print(f"{settings.run_dir}/{REPORT}\n{sample_command} {settings.run_dir}")
+    return code
+
+
+def with_vocabulary(config: Config, size: int) -> Config:
+    """The config with the vocabulary size set, and checked against the tokenizer's."""
+    model = config.model
+    if model.vocab_size == 0:
+        model = dataclasses.replace(model, vocab_size=size)
+    elif model.vocab_size < size:
+        raise ValueError(
+            f"model.vocab_size is {model.vocab_size}, but the tokenizer has {size} "
+            "tokens: raise it, or leave it at 0"
+        )
+    return dataclasses.replace(config, model=model)
+
+
+def start(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    dataset: Dataset,
+    source: Source | None,
+) -> tuple[TrainState, bool]:
+    """The state to train from, and whether it continues this run."""
+    mesh = jax.sharding.get_mesh()
+    wanted = abstract_state(config.model, optimizer, mesh)
+    restored = checkpoints.restore_latest(
+        wanted.params,
+        wanted.opt_state,
+        config=config,
+        tokenizer_fingerprint=dataset.tokenizer.fingerprint,
+        data_fingerprint=dataset.fingerprint,
+    )
+    if restored is not None:
+        step = jax.device_put(restored.step, wanted.step.sharding)
+        return TrainState(step, restored.params, restored.opt_state), True
+    if source is None:
+        return init_state(config.model, optimizer, config.train.seed, mesh), False
+    if lines := diff(source.config, config.model, ignore=NOT_KEPT):
+        raise ValueError(f"--init-from {config.init_from}: {'; '.join(lines)}")
+    shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
+    params = source.params(dtype=jnp.float32, shardings=shardings)
+    return state_from(params, optimizer), False
+
+
+def make_hooks(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> Hooks:
+    """What the loop calls: evaluation, samples and saves."""
+    size = (config.train.batch_size, config.data.sequence_length)
+    sharding = rules.batch_sharding(jax.sharding.get_mesh())
+    tokenizer = dataset.tokenizer
+    prompt = tokenizer.encode(config.train.sample_prompt)
+    drawing = dataclasses.replace(
+        config.sample, max_new_tokens=config.train.sample_tokens or 1
+    )
+
+    def held_out() -> Iterator[Batch]:
+        for number in range(dataset.num_eval_batches(size[0])):
+            yield place(partial(dataset.eval_batch, number, size[0]), size, sharding)
+
+    def sample(params: Params, step: int) -> str:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), SAMPLE_STREAM)
+        result = generate(
+            config.model,
+            params,
+            [prompt],
+            drawing,
+            jax.random.fold_in(key, step),
+            num_tokens=tokenizer.vocab_size,
+        )
+        return tokenizer.decode(result.tokens[0, : result.lengths[0]])
+
+    def save(state: TrainState) -> None:
+        checkpoints.save(
+            int(state.step),
+            state.params,
+            state.opt_state,
+            config=config,
+            tokenizer=tokenizer,
+            data_fingerprint=dataset.fingerprint,
+            finite=True,
+        )
+
+    evaluates = dataset.num_eval_batches(size[0]) > 0
+    return Hooks(
+        save=save,
+        held_out=held_out if evaluates else None,
+        bytes_per_token=dataset.eval_bytes_per_token if evaluates else None,
+        sample=sample if config.train.sample_tokens else None,
+    )
+
+
+@contextlib.contextmanager
+def records(
+    config: Config, state: TrainState, resumed: bool, dataset: Dataset
+) -> Iterator[tuple[MetricsWriter, ProgressLine]]:
+    """What a run leaves behind and shows: its config, its metrics, its report.
+
+    The report is drawn at the end, whatever ended the run.
+    """
+    settings, run = config.train, Path(config.train.run_dir)
+    step, params = int(state.step), tree.count(state.params)
+    (run / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    writer = MetricsWriter(
+        run,
+        resume_step=step if resumed else None,
+        tensorboard=settings.tensorboard,
+    )
+    writer.write(
+        "event",
+        step,
+        event="resume" if resumed else "start",
+        params=params,
+        attention=attention_row(config),
+    )
+    progress = ProgressLine(settings.steps)
+    progress.note(
+        f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text, "
+        f"{settings.steps - step} steps on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind}, {compute_dtype(config.model.dtype).name}"
+    )
+    try:
+        yield writer, progress
+    finally:
+        progress.close()
+        writer.close()
+        write_report([run], run / REPORT)
+        draw_loss_png(run, run / "loss.png")
+
+
+def attention_row(config: Config) -> dict[str, object]:
+    """The attention of each kind of layer, and why others were not taken."""
+    choices = attention_choices(
+        config.model, config.train.batch_size, config.data.sequence_length
+    )
+    return {
+        kind: {"took": choice.name, "declined": dict(choice.declined)}
+        for kind, choice in choices.items()
+    }

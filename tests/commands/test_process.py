@@ -1,0 +1,64 @@
+"""What a command sets up in its process."""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxlm.commands.process import log_on_stderr, use_compile_cache
+
+
+def test_the_compile_cache_is_the_users_own(monkeypatch, tmp_path):
+    names = ["jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"]
+    names.append("jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "jaxlm" / "xla"
+    folder.mkdir(parents=True, mode=0o777)
+    folder.chmod(0o777)
+    try:
+        use_compile_cache()
+        assert jax.config.jax_compilation_cache_dir == str(folder)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_was_chosen_is_said_only_when_asked_for(verbose, capsys):
+    logger = logging.getLogger("jaxlm.ops.attention.dispatch")
+    before = logging.getLogger("jaxlm").handlers
+    with log_on_stderr(verbose):
+        logger.info("auto took dense")
+        logger.warning("slow")
+        logging.getLogger("other").warning("not ours")
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines()[:-1] == ["auto took dense", "slow"][not verbose :]
+    assert logging.getLogger("jaxlm").handlers is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="options of glibc")
+@pytest.mark.parametrize("face", [["train.py"], ["-m", "jaxlm.cli", "train"]])
+def test_malloc_is_set_up_before_jax_is_imported(face, repository, tmp_path):
+    """The program starts itself again, with the same command line."""
+    # Imported by the interpreter at its start, in each of its processes.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys; print('start', 'GLIBC_TUNABLES' in os.environ, 'jax' in sys.modules)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    paths = os.pathsep.join([str(tmp_path), str(repository)])
+    done = subprocess.run(
+        [sys.executable, *face, "--train.step", "3"],
+        cwd=repository,
+        env={**environment, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ["start False False", "start True False"]
+    assert done.returncode == 2 and "did you mean '--train.steps'" in done.stderr
