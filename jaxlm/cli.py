@@ -12,13 +12,13 @@ from jaxlm.train.stopping import EXIT_INTERRUPTED, EXIT_USAGE
 # Verb -> what it does. Each is a module of `jaxlm.commands` with
 # `main(arguments, prog)`, which returns an exit code.
 VERBS = {
-    "train": "Train a language model",
-    "sample": "Continue a text, or hold a conversation",
+    "train": "Train a language model: from a config to a run folder",
+    "sample": "Continue a text with a trained model, or hold a conversation with it",
     "convert": "Write a checkpoint as one of another kind: jaxlm, Hugging Face or GGUF",
     "verify": "Compare a model with an independent implementation, and with itself",
-    "report": "Draw one run, or several over each other",
-    "tune": "Measure block sizes of attention on this device",
-    "doctor": "Say what this machine has, and what jaxlm would use of it",
+    "report": "Draw one run, or several over each other: an HTML file and a PNG beside it",
+    "tune": "Measure block sizes of attention on this device, and keep the best ones",
+    "doctor": "Say what this machine has, and what jaxlm would use of it for a config",
 }
 _VERBOSE = ("-v", "--verbose")
 

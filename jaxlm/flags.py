@@ -20,7 +20,7 @@ from jaxlm.config import Config, nearest
 from jaxlm.train.stopping import EXIT_USAGE
 
 if TYPE_CHECKING:
-    from jaxlm.checkpoint.load import Source
+    from jaxlm.checkpoint.opened import Checkpoint
 
 T = TypeVar("T")
 # The folder of config files is a part of the package as well.
@@ -121,7 +121,7 @@ def read_config(
     default_file: Path = DEFAULT_CONFIG,
     *,
     prog: str = "jaxlm train",
-) -> "tuple[Config, Source | None]":
+) -> "tuple[Config, Checkpoint | None]":
     """`[CONFIG_FILE] [--section.field value ...]` as a `Config`.
 
     Exits with code 2 for a file or a flag that is wrong.
@@ -138,21 +138,21 @@ def read_config(
     if flags and not flags[0].startswith("-"):
         file = Path(flags.pop(0))
     config, about = _run_config_file(file, default_file.parent)
-    source = None
+    initial = None
     path = _value_of("--init-from", flags) or config.init_from
     if path is not None:
         # Only this needs JAX.
-        from jaxlm.checkpoint.load import open_source
+        from jaxlm.checkpoint.load import open_checkpoint
 
         try:
-            source = open_source(path)
+            initial = open_checkpoint(path)
             rows = _value_of("--data.sequence-length", flags)
-            config = _with_model_of(source, config, rows is not None)
+            config = _with_model_of(initial, config, rows is not None)
         except ValueError as error:
             fail(f"--init-from: {error}")
     usage = f"{prog} [CONFIG_FILE] [--section.field value ...]"
     about = f"{about}\nusage: {usage}; defaults from {file}"
-    return parse(Config, config, flags, prog=prog, description=about), source
+    return parse(Config, config, flags, prog=prog, description=about), initial
 
 
 def _run_config_file(file: Path, folder: Path) -> tuple[Config, str]:
@@ -182,16 +182,18 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _with_model_of(source: "Source", config: Config, rows_are_given: bool) -> Config:
+def _with_model_of(
+    checkpoint: "Checkpoint", config: Config, rows_are_given: bool
+) -> Config:
     """The config with a checkpoint's model, run as the config's own would be."""
     own = {name: getattr(config.model, name) for name in NOT_KEPT}
-    model = dataclasses.replace(source.config, **own)
+    model = dataclasses.replace(checkpoint.config, **own)
     data, length = config.data, model.context_length
     if data.sequence_length > length:
         data = dataclasses.replace(data, sequence_length=length)
         if not rows_are_given:
             print(
-                f"rows of {length} tokens, the context of {source.path}",
+                f"rows of {length} tokens, the context of {checkpoint.path}",
                 file=sys.stderr,
             )
     return dataclasses.replace(config, model=model, data=data)

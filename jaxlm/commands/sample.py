@@ -14,8 +14,9 @@ import numpy as np
 import tyro
 from jaxtyping import Bool, Int
 
-from jaxlm.checkpoint.load import Source, open_source
+from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.checkpoint.native.run_folder import find_runs
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
 from jaxlm.flags import fail, parse
@@ -61,8 +62,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
     """`[CHECKPOINT] [--prompt TEXT | --chat] ...`; returns the exit code."""
     chosen = read_arguments(arguments, prog)
     use_compile_cache()
-    source = open_source(chosen.run or newest_run())
-    model, tokenizer = source.config, source.tokenizer()
+    checkpoint = open_checkpoint(chosen.run or newest_run())
+    model, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if chosen.dtype is not None:
         model = dataclasses.replace(model, dtype=chosen.dtype)
     drawing = chosen.sample
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
         drawing = dataclasses.replace(drawing, stop_ids=tokenizer.stop_ids)
     key = jax.random.key(chosen.seed)
     with jax.set_mesh(mesh_of(chosen.mesh)):
-        params = read_params(source, model)
+        params = read_params(checkpoint)
         if chosen.chat:
             converse(
                 *(model, params, tokenizer, drawing, key),
@@ -117,11 +118,12 @@ def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
     return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
 
 
-def read_params(source: Source, model: ModelConfig) -> Params:
+def read_params(checkpoint: Checkpoint) -> Params:
     """The parameters, each part read onto the devices that hold it."""
-    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init(checkpoint.config, jax.random.key(0)))
     shardings = rules.parameter_shardings(shapes, jax.sharding.get_mesh())
-    return source.params(shardings=shardings)
+    _, params = load(checkpoint, shardings=shardings)
+    return params
 
 
 def write_samples(

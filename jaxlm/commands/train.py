@@ -17,8 +17,9 @@ import optax
 
 from jaxlm import tree
 from jaxlm.checkpoint.families import NOT_KEPT
-from jaxlm.checkpoint.load import Source
+from jaxlm.checkpoint.load import load
 from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import STARTED, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
@@ -50,12 +51,12 @@ SAMPLE_STREAM = 1  # of random numbers; parameters use the seed itself
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """`[CONFIG_FILE] [--section.field value ...]`; returns the exit code."""
-    config, source = read_config(arguments, prog=prog)
+    config, initial = read_config(arguments, prog=prog)
     if config.train.compile_cache:
         use_compile_cache()
     try:
         with jax.set_mesh(make_mesh(config.mesh)):
-            code = train(config, source, prog.replace("train", "sample"))
+            code = train(config, initial, prog.replace("train", "sample"))
     except NoUsableCheckpoint as error:
         fail(error, EXIT_NO_CHECKPOINT)
     except NotFinite as error:
@@ -64,13 +65,15 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 
 def train(
-    config: Config, source: Source | None = None, sample_command: str = "jaxlm sample"
+    config: Config,
+    initial: Checkpoint | None = None,
+    sample_command: str = "jaxlm sample",
 ) -> int:
     """Runs a config to its end or to a stop, on the mesh in use.
 
     Args:
       config: the whole run.
-      source: the checkpoint whose parameters it starts from; None initializes them.
+      initial: the checkpoint whose parameters it starts from; None initializes them.
       sample_command: what samples from the run, to be said at the end.
 
     Returns:
@@ -86,13 +89,13 @@ def train(
     )
     with checkpoints, StopRequest(settings.max_minutes) as stop:
         # The text.
-        tokenizer = None if source is None else source.tokenizer()
+        tokenizer = None if initial is None else initial.tokenizer()
         dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
         config = with_vocabulary(config, dataset.tokenizer.vocab_size)
 
         # The state.
         optimizer = make_optimizer(config.optimizer, settings.steps)
-        state, resumed = start(config, optimizer, checkpoints, dataset, source)
+        state, resumed = start(config, optimizer, checkpoints, dataset, initial)
         if resumed and state.step >= settings.steps:
             print(
                 f"{settings.run_dir}: all {state.step} steps are done; raise "
@@ -143,7 +146,7 @@ def start(
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     dataset: Dataset,
-    source: Source | None,
+    initial: Checkpoint | None,
 ) -> tuple[TrainState, bool]:
     """The state to train from, and whether it continues this run."""
     mesh = jax.sharding.get_mesh()
@@ -158,12 +161,12 @@ def start(
     if restored is not None:
         step = jax.device_put(restored.step, wanted.step.sharding)
         return TrainState(step, restored.params, restored.opt_state), True
-    if source is None:
+    if initial is None:
         return init_state(config.model, optimizer, config.train.seed, mesh), False
-    if lines := diff(source.config, config.model, ignore=NOT_KEPT):
+    if lines := diff(initial.config, config.model, ignore=NOT_KEPT):
         raise ValueError(f"--init-from {config.init_from}: {'; '.join(lines)}")
     shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
-    params = source.params(dtype=jnp.float32, shardings=shardings)
+    _, params = load(initial, dtype=jnp.float32, shardings=shardings)
     return state_from(params, optimizer), False
 
 

@@ -1,12 +1,8 @@
 """Which implementation of attention a model takes, known before it runs."""
 
-import jax
-import jax.numpy as jnp
-
 from jaxlm.config import ModelConfig
 from jaxlm.ops.attention.dispatch import Choice, choose
-from jaxlm.ops.attention.request import request
-from jaxlm.ops.attention.spec import AttentionSpec
+from jaxlm.ops.attention.request import request_of_sizes
 from jaxlm.ops.linear import compute_dtype
 
 
@@ -27,28 +23,23 @@ def attention_choices(
     Raises:
       ValueError: when the implementation that the config names cannot do it.
     """
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     cached = cache_length is not None
-    S = cache_length if cached else num_queries
-    dtype = compute_dtype(config.dtype)
-    name = config.decode_attention if cached else config.attention
-    ids = jax.ShapeDtypeStruct((batch, num_queries), jnp.int32)
     choices = {}
     for kind in dict.fromkeys(config.layer_pattern):
-        asked = request(
-            jax.ShapeDtypeStruct((batch, num_queries, N, H), dtype),
-            jax.ShapeDtypeStruct((batch, S, K, H), dtype),
-            AttentionSpec(
-                scale=config.attention_scale or H**-0.5,
-                window=config.window if kind == "local" else None,
-                soft_cap=config.attention_soft_cap,
-                sinks=jax.ShapeDtypeStruct((N,), jnp.float32)
-                if config.attention_sinks
-                else None,
-                query_segments=None if cached else ids,
-                key_segments=None if cached else ids,
-                query_index=ids if cached else None,
-            ),
+        request = request_of_sizes(
+            batch=batch,
+            num_queries=num_queries,
+            num_keys=cache_length if cached else num_queries,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=compute_dtype(config.dtype),
+            window=config.window if kind == "local" else None,
+            soft_cap=config.attention_soft_cap,
+            sinks=config.attention_sinks,
+            segments=not cached,
+            query_positions=cached,
         )
-        choices[kind] = choose(name, asked)
+        name = config.decode_attention if cached else config.attention
+        choices[kind] = choose(name, request)
     return choices

@@ -16,8 +16,9 @@ from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
 from jaxlm.checkpoint.native.saving import Checkpoints
-from jaxlm.cli import main, read_config
+from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, diff
+from jaxlm.flags import read_config
 from jaxlm.model.presets import preset, toy
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 

@@ -45,13 +45,12 @@ def home(tmp_path_factory):
     return home, model, params
 
 
-def start(home, repository, *arguments):
+def start(home, repository, *arguments, **streams):
     return subprocess.Popen(
         [sys.executable, repository / "sample.py", *arguments],
         cwd=home,
         env={**os.environ, "PYTHONPATH": str(repository)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams),
     )
 
 
@@ -93,18 +92,16 @@ def test_a_terminal_shows_nothing_between_the_prompt_and_its_text(
     home, repository, flags
 ):
     """Both streams on one terminal; with -v, what was chosen stands before."""
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(home[0])
-        os.environ["PYTHONPATH"] = str(repository)
-        program = [sys.executable, str(repository / "sample.py"), *flags]
-        os.execv(program[0], [*program, "--prompt", "<abc>", "--max-new-tokens", "40"])
+    ours, theirs = pty.openpty()
+    prompt = ["--prompt", "<abc>", "--max-new-tokens", "40"]
+    child = start(home[0], repository, *flags, *prompt, stdout=theirs, stderr=theirs)
+    os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal, on Linux
-        while piece := os.read(terminal, 4096):
+        while piece := os.read(ours, 4096):
             shown += piece
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
+    os.close(ours)
+    assert child.wait(timeout=60) == 0, shown
     before, prompt, text = shown.decode().partition("<abc>")
     assert prompt and re.fullmatch(r"[^ ]{40}\r\n", text), shown
     if flags:
