@@ -16,7 +16,7 @@ VERBS = {
     "sample": "Continue a text with a trained model, or hold a conversation with it",
     "convert": "Write a checkpoint as one of another kind: jaxlm, Hugging Face or GGUF",
     "verify": "Compare a model with an independent implementation, and with itself",
-    "report": "Draw one run, or several over each other: an HTML file and a PNG beside it",
+    "report": "Draw one run, or several over each other: an HTML page and a PNG",
     "tune": "Measure block sizes of attention on this device, and keep the best ones",
     "doctor": "Say what this machine has, and what jaxlm would use of it for a config",
 }

@@ -1,4 +1,4 @@
-"""Draw one run, or several over each other: an HTML file and a PNG beside it."""
+"""Draw one run, or several over each other: an HTML page and a PNG."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jaxlm.report.picture import draw_loss_png
 
 @dataclass(frozen=True)
 class Arguments:
-    """Draw one run, or several over each other: an HTML file and a PNG beside it."""
+    """Draw one run, or several over each other: an HTML page and a PNG."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders."""
