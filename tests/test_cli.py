@@ -104,7 +104,7 @@ TRAINING = {"grain", "optax", "jaxlm.data", "jaxlm.train.loop"}
         ("sample", {"jaxlm.verify", "jaxlm.data", "jaxlm.train.loop", *DRAWING}),
         ("convert", {"jaxlm.verify", "jaxlm.data", "jaxlm.infer", *DRAWING}),
         ("verify", {"jaxlm.train.loop", *DRAWING}),
-        ("report", {"flax", "orbax", "sentencepiece", "jaxlm.data"}),
+        ("report", {"orbax", "sentencepiece", "jaxlm.data"}),
         ("tune", {"flax", "orbax", "jaxlm.model", *TRAINING, *DRAWING}),
         ("doctor", {"orbax", "jaxlm.verify", *TRAINING, *DRAWING}),
     ],

@@ -22,8 +22,7 @@ from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
 from jaxlm.flags import fail, parse
 from jaxlm.infer.chat import converse
 from jaxlm.infer.generate import Generation, generate
-from jaxlm.model.transformer import init
-from jaxlm.sharding import rules
+from jaxlm.model.params import init, parameter_shardings
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
@@ -121,7 +120,7 @@ def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
 def read_params(checkpoint: Checkpoint) -> Params:
     """The parameters, each part read onto the devices that hold it."""
     shapes = jax.eval_shape(lambda: init(checkpoint.config, jax.random.key(0)))
-    shardings = rules.parameter_shardings(shapes, jax.sharding.get_mesh())
+    shardings = parameter_shardings(shapes, jax.sharding.get_mesh())
     _, params = load(checkpoint, shardings=shardings)
     return params
 
