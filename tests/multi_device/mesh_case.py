@@ -26,6 +26,7 @@ from jaxlm.infer.generate import generate
 from jaxlm.model.params import parameter_shardings
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
+from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -266,7 +267,7 @@ class Interpreted(Kernel):
     """The TPU's kernel on any device."""
 
     def run(self, q, k, v, spec):
-        settings = pallas_tpu.TpuSettings(16, 16, 16, 16, interpret=True)
+        settings = TpuSettings(16, 16, 16, 16, interpret=True)
         return pallas_tpu.attention(q, k, v, spec, settings=settings)
 
     def declines(self, asked):

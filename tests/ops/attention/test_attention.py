@@ -31,7 +31,7 @@ from jaxlm.ops.attention.spec import (
     quantize,
 )
 from jaxlm.ops.attention.tpu import pallas_tpu
-from jaxlm.ops.attention.tpu.pallas_tpu import TpuSettings
+from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
 
 B, N, K = 2, 6, 3
 SCALE = 0.3
@@ -335,6 +335,19 @@ def test_a_row_without_keys_is_finite(name):
     value, grads = quick_jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("queries", [1, 20])
+def test_one_row_of_positions_serves_the_batch(name, queries):
+    case = CASES[name]
+    q, k, v = inputs(queries, 2 * case.unit, case)
+    positions = np.arange(queries, dtype=np.int32)[None] + case.unit
+    values = {"query_positions": positions, "window": case.unit}
+    z, _ = quick_jit(case.run)(q, k, v, make_spec(SCALE, **values))
+    values["query_positions"] = np.repeat(positions, B, axis=0)
+    expected = ops_case.attention(q, k, v, scale=SCALE, **values)
+    np.testing.assert_allclose(z, expected, atol=case.atol)
 
 
 @pytest.mark.parametrize("name", SHORT)

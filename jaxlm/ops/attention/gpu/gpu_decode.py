@@ -79,7 +79,7 @@ def forward(
     B, K, padded, H = operands["q"].shape
     T, R, blocks = q.shape[1], q.shape[1] * q.shape[2] // K, padded // ROWS
     splits = settings.decode_splits or best_splits(k.shape, T * q.shape[2])
-    program = _Program(spec, k.shape[1], settings, splits, R, tuple(operands))
+    program = _DecodeProgram(spec, k.shape[1], settings, splits, R, tuple(operands))
     shape = (B, K, splits, blocks * program.rows)
     kernel = program.warpgroup.kernel(
         program.run,
@@ -157,7 +157,7 @@ def _merge(
 
 
 @dataclass(frozen=True)
-class _Program:
+class _DecodeProgram:
     """One program: the rows of a key head against one part of its keys."""
 
     spec: AttentionSpec

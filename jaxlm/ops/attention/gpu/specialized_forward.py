@@ -53,7 +53,7 @@ def forward(
     """
     B, T, N, H = q.shape
     grid = Grid(T, k.shape[1], BLOCK_QUERIES, settings.block_keys)
-    program = _Program(spec, grid, settings, N // k.shape[2])
+    program = _SpecializedProgram(spec, grid, settings, N // k.shape[2])
     operands = program.operands(q, k, v)
     tree = jax.tree.structure(operands)
     # Rows of z that reach over its edge are not written, but the interpreter then
@@ -83,7 +83,7 @@ def forward(
 
 
 @dataclass(frozen=True)
-class _Program:
+class _SpecializedProgram:
     """One program: `BLOCK_QUERIES` queries of a head against the keys they see."""
 
     spec: AttentionSpec

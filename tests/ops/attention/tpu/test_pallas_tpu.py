@@ -11,9 +11,10 @@ from ops_case import make_spec, normal, quick_jit
 
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
 from jaxlm.ops.attention.tpu import pallas_tpu
+from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
 
 SCALE = 0.3
-SETTINGS = pallas_tpu.TpuSettings(16, 16, 16, 16, 16, interpret=True)
+SETTINGS = TpuSettings(16, 16, 16, 16, 16, interpret=True)
 
 
 def inputs(T, S, N=4, K=2, H=8):

@@ -1,0 +1,221 @@
+"""The gradient of flash attention on TPUs, in Pallas (Mosaic).
+
+FlashAttention-2 (Dao 2023, arXiv:2307.08691): one kernel for the queries' gradient and
+one for that of keys and values, each of which sums in a fixed order.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec
+from jaxlm.ops.attention.tpu.tpu_blocks import (
+    TpuSettings,
+    add_mask_rows,
+    allowed,
+    cut_blocks,
+    dot,
+    fill_after,
+    heads_first,
+    key_block,
+    query_block,
+    run_kernel,
+)
+from jaxlm.ops.attention.visibility import BlockTable, Grid, bounds
+
+
+def backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: TpuSettings):
+    """dq, dk and dv; see `flash.FlashKernels`."""
+    T, S = q.shape[1], k.shape[1]
+    blocks = settings.backward_block_queries, settings.backward_block_keys
+    table = cut_blocks(spec, T, S, blocks)
+    arrays = {"q": q, "k": k, "v": v, "dz": dz}
+    inputs = {name: heads_first(x) for name, x in arrays.items()}
+    inputs |= {"lse": lse[:, :, None], "delta": delta[:, :, None]}
+    dq = _query_gradient(spec, table, inputs, settings)
+    dk, dv = _key_value_gradients(spec, table, inputs, settings)
+    return tuple(heads_first(x) for x in (dq, dk, dv))
+
+
+def _backward_specs(
+    spec: AttentionSpec, grid: Grid, inputs, queries: Callable, keys: Callable
+):
+    """Inputs and their blocks, from maps to (b, head, block) of both sides."""
+    H = inputs["q"].shape[-1]
+
+    def block(at: Callable, size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, size, H), lambda *ids: (*at(*ids), 0))
+
+    def row(at: Callable, size: int) -> pl.BlockSpec:
+        def index(*ids):
+            b, n, i = at(*ids)
+            return b, n, 0, i
+
+        return pl.BlockSpec((1, 1, 1, size), index)
+
+    def all_heads(at: Callable) -> Callable:
+        def index(*ids):
+            b, _, i = at(*ids)
+            return b, 0, i
+
+        return index
+
+    inputs = dict(inputs)
+    specs = {name: block(queries, grid.block_queries) for name in ("q", "dz")}
+    specs |= {name: block(keys, grid.block_keys) for name in ("k", "v")}
+    specs |= {name: row(queries, grid.block_queries) for name in ("lse", "delta")}
+    add_mask_rows(inputs, specs, spec.mask, grid, all_heads(queries), all_heads(keys))
+    return inputs, specs
+
+
+def _query_gradient(
+    spec: AttentionSpec, table: BlockTable, inputs, settings: TpuSettings
+):
+    B, N, T, H = inputs["q"].shape
+    group = N // inputs["k"].shape[1]
+
+    def queries(b, n, i, j, table):
+        return b, n, i
+
+    def keys(b, n, i, j, table):
+        return b, n // group, key_block(table, b, i, j)
+
+    grid = table.grid
+    inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
+    met = bounds(spec.mask, grid)
+    return run_kernel(
+        partial(_query_gradient_kernel, spec),
+        table,
+        inputs,
+        in_specs,
+        grid=(B, N, grid.query_blocks, met.keys),
+        out_specs=pl.BlockSpec(
+            (1, 1, grid.block_queries, H), lambda b, n, i, *_: (b, n, i, 0)
+        ),
+        out_shape=jax.ShapeDtypeStruct((B, N, T, H), inputs["q"].dtype),
+        scratch=[(grid.block_queries, H)],
+        matmuls=3 * met.pairs,
+        settings=settings,
+    )
+
+
+def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, dq_acc):
+    b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    grid = table.grid
+    j = key_block(table, b, i, step)
+
+    @pl.when(step == 0)
+    def _():
+        dq_acc[...] = jnp.zeros_like(dq_acc)
+
+    def visit(masked: bool):
+        q, k, v, dz = (refs[name][0, 0] for name in ("q", "k", "v", "dz"))
+        if masked and grid.end_of_keys:
+            start = j * grid.block_keys
+            k, v = (fill_after(x, start, grid.num_keys) for x in (k, v))
+        lse, delta = (refs[name][0, 0].T for name in ("lse", "delta"))
+        raw = dot(q, k, ((1,), (1,)))
+        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
+        if masked:
+            scores = online_softmax.hide(scores, allowed(table, refs, i, j))
+        probs = jnp.exp(scores - lse)
+        dprobs = dot(dz, v, ((1,), (1,)))
+        dscores = online_softmax.dscores(probs, dprobs, delta, slope)
+        dq_acc[...] += dot(dscores.astype(k.dtype), k, ((1,), (0,)))
+
+    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
+    first, last = table.keys_met(b, i)
+    some &= first + step < last
+    pl.when(some & whole)(partial(visit, masked=False))
+    pl.when(some & ~whole)(partial(visit, masked=True))
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _():
+        dq[0, 0] = dq_acc[...].astype(dq.dtype)
+
+
+def _key_value_gradients(
+    spec: AttentionSpec, table: BlockTable, inputs, settings: TpuSettings
+):
+    """Each key head sums over its group, one query head after another."""
+    B, K, S, H = inputs["k"].shape
+    group = inputs["q"].shape[1] // K
+
+    def queries(b, n, j, g, i, table):
+        return b, n * group + g, query_block(table, b, j, i)
+
+    def keys(b, n, j, g, i, table):
+        return b, n, j
+
+    grid = table.grid
+    inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
+    met = bounds(spec.mask, grid)
+    out = pl.BlockSpec((1, 1, grid.block_keys, H), lambda b, n, j, *_: (b, n, j, 0))
+    shape = jax.ShapeDtypeStruct((B, K, S, H), inputs["k"].dtype)
+    return run_kernel(
+        partial(_key_value_kernel, spec),
+        table,
+        inputs,
+        in_specs,
+        grid=(B, K, grid.key_blocks, group, met.queries),
+        out_specs=(out, out),
+        out_shape=(shape, shape),
+        scratch=[(grid.block_keys, H)] * 2,
+        matmuls=4 * met.pairs,
+        settings=settings,
+    )
+
+
+def _key_value_kernel(
+    spec: AttentionSpec, table: BlockTable, refs, dk, dv, dk_acc, dv_acc
+):
+    """One pair of blocks, with scores [keys, queries]: no dot transposes them."""
+    b, j, g, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
+    i = query_block(table, b, j, step)
+    grid = table.grid
+    partial_queries = grid.num_queries % grid.block_queries != 0
+
+    @pl.when((g == 0) & (step == 0))
+    def _():
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    def visit(masked: bool):
+        q, k, v, dz = (refs[name][0, 0] for name in ("q", "k", "v", "dz"))
+        lse, delta = (refs[name][0, 0] for name in ("lse", "delta"))
+        if masked and partial_queries:
+            start, end = i * grid.block_queries, grid.num_queries
+            q, dz = (fill_after(x, start, end) for x in (q, dz))
+            delta = fill_after(delta, start, end, axis=1)
+            lse = fill_after(lse, start, end, axis=1, fill=-MASKED)
+        raw = dot(k, q, ((1,), (1,)))
+        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
+        if masked:
+            visible = allowed(table, refs, i, j, keys_first=True)
+            scores = online_softmax.hide(scores, visible)
+        probs = jnp.exp(scores - lse)
+        dprobs = dot(v, dz, ((1,), (1,)))
+        dscores = online_softmax.dscores(probs, dprobs, delta, slope)
+        dv_acc[...] += dot(probs.astype(dz.dtype), dz, ((1,), (0,)))
+        dk_acc[...] += dot(dscores.astype(q.dtype), q, ((1,), (0,)))
+
+    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
+    first, last = table.queries_met(b, j)
+    some &= first + step < last
+    if partial_queries:
+        whole &= (i + 1) * grid.block_queries <= grid.num_queries
+    pl.when(some & whole)(partial(visit, masked=False))
+    pl.when(some & ~whole)(partial(visit, masked=True))
+
+    ends = (g == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)
+
+    @pl.when(ends)
+    def _():
+        dk[0, 0] = dk_acc[...].astype(dk.dtype)
+        dv[0, 0] = dv_acc[...].astype(dv.dtype)

@@ -1,0 +1,185 @@
+"""What the TPU kernels share: how arrays are cut into blocks, masked and multiplied.
+
+Blocks lie as [tokens, head_dim], so arrays are transposed to [B, heads, tokens, H]
+outside. What reaches over the end of a row is garbage (NaN in interpret mode): kernels
+hide it or zero it, and the caller pads nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from jaxlm.ops.attention.spec import AttentionSpec, Mask, Tokens
+from jaxlm.ops.attention.visibility import BlockTable, Grid, make_table
+
+LANES = 128
+
+
+@dataclass(frozen=True)
+class TpuSettings:
+    """Block sizes: multiples of 128 on a device."""
+
+    block_queries: int = 512
+    block_keys: int = 512
+    backward_block_queries: int = 512
+    backward_block_keys: int = 512
+    decode_block_keys: int = 1024
+    decode_splits: int = 1
+    """Parts into which the keys of a row are split when decoding: for chips with two
+    cores, when there are fewer rows and heads than cores."""
+    interpret: bool = False
+    """Run on any device, without Mosaic: for tests."""
+
+
+def cut_blocks(
+    spec: AttentionSpec, T: int, S: int, blocks: tuple[int, int], splits: int = 1
+) -> BlockTable:
+    """The table of a kernel; with splits, a row for each part of each row's keys."""
+    # Blocks longer than the row help nobody.
+    sizes = (
+        min(block, pl.cdiv(n, LANES) * LANES)
+        for n, block in zip((T, S), blocks, strict=True)
+    )
+    table = make_table(spec.mask, Grid(T, S, *sizes))
+    return _split(table, splits) if splits > 1 else table
+
+
+def _split(table: BlockTable, splits: int) -> BlockTable:
+    """The table with a row for each part of each row's key blocks."""
+    rows = table.rows
+
+    def repeat(x: Array) -> Array:
+        x = x.reshape(rows, 1, -1)
+        return jnp.broadcast_to(x, (x.shape[0], splits, x.shape[2]))
+
+    table = jax.tree.map(repeat, table)
+    share = -(-(table.last_key - table.first_key) // splits)
+    first = table.first_key + share * jnp.arange(splits)[:, None]
+    last = jnp.minimum(first + share, table.last_key)
+    # Parts without keys must not name a block after the last.
+    first, last = (jnp.where(first < last, x, 0) for x in (first, last))
+    table = replace(table, first_key=first, last_key=last)
+    return jax.tree.map(jnp.ravel, table)
+
+
+def key_block(table: BlockTable, b: Any, i: Any, step: Any) -> Any:
+    """The key block that query block i meets at this step, or the last one."""
+    first, last = table.keys_met(b, i)
+    return jnp.minimum(first + step, jnp.maximum(last - 1, first))
+
+
+def query_block(table: BlockTable, b: Any, j: Any, step: Any) -> Any:
+    """The query block that key block j meets at this step, or the last one."""
+    first, last = table.queries_met(b, j)
+    return jnp.minimum(first + step, jnp.maximum(last - 1, first))
+
+
+def heads_first(x: Array) -> Array:
+    """[B, tokens, heads, H] -> [B, heads, tokens, H], and back."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def dot(a: Any, b: Any, dims: Any) -> Any:
+    """A matrix product that accumulates in f32; f32 operands are not rounded."""
+    exact = a.dtype == jnp.float32
+    return jax.lax.dot_general(
+        a,
+        b,
+        (dims, ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+    )
+
+
+def fill_after(x: Any, start: Any, end: int, axis: int = 0, fill: float = 0.0) -> Any:
+    """x, whose first number on `axis` is at `start`, with `fill` from `end` on."""
+    position = start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.where(position < end, x, jnp.full_like(x, fill))
+
+
+def add_mask_rows(inputs, in_specs, mask: Mask, grid: Grid, query_row, key_row):
+    """Adds the positions and segments of tokens, as rows [B, 1, tokens]."""
+    rows = (
+        ("query_positions", grid.block_queries, query_row),
+        ("query_segments", grid.block_queries, query_row),
+        ("key_segments", grid.block_keys, key_row),
+    )
+    for name, block, index in rows:
+        x = getattr(mask, name)
+        if x is not None:
+            x = jnp.broadcast_to(x, (inputs["q"].shape[0], x.shape[1]))
+            inputs[name] = x[:, None]
+            in_specs[name] = pl.BlockSpec((1, 1, block), index)
+
+
+def allowed(table: BlockTable, refs, i, j, keys_first: bool = False) -> Any:
+    """Which scores of query block i and key block j are visible; None: all are."""
+    grid = table.grid
+    query_axis, key_axis = (1, 0) if keys_first else (0, 1)
+
+    def count(start: Any, size: int, axis: int) -> Any:
+        shape = (size, 1) if axis == 0 else (1, size)
+        return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    def read(name: str, axis: int) -> Any:
+        if name not in refs:
+            return None
+        row = refs[name][0]
+        return row if axis == 1 else row.T
+
+    positions = read("query_positions", query_axis)
+    if positions is None:
+        positions = count(i * grid.block_queries, grid.block_queries, query_axis)
+    queries = Tokens(positions, read("query_segments", query_axis))
+    positions = count(j * grid.block_keys, grid.block_keys, key_axis)
+    keys = Tokens(positions, read("key_segments", key_axis))
+    return table.mask.allowed(queries, keys, grid.end_of_keys)
+
+
+def run_kernel(
+    kernel: Callable,
+    table: BlockTable,
+    inputs: dict[str, Array],
+    in_specs: dict[str, pl.BlockSpec],
+    *,
+    grid: tuple[int, ...],
+    out_specs: Any,
+    out_shape: Any,
+    scratch: list[tuple[int, int]],
+    matmuls: int,
+    settings: TpuSettings,
+):
+    """Runs a kernel whose last axes of the grid sum up: all after the third.
+
+    Args:
+      matmuls: matrix products of two blocks for each row of the batch and query head.
+    """
+    B, N, _, H = inputs["q"].shape
+    area = in_specs["q"].block_shape[2] * in_specs["k"].block_shape[2]
+    leaves = jax.tree.leaves((inputs, out_shape))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[in_specs],
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * matmuls * B * N * area * H,
+            transcendentals=matmuls * B * N * area // 2,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in leaves),
+        ),
+        interpret=settings.interpret,
+    )(table, inputs)

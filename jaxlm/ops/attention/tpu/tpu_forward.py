@@ -1,0 +1,153 @@
+"""Flash attention on TPUs, in Pallas (Mosaic): the forward kernel.
+
+FlashAttention-2 (Dao 2023, arXiv:2307.08691): blocks of queries stay, blocks of keys
+pass by.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec
+from jaxlm.ops.attention.tpu.tpu_blocks import (
+    LANES,
+    TpuSettings,
+    add_mask_rows,
+    allowed,
+    cut_blocks,
+    dot,
+    fill_after,
+    heads_first,
+    key_block,
+    run_kernel,
+)
+from jaxlm.ops.attention.visibility import BlockTable, bounds
+
+
+def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1):
+    """z [B T N H] and lse [B N T]; with splits, their parts: [B * splits, ...]."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    blocks = settings.block_queries, settings.block_keys
+    table = cut_blocks(spec, T, S, blocks, splits)
+    grid = table.grid
+    met = bounds(spec.mask, grid)
+
+    def queries(b, n, i, j, table):
+        return b // splits, n, i, 0
+
+    def keys(b, n, i, j, table):
+        return b // splits, n // (N // K), key_block(table, b, i, j), 0
+
+    def query_row(b, n, i, j, table):
+        return b // splits, 0, i
+
+    def key_row(b, n, i, j, table):
+        return b // splits, 0, key_block(table, b, i, j)
+
+    def key_head_row(b, n, i, j, table):
+        return b // splits, n // (N // K), 0, key_block(table, b, i, j)
+
+    inputs = {"q": heads_first(q), "k": heads_first(k), "v": heads_first(v)}
+    in_specs = {
+        "q": pl.BlockSpec((1, 1, grid.block_queries, H), queries),
+        "k": pl.BlockSpec((1, 1, grid.block_keys, H), keys),
+        "v": pl.BlockSpec((1, 1, grid.block_keys, H), keys),
+    }
+    add_mask_rows(inputs, in_specs, spec.mask, grid, query_row, key_row)
+    if spec.sinks is not None:
+        inputs["sinks"] = spec.sinks.astype(jnp.float32)
+        in_specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
+    if spec.key_scale is not None:
+        for name in ("key_scale", "value_scale"):
+            scale_BKS = getattr(spec, name).transpose(0, 2, 1)
+            inputs[name] = scale_BKS[:, :, None].astype(jnp.float32)
+            in_specs[name] = pl.BlockSpec((1, 1, 1, grid.block_keys), key_head_row)
+    z, lse = run_kernel(
+        partial(_forward_kernel, spec),
+        table,
+        inputs,
+        in_specs,
+        grid=(B * splits, N, grid.query_blocks, met.keys),
+        out_specs=(
+            pl.BlockSpec(
+                (1, 1, grid.block_queries, H), lambda b, n, i, *_: (b, n, i, 0)
+            ),
+            pl.BlockSpec(
+                (1, 1, 1, grid.block_queries), lambda b, n, i, *_: (b, n, 0, i)
+            ),
+        ),
+        out_shape=(
+            # Parts are rounded when they are one.
+            jax.ShapeDtypeStruct(
+                (B * splits, N, T, H), jnp.float32 if splits > 1 else q.dtype
+            ),
+            jax.ShapeDtypeStruct((B * splits, N, 1, T), jnp.float32),
+        ),
+        scratch=[
+            (grid.block_queries, LANES),
+            (grid.block_queries, LANES),
+            (grid.block_queries, H),
+        ],
+        matmuls=2 * met.pairs,
+        settings=settings,
+    )
+    return heads_first(z), lse[:, :, 0]
+
+
+def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, acc):
+    """One pair of blocks. Scratch: m, l and acc of the online softmax; each m and l
+    lies in all lanes of its row."""
+    b, n, i, step = (pl.program_id(axis) for axis in range(4))
+    grid = table.grid
+    j = key_block(table, b, i, step)
+
+    @pl.when(step == 0)
+    def _():
+        m[...] = jnp.full_like(m, MASKED)
+        l[...] = jnp.zeros_like(l)
+        acc[...] = jnp.zeros_like(acc)
+
+    def visit(masked: bool):
+        start = j * grid.block_keys
+        q, k, v = (refs[name][0, 0] for name in "qkv")
+        if "key_scale" in refs:
+            k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
+        if masked and grid.end_of_keys:
+            v = fill_after(v, start, grid.num_keys)
+        raw = dot(q, k, ((1,), (1,)))
+        if "key_scale" in refs:
+            raw *= refs["key_scale"][0, 0]
+        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        if masked:
+            scores = online_softmax.hide(scores, allowed(table, refs, i, j))
+        m_old = m[:, :1]
+        m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
+        p, alpha = jnp.exp(scores - m_new), jnp.exp(m_old - m_new)
+        sums = jnp.sum(p, axis=1, keepdims=True)
+        m[...] = jnp.broadcast_to(m_new, m.shape)
+        l[...] = l[...] * alpha + sums
+        if "value_scale" in refs:
+            scale = refs["value_scale"][0, 0]
+            if masked and grid.end_of_keys:
+                scale = fill_after(scale, start, grid.num_keys, axis=1)
+            p *= scale
+        part = dot(p.astype(v.dtype), v, ((1,), (0,)))
+        acc[...] = acc[...] * alpha + part
+
+    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
+    first, last = table.keys_met(b, i)
+    some &= first + step < last
+    pl.when(some & whole)(partial(visit, masked=False))
+    pl.when(some & ~whole)(partial(visit, masked=True))
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _():
+        sink = refs["sinks"][n] if "sinks" in refs else None
+        factor, row_lse = online_softmax.finish(m[:, :1], l[:, :1], sink)
+        z[0, 0] = (acc[...] * factor).astype(z.dtype)
+        lse[0, 0] = row_lse.T
