@@ -118,8 +118,34 @@ def test_the_library_does_match_them(all_of_them):
         plain = library(name)
         for text, i in tokenizer.special_ids.items():
             assert i in plain.encode(f"a {text} b", add_special_tokens=False).ids
-    plain.encode_special_tokens = True  # Not even so in a Unigram.
-    assert 1 in plain.encode("a<eos>b", add_special_tokens=False).ids
+
+
+def bpe_that_merges_into_a_special_token():
+    vocab = {"<": 0, "s": 1, ">": 2, "s>": 3, "<s>": 4}
+    merges = [["s", ">"], ["<", "s>"]]
+    added = {"id": 4, "content": "<s>", "special": True, "lstrip": False}
+    added |= {"rstrip": False, "single_word": False, "normalized": False}
+    table = model("byte_level", vocab=vocab, merges=merges)
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    whole["use_regex"] = False  # A text is one word.
+    pipeline = {"pre_tokenizer": whole, "added_tokens": [added]}
+    return contents("byte_level", model=table, **pipeline)
+
+
+@pytest.mark.parametrize(
+    "text, special",
+    [(bpe_that_merges_into_a_special_token(), "<s>"), (contents("unigram"), "<eos>")],
+)
+def test_encode_special_tokens_of_the_library_is_not_enough(text, special):
+    """It cuts no special token out of a text, but the model finds it there."""
+    plain = tokenizers.Tokenizer.from_str(text)
+    plain.encode_special_tokens = True
+    i = plain.token_to_id(special)
+    assert i in plain.encode(special, add_special_tokens=False).ids
+    tokenizer = HuggingFaceTokenizer(text)
+    assert tokenizer.special_ids[special] == i
+    ids = tokenizer.encode(special).tolist()
+    assert ids and i not in ids
 
 
 @pytest.mark.parametrize("name", GOLDENS)

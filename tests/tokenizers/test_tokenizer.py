@@ -10,6 +10,7 @@ from jaxlm.tokenizers.base import TextStream
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
 from jaxlm.tokenizers.sentencepiece import processor
+from jaxlm.tokenizers.sentencepiece.model_proto import literal_model
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
 
@@ -248,6 +249,20 @@ def test_truncated_models(models):
             SentencePieceTokenizer(model[:size])
         except ValueError as error:
             assert "not a SentencePiece model" in str(error)
+
+
+def test_what_a_model_holds_beside_its_pieces_survives(models):
+    unknown = b"\xc2\x3e\x03abc"  # Field 1000, which no version has yet.
+    model = trained(user_defined_symbols=["<turn>"]) + unknown
+    assert literal_model(model).endswith(unknown)
+    assert SentencePieceTokenizer(model).model == model
+
+
+def test_a_piece_that_is_not_utf8():
+    model = trained(user_defined_symbols=["<turn>"])
+    assert model.count(b"<turn>") >= 1
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        SentencePieceTokenizer(model.replace(b"<turn>", b"<tur\xff>", 1))
 
 
 def test_model_of_absurd_size(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from jaxlm.tokenizers.hugging_face.tokenizer_json import (
 from jaxlm.tokenizers.sentencepiece.model_proto import (
     CONTROL,
     USER_DEFINED,
-    piece_field,
+    added_piece,
 )
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
@@ -204,7 +204,7 @@ def _with_added_pieces(files: _Files, plain: SentencePieceTokenizer) -> bytes:
         text, special = added[i]
         if i != size:
             raise ValueError(f"the added token {text!r} has the id {i}: {size} is next")
-        model += piece_field(text, 0.0, CONTROL if special else USER_DEFINED)
+        model += added_piece(text, 0.0, CONTROL if special else USER_DEFINED)
         size += 1
     return model
 

@@ -1,48 +1,49 @@
-"""The file format of SentencePiece models (sentencepiece_model.proto), by hand.
+"""What a SentencePiece model file holds, by the library's own protobuf classes."""
 
-A ModelProto has in field 1 the pieces (1 text, 2 score, 3 type), in field 2 the trainer
-(3 algorithm, 35 byte fallback, 40 id of the unknown piece, 44 text of unknowns), in
-field 3 the normalizer (2 character map, 3 added space, 4 white space removed).
-"""
+from collections.abc import Sequence
 
-import struct
-from collections.abc import Iterator, Sequence
+from sentencepiece.sentencepiece_model_pb2 import (
+    ModelProto,
+    NormalizerSpec,
+    TrainerSpec,
+)
 
 # SentencePiece writes a space as this sign, U+2581, so that the sign itself would come
 # back as a space.
 SPACE_SIGN = "\u2581"
 
 # Types of a piece.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL = ModelProto.SentencePiece.NORMAL
+UNKNOWN = ModelProto.SentencePiece.UNKNOWN
+CONTROL = ModelProto.SentencePiece.CONTROL
+USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
+UNUSED = ModelProto.SentencePiece.UNUSED
+BYTE = ModelProto.SentencePiece.BYTE
 # Algorithms.
-UNIGRAM, BPE = 1, 2
+UNIGRAM, BPE = TrainerSpec.UNIGRAM, TrainerSpec.BPE
 
 
 class ModelTable:
-    """The parts of a model that the library's Python interface does not show."""
+    """The parts of a model that `SentencePieceProcessor` does not show."""
 
     def __init__(self, model: bytes):
-        self._model = model
-        self.pieces: list[str] = []
-        self.scores: list[float] = []
-        self.types: list[int] = []
-        self._type_offsets: list[int | None] = []
-        trainer: dict[int, int | tuple[int, int]] = {}
-        normalizer: dict[int, int | tuple[int, int]] = {}
-        for number, value, _ in _fields(model, 0, len(model)):
-            if number == 1:
-                self._add_piece(*value)
-            elif number == 2:
-                trainer = {n: v for n, v, _ in _fields(model, *value)}
-            elif number == 3:
-                normalizer = {n: v for n, v, _ in _fields(model, *value)}
-        surface = trainer.get(44)
-        self.unknown_surface = model[slice(*surface)] if surface else b" \xe2\x81\x87 "
-        self.algorithm = trainer.get(3, UNIGRAM)
-        self.byte_fallback = bool(trainer.get(35, 0))
-        self.add_dummy_prefix = bool(normalizer.get(3, 1))
-        self.remove_extra_whitespaces = bool(normalizer.get(4, 1))
-        self.charsmap = model[slice(*normalizer.get(2, (0, 0)))]
+        """Parses a serialized `ModelProto`.
+
+        Raises:
+          google.protobuf.message.DecodeError: when it is not one.
+          UnicodeDecodeError: for a piece that is not UTF-8.
+        """
+        proto = ModelProto.FromString(model)
+        self.pieces = [_text(p.piece) for p in proto.pieces]
+        self.scores = [p.score for p in proto.pieces]
+        self.types = [p.type for p in proto.pieces]
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        self.unknown_surface = _text(trainer.unk_surface).encode("utf-8")
+        self.algorithm = trainer.model_type
+        self.byte_fallback = trainer.byte_fallback
+        self.add_dummy_prefix = normalizer.add_dummy_prefix
+        self.remove_extra_whitespaces = normalizer.remove_extra_whitespaces
+        self.charsmap = normalizer.precompiled_charsmap
         self.keeps_text = (
             not self.charsmap
             and not self.add_dummy_prefix
@@ -50,35 +51,23 @@ class ModelTable:
             and self.byte_fallback
         )
 
-    def _add_piece(self, start: int, end: int) -> None:
-        text, score, kind, offset = "", 0.0, NORMAL, None
-        for number, value, at in _fields(self._model, start, end):
-            if number == 1:
-                text = self._model[slice(*value)].decode("utf-8")
-            elif number == 2:
-                data = self._model[slice(*value)]
-                if len(data) != 4:
-                    raise IndexError(f"the score at byte {at} is cut off")
-                (score,) = struct.unpack("<f", data)
-            elif number == 3:
-                kind, offset = value, at
-        self.pieces.append(text)
-        self.scores.append(score)
-        self.types.append(kind)
-        self._type_offsets.append(offset)
 
-    def with_literal_symbols(self) -> bytes:
-        """The model with user-defined pieces turned into control pieces.
+def _text(value: str | bytes) -> str:
+    """protobuf gives text that is not UTF-8 as bytes."""
+    return value.decode("utf-8") if isinstance(value, bytes) else value
 
-        Encoding matches user-defined pieces in any text, and control pieces in none.
-        Both types are one byte, so nothing moves.
-        """
-        model = bytearray(self._model)
-        everything = zip(self.pieces, self.types, self._type_offsets, strict=True)
-        for piece, kind, offset in everything:
-            if kind == USER_DEFINED and piece.replace(SPACE_SIGN, " ").strip():
-                model[offset] = CONTROL
-        return bytes(model)
+
+def literal_model(model: bytes) -> bytes:
+    """The model with user-defined pieces, except white space, made control pieces.
+
+    Encoding finds user-defined pieces in any text, and control pieces in none.
+    """
+    proto = ModelProto.FromString(model)
+    for piece in proto.pieces:
+        text = piece.piece.replace(SPACE_SIGN, " ")
+        if piece.type == USER_DEFINED and text.strip():
+            piece.type = CONTROL
+    return proto.SerializeToString()
 
 
 def build_model(
@@ -90,63 +79,29 @@ def build_model(
     remove_extra_whitespaces: bool,
 ) -> bytes:
     """A BPE model without normalization; one piece has the type UNKNOWN."""
-    trainer = _integer(3, BPE) + _integer(4, len(pieces)) + _integer(35, BYTE in types)
-    trainer += _integer(40, list(types).index(UNKNOWN))
-    trainer += _bytes(45, pieces[list(types).index(UNKNOWN)].encode())
-    normalizer = _bytes(1, b"identity") + _integer(3, add_dummy_prefix)
-    normalizer += _integer(4, remove_extra_whitespaces) + _integer(5, True)
-    parts = map(piece_field, pieces, scores, types)
-    return b"".join(parts) + _bytes(2, trainer) + _bytes(3, normalizer)
+    unknown = list(types).index(UNKNOWN)
+    trainer = TrainerSpec(
+        model_type=BPE,
+        vocab_size=len(pieces),
+        byte_fallback=BYTE in types,
+        unk_id=unknown,
+        unk_piece=pieces[unknown],
+    )
+    normalizer = NormalizerSpec(
+        name="identity",
+        add_dummy_prefix=add_dummy_prefix,
+        remove_extra_whitespaces=remove_extra_whitespaces,
+        escape_whitespaces=True,
+    )
+    entries = map(_entry, pieces, scores, types)
+    proto = ModelProto(pieces=entries, trainer_spec=trainer, normalizer_spec=normalizer)
+    return proto.SerializeToString()
 
 
-def piece_field(piece: str, score: float, kind: int) -> bytes:
-    """A piece as field 1; at the end of a model it gets the next id."""
-    value = _bytes(1, piece.encode()) + b"\x15" + struct.pack("<f", score)
-    return _bytes(1, value + _integer(3, kind))
+def added_piece(piece: str, score: float, kind: int) -> bytes:
+    """A piece that gets the next id when these bytes are put behind a model's."""
+    return ModelProto(pieces=[_entry(piece, score, kind)]).SerializeToString()
 
 
-def _integer(number: int, value: int) -> bytes:
-    return _varint_bytes(number << 3) + _varint_bytes(int(value))
-
-
-def _bytes(number: int, value: bytes) -> bytes:
-    return _varint_bytes(number << 3 | 2) + _varint_bytes(len(value)) + value
-
-
-def _varint_bytes(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _fields(
-    data: bytes, at: int, end: int
-) -> Iterator[tuple[int, int | tuple[int, int], int]]:
-    """Yields (field number, integer or byte range, offset of the value)."""
-    while at < end:
-        key, at = _varint(data, at)
-        start = at
-        if key & 7 == 0:
-            value, at = _varint(data, at)
-        elif key & 7 == 2:
-            length, at = _varint(data, at)
-            value, at = (at, at + length), at + length
-        elif key & 7 in (1, 5):
-            at += 8 if key & 7 == 1 else 4
-            value = (start, at)
-        else:
-            raise IndexError(f"unknown wire type at byte {start}")
-        yield key >> 3, value, start
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
+def _entry(piece: str, score: float, kind: int) -> ModelProto.SentencePiece:
+    return ModelProto.SentencePiece(piece=piece, score=score, type=kind)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
 from jaxtyping import Int32, Integer
 
 from jaxlm.tokenizers.base import (
@@ -25,6 +26,7 @@ from jaxlm.tokenizers.sentencepiece.model_proto import (
     UNKNOWN,
     USER_DEFINED,
     ModelTable,
+    literal_model,
 )
 from jaxlm.tokenizers.special_tokens import Special, SpecialTokens, TokenizerSettings
 
@@ -64,11 +66,10 @@ class SentencePieceTokenizer:
         try:
             self._processor = _load(model)
             self.table = ModelTable(model)
-        except (RuntimeError, IndexError, UnicodeDecodeError) as error:
+        except (RuntimeError, DecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
-        literal = self.table.with_literal_symbols()
-        if literal != model:
-            self._processor = _load(literal)
+        if USER_DEFINED in self.table.types:
+            self._processor = _load(literal_model(model))
         self.vocab_size = len(self.table.types)
         own = TokenizerSettings(
             bos_id=_id_or_none(self._processor.bos_id()),
