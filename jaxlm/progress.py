@@ -210,7 +210,7 @@ class ProgressLine:
         bar = "#" * done + "-" * (BAR_WIDTH - done)
         self._pending = f"{count} [{bar}] {figures}"
         if now - self._shown_at >= self._every_s or step >= self._steps:
-            self._show_pending(now)
+            self._write_row(self._pending, now)
 
     def note(self, text: str) -> None:
         """Prints text above the live line, without what could move the cursor."""
@@ -223,7 +223,7 @@ class ProgressLine:
     def close(self) -> None:
         """Shows the last row if it was held back, and ends the live line."""
         if self._pending is not None:
-            self._show_pending(self._clock())
+            self._write_row(self._pending, self._clock())
         if self._bar.live.is_started:
             self._bar.stop()
 
@@ -239,8 +239,8 @@ class ProgressLine:
             step_s = (now - first_time) / (step - first_step)
         return None if step_s is None else (self._steps - step) * step_s
 
-    def _show_pending(self, now: Number) -> None:
-        self._write(self._pending)
+    def _write_row(self, line: str, now: Number) -> None:
+        self._write(line)
         self._shown_at, self._pending = now, None
 
     def _write(self, text: str) -> None:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -87,7 +87,9 @@ def _draw_run(axes: "Axes", run: Run, train_color: str, eval_color: str) -> None
     _plot(axes, steps, losses, train_color, linewidth=2.2)
     rows = run.of_kind("eval")
     steps, losses = column(rows, "step"), column(rows, "loss")
-    style = {"marker": "o", "markerfacecolor": "white"} if len(rows) <= 60 else {}
+    style: dict[str, Any] = {}
+    if len(rows) <= 60:
+        style = {"marker": "o", "markerfacecolor": "white"}
     axes.plot(
         steps, _finite(losses), color=eval_color, linewidth=1.2, clip_on=False, **style
     )
@@ -103,7 +105,7 @@ def _plot(
     steps: Float[np.ndarray, " n"],
     losses: Float[np.ndarray, " n"],
     color: str,
-    **style: float,
+    **style: Any,
 ) -> None:
     """A line through the finite losses; one without finite neighbours is a dot."""
     edges = np.pad(np.isfinite(losses), 1)

@@ -46,13 +46,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """
     rate = make_schedule(config, steps, config.learning_rate)
     decay = config.weight_decay
-    moments = {"b1": config.b1, "b2": config.b2}
+    b1, b2 = config.b1, config.b2
     if config.name == "adamw":
         rule = optax.adamw(
-            rate, **moments, eps=config.epsilon, weight_decay=decay, mask=decay_mask
+            rate, b1, b2, config.epsilon, weight_decay=decay, mask=decay_mask
         )
     elif config.name == "lion":
-        rule = optax.lion(rate, **moments, weight_decay=decay, mask=decay_mask)
+        rule = optax.lion(rate, b1, b2, weight_decay=decay, mask=decay_mask)
     elif config.name == "adafactor":
         # optax applies its decay rate as it is, not times the learning rate. What it
         # returns goes downhill already, so the decay comes with a minus too.
@@ -68,8 +68,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             beta=config.momentum,
             eps=config.epsilon,
             weight_decay=decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
+            adam_b1=b1,
+            adam_b2=b2,
             adam_learning_rate=make_schedule(config, steps, peak),
             muon_weight_dimension_numbers=_matrix_axes,
         )
@@ -102,10 +102,10 @@ def _matrix_axes(params: Params) -> Any:
 def compiler_sharded(
     rule: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """`rule` with its inner layouts left to the compiler.
+    """`rule` with the shardings inside it left to the compiler.
 
-    Its results are laid out as its inputs. For rules whose products and
-    reshapes are ambiguous under Explicit axes.
+    Its results are sharded as its inputs are. For rules whose matmuls and reshapes are
+    ambiguous under Explicit axes.
     """
 
     def update(updates, state, params=None):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.params import init, parameter_shardings
@@ -20,8 +19,9 @@ from jaxlm.types import Params
 class TrainState:
     """Everything that a step changes. Keys are derived from the seed and the step."""
 
-    step: Int[Array, ""] | jax.ShapeDtypeStruct
-    """Optimizer steps done."""
+    # Arrays, or in `abstract_state` their shapes, so no leaf has a type to check.
+    step: Any
+    """Optimizer steps done, an int32 scalar."""
     params: Any
     """`Params`: the master weights, f32."""
     opt_state: Any

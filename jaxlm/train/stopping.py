@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -29,7 +30,7 @@ class StopRequest:
         """`max_minutes` is the time limit, from now on; 0 is none."""
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         self._code: int | None = None
-        self._old: dict[int, object] = {}
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
