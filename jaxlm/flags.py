@@ -78,6 +78,7 @@ def parse(
 
 def _first_part(box: str) -> str:
     """The first part of a framed message of tyro's, on one line."""
+    box = re.sub(r"\x1b\[[\d;]*m", "", box)  # colours, when stdout is a terminal
     # Frames and rules are drawn with other signs where the terminal has no Unicode.
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     parts = re.split(r"^[─-]{4,}$", "\n".join(lines), flags=re.MULTILINE)

@@ -1,6 +1,7 @@
 """Config files and flags, and what is said of wrong ones."""
 
 import re
+import sys
 
 import pytest
 
@@ -144,6 +145,18 @@ def test_help_tells_every_flag_and_its_meaning(default_file, capsys):
     for text in ("A tiny run.", "Parts into which a batch is cut", "Transformer block"):
         assert text in out
     assert f"defaults from {default_file}".replace(" ", "") in out.replace(" ", "")
+
+
+def test_an_error_is_one_line_where_stdout_shows_colours(
+    default_file, capsys, monkeypatch
+):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    flags = ["--train.steps", "x"]
+    code, _, err = exit_of(capsys, read_config, flags, default_file)
+    assert code == 2 and err.startswith("error: Error parsing --train.steps: invalid")
+    assert err.endswith("; --help tells more")
+    assert not re.search(r"\x1b|[|│]|----|────", err)
 
 
 @pytest.mark.parametrize(
