@@ -47,8 +47,8 @@ def content_hashes(files: Sequence[TextFile]) -> list[str]:
 
     Up to 256 MiB it is the SHA-256 of all bytes, so that a changed file is never taken
     for the old one. A larger file is named by its size, its time of change in
-    nanoseconds, and 64 blocks of 1 MiB spread over it: whoever changes such a file in
-    place and sets its time back as well, between the blocks, is not noticed.
+    nanoseconds, and 64 blocks of 1 MiB spread over it: a change in place, between
+    the blocks, that also sets the time back goes unnoticed.
     """
     sizes = [_size(file.path) for file in files]
     read = [min(s, FULL_HASH_BYTES) for s in sizes]

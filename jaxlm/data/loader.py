@@ -60,7 +60,7 @@ class Dataset:
     held_out: tuple[TokenStream, ...]
     """What is kept for evaluation, likewise."""
     order: RowOrder
-    """Which row comes when."""
+    """The order of the rows."""
     fingerprint: str
     """SHA-256 (hex) of all that decides contents and order."""
 
@@ -78,7 +78,7 @@ class Dataset:
           rows: the part of them to make.
 
         Returns:
-          NumPy arrays [B, T] for the rows asked for.
+          NumPy arrays [B, T] for those rows.
 
         Raises:
           ValueError: when an id on disk is not in the vocabulary.
@@ -153,7 +153,7 @@ class Dataset:
         where: np.ndarray,
         make_rows: Callable[..., Batch],
     ) -> Batch:
-        """Rows of several sources, in the order asked for."""
+        """Rows of several sources, in the order of `source`."""
         choices = (self.sequence_length, self.segment_attention)
         if len(streams) == 1 or not len(source):
             return make_rows(streams[0], where, *choices)
@@ -163,8 +163,8 @@ class Dataset:
             for stream, rows in zip(streams, chosen, strict=True)
             if len(rows)
         ]
-        place = np.argsort(np.concatenate(chosen))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[place], *parts)
+        back = np.argsort(np.concatenate(chosen))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
 
 
 def open_dataset(
@@ -316,15 +316,15 @@ def batches(
     sharding: Sharding | None = None,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """The batches of steps `start_step`, `start_step + 1`, ... on devices, for ever.
+    """The batches of steps `start_step`, `start_step + 1`, ... on devices, without end.
 
     Args:
       dataset: an open dataset.
       batch_size: rows of a batch, over all processes.
       start_step: step of the first batch.
       sharding: see `place`.
-      prefetch: batches that a thread makes ready ahead of time; 0 makes each when it
-        is asked for. The batches are the same.
+      prefetch: batches that a thread makes ready ahead of time; 0 makes each on
+        demand. The batches are the same.
 
     Raises:
       ValueError: as `Dataset.train_batch` does, at the batch that is wrong.

@@ -1,4 +1,4 @@
-"""Which row comes when: a pure function of (seed, index), open at any index."""
+"""The order of rows: a pure function of (seed, index), with random access."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,7 +20,7 @@ SHUFFLE_ROUNDS = 4
 
 
 class RowOrder:
-    """An endless sequence of rows (source, epoch, row), open at any index.
+    """An endless sequence of rows (source, epoch, row) with random access.
 
     Sources are interleaved in fixed shares, as evenly as whole rows allow. Within a
     source every row comes once an epoch, and each epoch is shuffled anew.
@@ -39,14 +39,14 @@ class RowOrder:
         source, key = interleave(index, self.units)
         num_rows = self._num_rows[source]
         epoch, within = np.divmod(key, num_rows)
-        places = zip(
+        arguments = zip(
             source.tolist(),
             epoch.tolist(),
             num_rows.tolist(),
             within.tolist(),
             strict=True,
         )
-        row = [_shuffled(self._seed, *place) for place in places]
+        row = [_shuffled(self._seed, *values) for values in arguments]
         return source, epoch, np.asarray(row, np.int64)
 
 

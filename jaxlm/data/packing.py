@@ -1,8 +1,8 @@
-"""Rows of tokens: where one document ends in a row the next begins, nothing is cut.
+"""Rows of tokens: documents follow one another, and no token is dropped.
 
 A source is one long stream of tokens, document after document. A training row of T
 tokens is T + 1 consecutive tokens of it: each is predicted from those before it in
-its document. Pure NumPy; a batch of rows is made in one go.
+its document. Pure NumPy; a batch of rows is made at once.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def mix_bits(*values: int | Int[np.ndarray, "*s"]) -> UInt64[np.ndarray, "*s"]:
 def epoch_offset(seed: int, epoch: int, length: int) -> int:
     """Where the first row of an epoch begins, in [0, length).
 
-    It differs by epoch, so that rows are not cut at the same places again and the
+    It differs by epoch, so that rows are not cut at the same tokens again and the
     tokens that do not fill a row are not always the same.
     """
     return int(mix_bits(seed, epoch)) % length
@@ -100,7 +100,7 @@ def train_rows(
     length: int,
     segment_attention: bool = True,
 ) -> Batch:
-    """Rows that begin anywhere in the stream and go on at its start after its end.
+    """Rows that begin anywhere in the stream and wrap around at its end.
 
     Args:
       stream: at least `length + 1` tokens.

@@ -32,7 +32,7 @@ class TextFile:
     """One file of text."""
 
     path: Path
-    """Where it lies."""
+    """Path on disk."""
     format: str
     """.txt, .jsonl or .parquet."""
     compression: str
@@ -50,7 +50,7 @@ class Source:
 
 
 class Document(NamedTuple):
-    """A document and the place that it came from."""
+    """A document and where it came from."""
 
     text: str
     """Its text, never empty."""

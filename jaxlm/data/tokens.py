@@ -271,10 +271,10 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
                 end = min(start + PART_CHARACTERS, len(text))
                 if end < len(text):
                     end = text.rfind("\n", start, end) + 1 or end
-                place = f"{where}, from character {start}" if start else where
+                origin = f"{where}, from character {start}" if start else where
                 whole = end == len(text)
                 part = text[start:end]
-                yield _Part(part, place, start == 0, whole, before + done)
+                yield _Part(part, origin, start == 0, whole, before + done)
                 start = end
         before += file.path.stat().st_size
 
@@ -282,7 +282,7 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
 def _encode_parts(
     source: Source, tokenizer: Tokenizer, folder: Path, config: DataConfig
 ) -> Generator[tuple[_Part, np.ndarray], None, None]:
-    """Parts with their ids, in order; in processes where that is worth while."""
+    """Parts with their ids, in order; in processes where that is worthwhile."""
     parts = _parts(source, config)
     workers = config.workers or _num_cores()
     if workers > 1 and _is_slow(source, tokenizer):

@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids and back. Values: two with equal fingerprints are the same."""
+    """Text to token ids and back. Equal fingerprints mean equal ids for every text."""
 
     vocab_size: int
     """Number of ids; each id is in [0, vocab_size)."""
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     """Id that ends a document, or None."""
     pad_id: int | None
-    """Id that fills up rows, or None."""
+    """Id that pads rows, or None."""
     fingerprint: str
     """SHA-256 (hex) of the kind and contents."""
     stop_ids: tuple[int, ...]
@@ -46,8 +46,8 @@ class Tokenizer(Protocol):
     chat_template: str | None
     """Jinja source that lays out a conversation, or None."""
     special_ids: Mapping[str, int]
-    """Text of each special token -> id; for trusted code only, `encode` has no use
-    for it."""
+    """Text of each special token -> id; for trusted code only: `encode` never
+    uses it."""
     leading_spaces: Literal["keep", "drop one", "drop token", "drop all"]
     """What decoding does with spaces before the first text: drops none, one, those of
     the first token that has text, or those of all tokens before a letter."""
@@ -60,7 +60,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
-        """Ids of a text. Nothing in the text becomes a special id."""
+        """Ids of a text. Text never becomes a special token."""
         ...
 
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
@@ -76,7 +76,7 @@ class Tokenizer(Protocol):
         ...
 
     def pieces(self, text: str) -> list[Piece]:
-        """The ids of `encode(text)` with their places in the text."""
+        """The ids of `encode(text)` with their byte ranges in the text."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -85,9 +85,9 @@ class Tokenizer(Protocol):
 
 
 class TextStream:
-    """Turns ids into text as they come, and never shows half a character.
+    """Turns ids into text one at a time, and never shows half a character.
 
-    The texts that `feed` and `finish` return, put together, equal `decode` of all ids.
+    The texts that `feed` and `finish` return, concatenated, equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -120,7 +120,7 @@ class TextStream:
         return rest
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for bytes that never became a character."""
+        """What is left at the end: U+FFFD for the bytes of an unfinished character."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
@@ -185,7 +185,7 @@ def write_description(
 
 
 def tile_bytes(ids: Iterable[int], lengths: Iterable[int]) -> list[Piece]:
-    """Pieces that lie one after the other, given their lengths in bytes."""
+    """Adjacent pieces, given their lengths in bytes."""
     pieces, at = [], 0
     for token_id, length in zip(ids, lengths, strict=True):
         pieces.append(Piece(token_id, at, at + length))

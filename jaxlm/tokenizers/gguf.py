@@ -188,7 +188,7 @@ def gguf_metadata(
 ) -> dict[str, Any]:
     """Keys and values that make llama.cpp give the same ids; see `write_gguf`.
 
-    Only a U+2581 that somebody types is a space to its SentencePiece.
+    One difference stays: its SentencePiece takes a typed U+2581 for a space.
 
     Args:
       tokenizer: of any kind.
@@ -225,7 +225,7 @@ def gguf_metadata(
 
 
 def _fill_up(tables: dict[str, Any], vocab_size: int) -> None:
-    """Adds unused tokens, which are worse than any other."""
+    """Adds unused tokens, with scores below all others."""
     size = len(tables["tokens"])
     if vocab_size < size:
         raise ValueError(

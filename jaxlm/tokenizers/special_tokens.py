@@ -1,13 +1,16 @@
-"""Special tokens: what a model's files say of them, and finding them in a template."""
+"""Special tokens: the settings in a model's files, and matching in trusted text."""
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# White space as the library `tokenizers` knows it (Unicode's White_Space); Python's
-# own includes four control characters more.
+import numpy as np
+from jaxtyping import Int32
+
+# White space as in the library `tokenizers` (Unicode's White_Space); Python's own has
+# four more control characters.
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _SPACES_AFTER = re.compile(f"[{_SPACES}]*")
 _SPACES_BEFORE = re.compile(f"[{_SPACES}]*\\Z")
@@ -15,14 +18,14 @@ _SPACES_BEFORE = re.compile(f"[{_SPACES}]*\\Z")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """How a model uses its tokenizer, as the files beside it say."""
+    """How a model uses its tokenizer, according to the files beside it."""
 
     bos_id: int | None = None
     """Id that begins a text."""
     eos_id: int | None = None
     """Id that ends a document."""
     pad_id: int | None = None
-    """Id that fills up rows."""
+    """Id that pads rows."""
     adds_bos: bool = False
     """Whether the model expects `bos_id` before a text."""
     stop_ids: tuple[int, ...] = ()
@@ -38,7 +41,7 @@ class TokenizerSettings:
 
     @property
     def ids(self) -> list[Any]:
-        """What decides which ids stand in a row."""
+        """The settings that change token ids, for the fingerprint."""
         return [self.bos_id, self.eos_id, self.pad_id, self.adds_bos]
 
     def check(self, vocab_size: int) -> None:
@@ -70,15 +73,15 @@ class Special:
 
     id: int
     strips_left: bool = False
-    """Takes white space before it along."""
+    """Absorbs the white space before it."""
     strips_right: bool = False
-    """Takes white space after it along."""
+    """Absorbs the white space after it."""
     whole_word: bool = False
-    """Is not matched beside a letter, digit or underscore."""
+    """Matches a whole word only: not beside a letter, digit or underscore."""
 
 
 class SpecialTokens:
-    """Finds special tokens in a text: the leftmost first, and the longest there."""
+    """Matches special tokens in a text: leftmost first, then longest."""
 
     def __init__(self, tokens: Mapping[str, Special]):
         self.tokens = {text: tokens[text] for text in tokens if text}
@@ -87,13 +90,13 @@ class SpecialTokens:
         self._pattern = re.compile(pattern) if pattern else None
 
     def split(self, text: str) -> Iterator[tuple[int, str | int]]:
-        """Yields (offset, id of a special token or the text between two)."""
+        """Yields (offset, id of a special token or the text between)."""
         at = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             special = self.tokens[match.group()]
             start, end = match.span()
             if start < at:
-                continue  # A token before took these characters along.
+                continue  # The token before absorbed these characters.
             if special.whole_word and _touches_a_word(text, start, end):
                 continue
             if special.strips_left:
@@ -106,6 +109,27 @@ class SpecialTokens:
             at = end
         if at < len(text):
             yield at, text[at:]
+
+    def encode(
+        self,
+        text: str,
+        barrier: str,
+        encode_text: Callable[[str, bool], list[int]],
+    ) -> Int32[np.ndarray, "n"]:
+        """Ids of a text with special tokens; see `Tokenizer.encode_trusted`.
+
+        Args:
+          text: laid out by a chat template.
+          barrier: dropped from the text between special tokens.
+          encode_text: ids of such a text, given it and whether it begins `text`.
+        """
+        ids: list[int] = []
+        for at, part in self.split(text):
+            if isinstance(part, str):
+                ids += encode_text(part.replace(barrier, ""), at == 0)
+            else:
+                ids.append(part)
+        return np.asarray(ids, np.int32)
 
 
 def _touches_a_word(text: str, start: int, end: int) -> bool:

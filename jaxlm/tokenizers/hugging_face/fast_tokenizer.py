@@ -35,9 +35,9 @@ class HuggingFaceTokenizer:
     """A tokenizer.json of the library `tokenizers`.
 
     `encode` gives what the library gives with `add_special_tokens=False`, except that
-    added tokens, special or not, are not matched in text (those of white space only
-    are): text that a user typed never becomes one of them. `decode` gives what the
-    library gives without special tokens.
+    added tokens, special or not, are not matched in text, except those of white
+    space only: text that a user typed never becomes one of them. `decode` gives what
+    the library gives without special tokens.
     """
 
     kind = "huggingface"
@@ -49,11 +49,11 @@ class HuggingFaceTokenizer:
 
         Args:
           tokenizer_json: at most 128 MiB.
-          settings: what the files beside it say; None is no bos, eos or pad token.
+          settings: from the files beside it; None: no bos, eos or pad token.
 
         Raises:
-          ValueError: when it is none, has a decoder that is not known here, or lacks an
-            id that the settings name.
+          ValueError: when it is not one, has a decoder that is not known here, or
+            lacks an id that the settings name.
         """
         if isinstance(tokenizer_json, str):
             tokenizer_json = tokenizer_json.encode("utf-8")
@@ -88,7 +88,7 @@ class HuggingFaceTokenizer:
         A folder that comes from Hugging Face is for `tokenizer_from_folder`.
 
         Raises:
-          ValueError: when the file is missing or no tokenizer.
+          ValueError: when the file is missing or not a tokenizer.
         """
         path = Path(folder) / MODEL_FILE
         if not path.is_file():
@@ -105,25 +105,25 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def tokens(self) -> Mapping[int, str]:
-        """Id -> text as it stands in the file (for byte-level: in GPT-2's alphabet)."""
+        """Id -> text as written in the file (for byte-level: in GPT-2's alphabet)."""
         of_model = {i: text for text, i in self._vocabulary.items()}
         return of_model | {t.id: t.content for t in self._added}
 
     @cached_property
     def _named(self) -> dict[str, int]:
-        """Tokens that are special because the files give them a part to play."""
+        """Tokens that are special because the files give them a role."""
         parts = [self._unknown_id, *self.settings.ids[:3]]
         return {self.tokens[i]: i for i in parts if i in self.tokens}
 
     @cached_property
     def _unknown_id(self) -> int | None:
-        """Id of what the vocabulary lacks (Unigram names the id, others the text)."""
+        """Id of the unknown token (Unigram names the id, others the text)."""
         model = self.data["model"]
         return self._vocabulary.get(model.get("unk_token"), model.get("unk_id"))
 
     @cached_property
     def special_ids(self) -> Mapping[str, int]:
-        """Added tokens, those of white space only left out, and bos, eos, pad."""
+        """Added tokens, except those of white space only, and bos, eos, pad."""
         return {t.content: t.id for t in self._added if not t.is_white} | self._named
 
     @cached_property
@@ -208,14 +208,11 @@ class HuggingFaceTokenizer:
 
         Without barriers the same as the library gives for the original file.
         """
-        ids: list[int] = []
-        for at, part in self._specials.split(text):
-            if isinstance(part, str):
-                library = self._later if at else self._library
-                ids += self._encode(part.replace(barrier, ""), library).ids
-            else:
-                ids.append(part)
-        return np.asarray(ids, np.int32)
+
+        def encode(part: str, at_start: bool) -> list[int]:
+            return self._encode(part, self._library if at_start else self._later).ids
+
+        return self._specials.encode(text, barrier, encode)
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
         """Text of ids; raises ValueError for an id outside the vocabulary."""
@@ -247,7 +244,7 @@ class HuggingFaceTokenizer:
 
 @contextmanager
 def _errors_of_the_library(what: str) -> Iterator[None]:
-    """The library raises nothing more precise than Exception, and panics with less."""
+    """The library raises plain Exception, and a BaseException when it panics."""
     try:
         yield
     except BaseException as error:
@@ -267,7 +264,7 @@ def _with_byte_offsets(
     """
     lengths = [len(c.encode("utf-8")) for c in text]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
-    beyond = len(text)  # Some steps of the library give places after the end.
+    beyond = len(text)  # Some steps of the library give positions after the end.
     found: list[Piece] = []
     first = at = 0
     while first < len(ids):

@@ -1,7 +1,7 @@
-"""Byte-level BPE: how models cut a text before they merge, by the names GGUF uses.
+"""Byte-level BPE: how models split text before merging, by the names GGUF uses.
 
 The patterns are those of the models' own tokenizer.json files, whose parts a
-`PreTokenizer` holds. Names that stand for the same steps are listed together.
+`PreTokenizer` holds. Names of the same steps are listed together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def _words(digits: str) -> str:
 
 
 def _cased_words(contractions: str, digits: str) -> str:
-    """GPT-4o's pattern: words are also cut where lower case meets upper case."""
+    """GPT-4o's pattern: words are also split where lower case meets upper case."""
     first = r"[^\r\n\p{L}\p{N}]?"
     return (
         rf"{first}{_UPPER}*{_LOWER}+{contractions}|{first}{_UPPER}+{_LOWER}*"
@@ -66,7 +66,7 @@ class PreTokenizer:
     steps: tuple[dict[str, Any], ...]
     """Steps of the `pre_tokenizer` of a tokenizer.json."""
     nfc: bool = False
-    """Whether the text is first put into Unicode's composed form."""
+    """Whether the text is first normalized to Unicode's composed form (NFC)."""
     ignore_merges: bool = False
     """Whether a word that is a token stays whole."""
     adds_bos: bool = False
@@ -90,7 +90,7 @@ def _by_pattern(*patterns: str, **options: bool) -> PreTokenizer:
 
 
 BYTES = PreTokenizer((_byte_level(False),))
-"""Cuts nothing."""
+"""Splits nothing."""
 _GPT2 = PreTokenizer((_byte_level(True),))
 _SMOLLM = PreTokenizer((_DIGITS, _byte_level(True)))
 _LLAMA3 = _by_pattern(_words(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
@@ -204,7 +204,7 @@ def name_of(data: Mapping[str, Any]) -> str | None:
 
 
 def _essence(pre_tokenizer: Any, normalizer: Any, ignore_merges: bool) -> Any:
-    """What has an effect on ids, in one form."""
+    """The steps that affect ids, in a canonical form."""
     steps = _flat(pre_tokenizer)
     for step in steps:
         step.pop("trim_offsets", None)

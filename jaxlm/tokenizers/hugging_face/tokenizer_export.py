@@ -34,9 +34,9 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:
     `transformers.AutoTokenizer` then gives the ids that `encode` gives, with these
     exceptions: it takes the texts of special tokens for special tokens, with a
     SentencePiece model a typed U+2581 for a space, and with a Unigram one `<0x41>` for
-    a byte. The tokenizer.json of a Hugging Face tokenizer is written as it came; beside
-    that of a SentencePiece model stands the model itself, tokenizer.model. Beside a
-    config.json of `model_type` "qwen2", AutoTokenizer takes Qwen2's own way to cut text
+    a byte. The tokenizer.json of a Hugging Face tokenizer is written as it came; a
+    SentencePiece model is written too, as tokenizer.model. Beside a
+    config.json of `model_type` "qwen2", AutoTokenizer splits text in Qwen2's own way
     whatever these files say; `PreTrainedTokenizerFast.from_pretrained` does not.
 
     Args:

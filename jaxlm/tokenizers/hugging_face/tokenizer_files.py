@@ -32,7 +32,7 @@ from jaxlm.tokenizers.sentencepiece.model_proto import (
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
-# Classes of vocab.json + merges.txt -> how they cut text.
+# Classes of vocab.json + merges.txt -> how they split text.
 _BYTE_LEVEL_CLASSES = {"GPT2": "gpt-2", "Qwen2": "qwen2"}
 
 
@@ -118,7 +118,7 @@ def _tokenizer_json(files: _Files, contents: bytes, path: Path) -> HuggingFaceTo
 
 
 def _more_added_tokens(files: _Files, data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens that only tokenizer_config.json knows."""
+    """Added tokens that are only in tokenizer_config.json."""
     known = {t.content for t in added_tokens(data)}
     owner = {i: text for text, i in vocabulary(data).items()}
     owner |= {t.id: t.content for t in added_tokens(data)}
@@ -216,11 +216,11 @@ def _settings(
     first_added: str | None = None,
     own: Mapping[str, int | None] | None = None,
 ) -> TokenizerSettings:
-    """What the files say of the tokens in `ids` (text -> id).
+    """What the files say about the tokens in `ids` (text -> id).
 
     Args:
-      first_added: the token that the tokenizer itself puts before a text.
-      own: ids of a SentencePiece model, for names that no file speaks of.
+      first_added: the token that the tokenizer.json puts before a text.
+      own: ids of a SentencePiece model, for names that no file mentions.
     """
     config = files.json("tokenizer_config.json")
     numbers = {name: _named_id(files, name, ids, own or {}) for name in _NAMES}
@@ -228,8 +228,8 @@ def _settings(
         numbers["bos"] = ids.get(first_added)
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:
-        # Without a word on it, a tokenizer.json speaks for itself; the classes that
-        # read a tokenizer.model add bos.
+        # By default a tokenizer.json decides; the classes that read a
+        # tokenizer.model add bos.
         adds_bos = own is not None or (
             first_added is not None and ids.get(first_added) == numbers["bos"]
         )
@@ -273,7 +273,7 @@ _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def _token(files: _Files, name: str) -> str | None:
-    """Text of a special token; a file gives it as such, or as an object."""
+    """Text of a special token; a file gives a string or an object."""
     for settings in map(files.json, _SETTINGS_FILES):
         value = settings.get(f"{name}_token")
         value = value.get("content") if isinstance(value, dict) else value

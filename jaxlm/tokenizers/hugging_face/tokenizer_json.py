@@ -1,7 +1,7 @@
-"""What stands in a Hugging Face tokenizer.json: tokens, decoding, keeping text text.
+"""The contents of a Hugging Face tokenizer.json: tokens, decoding, text kept as text.
 
 Functions over the parsed JSON. The file has a `model` (BPE, Unigram, WordLevel), the
-`added_tokens` that are cut out of a text before anything else, and the steps of a
+`added_tokens` that are split off before anything else, and the steps of a
 pipeline: `normalizer`, `pre_tokenizer`, `post_processor`, `decoder`.
 """
 
@@ -38,13 +38,13 @@ class AddedToken:
 
     @property
     def is_white(self) -> bool:
-        """White space only: a way to write text, not a mark in it."""
+        """White space only: ordinary text, not a marker."""
         return not self.content.replace(SPACE_SIGN, " ").strip()
 
 
 @contextmanager
 def damage_in(what: str) -> Iterator[None]:
-    """Turns what goes wrong when a file has another structure into a ValueError."""
+    """Turns the exceptions of an unexpected structure into a ValueError."""
     try:
         yield
     except (AttributeError, LookupError, OverflowError, TypeError) as error:
@@ -70,7 +70,7 @@ def parse(contents: str | bytes) -> dict[str, Any]:
 
 
 def added_tokens(data: Mapping[str, Any]) -> list[AddedToken]:
-    """The added tokens; raises ValueError for an entry that is none."""
+    """The added tokens; raises ValueError for a malformed entry."""
     names = AddedToken.__dataclass_fields__
     found = []
     for entry in data.get("added_tokens") or []:
@@ -139,9 +139,9 @@ def literal(
 ) -> dict[str, Any]:
     """A tokenizer.json that gives the same ids, but matches no `hidden` token.
 
-    The hidden tokens stay in the vocabulary, under names that no text is cut into:
+    The hidden tokens stay in the vocabulary, under names that no text is split into:
     a BPE reaches a name only by merges, and those that make one are taken out; other
-    models cut text at spaces or replace them before they look a word up.
+    models split text at spaces, or replace them, before they look a word up.
 
     Padding, truncation and tokens put around a text are off, and so is dropout.
 
@@ -190,7 +190,7 @@ def _literal_list(
     names: Mapping[str, str],
     kept: list[AddedToken],
 ) -> list[Any]:
-    """A Unigram vocabulary, whose ids are places."""
+    """A Unigram vocabulary, whose ids are indices."""
     renamed = [[names.get(piece, piece), score] for piece, score in vocab]
     others = {i: names[text] for text, i in hidden.items()}
     others |= {t.id: t.content for t in kept}
@@ -223,7 +223,7 @@ def _without_first_prefix(step: Any) -> Any:
 
 
 def _steps(step: Any, inner: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a pipeline, sequences taken apart."""
+    """The steps of a pipeline, with sequences flattened."""
     if step is None:
         return
     if not isinstance(step, dict):

@@ -41,10 +41,10 @@ class SentencePieceTokenizer:
     """A SentencePiece model.
 
     `encode` gives what the library gives, with two exceptions. User-defined pieces
-    such as `<start_of_turn>` are not matched in text (those of white space only are):
-    text that a user typed never becomes a special id. And where the model keeps text
-    as it is (no normalization, no added space, byte fallback), U+2581 is written as
-    its three bytes, so that decoding gives back exactly what was encoded.
+    such as `<start_of_turn>` are not matched in text, except those of white space
+    only: text that a user typed never becomes a special id. And where the model keeps
+    text as it is (no normalization, no added space, byte fallback), U+2581 is written
+    as its three bytes, so that decoding gives back exactly what was encoded.
     """
 
     kind = "sentencepiece"
@@ -54,7 +54,7 @@ class SentencePieceTokenizer:
 
         Args:
           model: a serialized `ModelProto`.
-          settings: what files beside the model say; None takes the ids that the model
+          settings: from files beside the model; None takes the ids that the model
             names, and no chat template.
 
         Raises:
@@ -139,7 +139,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def space_ids(self) -> frozenset[int]:
-        """Pieces of text that begin with a space; a byte piece is none of them."""
+        """Pieces of text that begin with a space; never a byte piece."""
         table = self.table
         everything = enumerate(zip(table.pieces, table.types, strict=True))
         return frozenset(
@@ -150,7 +150,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def special_ids(self) -> Mapping[str, int]:
-        """Control and user-defined pieces, those of white space only left out."""
+        """Control and user-defined pieces, except those of white space only."""
         return {text: special.id for text, special in self._specials.tokens.items()}
 
     @cached_property
@@ -195,13 +195,11 @@ class SentencePieceTokenizer:
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
         """Ids of a text with special tokens; see `Tokenizer`."""
         check_text(text)
-        parts = [np.zeros(0, np.int32)]
-        for _, part in self._specials.split(text):
-            if isinstance(part, str):
-                parts.append(self.encode(part.replace(barrier, "")))
-            else:
-                parts.append(np.array([part], np.int32))
-        return np.concatenate(parts)
+
+        def encode(part: str, at_start: bool) -> list[int]:
+            return self.encode(part).tolist()
+
+        return self._specials.encode(text, barrier, encode)
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
         """Text of ids; raises ValueError for an id outside the vocabulary."""

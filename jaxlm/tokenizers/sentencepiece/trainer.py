@@ -28,7 +28,7 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Trains a model; the same texts give the same model.
 
-    Text is not normalized, no space is added, and what the pieces lack is written as
+    Text is not normalized, no space is added, and characters without a piece become
     bytes: `decode(encode(x)) == x` for every text. Id 0 is unknown (never used), 1
     ends a document.
 
