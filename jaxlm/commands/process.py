@@ -59,6 +59,16 @@ def log_on_stderr(verbose: bool) -> Iterator[None]:
         logger.handlers, logger.level, logger.propagate = before
 
 
+@contextlib.contextmanager
+def log_paused() -> Iterator[None]:
+    """While a conversation is on the terminal, only errors may interrupt it."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def compile_cache_folder() -> Path:
     """Where compiled programs are kept between runs."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

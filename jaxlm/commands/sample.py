@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import signal
 import sys
@@ -17,15 +18,18 @@ from jaxtyping import Bool, Int
 from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.checkpoint.native.run_folder import find_runs
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.commands.process import use_compile_cache
+from jaxlm.commands.process import log_paused, use_compile_cache
 from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
 from jaxlm.flags import fail, parse
 from jaxlm.infer.chat import converse
 from jaxlm.infer.generate import Generation, generate
+from jaxlm.model.attention_choice import attention_choices
 from jaxlm.model.params import init, parameter_shardings
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,12 @@ def main(arguments: Sequence[str], prog: str) -> int:
     """`[CHECKPOINT] [--prompt TEXT | --chat] ...`; returns the exit code."""
     chosen = read_arguments(arguments, prog)
     use_compile_cache()
-    checkpoint = open_checkpoint(chosen.run or newest_run())
+    sample(open_checkpoint(chosen.run or newest_run()), chosen)
+    return 0
+
+
+def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
+    """Continues the prompt, or holds the conversation, on the devices of the flags."""
     model, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if chosen.dtype is not None:
         model = dataclasses.replace(model, dtype=chosen.dtype)
@@ -71,15 +80,16 @@ def main(arguments: Sequence[str], prog: str) -> int:
     key = jax.random.key(chosen.seed)
     with jax.set_mesh(mesh_of(chosen.mesh)):
         params = read_params(checkpoint)
-        if chosen.chat:
+        if not chosen.chat:
+            write_samples(model, params, tokenizer, drawing, key, chosen)
+            return
+        log_attention(model)
+        with log_paused():
             converse(
                 *(model, params, tokenizer, drawing, key),
                 new_stream=functools.partial(TextStream, tokenizer),
                 system=chosen.system,
             )
-        else:
-            write_samples(model, params, tokenizer, drawing, key, chosen)
-    return 0
 
 
 def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:
@@ -123,6 +133,16 @@ def read_params(checkpoint: Checkpoint) -> Params:
     shardings = parameter_shardings(shapes, jax.sharding.get_mesh())
     _, params = load(checkpoint, shardings=shardings)
     return params
+
+
+def log_attention(model: ModelConfig) -> None:
+    """Logs what a conversation takes: later it would stand between its lines."""
+    context = model.context_length
+    for name, num_queries in (("prefill", context), ("decode", 1)):
+        for kind, choice in attention_choices(model, 1, num_queries, context).items():
+            logger.info("attention of %s layers, %s: %s", kind, name, choice)
+            if choice.warning is not None:
+                logger.warning("attention, %s: %s", name, choice.warning)
 
 
 def write_samples(

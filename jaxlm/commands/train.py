@@ -226,6 +226,9 @@ def records(
     """
     settings, run = config.train, Path(config.train.run_dir)
     step, params = int(state.step), tree.count(state.params)
+    choices = attention_choices(
+        config.model, settings.batch_size, config.data.sequence_length
+    )
     (run / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     writer = MetricsWriter(
         run,
@@ -237,7 +240,7 @@ def records(
         step,
         event="resume" if resumed else "start",
         params=params,
-        attention=attention_row(config),
+        attention={kind: choice.to_json() for kind, choice in choices.items()},
     )
     progress = ProgressLine(settings.steps)
     progress.note(
@@ -252,14 +255,3 @@ def records(
         writer.close()
         write_report([run], run / REPORT)
         draw_loss_png(run, run / "loss.png")
-
-
-def attention_row(config: Config) -> dict[str, object]:
-    """The attention of each kind of layer, and why others were not taken."""
-    choices = attention_choices(
-        config.model, config.train.batch_size, config.data.sequence_length
-    )
-    return {
-        kind: {"took": choice.name, "declined": dict(choice.declined)}
-        for kind, choice in choices.items()
-    }

@@ -110,6 +110,10 @@ class Choice:
     def __str__(self) -> str:
         return "; ".join((f"auto took {self.name}", *_by_reason(self.declined)))
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"took": self.name, "declined": dict(self.declined)}
+
 
 def _by_reason(declined: tuple[tuple[str, str], ...]) -> list[str]:
     names: dict[str, list[str]] = {}

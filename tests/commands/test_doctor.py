@@ -1,0 +1,31 @@
+"""`jaxlm doctor`: what it says of the machine and of attention."""
+
+import jax
+
+from jaxlm.cli import main
+from jaxlm.model.attention_choice import attention_choices
+from jaxlm.model.presets import preset
+from jaxlm.ops.linear import compute_dtype
+
+
+def test_it_says_what_a_run_would_use(capsys):
+    flags = ["--train.batch-size", "4", "--data.sequence-length", "128"]
+    assert main(["doctor", *flags, "--model.decode-attention", "splash"]) == 0
+    out = capsys.readouterr().out
+    rows = {line[:20].strip(): line[20:].strip() for line in out.splitlines()}
+    assert rows["jax"] == jax.__version__
+    assert rows["devices"].startswith(str(jax.device_count()))
+    assert rows["dtype auto"] == compute_dtype("auto").name
+    assert rows["training 4 x 128"] == "global layers: auto took dense"
+    # One that cannot run is a reason, not the end.
+    assert rows["decode 1 of 512"].startswith("attention 'splash': needs a TPU")
+
+
+def test_each_kind_of_layer_has_its_choice():
+    config = preset("gemma2-2b")
+    choices = attention_choices(config, 1, 4096)
+    assert set(choices) == {"local", "global"}
+    for choice in choices.values():
+        assert choice.name == "xla" and "pallas_tpu" in dict(choice.declined)
+    decoding = attention_choices(config, 1, 1, 4096)
+    assert {choice.name for choice in decoding.values()} == {"reference"}
