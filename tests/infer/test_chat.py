@@ -346,8 +346,8 @@ def run(model, tmp_path):
 
 @pytest.mark.slow
 def test_the_program(run, repository, model):
-    """With a pipe in the place of a person."""
-    flags = ["--chat", "--system", SYSTEM, "--seed", "5", "--temperature", "1"]
+    """With a pipe in the place of a person; what -v tells stands before the talk."""
+    flags = ["--chat", "--system", SYSTEM, "--seed", "5", "--temperature", "1", "-v"]
     child = subprocess.run(
         [
             sys.executable,
@@ -359,12 +359,17 @@ def test_the_program(run, repository, model):
         ],
         env={**os.environ, "PYTHONPATH": str(repository)},
         input="Hé\nand?\n".encode(),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         timeout=120,
     )
-    assert child.returncode == 0, child.stderr.decode()
+    out = child.stdout.decode()
+    assert child.returncode == 0, out
+    before, prompt, talk = out.partition("> ")
+    assert "attention of global layers, decode: auto took reference" in before
+    talk = talk.replace("stopped after 12 tokens: --max-new-tokens allows more\n", "")
     expected = answers(model, ["Hé", "and?"], system=SYSTEM)
-    assert child.stdout.decode() == f"> {expected[0]}\n> {expected[1]}\n> \n"
+    assert prompt + talk == f"> {expected[0]}\n> {expected[1]}\n> \n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the README says can be done, done: with the default config made short."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shlex
@@ -43,7 +44,8 @@ def run(
 def folder(tmp_path_factory):
     """A folder in which the README's train command has run, made short."""
     folder = tmp_path_factory.mktemp("readme")
-    run("train.py", *SHORT.split(), folder=folder)
+    done = run("train.py", *SHORT.split(), folder=folder)
+    assert "attention" not in done.stdout + done.stderr
     return folder
 
 
@@ -63,12 +65,20 @@ def test_training_leaves_what_the_readme_lists(folder):
     assert names and set(names) <= left
 
 
+def test_a_run_keeps_its_choice_of_attention(folder):
+    rows = (folder / "runs" / "shakespeare" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(rows[0])
+    assert first["event"] == "start"
+    assert first["attention"]["global"]["took"] == "dense"
+    assert first["attention"]["global"]["declined"]["pallas_tpu"] == "needs a TPU"
+
+
 def test_sample_command(folder):
     command = re.search(r"python sample.py \[RUN\] (.*)", README).group(1)
     flags = command.replace("TEXT", "ROMEO:").replace("256", "16")
     done = run("sample.py", *shlex.split(flags), folder=folder)
     assert done.stdout.startswith("ROMEO:")
-    assert "tokens/s" in done.stderr
+    assert "tokens/s" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
