@@ -29,6 +29,18 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from leaves by path name: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
+    nested: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
+
+
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` whose function gets each leaf's path name first."""
     return jax.tree_util.tree_map_with_path(

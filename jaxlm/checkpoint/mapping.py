@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
-from jaxlm.checkpoint.hf.safetensors_file import Layout, Read
-from jaxlm.checkpoint.native import arrays
-from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
+from jaxlm.checkpoint.tensor_file import (
+    BFLOAT16,
+    ReadTensor,
+    StoredTensor,
+    TensorSpecs,
+)
 from jaxlm.config import ModelConfig, nearest
 from jaxlm.model.params import init
 from jaxlm.types import Params
@@ -262,21 +265,23 @@ class Translation:
             report("float64 weights are read as float32")
         if bad:
             report(f"values that are not finite in {_some(sorted(bad))}")
-        return arrays.nest(params)
+        return tree.nest(params)
 
-    def write(self, params: Params, dtype: Any = None) -> tuple[Layout, Read]:
+    def write(
+        self, params: Params, dtype: Any = None
+    ) -> tuple[TensorSpecs, ReadTensor]:
         """What a writer of files needs: each tensor's shape and dtype, and its values.
 
         Args:
           dtype: of the tensors; None keeps those of the parameters.
         """
         flat = tree.flatten(params)
-        layout, source = {}, {}
+        specs, source = {}, {}
         for rule in self.rules:
             stored = _common_dtype([flat[path].dtype for path, _ in rule.parts])
             stored = stored if dtype is None else np.dtype(dtype)
             for name, index in self.names(rule):
-                layout[name] = (self.their_shape(rule), stored)
+                specs[name] = (self.their_shape(rule), stored)
                 source[name] = (rule, index)
 
         def read(name: str) -> np.ndarray:
@@ -284,7 +289,7 @@ class Translation:
             parts = [np.asarray(flat[path])[index] for path, _ in rule.parts]
             x = self.to_theirs(rule, parts)
             with np.errstate(over="ignore"):
-                cast = x.astype(layout[name][1], copy=False)
+                cast = x.astype(specs[name][1], copy=False)
             if not _is_finite(cast) and _is_finite(x):
                 raise ValueError(
                     f"{name} has values that {cast.dtype.name} cannot hold: choose "
@@ -292,7 +297,7 @@ class Translation:
                 )
             return cast
 
-        return layout, read
+        return specs, read
 
 
 class _Part:

@@ -5,20 +5,17 @@ that are there before anything is allocated, and whatever is wrong with it ends 
 ValueError of one line that names the file.
 """
 
-import contextlib
 import dataclasses
 import math
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-
-from jaxlm.checkpoint import integrity
 
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -58,6 +55,12 @@ class StoredTensor:
         assert values.shape == self.shape and values.dtype == self.dtype
         values.flags.writeable = False
         return values
+
+
+# For writing: the shape and dtype of each tensor, known before any is read.
+TensorSpecs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+# Gives the values of one of them by name.
+ReadTensor = Callable[[str], np.ndarray]
 
 
 def shown(name: Any) -> str:
@@ -108,30 +111,6 @@ def view(
     """An array over bytes of a mapped file; a copy only where they are not aligned."""
     values = np.ndarray(shape, dtype, buffer=mapped, offset=offset)
     return values if values.flags.aligned else values.copy()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Gives a new file to write; it gets the name `path` at the end, if all went well.
-
-    Until then `path` is what it was before, also through a power cut.
-
-    Raises:
-      OSError: when it cannot be written; names `path` and the reason.
-    """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        integrity.rename(temporary, path)
-    except OSError as e:
-        if e.filename and os.fspath(e.filename) != os.fspath(temporary):
-            raise  # of another file, which the caller reads
-        raise OSError(e.errno, f"cannot write: {e.strerror}", str(path)) from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_given(

@@ -9,23 +9,24 @@ dimensions innermost first.
 import dataclasses
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.checkpoint.durable import replacing
 from jaxlm.checkpoint.gguf.gguf_blocks import BLOCK_TYPES, dequantize, quantize_q8_0
 from jaxlm.checkpoint.tensor_file import (
     BFLOAT16,
     FLOAT32,
     MAX_TENSORS,
+    ReadTensor,
     StoredTensor,
     check_given,
     map_file,
     number_of_values,
-    replacing,
     shown,
     view,
     write_values,
@@ -132,8 +133,7 @@ _QUANTIZED_AT_ONCE = 1 << 20  # values
 
 Value = str | bool | int | float | np.ndarray | list[str]
 # For `write_gguf`: the shape (outermost first) and type name of each tensor.
-Layout = Mapping[str, tuple[tuple[int, ...], str]]
-Read = Callable[[str], np.ndarray]
+GGUFSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -404,7 +404,7 @@ def _readable() -> str:
 
 
 def write_gguf(
-    path: Path | str, metadata: Mapping[str, Any], layout: Layout, read: Read
+    path: Path | str, metadata: Mapping[str, Any], specs: GGUFSpecs, read: ReadTensor
 ) -> None:
     """Writes a GGUF file, version 3, byte for byte as the `gguf` package does.
 
@@ -413,14 +413,14 @@ def write_gguf(
       metadata: in the order of the file. A str, bool, int (uint32), float (float32),
         or a list of one of them (int: int32). NumPy scalars and arrays [n] are written
         in their own dtype.
-      layout: the shape (outermost first, at most 4 dimensions) and type of each tensor
+      specs: the shape (outermost first, at most 4 dimensions) and type of each tensor
         in the order of the file: F32, F16, BF16 or Q8_0.
       read: gives the values of one tensor; called once for each, and no more than one
         is held at a time. The dtype is that of the type; for Q8_0 any of the three.
 
     Raises:
       ValueError: for metadata, names or types that the format or llama.cpp does not
-        take, and when `read` gives another shape or dtype than the layout.
+        take, and when `read` gives another shape or dtype than the specs.
       OSError: when the file cannot be written.
     """
     path = Path(path).expanduser()
@@ -428,12 +428,12 @@ def write_gguf(
     if isinstance(alignment, np.integer):
         alignment = int(alignment)
     alignment = _check_alignment(path, alignment)
-    parts = [_MAGIC, _U32.pack(_VERSION), _U64.pack(len(layout))]
+    parts = [_MAGIC, _U32.pack(_VERSION), _U64.pack(len(specs))]
     parts.append(_U64.pack(len(metadata)))
     for key, value in metadata.items():
         parts += [_packed_text(key), _packed_value(f"{path}: key {shown(key)}", value)]
     offset = 0
-    for name, (shape, kind) in layout.items():
+    for name, (shape, kind) in specs.items():
         size = _written_bytes(f"{path}: tensor {shown(name)}", name, shape, kind)
         parts += [_packed_text(name), _U32.pack(len(shape))]
         parts += [_U64.pack(d) for d in reversed(shape)]
@@ -442,7 +442,7 @@ def write_gguf(
     header = b"".join(parts)
     with replacing(path) as file:
         file.write(header + bytes(-len(header) % alignment))
-        for name, (shape, kind) in layout.items():
+        for name, (shape, kind) in specs.items():
             where = f"{path}: tensor {shown(name)}"
             values = read(name)
             check_given(values, where, shape, _WRITTEN[kind])

@@ -203,14 +203,14 @@ def write_model(
         metadata |= gguf_metadata(tokenizer, config.vocab_size)
     translation = Translation(config, RULES[arch])
     f32 = np.dtype(np.float32)
-    layout, read = translation.write(params, f32)
+    specs, read = translation.write(params, f32)
     divisors = rope_tensors(config)
 
     def kind(shape: tuple[int, ...]) -> str:
         return "F32" if len(shape) == 1 else dtype.upper()
 
     typed = {n: (x.shape, "F32") for n, x in divisors.items()}
-    typed |= {n: (shape, kind(shape)) for n, (shape, _) in layout.items()}
+    typed |= {n: (shape, kind(shape)) for n, (shape, _) in specs.items()}
 
     def values(name: str) -> np.ndarray:
         if name in divisors:

@@ -102,13 +102,13 @@ def write_hf(
     """
     values = hf_config_writing.write(config)
     translation = Translation(config, hf_names.RULES[values["model_type"]])
-    layout, read = translation.write(params, dtype)
-    stored = {d for _, d in layout.values()}
+    specs, read = translation.write(params, dtype)
+    stored = {d for _, d in specs.values()}
     values["dtype"] = stored.pop().name if len(stored) == 1 else "float32"
     values["bos_token_id"] = None if tokenizer is None else tokenizer.bos_id
     values["eos_token_id"] = None if tokenizer is None else tokenizer.eos_id
     values["pad_token_id"] = None if tokenizer is None else tokenizer.pad_id
-    write_folder(folder, layout, read)
+    write_folder(folder, specs, read)
     if tokenizer is not None:
         write_hugging_face(tokenizer, folder)
     # The last file: without it the folder is no model.

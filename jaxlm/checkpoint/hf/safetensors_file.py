@@ -7,21 +7,23 @@ range; `__metadata__` to texts) and the data, without gaps or overlaps.
 
 import json
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.checkpoint.durable import replacing
 from jaxlm.checkpoint.tensor_file import (
     BFLOAT16,
     MAX_TENSORS,
+    ReadTensor,
     StoredTensor,
+    TensorSpecs,
     check_given,
     map_file,
     number_of_values,
-    replacing,
     shown,
     view,
     write_values,
@@ -51,10 +53,6 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _RANKS = {name: rank for rank, name in enumerate(_DTYPES)}
 _UNREADABLE = np.dtype(np.void)
-
-# For writing: the shape and dtype of each tensor, known before any is read.
-Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-Read = Callable[[str], np.ndarray]
 
 
 class _Entry(NamedTuple):
@@ -249,15 +247,15 @@ def _read_values(
 
 def write_safetensors(
     path: Path | str,
-    layout: Layout,
-    read: Read,
+    specs: TensorSpecs,
+    read: ReadTensor,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a .safetensors file, byte for byte as the official library does.
 
     Args:
       path: replaced only when the new file is whole.
-      layout: the shape and dtype of each tensor.
+      specs: the shape and dtype of each tensor.
       read: gives the values of one tensor; called once for each, and no more than one
         is held at a time.
       metadata: texts for the header; `{"format": "pt"}` if None, without which
@@ -265,15 +263,15 @@ def write_safetensors(
 
     Raises:
       ValueError: for a dtype that the format lacks, for more than `read_safetensors`
-        takes, and when `read` gives another shape or dtype than the layout.
+        takes, and when `read` gives another shape or dtype than the specs.
       OSError: when the file cannot be written.
     """
     path = Path(path).expanduser()
-    order, header = make_header(path, layout, metadata)
+    order, header = make_header(path, specs, metadata)
     with replacing(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            shape, dtype = layout[name]
+            shape, dtype = specs[name]
             values = read(name)
             check_given(values, f"{path}: tensor {shown(name)}", shape, (dtype,))
             write_values(file, values)
@@ -281,16 +279,16 @@ def write_safetensors(
 
 
 def make_header(
-    path: Path, layout: Layout, metadata: Mapping[str, str] | None
+    path: Path, specs: TensorSpecs, metadata: Mapping[str, str] | None
 ) -> tuple[list[str], bytes]:
     """The names in the order of the file, and the padded header.
 
     Raises:
       ValueError: as `write_safetensors`.
     """
-    if len(layout) > MAX_TENSORS:
-        raise ValueError(f"{path}: {len(layout)} tensors are more than {MAX_TENSORS}")
-    for name, (_, dtype) in layout.items():
+    if len(specs) > MAX_TENSORS:
+        raise ValueError(f"{path}: {len(specs)} tensors are more than {MAX_TENSORS}")
+    for name, (_, dtype) in specs.items():
         if dtype not in _NAMES:
             raise ValueError(
                 f"{path}: tensor {shown(name)}: safetensors has no dtype {dtype.name} "
@@ -298,12 +296,12 @@ def make_header(
             )
         if name == _METADATA or not _is_text(name):
             raise ValueError(f"{path}: {shown(name)} cannot be the name of a tensor")
-    order = sorted(layout, key=lambda name: (-_RANKS[_NAMES[layout[name][1]]], name))
+    order = sorted(specs, key=lambda name: (-_RANKS[_NAMES[specs[name][1]]], name))
     texts = {"format": "pt"} if metadata is None else dict(metadata)
     header: dict[str, Any] = {_METADATA: texts} if texts else {}
     at = 0
     for name in order:
-        shape, dtype = layout[name]
+        shape, dtype = specs[name]
         end = at + number_of_values(shape, f"{path}: {shown(name)}") * dtype.itemsize
         header[name] = {
             "dtype": _NAMES[dtype],

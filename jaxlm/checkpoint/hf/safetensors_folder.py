@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.checkpoint.durable import replacing
 from jaxlm.checkpoint.hf.safetensors_file import (
     MAX_HEADER_BYTES,
-    Layout,
-    Read,
     parse_object,
     read_safetensors,
     write_safetensors,
 )
 from jaxlm.checkpoint.tensor_file import (
     MAX_TENSORS,
+    ReadTensor,
     StoredTensor,
+    TensorSpecs,
     map_file,
     number_of_values,
-    replacing,
     shown,
 )
 
@@ -150,8 +150,8 @@ def _inside(folder: Path, name: str) -> Path:
 
 def write_folder(
     folder: Path | str,
-    layout: Layout,
-    read: Read,
+    specs: TensorSpecs,
+    read: ReadTensor,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
@@ -159,7 +159,7 @@ def write_folder(
 
     Args:
       folder: made if it is missing; may hold other files, but no weights yet.
-      layout: as in `write_safetensors`; shards are filled in its order.
+      specs: as in `write_safetensors`; shards are filled in its order.
       read: as in `write_safetensors`.
       max_shard_bytes: what does not fit into one file is split, with an index. A
         tensor that is larger gets a file of its own.
@@ -177,19 +177,19 @@ def write_folder(
     for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
         for path in sorted(folder.glob(pattern)):
             raise ValueError(f"{path}: there already; choose an empty folder")
-    shards = _split(layout, max_shard_bytes)
+    shards = _split(specs, max_shard_bytes)
     if len(shards) <= 1:
-        write_safetensors(folder / SINGLE_FILE, layout, read, metadata)
+        write_safetensors(folder / SINGLE_FILE, specs, read, metadata)
         return [folder / SINGLE_FILE]
     written: list[Path] = []
     try:
         places: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             path = folder / _SHARD.format(number, len(shards))
-            write_safetensors(path, {n: layout[n] for n in names}, read, metadata)
+            write_safetensors(path, {n: specs[n] for n in names}, read, metadata)
             written.append(path)
             places |= dict.fromkeys(names, path.name)
-        total = sum(_bytes(layout[name]) for name in layout)
+        total = sum(_bytes(specs[name]) for name in specs)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         with replacing(folder / INDEX_FILE) as file:
@@ -201,13 +201,13 @@ def write_folder(
     return [*written, folder / INDEX_FILE]
 
 
-def _split(layout: Layout, max_bytes: int) -> list[list[str]]:
+def _split(specs: TensorSpecs, max_bytes: int) -> list[list[str]]:
     """Names in order, each list with no more bytes than `max_bytes` if it can be."""
     if max_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_bytes}; it must be positive")
     shards: list[list[str]] = []
     size = 0
-    for name, spec in layout.items():
+    for name, spec in specs.items():
         if not shards or size + _bytes(spec) > max_bytes:
             shards.append([])
             size = 0

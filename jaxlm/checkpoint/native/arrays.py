@@ -63,18 +63,6 @@ def flatten(state: Any, where: str) -> dict[str, Any]:
     return flat
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from path names: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
-    nested: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return nested
-
-
 def describe(flat: Mapping[str, Any]) -> Description:
     """Dtype and shape of each array, for JSON."""
     return {
@@ -156,7 +144,7 @@ async def start_writes(
     for item, flat in state.items():
         if flat:  # Orbax refuses a tree without arrays
             (folder / item).mkdir()
-            saved = ocp.args.PyTreeSave(nest(flat))
+            saved = ocp.args.PyTreeSave(tree.nest(flat))
             futures += await handler.async_save(_path(folder / item), args=saved) or []
     return futures
 
@@ -203,10 +191,10 @@ def read(
     restored = handler.restore(
         _path(folder),
         args=ocp.args.PyTreeRestore(
-            item=nest(
+            item=tree.nest(
                 {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in wanted.items()}
             ),
-            restore_args=nest(how),
+            restore_args=tree.nest(how),
         ),
     )
     # NumPy arrays are copied: XLA must own what it may be asked to overwrite.

@@ -1,4 +1,4 @@
-"""A run of jaxlm, or one step of it, opened for reading."""
+"""A run of jaxlm, or one step of it, opened for step_folder."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import tree
-from jaxlm.checkpoint import integrity
-from jaxlm.checkpoint.integrity import UnreadableStep
-from jaxlm.checkpoint.native import arrays, reading, run_folder
+from jaxlm.checkpoint.native import arrays, integrity, run_folder, step_folder
+from jaxlm.checkpoint.native.integrity import UnreadableStep
 from jaxlm.config import ModelConfig, from_dict
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
@@ -34,7 +33,7 @@ class NativeCheckpoint:
           ValueError: when `path` is neither a run nor a step.
         """
         self.path = path
-        self.step_folder, self._manifest, self._meta = reading.first_readable(
+        self.step_folder, self._manifest, self._meta = step_folder.first_readable(
             run_folder.candidates(path), _open_step, report
         )
         self.config = from_dict(
@@ -44,9 +43,9 @@ class NativeCheckpoint:
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
         """As `Checkpoint.params`; ValueError when the step is no longer there."""
         by_path = {} if shardings is None else tree.flatten(shardings)
-        wanted = arrays.nest(arrays.abstract(self._meta["arrays"]["params"], by_path))
+        wanted = tree.nest(arrays.abstract(self._meta["arrays"]["params"], by_path))
         with self._same_step():
-            params = reading.read_item(
+            params = step_folder.read_item(
                 arrays.new_handler(), self.step_folder, self._meta, "params", wanted
             )
         return params if dtype is None else tree.cast_floating(params, dtype)
@@ -88,6 +87,6 @@ def _open_step(folder: Path) -> tuple[Path, bytes, dict[str, Any]]:
     integrity.verify(folder, _PARTS)
     try:
         manifest = (folder / integrity.MANIFEST).read_bytes()
-        return folder, manifest, reading.read_meta(folder)
+        return folder, manifest, step_folder.read_meta(folder)
     except OSError as error:
         raise UnreadableStep(f"{error.strerror}: {error.filename}") from error

@@ -13,7 +13,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.checkpoint import integrity
+from jaxlm.checkpoint import durable
+from jaxlm.checkpoint.native import integrity
 
 CHECKPOINTS = "checkpoints"
 META = "meta.json"
@@ -71,7 +72,7 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
         (old / CHECKPOINTS).mkdir()
         for step in steps:
             name = f"{CHECKPOINTS}/{step}"
-            integrity.rename(run / name, old / name)
+            durable.rename(run / name, old / name)
     return old
 
 

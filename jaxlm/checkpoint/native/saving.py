@@ -17,12 +17,17 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from jaxlm.checkpoint import integrity
-from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
-from jaxlm.checkpoint.native import arrays, compatible, reading
-from jaxlm.checkpoint.native import run_folder as layout
-from jaxlm.checkpoint.native.reading import NoUsableCheckpoint, Restored
+from jaxlm.checkpoint import durable
+from jaxlm.checkpoint.native import (
+    arrays,
+    compatible,
+    integrity,
+    run_folder,
+    step_folder,
+)
+from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.checkpoint.native.run_folder import find_runs
+from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint, Restored
 from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config, to_dict
 from jaxlm.types import Params
@@ -91,23 +96,24 @@ class Checkpoints:
         self._copied = threading.Event()
         self._last: int | None = None  # the step that this process saved or restored
         self._saves = 0
-        self._lock: layout.RunLock | None = None
+        self._lock: run_folder.RunLock | None = None
         # With several processes, the others must wait here for process 0.
         if jax.process_index() == 0:
-            layout.probe_writable(self.run)
-            self._lock = layout.RunLock(self.run)
+            run_folder.probe_writable(self.run)
+            self._lock = run_folder.RunLock(self.run)
             self._start(fresh)
 
     def _start(self, fresh: bool) -> None:
-        if leftovers := layout.remove_leftovers(self.run):
+        if leftovers := run_folder.remove_leftovers(self.run):
+            folder = self.run / run_folder.CHECKPOINTS
             self._report(
-                f"removed {', '.join(leftovers)} in {self.run / layout.CHECKPOINTS}: "
-                "left by a run that was killed while saving or deleting"
+                f"removed {', '.join(leftovers)} in {folder}: left by a run that was "
+                "killed while saving or deleting"
             )
-        if fresh and layout.has_history(self.run):
-            old = layout.move_aside(self.run)
+        if fresh and run_folder.has_history(self.run):
+            old = run_folder.move_aside(self.run)
             self._report(f"moved the earlier run in {self.run} to {old}")
-            (self.run / layout.CHECKPOINTS).mkdir()
+            (self.run / run_folder.CHECKPOINTS).mkdir()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -129,7 +135,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Committed steps in ascending order, readable or not."""
-        return layout.list_steps(self.run)
+        return run_folder.list_steps(self.run)
 
     def wait(self) -> None:
         """Returns when no save is under way.
@@ -189,7 +195,7 @@ class Checkpoints:
             "opt_state": arrays.own(arrays.flatten(opt_state, "opt_state")),
         }
         meta = {
-            "format": reading.META_FORMAT,
+            "format": step_folder.META_FORMAT,
             "step": step,
             "config": to_dict(config),
             "data_fingerprint": data_fingerprint,
@@ -217,7 +223,7 @@ class Checkpoints:
         tokenizer: Tokenizer,
     ) -> None:
         # The name is the same in each process; the lock makes it unique.
-        temporary = self._folder(f"{layout.TEMPORARY}{step}-{self._saves}")
+        temporary = self._folder(f"{run_folder.TEMPORARY}{step}-{self._saves}")
         needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
         try:
             try:
@@ -259,22 +265,22 @@ class Checkpoints:
         # the others must wait until it has committed: this is the place for barriers.
         if jax.process_index() == 0:
             arrays.finish_writes(self._handler, folder, meta["arrays"])
-            (folder / layout.TOKENIZER).mkdir()
-            tokenizer.save(folder / layout.TOKENIZER)
+            (folder / run_folder.TOKENIZER).mkdir()
+            tokenizer.save(folder / run_folder.TOKENIZER)
             meta["state_hash"] = host and state_hash(host)
-            (folder / layout.META).write_text(json.dumps(meta, indent=1) + "\n")
+            (folder / run_folder.META).write_text(json.dumps(meta, indent=1) + "\n")
 
     def _commit(self, temporary: Path, step: int) -> None:
         if jax.process_index() == 0:
             integrity.write_manifest(temporary)
             newest = step - 1 if self._last is None else min(self._last, step - 1)
             if left := [s for s in self.steps() if s > newest]:
-                old = layout.move_aside(self.run, left)
+                old = run_folder.move_aside(self.run, left)
                 names = ", ".join(map(str, left))
                 self._report(
                     f"moved steps {names} to {old}: the run goes on from {newest}"
                 )
-            integrity.rename(temporary, self._folder(step))
+            durable.rename(temporary, self._folder(step))
         self._last = step
 
     def _delete_old(self) -> None:
@@ -285,10 +291,10 @@ class Checkpoints:
             if self._keep_every and step % self._keep_every == 0:
                 continue
             # Once renamed it is no step, so a kill from here on leaves no half step.
-            doomed = self._folder(f"{layout.TEMPORARY}delete-{step}-{self._saves}")
+            doomed = self._folder(f"{run_folder.TEMPORARY}delete-{step}-{self._saves}")
             try:
-                integrity.rename(self._folder(step), doomed)
-                layout.remove(doomed)
+                durable.rename(self._folder(step), doomed)
+                run_folder.remove(doomed)
             except OSError as e:
                 raise SaveError(
                     f"step {self._last} is saved, but the old step {step} in "
@@ -297,7 +303,7 @@ class Checkpoints:
                 ) from e
 
     def _folder(self, name: int | str) -> Path:
-        return self.run / layout.CHECKPOINTS / str(name)
+        return self.run / run_folder.CHECKPOINTS / str(name)
 
     def restore_latest(
         self,
@@ -332,9 +338,11 @@ class Checkpoints:
         if not steps:
             return None
         check = (config, tokenizer_fingerprint, data_fingerprint, self._report)
-        restored = reading.first_readable(
+        restored = step_folder.first_readable(
             [self._folder(step) for step in reversed(steps)],
-            lambda f: reading.read_state(self._handler, f, params, opt_state, *check),
+            lambda f: step_folder.read_state(
+                self._handler, f, params, opt_state, *check
+            ),
             self._report,
         )
         self._last = restored.step
@@ -359,11 +367,11 @@ class Checkpoints:
         self.wait()
         steps = self.steps()
         if step not in steps:
-            raise ValueError(layout.no_such_step(self.run, step, steps))
+            raise ValueError(run_folder.no_such_step(self.run, step, steps))
         check = (config, tokenizer_fingerprint, data_fingerprint, self._report)
         folder = self._folder(step)
         try:
-            restored = reading.read_state(
+            restored = step_folder.read_state(
                 self._handler, folder, params, opt_state, *check
             )
         except UnreadableStep as e:

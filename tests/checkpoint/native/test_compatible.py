@@ -6,8 +6,7 @@ import json
 import pytest
 from checkpoint_case import CONFIG, restore, run_with_steps
 
-from jaxlm.checkpoint import integrity
-from jaxlm.checkpoint.native import compatible
+from jaxlm.checkpoint.native import compatible, integrity
 from jaxlm.checkpoint.native.saving import Checkpoints
 from jaxlm.config import Config, DataConfig, TrainConfig
 

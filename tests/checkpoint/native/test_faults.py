@@ -21,8 +21,8 @@ from jaxlm.checkpoint.native.saving import Checkpoints, SaveError
 DIE = """
 import os, sys
 from checkpoint_case import restore, save
-from jaxlm.checkpoint import integrity
-from jaxlm.checkpoint.native import run_folder as folder
+from jaxlm.checkpoint import durable
+from jaxlm.checkpoint.native import integrity, run_folder
 from jaxlm.checkpoint.native.saving import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], keep=1)
 restore(checkpoints)
@@ -39,9 +39,9 @@ where = sys.argv[2]
 if where == "write":
     integrity.write_manifest = die
 elif where == "commit":
-    integrity.rename = die
+    durable.rename = die
 elif where == "delete":
-    folder.remove = die_half_way
+    run_folder.remove = die_half_way
 save(checkpoints, int(sys.argv[3]))
 """
 

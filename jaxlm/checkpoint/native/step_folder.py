@@ -9,10 +9,8 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from jaxlm.checkpoint import integrity
-from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
-from jaxlm.checkpoint.native import arrays, compatible
-from jaxlm.checkpoint.native import run_folder as layout
+from jaxlm.checkpoint.native import arrays, compatible, integrity, run_folder
+from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.config import Config, from_dict
 
 META_FORMAT = 1
@@ -54,11 +52,12 @@ def first_readable(
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """`meta.json` of a verified step; ValueError when its format is not known here."""
-    meta = json.loads((folder / layout.META).read_bytes())
+    file = folder / run_folder.META
+    meta = json.loads(file.read_bytes())
     if meta.get("format") != META_FORMAT:
         raise ValueError(
-            f"{folder / layout.META} has format {meta.get('format')}, and this jaxlm "
-            f"reads format {META_FORMAT}: install the jaxlm that wrote it"
+            f"{file} has format {meta.get('format')}, and this jaxlm reads format "
+            f"{META_FORMAT}: install the jaxlm that wrote it"
         )
     return meta
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxlm import tree
+from jaxlm.checkpoint import durable
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -30,12 +31,12 @@ def write_manifest(folder: Path) -> None:
     for name in sorted(_walk(folder)):
         path = folder / name
         files[name] = {"sha256": _file_hash(path), "bytes": path.stat().st_size}
-        _sync(path)
+        durable.sync(path)
     manifest = folder / MANIFEST
     manifest.write_bytes(_render(files))
-    _sync(manifest)
+    durable.sync(manifest)
     for parent, _, _ in os.walk(folder):
-        _sync(Path(parent))
+        durable.sync(Path(parent))
 
 
 def verify(folder: Path, parts: Iterable[str] | None = None) -> None:
@@ -120,20 +121,6 @@ def _walk(folder: Path) -> Iterator[str]:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def rename(source: Path, target: Path) -> None:
-    """Renames a folder and makes the new name last through a power cut."""
-    source.rename(target)
-    _sync(target.parent)
 
 
 def _some(names: list[str]) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from checkpoint_case import restore, run_with_steps, save, state_of_step
 
-from jaxlm.checkpoint import integrity
-from jaxlm.checkpoint.integrity import UnreadableStep, state_hash
+from jaxlm.checkpoint.native import integrity
+from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
 
 
