@@ -9,7 +9,7 @@ import numpy as np
 from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_checkpoint
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.config import Config, DataConfig
 
@@ -67,7 +67,7 @@ def convert(
     assert tokenizer is not None
     length = min(DataConfig().sequence_length, opened.config.context_length)
     config = Config(model=opened.config, data=DataConfig(sequence_length=length))
-    with Checkpoints(dst, report=report) as checkpoints:
+    with CheckpointManager(dst, report=report) as checkpoints:
         checkpoints.save(
             0,
             params,

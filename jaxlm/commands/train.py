@@ -18,7 +18,8 @@ import optax
 from jaxlm import tree
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.load import load
-from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import STARTED, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
@@ -84,7 +85,7 @@ def train(
       NotFinite: at the first step whose loss or gradient is not finite.
     """
     settings = config.train
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         settings.run_dir, settings.keep, settings.keep_every, fresh=config.fresh
     )
     with checkpoints, StopRequest(settings.max_minutes) as stop:
@@ -144,14 +145,14 @@ def with_vocabulary(config: Config, size: int) -> Config:
 def start(
     config: Config,
     optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointManager,
     dataset: Dataset,
     initial: Checkpoint | None,
 ) -> tuple[TrainState, bool]:
     """The state to train from, and whether it continues this run."""
     mesh = jax.sharding.get_mesh()
     wanted = abstract_state(config.model, optimizer, mesh)
-    restored = checkpoints.restore_latest(
+    restored = checkpoints.restore(
         wanted.params,
         wanted.opt_state,
         config=config,
@@ -170,7 +171,9 @@ def start(
     return state_from(params, optimizer), False
 
 
-def make_hooks(config: Config, dataset: Dataset, checkpoints: Checkpoints) -> Hooks:
+def make_hooks(
+    config: Config, dataset: Dataset, checkpoints: CheckpointManager
+) -> Hooks:
     """What the loop calls: evaluation, samples and saves."""
     size = (config.train.batch_size, config.data.sequence_length)
     sharding = rules.batch_sharding(jax.sharding.get_mesh())

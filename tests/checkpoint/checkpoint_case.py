@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import Config, ModelConfig
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 CONFIG = Config(
     model=ModelConfig(
@@ -27,12 +28,8 @@ CONFIG = Config(
 )
 
 
-class FakeTokenizer:
-    def __init__(self, fingerprint="tokenizer-1"):
-        self.fingerprint = fingerprint
-
-    def save(self, folder):
-        (folder / "tokenizer.json").write_text('{"kind": "fake"}')
+class FakeTokenizer(ByteTokenizer):
+    fingerprint = "tokenizer-1"
 
 
 def make_params(seed=0):
@@ -116,13 +113,11 @@ def restore(checkpoints, state=None, step=None, config=CONFIG, **fingerprints):
         "data_fingerprint": "data-1",
         **fingerprints,
     }
-    if step is None:
-        return checkpoints.restore_latest(params, opt_state, **kwargs)
-    return checkpoints.restore(step, params, opt_state, **kwargs)
+    return checkpoints.restore(params, opt_state, step=step, **kwargs)
 
 
 def run_with_steps(folder, *steps, **kwargs):
-    with Checkpoints(folder, keep=len(steps), **kwargs) as checkpoints:
+    with CheckpointManager(folder, keep=len(steps), **kwargs) as checkpoints:
         for step in steps:
             save(checkpoints, step)
     return Path(folder)

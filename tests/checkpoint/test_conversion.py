@@ -15,7 +15,7 @@ from jaxlm import tree
 from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, diff
 from jaxlm.flags import read_config
@@ -35,7 +35,7 @@ def params_of(config):
 def run(tmp_path_factory):
     """A run of jaxlm with a tokenizer of bytes."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    with Checkpoints(run) as checkpoints:
+    with CheckpointManager(run) as checkpoints:
         checkpoints.save(
             *(1, params_of(MODEL), {}),
             config=Config(model=MODEL, data=DataConfig(sequence_length=16)),

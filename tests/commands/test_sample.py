@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from toy_case import make_params, toy
 
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.commands.sample import Printer
 from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer.generate import generate
@@ -34,7 +34,7 @@ def home(tmp_path_factory):
     params = make_params(model, std=0.5)
     params["lm_head"]["kernel"][:, :97] = params["lm_head"]["kernel"][:, 123:] = 0
     params["lm_head"]["kernel"][:, 97:123] *= 3
-    with Checkpoints(home / "runs" / "tiny") as checkpoints:
+    with CheckpointManager(home / "runs" / "tiny") as checkpoints:
         checkpoints.save(
             *(1, params, {}),
             config=Config(model=model, data=DataConfig(sequence_length=16)),

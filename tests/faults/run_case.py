@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from jaxlm.checkpoint.load import load
-from jaxlm.checkpoint.native.saving import state_hash
+from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from run_case import CONFIG, Run
 
 from jaxlm import tree
 from jaxlm.checkpoint.load import load
-from jaxlm.checkpoint.native.saving import state_hash
+from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.train.metrics import read_metrics
 
 SHORT = ("--train.steps", "4", "--train.checkpoint-every", "2")

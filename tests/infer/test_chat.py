@@ -16,7 +16,7 @@ from hugging_face_case import (
 )
 from toy_case import make_params, toy
 
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer import chat, chat_template
@@ -333,7 +333,7 @@ def test_a_model_without_a_template(model, monkeypatch):
 @pytest.fixture
 def run(model, tmp_path):
     config, params, tokenizer = model
-    with Checkpoints(tmp_path / "run") as checkpoints:
+    with CheckpointManager(tmp_path / "run") as checkpoints:
         checkpoints.save(
             *(1, params, {}),
             config=Config(model=config, data=DataConfig(sequence_length=16)),

@@ -13,7 +13,7 @@ import numpy as np
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import (
     Config,
     DataConfig,
@@ -190,7 +190,7 @@ def case_resume(folder, optimizer="adamw"):
     same |= {"data_fingerprint": "data", "config": config}
     mesh = mesh_of("2x2x2")
     _, state = losses_on(config, mesh, saved)
-    with Checkpoints(folder) as checkpoints:
+    with CheckpointManager(folder) as checkpoints:
         checkpoints.save(
             *(saved, state.params, state.opt_state),
             config=config,
@@ -204,11 +204,12 @@ def case_resume(folder, optimizer="adamw"):
     optimizer = make_optimizer(config.optimizer, STEPS)
     for name in ("2x2x2", "one", "fsdp8", "control"):
         mesh = mesh_of("fsdp8" if name == "control" else name)
-        with jax.set_mesh(mesh), Checkpoints(folder, report=said.append) as checkpoints:
+        with (
+            jax.set_mesh(mesh),
+            CheckpointManager(folder, report=said.append) as checkpoints,
+        ):
             wanted = abstract_state(config.model, optimizer, mesh)
-            restored = checkpoints.restore_latest(
-                wanted.params, wanted.opt_state, **same
-            )
+            restored = checkpoints.restore(wanted.params, wanted.opt_state, **same)
             after = tree.flatten(restored.params)
             equal = all((np.asarray(after[n]) == x).all() for n, x in before.items())
             opt_state = restored.opt_state

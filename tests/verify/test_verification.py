@@ -15,7 +15,7 @@ from jaxlm import load, tree
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_checkpoint
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, RopeScaling
 from jaxlm.model.presets import preset, toy
@@ -275,7 +275,7 @@ def test_a_certificate_is_bound_to_the_bytes(copy, model, flat, kept, tmp_path, 
 def test_a_run_and_its_steps(flat, tmp_path):
     config = Config(model=CONFIG, data=DataConfig(sequence_length=64))
     params = jax.tree.map(jnp.asarray, nested(flat))
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(
                 *(step, params, {}),

@@ -174,21 +174,18 @@ def _path(folder: Path) -> epath.Path:
     return epath.Path(folder.absolute())
 
 
-def read(
-    handler: ocp.PyTreeCheckpointHandler, folder: Path, wanted: Mapping[str, Any]
-) -> dict[str, Any]:
+def read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays by path name, onto the shardings of `wanted`.
 
     Args:
-      handler: of Orbax.
-      folder: what `start_write` has written.
+      folder: what `start_writes` has written.
       wanted: for every stored array its shape, dtype and `sharding`; an array without
         one comes onto the default device, uncommitted (JAX may move it).
     """
     if not wanted:
         return {}
     how = {name: _restore_args(leaf) for name, leaf in wanted.items()}
-    restored = handler.restore(
+    restored = new_handler().restore(
         _path(folder),
         args=ocp.args.PyTreeRestore(
             item=tree.nest(

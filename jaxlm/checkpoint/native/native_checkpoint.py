@@ -46,7 +46,7 @@ class NativeCheckpoint:
         wanted = tree.nest(arrays.abstract(self._meta["arrays"]["params"], by_path))
         with self._same_step():
             params = step_folder.read_item(
-                arrays.new_handler(), self.step_folder, self._meta, "params", wanted
+                self.step_folder, self._meta, "params", wanted
             )
         return params if dtype is None else tree.cast_floating(params, dtype)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 
 from jaxlm.checkpoint.native import arrays, compatible, integrity, run_folder
 from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
@@ -62,13 +61,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_item(
-    handler: ocp.PyTreeCheckpointHandler,
-    folder: Path,
-    meta: dict[str, Any],
-    item: str,
-    wanted: Any,
-) -> Any:
+def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any:
     """One tree of a step, in the structure and on the shardings of `wanted`."""
     flat = arrays.flatten(wanted, item)
     # Orbax would cast without a word.
@@ -79,26 +72,21 @@ def read_item(
             f"the arrays of {folder} are not those of this run: "
             f"{'; '.join(f'{item}/{line}' for line in lines[:3])}{more}"
         )
-    try:
-        read = arrays.read(handler, folder / item, flat)
-    except Exception as e:
-        if folder.is_dir():
-            raise
-        raise UnreadableStep("it was deleted while it was read") from e
+    read = arrays.read(folder / item, flat)
     return jax.tree.unflatten(jax.tree.structure(wanted), [read[n] for n in flat])
 
 
 def read_state(
-    handler: ocp.PyTreeCheckpointHandler,
     folder: Path,
     params: Any,
     opt_state: Any,
+    *,
     config: Config,
     tokenizer_fingerprint: str,
     data_fingerprint: str,
     report: Callable[[str], None],
 ) -> Restored:
-    """The whole state of a step folder; see `Checkpoints.restore_latest`."""
+    """The whole state of a step folder; see `CheckpointManager.restore`."""
     integrity.verify(folder)
     meta = read_meta(folder)
     stored = from_dict(Config, meta["config"], f"config of {folder}")
@@ -109,7 +97,7 @@ def read_state(
     compatible.check_fingerprint("data", meta["data_fingerprint"], data_fingerprint)
     state = {}
     for item, wanted in (("params", params), ("opt_state", opt_state)):
-        state[item] = read_item(handler, folder, meta, item, wanted)
+        state[item] = read_item(folder, meta, item, wanted)
     host = arrays.on_host(state)
     # After the manifest this can only be a fault of Orbax or of the memory.
     if host and meta["state_hash"] not in (None, state_hash(host)):

@@ -7,7 +7,7 @@ import pytest
 from checkpoint_case import CONFIG, restore, run_with_steps
 
 from jaxlm.checkpoint.native import compatible, integrity
-from jaxlm.checkpoint.native.saving import Checkpoints
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import Config, DataConfig, TrainConfig
 
 
@@ -40,7 +40,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("sections, line", REFUSED)
 def test_another_run_is_refused_with_the_difference(run, sections, line):
-    with Checkpoints(run) as checkpoints, pytest.raises(ValueError) as error:
+    with CheckpointManager(run) as checkpoints, pytest.raises(ValueError) as error:
         restore(checkpoints, config=change(**sections))
     message = str(error.value)
     assert line in message and "--fresh" in message and "--init-from" in message
@@ -72,7 +72,7 @@ def test_free_fields_change_without_a_word(run):
     )
     new = dataclasses.replace(new, fresh=True, init_from="x")
     said = []
-    with Checkpoints(run, report=said.append) as checkpoints:
+    with CheckpointManager(run, report=said.append) as checkpoints:
         assert restore(checkpoints, config=new).step == 5
     assert said == []
 
@@ -80,7 +80,7 @@ def test_free_fields_change_without_a_word(run):
 def test_fields_that_only_round_otherwise_are_reported(run):
     new = change(model={"dtype": "bfloat16"}, train={"accumulation_steps": 4})
     said = []
-    with Checkpoints(run, report=said.append) as checkpoints:
+    with CheckpointManager(run, report=said.append) as checkpoints:
         assert restore(checkpoints, config=new).step == 5
     assert len(said) == 1 and "may not be bit-identical" in said[0]
     assert "model.dtype: 'auto' -> 'bfloat16'" in said[0]
@@ -96,7 +96,7 @@ def test_steps_may_change_under_a_constant_schedule():
 @pytest.mark.parametrize("what", ["tokenizer", "data"])
 def test_another_fingerprint_is_refused(run, what):
     error = pytest.raises(ValueError, match=rf"the {what} is not the one.*other-1")
-    with Checkpoints(run) as checkpoints, error:
+    with CheckpointManager(run) as checkpoints, error:
         restore(checkpoints, **{f"{what}_fingerprint": "other-1"})
 
 
@@ -109,7 +109,7 @@ def test_another_version_gives_one_line(tmp_path):
     path.write_text(json.dumps(meta))
     integrity.write_manifest(path.parent)
     said = []
-    with Checkpoints(run, report=said.append) as checkpoints:
+    with CheckpointManager(run, report=said.append) as checkpoints:
         assert restore(checkpoints).step == 5
     assert len(said) == 1 and "\n" not in said[0]
     assert "jax: 0.0.1 -> " in said[0] and "device_kind: TPU v9 -> " in said[0]
@@ -123,7 +123,7 @@ def test_a_config_with_an_unknown_field_is_named(tmp_path):
     path.write_text(json.dumps(meta))
     integrity.write_manifest(path.parent)
     error = pytest.raises(ValueError, match="unknown field 'warp'")
-    with Checkpoints(run) as checkpoints, error:
+    with CheckpointManager(run) as checkpoints, error:
         restore(checkpoints)
 
 

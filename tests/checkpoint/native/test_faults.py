@@ -15,16 +15,16 @@ from checkpoint_case import (
 )
 
 from jaxlm.checkpoint.load import load
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager, SaveError
 from jaxlm.checkpoint.native.run_folder import find_runs, list_steps, move_aside
-from jaxlm.checkpoint.native.saving import Checkpoints, SaveError
 
 DIE = """
 import os, sys
 from checkpoint_case import restore, save
 from jaxlm.checkpoint import durable
 from jaxlm.checkpoint.native import integrity, run_folder
-from jaxlm.checkpoint.native.saving import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=1)
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+checkpoints = CheckpointManager(sys.argv[1], keep=1)
 restore(checkpoints)
 
 def die(*arguments):
@@ -55,7 +55,7 @@ def test_death_while_saving_or_deleting_leaves_only_whole_steps(tmp_path, where,
     assert code == 9, err
     said = []
     assert len(list((run / "checkpoints").glob(".tmp-*"))) == 1
-    with Checkpoints(run, report=said.append) as checkpoints:
+    with CheckpointManager(run, report=said.append) as checkpoints:
         assert checkpoints.steps() == steps
         assert restore(checkpoints).step == steps[-1]
     assert len(said) == 1 and said[0].startswith("removed .tmp-")
@@ -65,8 +65,8 @@ def test_death_while_saving_or_deleting_leaves_only_whole_steps(tmp_path, where,
 SAVE_FOR_EVER = """
 import sys
 from checkpoint_case import restore, save
-from jaxlm.checkpoint.native.saving import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=3)
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+checkpoints = CheckpointManager(sys.argv[1], keep=3)
 restored = restore(checkpoints)
 step = restored.step if restored else 0
 print("start", step, flush=True)
@@ -92,7 +92,7 @@ def test_sigkill_at_any_time_leaves_only_readable_steps(tmp_path):
             assert float(params["embed"]["table"][0, 0]) == step
         newest = steps[-1] if steps else 0
     assert newest > 0
-    with Checkpoints(tmp_path, report=lambda line: None) as checkpoints:
+    with CheckpointManager(tmp_path, report=lambda line: None) as checkpoints:
         restored = restore(checkpoints)
         assert restored.step == newest
         assert float(restored.opt_state[1][0].mu["embed"]["table"][0, 0]) == newest
@@ -102,12 +102,12 @@ FULL = """
 import resource, signal, sys
 import jax.numpy as jnp
 from checkpoint_case import abstract, restore, save, state_of_step
-from jaxlm.checkpoint.native.saving import Checkpoints, SaveError
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager, SaveError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import jax
 small = state_of_step(1)
 big = ({"w": jax.random.normal(jax.random.key(0), (300, 300))}, ())
-checkpoints = Checkpoints(sys.argv[1], keep=2)
+checkpoints = CheckpointManager(sys.argv[1], keep=2)
 save(checkpoints, 1, small)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 save(checkpoints, 2, big, wait=False)
@@ -157,11 +157,11 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path):
     try:
         expected = rf"pid {child.pid} on {socket.gethostname()}"
         with pytest.raises(ValueError, match=expected):
-            Checkpoints(tmp_path)
+            CheckpointManager(tmp_path)
     finally:
         child.kill()
         child.communicate()
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1)
 
 
@@ -169,7 +169,7 @@ def test_errors_of_the_tokenizer_surface_and_leave_nothing(tmp_path, monkeypatch
     def broken(self, folder):
         raise RuntimeError("no tokenizer today")
 
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1)
         monkeypatch.setattr("checkpoint_case.FakeTokenizer.save", broken)
         save(checkpoints, 2, wait=False)
@@ -184,7 +184,7 @@ def test_errors_of_the_tokenizer_surface_and_leave_nothing(tmp_path, monkeypatch
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"cannot be written to.*--train\.run-dir"):
-        Checkpoints(tmp_path / "file/run")
+        CheckpointManager(tmp_path / "file/run")
 
 
 def test_fresh_moves_the_earlier_run_aside(tmp_path):
@@ -192,7 +192,7 @@ def test_fresh_moves_the_earlier_run_aside(tmp_path):
     (run / "metrics.jsonl").write_text("{}\n")
     said = []
     for number in (1, 2):
-        with Checkpoints(run, fresh=True, report=said.append) as checkpoints:
+        with CheckpointManager(run, fresh=True, report=said.append) as checkpoints:
             assert checkpoints.steps() == [] and restore(checkpoints) is None
             save(checkpoints, number)
     assert (run / "old-1/metrics.jsonl").read_text() == "{}\n"
@@ -206,6 +206,6 @@ def test_fresh_moves_the_earlier_run_aside(tmp_path):
 
 def test_fresh_moves_metrics_without_steps_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with Checkpoints(tmp_path, fresh=True, report=lambda line: None):
+    with CheckpointManager(tmp_path, fresh=True, report=lambda line: None):
         assert not (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "old-1/metrics.jsonl").exists()

@@ -9,8 +9,9 @@ import pytest
 from checkpoint_case import restore, run_with_steps, save, state_of_step
 
 from jaxlm.checkpoint.native import integrity
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
-from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint
+from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def files_of(folder):
 
 def expect_fallback(run, reason=""):
     said = []
-    with Checkpoints(run, report=said.append) as checkpoints:
+    with CheckpointManager(run, report=said.append) as checkpoints:
         restored = restore(checkpoints)
     assert restored.step == 200
     assert float(restored.params["embed"]["table"][0, 0]) == 200
@@ -126,17 +127,17 @@ def test_no_readable_step_is_an_error_of_its_own(tmp_path):
     run = run_with_steps(tmp_path, 1, 2)
     for step in (1, 2):
         (run / f"checkpoints/{step}/meta.json").unlink()
-    with Checkpoints(run) as checkpoints:
+    with CheckpointManager(run) as checkpoints:
         with pytest.raises(NoUsableCheckpoint, match=r"step 2 .*, step 1 .*--fresh"):
             restore(checkpoints)
-        with pytest.raises(UnreadableStep, match=r"step 1 in .*meta.json missing"):
+        with pytest.raises(NoUsableCheckpoint, match=r"step 1 .*meta.json missing"):
             restore(checkpoints, step=1)
 
 
 def test_a_broken_step_is_moved_aside_when_the_run_reaches_it_again(tmp_path):
     run = run_with_steps(tmp_path, 200, 300)
     (run / "checkpoints/300/meta.json").unlink()
-    with Checkpoints(run, report=lambda line: None) as checkpoints:
+    with CheckpointManager(run, report=lambda line: None) as checkpoints:
         assert restore(checkpoints).step == 200
         save(checkpoints, 300)
         assert restore(checkpoints).step == 300
@@ -146,11 +147,9 @@ def test_a_broken_step_is_moved_aside_when_the_run_reaches_it_again(tmp_path):
 def test_wrong_values_under_a_right_manifest_are_found(tmp_path, monkeypatch):
     """A fault between the memory and Orbax: the state hash is the last guard."""
     run = run_with_steps(tmp_path, 200)
-    with Checkpoints(run, keep=2) as checkpoints:
+    with CheckpointManager(run, keep=2) as checkpoints:
         restore(checkpoints)
-        monkeypatch.setattr(
-            "jaxlm.checkpoint.native.saving.state_hash", lambda state: "0" * 64
-        )
+        monkeypatch.setattr(integrity, "state_hash", lambda state: "0" * 64)
         save(checkpoints, 300)
     expect_fallback(run, "state hash")
 

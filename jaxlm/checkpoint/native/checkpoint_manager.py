@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written by Orbax in the background, committed by a rename.
+"""Saving and restoring the checkpoints of a run that this process trains.
 
-A step folder holds `params/` and `opt_state/` (Orbax), `tokenizer/`, `meta.json` and
-`manifest.json`. It is complete from the moment it has its name; see `folder.py` for
-the run folder around it and `integrity.py` for the manifest.
+Orbax writes the arrays of a step in the background, and a rename commits it: a step
+folder is complete from the moment it has its name. It holds `params/` and `opt_state/`
+(Orbax), `tokenizer/`, `meta.json` and `manifest.json`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 
@@ -25,39 +25,18 @@ from jaxlm.checkpoint.native import (
     run_folder,
     step_folder,
 )
-from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
-from jaxlm.checkpoint.native.run_folder import find_runs
-from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint, Restored
+from jaxlm.checkpoint.native.step_folder import Restored
 from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config, to_dict
+from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
-
-__all__ = [
-    "Checkpoints",
-    "NoUsableCheckpoint",
-    "Restored",
-    "SaveError",
-    "UnreadableStep",
-    "find_runs",
-    "state_hash",
-]
 
 
 class SaveError(ValueError):
     """A checkpoint could not be written; those before it are intact."""
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What a checkpoint needs of a tokenizer."""
-
-    fingerprint: str
-
-    def save(self, folder: Path) -> None:
-        """Writes files into `folder`, which exists."""
-
-
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of a run that this process trains.
 
     Use it as a context manager, or call `close`: a save that is under way when the
@@ -115,7 +94,7 @@ class Checkpoints:
             self._report(f"moved the earlier run in {self.run} to {old}")
             (self.run / run_folder.CHECKPOINTS).mkdir()
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -238,7 +217,9 @@ class Checkpoints:
             self._error = e  # raised by the next `wait` or `save`
             if not threading.main_thread().is_alive():
                 # Nobody will call them any more.
-                self._report(f"{e} (close Checkpoints before the program ends)")
+                self._report(
+                    f"{e} (close the CheckpointManager before the program ends)"
+                )
         finally:
             self._copied.set()
 
@@ -267,7 +248,7 @@ class Checkpoints:
             arrays.finish_writes(self._handler, folder, meta["arrays"])
             (folder / run_folder.TOKENIZER).mkdir()
             tokenizer.save(folder / run_folder.TOKENIZER)
-            meta["state_hash"] = host and state_hash(host)
+            meta["state_hash"] = host and integrity.state_hash(host)
             (folder / run_folder.META).write_text(json.dumps(meta, indent=1) + "\n")
 
     def _commit(self, temporary: Path, step: int) -> None:
@@ -305,7 +286,7 @@ class Checkpoints:
     def _folder(self, name: int | str) -> Path:
         return self.run / run_folder.CHECKPOINTS / str(name)
 
-    def restore_latest(
+    def restore(
         self,
         params: Any,
         opt_state: Any,
@@ -313,8 +294,9 @@ class Checkpoints:
         config: Config,
         tokenizer_fingerprint: str,
         data_fingerprint: str,
+        step: int | None = None,
     ) -> Restored | None:
-        """Reads the newest step that is intact.
+        """Reads a whole state, bit for bit as it was saved.
 
         Args:
           params: `jax.ShapeDtypeStruct`s (or arrays), nested as the parameters. Where
@@ -324,58 +306,37 @@ class Checkpoints:
             that do not change the numbers.
           tokenizer_fingerprint: must be that of the checkpoint.
           data_fingerprint: must be that of the checkpoint.
+          step: the step to read; None reads the newest one that is intact.
 
         Returns:
-          The state, bit for bit as it was saved, or None when the run has no steps.
+          The state, or None when no step was asked for and the run has none.
 
         Raises:
           NoUsableCheckpoint: when there are steps and none can be read.
-          ValueError: when the config, the data, the tokenizer, a shape or a dtype is
-            not that of the checkpoint.
+          ValueError: when there is no such step, or the config, the data, the
+            tokenizer, a shape or a dtype is not that of the checkpoint.
         """
         self.wait()
         steps = self.steps()
-        if not steps:
+        if step is None and not steps:
             return None
-        check = (config, tokenizer_fingerprint, data_fingerprint, self._report)
-        restored = step_folder.first_readable(
-            [self._folder(step) for step in reversed(steps)],
-            lambda f: step_folder.read_state(
-                self._handler, f, params, opt_state, *check
-            ),
-            self._report,
-        )
-        self._last = restored.step
-        return restored
-
-    def restore(
-        self,
-        step: int,
-        params: Any,
-        opt_state: Any,
-        *,
-        config: Config,
-        tokenizer_fingerprint: str,
-        data_fingerprint: str,
-    ) -> Restored:
-        """Reads one step; the arguments and errors are those of `restore_latest`.
-
-        Raises:
-          UnreadableStep: when it is damaged.
-          ValueError: also when there is no such step; lists those that exist.
-        """
-        self.wait()
-        steps = self.steps()
-        if step not in steps:
+        if step is not None and step not in steps:
             raise ValueError(run_folder.no_such_step(self.run, step, steps))
-        check = (config, tokenizer_fingerprint, data_fingerprint, self._report)
-        folder = self._folder(step)
-        try:
-            restored = step_folder.read_state(
-                self._handler, folder, params, opt_state, *check
+        wanted = reversed(steps) if step is None else [step]
+
+        def read(folder: Path) -> Restored:
+            return step_folder.read_state(
+                folder,
+                params,
+                opt_state,
+                config=config,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                data_fingerprint=data_fingerprint,
+                report=self._report,
             )
-        except UnreadableStep as e:
-            raise UnreadableStep(f"step {step} in {self.run} is unreadable: {e}") from e
+
+        folders = [self._folder(number) for number in wanted]
+        restored = step_folder.first_readable(folders, read, self._report)
         self._last = restored.step
         return restored
 

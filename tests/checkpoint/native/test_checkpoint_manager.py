@@ -21,8 +21,10 @@ from checkpoint_case import (
 )
 
 from jaxlm.checkpoint.load import load, load_tokenizer
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.checkpoint.native.run_folder import find_runs
-from jaxlm.checkpoint.native.saving import Checkpoints, NoUsableCheckpoint, state_hash
+from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 
 
@@ -34,7 +36,7 @@ def lines():
 @pytest.mark.parametrize("optimizer", [adamw_masked, two_optimizers])
 def test_round_trip_is_exact_and_keeps_the_structure(tmp_path, optimizer):
     state = updated_state(optimizer())
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 7, state)
         restored = restore(checkpoints, abstract(state))
     back = (restored.params, restored.opt_state)
@@ -49,7 +51,7 @@ def test_round_trip_is_exact_and_keeps_the_structure(tmp_path, optimizer):
 
 def test_optimizer_state_without_arrays(tmp_path):
     params, _ = state_of_step(1)
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1, (params, ((), None)))
         restored = restore(checkpoints, (abstract(params), ((), None)))
     assert restored.opt_state == ((), None)
@@ -57,7 +59,7 @@ def test_optimizer_state_without_arrays(tmp_path):
 
 def test_numpy_arrays_are_copied_before_save_returns(tmp_path):
     params = {"w": np.zeros((500, 500), np.float32)}
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1, (params, ()), wait=False)
         params["w"][:] = 1
         restored = restore(checkpoints, (abstract(params), ()))
@@ -68,7 +70,7 @@ def test_buffers_may_be_donated_right_after_save(tmp_path):
     step = jax.jit(lambda x: jax.tree.map(lambda a: a * 2 + 1, x), donate_argnums=0)
     params = {"w": jnp.zeros((1000, 1000)), "b": jnp.zeros((3,))}
     hashes = {}
-    with Checkpoints(tmp_path, keep=9) as checkpoints:
+    with CheckpointManager(tmp_path, keep=9) as checkpoints:
         for number in range(1, 6):
             params = step(params)
             hashes[number] = state_hash(params)
@@ -84,7 +86,7 @@ def test_buffers_may_be_donated_right_after_save(tmp_path):
 
 def test_meta_tells_where_the_state_comes_from(tmp_path):
     state = state_of_step(3)
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 3, state)
     meta = json.loads((tmp_path / "checkpoints/3/meta.json").read_text())
     assert meta["step"] == 3
@@ -98,32 +100,32 @@ def test_meta_tells_where_the_state_comes_from(tmp_path):
 
 
 def test_a_state_that_is_not_finite_cannot_be_saved(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match=r"step 4 .*not finite"):
             save(checkpoints, 4, finite=False)
         assert checkpoints.steps() == []
 
 
 def test_keeps_the_newest_steps_and_multiples(tmp_path):
-    with Checkpoints(tmp_path, keep=2, keep_every=100) as checkpoints:
+    with CheckpointManager(tmp_path, keep=2, keep_every=100) as checkpoints:
         for step in (50, 100, 150, 200, 250):
             save(checkpoints, step)
             assert step in checkpoints.steps()
         assert checkpoints.steps() == [100, 200, 250]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["100", "200", "250"]
     with pytest.raises(ValueError, match="keep is 0"):
-        Checkpoints(tmp_path, keep=0)
+        CheckpointManager(tmp_path, keep=0)
 
 
 def test_steps_are_ordered_by_number_not_by_name_or_time(tmp_path):
     run_with_steps(tmp_path, 9, 10)
     os.utime(tmp_path / "checkpoints/9")
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         assert restore(checkpoints).step == 10
 
 
 def test_no_steps_gives_none_and_a_missing_step_lists_the_existing(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         assert restore(checkpoints) is None
         save(checkpoints, 100)
         save(checkpoints, 200)
@@ -133,7 +135,7 @@ def test_no_steps_gives_none_and_a_missing_step_lists_the_existing(tmp_path):
 
 
 def test_the_same_step_is_written_once(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 5)
         save(checkpoints, 5, state_of_step(6))
         assert float(restore(checkpoints).params["embed"]["table"][0, 0]) == 5
@@ -142,7 +144,7 @@ def test_the_same_step_is_written_once(tmp_path):
 def test_going_on_from_an_older_step_moves_the_newer_ones_aside(tmp_path):
     run_with_steps(tmp_path, 100, 200, 300)
     said, report = lines()
-    with Checkpoints(tmp_path, keep=5, report=report) as checkpoints:
+    with CheckpointManager(tmp_path, keep=5, report=report) as checkpoints:
         restore(checkpoints, step=100)
         assert checkpoints.steps() == [100, 200, 300]
         save(checkpoints, 250)
@@ -157,7 +159,7 @@ def test_wrong_shape_and_dtype_are_named_by_path(tmp_path):
     params["layers"]["mlp"]["up"] = jax.ShapeDtypeStruct((2, 16, 48), jnp.float32)
     params["embed"]["table"] = jax.ShapeDtypeStruct((64, 16), jnp.bfloat16)
     params["lm_head"] = jax.ShapeDtypeStruct((16, 64), jnp.float32)
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         with pytest.raises(ValueError) as error:
             restore(checkpoints, (params, opt_state))
         message = str(error.value)
@@ -170,7 +172,7 @@ def test_wrong_shape_and_dtype_are_named_by_path(tmp_path):
 
 
 def test_keys_and_python_numbers_are_refused_by_path(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match="opt_state/key is a random key"):
             save(checkpoints, 1, ({"w": jnp.ones(2)}, {"key": jax.random.key(0)}))
         with pytest.raises(ValueError, match="params/w is a int"):
@@ -201,7 +203,7 @@ def test_load_reads_neither_the_optimizer_nor_the_lock(tmp_path):
     for file in (run / "checkpoints/2/opt_state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"\0" * file.stat().st_size)
-    with Checkpoints(tmp_path):
+    with CheckpointManager(tmp_path):
         said, report = lines()
         load(run, report=report)
         assert said == []
@@ -209,7 +211,7 @@ def test_load_reads_neither_the_optimizer_nor_the_lock(tmp_path):
 
 def test_load_tokenizer(tmp_path):
     tokenizer = CharTokenizer("hello")
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1, tokenizer=tokenizer)
     loaded = load_tokenizer(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint
@@ -255,7 +257,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from checkpoint_case import restore, save, state_of_step, abstract, updated_state
 from checkpoint_case import adamw_masked
 from jaxlm.checkpoint.load import load
-from jaxlm.checkpoint.native.saving import Checkpoints, state_hash
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.integrity import state_hash
 
 state = updated_state(adamw_masked())
 expected, expected_params = state_hash(state), state_hash(state[0])
@@ -279,7 +282,7 @@ def shapes(wanted):
 mesh8 = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
 mesh4 = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
 lines = []
-with Checkpoints(sys.argv[1], report=lines.append) as checkpoints:
+with CheckpointManager(sys.argv[1], report=lines.append) as checkpoints:
     from8, from4 = shardings(mesh8, "fsdp"), shardings(mesh4, "fsdp")
     save(checkpoints, 1, state)                         # one device -> 8
     check(restore(checkpoints, shapes(from8)), from8)
