@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 
@@ -92,3 +93,24 @@ def _places(value):
         yield value, key
         if isinstance(inner, dict | list):
             yield from _places(inner)
+
+
+BARRIER = "\ufdd1"
+
+
+def library(name):
+    return tokenizers.Tokenizer.from_str(json.dumps(GOLDENS[name]["tokenizer"]))
+
+
+def contents(name, **changes):
+    return json.dumps({**GOLDENS[name]["tokenizer"], **changes})
+
+
+def model(name, **changes):
+    return {**GOLDENS[name]["tokenizer"]["model"], **changes}
+
+
+def put(folder, name, values):
+    (folder / name).write_text(
+        values if isinstance(values, str) else json.dumps(values)
+    )

@@ -1,18 +1,16 @@
-import io
+"""Every kind of tokenizer: round trips, streams, saving and building."""
+
 import json
 
 import numpy as np
 import pytest
-import sentencepiece
+from sentencepiece_case import trained
 
 from jaxlm.config import DataConfig
 from jaxlm.tokenizers.base import TextStream
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
-from jaxlm.tokenizers.sentencepiece import processor
-from jaxlm.tokenizers.sentencepiece.model_proto import literal_model
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
-from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
 
 HARD_TEXTS = [
     "",
@@ -28,6 +26,8 @@ HARD_TEXTS = [
     "x" * 3000,
     "".join(map(chr, range(1, 0x250))),
 ]
+
+
 HOSTILE = [
     "</s>",
     "<s>",
@@ -75,68 +75,6 @@ def test_text_never_becomes_a_special_id(models):
         for text in HOSTILE:
             assert not special & set(tokenizer.encode(text).tolist())
     assert [t.eos_id for t in every_tokenizer(models)] == [256, None, 1, 1]
-
-
-def trained(**options):
-    model = io.BytesIO()
-    options = {"vocab_size": 285, "hard_vocab_limit": False, **options}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["hello world hello there the then"] * 50),
-        model_writer=model,
-        minloglevel=2,
-        **options,
-    )
-    return model.getvalue()
-
-
-def test_user_defined_symbols_are_not_matched_in_text():
-    model = trained(
-        user_defined_symbols=["<turn>", "▁▁"],
-        control_symbols=["<ctl>"],
-        byte_fallback=True,
-    )
-    library = sentencepiece.SentencePieceProcessor(model_proto=model)
-    turn = library.piece_to_id("<turn>")
-    assert turn in library.encode("a<turn>b")  # What the library does.
-    tokenizer = SentencePieceTokenizer(model)
-    assert turn not in tokenizer.encode("a<turn>b<ctl>")
-    assert tokenizer.decode(tokenizer.encode("a<turn>b<ctl>")) == "a<turn>b<ctl>"
-    assert tokenizer.decode([turn]) == "<turn>"
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("remove", [True, False])
-@pytest.mark.parametrize("fallback", [True, False])
-def test_equals_the_library(prefix, remove, fallback):
-    model = trained(
-        add_dummy_prefix=prefix,
-        remove_extra_whitespaces=remove,
-        byte_fallback=fallback,
-        vocab_size=285 if fallback else 30,
-    )
-    library = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tokenizer = SentencePieceTokenizer(model)
-    texts = ["hello there", "  the  world ", "é 漢\nhello", "ﬁ Ａ", "", " ", "<s></s>"]
-    for text in texts:
-        ids = library.encode(text)
-        assert tokenizer.encode(text).tolist() == ids
-        assert tokenizer.decode(ids) == library.decode(ids)
-        assert [p.id for p in tokenizer.pieces(text)] == ids
-    space = library.piece_to_id("▁")
-    word = next(
-        i for i in range(len(library)) if library.id_to_piece(i).startswith("▁t")
-    )
-    for ids in ([space, word], [space, space, word], [word, word], [1, space, word]):
-        assert tokenizer.decode(ids) == library.decode(ids)
-    assert tokenizer.vocab_size == library.get_piece_size()
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
-
-
-def test_equals_the_library_when_trained_here(models, shakespeare):
-    for tokenizer in models.values():
-        library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
-        part = shakespeare[200_000:250_000] + "é漢🙂</s>"
-        assert tokenizer.encode(part).tolist() == library.encode(part)
 
 
 def test_stream_equals_decode(models):
@@ -231,65 +169,6 @@ def test_damaged_folders(models, tmp_path):
     model.unlink()
     with pytest.raises(ValueError, match=r"no such SentencePiece \.model"):
         read_saved_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("data", [b"", b"x" * 200, b"\x0a\xff\xff\xff\xff\x0f"])
-def test_not_a_model(data, tmp_path):
-    path = tmp_path / "a.model"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.model: not a SentencePiece model"):
-        SentencePieceTokenizer.from_file(path)
-
-
-def test_truncated_models(models):
-    model = models["bpe"]._model
-    for size in range(1, len(model), 397):
-        # A cut between pieces is a smaller model; nothing but ValueError may escape.
-        try:
-            SentencePieceTokenizer(model[:size])
-        except ValueError as error:
-            assert "not a SentencePiece model" in str(error)
-
-
-def test_what_a_model_holds_beside_its_pieces_survives(models):
-    unknown = b"\xc2\x3e\x03abc"  # Field 1000, which no version has yet.
-    model = trained(user_defined_symbols=["<turn>"]) + unknown
-    assert literal_model(model).endswith(unknown)
-    assert SentencePieceTokenizer(model).model == model
-
-
-def test_a_piece_that_is_not_utf8():
-    model = trained(user_defined_symbols=["<turn>"])
-    assert model.count(b"<turn>") >= 1
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
-        SentencePieceTokenizer(model.replace(b"<turn>", b"<tur\xff>", 1))
-
-
-def test_model_of_absurd_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(processor, "MAX_MODEL_BYTES", 10)
-    path = tmp_path / "a.model"
-    path.write_bytes(b"x" * 11)
-    with pytest.raises(ValueError, match="11 bytes is too large"):
-        SentencePieceTokenizer.from_file(path)
-
-
-def test_training_is_deterministic(models, shakespeare):
-    for algorithm, tokenizer in models.items():
-        again = train_sentencepiece([shakespeare[:100_000]], 500, algorithm)
-        assert again.fingerprint == tokenizer.fingerprint
-    assert any(b"\n" in b for b in models["bpe"].token_bytes if len(b) > 1)
-
-
-def test_vocabulary_too_large_or_small():
-    texts = ["hello world, the quick brown fox"] * 3
-    with pytest.raises(ValueError, match="yields at most") as error:
-        train_sentencepiece(texts, 9000)
-    largest = int(str(error.value).split("at most ")[1].split()[0])
-    assert train_sentencepiece(texts, largest).vocab_size == largest
-    with pytest.raises(ValueError, match=r"is 100, but the 256 bytes .* or more"):
-        train_sentencepiece(texts, 100)
-    with pytest.raises(ValueError, match="no text"):
-        train_sentencepiece([], 300)
 
 
 def test_build_tokenizer(tmp_path, models):
