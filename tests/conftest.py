@@ -25,6 +25,17 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """Compiles quickly, unless the slow proofs run: those compile as users do.
+
+    Most of the time goes into LLVM's work on programs that run once. XLA's own passes,
+    and with them FLOPs, memory and the order of sums, are the same at each level.
+    """
+    if not config.getoption("--run-slow"):
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+
+
 def pytest_collection_modifyitems(config, items):
     missing = set()
     if not (find_spec("torch") and find_spec("transformers")):

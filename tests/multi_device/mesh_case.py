@@ -89,12 +89,16 @@ def state_on(config, mesh, move=0.0):
     return TrainState(step, params, opt_state), make_train_step(config, optimizer)
 
 
+# One function, so that the controls compile nothing.
+jitted_loss_and_grads = jax.jit(loss_and_grads, static_argnums=(0, 1))
+
+
 def gradients(config, mesh, move=0.0, rows=slice(None)):
     with jax.set_mesh(mesh):
         state, _ = state_on(config, mesh, move)
-        loss, grads, _ = jax.jit(
-            lambda p, b: loss_and_grads(config.model, config.train, p, b)
-        )(state.params, batch_of(0, mesh, rows))
+        loss, grads, _ = jitted_loss_and_grads(
+            *(config.model, config.train, state.params, batch_of(0, mesh, rows))
+        )
     for name, leaf in tree.flatten(grads).items():
         wanted = tree.flatten(state.params)[name].sharding
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name

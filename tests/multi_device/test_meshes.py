@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+FLAGS = os.environ.get("XLA_FLAGS", "")
 # f32 sums of other orders; seen: 6e-6 over a leaf, 2e-6 in a loss.
 TOLERANCE = 1e-5
 
@@ -24,7 +25,7 @@ def run_case(case, folder):
         [sys.executable, HERE / "mesh_case.py", case, str(folder)],
         env={
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=8",
             "PYTHONPATH": str(HERE.parent / "train"),
         },
         capture_output=True,
