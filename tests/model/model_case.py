@@ -1,18 +1,15 @@
-"""Small models and a jit that compiles fast, shared by the tests of this folder."""
+"""Small models, shared by the tests of this folder."""
 
 import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
 from jaxlm.model.params import init
-
-# Tiny programs spend their time in the compiler: it need not try hard.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = partial(jax.jit, compiler_options=FAST)
 
 
 def small(**changes) -> ModelConfig:

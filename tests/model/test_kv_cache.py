@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_case import ids, make, quick_jit, small
+from model_case import ids, make, small
+from ops_case import quick_jit
 
 from jaxlm.model.kv_cache import append, init_cache, unstack
 from jaxlm.model.transformer import forward

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_case import ids, make, quick_jit, small
+from model_case import ids, make, small
+from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import MeshConfig

@@ -10,7 +10,8 @@ import numpy as np
 from jaxlm.ops.attention.request import Request, request_of_sizes
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
-# Tiny programs spend their time in the compiler: it need not try hard.
+# Interpreted kernels and toy models spend their time in the compiler: it need not try
+# hard, even where conftest.py lets it (--run-slow).
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = partial(jax.jit, compiler_options=FAST)
 
