@@ -35,9 +35,9 @@ def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
 
 def parse(
     kind: type[T],
-    default: T | None,
     arguments: Sequence[str],
     *,
+    default: T | None = None,
     flat: tuple[str, ...] = (),
     **options: Any,
 ) -> T:
@@ -47,6 +47,9 @@ def parse(
     nearest), wrong types and impossible values.
 
     Args:
+      kind: the dataclass.
+      arguments: the command line.
+      default: a value of it whose fields are the defaults; None takes those of `kind`.
       flat: fields that are dataclasses but whose flags have no prefix.
       options: for `tyro.cli`.
     """
@@ -73,6 +76,7 @@ def parse(
         raise
     if left:
         fail(f"unknown option {left[0]!r}; --help lists them all")
+    assert isinstance(value, kind)
     return value
 
 
@@ -153,7 +157,8 @@ def read_config(
             fail(f"--init-from: {error}")
     usage = f"{prog} [CONFIG_FILE] [--section.field value ...]"
     about = f"{about}\nusage: {usage}; defaults from {file}"
-    return parse(Config, config, flags, prog=prog, description=about), initial
+    config = parse(Config, flags, default=config, prog=prog, description=about)
+    return config, initial
 
 
 def _run_config_file(file: Path, folder: Path) -> tuple[Config, str]:

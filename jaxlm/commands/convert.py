@@ -29,7 +29,7 @@ class Arguments:
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """`SRC DST [--to KIND] ...`: converts and says what was written."""
-    chosen = parse(Arguments, None, arguments, prog=prog)
+    chosen = parse(Arguments, arguments, prog=prog)
     kind = convert(
         chosen.src,
         chosen.dst,

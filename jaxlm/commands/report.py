@@ -24,7 +24,7 @@ class Arguments:
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """`RUN ... [--out FILE]`: writes the two files and says where they are."""
-    chosen = parse(Arguments, None, arguments, prog=prog)
+    chosen = parse(Arguments, arguments, prog=prog)
     runs, out = chosen.runs, chosen.out
     if not runs:
         raise ValueError("name at least one run folder")

@@ -94,7 +94,7 @@ def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
 
 def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:
     """The flags; exits with code 2 for those that do not go together."""
-    chosen = parse(Arguments, None, arguments, flat=("sample",), prog=prog)
+    chosen = parse(Arguments, arguments, flat=("sample",), prog=prog)
     if chosen.num_samples < 1:
         fail(f"--num-samples is {chosen.num_samples}: it must be at least 1")
     if chosen.system is not None and not chosen.chat:
@@ -109,8 +109,8 @@ def newest_run() -> Path:
     runs = find_runs()
     if not runs:
         raise ValueError(
-            "no run with a checkpoint below runs/: train one with `python train.py`, "
-            "or name a run folder"
+            "no run with a checkpoint below runs/: train one with `python train.py` "
+            "(or `jaxlm train`), or name a run folder"
         )
     return runs[0]
 

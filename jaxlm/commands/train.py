@@ -97,20 +97,16 @@ def train(
         # The state.
         optimizer = make_optimizer(config.optimizer, settings.steps)
         state, resumed = start(config, optimizer, checkpoints, dataset, initial)
-        if resumed and state.step >= settings.steps:
-            print(
-                f"{settings.run_dir}: all {state.step} steps are done; raise "
-                "--train.steps or --fresh"
-            )
+        step = int(state.step)
+        if resumed and step >= settings.steps:
+            done = f"{settings.run_dir}: all {step} steps are done"
+            print(f"{done}; raise --train.steps or --fresh")
             return EXIT_DONE
 
         # The loop.
+        sharding = rules.batch_sharding(jax.sharding.get_mesh())
         rows = batches(
-            dataset,
-            settings.batch_size,
-            int(state.step),
-            rules.batch_sharding(jax.sharding.get_mesh()),
-            config.data.prefetch,
+            dataset, settings.batch_size, step, sharding, config.data.prefetch
         )
         hooks = make_hooks(config, dataset, checkpoints)
         with records(config, state, resumed, dataset) as (writer, progress):

@@ -31,7 +31,7 @@ class Arguments:
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """`attention [--batch B] ...`: a line for each candidate, and where the best is."""
-    chosen = parse(Arguments, None, arguments, prog=prog)
+    chosen = parse(Arguments, arguments, prog=prog)
     for line in tune(
         chosen.implementation,
         batch=chosen.batch,

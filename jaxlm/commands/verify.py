@@ -32,7 +32,7 @@ class Arguments:
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """`SRC [--against OTHER] ...`: prints the table and writes the certificate."""
-    chosen = parse(Arguments, None, arguments, prog=prog)
+    chosen = parse(Arguments, arguments, prog=prog)
     if chosen.out is not None and not chosen.out.parent.is_dir():
         raise ValueError(f"--out {chosen.out}: {chosen.out.parent} is no folder")
     use_compile_cache()
