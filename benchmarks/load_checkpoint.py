@@ -74,7 +74,7 @@ def make_sparse(folder: Path, name: str) -> None:
     import numpy as np
 
     from jaxlm.checkpoint.hf import hf_config_writing, hf_names
-    from jaxlm.checkpoint.hf import safetensors_file as safetensors
+    from jaxlm.checkpoint.hf.safetensors_file import make_header
     from jaxlm.checkpoint.mapping import Translation
     from jaxlm.model.presets import preset
 
@@ -82,15 +82,15 @@ def make_sparse(folder: Path, name: str) -> None:
     values = hf_config_writing.write(config)
     translation = Translation(config, hf_names.RULES[values["model_type"]])
     dtype = np.dtype(ml_dtypes.bfloat16)
-    layout = {
+    specs = {
         tensor: (translation.their_shape(rule), dtype)
         for rule in translation.rules
         for tensor, _ in translation.names(rule)
     }
     folder.mkdir(parents=True)
     path = folder / "model.safetensors"
-    _, header = safetensors.make_header(path, layout, None)
-    size = sum(int(np.prod(shape)) * 2 for shape, _ in layout.values())
+    _, header = make_header(path, specs, None)
+    size = sum(int(np.prod(shape)) * 2 for shape, _ in specs.values())
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)

@@ -23,8 +23,8 @@ _PART = 1 << 22
 _LONGEST_SUMMARY = 300
 
 
-def place(path: Path) -> Path:
-    """Where the certificate of a checkpoint lies: in its folder, or beside it.
+def certificate_file(path: Path) -> Path:
+    """The file of a checkpoint's certificate: in its folder, or beside it.
 
     Beside a file, and beside a step of a run: its manifest allows no other file in it.
     """
@@ -58,8 +58,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def _dates(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Size and time of change (ns) of each file.
 
-    While they stay, `read` takes the bytes for the same: hashing takes as long as
-    loading does.
+    While these are unchanged, `read` assumes that the bytes are: hashing takes as
+    long as loading.
     """
     stats = {file.name: file.stat() for file in checkpoint.files()}
     return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
@@ -71,8 +71,8 @@ def write(
     """Writes the findings about a checkpoint; returns the file.
 
     Args:
-      findings: JSON values; `passed` and `summary`, one line, are what `summary` tells.
-      target: another file than `place(checkpoint.path)`.
+      findings: JSON values; `passed` and `summary`, one line, are what `summary` shows.
+      target: another file than `certificate_file(checkpoint.path)`.
 
     Raises:
       OSError: when it cannot be written.
@@ -83,7 +83,7 @@ def write(
         "dates": _dates(checkpoint),
         **findings,
     }
-    target = place(checkpoint.path) if target is None else target
+    target = certificate_file(checkpoint.path) if target is None else target
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     # Thousands of numbers, each on a line of its own, would hide all else. No text is
     # touched: a line break in a text is escaped.
@@ -113,7 +113,7 @@ def read_file(file: Path) -> dict[str, Any]:
     kinds = {"fingerprint": str, "passed": bool, "summary": str}
     if not all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
         raise ValueError(f"{file} is broken: delete it, or verify again")
-    # It comes with files of strangers, and is shown on a terminal.
+    # It comes with other people's files, and is shown on a terminal.
     if not content["summary"].isprintable() or (
         len(content["summary"]) > _LONGEST_SUMMARY
     ):
@@ -127,7 +127,7 @@ def read(checkpoint: Checkpoint) -> dict[str, Any] | None:
     Raises:
       ValueError: when the certificate is broken, or belongs to other bytes.
     """
-    file = place(checkpoint.path)
+    file = certificate_file(checkpoint.path)
     if not file.is_file():
         return None
     content = read_file(file)

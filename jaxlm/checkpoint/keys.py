@@ -14,7 +14,7 @@ REQUIRED = object()
 
 
 class Keys:
-    """What describes a model in a file: each key is asked for, or has no effect."""
+    """The keys that describe a model in a file: each is read, or has no effect."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.where = where
@@ -37,7 +37,7 @@ class Keys:
         return default
 
     def peek(self, name: str) -> Any:
-        """A value that will be asked for later."""
+        """A value, left to be read later."""
         return self._values.get(name)
 
     def put(self, name: str, value: Any) -> None:
@@ -79,7 +79,7 @@ class Keys:
         return self._typed(name, default, (bool,), "true or false")
 
     def choice(self, name: str, choices: Mapping[str, Any], default: Any) -> Any:
-        """What one of several words stands for."""
+        """The value that one of several words stands for."""
         word = self.take(name, default)
         if not isinstance(word, str) or word not in choices:
             raise ValueError(
@@ -124,12 +124,12 @@ class Keys:
             )
 
     def drop(self, *names: str) -> None:
-        """Keys without effect in this place."""
+        """Keys that have no effect here."""
         for name in names:
             self._values.pop(name, None)
 
     def done(self, no_effect: Collection[str] = ()) -> None:
-        """Raises ValueError when a key that may have an effect was not asked for."""
+        """Raises ValueError when a key that may have an effect was not read."""
         left = sorted(n for n, v in self._values.items() if v is not None)
         left = [name for name in left if name not in no_effect]
         if left:

@@ -1,4 +1,4 @@
-"""Their tensors and our parameters: one rule says how each becomes the other.
+"""Tensors of published files and our parameters: one rule maps both ways.
 
 A published file keeps a tensor for each layer (and often each expert) under a name;
 `Params` keeps the layers stacked. A `Rule` names one tensor of the file, the parameters
@@ -32,7 +32,7 @@ from jaxlm.types import Params
 
 # Side of the squares in which a transposed tensor is copied: both stay in the cache.
 _TILE = 256
-# Values that are looked at together: few enough to stay in the cache.
+# Values that are checked together: few enough to stay in the cache.
 _PIECE = 1 << 18
 # What XLA:CPU asks of memory that it takes over without copying it.
 _ALIGNMENT = 64
@@ -46,7 +46,7 @@ class Rule:
     brackets around axes that are one: `(N H) D -> D N H`. More letters: P learned
     positions, h the pairs of a head (H / 2), p the two of a pair. Several parts lie
     one after the other on their first axis; or, where the patterns hold `j`, which has
-    no place in ours, part number j is at index j of that axis.
+    no counterpart in ours, part number j is at index j of that axis.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Translation:
         self.rules = select(rules, config)
         self.shapes = parameter_shapes(config)
         self._axis_sizes = _sizes(config)
-        self._place = {
+        self._rule_of = {
             path: (rule, number)
             for rule in self.rules
             for number, (path, _) in enumerate(rule.parts)
@@ -154,7 +154,7 @@ class Translation:
 
     def to_ours(self, path: str, x: np.ndarray) -> np.ndarray:
         """The part of a file's tensor that is a parameter, a view where possible."""
-        rule, number = self._place[path]
+        rule, number = self._rule_of[path]
         theirs, ours = self._axes(rule, number)
         axes = [a for group in theirs for a in group]
         if "j" not in axes:
@@ -306,7 +306,7 @@ class _Part:
     def __init__(self, translation, path, tensors, dtype, pool, bad):
         self._translation, self._path, self._tensors = translation, path, tensors
         self._pool, self._bad = pool, bad
-        self._rule, _ = translation._place[path]
+        self._rule, _ = translation._rule_of[path]
         names = [name for name, _ in translation.names(self._rule)]
         stored = _common_dtype([tensors[name].dtype for name in names])
         self._dtype = stored if dtype is None else np.dtype(dtype)
@@ -317,18 +317,18 @@ class _Part:
         slices = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
         out = _aligned([len(s) for s in slices], self._dtype)
         leading = len(self._translation._leading(self._rule))
-        places = list(itertools.product(*(enumerate(s) for s in slices[:leading])))
+        indices = list(itertools.product(*(enumerate(s) for s in slices[:leading])))
 
-        def one(place: tuple[tuple[int, int], ...]) -> None:
-            name = self._translation._name(self._rule, tuple(g for _, g in place))
+        def fill_one(index_pairs: tuple[tuple[int, int], ...]) -> None:
+            name = self._translation._name(self._rule, tuple(g for _, g in index_pairs))
             x = self._translation.to_ours(self._path, self._tensors[name].read())
-            target = out[tuple(i for i, _ in place)]
+            target = out[tuple(i for i, _ in index_pairs)]
             _copy(target, x[tuple(index[leading:])])
             if not _is_finite(target):
                 self._bad.add(name)
 
         # Lists, so that an error of a thread is raised here.
-        list(self._pool.map(one, places))
+        list(self._pool.map(fill_one, indices))
         return out
 
 

@@ -37,7 +37,7 @@ class StoredTensor:
     dtype: np.dtype
     """Of the values that `read` gives; void where the type cannot be read."""
     stored_as: str
-    """The file's own word for its type: "BF16", "Q4_1"."""
+    """The file's own name of its type: "BF16", "Q4_1"."""
     where: str
     """FILE: tensor NAME, for messages."""
     _read: Callable[[], np.ndarray] = dataclasses.field(repr=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One property that was checked."""
 
     name: str
     """What was compared."""
@@ -18,7 +18,7 @@ class Check:
     gate: str
     """What it must keep to, for a person."""
     passed: bool | None
-    """None: it was not looked at."""
+    """None: it was not checked."""
     note: str = ""
     """A remark, for a person."""
     value: float | None = None

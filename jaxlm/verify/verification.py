@@ -1,7 +1,7 @@
 """`jaxlm verify`: whether a model computes what it should.
 
-What is compared, and how far values may differ, is in `comparing.py`; with what, in
-`reference.py`; what a tokenizer must do, in `hard_texts.py`. All of it runs in float32.
+`comparing.py` has what is compared and how far values may differ, `find_reference.py`
+with what, and `hard_texts.py` what a tokenizer must do. All of it runs in float32.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from jaxlm.data.sources import BUNDLED_FOLDER
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.verify import comparing
 from jaxlm.verify.check import Check, table
+from jaxlm.verify.find_reference import Reference, Subject, find_reference
 from jaxlm.verify.hard_texts import check_ids, check_round_trip
-from jaxlm.verify.oracle import Reference, Subject, find_reference
 
 # Longer than the windows and the lengths before stretching of many models, and short
 # enough for the plain attention that the reference uses.
@@ -57,7 +57,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing that was looked at is past its gate."""
+        """Whether everything that was checked is within its gate."""
         return all(check.passed is not False for check in self.checks)
 
     @property
@@ -126,7 +126,7 @@ def verify(
       report: gets a line for each phase.
 
     Raises:
-      ValueError: when the model or the reference that was asked for cannot be read, or
+      ValueError: when the model or the requested reference cannot be read, or
         memory is short.
     """
     if num_tokens < 1:

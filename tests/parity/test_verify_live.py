@@ -20,7 +20,7 @@ from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.cli import main
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.verify import comparing, peer
-from jaxlm.verify.oracle import Subject, find_reference
+from jaxlm.verify.find_reference import Subject, find_reference
 from jaxlm.verify.verification import verify
 
 pytestmark = pytest.mark.parity

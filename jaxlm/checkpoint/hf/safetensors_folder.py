@@ -63,19 +63,19 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
     if not _exists(folder / INDEX_FILE):
         raise ValueError(_no_weights(folder))
     index = folder / INDEX_FILE
-    places = _read_index(index, _inside(folder, INDEX_FILE))
+    shard_of = _read_index(index, _inside(folder, INDEX_FILE))
     tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(places.values())):
+    for shard in sorted(set(shard_of.values())):
         found = read_safetensors(_inside(folder, shard))[0]
         for name in found:
-            place = places.get(name, "no shard")
-            if place != shard:
+            indexed = shard_of.get(name, "no shard")
+            if indexed != shard:
                 raise ValueError(
                     f"{index}: tensor {shown(name)} is in {shard}, but the index has "
-                    f"it in {place}"
+                    f"it in {indexed}"
                 )
         tensors |= found
-    for name, shard in places.items():
+    for name, shard in shard_of.items():
         if name not in tensors:
             raise ValueError(f"{index}: tensor {shown(name)} is not in {shard}")
     return tensors
@@ -101,18 +101,18 @@ def _read_index(index: Path, path: Path) -> dict[str, str]:
     mapped = map_file(path)
     if len(mapped) > MAX_HEADER_BYTES:
         raise ValueError(f"{index}: larger than {MAX_HEADER_BYTES} bytes")
-    places = parse_object(mapped[:], f"{index}: the index").get("weight_map")
-    if not isinstance(places, dict) or not places:
+    shard_of = parse_object(mapped[:], f"{index}: the index").get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{index}: weight_map is not a JSON object with tensors")
-    if len(places) > MAX_TENSORS:
-        raise ValueError(f"{index}: {len(places)} tensors, more than {MAX_TENSORS}")
-    for name, shard in places.items():
+    if len(shard_of) > MAX_TENSORS:
+        raise ValueError(f"{index}: {len(shard_of)} tensors, more than {MAX_TENSORS}")
+    for name, shard in shard_of.items():
         if not isinstance(shard, str) or not _is_shard_name(shard):
             raise ValueError(
                 f"{index}: the shard of {shown(name)} is {shown(shard)}, not the plain "
                 "name of a .safetensors file"
             )
-    return places
+    return shard_of
 
 
 def _is_shard_name(name: str) -> bool:
@@ -183,14 +183,14 @@ def write_folder(
         return [folder / SINGLE_FILE]
     written: list[Path] = []
     try:
-        places: dict[str, str] = {}
+        shard_of: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             path = folder / _SHARD.format(number, len(shards))
             write_safetensors(path, {n: specs[n] for n in names}, read, metadata)
             written.append(path)
-            places |= dict.fromkeys(names, path.name)
+            shard_of |= dict.fromkeys(names, path.name)
         total = sum(_bytes(specs[name]) for name in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": shard_of}
         text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         with replacing(folder / INDEX_FILE) as file:
             file.write(text.encode())

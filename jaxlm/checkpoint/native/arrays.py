@@ -194,7 +194,7 @@ def read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             restore_args=tree.nest(how),
         ),
     )
-    # NumPy arrays are copied: XLA must own what it may be asked to overwrite.
+    # NumPy arrays are copied: XLA must own what it may overwrite.
     return {
         name: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
         for name, leaf in tree.flatten(restored).items()

@@ -309,7 +309,7 @@ class CheckpointManager:
           step: the step to read; None reads the newest one that is intact.
 
         Returns:
-          The state, or None when no step was asked for and the run has none.
+          The state, or None when `step` is None and the run has no steps.
 
         Raises:
           NoUsableCheckpoint: when there are steps and none can be read.

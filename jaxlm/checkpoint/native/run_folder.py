@@ -151,7 +151,7 @@ def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:
     """Run folders with at least one step in or below `root`, the newest first.
 
     Age is the time of the last commit or deletion in `checkpoints/`. Folders more than
-    `depth` levels below `root` are not looked at.
+    `depth` levels below `root` are not searched.
     """
     return sorted(
         _runs_below(Path(root), depth),

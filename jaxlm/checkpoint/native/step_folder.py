@@ -1,4 +1,4 @@
-"""Reading a step folder."""
+"""Reading a step folder: the whole state, or one of its trees."""
 
 import json
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any:
     """One tree of a step, in the structure and on the shardings of `wanted`."""
     flat = arrays.flatten(wanted, item)
-    # Orbax would cast without a word.
+    # Orbax would cast silently.
     lines = arrays.differences(meta["arrays"][item], arrays.describe(flat))
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""

@@ -1,4 +1,4 @@
-"""What a model is held to: transformers where it is there, else a certificate."""
+"""What a model is compared with: transformers if installed, else a certificate."""
 
 import shutil
 import tempfile
@@ -53,7 +53,7 @@ class Reference:
 def find_reference(
     subject: Subject, against: str | Path | None, report: Callable[[str], None]
 ) -> Reference:
-    """The reference that was asked for, or the best one that is there.
+    """The requested reference, or the best one available.
 
     Without `against` that is transformers, which reads the same files where it can and
     else an export of jaxlm; without transformers the certificate beside the model.
@@ -64,7 +64,7 @@ def find_reference(
       report: gets a line for what takes long.
 
     Raises:
-      ValueError: when the reference that was asked for cannot be used.
+      ValueError: when the requested reference cannot be used.
     """
     if against is not None:
         against = str(against)
@@ -204,7 +204,9 @@ def _beside(subject: Subject, report: Callable[[str], None]) -> Reference:
     if found is None or found.get("reference") is None:
         why = "no certificate has its values"
         return Reference(None, f"no independent implementation: {missing}, and {why}")
-    return _from_certificate(subject, certificate.place(checkpoint.path), found, "")
+    return _from_certificate(
+        subject, certificate.certificate_file(checkpoint.path), found, ""
+    )
 
 
 def _stored(subject: Subject, path: Path) -> Reference:
