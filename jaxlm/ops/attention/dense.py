@@ -93,23 +93,23 @@ def _forward(q, k, v, spec: AttentionSpec, block: int):
         k_j, v_j = k[:, :, keys], v[:, :, keys]
         scores = _einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k_j)
         scores += _bias(spec.mask, rows, keys)
-        top = scores.max(axis=-1, keepdims=True)
+        m = scores.max(axis=-1, keepdims=True)
         # Without the barrier XLA:CPU computes the exponentials again at each use.
-        weights = jax.lax.optimization_barrier(jnp.exp(scores - top).astype(q.dtype))
-        # The sum as a product reads the rounded weights once, in the fast kernel.
-        ones = jnp.ones((weights.shape[-1], 16), q.dtype)
-        total = _einsum("BKGTS,SE->BKGTE", weights, ones)[..., :1]
+        p = jax.lax.optimization_barrier(jnp.exp(scores - m).astype(q.dtype))
+        # The sum as a matrix product reads the rounded p once, in the fast kernel.
+        ones = jnp.ones((p.shape[-1], 16), q.dtype)
+        l = _einsum("BKGTS,SE->BKGTE", p, ones)[..., :1]
         sink = None
         if spec.sinks is not None:
             sinks = spec.sinks.astype(jnp.float32)
             sinks = reshape(sinks, (*q.shape[1:3], 1, 1), (0, None, None, None))
-            sink = jnp.exp(sinks - top)
-            total += sink
-        inverse = 1 / total
-        z = _einsum("BKGTS,BKSH->BKGTH", weights, v_j) * inverse
+            sink = jnp.exp(sinks - m)
+            l += sink
+        inverse = 1 / l
+        z = _einsum("BKGTS,BKSH->BKGTH", p, v_j) * inverse
         outs.append(z.astype(q.dtype))
-        lses.append((top + jnp.log(total))[..., 0])
-        saved.append((weights, inverse, None if sink is None else sink * inverse))
+        lses.append((m + jnp.log(l))[..., 0])
+        saved.append((p, inverse, None if sink is None else sink * inverse))
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3), saved
 
 
@@ -129,7 +129,7 @@ def _dense_backward(block, residuals, cotangents):
     dk, dv = (jnp.zeros_like(x, dtype=jnp.float32) for x in (k, v))
     dqs, dsinks = [], []
     blocks = _blocks(q.shape[3], k.shape[2], spec.mask, block)
-    for (rows, keys), (weights, inverse, sink) in zip(blocks, saved, strict=True):
+    for (rows, keys), (p, inverse, sink) in zip(blocks, saved, strict=True):
         q_i = q[:, :, :, rows]
         g_i = g[:, :, :, rows].astype(jnp.float32) * inverse
         # What the softmax subtracts from the gradient of each of a row's scores.
@@ -137,11 +137,11 @@ def _dense_backward(block, residuals, cotangents):
         delta -= inverse * dlse[:, :, :, rows, None]
         g_i = g_i.astype(q.dtype)
         dprobs = _einsum("BKGTH,BKSH->BKGTS", g_i, v[:, :, keys])
-        dscores = (weights.astype(jnp.float32) * (dprobs - delta)).astype(q.dtype)
+        dscores = (p.astype(jnp.float32) * (dprobs - delta)).astype(q.dtype)
         dscores = jax.lax.optimization_barrier(dscores)
         dqs.append(_einsum("BKGTS,BKSH->BKGTH", dscores, k[:, :, keys]))
         dk = dk.at[:, :, keys].add(_over_queries(dscores, q_i))
-        dv = dv.at[:, :, keys].add(_over_queries(weights, g_i))
+        dv = dv.at[:, :, keys].add(_over_queries(p, g_i))
         if sink is not None:
             dsinks.append(-jnp.sum(sink * delta / inverse, axis=(0, 3, 4)))
     dq = jnp.concatenate(dqs, axis=3)

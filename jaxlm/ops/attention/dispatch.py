@@ -99,11 +99,11 @@ LONG_FOR_A_KERNEL = 512 * 512
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs, and what was asked before it."""
+    """What runs, and why not another."""
 
     name: str
     declined: tuple[tuple[str, str], ...] = ()
-    """Names and reasons; empty for an implementation that was asked for by name."""
+    """Names and reasons; empty for an implementation that was named."""
     warning: str | None = None
     """What is slower than expected on this accelerator, and what to do about it."""
 
@@ -187,9 +187,9 @@ def _slow(
         and IMPLEMENTATIONS[n].platform == request.platform
     )
     return (
-        f"{request.num_queries} x {request.num_keys} scores are computed by {name}, "
-        f"slower than a kernel would ({'; '.join(_by_reason(kernels))}): change what "
-        "the kernel declines, or name one that is not proven yet (--model.attention)"
+        f"long rows are computed by {name}, slower than by a kernel "
+        f"({'; '.join(_by_reason(kernels))}): change what a kernel declines, or name "
+        "one that is not proven yet (--model.attention)"
     )
 
 
