@@ -147,7 +147,7 @@ def _dense_backward(block, residuals, cotangents):
     dq = jnp.concatenate(dqs, axis=3)
     dspec = jax.tree.map(lambda x: None, spec)
     if spec.sinks is not None:
-        total = reshape(sum(dsinks), spec.sinks.shape, (0,))
+        total = reshape(sum(dsinks[1:], dsinks[0]), spec.sinks.shape, (0,))
         dspec = replace(dspec, sinks=total.astype(spec.sinks.dtype))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dspec
 

@@ -180,15 +180,15 @@ def _slow(
         return None
     if request.num_queries * request.num_keys < LONG_FOR_A_KERNEL:
         return None
-    kernels = tuple(
-        (n, why)
-        for n, why in declined
-        if isinstance(IMPLEMENTATIONS[n], Kernel)
-        and IMPLEMENTATIONS[n].platform == request.platform
-    )
+    kernels = {
+        name
+        for name, kernel in IMPLEMENTATIONS.items()
+        if isinstance(kernel, Kernel) and kernel.platform == request.platform
+    }
+    reasons = tuple((n, why) for n, why in declined if n in kernels)
     return (
         f"long rows are computed by {name}, slower than by a kernel "
-        f"({'; '.join(_by_reason(kernels))}): change what a kernel declines, or name "
+        f"({'; '.join(_by_reason(reasons))}): change what a kernel declines, or name "
         "one that is not proven yet (--model.attention)"
     )
 
@@ -280,7 +280,8 @@ def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Resu
         z, lse = run(*arguments)
         return (z, lse) if return_lse else z
 
-    out = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-        *arguments
+    sharded_run = jax.shard_map(
+        local, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+    out: Any = sharded_run(*arguments)
     return out if return_lse else (out, None)

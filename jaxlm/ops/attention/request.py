@@ -81,8 +81,7 @@ def request(
     lse: bool = False,
 ) -> Request:
     """The request that a call with these arguments makes of the current device."""
-    q, k, spec = jax.tree.map(_shape, (q, k, spec))
-    return Request(q, k, spec, lse)
+    return Request(_shape(q), _shape(k), jax.tree.map(_shape, spec), lse)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

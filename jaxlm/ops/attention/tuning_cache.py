@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxlm.ops.attention.request import target
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)
 
 
 def settings_file() -> Path:

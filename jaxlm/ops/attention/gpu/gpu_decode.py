@@ -214,9 +214,10 @@ class _DecodeProgram:
             scratch["wide"] = matrix_memory((keys, H), dtype)
         return scratch
 
-    def run(self, *refs: Any, **memory: Any) -> None:
+    def run(self, *operands: Any, **memory: Any) -> None:
         """Copies and computes in one warpgroup; others hide its waiting."""
-        refs, outs = dict(zip(self.names, refs[:-3], strict=True)), refs[-3:]
+        refs = dict(zip(self.names, operands[:-3], strict=True))
+        outs = operands[-3:]
         block, part = lax.axis_index("block"), lax.axis_index("part")
         head, row = lax.axis_index("head"), lax.axis_index("row")
         warpgroup, H = self.warpgroup, memory["q"].shape[-1]

@@ -62,8 +62,8 @@ def forward(
     z_rows = rows if settings.interpret else T + -T % 8
 
     def body(*refs, **scratch):
-        inputs = jax.tree.unflatten(tree, refs[:-2])
-        program.run(inputs, *refs[-2:], scratch)
+        *inputs, z, lse = refs
+        program.run(jax.tree.unflatten(tree, inputs), z, lse, scratch)
 
     kernel = program.warpgroup.kernel(
         body,

@@ -107,7 +107,9 @@ class StreamingKernel:
           floats: f32 [B, heads, whole blocks of rows]; sinks [heads].
         """
         q = matrices["q"]
-        operands = {name: whole_tiles(x, 1) for name, x in matrices.items()}
+        operands: dict[str, Any] = {
+            name: whole_tiles(x, 1) for name, x in matrices.items()
+        }
         operands |= floats | mask_operands(self.spec.mask, q.shape[0])
         operands["table"] = make_table(self.spec.mask, self.grid)
         memory = self.stays.memory(operands, q.shape[-1], q.dtype)

@@ -16,6 +16,8 @@ from jaxtyping import Array
 
 from jaxlm.ops.attention.spec import Mask
 
+# Accumulators of the tensor cores, in registers.
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # Rows of a matrix product of one warpgroup.
 ROWS = 64
 # Shared memory that one program may have on an H100.
@@ -30,10 +32,12 @@ def matrix_memory(shape: Sequence[int], dtype: Any) -> Any:
     swizzle = next((width for width in (128, 64, 32) if row % width == 0), None)
     if swizzle is None:
         return plgpu.SMEM(shape, dtype)
-    tiling = plgpu.TilingTransform((8, swizzle // size))
-    return plgpu.SMEM(
-        shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
+    tile = (8, swizzle // size)
+    transforms = (
+        plgpu.TilingTransform(tile),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
     )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def whole_tiles(x: Array, axis: int) -> Array:
@@ -119,7 +123,7 @@ class Warpgroup:
             meanwhile()
             return acc[...]
 
-        return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+        return pl.run_scoped(run, ACC((a.shape[0], b.shape[0]), jnp.float32))
 
     def accumulate(self, acc: Any, p: Any, b: Any) -> Any:
         """acc + p b, f32 [rows, H]; b is in shared memory, p in registers, f32.
@@ -130,7 +134,7 @@ class Warpgroup:
         if self.interpret:
             return acc + _interpreted_dot(p, b[...], 0)
         run = pl.run_state(lambda acc: plgpu.wgmma(acc, p, b))
-        return run(plgpu.ACC.init(acc))
+        return run(ACC.init(acc))
 
     def kernel(self, body: Any, *, soft_cap: float | None, **options: Any) -> Any:
         """`plgpu.kernel`.

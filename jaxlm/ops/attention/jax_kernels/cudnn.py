@@ -1,5 +1,7 @@
 """cuDNN's flash attention, through `jax.nn.dot_product_attention`."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -64,7 +66,7 @@ def attention(
     v: Float[Array, "B S K H"],
     spec: AttentionSpec,
     *,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> tuple[Float[Array, "B T N H"], None]:
     """Attention in q's dtype, which k and v have too; never the log-sum-exp.
 

@@ -1,5 +1,7 @@
 """JAX's splash attention, a Pallas kernel for TPUs, behind `AttentionSpec`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def attention(
         )
     sinks = None if spec.sinks is None else _keep_dtype(spec.sinks)
     run = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-    z_BNTH = run(q_BNTH, k_BKSH, v_BKSH, segments, sinks)
+    z_BNTH: Any = run(q_BNTH, k_BKSH, v_BKSH, segments, sinks)
     return z_BNTH.transpose(0, 2, 1, 3), None
 
 

@@ -161,7 +161,7 @@ def run_kernel(
       matmuls: matrix products of two blocks for each row of the batch and query head.
     """
     B, N, _, H = inputs["q"].shape
-    area = in_specs["q"].block_shape[2] * in_specs["k"].block_shape[2]
+    area = table.grid.block_queries * table.grid.block_keys
     leaves = jax.tree.leaves((inputs, out_shape))
     return pl.pallas_call(
         kernel,
