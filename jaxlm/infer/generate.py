@@ -257,15 +257,16 @@ def _programs(
         tokens, lengths = lay_out(tokens, "BT"), lay_out(lengths, "B")
         cache = init_cache(config, tokens.shape[0], max_length, dtype)
         # Padding does not make a row longer: some rotations depend on its length.
-        places = jnp.arange(tokens.shape[1])
-        positions = jnp.minimum(places, lengths[:, None] - 1)
+        index = jnp.arange(tokens.shape[1])
+        positions = jnp.minimum(index, lengths[:, None] - 1)
         out = forward(
             config, params, tokens, positions=positions, cache=cache, head=False
         )
+        assert out.cache is not None
         # Only the last token of each prompt needs logits.
-        ends = places == lengths[:, None] - 1
+        is_last = index == lengths[:, None] - 1
         last = jnp.sum(
-            jnp.where(ends[..., None], out.hidden_states, 0), axis=1, keepdims=True
+            jnp.where(is_last[..., None], out.hidden_states, 0), axis=1, keepdims=True
         )
         logits = unembed(config, params, last)[:, 0]
         layers = unstack(out.cache.layers, config.num_layers)
@@ -295,6 +296,7 @@ def _programs(
                 stop |= token == stop_id
             inside = ~(state.done | stop)
             out = forward(config, params, token[:, None], cache=state.cache)
+            assert out.cache is not None and out.logits is not None
             new = DecodeState(out.cache, out.logits[:, 0], state.count + 1, ~inside)
             return new, (token, inside, logprob)
 

@@ -127,13 +127,15 @@ class Attention(nn.Module):
             q = probe("q_normed", self._qk_norm("q_norm", q))
             k = probe("k_normed", self._qk_norm("k_norm", k))
         if kind.rotary:
-            cos, sin = context.local_rotation if kind.local else context.rotation
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            rotation = context.local_rotation if kind.local else context.rotation
+            assert rotation is not None
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k = probe("q_rot", q), probe("k_rot", k)
 
         implementation = config.attention
         if cache is not None:
             implementation = config.decode_attention
+            assert context.lengths is not None
             cache = append(cache, context.lengths, k, v)
             k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
         sinks = param(self, "layers/attn/sinks") if config.attention_sinks else None

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, LayerKind, layer_kinds
 from jaxlm.model.kv_cache import LayerCache
+from jaxlm.model.params import apply
 from jaxlm.ops.probe import Recorder
 from jaxlm.types import Params
 
@@ -86,7 +87,7 @@ def _block(config: ModelConfig, kind: LayerKind) -> Callable[..., Any]:
 
     def block(layers, number, x, context, cache):
         params = layers if number is None else _take(layers, number)
-        return module.apply({"params": params}, x, context, cache)
+        return apply(module, params, x, context, cache)
 
     # A scan cannot merge the two computations of a block, so nothing needs to keep the
     # compiler from it.

@@ -20,6 +20,7 @@ from jaxtyping import Array, Key
 from jaxlm import tree
 from jaxlm.config import ModelConfig
 from jaxlm.sharding import rules
+from jaxlm.types import Params
 
 Initializer = Callable[..., Array]
 
@@ -283,7 +284,12 @@ def param(module: nn.Module, path: str) -> Array:
     )
 
 
-def init(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
+def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
+    """The result of a module with these parameters: all that a module here gives."""
+    return module.apply({"params": params}, *arguments)
+
+
+def init(config: ModelConfig, key: Key[Array, ""]) -> Params:
     """Random parameters, f32, stacked over layers. Jit it to make them sharded.
 
     Raises:
@@ -314,7 +320,7 @@ class _Parameters(nn.Module):
                 _Parameters(self.config, f"{path}/", name=name)()
 
 
-def _init_layers(key: Key[Array, ""], config: ModelConfig) -> dict[str, Any]:
+def _init_layers(key: Key[Array, ""], config: ModelConfig) -> Params:
     """All layers, stacked: [L, ...]. All kinds of layers have the same shapes."""
     layer = _Parameters(config, "layers/", parent=None)
     keys = jax.random.split(key, config.num_layers)

@@ -20,7 +20,7 @@ from jaxlm.model import trace
 from jaxlm.model.block import Context, Norm
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
-from jaxlm.model.params import param, sizes
+from jaxlm.model.params import apply, param, sizes
 from jaxlm.model.positions import rotations
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.probe import Probe, Recorder, Tap, check_taps
@@ -82,20 +82,21 @@ def forward(
     probe, recorder = Probe(taps), _recorder(config, tokens, context.taps)
 
     embedder = Embedder(config, parent=None)
-    x = embedder.apply({"params": params["embed"]}, tokens, positions, probe)
+    x = apply(embedder, params["embed"], tokens, positions, probe)
     layers = None if cache is None else cache.layers
     x, layers, recorder = run_layers(
         config, params["layers"], x, context, layers, recorder
     )
     if config.final_norm:
         norm = Norm(config, "final_norm", parent=None)
-        x = norm.apply({"params": params["final_norm"]}, x)
+        x = apply(norm, params["final_norm"], x)
     x = probe("final_norm", x)
     logits = probe("logits", unembed(config, params, x)) if head else None
 
     found = {**recorder.read(), **probe.values}
     found = trace.complete(config, params, taps, found, context, layers)
     if cache is not None:
+        assert layers is not None
         cache = Cache(layers=layers, lengths=cache.lengths + tokens.shape[1])
     return Output(x, logits, cache, found)
 
@@ -156,12 +157,12 @@ def _context(
     check_taps(taps, config.num_layers, trace.absent_sites(config))
     query_positions, lengths = None, None
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    default: Array = jnp.broadcast_to(index, tokens.shape)
     if cache is not None:
         lengths = cache.lengths
-        query_positions = lengths[:, None] + index
+        default = query_positions = lengths[:, None] + index
     if positions is None:
-        positions = jnp.broadcast_to(index, tokens.shape)
-        positions = positions if query_positions is None else query_positions
+        positions = default
     on_the_way = trace.taps_on_the_way(config, taps)
     rotation, local_rotation = rotations(config, positions)
     return positions, Context(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.feed_forward import activate
@@ -106,6 +107,13 @@ def _shares(weights: Array, experts: Array, num_experts: int) -> Array:
     return jnp.sum(jnp.where(chosen, weights[..., None], 0.0), axis=-2)
 
 
+def _partition(x: Array) -> P:
+    """In an Explicit mesh."""
+    placed = layout(x)
+    assert placed is not None
+    return placed.spec
+
+
 def mixture(
     x: Float[Array, "B T D"],
     weights: Float[Array, "B T k"],
@@ -129,7 +137,7 @@ def mixture(
     run, out = partial(_sorted_mixture, activation), layout(x)
     if out is not None:
         arguments = (x, weights, experts, inner)
-        specs = jax.tree.map(lambda a: layout(a).spec, arguments)
+        specs = jax.tree.map(_partition, arguments)
         cut = specs[-1]["up"][-1]
         run = jax.shard_map(
             partial(run, sum_over=cut),

@@ -43,6 +43,10 @@ def logical_axes(letters: str) -> tuple[str | None, ...]:
     return tuple(LOGICAL_AXES.get(letter) for letter in letters)
 
 
+def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def spec(*axes: str | None) -> P:
     """The partition of an array whose dimensions are the logical `axes`.
 
@@ -52,7 +56,7 @@ def spec(*axes: str | None) -> P:
     entries = [None if axis is None else MESH_AXES[axis] for axis in axes]
     used: list[str] = []
     for entry in entries:
-        for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
+        for mesh_axis in _mesh_axes(entry):
             if mesh_axis in used:
                 raise ValueError(f"axes {axes} put two dimensions on {mesh_axis!r}")
             used.append(mesh_axis)
@@ -82,7 +86,7 @@ def batch_parts() -> int:
     if activation("B") is None:
         return 1
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in MESH_AXES["batch"])
+    return math.prod(shape[axis] for axis in _mesh_axes(MESH_AXES["batch"]))
 
 
 def sharding(
@@ -98,7 +102,7 @@ def sharding(
     """
     partition = spec(*axes)
     for size, entry in zip(shape, partition, strict=True):
-        for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
+        for mesh_axis in _mesh_axes(entry):
             if size % mesh.shape[mesh_axis]:
                 raise ValueError(
                     f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not "

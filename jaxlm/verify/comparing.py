@@ -181,7 +181,7 @@ def _compare_residual(
         mine = ours.residual[:, places[:, 0], places[:, 1]]
         at, group = np.unique(places[:, 0], return_inverse=True)
         errors = np.zeros((len(theirs), len(at)))
-        np.maximum.at(errors, (slice(None), group), np.abs(mine - theirs) / scale)
+        np.maximum.at(errors.T, group, (np.abs(mine - theirs) / scale).T)
     # Roundings add up from layer to layer.
     limits = LOGITS * np.sqrt(np.maximum(1, np.arange(len(errors))))
     shares = errors / limits[:, None]

@@ -82,7 +82,7 @@ class TransformersModel:
         self, tokens: Int[np.ndarray, "T"]
     ) -> tuple[Float32[np.ndarray, "T V"], Float32[np.ndarray, "S T D"]]:
         """Logits, and the residual stream: embeddings, then after each layer."""
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         residual: list[Any] = []
 
@@ -165,8 +165,9 @@ def _import(path: Path) -> tuple[ModuleType, ModuleType]:
             f"{' '.join(NEEDED_FOR_GGUF)}"
         )
     try:
-        import torch
-        import transformers
+        # Of the extra `parity`.
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"torch or transformers is damaged: {error}") from None
     return torch, transformers
