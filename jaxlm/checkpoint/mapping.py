@@ -311,8 +311,8 @@ class _Part:
         stored = _common_dtype([tensors[name].dtype for name in names])
         self._dtype = stored if dtype is None else np.dtype(dtype)
 
-    def fill(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The values at `index` of the whole parameter."""
+    def fill(self, index: Any) -> np.ndarray:
+        """The values at `index` (a slice for each dimension) of the whole parameter."""
         shape = self._translation.shapes[self._path]
         slices = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
         out = _aligned([len(s) for s in slices], self._dtype)

@@ -29,6 +29,8 @@ class Piece(NamedTuple):
 class Tokenizer(Protocol):
     """Text to token ids and back. Equal fingerprints mean equal ids for every text."""
 
+    kind: str
+    """What saved files and messages call it."""
     vocab_size: int
     """Number of ids; each id is in [0, vocab_size)."""
     bos_id: int | None
@@ -45,19 +47,16 @@ class Tokenizer(Protocol):
     """Whether the model expects `bos_id` before a text (`encode` never adds it)."""
     chat_template: str | None
     """Jinja source that lays out a conversation, or None."""
-    special_ids: Mapping[str, int]
-    """Text of each special token -> id; for trusted code only: `encode` never
-    uses it."""
     leading_spaces: Literal["keep", "drop one", "drop token", "drop all"]
     """What decoding does with spaces before the first text: drops none, one, those of
     the first token that has text, or those of all tokens before a letter."""
     space_ids: Collection[int]
     """Ids of pieces that begin with such a space."""
-
-    @property
-    def token_bytes(self) -> Sequence[bytes]:
-        """For each id the UTF-8 bytes that it adds to a text; b"" for specials."""
-        ...
+    special_ids: Mapping[str, int]
+    """Text of each special token -> id; for trusted code only: `encode` never
+    uses it."""
+    token_bytes: Sequence[bytes]
+    """For each id the UTF-8 bytes that it adds to a text; b"" for specials."""
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
         """Ids of a text. Text never becomes a special token."""

@@ -10,6 +10,7 @@ from jaxtyping import Int32, Integer
 
 from jaxlm.tokenizers.base import (
     Piece,
+    Tokenizer,
     check_text,
     decode_ids,
     fingerprint_of,
@@ -18,13 +19,13 @@ from jaxlm.tokenizers.base import (
 )
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes: ids 0 to 255 are the bytes, 256 ends a document."""
 
     kind = "bytes"
     vocab_size = 257
     bos_id = None
-    eos_id = 256
+    eos_id: int = 256
     pad_id = None
     stop_ids = (256,)
     adds_bos = False
@@ -62,7 +63,7 @@ class ByteTokenizer:
         write_description(folder, self.kind, self.fingerprint, {})
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """The distinct characters of a text, sorted; no special tokens."""
 
     kind = "chars"

@@ -87,6 +87,7 @@ def _byte_level(
     )
     settings = _settings(metadata, tokens, types, adds_bos=pre.adds_bos)
     if settings.adds_bos:
+        assert settings.bos_id is not None  # which the settings check
         data["post_processor"] = bos_template(tokens[settings.bos_id], settings.bos_id)
     return HuggingFaceTokenizer(json.dumps(data, ensure_ascii=False), settings)
 
@@ -99,7 +100,7 @@ def _sentence_piece(
     scores = _table(metadata, "scores", len(tokens), np.floating)
     types = list(types)
     if UNKNOWN not in types:
-        types[_id(metadata, "unknown", len(tokens), 0)] = UNKNOWN
+        types[_id(metadata, "unknown", len(tokens)) or 0] = UNKNOWN
     for i, token in enumerate(tokens):
         if not token:
             tokens = [*tokens[:i], f"[EMPTY_{i}]", *tokens[i + 1 :]]
@@ -152,7 +153,7 @@ def _get(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         what = {str: "a text", list: "a list of texts"}[kind]
         raise ValueError(f"{_PREFIX}{name} is {type(value).__name__}: not {what}")
-    if kind is list and not all(isinstance(text, str) for text in value):
+    if isinstance(value, list) and not all(isinstance(text, str) for text in value):
         raise ValueError(f"{_PREFIX}{name} holds more than texts")
     return value
 

@@ -100,9 +100,13 @@ class SpecialTokens:
             if special.whole_word and _touches_a_word(text, start, end):
                 continue
             if special.strips_left:
-                start = at + _SPACES_BEFORE.search(text[at:start]).start()
+                before = _SPACES_BEFORE.search(text[at:start])
+                assert before is not None  # It matches nothing, too.
+                start = at + before.start()
             if special.strips_right:
-                end = _SPACES_AFTER.match(text, end).end()
+                after = _SPACES_AFTER.match(text, end)
+                assert after is not None
+                end = after.end()
             if at < start:
                 yield at, text[at:start]
             yield start, special.id

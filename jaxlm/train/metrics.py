@@ -240,7 +240,8 @@ class MetricsWriter:
 
 def _open_tensorboard(path: Path, resume_step: int | None) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        # An extra.
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             "train.tensorboard is on but tensorboardX is not installed: "

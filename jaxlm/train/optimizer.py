@@ -87,7 +87,7 @@ def decay_mask(params: Params) -> Any:
     )
 
 
-def _matrix_axes(params: Params) -> Any:
+def _matrix_axes(params: Any) -> Any:
     """Muon's: the matrices inside the layers, not the output head."""
 
     def axes(path: str, leaf: Any) -> Any:
@@ -113,7 +113,7 @@ def compiler_sharded(
             return rule.update(updates, state, params)
         results = (updates, state)
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, results)
-        inner = jax.sharding.auto_axes(rule.update, out_sharding=shardings)
+        inner = jax.sharding.auto_axes(out_sharding=shardings)(rule.update)
         return inner(updates, state, params)
 
     return optax.GradientTransformation(rule.init, update)

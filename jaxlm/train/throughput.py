@@ -134,7 +134,9 @@ def measure_peak_flops(
 
 
 def peak_flops(
-    devices: Sequence[jax.Device], dtype: jax.typing.DTypeLike
+    # Type checkers take the alias jax.Device for a variable.
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
+    dtype: jax.typing.DTypeLike,
 ) -> float | None:
     """Peak FLOP/s of all `devices` together; None if the kind of one is not known.
 

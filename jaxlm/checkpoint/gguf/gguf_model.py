@@ -15,6 +15,7 @@ from jaxlm.checkpoint.gguf.gguf_config import (
 )
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
 from jaxlm.checkpoint.mapping import Rule, Translation, rule
+from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
@@ -112,7 +113,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 class GGUFCheckpoint:
     """A model in one GGUF file."""
 
-    kind = "gguf"
+    kind: Kind = "gguf"
 
     def __init__(self, path: Path, report: Callable[[str], None]):
         """Reads the keys of the file.

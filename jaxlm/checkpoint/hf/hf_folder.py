@@ -18,6 +18,7 @@ from jaxlm.checkpoint.hf.mxfp4 import decode_mxfp4
 from jaxlm.checkpoint.hf.safetensors_folder import read_folder, write_folder
 from jaxlm.checkpoint.keys import Keys
 from jaxlm.checkpoint.mapping import Translation
+from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
@@ -33,7 +34,7 @@ MAX_CONFIG_BYTES = 4 << 20
 class HFCheckpoint:
     """A model in a folder with a config.json of a known family."""
 
-    kind = "hf"
+    kind: Kind = "hf"
 
     def __init__(self, folder: Path, report: Callable[[str], None]):
         """Reads config.json.

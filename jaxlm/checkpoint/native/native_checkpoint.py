@@ -1,4 +1,4 @@
-"""A run of jaxlm, or one step of it, opened for step_folder."""
+"""A run of jaxlm, or one step of it, opened for reading."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 from jaxlm import tree
 from jaxlm.checkpoint.native import arrays, integrity, run_folder, step_folder
 from jaxlm.checkpoint.native.integrity import UnreadableStep
+from jaxlm.checkpoint.opened import Kind
 from jaxlm.config import ModelConfig, from_dict
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
@@ -19,7 +20,7 @@ _PARTS = ("params", run_folder.TOKENIZER, run_folder.META)
 class NativeCheckpoint:
     """One step. Nothing in its folder is locked or changed."""
 
-    kind = "jaxlm"
+    kind: Kind = "jaxlm"
 
     def __init__(self, path: Path, report: Callable[[str], None]):
         """Chooses the step: of a run folder the newest that is intact.

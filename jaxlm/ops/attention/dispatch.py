@@ -11,7 +11,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -197,6 +197,30 @@ def _slow(
 def _log_once(level: int, line: str) -> None:
     """Once in a process: every layer and every compilation makes the same choice."""
     logger.log(level, "%s", line)
+
+
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: AttentionSpec,
+    *,
+    implementation: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Array: ...
+
+
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: AttentionSpec,
+    *,
+    implementation: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def attention(

@@ -12,6 +12,7 @@ from jaxtyping import Int32, Integer
 
 from jaxlm.tokenizers.base import (
     Piece,
+    Tokenizer,
     check_text,
     decode_ids,
     fingerprint_of,
@@ -31,7 +32,7 @@ from jaxlm.tokenizers.special_tokens import Special, SpecialTokens, TokenizerSet
 MODEL_FILE = "huggingface.json"
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json of the library `tokenizers`.
 
     `encode` gives what the library gives with `add_special_tokens=False`, except that

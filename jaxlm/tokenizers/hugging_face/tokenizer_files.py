@@ -256,7 +256,7 @@ def _named_id(
             raise ValueError(
                 f"the {name} token {text!r} of {files.folder} is not in the vocabulary"
             )
-        return ids.get(text)
+        return None if text is None else ids.get(text)
     if name in own:
         return own[name]
     value = files.json("config.json").get(f"{name}_token_id")

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+# Protobuf makes these classes when the module is imported, which no type checker sees.
 from sentencepiece.sentencepiece_model_pb2 import (
-    ModelProto,
-    NormalizerSpec,
-    TrainerSpec,
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
+    NormalizerSpec,  # pyright: ignore[reportAttributeAccessIssue]
+    TrainerSpec,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
 # SentencePiece writes a space as this sign, U+2581, so that the sign itself would come

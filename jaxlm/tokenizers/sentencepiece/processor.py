@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -14,6 +15,7 @@ from jaxtyping import Int32, Integer
 
 from jaxlm.tokenizers.base import (
     Piece,
+    Tokenizer,
     check_text,
     decode_ids,
     fingerprint_of,
@@ -37,7 +39,7 @@ MAX_MODEL_BYTES = 64 << 20
 _SPACE_SIGN_BYTES = SPACE_SIGN.encode("utf-8")
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
     `encode` gives what the library gives, with two exceptions. User-defined pieces
@@ -255,7 +257,7 @@ class SentencePieceTokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and sentencepiece.model into an existing folder."""
         (Path(folder) / MODEL_FILE).write_bytes(self._model)
-        values = {"model": MODEL_FILE}
+        values: dict[str, Any] = {"model": MODEL_FILE}
         if not self._has_own_settings:
             values["habits"] = self.settings.to_json()
         write_description(folder, self.kind, self.fingerprint, values)
