@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxlm.commands.process import MALLOC_OPTIONS
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_step.json"
 
@@ -140,19 +142,13 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
     }
 
 
-# What train.py sets for itself: see there.
-MALLOC = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
-    "glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=268435456"
-)
-
-
 def child(command: list[str], malloc: bool) -> dict:
     """Runs a command that prints one JSON line last."""
     environment = dict(os.environ)
     environment.pop("GLIBC_TUNABLES", None)
     if malloc:
-        environment["GLIBC_TUNABLES"] = MALLOC
+        # As `jaxlm train` sets it for itself.
+        environment["GLIBC_TUNABLES"] = MALLOC_OPTIONS
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False
     )

@@ -11,13 +11,11 @@ from pathlib import Path
 STARTED = time.monotonic()
 """About when the process began: nothing that takes long is imported before this."""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
-_MALLOC = {
-    "hugetlb": 1,
-    "arena_max": 1,
-    "mmap_max": 0,
-    "trim_threshold": 2**31 - 1,
-    "top_pad": 2**28,
-}
+MALLOC_OPTIONS = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=268435456"
+)
+"""Value of GLIBC_TUNABLES: malloc keeps freed memory, in huge pages."""
 
 
 def restart_with_malloc_options() -> None:
@@ -32,8 +30,7 @@ def restart_with_malloc_options() -> None:
         return
     if "GLIBC_TUNABLES" in os.environ:
         return
-    options = (f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
-    os.environ["GLIBC_TUNABLES"] = ":".join(options)
+    os.environ["GLIBC_TUNABLES"] = MALLOC_OPTIONS
     os.execv(sys.executable, sys.orig_argv)
 
 
