@@ -189,8 +189,10 @@ def test_a_model_like_llama():
     # A file that marks no token as unknown.
     types = llama_metadata()[f"{KEY}token_type"].copy()
     types[0] = 1
-    again = tokenizer_from_gguf(llama_metadata(token_type=types, unknown_token_id=0))
-    assert again.encode("hello").tolist() == [269]
+    for unknown in (0, -1):
+        metadata = llama_metadata(token_type=types, unknown_token_id=unknown)
+        again = tokenizer_from_gguf(metadata)
+        assert again.encode("hello").tolist() == [269]
 
 
 def test_bytes_there_and_back():
