@@ -1,7 +1,12 @@
-"""The values that travel, and the letters their shapes are written in.
+"""Types that all folders share, and the letters of shapes.
 
-B batch, T query tokens, S key (cached) tokens, D model, N query heads, K key/value
-heads, G = N / K, H head dim, F hidden, V vocabulary, L layers, E experts.
+B batch, T query tokens, S key (cached) tokens, C context length, D model width,
+N query heads, K key/value heads, G = N / K, H head dim, P rotary pairs of a head,
+F feed-forward width, E experts, k experts of each token, V vocabulary, L layers.
+
+The array fields of dataclasses that are JAX trees have the type `Any`: while JAX maps
+over such a tree, a leaf may be a sharding, a boolean, None or anything else. Their
+shapes and dtypes are documented, not checked.
 """
 
 from collections.abc import Mapping
@@ -15,24 +20,22 @@ from jaxtyping import Array
 # sharding rules and optimizer masks; `docs/params.md` lists it.
 Params = Mapping[str, Any]
 
-# Probe site -> activations, with a leading axis of the layers that were tapped.
+# Probe site -> activations; sites inside layers have a leading axis of tapped layers.
 Trace = Mapping[str, Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens and what is to be predicted from them. NumPy or jax arrays."""
+    """Rows of tokens and their prediction targets, as NumPy or JAX arrays."""
 
-    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
-    # are given below, but not checked.
     tokens: Any
-    """[B, T] int32: inputs."""
+    """[B, T] int32: input ids."""
     targets: Any
     """[B, T] int32: the token that follows each input."""
     positions: Any
     """[B, T] int32: position in the document, from 0 at its first token in the row."""
     segment_ids: Any
-    """[B, T] int32: number of the document in the row, from 1; 0 marks padding."""
+    """[B, T] int32: index of the document in the row, from 1; 0 marks padding."""
     loss_weights: Any
-    """[B, T] f32: weight of each target in the loss; 0 where nothing is predicted."""
+    """[B, T] f32: weight of each target in the loss; 0 leaves it out."""

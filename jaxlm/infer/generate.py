@@ -54,8 +54,7 @@ class Generation:
 class DecodeState:
     """Everything that the decoding scan carries from token to token."""
 
-    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
-    # are given below, but not checked.
+    # `Any`: see `jaxlm/types.py` on leaves.
     cache: Cache
     logits: Any
     """[B, V] f32: logits of the next token."""

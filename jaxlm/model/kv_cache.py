@@ -17,8 +17,7 @@ from jaxlm.sharding.rules import activation
 class LayerCache:
     """Keys, as the scores see them, and values of one layer (or of stacked layers)."""
 
-    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
-    # are given below, but not checked.
+    # `Any`: see `jaxlm/types.py` on leaves.
     keys: Any
     """[B, S, K, H], or stacked [L, B, S, K, H]; any float dtype."""
     values: Any

@@ -34,8 +34,7 @@ from jaxlm.types import Params
 class Output:
     """What one call of the model returns."""
 
-    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
-    # are given below, but not checked.
+    # `Any`: see `jaxlm/types.py` on leaves.
     hidden_states: Any
     """[B, T, D] in the compute dtype: what `unembed` turns into logits."""
     logits: Any

@@ -150,7 +150,7 @@ class Recorder:
 
     taps: tuple[Tap, ...] = field(metadata={"static": True})
     num_layers: int = field(metadata={"static": True})
-    # While JAX takes this tree apart and rebuilds it, a leaf may be anything.
+    # `Any`: see `jaxlm/types.py` on leaves.
     slots: Mapping[str, Any]
     """Site -> [slots, *shape of the site]."""
 

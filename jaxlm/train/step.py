@@ -26,8 +26,7 @@ from jaxlm.types import Batch, Params
 class StepMetrics:
     """What one step reports, as f32 scalars on the device."""
 
-    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
-    # are given below, but not checked.
+    # `Any`: see `jaxlm/types.py` on leaves.
     loss: Any
     """Mean cross-entropy in nats per token, before the update."""
     grad_norm: Any

@@ -35,8 +35,7 @@ class Mask:
     """Hide the keys after the query."""
     window: int | None = field(default=None, metadata={"static": True})
     """Number of tokens that a query sees, itself included; None: no limit."""
-    # While JAX takes this tree apart and rebuilds it, a leaf may be anything: shapes
-    # are given below, but not checked.
+    # `Any`: see `jaxlm/types.py` on leaves.
     query_positions: Any = None
     """[#B, T] int32: position of each query among the keys; None: 0 to T - 1."""
     query_segments: Any = None
