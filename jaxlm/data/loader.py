@@ -329,7 +329,6 @@ def batches(
     Raises:
       ValueError: as `Dataset.train_batch` does, at the batch that is wrong.
     """
-
     shape = (batch_size, dataset.sequence_length)
 
     def make(step: int) -> Batch:

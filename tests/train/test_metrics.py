@@ -284,7 +284,7 @@ def test_flops_need_a_vocabulary():
 
 
 @pytest.mark.parametrize(
-    ("kind", "peak"),
+    "kind, peak",
     [
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),

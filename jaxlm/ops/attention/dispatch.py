@@ -43,8 +43,10 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A module with `attention` and `declines`, imported where it is used: opaque to
-    XLA, so that in a mesh each device runs it on its own rows and heads."""
+    """A module with `attention` and `declines`, imported where it is used.
+
+    It is opaque to XLA, so in a mesh each device runs it on its own rows and heads.
+    """
 
     module: str
     platform: str

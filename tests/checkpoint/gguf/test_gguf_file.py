@@ -281,8 +281,8 @@ def test_values_must_be_those_of_the_layout(tmp_path):
     ]:
         with pytest.raises(ValueError, match=reason):
             write_gguf(path, {}, one, {"a": value}.__getitem__)
+    infinite = np.full(32, np.inf, np.float32)
     with pytest.raises(ValueError, match="tensor a: Q8_0 takes finite"):
-        infinite = np.full(32, np.inf, np.float32)
         write_gguf(path, {}, {"a": ((32,), "Q8_0")}, {"a": infinite}.__getitem__)
     assert list(tmp_path.iterdir()) == []
 

@@ -111,8 +111,8 @@ def test_named_it_runs_or_raises():
     q, k, v = inputs()
     with pytest.raises(ValueError, match=r"no attention implementation 'xl'.*xla"):
         attention(q, k, v, SPEC, implementation="xl")
+    capped = AttentionSpec(1.0, soft_cap=5.0)
     with pytest.raises(ValueError, match=r"'dense': has no soft cap; .*reference, xla"):
-        capped = AttentionSpec(1.0, soft_cap=5.0)
         attention(q, k, v, capped, implementation="dense")
     with pytest.raises(ValueError, match="'pallas_tpu': needs a TPU"):
         attention(q, k, v, SPEC, implementation="pallas_tpu")

@@ -171,8 +171,11 @@ def _query_program(run: Running) -> None:
 
 
 def _key_program(run: Running) -> None:
-    """dk, dv or both of one block of keys of one key head: sums over its queries and
-    over the query heads that share it. Scores lie as [keys, queries]."""
+    """dk, dv or both of one block of keys of one key head.
+
+    They are sums over its queries and over the query heads that share it. Scores lie as
+    [keys, queries].
+    """
     first, last = run.table.queries_met(run.row, run.block)
     keys, group = run.extent(run.kernel.stays, run.block), run.kernel.group
 

@@ -8,8 +8,10 @@ ForwardKernel = Literal["plain", "specialized"]
 
 @dataclass(frozen=True)
 class GpuSettings:
-    """What may be tuned. Blocks are 64, 128, 192 or 256 tokens: matrices in shared
-    memory are 64 numbers wide, and one copy has at most 256 rows.
+    """What may be tuned.
+
+    Blocks are 64, 128, 192 or 256 tokens: matrices in shared memory are 64 numbers
+    wide, and one copy has at most 256 rows.
 
     `buffers` is how many blocks are held at once of what a program loops over: one is
     in use, the others are on their way. The defaults fit an H100 at every head_dim.

@@ -193,8 +193,11 @@ class Running:
             copy(name, self.row, rows)
 
     def stream(self, turns: Any, place: Callable, step: Callable, carry: Any) -> Any:
-        """carry = step(turn, slot, carry) for each turn, with the block and the head
-        that `place(turn)` gives in a slot, beside the block that stays."""
+        """carry = step(turn, slot, carry) for each turn.
+
+        The block and the head that `place(turn)` gives are then in the slot, beside the
+        block that stays.
+        """
         stays, streams = self.kernel.stays, self.kernel.streams
         self.fetch(stays, None, self.block, self.head)
         for turn in range(streams.buffers):
@@ -217,8 +220,7 @@ class Running:
     def scores(
         self, raw: Any, whole: Any, other: Any, slot: Any, axis: int
     ) -> tuple[Any, Any]:
-        """Scores of the block that stays and block `other`, and the same with hidden
-        ones `MASKED`.
+        """Scores of both blocks, and the same with those that are hidden at `MASKED`.
 
         Args:
           raw: q k^T, or k q^T: queries lie along `axis`.

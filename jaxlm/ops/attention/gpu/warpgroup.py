@@ -1,5 +1,7 @@
-"""What all GPU kernels share: how a warpgroup holds and multiplies matrices, how these
-lie in shared memory, and what is written differently for Pallas' interpreter.
+"""What all GPU kernels share.
+
+How a warpgroup holds and multiplies matrices, how these lie in shared memory, and what
+is written differently for Pallas' interpreter.
 
 Pallas Mosaic GPU, for Hopper: a warpgroup is four warps, which multiply together.
 """
@@ -25,8 +27,10 @@ SHARED_BYTES = 232448
 
 
 def matrix_memory(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory as matrix instructions read it: tiles of 8 rows, swizzled so that
-    no two threads meet in a memory bank."""
+    """Shared memory as matrix instructions read it.
+
+    Tiles of 8 rows, swizzled so that no two threads meet in a memory bank.
+    """
     size = jnp.dtype(dtype).itemsize
     row = shape[-1] * size
     swizzle = next((width for width in (128, 64, 32) if row % width == 0), None)

@@ -100,8 +100,11 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
 
 
 def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, acc):
-    """One pair of blocks. Scratch: m, l and acc of the online softmax; each m and l
-    lies in all lanes of its row."""
+    """One pair of blocks.
+
+    Scratch: m, l and acc of the online softmax; each m and l lies in all lanes of its
+    row.
+    """
     b, n, i, step = (pl.program_id(axis) for axis in range(4))
     grid = table.grid
     j = key_block(table, b, i, step)
