@@ -170,8 +170,8 @@ SHORT = [name for name in CASES if DEVICE == "gpu" or "specialized" not in name]
 
 
 def marks(name, names):
-    """Single options on the slow interpreter are left to the combinations, mostly."""
-    single = "pallas_gpu" in name and len(names) == 1 and DEVICE == "cpu"
+    """Single options of interpreted kernels are left to the combinations, mostly."""
+    single = "pallas" in name and len(names) == 1 and DEVICE == "cpu"
     return [pytest.mark.slow] if single else []
 
 
