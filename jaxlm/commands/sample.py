@@ -1,7 +1,6 @@
 """Continue a text with a trained model, or hold a conversation with it."""
 
 import dataclasses
-import functools
 import logging
 import math
 import signal
@@ -85,11 +84,7 @@ def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
             return
         log_attention(model)
         with log_paused():
-            converse(
-                *(model, params, tokenizer, drawing, key),
-                new_stream=functools.partial(TextStream, tokenizer),
-                system=chosen.system,
-            )
+            converse(model, params, tokenizer, drawing, key, system=chosen.system)
 
 
 def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:

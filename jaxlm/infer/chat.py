@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -190,7 +190,6 @@ def converse(
     sample: SampleConfig,
     key: Key[Array, ""],
     *,
-    new_stream: Callable[[], TextStream],
     system: str | None = None,
 ) -> None:
     """Holds a conversation: reads lines from stdin, streams answers to stdout.
@@ -204,7 +203,6 @@ def converse(
       tokenizer: with a chat template.
       sample: how to sample; if it has no stop ids, the tokenizer's are used.
       key: a typed PRNG key, folded with the number of the turn.
-      new_stream: makes a `TextStream` for an answer.
       system: content of the system message; None sends none.
 
     Raises:
@@ -228,7 +226,7 @@ def converse(
             )
             return
         limit = min(room, sample.max_new_tokens)
-        answer = _Answer(new_stream())
+        answer = _Answer(TextStream(tokenizer))
         try:
             result = generate(
                 config,

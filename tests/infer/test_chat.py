@@ -22,7 +22,6 @@ from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer import chat, chat_template
 from jaxlm.infer.chat import chat_ids, converse, render
 from jaxlm.infer.generate import generate
-from jaxlm.tokenizers.base import TextStream
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.gguf import tokenizer_from_gguf
 
@@ -251,7 +250,6 @@ def hold(monkeypatch, model, lines, sample=None, **options):
     converse(
         *(config, params, tokenizer, sample or SampleConfig(max_new_tokens=12)),
         jax.random.key(5),
-        new_stream=lambda: TextStream(tokenizer),
         **options,
     )
 
