@@ -1,11 +1,13 @@
-"""Go on training a published model, or a run, on a text of your own.
+"""Fine-tunes a published model, or an earlier run, on your own text.
 
 Command: python train.py configs/finetune.py --init-from CHECKPOINT --data.path TEXT
-Cost: SmolLM2-135M on two CPU cores, about 3 s a step: 5 minutes.
-Result: the model's own, on your text; watch the held-out loss, which rises again when
-the text is learned by heart.
 
-The model and the tokenizer are those of the checkpoint: a run, a Hugging Face folder, a
+Cost: SmolLM2-135M on two CPU cores takes about 3 s a step, 5 minutes in all.
+
+Result: a model in the style of your text. Watch the held-out loss: it rises again when
+the model starts to memorize the text.
+
+The model and the tokenizer come from the checkpoint: a run, a Hugging Face folder, a
 .gguf file or hf:owner/name. Afterwards `jaxlm convert runs/finetune DST` exports it.
 """
 
@@ -15,7 +17,7 @@ from jaxlm.model.presets import preset
 
 def get_config() -> Config:
     return Config(
-        model=preset("smollm2-135m"),  # replaced by the checkpoint's
+        model=preset("smollm2-135m"),  # Replaced by the checkpoint's.
         data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=10),
         train=TrainConfig(

@@ -1,8 +1,10 @@
-"""A character model of Shakespeare, trained on a laptop CPU in minutes.
+"""A character model of Shakespeare, trained in minutes on a laptop CPU.
 
 Command: python train.py
+
 Cost: 0.8M parameters, 4.9M characters; about 3 minutes on two CPU cores.
-Result: see docs/shakespeare.md, with how the recipe was found.
+
+Result: see docs/shakespeare.md, which also tells how the recipe was found.
 """
 
 from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -22,7 +24,7 @@ def get_config() -> Config:
             tied_embeddings=False,
             embedding_scale=128**0.5,
             init="fan_in",
-            # Four layers compile fast enough, and run a tenth faster unrolled.
+            # Unrolled, four layers still compile fast, and run a tenth faster.
             unroll_layers=0,
         ),
         data=DataConfig(sequence_length=256),

@@ -1,8 +1,10 @@
-"""Every choice that a run can make, as frozen dataclasses.
+"""Every setting of a run, as frozen dataclasses.
 
 A `Config` is written in Python (`configs/`), overridden on the command line
 (`--model.num-layers 12`), and stored as JSON in every run folder and checkpoint.
 Impossible combinations raise `ValueError` with the field and the remedy.
+
+The line below a field is its help in `train.py --help`.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 
 BUNDLED_TEXT = "bundled:shakespeare.txt"
 
-# Fields that say how a model is computed but not what it computes. They may
+# Fields of the model that change how it is computed, but not what it computes. They may
 # change when a run is resumed.
 EXECUTION_FIELDS = (
     "dtype",
@@ -40,34 +42,34 @@ AttentionName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the length of the training.
+    """Stretches rotary frequencies for contexts longer than those of training.
 
     Formulas and field meanings follow Hugging Face transformers
     (`modeling_rope_utils.py`); see `jaxlm/ops/rope.py`.
     """
 
     kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-    """The formula."""
+    """Formula."""
     factor: float = 1.0
-    """How many times longer the context becomes."""
+    """New context length divided by the original one."""
     original_context_length: int = 0
-    """Context length in tokens before stretching; 0 takes model.context_length."""
+    """Context length of training, in tokens; 0 takes model.context_length."""
     low_frequency_factor: float = 1.0
-    """llama3: wavelengths above original_context_length / this are stretched whole."""
+    """llama3: wavelengths above original_context_length / this are stretched fully."""
     high_frequency_factor: float = 4.0
-    """llama3: wavelengths below original_context_length / this are left alone."""
+    """llama3: wavelengths below original_context_length / this stay as they are."""
     beta_fast: float = 32.0
-    """yarn: rotations over the original context above which nothing is stretched."""
+    """yarn: pairs that turn more often than this in the original context stay."""
     beta_slow: float = 1.0
-    """yarn: rotations over the original context below which all is stretched."""
+    """yarn: pairs that turn less often than this in it are stretched fully."""
     truncate: bool = True
-    """yarn: round the borders of the ramp to whole dimensions."""
+    """yarn: round the ends of the ramp between the two to whole dimensions."""
     attention_factor: float | None = None
-    """yarn, longrope: what cos and sin are multiplied by; None takes the paper's."""
+    """yarn, longrope: factor of cos and sin; None takes the paper's."""
     short_factors: tuple[float, ...] = ()
-    """longrope: a divisor for each frequency, used up to the original length."""
+    """longrope: divisor of each frequency, up to the original context length."""
     long_factors: tuple[float, ...] = ()
-    """longrope: a divisor for each frequency, used beyond the original length."""
+    """longrope: divisor of each frequency, beyond the original context length."""
 
     def __post_init__(self):
         check_types(self, "model.rope_scaling")
@@ -84,116 +86,109 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder-only Transformer and each choice in it."""
+    """The architecture of a decoder-only Transformer, and how it is computed."""
 
     vocab_size: int = 0
-    """Rows of the embedding table; 0 takes the tokenizer's size when training."""
+    """Rows of the embedding table; 0 takes the tokenizer's size in training."""
     num_layers: int
-    """Transformer blocks."""
+    """Number of Transformer blocks."""
     model_dim: int
     """Width of the residual stream."""
     num_heads: int
-    """Query heads."""
+    """Number of query heads."""
     num_kv_heads: int
-    """Key/value heads: num_heads is MHA, 1 is MQA, between them GQA."""
+    """Number of key/value heads: num_heads is MHA, 1 is MQA, in between is GQA."""
     head_dim: int
-    """Width of a head; free of model_dim / num_heads."""
+    """Width of a head; need not be model_dim / num_heads."""
     hidden_dim: int
-    """Width inside the feed-forward, or inside each expert of it."""
+    """Width inside the feed-forward, or inside each expert."""
     context_length: int
-    """Greatest number of tokens that the model attends over."""
+    """Largest number of tokens that the model attends over."""
 
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
-    """How a token knows its position."""
+    """Position encoding."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_local_theta: float | None = None
-    """Base in local layers, unscaled (Gemma 3); None: as in global layers."""
+    """Base in local layers, used unscaled (Gemma 3); None: as in global layers."""
     rope_fraction: float = 1.0
-    """Share of head_dim that is rotated (partial rotary)."""
+    """Fraction of head_dim that is rotated (partial rotary)."""
     rope_scaling: RopeScaling | None = None
-    """Stretching of the rotary frequencies."""
+    """Stretching of the rotary frequencies for long contexts."""
     rope_pattern: tuple[bool, ...] = (True,)
-    """Which layers rotate, repeated over the layers; False is a NoPE layer."""
+    """Which layers use RoPE, repeated over the layers; False is a NoPE layer."""
 
     layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
-    """Kinds of attention layers, repeated over the layers."""
+    """Attention of each layer, repeated over the layers."""
     window: int | None = None
-    """Tokens that a local layer attends to, the current one included."""
+    """Tokens that a local layer attends to, including the current one."""
     attention_bias: bool = False
-    """Biases of the query, key and value projections."""
+    """Add biases to the query, key and value projections."""
     attention_output_bias: bool = False
-    """Bias of the attention output projection."""
+    """Add a bias to the output projection of attention."""
     qk_norm: Literal["none", "head", "full"] = "none"
-    """Norm of queries and keys: over each head, or over all heads (OLMo 2)."""
+    """Normalize queries and keys: over each head, or over all heads (OLMo 2)."""
     attention_scale: float | None = None
-    """Factor of the scores; None is head_dim ** -0.5."""
+    """Factor of the attention scores; None is head_dim ** -0.5."""
     attention_soft_cap: float | None = None
-    """Scores become cap * tanh(scores / cap)."""
+    """Soft cap of the attention scores, cap * tanh(scores / cap); None: no cap."""
     attention_sinks: bool = False
-    """A learned logit per head that takes part in the softmax and gives nothing."""
+    """Learn a logit per head that joins the softmax but has no value (gpt-oss)."""
 
     activation: Literal[
         "silu", "gelu", "gelu_tanh", "relu", "relu_squared", "swiglu_clamped"
     ] = "silu"
-    """Non-linearity of the feed-forward; swiglu_clamped is gpt-oss's and needs
-    gated."""
+    """Activation of the feed-forward; swiglu_clamped (gpt-oss) needs gated."""
     gated: bool = True
     """Multiply the activation by a second projection: silu gives SwiGLU, gelu GeGLU."""
     feed_forward_bias: bool = False
-    """Biases in the feed-forward."""
+    """Add biases to the projections of the feed-forward."""
     num_experts: int = 0
-    """Feed-forwards of each layer among which a router chooses for every token; 0: one
-    feed-forward without a router."""
+    """Experts in each layer, chosen by a router; 0: one dense feed-forward."""
     experts_per_token: int = 0
-    """Experts that each token goes through."""
+    """Experts that the router chooses for each token."""
     router_normalize: bool = True
-    """Weights of a token's experts sum to 1; False: each is the expert's share of the
-    softmax over all experts."""
+    """Make the weights of a token's experts sum to 1; False keeps the softmax's."""
     router_bias: bool = False
-    """Bias of the router."""
+    """Add a bias to the router."""
 
     norm: Literal["rms", "rms_unit_offset", "layer"] = "rms"
-    """RMSNorm, RMSNorm that multiplies by 1 + scale (Gemma), or LayerNorm."""
+    """Kind of norm; rms_unit_offset is RMSNorm that multiplies by 1 + scale (Gemma)."""
     norm_bias: bool = False
-    """Bias of LayerNorm."""
+    """Add a bias to LayerNorm."""
     norm_epsilon: float = 1e-6
-    """Added to the variance."""
+    """Added to the variance (for RMSNorm, to the mean square)."""
     norm_placement: Literal["pre", "post", "output", "both"] = "pre"
     """pre: x + f(norm(x)). post: norm(x + f(x)), the original Transformer.
     output: x + norm(f(x)), OLMo 2. both: x + norm(f(norm(x))), Gemma 2."""
     parallel_block: bool = False
-    """x + attention(norm(x)) + feed_forward(norm(x)), GPT-NeoX."""
+    """Compute x + attention(norm(x)) + feed_forward(norm(x)), as GPT-NeoX does."""
     final_norm: bool = True
-    """Norm before the output head."""
+    """Normalize before the output head."""
 
     tied_embeddings: bool = True
-    """The output head is the embedding table."""
+    """Use the embedding table as the output head."""
     embedding_scale: float = 1.0
-    """Embeddings are multiplied by this, rounded to the compute dtype."""
+    """Factor of the embeddings, rounded to the compute dtype."""
     final_soft_cap: float | None = None
-    """Logits become cap * tanh(logits / cap)."""
+    """Soft cap of the logits, cap * tanh(logits / cap); None: no cap."""
 
     init: Literal["normal", "fan_in"] = "normal"
-    """normal: weights N(0, init_std). fan_in: weights N(0, 1 / inputs) and an output
-    head of zeros. Both shrink projections into the residual stream by
-    sqrt(2 * num_layers)."""
+    """normal: weights of std init_std. fan_in: of std inputs ** -0.5, zero head.
+    Both divide projections into the residual stream by sqrt(2 * num_layers)."""
     init_std: float = 0.02
-    """Standard deviation of the embeddings, and of the weights under init=normal."""
+    """Standard deviation of the embeddings, and of the weights with init=normal."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 where the device multiplies it natively."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again: nothing, each block, or all of each
-    block but its matrix products."""
+    """Recompute in the backward pass: nothing, whole blocks, or all but matmuls."""
     unroll_layers: int = 1
-    """Groups of layers that one step of the scan runs; more compiles slower and can
-    run faster. 0 unrolls all."""
+    """Layer groups in a scan step; more can run faster, but compile slower; 0: all."""
     attention: AttentionName = "auto"
-    """Implementation of attention: auto picks by device and length, see
-    docs/attention.md."""
+    """Attention kernel; auto chooses by device and length (docs/attention.md)."""
     decode_attention: AttentionName = "auto"
-    """The same where there is a cache: some that train cannot decode."""
+    """The same for decoding with a KV cache, which not every kernel can do."""
 
     def __post_init__(self):
         check_types(self, "model")
@@ -209,9 +204,9 @@ class ModelConfig:
         )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model.num_heads is {self.num_heads}, which model.num_kv_heads "
-                f"{self.num_kv_heads} does not divide: each key/value head serves the "
-                "same number of query heads"
+                f"model.num_heads is {self.num_heads}: it must be a multiple of "
+                f"model.num_kv_heads {self.num_kv_heads}, as each key/value head "
+                "serves the same number of query heads"
             )
         if self.position == "rope":
             self._check_rope()
@@ -237,7 +232,8 @@ class ModelConfig:
                     f"model.context_length {self.context_length}"
                 )
         for name in ("layer_pattern", "rope_pattern"):
-            _check(len(getattr(self, name)) > 0, f"model.{name}", "()", "not empty")
+            pattern = getattr(self, name)
+            _check(len(pattern) > 0, f"model.{name}", pattern, "at least one value")
         if self.parallel_block and self.norm_placement != "pre":
             raise ValueError(
                 "model.parallel_block needs model.norm_placement 'pre', not "
@@ -281,8 +277,8 @@ class ModelConfig:
         _check(0 < fraction <= 1, "model.rope_fraction", fraction, "in (0, 1]")
         if self.rotary_dim % 2:
             raise ValueError(
-                f"model.head_dim * model.rope_fraction is {self.rotary_dim}: rotary "
-                "positions turn pairs of dimensions, so it must be even"
+                f"model.head_dim * model.rope_fraction is {self.rotary_dim}: it must "
+                "be even, as RoPE rotates pairs of dimensions"
             )
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "longrope":
@@ -295,7 +291,7 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that RoPE turns."""
+        """Number of dimensions of a head that RoPE rotates."""
         return int(self.head_dim * self.rope_fraction)
 
 
@@ -304,10 +300,10 @@ class DataConfig:
     """Where the text comes from and how it becomes rows of tokens."""
 
     path: tuple[str, ...] = (BUNDLED_TEXT,)
-    """Files (.txt, .jsonl, .parquet; .gz, .zst), folders or globs. Each entry is a
-    source of its own in the mixture."""
+    """Files (.txt, .jsonl, .parquet; .gz, .zst), folders or globs.
+    Each entry is a separate source of the mixture."""
     weights: tuple[float, ...] = ()
-    """Share of the rows from each entry of path; empty: in proportion to size."""
+    """Relative share of rows from each entry of path; empty: proportional to size."""
     field: str = "text"
     """Field (.jsonl) or column (.parquet) that holds the text."""
     tokenizer: Literal["chars", "bytes", "sentencepiece"] = "chars"
@@ -315,27 +311,27 @@ class DataConfig:
     tokenizer_model: str | None = None
     """SentencePiece .model file; None trains one on the text."""
     tokenizer_vocab_size: int = 4096
-    """Pieces of a SentencePiece model trained here."""
+    """Vocabulary size of a SentencePiece model that is trained here."""
     tokenizer_algorithm: Literal["bpe", "unigram"] = "bpe"
-    """Algorithm of a SentencePiece model trained here."""
+    """Algorithm of a SentencePiece model that is trained here."""
     sequence_length: int = 256
-    """Tokens in a row."""
+    """Number of tokens in a row."""
     holdout_fraction: float = 0.1
-    """Share of each source, at its end, that is kept for evaluation."""
+    """Fraction of each source, at its end, that is held out for evaluation."""
     segment_attention: bool = True
-    """Keep attention inside a document; False lets it cross documents in a row."""
+    """Keep attention inside each document; False lets it cross documents in a row."""
     invalid_utf8: Literal["error", "replace"] = "error"
-    """What to do with bytes that are not UTF-8; replace counts them in a warning."""
+    """What to do with bytes that are not UTF-8; replace warns with their number."""
     cache_dir: str | None = None
-    """Folder of tokenized text; None is jaxlm/tokens in the user's cache folder."""
+    """Folder for tokenized text; None is jaxlm/tokens in the user's cache folder."""
     workers: int = 0
-    """Processes that tokenize; 0 is one for each CPU core."""
+    """Processes that tokenize; 0 starts one for each CPU core."""
     prefetch: int = 2
-    """Batches that are made ready while a step runs."""
+    """Batches to prepare while a step runs."""
 
     def __post_init__(self):
         check_types(self, "data")
-        _check(len(self.path) > 0, "data.path", "()", "at least one path")
+        _check(len(self.path) > 0, "data.path", self.path, "at least one path")
         if self.weights:
             if len(self.weights) != len(self.path):
                 raise ValueError(
@@ -373,15 +369,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices lie along each axis of the mesh."""
+    """The number of devices along each axis of the mesh."""
 
     data: int = -1
-    """Copies of the parameters, each with its part of the batch; -1: all devices that
-    the other axes leave."""
+    """Replicas, each with its part of the batch; -1 takes all remaining devices."""
     fsdp: int = 1
-    """Parts into which parameters and batch are cut."""
+    """Parts into which the parameters and the batch are sharded."""
     tensor: int = 1
-    """Parts into which heads, hidden units and vocabulary are cut."""
+    """Parts into which heads, feed-forward and vocabulary are sharded."""
 
     def __post_init__(self):
         check_types(self, "mesh")
@@ -397,34 +392,33 @@ class OptimizerConfig:
     """The optimizer and its schedule."""
 
     name: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
-    """muon orthogonalizes the layers' matrices and updates all the rest by AdamW, with
-    Nesterov's momentum and without decay, as optax does."""
+    """muon orthogonalizes the updates of the layers' matrices.
+    As in optax, the rest gets AdamW with Nesterov momentum and no decay."""
     learning_rate: float = 3e-4
-    """Peak learning rate (of the matrices, under muon)."""
+    """Peak learning rate (with muon, of the matrices)."""
     adam_learning_rate: float | None = None
-    """Muon: peak learning rate of what AdamW updates; None is learning_rate."""
+    """muon: peak learning rate of the AdamW part; None is learning_rate."""
     b1: float = 0.9
-    """Decay of the first moment (adamw, lion; the AdamW part of muon)."""
+    """Decay of the first moment (adamw, lion, and the AdamW part of muon)."""
     b2: float = 0.95
-    """Decay of the second moment (adamw, lion; the AdamW part of muon)."""
+    """Decay of the second moment (adamw, lion, and the AdamW part of muon)."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     momentum: float = 0.95
-    """Momentum of muon."""
+    """muon: decay of the momentum."""
     weight_decay: float = 0.1
-    """Decoupled decay of the layers' matrices and, but for muon, of the output head;
-    embeddings, norms and biases are not decayed."""
+    """Decoupled weight decay of layer matrices and (not with muon) the head.
+    Embeddings, norms and biases do not decay."""
     clip_norm: float | None = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Global norm to which larger gradients are scaled down; None: no clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine or linear decay, constant with a linear decay at the
-    end (wsd), or constant."""
+    """Learning rate after warm-up; wsd is constant, then decays linearly at the end."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_fraction: float = 0.2
-    """wsd: the last share of the steps, over which the learning rate falls."""
+    """wsd: fraction of all steps, at the end, in which the learning rate decays."""
     final_fraction: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate, as a fraction of the peak."""
 
     def __post_init__(self):
         check_types(self, "optimizer")
@@ -447,49 +441,48 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, what to write down, and when."""
+    """How long to train, and what to log and save when."""
 
     steps: int = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 16
     """Rows in a step, over all devices."""
     accumulation_steps: int = 1
-    """Parts into which a batch is cut; their gradients are added up, weighted by
-    tokens, before one optimizer step."""
+    """Microbatches in a step, whose gradients are summed, weighted by tokens."""
     seed: int = 0
     """Seed of the parameters and of the data order."""
     run_dir: str = "runs/default"
-    """Folder of config.json, metrics.jsonl, checkpoints/, report.html, loss.png."""
+    """Folder for config.json, metrics.jsonl, checkpoints/, report.html and loss.png."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2, which keeps logits from drifting (PaLM)."""
+    """Weight of the loss log(Z)^2, which keeps logits from drifting (PaLM)."""
     load_balance_loss: float = 0.0
-    """Coefficient of the load-balance loss of mixture-of-experts layers."""
+    """Weight of the load-balance loss of mixture-of-experts layers."""
     loss_chunk: int = 0
-    """Tokens whose logits are held at once; 0 holds all."""
+    """Tokens whose logits are in memory at once; 0: all."""
     log_every: int = 10
-    """Steps between rows of metrics.jsonl."""
+    """Steps between rows in metrics.jsonl."""
     eval_every: int = 500
-    """Steps between passes over the held-out text; 0: only at the end."""
+    """Steps between evaluations on the held-out text; 0: only at the end."""
     sample_every: int = 500
-    """Steps between samples of text; 0: none."""
+    """Steps between text samples; 0: none."""
     sample_prompt: str = "\n"
-    """Prompt of these samples."""
+    """Prompt of the text samples."""
     sample_tokens: int = 200
-    """New tokens of these samples."""
+    """New tokens in each text sample."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     checkpoint_minutes: float = 15.0
-    """Minutes after which a checkpoint is made in any case; 0: never."""
+    """Minutes after the last checkpoint at which one is due anyway; 0: never."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of latest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    """Never delete the checkpoints at multiples of this step; 0: none."""
     max_minutes: float = 0.0
-    """Minutes after which the run saves and stops, unfinished; 0: no limit."""
+    """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
     tensorboard: bool = False
-    """Write TensorBoard events too (extra `tensorboard`)."""
+    """Also write TensorBoard events (extra `tensorboard`)."""
     compile_cache: bool = True
-    """Keep compiled programs in jaxlm/xla of the user's cache folder."""
+    """Keep compiled programs in jaxlm/xla in the user's cache folder."""
 
     def __post_init__(self):
         check_types(self, "train")
@@ -503,25 +496,25 @@ class TrainConfig:
             _check(value >= 0, f"train.{name}", value, ">= 0")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
-                f"train.batch_size is {self.batch_size}, which "
-                f"train.accumulation_steps {self.accumulation_steps} does not divide"
+                f"train.batch_size is {self.batch_size}: it must be a multiple of "
+                f"train.accumulation_steps {self.accumulation_steps}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How tokens are drawn."""
+    """How tokens are sampled."""
 
     max_new_tokens: int = 256
-    """New tokens, at most."""
+    """Largest number of new tokens."""
     temperature: float = 1.0
-    """Logits are divided by this; 0 takes the most likely token."""
+    """Divisor of the logits; 0 takes the most likely token."""
     top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
+    """Sample from the k most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities first reach this sum."""
+    """Sample from the most likely tokens whose probabilities first sum to this."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end a text; they are not part of it."""
+    """Token ids that end a text; they are not part of it."""
 
     def __post_init__(self):
         check_types(self, "sample")
@@ -541,25 +534,25 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """A training run."""
 
     model: ModelConfig
-    """The network."""
+    """Architecture."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The text."""
+    """Training text, tokenizer and rows."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """The devices."""
+    """Number of devices along each axis of the mesh."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer."""
+    """Optimizer and learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The run."""
+    """Length of the run, and what to log and save when."""
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.8))
-    """How the samples during training are drawn."""
+    """How the text samples during training are drawn."""
     fresh: bool = False
-    """Start over in a run folder that has checkpoints (they are moved aside)."""
+    """Start over in a run folder that has checkpoints, and move those aside."""
     init_from: str | None = None
-    """Checkpoint whose model and parameters the run starts from, at step 0: a run or
-    step folder, a Hugging Face folder, a .gguf file, or hf:owner/name."""
+    """Checkpoint whose model and parameters start the run, at step 0:
+    a run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name."""
 
     def __post_init__(self):
         check_types(self, "config")
@@ -602,10 +595,7 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def check_types(config: Any, where: str) -> None:
-    """Raises ValueError where a field of a dataclass does not have its type.
-
-    No field may be infinite or not a number.
-    """
+    """Raises ValueError for a field of the wrong type, infinite or not a number."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
@@ -614,7 +604,7 @@ def check_types(config: Any, where: str) -> None:
             raise ValueError(f"{where}.{f.name} is {value!r}: it must be finite")
         if _matches(value, hint):
             if float in (hint, *get_args(hint)) and isinstance(value, int):
-                # A whole number is a good float, but 1 and 1.0 must be one config.
+                # Integers are valid floats, but 1 and 1.0 must give equal configs.
                 object.__setattr__(config, f.name, float(value))
             continue
         if get_origin(hint) is Literal:
@@ -628,18 +618,18 @@ def check_types(config: Any, where: str) -> None:
 
 
 def nearest(name: str, options: list[str]) -> str:
-    """` (did you mean X?)` for the option most like `name`, or an empty string."""
+    """Returns ` (did you mean X?)` for the option most like `name`, else ""."""
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values that JSON can hold (tuples become lists)."""
+    """Returns a config as plain values for JSON (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
-    """The inverse of `to_dict`.
+    """Inverts `to_dict`.
 
     Raises:
       ValueError: for an unknown, missing or wrongly typed field, named by its path.
@@ -676,7 +666,7 @@ def _value_from_json(value: Any, hint: Any, where: str) -> Any:
 
 
 def diff(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Lines `field: old -> new` for the fields in which two configs differ."""
+    """Returns a line `field: old -> new` for each field that differs."""
     lines = []
     for f in dataclasses.fields(old):
         a, b = getattr(old, f.name), getattr(new, f.name)

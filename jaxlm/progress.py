@@ -1,8 +1,7 @@
 """Progress on standard error: bars, spinners and the line of a training run.
 
-On a terminal rich draws them, one below the other where there are several, and whatever
-is printed meanwhile appears above them. Elsewhere (a pipe, a log, `TERM=dumb`) plain
-lines come out.
+On a terminal, rich draws them below each other, and other output appears above them.
+Elsewhere (a pipe, a log, `TERM=dumb`) plain lines are printed.
 """
 
 import contextlib
@@ -29,19 +28,19 @@ from rich.progress import (
 )
 from rich.table import Column
 
-# Work that ends sooner than this shows nothing.
-PATIENCE_SECONDS = 2.0
-# Cells of the bar of a training run.
+# Shorter work shows no progress.
+DELAY_SECONDS = 2.0
+# Width of a training run's bar, in characters.
 BAR_WIDTH = 20
-# Control characters, which could move the cursor; new lines and tabs are harmless.
+# Control characters could move the cursor; newlines and tabs are harmless.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-# A type checker that runs does not take whole numbers for float.
+# The type checks in tests do not accept an int where a float is annotated.
 Number = float | int
 
 
 def format_count(value: Number) -> str:
-    """A count in four characters or so: 950, 41.2k, 3.1M, 120B; '-' if not finite."""
+    """Formats a count in about four characters: 950, 41.2k, 3.1M; '-' if not finite."""
     if not math.isfinite(value):
         return "-"
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -52,7 +51,7 @@ def format_count(value: Number) -> str:
 
 
 def format_seconds(seconds: Number) -> str:
-    """A span of time: 0:07, 3:12, 1:02:03, 2d 03h; '-' if not finite."""
+    """Formats a duration: 0:07, 3:12, 1:02:03, 2d 03h; '-' if not finite."""
     if not math.isfinite(seconds):
         return "-"
     whole = max(0, round(seconds))
@@ -65,7 +64,7 @@ def format_seconds(seconds: Number) -> str:
 
 
 def format_row(row: Mapping[str, Any], eta_s: Number | None = None) -> str:
-    """`loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% eta 3:12`
+    """Formats `loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% eta 3:12`.
 
     Args:
       row: a training row (`metrics.FIELDS`); fields that are missing or None are left
@@ -90,7 +89,7 @@ def format_row(row: Mapping[str, Any], eta_s: Number | None = None) -> str:
 
 @contextlib.contextmanager
 def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Shows the rate and the time left once the work has taken two seconds.
+    """Shows rate and remaining time, once the work has taken two seconds.
 
     Args:
       title: what is done and where the result goes.
@@ -99,7 +98,7 @@ def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]
     Yields:
       A function to call with the number of bytes done so far.
     """
-    with _after_patience(
+    with _delayed_display(
         title,
         total_bytes,
         TextColumn("{task.description}", markup=False),
@@ -113,12 +112,12 @@ def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]
 
 @contextlib.contextmanager
 def spinner(title: str) -> Iterator[Callable[[], None]]:
-    """Shows that work of unknown length goes on, and for how long.
+    """Shows that work of unknown length is running, and for how long.
 
     Yields:
       A function to call now and then; the spinner appears after two seconds.
     """
-    with _after_patience(
+    with _delayed_display(
         title,
         None,
         SpinnerColumn(),
@@ -129,7 +128,7 @@ def spinner(title: str) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _after_patience(
+def _delayed_display(
     title: str, total: int | None, *columns: ProgressColumn
 ) -> Iterator[Callable[..., None]]:
     bar = _display(_console(sys.stderr), *columns)
@@ -137,7 +136,7 @@ def _after_patience(
     began = time.monotonic()
 
     def update(**fields: Any) -> None:
-        if time.monotonic() - began > PATIENCE_SECONDS:
+        if time.monotonic() - began > DELAY_SECONDS:
             _start(bar)
         bar.update(task, **fields)
 
@@ -149,11 +148,11 @@ def _after_patience(
 
 
 class ProgressLine:
-    """Shows training rows as they come, on stderr.
+    """Shows training rows on stderr as they come.
 
-    On a terminal a bar and the figures of the last row are kept up to date in place.
-    Elsewhere plain lines come at most every `every_s` seconds, and the first and the
-    last in any case.
+    On a terminal, a bar and the figures of the last row are updated in place.
+    Elsewhere, plain lines are printed at most every `every_s` seconds; the first and
+    the last row are always printed.
     """
 
     def __init__(
@@ -164,13 +163,13 @@ class ProgressLine:
         every_s: Number = 10.0,
         clock: Callable[[], Number] = time.monotonic,
     ):
-        """Shows nothing yet.
+        """Prepares the display; nothing is shown yet.
 
         Args:
-          steps: of the whole run.
-          stream: where to; None is stderr.
+          steps: number of steps of the whole run.
+          stream: output stream; None is stderr.
           every_s: seconds between plain lines.
-          clock: gives seconds.
+          clock: returns the time in seconds.
         """
         self._steps = steps
         self._console = _console(sys.stderr if stream is None else stream)
@@ -182,7 +181,7 @@ class ProgressLine:
         self._pending: str | None = None
         self._bar = _display(
             self._console,
-            # On a narrow terminal the bar shrinks, and then the figures are cut.
+            # On a narrow terminal the bar shrinks first, then the figures are cut.
             TextColumn(
                 "{task.description}",
                 markup=False,
@@ -194,7 +193,7 @@ class ProgressLine:
         self._task = self._bar.add_task("", total=steps, figures="")
 
     def update(self, row: Mapping[str, Any]) -> None:
-        """Takes a training row (`metrics.FIELDS`) and shows it when it is time."""
+        """Takes a training row (`metrics.FIELDS`), and shows it if one is due."""
         now, step = self._clock(), row["step"]
         if self._first is None:
             self._first = (step, now)
@@ -206,14 +205,14 @@ class ProgressLine:
             )
             _start(self._bar)
             return
-        done = BAR_WIDTH * step // self._steps
-        bar = "#" * done + "-" * (BAR_WIDTH - done)
+        filled = BAR_WIDTH * step // self._steps
+        bar = "#" * filled + "-" * (BAR_WIDTH - filled)
         self._pending = f"{count} [{bar}] {figures}"
         if now - self._shown_at >= self._every_s or step >= self._steps:
             self._write_row(self._pending, now)
 
     def note(self, text: str) -> None:
-        """Prints text above the live line, without what could move the cursor."""
+        """Prints text above the live line, without control characters."""
         text = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
         if self._live:
             self._console.out(text, highlight=False)
@@ -221,7 +220,7 @@ class ProgressLine:
             self._write(text)
 
     def close(self) -> None:
-        """Shows the last row if it was held back, and ends the live line."""
+        """Shows the last row if it is still pending, and ends the live line."""
         if self._pending is not None:
             self._write_row(self._pending, self._clock())
         if self._bar.live.is_started:
@@ -233,7 +232,8 @@ class ProgressLine:
     def _time_left(
         self, step: int, now: Number, step_s: Number | None
     ) -> Number | None:
-        # Since the first row, so with evaluations and checkpoints, without compiling.
+        # Averaged since the first row: with evaluations and checkpoints, but without
+        # compilation.
         first_step, first_time = self._first or (step, now)
         if step > first_step:
             step_s = (now - first_time) / (step - first_step)
@@ -250,23 +250,24 @@ class ProgressLine:
 
 @functools.lru_cache(maxsize=1)
 def _console_of(stream: Any) -> Console:
-    # rich would take FORCE_COLOR for a terminal, and fill a log with cursor movements.
+    # With FORCE_COLOR, rich assumes a terminal, and fills a log with cursor movements.
     return Console(file=stream, force_terminal=None if stream.isatty() else False)
 
 
 def _console(stream: Any) -> Console:
-    """The one console of a stream: displays that share it are drawn together."""
-    # While something is drawn, sys.stderr is rich's own, which prints above it.
+    """Returns the one console of a stream, so that its displays are drawn together."""
+    # During a live display, sys.stderr is rich's own file, which prints above it.
     return _console_of(getattr(stream, "rich_proxied_file", stream))
 
 
 def _display(console: Console, *columns: ProgressColumn) -> Progress:
-    # What is printed to stdout goes above the live lines only if it is seen there.
+    # Redirect stdout above the live lines only if it goes to the same terminal.
     return Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty())
 
 
 def _start(bar: Progress) -> None:
     if not bar.live.is_started:
         bar.start()
-        # rich hides the cursor, and a second Ctrl-C ends the process there and then.
+        # rich hides the cursor, and a second Ctrl-C would end the process without
+        # showing it again.
         bar.console.show_cursor(True)

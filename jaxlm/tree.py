@@ -1,4 +1,4 @@
-"""Pure functions over trees of arrays. Those that select fail when nothing matches."""
+"""Pure functions over trees of arrays; selecting nothing is an error."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A JAX key path as `layers/attn/q`."""
+    """Returns a JAX key path as `layers/attn/q`."""
     names = []
     for key in path:
         for attribute in ("key", "name", "idx"):
@@ -24,13 +24,13 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path name, in the order of the tree."""
+    """Returns the leaves by path name, in the order of the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from leaves by path name: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
+    """Nests leaves by path name: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
     nested: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")
@@ -42,14 +42,14 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map` whose function gets each leaf's path name first."""
+    """`jax.tree.map` for a function that takes each leaf's path name first."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
     )
 
 
 def mask(tree: Any, patterns: Mapping[str, bool]) -> Any:
-    """A tree of booleans: for each leaf the value of the first pattern that matches.
+    """Returns for each leaf the boolean of the first pattern that matches its name.
 
     Args:
       tree: any tree.
@@ -73,7 +73,7 @@ def mask(tree: Any, patterns: Mapping[str, bool]) -> Any:
 
 
 def replace(tree: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """A copy of a nested dict with the leaf or subtree `name` replaced.
+    """Returns a copy of a nested dict with the leaf or subtree `name` replaced.
 
     Raises:
       ValueError: when `name` does not exist.
@@ -85,26 +85,26 @@ def replace(tree: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 
 def count(tree: Any) -> int:
-    """Numbers in all leaves (arrays or shapes)."""
+    """Number of elements in all leaves (arrays or shapes)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of all leaves (arrays or shapes)."""
+    """Number of bytes in all leaves (arrays or shapes)."""
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
 
 
 def cast_floating(tree: Any, dtype: Any) -> Any:
-    """Floating-point leaves in `dtype`, all others as they are."""
+    """Casts the floating-point leaves to `dtype` and keeps all others."""
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """Root of the sum of squares over all leaves, in f32."""
+    """Square root of the sum of squares over all leaves, in f32."""
     squares = [
         jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
     ]

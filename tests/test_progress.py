@@ -23,7 +23,7 @@ import sys, warnings
 sys.path.append("JAXLM")  # by itself it does not wait for jax
 import progress
 
-progress.PATIENCE_SECONDS = -1.0  # bars appear at once
+progress.DELAY_SECONDS = -1.0  # Bars appear at once.
 line = progress.ProgressLine(2000)
 line.note("run: 12 parameters [bold]")
 row = {"loss": 2.0, "lr": 1e-3, "tokens_per_s": 1000.0, "data_wait_s": 0.0, "step_s": 0.1}

@@ -1,4 +1,4 @@
-"""Tree functions select by path name and fail when they match nothing."""
+"""Tree functions select by path name, and fail when nothing matches."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ def test_mask_fails_when_something_matches_nothing():
         tree.mask(params(), {"embed|layers": True})
 
 
-def test_replace_copies_and_changes_one_place():
+def test_replace_copies_and_changes_one_leaf():
     before = params()
     after = tree.replace(before, "layers/attn/q", 1)
     assert after["layers"]["attn"]["q"] == 1
