@@ -95,7 +95,7 @@ def test_a_config_file_may_come_first(default_file, tmp_path):
         (["--train.steps"], r"--train.steps"),
         (["--train.steps", "-5"], r"train.steps is -5: it must be > 0"),
         (["--model.qk-norm", "heads"], r"'heads'.*--model.qk-norm.*'none', 'head'"),
-        (["--model.num-kv-heads", "3"], r"num_heads is 4, which model.num_kv_heads 3"),
+        (["--model.num-kv-heads", "3"], r"num_heads is 4: it must be a multiple of"),
         (["--data.sequence-length", "65"], r"sequence_length is 65, more than model.c"),
         (["--fresh", "extra"], r"unknown option 'extra'"),
     ],
@@ -142,7 +142,7 @@ def test_help_tells_every_flag_and_its_meaning(default_file, capsys):
     assert code == 0
     for flag in flag_names(read_config([], default_file)[0]):
         assert re.search(rf"{flag}(?![\w-])", out), flag
-    for text in ("A tiny run.", "Parts into which a batch is cut", "Transformer block"):
+    for text in ("A tiny run.", "Microbatches in a step", "Transformer block"):
         assert text in out
     assert f"defaults from {default_file}".replace(" ", "") in out.replace(" ", "")
 
