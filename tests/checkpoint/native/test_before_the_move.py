@@ -25,10 +25,9 @@ def test_it_loads_and_gives_the_same_logits():
     tokens = jnp.asarray([EXPECTED["tokens"]], jnp.int32)
     logits = forward(checkpoint.config, checkpoint.params(), tokens).logits[0]
     expected = np.asarray(EXPECTED["logits"], np.float32)
-    # Sums in another order differ in the last bits, also where they are near zero.
-    np.testing.assert_allclose(
-        logits, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max()
-    )
+    # Bit for bit with the jax that wrote them. Others add in another order, which moves
+    # sums over normalized states, of size one, by a few times 2**-23.
+    np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=2**-21)
     tokenizer = checkpoint.tokenizer()
     text = (FOLDER / "text.txt").read_text()
     assert tokenizer.vocab_size == len(set(text))
