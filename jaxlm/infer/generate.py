@@ -1,8 +1,8 @@
 """Generation: prefill the prompts, then decode in a `lax.scan` over a cache.
 
-Prompt lengths, cache lengths and chunks of decoding are rounded up to a few sizes, so
-that a prompt of another length runs the programs that are compiled already. The engine
-knows token ids only; text is the caller's.
+Prompt lengths, cache lengths and decoding steps are rounded up to a few sizes, so that
+a prompt of another length reuses compiled programs. The engine knows token ids only;
+text is left to the caller.
 """
 
 import time
@@ -22,7 +22,7 @@ from jaxlm.model.kv_cache import Cache, init_cache, unstack
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.sharding.rules import batch_parts, lay_out
+from jaxlm.sharding.rules import batch_parts, reshard
 from jaxlm.types import Params
 
 # Tokens decoded by one call of the compiled program. Between calls a stream prints its
@@ -40,7 +40,7 @@ class Generation:
     lengths: Int[np.ndarray, " B"]
     """Number of new tokens of each row, without the stop token."""
     logprobs: Float[np.ndarray, "B max_new_tokens"]
-    """Log-probability of each token under the model, f32; 0 after the end."""
+    """Log-probability of each token among the tokenizer's ids, f32; 0 after the end."""
     prefill_s: float
     """Seconds for the prompts, without compiling."""
     decode_s: float
@@ -100,8 +100,8 @@ def generate(
         the text; returning True ends the generation.
 
     Raises:
-      ValueError: for an empty prompt, an id outside the vocabulary, a prompt that with
-        its new tokens exceeds the context, or logits that are not finite.
+      ValueError: for an empty prompt, an id outside the vocabulary, a prompt that is too
+        long for the context with max_new_tokens, or logits that are not finite.
     """
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
     rows = _checked_rows(config, prompts, sample, num_tokens)
@@ -111,15 +111,15 @@ def generate(
     for row, prompt in zip(tokens, rows, strict=True):
         row[: len(prompt)] = prompt
     needed = int(lengths.max()) + sample.max_new_tokens
-    max_length = max(bucket(needed, config.context_length), width)
-    programs = _programs(config, max_length, _static(sample), num_tokens)
+    max_length = bucket(needed, config.context_length)
+    programs = _programs(config, max_length, _compile_key(sample), num_tokens)
 
     clock = _Clock(programs)
     state = programs.prefill(params, tokens, lengths)
     jax.block_until_ready(state.logits)
     prefill_s = clock.lap()
 
-    layers = programs.unstack(params)
+    layers = jax.block_until_ready(programs.unstack(params))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
     chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     clock.lap()
@@ -190,7 +190,7 @@ def _checked_rows(
     return rows + [rows[0]] * (-len(rows) % batch_parts())
 
 
-def _static(sample: SampleConfig) -> SampleConfig:
+def _compile_key(sample: SampleConfig) -> SampleConfig:
     """The config without the field that does not change the program."""
     return replace(sample, max_new_tokens=1)
 
@@ -253,7 +253,7 @@ def _programs(
     dtype = compute_dtype(config.dtype)
 
     def prefill(params, tokens, lengths) -> DecodeState:
-        tokens, lengths = lay_out(tokens, "BT"), lay_out(lengths, "B")
+        tokens, lengths = reshard(tokens, "BT"), reshard(lengths, "B")
         cache = init_cache(config, tokens.shape[0], max_length, dtype)
         # Padding does not make a row longer: some rotations depend on its length.
         index = jnp.arange(tokens.shape[1])
@@ -277,12 +277,12 @@ def _programs(
         )
 
     def decode(params, state: DecodeState, keys):
-        keys = lay_out(keys, "B")
+        keys = reshard(keys, "B")
 
         def one(state: DecodeState, _):
             keys_now = jax.vmap(lambda k: jax.random.fold_in(k, state.count))(keys)
             exists = jnp.arange(config.vocab_size) < num_tokens
-            logits = jnp.where(exists, lay_out(state.logits, "BT"), NEVER)
+            logits = jnp.where(exists, reshard(state.logits, "BT"), NEVER)
             token, logprob = draw(
                 logits,
                 keys_now,

@@ -6,9 +6,9 @@ from jaxtyping import Array, Float, Int, Key
 
 # The logit of a masked token. Finite, so that a fully masked row does not give NaN.
 NEVER = -1e30
-# Below this temperature logits / temperature overflows, and the largest logit has all
-# the probability anyway.
-GREEDY_BELOW = 1e-30
+# Below this temperature logits / temperature could fall below `NEVER`, and the largest
+# logit has all the probability anyway.
+GREEDY_BELOW = 1e-20
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
@@ -49,8 +49,8 @@ def draw(
       top_p: 1 keeps all.
 
     Returns:
-      Tokens (int32), and their log-probabilities (f32) under the unmodified model:
-      before temperature and filters.
+      Tokens (int32), and their log-probabilities (f32) under the given logits, before
+      temperature and filters.
     """
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     if temperature < GREEDY_BELOW:

@@ -1,4 +1,4 @@
-"""Which implementation of attention a model takes, known before it runs."""
+"""Tells which attention implementation a model will take, before it runs."""
 
 from jaxlm.config import ModelConfig
 from jaxlm.ops.attention.dispatch import Choice, choose
@@ -12,16 +12,16 @@ def attention_choices(
     num_queries: int,
     cache_length: int | None = None,
 ) -> dict[str, Choice]:
-    """The choice for each kind of layer (`global`, `local`), on the mesh in use.
+    """Returns the choice for each kind of layer (`global`, `local`) on the current mesh.
 
     Args:
       config: the model.
-      batch: rows.
-      num_queries: tokens of a row that are computed at once.
-      cache_length: tokens that the cache holds; None without one, as in training.
+      batch: number of rows.
+      num_queries: tokens computed at once in each row.
+      cache_length: capacity of the cache; None without one, as in training.
 
     Raises:
-      ValueError: when the implementation that the config names cannot do it.
+      ValueError: when the implementation named in the config declines.
     """
     cached = cache_length is not None
     choices = {}

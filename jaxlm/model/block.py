@@ -1,7 +1,8 @@
-"""One layer: `Block`, made of `Attention` and a feed-forward, with `Norm`.
+"""One layer: `Block`, which is attention and a feed-forward with their norms.
 
-Modules hold no state: parameters go in as a nested dict, values come out. Each weight
-is described in `params.py`, formulas are in `jaxlm/ops`, letters in `jaxlm/types.py`.
+Modules hold no state: parameters go in as a nested dict, values come out. `params.py`
+describes each weight, `jaxlm/ops` has the formulas, and `jaxlm/types.py` explains the
+letters of shapes.
 """
 
 import math
@@ -26,13 +27,13 @@ from jaxlm.ops.moe import mixture, route
 from jaxlm.ops.norm import normalize
 from jaxlm.ops.probe import Probe, Tap
 from jaxlm.ops.rope import rotate
-from jaxlm.sharding.rules import activation, lay_out
+from jaxlm.sharding.rules import reshard
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one call shares."""
+    """What all layers of one call share."""
 
     rotation: Rotation | None
     """cos and sin of global layers."""
@@ -40,7 +41,7 @@ class Context:
     """cos and sin of local layers."""
     segment_ids: Int[Array, "B T"] | None
     query_positions: Int[Array, "B T"] | None
-    """Positions of the tokens in the cache; None without a cache."""
+    """Index of each token in the cache; None without a cache."""
     lengths: Int[Array, " B"] | None
     """Tokens already in the cache."""
     taps: tuple[Tap, ...] = field(default=(), metadata={"static": True})
@@ -49,14 +50,14 @@ class Context:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ from layer to layer."""
+    """What may differ between layers."""
 
     local: bool
     rotary: bool
 
 
 def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
-    """The kinds of the layers in one period of the patterns."""
+    """Returns the kinds of the layers in one period of the layer patterns."""
     layers, rope = config.layer_pattern, config.rope_pattern
     period = math.lcm(len(layers), len(rope))
     return tuple(
@@ -78,31 +79,32 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array]]:
-        """The new residual stream, the new cache, and the tapped sites."""
+        """Returns the new residual stream, the new cache, and the tapped sites."""
         config, probe = self.config, Probe(context.taps)
-        post = config.norm_placement == "post"
-        before = config.norm_placement in ("pre", "both")
-        output = config.norm_placement in ("output", "both")
+        pre_norm = config.norm_placement in ("pre", "both")
+        output_norm = config.norm_placement in ("output", "both")
+        post_norm = config.norm_placement == "post"
 
-        def norm(name: str, x: Array, present: bool) -> Array:
-            return Norm(config, f"layers/{name}", name=name)(x) if present else x
+        def norm(name: str, x: Array) -> Array:
+            return Norm(config, f"layers/{name}", name=name)(x)
 
         x = probe("resid_pre", x)
-        h = probe("attn_in", norm("attn_norm", x, before))
+        h = probe("attn_in", norm("attn_norm", x) if pre_norm else x)
         h, cache = Attention(config, self.kind, name="attn")(h, context, cache, probe)
-        h = probe("attn_out_post", norm("attn_output_norm", h, output))
-        mid = norm("attn_norm", x + h, post)
+        h = probe("attn_out_post", norm("attn_output_norm", h) if output_norm else h)
+        mid = norm("attn_norm", x + h) if post_norm else x + h
+        # In a parallel block the feed-forward reads what attention read.
         if not config.parallel_block:
             x = mid = probe("resid_mid", mid)
 
-        h = probe("mlp_in", norm("mlp_norm", x, before))
+        h = probe("mlp_in", norm("mlp_norm", x) if pre_norm else x)
         if config.num_experts:
             h = MixtureOfExperts(config, name="moe")(h, probe)
         else:
             h = FeedForward(config, name="mlp")(h, probe)
-        h = probe("mlp_out_post", norm("mlp_output_norm", h, output))
-        x = probe("resid_post", norm("mlp_norm", mid + h, post))
-        return x, cache, probe.values
+        h = probe("mlp_out_post", norm("mlp_output_norm", h) if output_norm else h)
+        x = norm("mlp_norm", mid + h) if post_norm else mid + h
+        return probe("resid_post", x), cache, probe.values
 
 
 class Attention(nn.Module):
@@ -160,7 +162,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two or, when gated, three projections around a non-linearity."""
+    """Two projections, or three when gated, around a non-linearity."""
 
     config: ModelConfig
 
@@ -177,31 +179,31 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """A router that sends each token through some of many feed-forwards."""
+    """A router, and the feed-forwards it sends each token to."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], probe: Probe) -> Float[Array, "B T D"]:
         config = self.config
-        # In f32 whatever the compute dtype: near ties decide which experts run.
+        # Always in f32: rounding would change which of two close experts runs.
         x32 = x.astype(jnp.float32)
         logits = linear(
             self, "BTD,DE->BTE", x32, "layers/moe/router", precision="highest"
         )
         logits = probe("router_logits", logits)
-        chosen = route(logits, config.experts_per_token, config.router_normalize)
-        # D is whole on each device, as `mixture` wants it.
-        experts = {
-            weight.name: lay_out(param(self, path), weight.dimensions[1:])
+        routing = route(logits, config.experts_per_token, config.router_normalize)
+        # `mixture` needs the whole of D on each device.
+        matrices = {
+            weight.name: reshard(param(self, path), weight.dimensions[1:])
             for path, weight in weights(config).items()
             if "E" in weight.stacked
         }
-        return probe("mlp_out", mixture(x, *chosen, experts, config.activation))
+        return probe("mlp_out", mixture(x, *routing, matrices, config.activation))
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, with the weights in `folder`."""
+    """RMSNorm or LayerNorm over the last axis; its weights are below `folder`."""
 
     config: ModelConfig
     folder: str
@@ -223,7 +225,7 @@ def linear(
     path: str,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "..."]:
-    """The einsum of x and the weight `path`, plus its bias where the model has one."""
+    """Multiplies x by the weight `path`, and adds its bias where the model has one."""
     out = activation(equation.partition("->")[2])
     y = einsum(equation, x, param(module, path), out, precision=precision)
     if f"{path}_bias" in weights(module.config):
@@ -234,10 +236,10 @@ def linear(
 def attention_spec(
     config: ModelConfig, kind: LayerKind, context: Context, sinks: Array | None
 ) -> AttentionSpec:
-    """What attention computes in a layer of this kind."""
+    """Returns what attention computes in a layer of this kind."""
     return AttentionSpec(
         config.attention_scale or config.head_dim**-0.5,
-        # Keys in the cache beyond the query are hidden by the causal mask.
+        # The causal mask also hides the part of the cache that is still empty.
         Mask(
             window=config.window if kind.local else None,
             query_positions=context.query_positions,

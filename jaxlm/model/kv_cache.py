@@ -9,36 +9,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.sharding.rules import activation
+from jaxlm.sharding.rules import activation_spec
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys, as the scores see them, and values of one layer (or of stacked layers)."""
+    """Keys (after RoPE) and values of one layer, or of stacked layers."""
 
     # `Any`: see `jaxlm/types.py` on leaves.
     keys: Any
     """[B, S, K, H], or stacked [L, B, S, K, H]; any float dtype."""
     values: Any
-    """As the keys."""
+    """Same shape as the keys."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """What decoding remembers of the tokens so far."""
+    """Keys and values of the tokens so far."""
 
     layers: LayerCache | tuple[LayerCache, ...]
-    """Stacked over layers, or one for each: in the manner of the parameters."""
+    """Stacked over layers, or one per layer, matching the layout of the parameters."""
     lengths: Any
-    """[B] int32: tokens of each row that are in the cache; the next one goes there."""
+    """[B] int32: tokens in the cache, also the index where the next one is written."""
 
 
 def init_cache(
     config: ModelConfig, batch_size: int, max_length: int, dtype: Any
 ) -> Cache:
-    """An empty cache, stacked over layers: [L, B, max_length, K, H] in `dtype`.
+    """Makes an empty cache, stacked over layers: [L, B, max_length, K, H] in `dtype`.
 
     Raises:
       ValueError: when `max_length` is more than the model's context.
@@ -50,12 +50,12 @@ def init_cache(
         )
     shape = (config.num_layers, batch_size, max_length)
     shape += (config.num_kv_heads, config.head_dim)
-    partition = activation("LBSKH")
+    partition = activation_spec("LBSKH")
 
     def zeros() -> Float[Array, "L B S K H"]:
         return jnp.zeros(shape, dtype, out_sharding=partition)
 
-    lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation("B"))
+    lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation_spec("B"))
     return Cache(layers=LayerCache(zeros(), zeros()), lengths=lengths)
 
 
@@ -65,7 +65,7 @@ def append(
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
 ) -> LayerCache:
-    """The cache of one layer with T more tokens in each row, from `lengths` on."""
+    """Returns one layer's cache with T more tokens in each row, starting at `lengths`."""
 
     def write(old: Array, new: Array, start: Int[Array, ""]) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(
@@ -79,5 +79,5 @@ def append(
 
 
 def unstack(tree: Any, num_layers: int) -> tuple[Any, ...]:
-    """Stacked layers (parameters or cache) as one tree for each layer."""
+    """Splits stacked layers (parameters or cache) into one tree per layer."""
     return tuple(jax.tree.map(itemgetter(i), tree) for i in range(num_layers))

@@ -1,9 +1,8 @@
-"""Running the blocks: scanned over groups of layers, or in a loop.
+"""Runs the blocks: in a scan over groups of layers, or in a loop.
 
-Stacked parameters `[L, ...]` are scanned, so that a program compiles in the time of one
-group of layers. A group is one period of the layer patterns; layers that fill no whole
-group (Gemma 3 1B has 26, in groups of 6) follow in a loop. A tuple of layers, as
-decoding uses, runs in a loop as a whole.
+Stacked parameters `[L, ...]` are scanned, so compile time is that of one group. A
+group is one period of the layer patterns; layers left over (Gemma 3 1B has 26 layers
+and groups of 6) follow in a loop. A tuple of layers, as decoding uses, runs in a loop throughout.
 """
 
 from collections.abc import Callable
@@ -17,20 +16,19 @@ from jaxtyping import Array, Float
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, LayerKind, layer_kinds
 from jaxlm.model.kv_cache import LayerCache
-from jaxlm.model.params import apply
 from jaxlm.ops.probe import Recorder
 from jaxlm.types import Params
 
 Caches = LayerCache | tuple[LayerCache, ...] | None
 
 
-def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Saves everything but the layer's slice of the stacked weights."""
+def _all_but_weight_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Saves everything except a layer's slice of the stacked weights."""
     return primitive.name not in ("dynamic_slice", "squeeze")
 
 
 REMAT_POLICIES = {
-    "none": _all_but_weights,
+    "none": _all_but_weight_slices,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
 }
@@ -44,19 +42,21 @@ def run_layers(
     caches: Caches,
     recorder: Recorder,
 ) -> tuple[Float[Array, "B T D"], Caches, Recorder]:
-    """All blocks.
+    """Runs all blocks.
 
     Args:
-      layers, caches: both stacked, or both a tuple with one entry for each layer.
+      layers, caches: both stacked, or both a tuple with one entry per layer. Caches may
+        be None.
 
     Returns:
       The residual stream, the new caches, and the recorder with the tapped values.
     """
-    blocks = [_block(config, kind) for kind in layer_kinds(config)]
-    period, depth = len(blocks), config.num_layers
     stacked = not isinstance(layers, tuple)
+    blocks = [_block(config, kind, stacked) for kind in layer_kinds(config)]
+    period, depth = len(blocks), config.num_layers
 
     def group(carry, first, size):
+        """Runs `size` layers from number `first` on, which is traced in a scan."""
         for i in range(size):
             x, caches, recorder = carry
             number = first + i
@@ -77,26 +77,26 @@ def run_layers(
     return carry
 
 
-def _block(config: ModelConfig, kind: LayerKind) -> Callable[..., Any]:
-    """`(layers, number, x, context, cache) -> (x, cache, tapped values)`, with remat.
+def _block(config: ModelConfig, kind: LayerKind, scanned: bool) -> Callable[..., Any]:
+    """Returns `(layers, number, x, context, cache) -> (x, cache, tapped values)`.
 
-    `layers` is stacked, or, without a number, one layer. Its weights are cut out of the
-    stack inside, so that the backward pass cuts them out again and keeps no copy.
+    `layers` is the stack, or one layer when `number` is None. The layer is sliced out
+    of the stack inside the checkpoint, so the backward pass slices it again and keeps
+    no copy of the weights.
     """
-    module = Block(config, kind, parent=None)
+    apply: Callable[..., Any] = Block(config, kind, parent=None).apply
 
     def block(layers, number, x, context, cache):
         params = layers if number is None else _take(layers, number)
-        return apply(module, params, x, context, cache)
+        return apply({"params": params}, x, context, cache)
 
-    # A scan cannot merge the two computations of a block, so nothing needs to keep the
-    # compiler from it.
+    # Inside a scan XLA cannot merge the recomputation with the original.
     policy = REMAT_POLICIES[config.remat]
-    return jax.checkpoint(block, policy=policy, prevent_cse=False)
+    return jax.checkpoint(block, policy=policy, prevent_cse=not scanned)
 
 
 def _take(layers: Any, number: Any) -> Any:
-    """One layer of a stacked tree, or of a tuple of layers."""
+    """Returns one layer of a stacked tree or of a tuple; None for no tree."""
     if isinstance(layers, tuple):
         return layers[number]
     return jax.tree.map(
@@ -105,7 +105,7 @@ def _take(layers: Any, number: Any) -> Any:
 
 
 def _put(layers: Any, number: Any, new: Any) -> Any:
-    """`layers` with one layer replaced."""
+    """Returns the stacked tree or the tuple with one layer replaced."""
     if isinstance(layers, tuple):
         return (*layers[:number], new, *layers[number + 1 :])
     return jax.tree.map(

@@ -26,24 +26,24 @@ Initializer = Callable[..., Array]
 
 
 class Role(Enum):
-    """What a weight does, which decides how it is trained, cast and counted."""
+    """What a weight does: decides how it is trained, cast and counted."""
 
     EMBEDDING = "embedding"
-    """Rows that are looked up (and, when tied, the output head)."""
+    """A table of rows to look up (and the output head, when tied)."""
     MATRIX = "matrix"
     """A projection inside a layer."""
     ROUTER = "router"
-    """The projection that chooses experts; used in f32 whatever the compute dtype."""
+    """The projection that chooses experts; always used in f32."""
     HEAD = "head"
     """The output head."""
     NORM = "norm"
     """Gain or bias of a norm."""
     BIAS = "bias"
-    """Added to a projection, or a logit of an attention sink."""
+    """Added to a projection, or the logit of an attention sink."""
 
     @property
     def multiplies(self) -> bool:
-        """Whether each token is multiplied by it: such weights decay."""
+        """True for matmul weights, which get weight decay."""
         return self in (Role.MATRIX, Role.ROUTER, Role.HEAD)
 
 
@@ -76,7 +76,7 @@ ROUTER_BIAS = Condition("`router_bias`", lambda c: c.router_bias)
 SINKS = Condition("`attention_sinks`", lambda c: c.attention_sinks)
 HEAD_NORM = Condition('`qk_norm="head"`', lambda c: c.qk_norm == "head")
 FULL_NORM = Condition('`qk_norm="full"`', lambda c: c.qk_norm == "full")
-INPUT_NORM = Condition(
+MAIN_NORM = Condition(
     "`norm_placement` pre, post, both", lambda c: c.norm_placement != "output"
 )
 OUTPUT_NORM = Condition(
@@ -95,7 +95,7 @@ def _projection(config: ModelConfig, fan_in: int) -> Initializer:
 
 
 def _residual(config: ModelConfig, fan_in: int) -> Initializer:
-    """Of a projection that adds to the residual stream (GPT-2, section 2.3)."""
+    """For projections that add to the residual stream (GPT-2, section 2.3)."""
     std = _std(config, fan_in) / math.sqrt(2 * config.num_layers)
     return nn.initializers.normal(std)
 
@@ -123,13 +123,13 @@ class Weight:
     """One entry of the table."""
 
     path: str
-    """In the tree of parameters; below `layers` all layers are stacked."""
+    """Path in the tree of parameters; everything below `layers` is stacked."""
     letters: str
-    """Dimensions in the letters of `types.py`; `inputs -> outputs` for a weight that
-    multiplies. `E:` in front: one for each expert."""
+    """Dimensions of one layer's weight, in the letters of `types.py`; a matmul weight
+    has `inputs -> outputs`. A leading `E:` means one per expert."""
     role: Role
     init: Callable[[ModelConfig, int], Initializer]
-    """From the config and the fan-in to an initializer of the values."""
+    """Returns the initializer, given the config and the fan-in."""
     present: Condition
 
     @property
@@ -139,7 +139,7 @@ class Weight:
 
     @property
     def stacked(self) -> str:
-        """Letters of the dimensions along which weights of their own lie."""
+        """Leading letters that stack independent weights (layers, experts)."""
         layer = "L" if self.path.startswith("layers/") else ""
         return layer + ("E" if ":" in self.letters else "")
 
@@ -149,12 +149,12 @@ class Weight:
 
     @property
     def dimensions(self) -> str:
-        """All letters, e.g. `LDNH`."""
+        """Letters of the stacked array, e.g. `LDNH`."""
         return self.stacked + self._own.replace("->", "")
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        """Logical axis of each dimension; the width of vectors is never cut."""
+        """Logical axis of each dimension; vectors are not sharded along D."""
         axes = rules.logical_axes(self.dimensions)
         if "->" in self.letters or self.role is Role.EMBEDDING:
             return axes
@@ -162,7 +162,7 @@ class Weight:
 
     @property
     def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Positions of the inputs and of the outputs among the dimensions."""
+        """Dimension numbers of a matmul weight's inputs and of its outputs."""
         inputs, arrow, outputs = self._own.partition("->")
         assert arrow, f"{self.path} multiplies nothing"
         first = len(self.stacked)
@@ -170,18 +170,18 @@ class Weight:
         return tuple(range(first, middle)), tuple(range(middle, end))
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Of the stacked array."""
+        """Returns the shape of the stacked array."""
         return tuple(sizes(config)[letter] for letter in self.dimensions)
 
     def initializer(self, config: ModelConfig) -> Initializer:
-        """Of the values: `(key, shape) -> array`, f32."""
+        """Returns `(key, shape) -> array`, f32."""
         shape = self.shape(config)
         inputs = self.matrix_axes[0] if "->" in self.letters else ()
         return self.init(config, math.prod(shape[axis] for axis in inputs))
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """Size of each letter that parameters have; C is the context length."""
+    """Returns the size of each letter that occurs in the table."""
     return {
         "V": config.vocab_size,
         "C": config.context_length,
@@ -210,14 +210,14 @@ def _with_bias(
     present: Condition,
     has_bias: Condition,
 ) -> tuple[Weight, Weight]:
-    """A projection of a layer and its bias."""
+    """Describes a projection inside a layer, and its bias."""
     return (
         Weight(path, letters, Role.MATRIX, init, present),
         Weight(f"{path}_bias", bias, Role.BIAS, _zeros, present & has_bias),
     )
 
 
-# Random values depend on the order within a folder: new entries go to its end.
+# Initial values depend on the order within a folder, so add new entries at its end.
 WEIGHTS: tuple[Weight, ...] = (
     Weight("embed/table", "V D", Role.EMBEDDING, _embedding, ALWAYS),
     Weight("embed/positions", "C D", Role.EMBEDDING, _embedding, LEARNED),
@@ -240,9 +240,9 @@ WEIGHTS: tuple[Weight, ...] = (
     ),
     *_with_bias("layers/moe/up", "E: D -> F", "E: F", _projection, EXPERTS, MLP_BIAS),
     *_with_bias("layers/moe/down", "E: F -> D", "E: D", _residual, EXPERTS, MLP_BIAS),
-    *_norm("layers/attn_norm", "D", INPUT_NORM),
+    *_norm("layers/attn_norm", "D", MAIN_NORM),
     *_norm("layers/attn_output_norm", "D", OUTPUT_NORM),
-    *_norm("layers/mlp_norm", "D", INPUT_NORM),
+    *_norm("layers/mlp_norm", "D", MAIN_NORM),
     *_norm("layers/mlp_output_norm", "D", OUTPUT_NORM),
     *_norm("final_norm", "D", FINAL_NORM),
     Weight("lm_head/kernel", "D -> V", Role.HEAD, _head, UNTIED),
@@ -252,15 +252,15 @@ _BY_PATH_AND_RANK = {(w.path, len(w.dimensions)): w for w in WEIGHTS}
 
 @lru_cache
 def weights(config: ModelConfig) -> dict[str, Weight]:
-    """The weights of a model, by path."""
+    """Returns the weights of a model, by path."""
     return {w.path: w for w in WEIGHTS if w.present.holds(config)}
 
 
 def weight_of(path: str, leaf: Any) -> Weight:
-    """The entry of a leaf of a parameter tree (an array or a shape).
+    """Returns the entry for a leaf of a parameter tree (an array or a shape).
 
     Raises:
-      ValueError: when no weight of that path has that rank.
+      ValueError: when no weight has that path and rank.
     """
     rank = len(leaf.shape)
     if (path, rank) not in _BY_PATH_AND_RANK:
@@ -272,25 +272,19 @@ def weight_of(path: str, leaf: Any) -> Weight:
 
 
 def param(module: nn.Module, path: str) -> Array:
-    """The weight `path` of one layer, or outside the layers, declared in a module.
+    """Declares the weight `path` in a module; below `layers`, that of one layer.
 
     Args:
-      module: has a `config`, and the place in the tree that the path says.
+      module: has a `config`, and sits where `path` says in the tree.
     """
-    weight = weights(module.config)[path]
-    config, layers = module.config, weight.stacked.count("L")
-    return module.param(
-        weight.name, weight.initializer(config), weight.shape(config)[layers:]
-    )
-
-
-def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
-    """The result of a module with these parameters: all that a module here gives."""
-    return module.apply({"params": params}, *arguments)
+    config, weight = module.config, weights(module.config)[path]
+    assert path.endswith("/".join((*module.path, weight.name))), (path, module.path)
+    one_layer = weight.shape(config)[weight.stacked.count("L") :]
+    return module.param(weight.name, weight.initializer(config), one_layer)
 
 
 def init(config: ModelConfig, key: Key[Array, ""]) -> Params:
-    """Random parameters, f32, stacked over layers. Jit it to make them sharded.
+    """Makes random parameters, f32, stacked over layers. Jit it to shard them.
 
     Raises:
       ValueError: when the vocabulary size is not set.
@@ -301,7 +295,7 @@ def init(config: ModelConfig, key: Key[Array, ""]) -> Params:
 
 
 class _Parameters(nn.Module):
-    """Declares all weights below a folder of the tree, in the order of the table."""
+    """Declares the weights below a folder of the tree, in the order of the table."""
 
     config: ModelConfig
     folder: str
@@ -321,17 +315,17 @@ class _Parameters(nn.Module):
 
 
 def _init_layers(key: Key[Array, ""], config: ModelConfig) -> Params:
-    """All layers, stacked: [L, ...]. All kinds of layers have the same shapes."""
+    """Makes all layers, stacked [L, ...]; layers of all kinds have the same shapes."""
     layer = _Parameters(config, "layers/", parent=None)
     keys = jax.random.split(key, config.num_layers)
     return jax.vmap(lambda key: layer.init(key)["params"])(keys)
 
 
 def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """A tree of `NamedSharding` for stacked parameters (arrays or shapes).
+    """Returns a tree of `NamedSharding` for stacked parameters (arrays or shapes).
 
     Raises:
-      ValueError: when the table has no such weight, or a mesh axis does not divide it.
+      ValueError: when a weight is not in the table, or a mesh axis does not divide it.
     """
 
     def sharding(path: str, leaf: Any):
@@ -341,23 +335,26 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def cast_matrices(params: Any, dtype: Any) -> Any:
-    """Stacked parameters, with those in `dtype` that enter the model rounded to it.
+    """Casts to `dtype` the weights that the model would cast before use.
 
-    Norms, routers, biases and sinks, which are used in f32, stay as they are.
+    Norms, routers, biases and sinks are used in f32 and stay as they are.
+
+    Args:
+      params: stacked.
     """
-    rounded = (Role.EMBEDDING, Role.MATRIX, Role.HEAD)
+    cast = (Role.EMBEDDING, Role.MATRIX, Role.HEAD)
     return tree.map_with_name(
-        lambda path, x: x.astype(dtype) if weight_of(path, x).role in rounded else x,
+        lambda path, x: x.astype(dtype) if weight_of(path, x).role in cast else x,
         params,
     )
 
 
 def matrix_params(config: ModelConfig) -> int:
-    """Parameters that take part in a matrix product for each token.
+    """Counts the parameters that take part in a matmul for each token.
 
-    Counts the projections of attention and feed-forward and the output head (also when
-    it is the embedding table), not the embedding lookup, norms or biases; of a mixture
-    of experts the router and the experts that a token goes through.
+    These are the projections of attention and feed-forward and the output head (also
+    when tied), without the embedding lookup, norms and biases. Of a mixture of experts
+    they are the router and the experts that a token goes through.
 
     Raises:
       ValueError: when model.vocab_size is not set.

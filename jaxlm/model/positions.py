@@ -1,4 +1,4 @@
-"""From the position fields of a `ModelConfig` to rotations."""
+"""Rotary angles for the position fields of a `ModelConfig`."""
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -12,7 +12,7 @@ Rotation = tuple[Float[Array, "B T P"], Float[Array, "B T P"]]
 def rotations(
     config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Rotation | None, Rotation | None]:
-    """cos and sin for global and for local layers; None, None without RoPE."""
+    """Returns cos and sin for global and for local layers; None, None without RoPE."""
     if config.position != "rope":
         return None, None
     rotation = rope.rotation(positions, *_frequencies(config, positions))
@@ -25,7 +25,7 @@ def rotations(
 def _frequencies(
     config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[np.ndarray, " P"] | Float[Array, "B P"], float]:
-    """Frequencies of global layers and the factor of their cos and sin."""
+    """Returns the frequencies of global layers, and a factor for cos and sin."""
     dim, theta, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling
     base = rope.frequencies(dim, theta)
     if scaling is None:
@@ -41,19 +41,24 @@ def _frequencies(
         )
         return stretched, 1.0
     if scaling.kind == "yarn":
-        names = ("beta_fast", "beta_slow", "truncate")
-        ramp = {name: getattr(scaling, name) for name in names}
         stretched = rope.yarn_frequencies(
-            dim, theta, factor=factor, original=original, **ramp
+            dim,
+            theta,
+            factor=factor,
+            original=original,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            truncate=scaling.truncate,
         )
         return stretched, scaling.attention_factor or rope.yarn_attention_factor(factor)
-    # The other two depend on how long each row has become.
+    # Dynamic and LongRoPE depend on the current length of each row.
     length = positions.max(axis=1) + 1
     if scaling.kind == "dynamic":
         stretched = rope.dynamic_frequencies(
             dim, theta, factor=factor, original=original, length=length
         )
         return stretched, 1.0
+    assert scaling.kind == "longrope", scaling.kind
     stretched = rope.longrope_frequencies(
         base,
         scaling.short_factors,

@@ -1,7 +1,13 @@
-"""From taps to a trace: what is read on the way, what is computed after the pass."""
+"""From taps to a trace: sites recorded in the pass, and sites derived after it.
+
+A derived site (scores, probabilities, single heads, divisors of norms, chosen experts)
+is computed from recorded ones, for the tapped layers only. The table of sites is in
+`ops/probe.py`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +23,12 @@ from jaxlm.ops.linear import einsum
 from jaxlm.ops.moe import route
 from jaxlm.ops.norm import divisor
 from jaxlm.ops.probe import SITES, Tap
-from jaxlm.sharding.rules import activation
+from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params, Trace
 
 
 def absent_sites(config: ModelConfig) -> frozenset[str]:
-    """Sites that this model does not have."""
+    """Returns the sites that this model does not have."""
     absent = set()
     if config.num_experts:
         absent |= {"mlp_pre", "mlp_up", "mlp_act"}
@@ -44,7 +50,7 @@ def absent_sites(config: ModelConfig) -> frozenset[str]:
 
 
 def sources(config: ModelConfig, site: str) -> tuple[str, ...]:
-    """The sites on the way that a site is computed from; itself when it is one."""
+    """Returns the recorded sites that `site` is computed from (itself if recorded)."""
     if not SITES[site].derived:
         return (site,)
     if site in ("attn_norm_div", "mlp_norm_div"):
@@ -60,7 +66,7 @@ def sources(config: ModelConfig, site: str) -> tuple[str, ...]:
 
 
 def _norm_inputs(config: ModelConfig, site: str) -> tuple[str, ...]:
-    """The sites whose sum a norm of the block takes in."""
+    """Returns the recorded sites whose sum is the input of a norm of the block."""
     mid = "resid_pre" if config.parallel_block else "resid_mid"
     if config.norm_placement != "post":
         return ("resid_pre",) if site == "attn_norm_div" else (mid,)
@@ -69,15 +75,15 @@ def _norm_inputs(config: ModelConfig, site: str) -> tuple[str, ...]:
     return (mid, "mlp_out_post")
 
 
-def taps_on_the_way(config: ModelConfig, taps: Sequence[Tap]) -> tuple[Tap, ...]:
-    """The taps inside the layers that a trace is made from, one for each site."""
+def recorded_taps(config: ModelConfig, taps: Sequence[Tap]) -> tuple[Tap, ...]:
+    """Returns the sites inside the layers to record for these taps, each once."""
     chosen: dict[str, dict[int, None]] = {}
     for tap in taps:
         layers = tap.layers or range(config.num_layers)
-        if SITES[tap.site].outside:
+        if SITES[tap.site].outside_layers:
             layers = (config.num_layers - 1,)
         for source in sources(config, tap.site):
-            if not SITES[source].outside:
+            if not SITES[source].outside_layers:
                 chosen.setdefault(source, {}).update(dict.fromkeys(layers))
     every = set(range(config.num_layers))
     return tuple(
@@ -90,35 +96,35 @@ def complete(
     config: ModelConfig,
     params: Params,
     taps: Sequence[Tap],
-    found: Mapping[str, Array],
+    recorded: Mapping[str, Array],
     context: Context,
     caches: Caches,
 ) -> Trace:
-    """The trace of all taps.
+    """Returns the trace of all taps.
 
     Args:
-      found: what was read on the way; `context.taps` says of which layers.
+      recorded: recorded sites; `context.taps` has the layers of each.
       caches: of all layers, after the pass; None without a cache.
     """
-    read = {tap.site: tap.layers for tap in context.taps}
-    everything = tuple(range(config.num_layers))
+    every_layer = tuple(range(config.num_layers))
+    layers_of = {tap.site: tap.layers or every_layer for tap in context.taps}
 
     def at(site: str, layers: Sequence[int]) -> Array:
-        """A site of the layers that are asked for, in that order."""
-        have = read[site] or everything
-        if tuple(layers) == have:
-            return found[site]
-        return found[site][jnp.array([have.index(layer) for layer in layers])]
+        """Returns a recorded site at these layers, in this order."""
+        available = layers_of[site]
+        if tuple(layers) == available:
+            return recorded[site]
+        return recorded[site][jnp.array([available.index(n) for n in layers])]
 
     trace = {}
     for tap in taps:
-        layers, site = tap.layers or everything, SITES[tap.site]
-        if site.derived:
-            trace[tap.site] = _derive(
-                config, params, tap.site, layers, at, context, caches
-            )
+        site, layers = tap.site, tap.layers or every_layer
+        if SITES[site].derived:
+            trace[site] = _derive(config, params, site, layers, at, context, caches)
+        elif SITES[site].outside_layers:
+            trace[site] = recorded[site]
         else:
-            trace[tap.site] = found[tap.site] if site.outside else at(tap.site, layers)
+            trace[site] = at(site, layers)
     return trace
 
 
@@ -136,7 +142,7 @@ def _derive(
         return divisor(last, config.norm_epsilon, config.norm)
     values = [at(source, layers) for source in sources(config, site)]
     if site in ("attn_norm_div", "mlp_norm_div"):
-        return divisor(sum(values[1:], values[0]), config.norm_epsilon, config.norm)
+        return divisor(reduce(add, values), config.norm_epsilon, config.norm)
     if site in ("expert_ids", "expert_weights"):
         weights, ids = route(
             values[0], config.experts_per_token, config.router_normalize
@@ -146,11 +152,11 @@ def _derive(
         return _head_out(values[0], _of_layers(params["layers"], layers, "attn", "o"))
     if caches is not None:
         values[1] = _of_layers(caches, layers, "keys").astype(values[1].dtype)
-    return _inside_softmax(config, layers, values, context)
+    return _scores_or_probs(config, layers, values, context)
 
 
 def _of_layers(stack, layers: Sequence[int], *path: str) -> Array:
-    """One array of the layers that are asked for, from stacked or separate layers."""
+    """Returns one array of these layers, from stacked or separate layers."""
 
     def leaf(tree):
         for name in path:
@@ -163,21 +169,21 @@ def _of_layers(stack, layers: Sequence[int], *path: str) -> Array:
 
 
 def _head_out(z: Array, w: Array) -> Array:
-    """[L B T N H] and [L N H D] to [L B T N D], in z's dtype."""
-    # XLA:CPU has no bf16 product of this form: f32, of the rounded numbers.
+    """Projects each head by itself: [L B T N H], [L N H D] -> [L B T N D]."""
+    # XLA:CPU has no bf16 kernel for this einsum, so it runs in f32 on rounded values.
     z32, w32 = (x.astype(z.dtype).astype(jnp.float32) for x in (z, w))
-    out = activation("BTND")
+    out = activation_spec("BTND")
     one = partial(einsum, "BTNH,NHD->BTND", out_sharding=out)
     return jax.lax.map(lambda zw: one(*zw), (z32, w32)).astype(z.dtype)
 
 
-def _inside_softmax(
+def _scores_or_probs(
     config: ModelConfig,
     layers: Sequence[int],
     values: Sequence[Array],
     context: Context,
 ) -> Array:
-    """Scores by the definition, or probabilities by the log-sum-exp of what ran."""
+    """Returns scores, or probabilities when the log-sum-exp is among the values."""
     kinds = layer_kinds(config)
 
     def of_kind(kind: LayerKind, q: Array, k: Array, lse: Array | None = None) -> Array:

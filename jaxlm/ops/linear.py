@@ -52,11 +52,12 @@ def einsum(
     the parameter stays in the parameter's dtype.
 
     Args:
-      equation: with an output; each letter of x is in w or in the output.
+      equation: with an explicit output; each letter of x is in w or in the output, and
+        each letter of w in x or in the output.
       out_sharding: layout of the result where the mesh makes it ambiguous.
       out_dtype: dtype of the result; None is x's.
-      precision: of f32 products on accelerators, which else multiply them in fewer
-        bits; forward and backward.
+      precision: of f32 inputs on accelerators, which otherwise use fewer bits; forward
+        and backward.
     """
     y = jnp.einsum(
         equation,

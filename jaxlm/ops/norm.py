@@ -8,21 +8,21 @@ from jaxtyping import Array, Float
 
 
 def divisor(x: Float[Array, "*B D"], epsilon: float, kind: str) -> Float[Array, "*B 1"]:
-    """What `normalize` divides by: `sqrt(mean(x^2) + epsilon)`, f32.
+    """Returns what `normalize` divides by, f32: `sqrt(mean(x^2) + epsilon)`.
 
-    Of `layer` the root of variance + epsilon.
+    For `layer`: `sqrt(variance + epsilon)`.
     """
-    return 1.0 / _inverse(_centered(x, kind), epsilon)
+    return 1.0 / _inverse_rms(_to_f32(x, kind), epsilon)
 
 
-def _centered(x: Float[Array, "*B D"], kind: str) -> Float[Array, "*B D"]:
+def _to_f32(x: Float[Array, "*B D"], kind: str) -> Float[Array, "*B D"]:
     x32 = x.astype(jnp.float32)
     if kind == "layer":
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     return x32
 
 
-def _inverse(x32: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B 1"]:
+def _inverse_rms(x32: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B 1"]:
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return jax.lax.rsqrt(mean_square + epsilon)
 
@@ -56,9 +56,9 @@ def _factor(scale, kind: str) -> Float[Array, " D"]:
 
 
 def _normalize_forward(x, scale, bias, epsilon, kind):
-    x32 = _centered(x, kind)
-    inverse = _inverse(x32, epsilon)
-    # The barrier keeps XLA:CPU from computing it again at each use.
+    x32 = _to_f32(x, kind)
+    inverse = _inverse_rms(x32, epsilon)
+    # The barrier stops XLA:CPU from recomputing it at each use.
     unit = jax.lax.optimization_barrier((x32 * inverse).astype(x.dtype))
     y = unit.astype(jnp.float32) * _factor(scale, kind)
     if bias is not None:

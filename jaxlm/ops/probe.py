@@ -1,9 +1,9 @@
 """Named sites of the forward pass, and how their values are read.
 
-The model calls `probe(site, x)` and goes on with what comes back. Where nothing is
-tapped that is `x` itself, so the compiled program is the same as without the call.
-A block's `Probe` collects what is tapped in one layer, and a `Recorder` keeps it, one
-slot for each layer that was chosen. Derived sites are computed after the pass.
+The model calls `probe(site, x)` and continues with the result. When nothing is tapped
+that is `x` itself, so the compiled program is the same as without the call. A `Probe`
+collects the tapped sites of one layer; a `Recorder` keeps them, in one slot per tapped
+layer. Derived sites are computed after the pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,20 +25,20 @@ class Site:
     """A named value of the forward pass."""
 
     shape: str
-    """Of one layer's value, in the letters of `types.py`; k is experts of a token."""
+    """Shape of one layer's value, in the letters of `types.py`."""
     description: str
-    outside: bool = False
-    """It lies outside the layers."""
+    outside_layers: bool = False
+    """Whether it lies outside the layers."""
     derived: bool = False
-    """Computed after the pass from other sites."""
+    """Whether it is computed from other sites after the pass."""
     float32: bool = False
-    """Read in float32 on the way; other sites of a layer have the compute dtype."""
+    """Whether a recorded site is float32; others have the compute dtype."""
 
 
 SITES: dict[str, Site] = {
-    "tokens": Site("B T", "token ids, int32", outside=True),
-    "embed": Site("B T D", "token embeddings, scaled", outside=True),
-    "pos_embed": Site("B T D", "learned or sinusoidal positions", outside=True),
+    "tokens": Site("B T", "token ids, int32", outside_layers=True),
+    "embed": Site("B T D", "token embeddings, scaled", outside_layers=True),
+    "pos_embed": Site("B T D", "learned or sinusoidal positions", outside_layers=True),
     "resid_pre": Site("B T D", "residual stream that enters the block"),
     "attn_norm_div": Site("B T 1", "divisor of the norm of attention", derived=True),
     "attn_in": Site("B T D", "input of the attention projections, after its norm"),
@@ -69,13 +69,14 @@ SITES: dict[str, Site] = {
     "mlp_out_post": Site("B T D", "what the feed-forward adds to the residual stream"),
     "resid_post": Site("B T D", "residual stream that leaves the block"),
     "final_norm_div": Site(
-        "B T 1", "divisor of the last norm", outside=True, derived=True
+        "B T 1", "divisor of the last norm", outside_layers=True, derived=True
     ),
-    "final_norm": Site("B T D", "input of the output head", outside=True),
-    "logits": Site("B T V", "logits, after the final soft cap", outside=True),
+    "final_norm": Site("B T D", "input of the output head", outside_layers=True),
+    "logits": Site("B T V", "logits, after the final soft cap", outside_layers=True),
 }
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Tap:
     """A site to read. Static: part of what a compiled program is keyed by."""
@@ -93,7 +94,7 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
       absent: sites that this model does not have.
 
     Raises:
-      ValueError: for an unknown, absent or doubled site, or a layer out of range.
+      ValueError: for an unknown, absent or duplicate site, or a layer out of range.
     """
     seen = set()
     for tap in taps:
@@ -108,11 +109,11 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
         seen.add(tap.site)
         if tap.layers is None:
             continue
-        if SITES[tap.site].outside:
+        if SITES[tap.site].outside_layers:
             raise ValueError(f"site {tap.site!r} lies outside the layers: no layers=")
         if not tap.layers or len(set(tap.layers)) != len(tap.layers):
             raise ValueError(
-                f"tap of {tap.site!r}: layers {tap.layers} are empty or doubled"
+                f"tap of {tap.site!r}: layers {tap.layers} are empty or have duplicates"
             )
         for layer in tap.layers:
             if not 0 <= layer < num_layers:
@@ -123,7 +124,7 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
 
 
 class Probe:
-    """Collects the tapped sites of one stretch of the model while it is traced."""
+    """Collects tapped sites of one part of the model while it is traced."""
 
     def __init__(self, taps: Sequence[Tap] = ()):
         self._sites = frozenset(tap.site for tap in taps)
@@ -142,10 +143,10 @@ class Probe:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recorder:
-    """Tapped values of all layers, each in its slot. It is carried from layer to layer.
+    """Recorded values of all layers, each in its slot; carried from layer to layer.
 
-    One more slot takes the values of layers that were not chosen, where the number of
-    the layer is only known when the program runs.
+    A spare slot absorbs writes of untapped layers, since the layer number is traced in
+    a scan.
     """
 
     taps: tuple[Tap, ...] = field(metadata={"static": True})
@@ -163,13 +164,13 @@ class Recorder:
         dtype: Any,
         partition: Callable[[str], P | None],
     ) -> "Recorder":
-        """Slots of zeros.
+        """Returns a recorder whose slots are zeros.
 
         Args:
-          taps: of sites inside the layers that are not derived.
-          sizes: of each letter of their shapes.
+          taps: recorded sites inside the layers.
+          sizes: size of each letter in their shapes.
           dtype: the compute dtype.
-          partition: from letters to a layout in the current mesh, or None.
+          partition: maps letters to a partition in the current mesh, or None.
         """
 
         def zeros(tap: Tap) -> Array:
@@ -183,10 +184,11 @@ class Recorder:
         return cls(tuple(taps), num_layers, {tap.site: zeros(tap) for tap in taps})
 
     def write(self, layer: Any, values: Mapping[str, Array]) -> "Recorder":
-        """With the values of a layer, whose number may be traced."""
+        """Returns a recorder with one layer's values written; `layer` may be traced."""
         slots = dict(self.slots)
         for tap in self.taps:
-            if isinstance(layer, int) and layer not in (tap.layers or (layer,)):
+            known = isinstance(layer, int) and tap.layers is not None
+            if known and layer not in tap.layers:
                 continue
             old, new = slots[tap.site], values[tap.site]
             assert (new.shape, new.dtype) == (old.shape[1:], old.dtype), tap.site
@@ -198,7 +200,7 @@ class Recorder:
         return Recorder(self.taps, self.num_layers, slots)
 
     def read(self) -> dict[str, Array]:
-        """Site -> [layers of its tap, *shape], in the order of the tap."""
+        """Returns site -> [layers of its tap, *shape], in the order of the tap."""
         return {
             tap.site: self.slots[tap.site]
             if tap.layers is None
@@ -207,11 +209,8 @@ class Recorder:
         }
 
     def _slots_of(self, tap: Tap) -> Array:
-        """The slot of each layer."""
+        """Returns the slot of each layer."""
         layers = range(self.num_layers) if tap.layers is None else tap.layers
         slots = np.full(self.num_layers, len(layers))
         slots[list(layers)] = np.arange(len(layers))
         return jnp.asarray(slots)
-
-
-jax.tree_util.register_static(Tap)

@@ -63,7 +63,7 @@ def spec(*axes: str | None) -> P:
     return P(*entries)
 
 
-def activation(letters: str) -> P | None:
+def activation_spec(letters: str) -> P | None:
     """The partition of an activation, e.g. `BTNH`, in the current mesh.
 
     None without a mesh, and where its axes are not Explicit: the compiler decides.
@@ -75,15 +75,15 @@ def activation(letters: str) -> P | None:
     return spec(*(None if axis == "model" else axis for axis in axes))
 
 
-def lay_out(x: Array, letters: str) -> Array:
+def reshard(x: Array, letters: str) -> Array:
     """x as an activation of these letters; x itself without an Explicit mesh."""
-    out = activation(letters)
+    out = activation_spec(letters)
     return x if out is None else jax.sharding.reshard(x, out)
 
 
 def batch_parts() -> int:
     """Into how many parts the current mesh cuts a batch; 1 without an Explicit mesh."""
-    if activation("B") is None:
+    if activation_spec("B") is None:
         return 1
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in _mesh_axes(MESH_AXES["batch"]))

@@ -55,7 +55,7 @@ def sites(config):
 
 
 def inner(site):
-    return not SITES[site].outside
+    return not SITES[site].outside_layers
 
 
 @lru_cache
@@ -252,8 +252,8 @@ def test_taps_with_a_cache_read_the_new_tokens():
         ([Tap("z"), Tap("z", layers=(1,))], "'z' is tapped twice"),
         ([Tap("z", layers=(2,))], "layer 2 is not among 0 to 1"),
         ([Tap("z", layers=(-1,))], "layer -1 is not among"),
-        ([Tap("z", layers=())], "empty or doubled"),
-        ([Tap("z", layers=(1, 1))], "empty or doubled"),
+        ([Tap("z", layers=())], "empty or have duplicates"),
+        ([Tap("z", layers=(1, 1))], "empty or have duplicates"),
         ([Tap("embed", layers=(0,))], "outside the layers"),
     ],
 )

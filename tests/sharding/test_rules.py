@@ -178,14 +178,14 @@ def test_a_batch_is_cut_by_data_and_fsdp():
     )
     with jax.sharding.use_abstract_mesh(abstract_mesh(2, 4, 3)):
         assert rules.batch_parts() == 8
-        assert rules.activation("BT") == P(("data", "fsdp"), None)
+        assert rules.activation_spec("BT") == P(("data", "fsdp"), None)
 
 
 def test_without_a_mesh_nothing_is_laid_out():
     x = jax.numpy.ones((3, 2))
-    assert rules.activation("BT") is None
+    assert rules.activation_spec("BT") is None
     assert rules.batch_parts() == 1
-    assert rules.lay_out(x, "BD") is x
+    assert rules.reshard(x, "BD") is x
     auto = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     with jax.sharding.use_abstract_mesh(auto):
-        assert rules.activation("BT") is None
+        assert rules.activation_spec("BT") is None
