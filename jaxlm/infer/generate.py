@@ -100,8 +100,8 @@ def generate(
         the text; returning True ends the generation.
 
     Raises:
-      ValueError: for an empty prompt, an id outside the vocabulary, a prompt that is too
-        long for the context with max_new_tokens, or logits that are not finite.
+      ValueError: for an empty prompt, an id outside the vocabulary, a prompt that is
+        too long for the context with max_new_tokens, or logits that are not finite.
     """
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
     rows = _checked_rows(config, prompts, sample, num_tokens)

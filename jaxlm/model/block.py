@@ -27,7 +27,7 @@ from jaxlm.ops.moe import mixture, route
 from jaxlm.ops.norm import normalize
 from jaxlm.ops.probe import Probe, Tap
 from jaxlm.ops.rope import rotate
-from jaxlm.sharding.rules import reshard
+from jaxlm.sharding.rules import activation_spec, reshard
 
 
 @jax.tree_util.register_dataclass
@@ -226,7 +226,7 @@ def linear(
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "..."]:
     """Multiplies x by the weight `path`, and adds its bias where the model has one."""
-    out = activation(equation.partition("->")[2])
+    out = activation_spec(equation.partition("->")[2])
     y = einsum(equation, x, param(module, path), out, precision=precision)
     if f"{path}_bias" in weights(module.config):
         y += param(module, f"{path}_bias").astype(y.dtype)

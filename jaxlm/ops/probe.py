@@ -187,8 +187,8 @@ class Recorder:
         """Returns a recorder with one layer's values written; `layer` may be traced."""
         slots = dict(self.slots)
         for tap in self.taps:
-            known = isinstance(layer, int) and tap.layers is not None
-            if known and layer not in tap.layers:
+            layers = tap.layers or range(self.num_layers)
+            if isinstance(layer, int) and layer not in layers:
                 continue
             old, new = slots[tap.site], values[tap.site]
             assert (new.shape, new.dtype) == (old.shape[1:], old.dtype), tap.site
