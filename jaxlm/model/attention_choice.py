@@ -12,7 +12,9 @@ def attention_choices(
     num_queries: int,
     cache_length: int | None = None,
 ) -> dict[str, Choice]:
-    """Returns the choice for each kind of layer (`global`, `local`) on the current mesh.
+    """Returns the choice for each kind of layer, `global` and `local`.
+
+    It holds for the current mesh.
 
     Args:
       config: the model.

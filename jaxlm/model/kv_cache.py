@@ -65,7 +65,7 @@ def append(
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
 ) -> LayerCache:
-    """Returns one layer's cache with T more tokens in each row, starting at `lengths`."""
+    """Returns one layer's cache with T more tokens in each row, from `lengths` on."""
 
     def write(old: Array, new: Array, start: Int[Array, ""]) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(

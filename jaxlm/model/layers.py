@@ -2,7 +2,8 @@
 
 Stacked parameters `[L, ...]` are scanned, so compile time is that of one group. A
 group is one period of the layer patterns; layers left over (Gemma 3 1B has 26 layers
-and groups of 6) follow in a loop. A tuple of layers, as decoding uses, runs in a loop throughout.
+and groups of 6) follow in a loop. A tuple of layers, as decoding uses, runs in a loop
+throughout.
 """
 
 from collections.abc import Callable
