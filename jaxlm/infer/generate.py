@@ -282,7 +282,7 @@ def _programs(
         def one(state: DecodeState, _):
             keys_now = jax.vmap(lambda k: jax.random.fold_in(k, state.count))(keys)
             exists = jnp.arange(config.vocab_size) < num_tokens
-            logits = jnp.where(exists, reshard(state.logits, "BT"), NEVER)
+            logits = jnp.where(exists, reshard(state.logits, "B_"), NEVER)
             token, logprob = draw(
                 logits,
                 keys_now,

@@ -39,7 +39,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def logical_axes(letters: str) -> tuple[str | None, ...]:
-    """The logical axis of each letter; None for those that are never cut."""
+    """Returns the logical axis of each letter; None for others, such as `_` and H."""
     return tuple(LOGICAL_AXES.get(letter) for letter in letters)
 
 
