@@ -1,7 +1,7 @@
 """A folder of derived files, each named by a hash of everything that it depends on.
 
-What a key names never changes, so a hit needs no further check of age: a text that
-was edited has another hash, and therefore another key.
+An entry never changes, so a hit needs no check of age: edited text has another hash,
+and therefore another key.
 """
 
 import contextlib
@@ -19,18 +19,17 @@ from typing import Any
 from jaxlm.data.sources import TextFile
 from jaxlm.progress import progress_bar
 
-# Reading a file to hash it costs about as much as a second of tokenizing per GB; only
-# above this size is that too slow to do at every start.
+# Hashing all bytes at every start would be too slow only for files above this size.
 FULL_HASH_BYTES = 256 << 20
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 1 << 20
-# A folder that is still being built after so long was left by a process that died.
+# A folder that has been under construction for longer was left by a dead process.
 ABANDONED_SECONDS = 2 * 24 * 3600.0
 _BUILDING = ".building-"
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The cache folder: `cache_dir`, else jaxlm/tokens in the user's cache folder."""
+    """Returns `cache_dir`, or by default jaxlm/tokens in the user's cache folder."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -38,17 +37,17 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def key_of(*values: Any) -> str:
-    """SHA-256 (hex) of plain values."""
+    """SHA-256 (hex) of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values).encode("utf-8")).hexdigest()
 
 
 def content_hashes(files: Sequence[TextFile]) -> list[str]:
-    """A hash of each file's contents.
+    """Hashes the contents of each file.
 
-    Up to 256 MiB it is the SHA-256 of all bytes, so that a changed file is never taken
-    for the old one. A larger file is named by its size, its time of change in
-    nanoseconds, and 64 blocks of 1 MiB spread over it: a change in place, between
-    the blocks, that also sets the time back goes unnoticed.
+    Up to 256 MiB, it is the SHA-256 of all bytes, so every change is noticed. For a
+    larger file, it covers the size, the modification time in nanoseconds, and 64 blocks
+    of 1 MiB spread over the file: a change in place, between these blocks, that also
+    resets the time goes unnoticed.
     """
     sizes = [_size(file.path) for file in files]
     read = [min(s, FULL_HASH_BYTES) for s in sizes]
@@ -63,16 +62,15 @@ def content_hashes(files: Sequence[TextFile]) -> list[str]:
 
 
 def check_unchanged(files: Sequence[TextFile], hashes: Sequence[str]) -> None:
-    """Raises ValueError for a file that was changed since its hash was taken.
+    """Raises ValueError for a file that has changed since it was hashed.
 
-    Without this, what was read from a file in the middle of a change would be kept
-    under the hash of what it held before.
+    Otherwise text read during a change would be stored under the hash of the old text.
     """
     for file, before, now in zip(files, hashes, content_hashes(files), strict=True):
         if before != now:
             raise ValueError(
                 f"{file.path}: the file was changed while it was read: start again "
-                "when it is written"
+                "when it is complete"
             )
 
 
@@ -103,15 +101,15 @@ def _sampled_hash(path: Path) -> str:
 
 
 def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder `root/key`, built if it is not there.
+    """Returns the folder `root/key`, and builds it first if it is missing.
 
-    `build` fills a private folder beside it, which is renamed when it is whole and on
-    disk. When two processes build at once, both succeed and one result is kept.
+    `build` fills a temporary folder beside it, which is renamed when it is complete and
+    on disk. When two processes build at once, both succeed and one result is kept.
 
     Args:
-      root: the cache folder; made, for this user only, when missing.
+      root: the cache folder; created, for this user only, when missing.
       key: name of the entry.
-      build: gets the folder to fill.
+      build: fills the folder that it is given.
 
     Raises:
       ValueError: when the cache folder cannot be written.
@@ -121,12 +119,12 @@ def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # mkdtemp makes folders that only this user can enter.
+        # mkdtemp creates a folder that only this user can enter.
         work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
     except OSError as error:
         raise ValueError(
             f"the cache folder {root} cannot be written ({error.strerror}): set "
-            "data.cache_dir to a folder of yours"
+            "data.cache_dir to a folder that you can write"
         ) from None
     try:
         _remove_abandoned(root)

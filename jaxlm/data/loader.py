@@ -1,4 +1,4 @@
-"""From a `DataConfig` to batches: which rows, in which order, on which devices."""
+"""Batches of a `DataConfig`: which rows, in which order, on which devices."""
 
 import atexit
 import queue
@@ -38,47 +38,47 @@ from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.types import Batch
 
-# Changed whenever the same config and seed would give other batches than before.
+# Increase it whenever the same config and seed would give other batches than before.
 ORDER_VERSION = 1
 _ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of tokens in a fixed order. Open one with `open_dataset`."""
+    """Rows of tokens in a fixed order; `open_dataset` opens one."""
 
     tokenizer: Tokenizer
-    """What the ids mean."""
+    """The tokenizer of the ids."""
     seed: int
-    """Decides the order and where rows are cut."""
+    """Seed of the order of rows and of where rows begin."""
     sequence_length: int
-    """Tokens in a row, T."""
+    """Number of tokens in a row, T."""
     segment_attention: bool
-    """Documents in a row are separate segments."""
+    """Whether the documents of a row are separate segments."""
     train: tuple[TokenStream, ...]
-    """What is trained on, a stream for each entry of data.path."""
+    """Training tokens, a stream for each entry of data.path."""
     held_out: tuple[TokenStream, ...]
-    """What is kept for evaluation, likewise."""
+    """Tokens held out for evaluation, likewise."""
     order: RowOrder
-    """The order of the rows."""
+    """Order of the rows."""
     fingerprint: str
-    """SHA-256 (hex) of all that decides contents and order."""
+    """SHA-256 (hex) of everything that determines contents and order."""
 
     @property
     def num_train_tokens(self) -> int:
-        """Tokens that are trained on, in all sources."""
+        """Number of training tokens in all sources."""
         return sum(len(s.tokens) for s in self.train)
 
     def train_batch(self, step: int, batch_size: int, rows: slice = _ALL_ROWS) -> Batch:
-        """The batch of a step: a pure function of (seed, step, batch_size).
+        """Returns the batch of a step: a pure function of (seed, step, batch_size).
 
         Args:
           step: from 0.
           batch_size: rows of the whole batch, over all processes.
-          rows: the part of them to make.
+          rows: the part of these rows to return.
 
         Returns:
-          NumPy arrays [B, T] for those rows.
+          NumPy arrays [B, T] of those rows.
 
         Raises:
           ValueError: when an id on disk is not in the vocabulary.
@@ -91,18 +91,18 @@ class Dataset:
         return self._gather(self.train, source, first, train_rows)
 
     def num_eval_batches(self, batch_size: int) -> int:
-        """Batches of a pass over the held-out text."""
+        """Number of batches in one pass over the held-out text."""
         return -(-int(self._eval_starts[-1]) // batch_size)
 
     def eval_batch(
         self, number: int, batch_size: int, rows: slice = _ALL_ROWS
     ) -> Batch:
-        """One batch of the pass over the held-out text; the last one is padded.
+        """Returns one batch of the pass over the held-out text; the last one is padded.
 
         Args:
           number: in [0, num_eval_batches(batch_size)).
           batch_size: rows of the whole batch, over all processes.
-          rows: the part of them to make.
+          rows: the part of these rows to return.
 
         Returns:
           NumPy arrays [B, T]; padding has segment 0 and weight 0.
@@ -114,13 +114,13 @@ class Dataset:
         return self._gather(self.held_out, source, index - starts[source], eval_rows)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """A pass over the held-out text of all sources, in order, as NumPy arrays."""
+        """Yields the held-out text of all sources, in order, as NumPy arrays."""
         for number in range(self.num_eval_batches(batch_size)):
             yield self.eval_batch(number, batch_size)
 
     @cached_property
     def eval_bytes_per_token(self) -> float:
-        """UTF-8 bytes of the held-out targets for each target.
+        """Average number of UTF-8 bytes of a held-out target.
 
         Mean loss / ln 2 / this = bits per byte, which does not depend on the tokenizer.
 
@@ -150,32 +150,32 @@ class Dataset:
         self,
         streams: tuple[TokenStream, ...],
         source: np.ndarray,
-        where: np.ndarray,
+        index: np.ndarray,
         make_rows: Callable[..., Batch],
     ) -> Batch:
-        """Rows of several sources, in the order of `source`."""
+        """Collects rows of several sources, in the order of `source`."""
         choices = (self.sequence_length, self.segment_attention)
         if len(streams) == 1 or not len(source):
-            return make_rows(streams[0], where, *choices)
+            return make_rows(streams[0], index, *choices)
         chosen = [np.flatnonzero(source == n) for n in range(len(streams))]
         parts = [
-            make_rows(stream, where[rows], *choices)
+            make_rows(stream, index[rows], *choices)
             for stream, rows in zip(streams, chosen, strict=True)
             if len(rows)
         ]
-        back = np.argsort(np.concatenate(chosen))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[back], *parts)
+        unsort = np.argsort(np.concatenate(chosen))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[unsort], *parts)
 
 
 def open_dataset(
     config: DataConfig, tokenizer: Tokenizer | None = None, *, seed: int
 ) -> Dataset:
-    """Opens the texts of a config; reads and tokenizes them the first time.
+    """Opens the texts of a config; the first time, reads and tokenizes them.
 
     Args:
       config: what to read and how.
-      tokenizer: a run's own tokenizer, when it continues; None builds the config's.
-      seed: decides the order.
+      tokenizer: that of a resumed run or a checkpoint; None builds the config's.
+      seed: determines the order.
 
     Raises:
       ValueError: for anything wrong with the texts, the tokenizer or the cache, and
@@ -194,9 +194,9 @@ def open_dataset(
             cached.documents,
             tokenizer.vocab_size,
         )
-        beginning, end = split_stream(stream, config.holdout_fraction)
-        train.append(beginning)
-        held_out.append(end)
+        train_part, held_out_part = split_stream(stream, config.holdout_fraction)
+        train.append(train_part)
+        held_out.append(held_out_part)
         contents.append(cached.content_hash)
     length = config.sequence_length
     shares = config.weights or tuple(float(s.num_rows(length)) for s in train)
@@ -204,7 +204,7 @@ def open_dataset(
         if share or not config.weights:
             _check_length(source, stream, config)
     order = RowOrder([s.num_rows(length) for s in train], list(shares), seed)
-    # The first rows stand for Grain's shuffle, should it ever change.
+    # The first rows change the fingerprint, should Grain's shuffle ever change.
     probe = [values.tolist() for values in order.rows(np.arange(16, dtype=np.int64))]
     choices = [seed, length, config.holdout_fraction, config.segment_attention]
     fingerprint = key_of(
@@ -226,8 +226,8 @@ def _check_length(source: Source, stream: TokenStream, config: DataConfig) -> No
     if len(stream.tokens) > config.sequence_length:
         return
     raise ValueError(
-        f"{source.name}: {len(stream.tokens)} tokens to train on (the last "
-        f"{config.holdout_fraction:.0%} is held out) are fewer than one row needs: "
+        f"{source.name}: {len(stream.tokens)} training tokens (the last "
+        f"{config.holdout_fraction:.0%} is held out) are too few for a row of "
         f"data.sequence_length {config.sequence_length} + 1; add text or lower "
         "data.sequence_length"
     )
@@ -236,7 +236,7 @@ def _check_length(source: Source, stream: TokenStream, config: DataConfig) -> No
 def _tokenizer_of(
     config: DataConfig, sources: list[Source], hashes: list[list[str]]
 ) -> Tokenizer:
-    """The config's tokenizer; one that is made from the text is kept in the cache."""
+    """Returns the config's tokenizer; one made from the text is kept in the cache."""
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer_model is not None:
@@ -274,16 +274,16 @@ def place(
     shape: tuple[int, int],
     sharding: Sharding | None,
 ) -> Batch:
-    """A batch on devices; a process makes only the rows that its devices hold.
+    """Puts a batch on devices; each process builds only the rows that its devices hold.
 
     Args:
-      build: makes rows of the batch, such as `partial(dataset.eval_batch, 0, B)`.
+      build: returns rows of the batch, such as `partial(dataset.eval_batch, 0, B)`.
       shape: (B, T) of the whole batch, over all processes.
-      sharding: a `NamedSharding` of arrays [B, T]; another sharding or None puts the
-        whole batch there (None: on the default device).
+      sharding: a `NamedSharding` of arrays [B, T]. Any other sharding, or None for the
+        default device, gets the whole batch from this process.
 
     Raises:
-      ValueError: when the devices do not divide the batch.
+      ValueError: when the batch does not divide evenly over the devices.
     """
     if not isinstance(sharding, NamedSharding):
         return jax.device_put(build(_ALL_ROWS), sharding)
@@ -292,8 +292,8 @@ def place(
     except ValueError as error:
         raise ValueError(
             f"a batch of {shape[0]} rows of {shape[1]} tokens cannot be cut into equal "
-            f"parts on the mesh {dict(sharding.mesh.shape)} by {sharding.spec}: set "
-            "train.batch_size, data.sequence_length or the mesh to fit"
+            f"parts on the mesh {dict(sharding.mesh.shape)} by {sharding.spec}: change "
+            "train.batch_size, data.sequence_length or the mesh"
         ) from error
     spans = [index[0].indices(shape[0]) for index in indices if index]
     low, high = min(s[0] for s in spans), max(s[1] for s in spans)
@@ -316,18 +316,18 @@ def batches(
     sharding: Sharding | None = None,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """The batches of steps `start_step`, `start_step + 1`, ... on devices, without end.
+    """Yields the batches of steps `start_step`, `start_step + 1`, ... without end.
 
     Args:
       dataset: an open dataset.
       batch_size: rows of a batch, over all processes.
       start_step: step of the first batch.
       sharding: see `place`.
-      prefetch: batches that a thread makes ready ahead of time; 0 makes each on
-        demand. The batches are the same.
+      prefetch: batches that a thread prepares in advance; 0 builds each on demand. The
+        batches are the same.
 
     Raises:
-      ValueError: as `Dataset.train_batch` does, at the batch that is wrong.
+      ValueError: at the batch for which `Dataset.train_batch` raises it.
     """
     shape = (batch_size, dataset.sequence_length)
 
@@ -350,7 +350,7 @@ def batches(
         stop.set()
         thread.join()
 
-    # A thread inside JAX while the interpreter ends could crash it.
+    # A thread inside JAX could crash the interpreter while it exits.
     atexit.register(close)
     thread.start()
     try:
@@ -367,7 +367,7 @@ def batches(
 def _fill(
     ready: queue.Queue, stop: threading.Event, make: Callable[[int], Batch], step: int
 ) -> None:
-    """Puts batches, or the error that ends them, into a queue until told to stop."""
+    """Puts batches, or the error that ends them, into a queue until `stop` is set."""
     while not stop.is_set():
         try:
             item = make(step)

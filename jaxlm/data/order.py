@@ -1,4 +1,4 @@
-"""The order of rows: a pure function of (seed, index), with random access."""
+"""The order of training rows: a pure function of (seed, index), with random access."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -9,25 +9,25 @@ from jaxtyping import Int64
 
 from jaxlm.data.packing import mix_bits
 
-# Shares of a mixture are kept as whole numbers of this sum, at least 1 each.
+# Shares of a mixture become whole numbers with about this sum, at least 1 each.
 SHARE_UNITS = 1_000_000
-# Up to here an epoch's order is a table (1 ms to make, once an epoch). Grain's shuffle
-# walks through a domain of at least 2**16 until it is inside the rows: 3 us for each of
-# 16,384 rows or more, but 30 us for 1,000 and 5 ms for 10 (measured).
+# Up to this many rows, the order of an epoch is a table (built in 1 ms, once an epoch).
+# Grain's shuffle permutes at least 2**16 numbers and repeats until the result is a row:
+# 3 us for each of 16,384 rows or more, but 30 us for 1,000 and 5 ms for 10 (measured).
 TABLE_ROWS = 1 << 14
-# As many as Grain's own `MapDataset.shuffle` takes.
+# The number that Grain's own `MapDataset.shuffle` uses.
 SHUFFLE_ROUNDS = 4
 
 
 class RowOrder:
     """An endless sequence of rows (source, epoch, row) with random access.
 
-    Sources are interleaved in fixed shares, as evenly as whole rows allow. Within a
-    source every row comes once an epoch, and each epoch is shuffled anew.
+    Sources are interleaved in fixed shares, as evenly as whole rows allow. Each epoch
+    of a source has every row once, newly shuffled.
     """
 
     def __init__(self, num_rows: Sequence[int], shares: Sequence[float], seed: int):
-        """Takes rows per epoch and share of each source (0 leaves a source out)."""
+        """Takes rows per epoch and share of each source (share 0 leaves it out)."""
         self._num_rows = np.asarray(num_rows, np.int64)
         self._seed = seed
         self.units = share_units(shares)
@@ -35,7 +35,7 @@ class RowOrder:
     def rows(
         self, index: Int64[np.ndarray, "B"]
     ) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
-        """Source, epoch and row in the epoch of each index."""
+        """Returns source, epoch and row within the epoch for each index."""
         source, key = interleave(index, self.units)
         num_rows = self._num_rows[source]
         epoch, within = np.divmod(key, num_rows)
@@ -53,7 +53,7 @@ class RowOrder:
 def _shuffled(seed: int, source: int, epoch: int, num_rows: int, index: int) -> int:
     if num_rows <= TABLE_ROWS:
         return _table(seed, source, epoch, num_rows)[index]
-    # Here, because importing Grain takes 0.6 s, which a small text need not wait for.
+    # Imported here: it takes 0.6 s, and small texts do not need it.
     from grain.experimental import index_shuffle
 
     return index_shuffle(
@@ -63,8 +63,8 @@ def _shuffled(seed: int, source: int, epoch: int, num_rows: int, index: int) -> 
 
 @lru_cache(maxsize=64)
 def _epoch_seed(seed: int, source: int, epoch: int) -> int:
-    # `MapDataset.shuffle` takes seed + epoch: runs of seeds 0 and 1 would share all
-    # epochs but one. A hash of all three does not.
+    # `MapDataset.shuffle` uses seed + epoch, so runs with seeds 0 and 1 would share all
+    # epochs but one. A hash of all three avoids this.
     return int(mix_bits(seed, source, epoch)) % 2**32
 
 
@@ -75,7 +75,7 @@ def _table(seed: int, source: int, epoch: int, num_rows: int) -> list[int]:
 
 
 def share_units(shares: Sequence[float]) -> list[int]:
-    """Shares as whole numbers that are in proportion to them."""
+    """Converts shares to whole numbers in proportion to them."""
     total = sum(map(Fraction, shares))
     units = [round(Fraction(s) / total * SHARE_UNITS) for s in shares]
     return [max(u, 1) if s else 0 for u, s in zip(units, shares, strict=True)]
@@ -84,14 +84,14 @@ def share_units(shares: Sequence[float]) -> list[int]:
 def interleave(
     index: Int64[np.ndarray, "B"], units: Sequence[int]
 ) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
-    """Source of each index of a mixture, and its index within that source.
+    """Returns the source of each index of a mixture, and the index within that source.
 
     The scheme of `grain.MapDataset.mix`, for whole arrays: of the first k indices, the
-    first source has its share of k, rounded up; the others share the rest likewise.
+    first source has its share of k, rounded up; the others divide the rest likewise.
     Grain itself rounds shares to 1% and takes 35 us for each element (measured).
 
     Args:
-      index: at most 2**43, so that products stay in 64 bits.
+      index: at most 2**43, so that products fit into 64 bits.
       units: whole numbers in proportion to the shares.
     """
     source = np.zeros_like(index)

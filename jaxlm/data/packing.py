@@ -1,8 +1,8 @@
-"""Rows of tokens: documents follow one another, and no token is dropped.
+"""Rows of tokens from a stream of documents, without dropping a token.
 
 A source is one long stream of tokens, document after document. A training row of T
 tokens is T + 1 consecutive tokens of it: each is predicted from those before it in
-its document. Pure NumPy; a batch of rows is made at once.
+its document. Pure NumPy; a batch of rows is built at once.
 """
 
 from dataclasses import dataclass
@@ -16,35 +16,35 @@ from jaxlm.types import Batch
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokens of a source, or of its held-out end."""
+    """The tokens of a source, or of its held-out part."""
 
     name: str
-    """Entry of data.path and file of tokens, for messages."""
+    """Entry of data.path and file of its tokens, for messages."""
     tokens: UInt[np.ndarray, "n"]
-    """Ids (mapped from disk)."""
+    """Token ids (mapped from disk)."""
     documents: Int64[np.ndarray, "documents"]
     """Offset of each document's first token; the first is 0."""
     vocab_size: int
     """Ids must be below this."""
     offset: int = 0
-    """Where the stream begins in its file, in tokens, for messages."""
+    """Offset of the stream in its file, in tokens, for messages."""
 
     def num_rows(self, length: int) -> int:
-        """Training rows of `length` tokens in an epoch."""
+        """Number of training rows of `length` tokens in an epoch."""
         return len(self.tokens) // length
 
     def num_eval_rows(self, length: int) -> int:
-        """Evaluation rows of `length` tokens."""
+        """Number of evaluation rows of `length` tokens."""
         return max(0, -(-(len(self.tokens) - 1) // length))
 
 
 def split_stream(
     stream: TokenStream, holdout_fraction: float
 ) -> tuple[TokenStream, TokenStream]:
-    """A stream's beginning, and the last `holdout_fraction` of its tokens.
+    """Splits off the last `holdout_fraction` of the tokens: (training, held out).
 
-    The beginning has `int((1 - holdout_fraction) * n)` of n tokens, as in nanoGPT. A
-    document across the border is cut in two there.
+    The training part has `int((1 - holdout_fraction) * n)` of n tokens, as in nanoGPT.
+    A document across the border is cut in two.
     """
     border = int((1 - holdout_fraction) * len(stream.tokens))
     first = int(np.searchsorted(stream.documents, border))
@@ -65,13 +65,13 @@ def split_stream(
 
 
 def mix_bits(*values: int | Int[np.ndarray, "*s"]) -> UInt64[np.ndarray, "*s"]:
-    """A hash of whole numbers (splitmix64), the same on every machine.
+    """Hashes whole numbers (splitmix64), alike on every machine.
 
     Args:
       values: one or more numbers or arrays of numbers, broadcast against each other.
     """
     state = np.zeros((), np.uint64)
-    # Products wrap around on purpose.
+    # Products are meant to overflow.
     with np.errstate(over="ignore"):
         for value in values:
             if isinstance(value, int):
@@ -86,9 +86,9 @@ def mix_bits(*values: int | Int[np.ndarray, "*s"]) -> UInt64[np.ndarray, "*s"]:
 
 @lru_cache(maxsize=1024)
 def epoch_offset(seed: int, epoch: int, length: int) -> int:
-    """Where the first row of an epoch begins, in [0, length).
+    """Offset of an epoch's first row, in [0, length).
 
-    It differs by epoch, so that rows are not cut at the same tokens again and the
+    It differs by epoch, so that rows are not always cut at the same tokens, and the
     tokens that do not fill a row are not always the same.
     """
     return int(mix_bits(seed, epoch)) % length
@@ -100,15 +100,15 @@ def train_rows(
     length: int,
     segment_attention: bool = True,
 ) -> Batch:
-    """Rows that begin anywhere in the stream and wrap around at its end.
+    """Builds rows that begin anywhere in the stream and wrap around at its end.
 
     Args:
       stream: at least `length + 1` tokens.
       first: offset of each row's first token, in [0, n).
       length: tokens in a row, T.
-      segment_attention: number documents in the row, restart positions and predict
-        nothing across documents. Otherwise a row is one segment, and only across the
-        end of the stream nothing is predicted.
+      segment_attention: give each document of a row its own segment, restart positions
+        there and predict nothing across documents. Otherwise a row is one segment, and
+        only the token after the end of the stream is not predicted.
 
     Returns:
       A batch of NumPy arrays [B, length].
@@ -129,13 +129,13 @@ def train_rows(
     starts = np.zeros(rows.shape, np.bool_)
     if segment_attention:
         _mark_documents(starts, stream.documents, first)
-    over = np.flatnonzero(first + length >= size)
-    if over.size:
-        starts[over, size - first[over]] = True
+    wrapped = np.flatnonzero(first + length >= size)
+    if wrapped.size:
+        starts[wrapped, size - first[wrapped]] = True
         if segment_attention:
-            wrapped = np.zeros((len(over), length + 1), np.bool_)
-            _mark_documents(wrapped, stream.documents, first[over] - size)
-            starts[over] |= wrapped
+            after = np.zeros((len(wrapped), length + 1), np.bool_)
+            _mark_documents(after, stream.documents, first[wrapped] - size)
+            starts[wrapped] |= after
     weights = np.where(starts[:, 1:], np.float32(0), np.float32(1))
     if not segment_attention:
         starts[:] = False
@@ -148,14 +148,14 @@ def eval_rows(
     length: int,
     segment_attention: bool = True,
 ) -> Batch:
-    """Rows that follow one another from the start; the last one is padded.
+    """Builds consecutive rows from the start of the stream; the last one is padded.
 
-    In all rows together, each token but the first of a document (of the stream, without
-    `segment_attention`) is a target of weight 1 once.
+    Over all rows, each token except the first of a document (without
+    `segment_attention`: of the stream) is a target of weight 1 exactly once.
 
     Args:
       stream: held-out tokens.
-      index: number of each row; numbers past the end give rows of padding.
+      index: index of each row; indices past the end give rows of padding.
       length: tokens in a row, T.
       segment_attention: as in `train_rows`.
 
@@ -189,7 +189,7 @@ def _mark_documents(
     documents: Int64[np.ndarray, "documents"],
     first: Int64[np.ndarray, "B"],
 ) -> None:
-    """Sets True where a document begins at a token of a row, its first excepted."""
+    """Sets True where a document begins inside a row, not at its first token."""
     low = np.searchsorted(documents, first, side="right")
     high = np.searchsorted(documents, first + starts.shape[1], side="left")
     counts = np.maximum(high - low, 0)
@@ -223,13 +223,13 @@ def _check_ids(
     rows: Int[np.ndarray, "B S"],
     first: Int64[np.ndarray, "B"],
 ) -> None:
-    # XLA clamps an index out of range and goes on: nobody would notice.
+    # XLA silently clamps indices that are out of range.
     if not rows.size or rows.max() < stream.vocab_size:
         return
     row, column = np.argwhere(rows >= stream.vocab_size)[0]
     at = stream.offset + (first[row] + column) % len(stream.tokens)
     raise ValueError(
         f"{stream.name}: token {at} is {rows[row, column]}, but the tokenizer has "
-        f"{stream.vocab_size} ids: the file was changed; delete its folder, it is made "
-        "again"
+        f"{stream.vocab_size} ids: the file was changed; delete its folder to rebuild "
+        "it"
     )

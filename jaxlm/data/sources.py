@@ -1,8 +1,8 @@
 """Documents from text, JSON lines and Parquet files, folders and globs.
 
-Every entry of `data.path` is one source: an ordered list of files. Files are read
-one document at a time. Everything that is wrong with a file is a `ValueError` that
-names the file, the line or byte, and the remedy.
+Each entry of `data.path` is one source: an ordered list of files. Files are read one
+document at a time. Anything wrong with a file is a `ValueError` that names the file,
+the line or byte, and the remedy.
 """
 
 import glob
@@ -24,58 +24,58 @@ BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"
-_KINDS = ".txt, .jsonl (also .gz, .zst) and .parquet"
+_READABLE = ".txt, .jsonl (also .gz, .zst) and .parquet"
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of text."""
+    """A file of text."""
 
     path: Path
-    """Path on disk."""
+    """Path of the file."""
     format: str
     """.txt, .jsonl or .parquet."""
     compression: str
-    """.gz, .zst or an empty string."""
+    """.gz, .zst or ""."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one entry of `data.path`, in the order in which they are read."""
+    """The files of one entry of `data.path`, in reading order."""
 
     name: str
-    """The entry as it was written."""
+    """The entry as written."""
     files: tuple[TextFile, ...]
     """At least one file."""
 
 
 class Document(NamedTuple):
-    """A document and where it came from."""
+    """A document and its origin."""
 
     text: str
-    """Its text, never empty."""
+    """Text, never empty once read by `read_documents`."""
     where: str
     """File and line (or row), for messages."""
     done: int
-    """Bytes of the file read so far (compressed bytes), for progress."""
+    """Bytes of the file read so far (compressed), for progress."""
 
 
 def find_source(entry: str) -> Source:
-    """The files of one entry of `data.path`.
+    """Returns the files of one entry of `data.path`.
 
     Args:
       entry: `bundled:NAME`, a file, a folder (all text files below it, sorted) or a
         glob (`**` crosses folders).
 
     Raises:
-      ValueError: when nothing is there, or a file's ending is not known.
+      ValueError: when nothing is found, or a file's extension is unknown.
     """
     if entry.startswith(BUNDLED):
         name = entry.removeprefix(BUNDLED)
         names = sorted(p.name for p in BUNDLED_FOLDER.glob("*.txt"))
         if name not in names:
             raise ValueError(
-                f"data.path: no bundled text {name!r}{nearest(name, names)}: there is "
+                f"data.path: no bundled text {name!r}{nearest(name, names)}: use "
                 + ", ".join(BUNDLED + n for n in names)
             )
         return Source(entry, (_text_file(BUNDLED_FOLDER / name),))
@@ -107,8 +107,8 @@ def _is_text_file(path: Path) -> bool:
 def _text_file(path: Path) -> TextFile:
     if not _is_text_file(path):
         raise ValueError(
-            f"{path}: files with the ending {''.join(path.suffixes[-2:])!r} cannot be "
-            f"read: {_KINDS} can; rename or convert it"
+            f"{path}: files with the extension {''.join(path.suffixes[-2:])!r} cannot "
+            f"be read: {_READABLE} can; rename or convert it"
         )
     return TextFile(path, *_suffixes(path))
 
@@ -119,7 +119,9 @@ def _files_below(folder: Path) -> tuple[TextFile, ...]:
     if not files:
         others = sorted({"".join(p.suffixes[-2:]) or p.name for p in everything})
         holds = ", ".join(others[:5]) or "nothing"
-        raise ValueError(f"{folder}: no text files in this folder ({_KINDS}): {holds}")
+        raise ValueError(
+            f"{folder}: no text files in this folder ({_READABLE}): it holds {holds}"
+        )
     return files
 
 
@@ -137,18 +139,18 @@ def _nearest_path(path: Path) -> str:
 def read_documents(
     file: TextFile, field: str = "text", invalid_utf8: str = "error"
 ) -> Iterator[Document]:
-    """Yields the documents of a file; empty ones are left out.
+    """Yields the documents of a file, without empty ones.
 
     A `.txt` file is one document. A byte order mark at the start is dropped; line
-    ends are kept as they are.
+    ends are kept.
 
     Args:
-      file: what to read.
+      file: the file to read.
       field: field of JSON lines, or column of Parquet, that holds the text.
-      invalid_utf8: `error`, or `replace` bad bytes with U+FFFD and warn once a file.
+      invalid_utf8: `error`, or `replace` bad bytes by U+FFFD and warn once per file.
 
     Raises:
-      ValueError: for anything wrong in the file, with its line and what to do.
+      ValueError: for anything wrong in the file, with its line and the remedy.
     """
     count = 0
     damage = _Damage(str(file.path), replace=invalid_utf8 == "replace")
@@ -170,14 +172,14 @@ def read_documents(
 
 @dataclass
 class _Damage:
-    """Decodes bytes and counts what was not UTF-8 in one file."""
+    """Decodes the text of one file, and counts what was not valid UTF-8."""
 
     path: str
     replace: bool
     count: int = 0
 
     def decode(self, data: bytes, line: int, offset: int) -> str:
-        """Text of `data`, which begins at a line number and byte offset."""
+        """Decodes `data`, which begins at a line number and byte offset of the file."""
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -194,14 +196,14 @@ class _Damage:
         return text
 
     def check_surrogates(self, text: str, line: int) -> str:
-        """`text`, which JSON may have given half of a surrogate pair."""
+        """Checks text from JSON, whose escapes can give half of a surrogate pair."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             if not self.replace:
                 raise ValueError(
-                    f"{self.path}, line {line}: the text holds half of a surrogate pair"
-                    f" (\\u{ord(text[error.start]):04x}), which is not Unicode text: "
+                    f"{self.path}, line {line}: the text has half of a surrogate pair "
+                    f"(\\u{ord(text[error.start]):04x}), which is not valid Unicode: "
                     "repair it, or set data.invalid_utf8 to 'replace'"
                 ) from None
             fixed = "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
@@ -212,7 +214,8 @@ class _Damage:
     def warn(self) -> None:
         if self.count:
             warnings.warn(
-                f"{self.path}: {self.count} places that were not UTF-8 became U+FFFD",
+                f"{self.path}: {self.count} byte sequences that were not UTF-8 became "
+                "U+FFFD",
                 stacklevel=3,
             )
 
@@ -234,9 +237,9 @@ def _open(file: TextFile, raw: io.BufferedIOBase) -> io.BufferedIOBase:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Text of one Zstandard frame after the other, as parallel compressors write them.
+    """Decompresses consecutive Zstandard frames, as parallel compressors write them.
 
-    The library's own reader takes a file that is cut short for one that ends there.
+    The library's own reader takes a truncated file for a complete one.
     """
 
     def __init__(self, raw: io.BufferedIOBase, decompressor: Any):
@@ -258,7 +261,7 @@ class _ZstdFrames(io.RawIOBase):
             data = data or self._raw.read(1 << 15)
             if not data:
                 if self._begun:
-                    raise EOFError("the last frame has no end")
+                    raise EOFError("the last frame is incomplete")
                 return 0
             self._begun = True
             self._ready = memoryview(self._frame.decompress(data))
@@ -291,7 +294,7 @@ def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Document
                 yield from _read_json_lines(file, stream, raw, field, damage)
         except _damaged_archive() as error:
             raise ValueError(
-                f"{file.path}: the compressed file is damaged or cut short at byte "
+                f"{file.path}: the compressed file is damaged or truncated at byte "
                 f"{raw.tell()} ({error}): get it again"
             ) from None
 
@@ -316,8 +319,8 @@ def _read_json_lines(
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
-                f"{where}: this line is not JSON ({error}): a .jsonl file holds one "
-                "JSON object a line"
+                f"{where}: this line is not JSON ({error}): a .jsonl file has one JSON "
+                "object per line"
             ) from None
         document = _field_of(value, field, where)
         yield Document(damage.check_surrogates(document, number), where, raw.tell())
@@ -331,7 +334,7 @@ def _field_of(value: Any, field: str, where: str) -> str:
         )
     if field not in value:
         raise ValueError(
-            f"{where}: no field {field!r}{nearest(field, list(value))}; there is "
+            f"{where}: no field {field!r}{nearest(field, list(value))}; the fields are "
             f"{', '.join(value) or 'none'}: set data.field"
         )
     if not isinstance(value[field], str):
@@ -356,7 +359,7 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Docum
         table = pyarrow.parquet.ParquetFile(file.path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(
-            f"{file.path}: not a whole Parquet file ({error}): get it again"
+            f"{file.path}: not a complete Parquet file ({error}): get it again"
         ) from None
     with table:
         _check_column(file, table.schema_arrow, field, pyarrow)
@@ -368,7 +371,7 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Docum
                 where = f"{file.path}, row {row}"
                 if not data.is_valid:
                     raise ValueError(
-                        f"{where}: the column {field!r} is null: remove such rows"
+                        f"{where}: the column {field!r} is null: remove null rows"
                     )
                 try:
                     text = damage.decode(data.as_py(), 1, 0)
@@ -380,8 +383,8 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Docum
 def _check_column(file: TextFile, schema: Any, field: str, pyarrow: Any) -> None:
     if field not in schema.names:
         raise ValueError(
-            f"{file.path}: no column {field!r}{nearest(field, schema.names)}; there is "
-            f"{', '.join(schema.names)}: set data.field"
+            f"{file.path}: no column {field!r}{nearest(field, schema.names)}; the "
+            f"columns are {', '.join(schema.names)}: set data.field"
         )
     kind = schema.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

@@ -1,4 +1,4 @@
-"""The token ids of a source, made once and then mapped into memory.
+"""Token ids of a source, encoded once, then mapped from disk.
 
 A cache entry is a folder: `tokens.bin` (little-endian uint16, or uint32 for more than
 65,536 ids), `documents.npy` (int64 offset of each document's first token) and
@@ -33,26 +33,26 @@ from jaxlm.tokenizers.kinds import read_saved_tokenizer
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
 FORMAT_VERSION = 1
-# A longer document is encoded in parts, cut after a line: one call on a gigabyte would
-# need many times that in memory. Parts depend on the text only, never on the workers.
+# Longer documents are encoded in parts, cut after a line: one call on a gigabyte would
+# need many times as much memory. The cuts depend on the text only, not on the workers.
 PART_CHARACTERS = 4_000_000
-# Below this, starting processes costs more than they save.
+# For less text, starting processes costs more time than it saves.
 POOL_BYTES = 16 << 20
-# Text that one task of the pool encodes.
+# Characters in one task of the process pool.
 TASK_CHARACTERS = 500_000
-# Up to this size, opening checks the hash of all tokens (a fraction of a second).
+# Up to this size, opening verifies the hash of all tokens (a fraction of a second).
 CHECKED_BYTES = 64 << 20
 SCAN_TOKENS = 16 << 20
 
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """The tokens of a source, read-only, mapped from disk."""
+    """The tokens of a source, mapped from disk, read-only."""
 
     folder: Path
-    """Cache entry."""
+    """Folder of the cache entry."""
     tokens: UInt[np.ndarray, "n"]
-    """Ids of all documents, one after the other."""
+    """Ids of all documents, one document after the other."""
     documents: Int64[np.ndarray, "documents"]
     """Offset of each document's first token; the first is 0."""
     content_hash: str
@@ -60,14 +60,14 @@ class CachedTokens:
 
 
 class _Part(NamedTuple):
-    """A stretch of text that is encoded in one call."""
+    """A part of a document that is encoded in one call."""
 
     text: str
     where: str
     starts: bool
-    """It is the first part of its document."""
+    """True for the first part of a document."""
     ends: bool
-    """It is the last one."""
+    """True for the last part of a document."""
     done: int
     """Bytes of the source read so far."""
 
@@ -75,7 +75,7 @@ class _Part(NamedTuple):
 def tokenize_source(
     source: Source, hashes: list[str], tokenizer: Tokenizer, config: DataConfig
 ) -> CachedTokens:
-    """The tokens of a source: from the cache, or made now (with a progress bar).
+    """Returns the tokens of a source; encodes them, with progress, if not in the cache.
 
     Args:
       source: files to read.
@@ -108,16 +108,16 @@ def tokenize_source(
 
 
 def _first_id(tokenizer: Tokenizer) -> int | None:
-    """The id that begins each document, for models that expect one."""
+    """The id before each document, for models that expect one; else None."""
     return tokenizer.bos_id if tokenizer.adds_bos else None
 
 
 def open_tokens(folder: Path, vocab_size: int) -> CachedTokens:
-    """Maps a cache entry and checks it.
+    """Maps a cache entry into memory and checks it.
 
     Raises:
-      ValueError: naming the file and offset, when a file is missing, cut short or
-        changed, or an id is not below `vocab_size`.
+      ValueError: with file and offset, when a file is missing, truncated or changed, or
+        an id is not below `vocab_size`.
     """
     meta = _read_meta(folder)
     dtype = _dtype(vocab_size)
@@ -127,7 +127,7 @@ def open_tokens(folder: Path, vocab_size: int) -> CachedTokens:
         raise _damaged(path, f"ids are {meta['dtype']}, not {dtype.str}")
     if size != expected:
         raise _damaged(path, f"it ends at byte {size}, not at {expected}")
-    # A plain array over the map: numpy's memmap class makes each slice slower.
+    # As a plain array: slices of numpy's memmap class are slower.
     tokens = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
     documents = _open_documents(folder / "documents.npy", meta, len(tokens))
     if size <= CHECKED_BYTES and hashlib.sha256(tokens).hexdigest() != meta["sha256"]:
@@ -144,7 +144,7 @@ def _dtype(vocab_size: int) -> np.dtype:
 
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(
-        f"{path} is damaged: {what}: delete the folder {path.parent}, it is made again"
+        f"{path} is damaged: {what}: delete the folder {path.parent} to rebuild it"
     )
 
 
@@ -210,7 +210,7 @@ def _build(
     dtype = _dtype(tokenizer.vocab_size)
     title = f"tokenizing {source.name} into {folder.parent}"
     digest = hashlib.sha256()
-    # Closed at once when anything fails, so that no worker outlives an error.
+    # Close the generator on any failure, so that no worker process outlives an error.
     encoded = contextlib.closing(_encode_parts(source, tokenizer, folder, config))
     with (
         open(folder / "tokens.bin", "wb") as out,
@@ -228,7 +228,7 @@ def _build(
             if part.ends and tokenizer.eos_id is not None:
                 end = np.asarray([tokenizer.eos_id], np.int32)
                 num_tokens += _write(out, digest, end, dtype)
-            # A document may have no token at all: then it leaves no trace.
+            # Skip a document without any token.
             if part.ends and num_tokens > document_start:
                 starts.append(document_start)
             show(part.done)
@@ -272,9 +272,8 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
                 if end < len(text):
                     end = text.rfind("\n", start, end) + 1 or end
                 origin = f"{where}, from character {start}" if start else where
-                whole = end == len(text)
-                part = text[start:end]
-                yield _Part(part, origin, start == 0, whole, before + done)
+                ends = end == len(text)
+                yield _Part(text[start:end], origin, start == 0, ends, before + done)
                 start = end
         before += file.path.stat().st_size
 
@@ -282,7 +281,7 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
 def _encode_parts(
     source: Source, tokenizer: Tokenizer, folder: Path, config: DataConfig
 ) -> Generator[tuple[_Part, np.ndarray], None, None]:
-    """Parts with their ids, in order; in processes where that is worthwhile."""
+    """Yields parts with their ids, in order; uses processes where that is faster."""
     parts = _parts(source, config)
     workers = config.workers or _num_cores()
     if workers > 1 and _is_slow(source, tokenizer):
@@ -303,7 +302,7 @@ def _num_cores() -> int:
 
 
 def _is_slow(source: Source, tokenizer: Tokenizer) -> bool:
-    """Bytes and characters are encoded faster than they could be sent around."""
+    """False for bytes and characters: encoding them costs less than sending them."""
     size = 0
     for file in source.files:
         compressed = file.compression or file.format == ".parquet"
@@ -315,7 +314,7 @@ _worker_tokenizer: Tokenizer | None = None
 
 
 def _start_worker(folder: str) -> None:
-    # The parent alone answers Ctrl-C, and ends its workers.
+    # Only the parent handles Ctrl-C, and it ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _worker_tokenizer
     _worker_tokenizer = read_saved_tokenizer(Path(folder))
@@ -342,7 +341,7 @@ def _encode_in_pool(
     parts: Iterable[_Part], tokenizer: Tokenizer, folder: Path, workers: int
 ) -> Iterator[tuple[_Part, np.ndarray]]:
     tokenizer.save(folder)
-    # Spawned, not forked: a fork of a process that runs JAX's threads can hang.
+    # Spawn, because a fork of a process with JAX's threads can hang.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (str(folder),))
@@ -352,7 +351,7 @@ def _encode_in_pool(
         for task in _tasks(parts):
             texts = [part.text for part in task]
             waiting.append((task, pool.submit(_encode_task, texts)))
-            # A bound on the text in memory.
+            # Limit the text in memory.
             if len(waiting) > 2 * workers:
                 yield from _results(*waiting.popleft())
         while waiting:
@@ -360,14 +359,14 @@ def _encode_in_pool(
         finished = True
     except BrokenProcessPool as error:
         raise ValueError(
-            "a process that tokenizes ended before its work was done (out of memory, "
-            'or the script lacks `if __name__ == "__main__":`): set data.workers to 1'
+            "a tokenizing process died (out of memory, or the script lacks "
+            '`if __name__ == "__main__":`): set data.workers to 1'
         ) from error
     finally:
         if not finished:
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
-        # Waits: a worker that is still starting reads the tokenizer in `folder`.
+        # Wait for workers that are still starting: they read the tokenizer in `folder`.
         pool.shutdown(cancel_futures=True)
 
 

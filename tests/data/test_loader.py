@@ -68,14 +68,14 @@ def test_every_row_once_an_epoch(num_rows):
         assert num_rows < 10 or shuffled not in epochs
 
 
-def test_random_access_equals_one_by_one(dataset):
+def test_random_access_equals_one_index_at_a_time(dataset):
     whole = dataset.order.rows(np.arange(100_000, 100_064))
     single = [dataset.order.rows(np.array([i])) for i in range(100_000, 100_064)]
     for values, ones in zip(whole, zip(*single, strict=True), strict=True):
         assert values.tolist() == np.concatenate(ones).tolist()
 
 
-def test_processes_make_their_rows_of_the_same_batch(dataset):
+def test_processes_build_their_rows_of_the_same_batch(dataset):
     for step in (0, 7, 5000):
         whole = dataset.train_batch(step, 8)
         for count in (2, 4, 8):
@@ -112,14 +112,14 @@ def test_batches_on_a_mesh(dataset):
 
 
 class TwoProcesses(NamedSharding):
-    """A sharding over two devices of which this process has the second."""
+    """A sharding over two devices, of which this process has the second."""
 
     def addressable_devices_indices_map(self, shape):
         return {"second": (slice(shape[0] // 2, None), slice(None))}
 
 
-def test_a_process_makes_only_its_rows(dataset, monkeypatch):
-    asked = []
+def test_a_process_builds_only_its_rows(dataset, monkeypatch):
+    requested = []
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     sharding = TwoProcesses(mesh, jax.P("data"))
 
@@ -128,12 +128,12 @@ def test_a_process_makes_only_its_rows(dataset, monkeypatch):
         return jax.numpy.asarray(part((slice(4, 8), slice(None))))
 
     def build(rows):
-        asked.append(rows)
+        requested.append(rows)
         return dataset.train_batch(0, 8, rows)
 
     monkeypatch.setattr(jax, "make_array_from_callback", assemble)
     got = place(build, (8, 32), sharding)
-    assert asked == [slice(4, 8)]
+    assert requested == [slice(4, 8)]
     assert same(got, jax.tree.map(lambda x: x[4:], dataset.train_batch(0, 8)))
 
 
@@ -184,7 +184,7 @@ def test_shares_of_a_mixture(weights):
         assert mine.tolist() == list(range(len(mine)))
         share = 100_000 * weight / sum(weights)
         assert abs(len(mine) - share) <= 2
-        # Evenly spread: any 100 in a row have the share of 100.
+        # Evenly spread: any 100 consecutive rows have the right share.
         counts = np.bincount(np.flatnonzero(source == number) // 100, minlength=1000)
         assert abs(counts - share / 1000).max() <= 2
 
@@ -196,7 +196,7 @@ def test_mixtures(tmp_path):
     def share_of_b(**more):
         dataset = open_dataset(DataConfig(**options, **more), seed=0)
         rows = np.concatenate([dataset.train_batch(s, 8).tokens for s in range(50)])
-        # A row is of one source.
+        # Each row comes from one source.
         assert (rows == rows[:, :1]).all()
         return rows.mean()
 
@@ -238,7 +238,7 @@ def test_documents_are_segments(tmp_path):
     options = {"path": (str(path),), "sequence_length": 7, "tokenizer": "bytes"}
     batch = open_dataset(DataConfig(**options), seed=0).train_batch(0, 16)
     assert batch.positions.max() == 4
-    # Nothing is predicted after the end of a document, and the end itself is.
+    # The end of a document is predicted, the token after it is not.
     assert (batch.loss_weights[batch.tokens == 256] == 0).all()
     assert (batch.loss_weights[batch.targets == 256] == 1).all()
     config = DataConfig(**options, segment_attention=False)
@@ -260,7 +260,7 @@ def test_bytes_per_token(tmp_path):
 def test_a_source_shorter_than_a_row(tmp_path):
     path = write(tmp_path / "short.txt", 100, "a")
     message = (
-        r"short\.txt: 90 tokens .*10% .*sequence_length 90 \+ 1; add text or lower"
+        r"short\.txt: 90 training tokens .*10% .*length 90 \+ 1; add text or lower"
     )
     with pytest.raises(ValueError, match=message):
         open_dataset(DataConfig(path=(path,), sequence_length=90), seed=0)

@@ -19,7 +19,7 @@ def random_stream(random, size, documents):
 
 
 def slow_row(stream, first, length, segments, *, cyclic):
-    """One row, token by token: what `train_rows` and `eval_rows` must equal."""
+    """Builds one row token by token, as `train_rows` and `eval_rows` must."""
     size, starts = len(stream.tokens), set(stream.documents.tolist())
     columns = {"tokens": [], "targets": [], "positions": [], "segment_ids": []}
     weights, segment, position = [], 1, 0
@@ -79,7 +79,7 @@ def test_every_token_is_a_target_once_an_epoch():
             assert set(targets) <= set(possible)
             assert len(possible) - len(targets) <= 3
             seen.append(set(possible) - set(targets))
-        # What is left over differs by epoch.
+        # The tokens left out differ by epoch.
         assert not set.intersection(*seen)
 
 
@@ -113,7 +113,7 @@ def test_split_cuts_a_document_in_two():
     assert len(held_out.documents) == 0
 
 
-def test_size_of_the_split_is_that_of_nanogpt():
+def test_the_split_has_the_size_of_nanogpt():
     for size in (10, 999, 1_256_722):
         stream = TokenStream("t", np.zeros(size, "<u2"), np.zeros(1, np.int64), 1)
         assert len(split_stream(stream, 0.1)[0].tokens) == int(0.9 * size)
@@ -129,7 +129,7 @@ def test_offsets_depend_on_seed_and_epoch_only():
 
 
 def test_the_hash_never_changes():
-    # splitmix64 of seed 0 begins so (Steele et al.'s reference implementation).
+    # The first output of splitmix64 with seed 0 (Steele et al.'s reference code).
     assert int(mix_bits(0)) == 0xE220A8397B1DCDAF
     assert int(mix_bits(2**64)) == int(mix_bits(0)) != int(mix_bits(-1))
     assert mix_bits(1, np.arange(3)).tolist() == [int(mix_bits(1, i)) for i in range(3)]

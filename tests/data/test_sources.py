@@ -22,7 +22,7 @@ def test_bundled_text(shakespeare):
         find_source("bundled:shakespear.txt")
 
 
-def test_text_is_kept_as_it_is(tmp_path):
+def test_text_is_not_changed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xef\xbb\xbf \xe2\x80\xa8\n\n")
     assert texts(path) == ["one\r\ntwo\0\ufeff \u2028\n\n"]
@@ -63,7 +63,7 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path):
     assert texts(tmp_path / "a[1].txt") == ["x"]
 
 
-def test_nothing_there(tmp_path):
+def test_missing_paths(tmp_path):
     (tmp_path / "corpus.txt").write_text("x")
     with pytest.raises(
         ValueError, match=r"exist \(did you mean 'corpus\.txt' in /.*\?\)"
@@ -76,7 +76,7 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.md", "a", "a.parquet.gz", "a.txt.bz2"])
-def test_unknown_endings(name, tmp_path):
+def test_unknown_extensions(name, tmp_path):
     (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=r"cannot be read: \.txt"):
         find_source(str(tmp_path / name))
@@ -94,7 +94,7 @@ def test_bad_utf8_is_located(tmp_path):
     path.write_bytes(b"one\ntwo \xff\n\xe2\x80")
     with pytest.raises(ValueError, match=r"a\.txt: byte 0xff at offset 8 \(line 2\)"):
         texts(path)
-    with pytest.warns(UserWarning, match=r"a\.txt: 2 places") as caught:
+    with pytest.warns(UserWarning, match=r"a\.txt: 2 byte seq") as caught:
         assert texts(path, invalid_utf8="replace") == ["one\ntwo \ufffd\n\ufffd"]
     assert len(caught) == 1
     path = tmp_path / "a.jsonl"
@@ -108,7 +108,7 @@ def test_half_of_a_surrogate_pair(tmp_path):
     path.write_text('{"text": "ok"}\n{"text": "a\\ud83d"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*\\ud83d"):
         texts(path)
-    with pytest.warns(UserWarning, match="1 places"):
+    with pytest.warns(UserWarning, match="1 byte seq"):
         assert texts(path, invalid_utf8="replace") == ["ok", "a\ufffd"]
 
 
@@ -150,7 +150,7 @@ def test_damaged_archives(tmp_path):
                 texts(path)
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 nonsense")
-    with pytest.raises(ValueError, match="not a whole Parquet file"):
+    with pytest.raises(ValueError, match="not a complete Parquet file"):
         texts(path)
 
 
@@ -158,7 +158,7 @@ def test_parquet_columns(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"body": ["a", None], "n": [1, 2]})
     pyarrow.parquet.write_table(table, path)
-    with pytest.raises(ValueError, match="no column 'text'; there is body, n"):
+    with pytest.raises(ValueError, match="no column 'text'; the columns are body, n"):
         texts(path)
     with pytest.raises(ValueError, match="column 'n' holds int64"):
         texts(path, field="n")

@@ -40,7 +40,7 @@ def test_tokens_and_documents(tmp_path):
     assert chars.documents.tolist() == [0, 2, 3]
 
 
-def test_documents_begin_with_bos_where_the_model_expects_it(tmp_path):
+def test_documents_begin_with_bos_if_the_model_expects_it(tmp_path):
     class WithBos(ByteTokenizer):
         bos_id, adds_bos = 0, True
 
@@ -51,14 +51,14 @@ def test_documents_begin_with_bos_where_the_model_expects_it(tmp_path):
     assert got.folder != plain.folder
 
 
-def test_made_once(tmp_path, monkeypatch, cache_home):
+def test_tokenized_once(tmp_path, monkeypatch, cache_home):
     path = lines(tmp_path / "a.jsonl", "ab")
     first = tokenized(path)
     assert first.folder.parent == cache_home / "jaxlm" / "tokens"
     monkeypatch.setattr(tokens, "_build", None)  # A second build would fail.
     assert tokenized(path).folder == first.folder
-    for made in (first.folder, first.folder.parent):
-        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    for folder in (first.folder, first.folder.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_everything_that_matters_is_in_the_key(tmp_path):
@@ -66,7 +66,7 @@ def test_everything_that_matters_is_in_the_key(tmp_path):
     folders = {tokenized(path).folder, tokenized(path, CharTokenizer("ab")).folder}
     folders.add(tokenized(path, CharTokenizer("abc")).folder)
     folders.add(tokenized(path, invalid_utf8="replace").folder)
-    # Same size, same time, other text.
+    # Same size and time, but other text.
     status = path.stat()
     lines(path, "ac")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -74,7 +74,7 @@ def test_everything_that_matters_is_in_the_key(tmp_path):
     assert changed.tokens.tolist() == [97, 99, 256]
     folders.add(changed.folder)
     assert len(folders) == 5
-    # A moved file is the same text.
+    # A moved file has the same text.
     path.rename(tmp_path / "b.jsonl")
     assert tokenized(tmp_path / "b.jsonl").folder == changed.folder
     os.environ.pop("XDG_CACHE_HOME")
@@ -223,11 +223,11 @@ def test_pool_and_parts_give_the_same_tokens(
     alone = tokenized(path, tokenizer, workers=1, cache_dir=str(tmp_path / "1"))
     monkeypatch.setattr(tokens, "POOL_BYTES", 0)
     pool = tokenized(path, tokenizer, workers=2, cache_dir=str(tmp_path / "2"))
-    assert (pool.folder / "sentencepiece.model").exists()  # It was the pool.
+    assert (pool.folder / "sentencepiece.model").exists()  # The pool was used.
     assert pool.content_hash == alone.content_hash
     assert tokenizer.decode(pool.tokens[: pool.documents[1]]) == shakespeare[:60_000]
     assert len(pool.documents) == 3
-    # A document in one part has the tokens that encode gives.
+    # A document of one part has the tokens that `encode` returns.
     assert pool.tokens[pool.documents[2] : -1].tolist() == (
         tokenizer.encode(shakespeare[:50]).tolist()
     )
