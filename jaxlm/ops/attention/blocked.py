@@ -1,8 +1,8 @@
-"""Memory-lean attention in plain XLA: no [T, S] matrix, forward or backward.
+"""Blockwise attention in plain XLA: no [T, S] matrix, forward or backward.
 
-Queries and keys are taken in blocks; the softmax is kept online (Milakov and
-Gimelshein 2018, arXiv:1805.02867) and the backward pass computes the scores again from
-the saved log-sum-exp. Blocks that the causal mask or the window hide whole are skipped.
+Loops over blocks of queries and keys with an online softmax (Milakov and Gimelshein
+2018, arXiv:1805.02867); the backward pass recomputes the probabilities from the saved
+log-sum-exp. Skips blocks that the causal mask or the window hides completely.
 """
 
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ from jaxlm.ops.layout import reshape
 
 @dataclass(frozen=True)
 class BlockedSettings:
-    """What may be tuned."""
+    """The block size, which `jaxlm tune attention` can measure."""
 
     block: int = 256
-    """Tokens of a block, of queries and of keys."""
+    """Tokens per block of queries, and per block of keys."""
 
 
 def settings_for(q: Array) -> BlockedSettings:
-    """What was measured for such queries, else the default."""
+    """Returns the settings measured for such queries, else the default."""
     return measured(settings_key("xla", q), BlockedSettings())
 
 
@@ -41,13 +41,17 @@ def blocked_attention(
     *,
     settings: BlockedSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention with O(T * block) memory. T and S need not be multiples of a block."""
+    """Attention with O(T * block) memory; T and S need not be multiples of the block.
+
+    Returns:
+      The result in q's dtype, and the log-sum-exp of the scores, sinks included, f32.
+    """
     kernels = FlashKernels(_forward, _backward, settings or settings_for(q))
     return flash_attention(kernels, q, k, v, spec)
 
 
 def _in_blocks(q, k, v, mask: Mask, block: int):
-    """q [B, K, G, T, H], k and v [B, K, S, H] and the mask, in whole blocks."""
+    """Transposes and pads to whole blocks: q [B K G T H], k, v [B K S H], the mask."""
     q_BKGTH = _grouped(q, k.shape[2])
     k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k, v))
     pad = partial(_pad, block=block)
@@ -62,7 +66,7 @@ def _grouped(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G T H"]:
 
 
 def _ungrouped(x: Float[Array, "B K G T H"], length: int) -> Float[Array, "B _ N H"]:
-    """The first `length` queries, heads joined."""
+    """Inverse of `_grouped`; keeps the first `length` queries."""
     B, K, G, _, H = x.shape
     x = x[:, :, :, :length].transpose(0, 3, 1, 2, 4)
     return reshape(x, (B, length, K * G, H), (0, 1, 2, 4))
@@ -78,8 +82,8 @@ def _block(x: Array, i: Int[Array, ""], axis: int, block: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
 
-def _key_blocks(mask: Mask, i, num_blocks: int, block: int):
-    """First and last + 1 of the key blocks that query block i can see."""
+def _key_range(mask: Mask, i, num_blocks: int, block: int):
+    """Returns the first key block that query block i can see, and one past the last."""
     if mask.query_positions is not None:
         return 0, num_blocks
     high = jnp.minimum(i + 1, num_blocks) if mask.causal else num_blocks
@@ -90,7 +94,7 @@ def _key_blocks(mask: Mask, i, num_blocks: int, block: int):
 
 
 def _scores(q_i, k_j, spec: AttentionSpec, i, j, block: int, num_keys: int):
-    """Scores of one pair of blocks [B, K, G, block, block], and d score / d (q k)."""
+    """Scores of a pair of blocks [B, K, G, block, block], and d scores / d (q k^T)."""
     raw = _f32("BKGTH,BKSH->BKGTS", q_i, k_j)
     scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
     slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
@@ -132,11 +136,11 @@ def _forward(q, k, v, spec: AttentionSpec, settings: BlockedSettings):
             acc = acc * alpha[..., None] + part
             return m_new, l * alpha + p.sum(axis=-1), acc
 
-        # Zeros made from q carry its sharding.
+        # zeros_like keeps the sharding of q.
         zeros = jnp.zeros_like(q_i, dtype=jnp.float32)
         row = zeros[..., 0]
         start = (row + MASKED, row, zeros)
-        low, high = _key_blocks(mask, i, S // block, block)
+        low, high = _key_range(mask, i, S // block, block)
         m, l, acc = jax.lax.fori_loop(low, high, key_block, start)
         factor, lse = online_softmax.finish(m, l, sinks)
         return (acc * factor[..., None]).astype(q.dtype), lse
@@ -147,7 +151,7 @@ def _forward(q, k, v, spec: AttentionSpec, settings: BlockedSettings):
 
 
 def _join(blocks: Array, axis: int) -> Array:
-    """[n, ..., block, ...] -> [..., n * block, ...] along `axis` of the result."""
+    """Joins blocks: [n, ..., block, ...] -> [..., n * block, ...], at `axis`."""
     x = jnp.moveaxis(blocks, 0, axis)
     before, after = range(axis), range(axis + 2, x.ndim)
     size = x.shape[axis] * x.shape[axis + 1]
@@ -162,7 +166,7 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: BlockedSet
     q, k, v, mask = _in_blocks(q, k, v, spec.mask, block)
     spec = replace(spec, mask=mask)
     dz = _pad(_grouped(dz, K), 3, block)
-    # Queries that were added have no gradient: their probabilities are 0.
+    # A huge log-sum-exp makes the probabilities of padding queries 0.
     lse, delta = (_grouped_rows(x, K) for x in (lse, delta))
     missing = q.shape[3] - T
     lse = jnp.pad(lse, ((0, 0),) * 3 + ((0, missing),), constant_values=-MASKED)
@@ -187,7 +191,7 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: BlockedSet
             return dq_i, dk, dv
 
         dk, dv = carry
-        low, high = _key_blocks(mask, i, key_blocks, block)
+        low, high = _key_range(mask, i, key_blocks, block)
         start = (jnp.zeros_like(q_i, dtype=jnp.float32), dk, dv)
         dq_i, dk, dv = jax.lax.fori_loop(low, high, key_block, start)
         return (dk, dv), dq_i

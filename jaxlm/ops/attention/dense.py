@@ -1,9 +1,9 @@
-"""Attention for short rows: all probabilities are kept, in the compute dtype.
+"""Attention for short sequences: keeps all probabilities, in the compute dtype.
 
-The same result as the reference, with a backward pass written for the matrix units: the
-probabilities are saved unnormalised, both gradients of keys and values contract two
-dimensions (the only form that XLA:CPU multiplies in bfloat16 with a batch), and query
-blocks skip the keys that the causal mask or the window hides whole.
+Same result as the reference, with a backward pass made for matrix units: it saves the
+unnormalized probabilities, the gradients of keys and values each contract two
+dimensions (the only form in which XLA:CPU runs a batched bfloat16 matmul), and query
+blocks skip the key blocks that the causal mask or the window hides completely.
 """
 
 from dataclasses import dataclass, replace
@@ -22,20 +22,20 @@ from jaxlm.ops.layout import reshape
 
 @dataclass(frozen=True)
 class DenseSettings:
-    """What may be tuned."""
+    """The block size, which `jaxlm tune attention` can measure."""
 
     block: int = 128
-    """Queries whose hidden keys are skipped together. Smaller blocks skip more and
-    multiply smaller matrices; 128 was the fastest at 256 tokens."""
+    """Queries per block. Smaller blocks skip more keys, but their matrices are smaller;
+    128 was the fastest at 256 tokens."""
 
 
 def settings_for(q: Array) -> DenseSettings:
-    """What was measured for such queries, else the default."""
+    """Returns the settings measured for such queries, else the default."""
     return measured(settings_key("dense", q), DenseSettings())
 
 
 def declines(request: Request) -> str | None:
-    """Why `dense_attention` cannot do what is asked; None: it can."""
+    """Returns why `dense_attention` cannot run the request; None: it can."""
     return None if request.spec.soft_cap is None else "has no soft cap"
 
 
@@ -47,7 +47,11 @@ def dense_attention(
     *,
     settings: DenseSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention that holds [B, N, T, S] probabilities in q's dtype; no soft cap."""
+    """Attention that keeps [B, N, T, S] probabilities in q's dtype; no soft cap.
+
+    Returns:
+      The result in q's dtype, and the log-sum-exp of the scores, sinks included, f32.
+    """
     assert spec.soft_cap is None
     settings = settings or settings_for(q)
     B, T, N, H = q.shape
@@ -62,7 +66,7 @@ def dense_attention(
 
 
 def _blocks(num_queries: int, num_keys: int, mask: Mask, block: int):
-    """Query slices, each with the slice of keys that it may see."""
+    """Returns the slices of queries, each with the slice of keys that it may see."""
     square = num_queries == num_keys and mask.query_positions is None
     if not square or not mask.causal or num_queries % block:
         return [(slice(0, num_queries), slice(0, num_keys))]
@@ -76,7 +80,7 @@ def _blocks(num_queries: int, num_keys: int, mask: Mask, block: int):
 
 
 def _bias(mask: Mask, rows: slice, keys: slice) -> Float[Array, "#B 1 1 T S"]:
-    """0 where a query may attend to a key, `MASKED` where not."""
+    """0 where a query may attend to a key, `MASKED` elsewhere."""
     queries = jax.tree.map(lambda x: x[:, rows], mask.queries(rows.stop))
     columns = jax.tree.map(lambda x: x[:, keys], mask.keys(keys.stop))
     return jnp.where(mask.pairs(queries, columns), 0.0, MASKED)[:, None, None]
@@ -87,16 +91,16 @@ def _einsum(equation: str, a: Array, b: Array) -> Array:
 
 
 def _forward(q, k, v, spec: AttentionSpec, block: int):
-    """z, the log-sum-exp, and for each block exp(scores - max) and 1 / its sum."""
+    """Returns z, the log-sum-exp, and for each block exp(scores - m) and 1 / l."""
     outs, lses, saved = [], [], []
     for rows, keys in _blocks(q.shape[3], k.shape[2], spec.mask, block):
         k_j, v_j = k[:, :, keys], v[:, :, keys]
         scores = _einsum("BKGTH,BKSH->BKGTS", q[:, :, :, rows], k_j)
         scores += _bias(spec.mask, rows, keys)
         m = scores.max(axis=-1, keepdims=True)
-        # Without the barrier XLA:CPU computes the exponentials again at each use.
+        # Without the barrier XLA:CPU recomputes the exponentials at each use.
         p = jax.lax.optimization_barrier(jnp.exp(scores - m).astype(q.dtype))
-        # The sum as a matrix product reads the rounded p once, in the fast kernel.
+        # As a matmul, the sum reads the rounded p once, in the fast bfloat16 kernel.
         ones = jnp.ones((p.shape[-1], 16), q.dtype)
         l = _einsum("BKGTS,SE->BKGTE", p, ones)[..., :1]
         sink = None
@@ -132,7 +136,7 @@ def _dense_backward(block, residuals, cotangents):
     for (rows, keys), (p, inverse, sink) in zip(blocks, saved, strict=True):
         q_i = q[:, :, :, rows]
         g_i = g[:, :, :, rows].astype(jnp.float32) * inverse
-        # What the softmax subtracts from the gradient of each of a row's scores.
+        # The gradient of the softmax subtracts this from each dprobs of a query.
         delta = jnp.sum(g_i * z[:, :, :, rows].astype(jnp.float32), -1, keepdims=True)
         delta -= inverse * dlse[:, :, :, rows, None]
         g_i = g_i.astype(q.dtype)
@@ -155,9 +159,9 @@ def _dense_backward(block, residuals, cotangents):
 def _over_queries(
     a: Float[Array, "B K G T S"], b: Float[Array, "B K G T H"]
 ) -> Float[Array, "B K S H"]:
-    """Sum over the queries and the heads of a group, f32."""
+    """Contracts the queries and the heads of a group, in f32."""
     if a.shape[2] == 1 and a.shape[3] % 2 == 0:
-        # Two dimensions to contract, even when a group has one head: see above.
+        # Contract two dimensions even if a group has one head (see the top).
         B, K, _, T, S = a.shape
         kept = (0, 1, None, None, 4)
         a = reshape(a, (B, K, 2, T // 2, S), kept)

@@ -1,9 +1,10 @@
-"""The choice between implementations of attention.
+"""`attention`, and the choice of the implementation that computes it.
 
-An implementation looks at the `Request` and gives a reason to decline it, or none.
-Named, it runs or raises with that reason; `auto` takes the first of the device's list
-that does not decline. The choice is logged: what was taken and why others declined at
-INFO, and at WARNING where an accelerator computes long rows without a kernel.
+Each implementation takes a `Request` and returns a reason to decline it, or None. An
+implementation requested by name runs, or raises with its reason; `auto` takes the first
+in the device's list that does not decline. The choice is logged once: at INFO what was
+chosen and why the others declined, and at WARNING when an accelerator runs long
+sequences without a kernel.
 """
 
 import functools
@@ -31,25 +32,27 @@ Result = tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute attention, in operations that XLA shards over a mesh itself."""
+    """Attention in plain JAX operations, which XLA can shard over a mesh."""
 
     run: Callable[..., Result]
     """(q, k, v, spec, *, settings=None)"""
     declines: Callable[[Request], str | None] = lambda request: None
-    """Why it cannot do what is asked; None: it can."""
+    """Returns the reason why it cannot run a request; None: it can."""
     int8: bool = False
-    """Takes int8 keys and values as they are; else they are dequantized before."""
+    """Whether it takes int8 keys and values; if not, they are dequantized first."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A module with `attention` and `declines`, imported where it is used.
+    """A module with `attention` and `declines`, imported on first use.
 
-    It is opaque to XLA, so in a mesh each device runs it on its own rows and heads.
+    XLA cannot shard a kernel; in a mesh each device runs it on its own batch rows and
+    heads.
     """
 
     module: str
     platform: str
+    """gpu or tpu."""
     int8: bool = False
 
     def run(
@@ -76,36 +79,36 @@ IMPLEMENTATIONS: dict[str, Implementation | Kernel] = {
     "cudnn": Kernel("jaxlm.ops.attention.jax_kernels.cudnn", "gpu"),
 }
 
-# What `auto` tries, in this order. On each device the fast ones first.
+# What `auto` tries on each platform, in this order.
 AUTO = {
     "tpu": ("pallas_tpu", "splash", "xla", "reference"),
     "gpu": ("pallas_gpu", "cudnn", "xla", "reference"),
     "cpu": ("dense", "xla", "reference"),
 }
 
-# Our own kernels, each with the kinds of device on which a run of it is recorded in
-# benchmarks/results: right, and faster than what stands behind it in `AUTO`.
+# The kinds of device on which each of our kernels is proven: a run recorded in
+# benchmarks/results shows that it is correct, and faster than the next in `AUTO`.
 PROVEN: dict[str, frozenset[str]] = {
     "pallas_tpu": frozenset(),
     "pallas_gpu": frozenset(),
 }
 
-# Scores of each head from which `auto` takes `xla`. Measured on CPUs, where `dense`
-# comes before it (benchmarks/results/attention_cpu.json); elsewhere a guess.
-LONG = {"cpu": 256 * 256, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
-# Scores of each head from which `dense` is no faster than `xla`, and holds more.
-TOO_LONG_FOR_DENSE = 2048 * 2048
-# Scores of each head from which a kernel is expected on an accelerator.
-LONG_FOR_A_KERNEL = 512 * 512
+# All in scores per head, T * S. `auto` takes `xla` from this size on. Measured on CPUs,
+# where `dense` comes first (benchmarks/results/attention_cpu.json); a guess elsewhere.
+XLA_MIN_SCORES = {"cpu": 256 * 256, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
+# From here on `dense` is no faster than `xla`, and uses more memory.
+DENSE_MAX_SCORES = 2048 * 2048
+# From here on an accelerator should run a kernel.
+KERNEL_MIN_SCORES = 512 * 512
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs, and why not another."""
+    """The implementation that runs, and why the others do not."""
 
     name: str
     declined: tuple[tuple[str, str], ...] = ()
-    """Names and reasons; empty for an implementation that was named."""
+    """Names and reasons; empty if the implementation was requested by name."""
     warning: str | None = None
     """What is slower than expected on this accelerator, and what to do about it."""
 
@@ -113,7 +116,7 @@ class Choice:
         return "; ".join((f"auto took {self.name}", *_by_reason(self.declined)))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Returns plain values, for `metrics.jsonl`."""
         return {"took": self.name, "declined": dict(self.declined)}
 
 
@@ -121,14 +124,14 @@ def _by_reason(declined: tuple[tuple[str, str], ...]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in declined:
         names.setdefault(reason, []).append(name)
-    return [f"{', '.join(who)}: {reason}" for reason, who in names.items()]
+    return [f"{', '.join(group)}: {reason}" for reason, group in names.items()]
 
 
 def choose(implementation: str, request: Request) -> Choice:
-    """The implementation that runs. Pure: says nothing and keeps nothing.
+    """Chooses the implementation that runs. Pure: logs nothing and keeps no state.
 
     Raises:
-      ValueError: for an unknown name, and for one that cannot do what is asked.
+      ValueError: for an unknown name, or an implementation that declines the request.
     """
     if implementation == "auto":
         return _choose(request)
@@ -162,25 +165,25 @@ def _choose(request: Request) -> Choice:
 
 
 def _not_chosen(name: str, request: Request) -> str | None:
-    """Why `auto` passes over an implementation that could do what is asked."""
+    """Returns why `auto` skips an implementation that could run the request."""
     if name in PROVEN and request.device_kind not in PROVEN[name]:
-        return f"not proven on a {request.device_kind} yet, name it to run it"
+        return f"not proven on {request.device_kind} yet, name it to run it"
     scores = request.num_queries * request.num_keys
     one = request.num_queries == 1
-    if name == "dense" and (one or scores >= TOO_LONG_FOR_DENSE):
-        return "for several queries and rows that are not too long"
-    if name == "xla" and (one or scores < LONG[request.platform]):
-        return "for several queries and long rows"
+    if name == "dense" and (one or scores >= DENSE_MAX_SCORES):
+        return "only chosen for several queries and sequences that are not too long"
+    if name == "xla" and (one or scores < XLA_MIN_SCORES[request.platform]):
+        return "only chosen for several queries and long sequences"
     return None
 
 
 def _slow(
     name: str, declined: tuple[tuple[str, str], ...], request: Request
 ) -> str | None:
-    """A warning where long rows run on an accelerator without a kernel."""
+    """Returns a warning if an accelerator runs long sequences without a kernel."""
     if request.platform == "cpu" or isinstance(IMPLEMENTATIONS[name], Kernel):
         return None
-    if request.num_queries * request.num_keys < LONG_FOR_A_KERNEL:
+    if request.num_queries * request.num_keys < KERNEL_MIN_SCORES:
         return None
     kernels = {
         name
@@ -189,7 +192,7 @@ def _slow(
     }
     reasons = tuple((n, why) for n, why in declined if n in kernels)
     return (
-        f"long rows are computed by {name}, slower than by a kernel "
+        f"long sequences run in {name}, which is slower than a kernel "
         f"({'; '.join(_by_reason(reasons))}): change what a kernel declines, or name "
         "one that is not proven yet (--model.attention)"
     )
@@ -197,7 +200,7 @@ def _slow(
 
 @functools.cache
 def _log_once(level: int, line: str) -> None:
-    """Once in a process: every layer and every compilation makes the same choice."""
+    """Logs a line once per process, since every layer makes the same choice."""
     logger.log(level, "%s", line)
 
 
@@ -234,18 +237,19 @@ def attention(
     implementation: str = "auto",
     return_lse: bool = False,
 ) -> Float[Array, "B T N H"] | Result:
-    """Grouped-query attention in q's dtype; N is a multiple of K.
+    """Computes grouped-query attention, in q's dtype; N is a multiple of K.
 
-    In an Explicit mesh the batch and the heads may be sharded, and nothing else.
+    In an Explicit mesh the batch and the heads may be sharded, but no other axis.
 
     Args:
-      implementation: a name in `IMPLEMENTATIONS`, or auto.
-      return_lse: return the log-sum-exp of the scores too ([B N T], f32, the sink
-        included), which has a gradient as well: what rebuilds probabilities, and what
-        merges attention over parts of the keys.
+      implementation: a name in `IMPLEMENTATIONS`, or "auto".
+      return_lse: also return the log-sum-exp of the scores, sinks included, [B N T] in
+        f32. It has a gradient too. Use it to recompute the probabilities, or to merge
+        attention over parts of the keys.
 
     Raises:
-      ValueError: for an unknown implementation, or one that cannot do what is asked.
+      ValueError: for an unknown implementation, one that declines the call, or queries
+        that are sharded along another axis.
     """
     call = request(q, k, spec, lse=return_lse)
     choice = choose(implementation, call)
@@ -265,19 +269,19 @@ def attention(
 
 
 def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Result:
-    """`run` on the rows and heads that each device of an Explicit mesh has."""
-    placed = layout(q)
-    if placed is None:
+    """Calls `run` on each device of an Explicit mesh, on its batch rows and heads."""
+    sharding = layout(q)
+    if sharding is None:
         return run(q, k, v, spec)
-    batch, tokens, heads, width = placed.spec
-    if tokens is not None or width is not None:
+    batch, tokens, heads, head_dim = sharding.spec
+    if tokens is not None or head_dim is not None:
         raise ValueError(
-            f"attention: queries are laid out as {placed.spec}, but only the batch and "
-            "the heads may be sharded"
+            f"attention: queries are sharded as {sharding.spec}, but only the batch "
+            "and the heads may be sharded"
         )
 
     def rows(x: Array | None, *axes: Any) -> P | None:
-        """That of x; one row for all of the batch is whole on each device."""
+        """The partitions of x; a single row for the whole batch is replicated."""
         if x is None:
             return None
         return P(None if x.shape[0] == 1 else batch, *axes)

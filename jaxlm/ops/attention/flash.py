@@ -1,8 +1,8 @@
-"""Flash attention with a gradient of its own, for any kernels that compute its parts.
+"""The custom gradient of flash attention, shared by all kernels.
 
-Dao et al. 2022 (arXiv:2205.14135): the forward pass keeps the log-sum-exp of each
-query, the backward pass computes the scores again from it. Nothing of size [T, S] is
-held.
+Dao et al. 2022 (arXiv:2205.14135): the forward pass saves the log-sum-exp of each
+query, from which the backward pass recomputes the probabilities. Nothing of size [T, S]
+is stored.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,15 @@ from jaxlm.ops.attention.spec import MASKED, AttentionSpec
 
 @dataclass(frozen=True)
 class FlashKernels:
-    """The two halves, and how they run."""
+    """A forward and a backward kernel, and their settings."""
 
     forward: Callable
     """(q, k, v, spec, settings) -> (z in q's dtype [B T N H], lse [B N T] f32)."""
     backward: Callable
-    """(q, k, v, spec, lse, delta, dz, settings) -> (dq, dk, dv), shaped as q, k and v,
-    in their dtypes. delta [B N T] f32 is the sum of dz * z, less the gradient of lse;
-    lse is huge for queries that see no key. Sums are in the same order every time."""
+    """(q, k, v, spec, lse, delta, dz, settings) -> (dq, dk, dv), in the shapes and
+    dtypes of q, k and v. delta [B N T] f32 is the sum of dz * z over H, minus the
+    gradient of lse; lse is huge for queries that see no key. Must be deterministic:
+    sums are always in the same order."""
     settings: Any
     """Block sizes and the like; hashable."""
 
@@ -38,17 +39,22 @@ def flash_attention(
     v: Num[Array, "B S K H"],
     spec: AttentionSpec,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """z in q's dtype and the log-sum-exp of the scores, the sink included, f32.
+    """Runs the kernels as a differentiable function.
 
-    Both have gradients, but not over int8 keys. A query that sees no key gives zeros,
-    and -1e30 or its sink.
+    Returns:
+      z in q's dtype, and the log-sum-exp of the scores, sinks included, f32. For a
+      query that sees no key, they are zeros, and -1e30 or the sink.
 
     Raises:
-      ValueError: for q, k and v of several dtypes.
+      ValueError: if q, k and v differ in dtype, unless k and v are int8; and for a
+        gradient with int8 keys.
     """
     int8 = spec.key_scale is not None
     if not int8 and not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one "
+            "dtype"
+        )
     return _flash(kernels, q, k, v, spec)
 
 
@@ -76,7 +82,7 @@ def _flash_backward(kernels, residuals, cotangents):
         share = jnp.exp(spec.sinks.astype(jnp.float32)[:, None] - lse)
         dsinks = -jnp.sum(share * delta, axis=(0, 2))
         dspec = replace(dspec, sinks=dsinks.astype(spec.sinks.dtype))
-    # exp(score - lse) is then 0 also where all scores are MASKED.
+    # So that exp(score - lse) is 0 even where all scores are MASKED.
     lse = jnp.where(lse > MASKED / 2, lse, -MASKED)
     dq, dk, dv = kernels.backward(q, k, v, spec, lse, delta, dz, kernels.settings)
     return dq, dk, dv, dspec

@@ -1,12 +1,12 @@
-"""The softmax over blocks of keys, and its gradient: formulas that the kernels share.
+"""The online softmax and its gradient: the formulas that all kernels share.
 
-Milakov and Gimelshein 2018 (arXiv:1805.02867), with the letters of FlashAttention: for
-each query m is the greatest score so far, l the sum of exp(score - m), acc the sum of
-exp(score - m) * value.
+Milakov and Gimelshein 2018 (arXiv:1805.02867), in the notation of FlashAttention: for
+each query, m is the maximum score so far, l the sum of exp(score - m), and acc the sum
+of exp(score - m) * value.
 
-Plain functions of one block's numbers, f32. Arguments broadcast against a block of
-scores, whichever way it lies: [queries, keys] or [keys, queries]. `raw` is q k^T before
-the scale.
+These are plain functions of one block, in f32. Arguments broadcast against the block of
+scores, in either layout: [queries, keys] or [keys, queries]. `raw` is q k^T before the
+scale.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ from jaxlm.ops.attention.spec import MASKED
 
 
 def scores(raw: Any, scale: float, soft_cap: float | None) -> Any:
-    """Scores after scale and soft cap."""
+    """Applies the scale and the soft cap."""
     scaled = raw * scale
     return scaled if soft_cap is None else soft_cap * jnp.tanh(scaled / soft_cap)
 
 
 def slope(capped: Any, scale: float, soft_cap: float | None) -> Any:
-    """d scores / d raw, from the scores."""
+    """Computes d scores / d raw from the scores."""
     if soft_cap is None:
         return scale
     tanh = capped / soft_cap
@@ -31,21 +31,21 @@ def slope(capped: Any, scale: float, soft_cap: float | None) -> Any:
 
 
 def hide(x: Any, allowed: Any) -> Any:
-    """Scores that are `MASKED` where not allowed; x itself where nothing is hidden."""
+    """Sets scores to `MASKED` where not allowed; `allowed` None hides nothing."""
     return x if allowed is None else jnp.where(allowed, x, MASKED)
 
 
 def finish(m: Any, l: Any, sink: Any = None) -> tuple[Any, Any]:
-    """The end of an online softmax.
+    """Finishes an online softmax after the last block.
 
     Args:
-      m: the greatest score of each query, `MASKED` where it saw no key.
+      m: the maximum score of each query, `MASKED` if it saw no key.
       l: the sum of exp(score - m).
-      sink: a logit that takes part in the sum, or None.
+      sink: a logit that joins the sum, or None.
 
     Returns:
-      The factor that makes acc the result, and the log-sum-exp; for a query without
-      keys 0, and the sink or `MASKED`.
+      The factor that turns acc into the result, and the log-sum-exp. For a query that
+      sees no key, they are 0, and the sink or `MASKED`.
     """
     seen = m > MASKED / 2
     lse = jnp.where(seen, m + jnp.log(jnp.where(seen, l, 1.0)), MASKED)
@@ -56,9 +56,10 @@ def finish(m: Any, l: Any, sink: Any = None) -> tuple[Any, Any]:
 
 
 def dscores(probs: Any, dprobs: Any, delta: Any, slope: Any) -> Any:
-    """Gradient of raw, from the probabilities and their gradients.
+    """Computes the gradient of `raw` from the probabilities and their gradient.
 
     Args:
-      delta: sum over a row of probs * dprobs, less the gradient of the log-sum-exp.
+      delta: for each query, the sum over keys of probs * dprobs, minus the gradient of
+        the log-sum-exp.
     """
     return probs * (dprobs - delta) * slope

@@ -1,7 +1,7 @@
-"""Attention by its definition, in plain JAX: what every implementation must equal.
+"""Attention by its definition, in plain JAX. Every implementation must equal this.
 
 Each implementation takes (q, k, v, spec) and returns the result and the log-sum-exp of
-the scores; `dispatch.py` picks one.
+the scores; `dispatch.py` chooses one.
 """
 
 import jax
@@ -15,9 +15,9 @@ from jaxlm.ops.layout import reshape
 def attention_scores(
     q: Float[Array, "B T N H"], k: Num[Array, "B S K H"], spec: AttentionSpec
 ) -> Float[Array, "B K G T S"]:
-    """Scores after scale and soft cap, `MASKED` where hidden, f32.
+    """Computes scores, f32: after scale and soft cap, and `MASKED` where hidden.
 
-    Query head n attends with key head n // G.
+    Query head n uses key head n // G.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -34,7 +34,7 @@ def attention_scores(
 def attention_lse(
     scores: Float[Array, "B K G T S"], spec: AttentionSpec
 ) -> Float[Array, "B K G T"]:
-    """Log-sum-exp of the scores of each query, the sink included, f32."""
+    """Computes the log-sum-exp of each query's scores, sinks included, f32."""
     lse = jax.nn.logsumexp(scores, axis=-1)
     if spec.sinks is not None:
         K, G = scores.shape[1:3]
@@ -49,10 +49,10 @@ def reference_attention(
     v: Num[Array, "B S K H"],
     spec: AttentionSpec,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention by its definition; holds all scores, [B, N, T, S] in f32.
+    """Attention by its definition; keeps all scores, [B, N, T, S] in f32.
 
     Returns:
-      The result in q's dtype, and the log-sum-exp of the scores, sink included, f32.
+      The result in q's dtype, and the log-sum-exp of the scores, sinks included, f32.
     """
     k, v, spec = dequantize(k, v, spec, q.dtype)
     scores = attention_scores(q, k, spec)
@@ -72,6 +72,6 @@ def reference_attention(
 
 
 def join_heads(x: Float[Array, "B K G T"]) -> Float[Array, "B N T"]:
-    """One row for each query head."""
+    """Merges key heads and groups into query heads."""
     B, K, G, T = x.shape
     return reshape(x, (B, K * G, T), (0, 1, 3))

@@ -1,4 +1,4 @@
-"""What a call asks of attention, as far as it is known when the call is traced."""
+"""`Request`: everything about one attention call that is known at trace time."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +12,9 @@ from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 
 def target() -> tuple[str, str]:
-    """Platform and kind of the device that a program traced now is compiled for.
+    """Returns the platform and kind of the device that is compiled for.
 
-    That of the mesh in use, which may be one that this machine does not have (when
+    This is the device of the current mesh, which this machine need not have (when
     compiling ahead of time), else JAX's default device.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -35,29 +35,29 @@ def _auto_mesh() -> bool:
 
 @dataclass(frozen=True)
 class Request:
-    """One call, before a mesh shards its batch and heads.
+    """One attention call, with its shapes before a mesh shards batch and heads.
 
-    Implementations look at this and decline, or not.
+    Each implementation decides from it whether it can run the call.
     """
 
     q: jax.ShapeDtypeStruct
     """[B, T, N, H]"""
     k: jax.ShapeDtypeStruct
-    """[B, S, K, H]; v is like it."""
+    """[B, S, K, H]; v has the same shape and dtype."""
     spec: AttentionSpec
-    """With a `jax.ShapeDtypeStruct` in the place of each array."""
+    """With a `jax.ShapeDtypeStruct` for each array."""
     lse: bool = False
-    """The log-sum-exp is wanted."""
+    """Whether the log-sum-exp is requested."""
     platform: str = field(default_factory=lambda: target()[0])
     """cpu, gpu or tpu."""
     device_kind: str = field(default_factory=lambda: target()[1])
     """As JAX names the device, e.g. `TPU v5 lite`."""
     auto_mesh: bool = field(default_factory=_auto_mesh)
-    """XLA decides how arrays are sharded over several devices (Auto mesh axes)."""
+    """Whether XLA chooses how arrays are sharded over devices (Auto mesh axes)."""
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the queries."""
+        """The dtype of the queries."""
         return jnp.dtype(self.q.dtype)
 
     @property
@@ -80,7 +80,7 @@ def request(
     *,
     lse: bool = False,
 ) -> Request:
-    """The request that a call with these arguments makes of the current device."""
+    """Builds the request of a call with these arguments on the current device."""
     return Request(_shape(q), _shape(k), jax.tree.map(_shape, spec), lse)
 
 
@@ -105,25 +105,25 @@ def request_of_sizes(
     query_positions: bool = False,
     lse: bool = False,
 ) -> Request:
-    """The request of a call that is not made yet, from plain sizes.
+    """Builds a request from plain sizes, without arrays.
 
-    For training `segments` is true, for a call with a cache `query_positions` is.
+    Set `segments` for training, and `query_positions` for a call with a cache.
     """
 
-    def of(wanted: bool, *shape: int) -> jax.ShapeDtypeStruct | None:
-        kind = jnp.float32 if len(shape) == 1 else jnp.int32
-        return jax.ShapeDtypeStruct(shape, kind) if wanted else None
+    def array(present: bool, *shape: int) -> jax.ShapeDtypeStruct | None:
+        array_dtype = jnp.float32 if len(shape) == 1 else jnp.int32
+        return jax.ShapeDtypeStruct(shape, array_dtype) if present else None
 
     mask = Mask(
         causal,
         window,
-        query_positions=of(query_positions, batch, num_queries),
-        query_segments=of(segments, batch, num_queries),
-        key_segments=of(segments, batch, num_keys),
+        query_positions=array(query_positions, batch, num_queries),
+        query_segments=array(segments, batch, num_queries),
+        key_segments=array(segments, batch, num_keys),
     )
     return Request(
         jax.ShapeDtypeStruct((batch, num_queries, num_heads, head_dim), dtype),
         jax.ShapeDtypeStruct((batch, num_keys, num_kv_heads, head_dim), dtype),
-        AttentionSpec(head_dim**-0.5, mask, soft_cap, sinks=of(sinks, num_heads)),
+        AttentionSpec(head_dim**-0.5, mask, soft_cap, sinks=array(sinks, num_heads)),
         lse,
     )

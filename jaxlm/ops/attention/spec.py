@@ -1,9 +1,10 @@
-"""What attention computes: `AttentionSpec`, with the `Mask` of what may be seen.
+"""The attention mask (`Mask`) and the other options of attention (`AttentionSpec`).
 
-Every implementation reads these two values. `reference.py` reads them literally and is
-the definition; the faster ones are proven against it.
+Every implementation takes an `AttentionSpec`. `reference.py` computes it literally and
+is the definition; the faster implementations are tested against an oracle that does the
+same in float64.
 
-Letters of shapes: B batch, T queries, S keys, N query heads, K key heads, G = N / K,
+Shape letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K,
 H head dimension.
 """
 
@@ -14,47 +15,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8, Num
 
-# The score of a hidden key: finite, so that a query that sees no key gives no NaN.
+# The score of a hidden key. Finite, so that a query without visible keys gives no NaN.
 MASKED = -1e30
 
 
 class Tokens(NamedTuple):
-    """What a mask knows of some queries or of some keys: int32, of any shape."""
+    """Positions and segments of some queries or some keys: int32, any shape."""
 
     positions: Any
     segments: Any = None
-    """None: all tokens are in one segment."""
+    """None: all tokens belong to one segment."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query may attend to. Key s is at position s."""
+    """Which keys each query may attend to. Key s has position s."""
 
     causal: bool = field(default=True, metadata={"static": True})
-    """Hide the keys after the query."""
+    """Hide keys after the query."""
     window: int | None = field(default=None, metadata={"static": True})
-    """Number of tokens that a query sees, itself included; None: no limit."""
-    # `Any`: see `jaxlm/types.py` on leaves.
+    """Number of tokens that a query sees, counting itself; None: no limit."""
+    # Typed Any, with unchecked shapes: when JAX rebuilds this tree, a leaf may be any
+    # object.
     query_positions: Any = None
-    """[#B, T] int32: position of each query among the keys; None: 0 to T - 1."""
+    """[#B, T] int32: the position of each query among the keys; None: 0 to T - 1."""
     query_segments: Any = None
-    """[#B, T] int32: attention stays inside a segment (with `key_segments`)."""
+    """[#B, T] int32: attention stays within a segment. Needs `key_segments`."""
     key_segments: Any = None
     """[#B, S] int32."""
 
     def allowed(self, query: Tokens, key: Tokens, num_keys: int | None = None) -> Any:
-        """Where these queries may attend to these keys, as booleans.
+        """Returns where these queries may attend to these keys.
 
-        The one definition. Reads none of the mask's arrays, so that it serves whole
-        rows as well as the block that a kernel holds.
+        The only definition of the mask. It does not read the mask's arrays, so it works
+        for whole sequences and for the block that a kernel holds.
 
         Args:
-          query, key: integers that broadcast to the shape of the scores.
-          num_keys: hide the keys from this position on: a block may reach over the end.
+          query, key: tokens whose integers broadcast to the shape of the scores.
+          num_keys: hide keys from this position on, for a block that extends past the
+            last key.
 
         Returns:
-          None where nothing is hidden.
+          Booleans in the shape of the scores, or None if nothing is hidden.
         """
         conditions = []
         if self.causal:
@@ -84,7 +87,7 @@ class Mask:
     def pairs(
         self, queries: Tokens, keys: Tokens, num_keys: int | None = None
     ) -> Bool[Array, "#B T S"]:
-        """`allowed` for every pair of some queries [#B, T] and some keys [#B, S]."""
+        """`allowed` for every pair of the queries [#B, T] and the keys [#B, S]."""
         rows = jax.tree.map(lambda x: x[:, :, None], queries)
         columns = jax.tree.map(lambda x: x[:, None, :], keys)
         all_true = jnp.ones((*queries.positions.shape, keys.positions.shape[1]), bool)
@@ -99,39 +102,42 @@ class Mask:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What attention computes, apart from its queries, keys and values."""
+    """Everything that defines attention besides its queries, keys and values."""
 
     scale: float = field(metadata={"static": True})
-    """Factor of the scores."""
+    """The scores are multiplied by this."""
     mask: Mask = Mask()
     soft_cap: float | None = field(default=None, metadata={"static": True})
     """Scores become cap * tanh(scores / cap)."""
     sinks: Any = None
-    """[N]: for each head a logit that takes part in the softmax and has no value."""
+    """[N]: one logit per head that joins the softmax but has no value."""
     key_scale: Any = None
-    """[B, S, K] f32, with `value_scale`: keys and values are int8 and stand for their
-    product with it; see `quantize`."""
+    """[B, S, K] f32: the keys are int8, to be multiplied by this; see `quantize`."""
     value_scale: Any = None
-    """[B, S, K] f32."""
+    """[B, S, K] f32: the same for the values. Set both scales or neither."""
 
 
 def quantize(
     x: Float[Array, "*B H"],
 ) -> tuple[Int8[Array, "*B H"], Float[Array, "*B"]]:
-    """Keys or values in int8, and the scale of each row: x is near int8 * scale.
+    """Quantizes keys or values to int8, with one f32 scale per vector of length H.
 
-    Symmetric, by the greatest magnitude of the row; a row of zeros has scale 1.
+    Symmetric: x is close to int8 * scale, with scale = max(|x|) / 127. A vector of
+    zeros has scale 1.
     """
     x = x.astype(jnp.float32)
-    greatest = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(greatest > 0, greatest / 127.0, 1.0)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(largest > 0, largest / 127.0, 1.0)
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
 def dequantize(
     k: Num[Array, "B S K H"], v: Num[Array, "B S K H"], spec: AttentionSpec, dtype: Any
 ) -> tuple[Array, Array, AttentionSpec]:
-    """Keys and values in `dtype`, and the spec without their scales."""
+    """Returns keys and values in `dtype`, and the spec without their scales.
+
+    Without scales in the spec, returns its arguments.
+    """
     if spec.key_scale is None:
         return k, v, spec
     k = (k.astype(jnp.float32) * spec.key_scale[..., None]).astype(dtype)

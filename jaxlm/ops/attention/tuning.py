@@ -24,16 +24,16 @@ BLOCKS = (128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Group:
-    """Fields of an implementation's settings that are tried together."""
+    """Settings of an implementation that are tuned together."""
 
     fields: tuple[str, ...]
     values: tuple[int, ...]
-    """For each field."""
-    what: str = "forward"
-    """What is timed: forward, backward (forward with it), or decode."""
+    """The candidates for each field."""
+    workload: str = "forward"
+    """What is timed: forward, backward (which includes forward), or decode."""
 
 
-# Implementation -> (module with `settings_for`, groups in the order they are tuned).
+# Implementation -> (module with `settings_for`, groups in tuning order).
 TUNABLE: dict[str, tuple[str, tuple[Group, ...]]] = {
     "dense": (
         "jaxlm.ops.attention.dense",
@@ -74,13 +74,14 @@ def tune(
     dtype: Any,
     window: int | None = None,
 ) -> Iterator[str]:
-    """Times all candidates and records the fastest; yields what to print.
+    """Times all candidates and records the fastest; yields lines to print.
 
     Args:
-      implementation: a name in `TUNABLE`; None: all that can do this here.
+      implementation: a name in `TUNABLE`; None: all that can run these sizes here.
 
     Raises:
-      ValueError: for a name that has no block sizes, or declines.
+      ValueError: for sizes that are not positive or do not divide, and for an
+        implementation that is not tunable, declines, or compiles no candidate.
     """
     sizes = {"batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads}
     for name, size in {**sizes, "head_dim": head_dim}.items():
@@ -126,12 +127,14 @@ def _tune_one(name: str, q, k, v, spec: AttentionSpec) -> Iterator[str]:
                 best, **dict(zip(group.fields, values, strict=True))
             )
             label = ", ".join(map("{} {}".format, group.fields, values))
-            label = f"{name} {group.what} [{count}/{len(candidates)}] {label}"
+            label = f"{name} {group.workload} [{count}/{len(candidates)}] {label}"
             try:
-                times[settings] = _seconds(name, group.what, q, k, v, spec, settings)
+                times[settings] = _seconds(
+                    name, group.workload, q, k, v, spec, settings
+                )
             except (jax.errors.JaxRuntimeError, ValueError) as error:
-                # Too large for the device's fast memory, most often: the compiler of
-                # TPUs raises the one, that of GPUs the other.
+                # Usually too large for on-chip memory. TPU compilation raises
+                # JaxRuntimeError, GPU compilation ValueError.
                 yield f"{label}: does not compile: {str(error).splitlines()[0][:80]}"
                 continue
             yield f"{label}: {times[settings] * 1e3:.3f} ms"
@@ -145,10 +148,10 @@ def _tune_one(name: str, q, k, v, spec: AttentionSpec) -> Iterator[str]:
         yield f"{key}: {chosen} is the fastest -> {file}"
 
 
-def _seconds(name, what, q, k, v, spec: AttentionSpec, settings: Any) -> float:
-    """Seconds of one call, the best of some tenths of a second."""
+def _seconds(name, workload, q, k, v, spec: AttentionSpec, settings: Any) -> float:
+    """Times calls for half a second; returns the seconds of the fastest."""
     run = partial(IMPLEMENTATIONS[name].run, settings=settings)
-    if what == "decode":
+    if workload == "decode":
         B, S = k.shape[:2]
         q = q[:, :1]
         mask = dataclasses.replace(spec.mask, query_positions=jnp.full((B, 1), S - 1))
@@ -157,7 +160,7 @@ def _seconds(name, what, q, k, v, spec: AttentionSpec, settings: Any) -> float:
     def total(q, k, v):
         return jnp.sum(run(q, k, v, spec)[0].astype(jnp.float32))
 
-    timed = jax.jit(jax.grad(total, (0, 1, 2)) if what == "backward" else total)
+    timed = jax.jit(jax.grad(total, (0, 1, 2)) if workload == "backward" else total)
     jax.block_until_ready(timed(q, k, v))
     best, started = math.inf, time.perf_counter()
     while time.perf_counter() - started < 0.5:

@@ -1,6 +1,6 @@
-"""The file of block sizes that were measured on this machine.
+"""The file of block sizes measured on this machine.
 
-`tuning.py` measures and writes it; each implementation reads it for its own settings.
+`tuning.py` measures them; each implementation reads its own settings.
 """
 
 import dataclasses
@@ -19,22 +19,23 @@ T = TypeVar("T", bound=Any)
 
 
 def settings_file() -> Path:
-    """The file of measured settings, in the user's cache folder."""
+    """Returns the path of the file, in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "jaxlm" / "attention.json"
 
 
 def settings_key(implementation: str, q: Array | jax.ShapeDtypeStruct) -> str:
-    """What a measurement holds for: the current device, q's head_dim and dtype."""
+    """Returns the key of a measurement: implementation, device, head_dim and dtype."""
     head_dim, dtype = q.shape[-1], jnp.dtype(q.dtype).name
     return f"{implementation}, {target()[1]}, {head_dim}, {dtype}"
 
 
 def measured(key: str, default: T) -> T:
-    """`default`, with the fields that were measured for `key`.
+    """Returns `default`, updated with the fields measured for `key`.
 
     Raises:
-      ValueError: for a file that is no JSON, or names fields that are not there.
+      ValueError: if the file is not JSON, names unknown fields, or has a size that is
+        not a positive integer.
     """
     path = settings_file()
     if not path.is_file():
@@ -52,7 +53,7 @@ def measured(key: str, default: T) -> T:
 
 
 def record(key: str, settings: Any, fields: tuple[str, ...]) -> Path:
-    """Writes the fields measured for `key`, beside what the file has."""
+    """Writes the fields measured for `key`, keeps the rest, and returns the path."""
     path = settings_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if path.is_file() else {}

@@ -1,7 +1,7 @@
-"""Compiles kernels for devices that are not here; runs in a child process.
+"""Compiles kernels for devices that this machine does not have, in a child process.
 
 Usage: python compile_case.py TARGET IMPLEMENTATION [specialized]; prints one JSON object:
-name -> figures or error. `specialized` is the GPU's forward kernel of that name.
+name -> figures or error. `specialized` selects the GPU forward kernel of that name.
 """
 
 import json
@@ -46,7 +46,7 @@ DECODE = {
 
 
 def compile_case(device, implementation, case, gradient):
-    """Figures of one call on one device, with its gradient or without."""
+    """Returns the figures of one call on one device, with or without its gradient."""
     T, S, H, dtype, arrays, numbers = case
     B, N, K = 2, 8, 4
     mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Explicit,))
@@ -89,7 +89,7 @@ def main():
     for name, case in {**TRAIN, **DECODE}.items():
         try:
             found[name] = compile_case(device, implementation, case, name in TRAIN)
-        except Exception as error:  # the compiler has no class of its own for them
+        except Exception as error:  # compilers raise no common class
             found[name] = {"error": str(error)[:500]}
     print(json.dumps(found))
 

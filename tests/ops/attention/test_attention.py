@@ -37,13 +37,13 @@ B, N, K = 2, 6, 3
 SCALE = 0.3
 DEVICE = jax.default_backend()
 if DEVICE != "cpu":
-    # Where f32 numbers are rounded before they are multiplied, unless one asks.
+    # By default these round f32 operands of matmuls.
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @dataclass(frozen=True)
 class Case:
-    """How one implementation is tested: in blocks of `unit` tokens."""
+    """How one implementation is tested, in blocks of `unit` tokens."""
 
     run: Callable
     unit: int = 16
@@ -51,12 +51,12 @@ class Case:
     heads: tuple[int, int] = (N, K)
     dtype: type = jnp.float32
     atol: float = 3e-6
-    """f32 with sums of some tens of terms."""
+    """For f32 sums of tens of terms."""
     slope: float = 1e-4
-    """Relative error of the slope of a sum of some thousand results."""
+    """Relative error of the slope of a sum of thousands of results."""
 
 
-# On a device that has them kernels run as they are; elsewhere they are interpreted.
+# Kernels run compiled on their own device, and interpreted elsewhere.
 CASES = {
     "reference": Case(reference_attention),
     "dense": Case(partial(dense.dense_attention, settings=dense.DenseSettings(16))),
@@ -65,12 +65,12 @@ CASES = {
     ),
 }
 if DEVICE == "gpu":
-    # Tensor cores have no f32: results up to 4 are rounded to 11 bits, and so are the
-    # probabilities and their gradients.
+    # Tensor cores do not multiply f32: results up to 4 are rounded to 11 bits, and so are
+    # the probabilities and their gradients.
     settings = {"dtype": jnp.float16, "atol": 5e-3, "slope": 1e-2}
 else:
     settings = {"atol": 1e-5}
-# Their interpreter takes its time, by the number of blocks and heads; it takes f32 too.
+# Small, because their interpreter is slow; it accepts f32 too.
 HOPPER = {"unit": 64, "head_dim": 32, "heads": (2, 1), **settings}
 FORWARDS = {"pallas_gpu": "plain", "pallas_gpu, specialized": "specialized"}
 for name, forward in FORWARDS.items():
@@ -91,7 +91,7 @@ def implementation(name):
 
 
 def options(names, case):
-    """(queries, keys, spec) with the named options on, three blocks long."""
+    """Returns (T, S, values of the spec) with the named options, three blocks long."""
     unit = case.unit
     T = S = 3 * unit
     spec = {}
@@ -130,7 +130,7 @@ OPTIONS = [
     ("segments",),
     ("positions",),
     ("odd",),
-    # Each pair of options is together in one of these, and apart in others.
+    # For each pair of options, these have both, either one alone, and neither.
     ("soft cap", "window", "sinks", "segments"),
     ("all keys", "sinks", "positions", "odd"),
     ("all keys", "segments", "positions"),
@@ -142,7 +142,7 @@ OPTIONS = [
 
 
 def able(name, names):
-    """Whether the implementation does what is asked."""
+    """Returns whether the implementation supports these options."""
     case = CASES[name]
     T, S, spec = options(names, case)
     q, k, _ = (x.astype(jnp.bfloat16) for x in inputs(T, S, case))
@@ -157,20 +157,20 @@ def able(name, names):
 def inputs(T, S, case=CASES["reference"]):
     H, (N, K) = case.head_dim, case.heads
     shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
-    # Scores of about one, whatever the width.
+    # Scores of about one, whatever the head_dim.
     return [
         jnp.asarray(normal(i, *shape) * (8 / H) ** 0.25, case.dtype)
         for i, shape in enumerate(shapes)
     ]
 
 
-# The specialized forward kernel has tests of its own for the interpreter, and shares
+# The specialized forward kernel has its own tests in the interpreter, and shares
 # everything else with the plain one.
 SHORT = [name for name in CASES if DEVICE == "gpu" or "specialized" not in name]
 
 
 def marks(name, names):
-    """Single options of interpreted kernels are left to the combinations, mostly."""
+    """Marks single options of interpreted kernels as slow: combinations test them."""
     single = "pallas" in name and len(names) == 1 and DEVICE == "cpu"
     return [pytest.mark.slow] if single else []
 
@@ -196,13 +196,13 @@ def test_every_pair_of_options_is_tried():
 
 @pytest.mark.parametrize("name, names", PAIRS)
 def test_value_and_gradient(name, names):
-    """Value, log-sum-exp, and their slopes in random directions, equal the oracle's."""
+    """Value, log-sum-exp and their slopes in random directions equal the oracle's."""
     case = CASES[name]
     T, S, values = options(names, case)
     q, k, v = inputs(T, S, case)
     spec = make_spec(SCALE, **values)
     expected, expected_lse = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
-    # What a query that sees no key gives has no meaning.
+    # The result of a query that sees no key has no meaning.
     seen = np.isfinite(expected_lse)
     weight = normal(4, *q.shape) * seen.swapaxes(1, 2)[..., None]
     lse_weight = normal(5, *seen.shape) * seen
@@ -245,9 +245,9 @@ def test_value_and_gradient(name, names):
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("queries", ["all", "one"])
 def test_bfloat16(name, grouped, queries):
-    """bf16 inputs: as near to the oracle as rounding to bf16 allows, and gradients.
+    """bf16 results and gradients are as close to the oracle as rounding to bf16 allows.
 
-    XLA:CPU multiplies bf16 in some forms only, so every shape of product is tried.
+    XLA:CPU supports bf16 only in some matmuls, so every shape is tried.
     """
     case = CASES[name]
     S = 3 * case.unit
@@ -323,7 +323,7 @@ def test_sinks_take_their_share(name):
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_row_without_keys_is_finite(name):
-    """Padding may see nothing at all; it must not make NaN, backward neither."""
+    """Padding may see no key; it must not give NaN, forward or backward."""
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
     positions = jnp.full((B, case.unit), -1, jnp.int32)
@@ -356,7 +356,7 @@ def test_large_scores_do_not_overflow(name):
     q, k, v = inputs(case.unit, case.unit, case)
     z, lse = quick_jit(case.run)(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
     expected = reference_attention(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
-    # Scores reach 3e4, where f32 numbers lie 2e-3 apart.
+    # Scores reach 3e4, where f32 numbers are 2e-3 apart.
     np.testing.assert_allclose(z, expected[0], atol=1e-2)
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
 
@@ -365,7 +365,7 @@ def test_large_scores_do_not_overflow(name):
 @pytest.mark.parametrize("queries", [1, 8])
 @pytest.mark.parametrize("extra", ["plain", "window, soft cap, sinks", "int8"])
 def test_decoding(name, queries, extra):
-    """A few queries at the end of ragged rows, also over int8 keys and values."""
+    """A few queries at the end of ragged rows, also with int8 keys and values."""
     case = CASES[name]
     S = 3 * case.unit - 5
     q, k, v = inputs(queries, S, case)
@@ -383,7 +383,7 @@ def test_decoding(name, queries, extra):
             x * np.float32(s)[..., None]
             for x, s in ((k8, key_scale), (v8, value_scale))
         ]
-        # All of int8 is used, and a number is off by half a step at most.
+        # The whole range of int8 is used, and rounding is at most half a step.
         assert np.abs(np.int32(k8)).max(axis=-1).min() == 127
         assert np.abs(rounded[0] - k).max() <= np.max(key_scale) / 2 + 1e-6
         k, v = rounded
@@ -399,7 +399,7 @@ def test_decoding(name, queries, extra):
 
 
 def test_long_rows_never_hold_all_scores():
-    """At 32768 tokens memory, backward too, is far below one [T, S] matrix."""
+    """At 32768 tokens, forward and backward use far less than one [T, S] matrix."""
     T, heads = 32768, 2
 
     def memory(run, length):
@@ -412,7 +412,7 @@ def test_long_rows_never_hold_all_scores():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert memory(blocked.blocked_attention, T) < 4 * T * T / 100
-    # The measure sees what it is there for.
+    # The measurement would show such a matrix.
     assert memory(reference_attention, 4096) >= 4 * heads * 4096**2
 
 

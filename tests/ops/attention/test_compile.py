@@ -1,6 +1,6 @@
-"""Kernels compile for TPUs and GPUs that are not here, in the vendors' own compilers.
+"""Kernels compile for TPUs and GPUs, with the vendors' compilers and without a device.
 
-That they are taken is what is shown, not that they are right or fast.
+This shows that the compilers accept them, not that they are right or fast.
 """
 
 import json
@@ -16,7 +16,7 @@ CASE = Path(__file__).parent / "compile_case.py"
 pytestmark = pytest.mark.aot
 needs_cuda = pytest.mark.skipif(
     find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None,
-    reason="the cuda13 plugin is not there",
+    reason="the cuda13 plugin is not installed",
 )
 
 
@@ -33,7 +33,7 @@ def run_case(*arguments):
 
 
 def check(found, backward=2, backward_256=2):
-    """Every case compiles, with our kernels in it: one forward, and the backward ones."""
+    """Every case compiles and has our kernels: one forward, and the backward ones."""
     assert {n: f["error"] for n, f in found.items() if "error" in f} == {}
     for name, case in found.items():
         kernels = 1 + (backward_256 if name == "256" else backward)
@@ -49,7 +49,7 @@ def test_tpu(target):
 
 def test_a_step_of_a_1b_model_on_256_tpus():
     found = run_case("v5e:16x16", "step", "pallas_tpu")
-    # One forward kernel, one more where the block is computed again, and two backward.
+    # One forward kernel, one more where the block is recomputed, and two backward.
     assert found["kernels"] == 4
     assert found["collectives"]["all-gather"] > 0
     # A v5e has 16 GiB.
@@ -61,7 +61,7 @@ def test_a_step_of_a_1b_model_on_256_tpus():
 def test_h100(forward):
     found = run_case("h100:1", "pallas_gpu", *forward)
     assert "float32 is neither bfloat16 nor float16" in found.pop("float32")["error"]
-    # Wide heads have a kernel each for dk and for dv.
+    # Wide heads have separate kernels for dk and dv.
     check(found, backward_256=3)
 
 

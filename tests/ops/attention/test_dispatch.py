@@ -1,4 +1,4 @@
-"""Which implementation of attention runs, and what it says."""
+"""The choice of an attention implementation, and what it logs."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def inputs(T=16, S=16, dtype=jnp.float32):
     return [jnp.asarray(normal(i, *s), dtype) for i, s in enumerate(shapes)]
 
 
-def asked(platform="cpu", kind="cpu", **changes) -> Request:
+def make_request(platform="cpu", kind="cpu", **changes) -> Request:
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     changes = {"head_dim": 128, "num_heads": 8, "dtype": dtype, **changes}
     return plain_request(platform=platform, device_kind=kind, **changes)
@@ -45,14 +45,16 @@ def asked(platform="cpu", kind="cpu", **changes) -> Request:
 def test_cpu_takes_the_measured_form_and_never_a_kernel():
     for length, name in ((128, "dense"), (1024, "dense"), (2048, "xla")):
         size = {"num_queries": length, "num_keys": length}
-        assert choose("auto", asked(**size)).name == name
-    # What dense cannot do.
+        assert choose("auto", make_request(**size)).name == name
+    # What dense declines.
     for length, name in ((128, "reference"), (256, "xla"), (2048, "xla")):
         size = {"num_queries": length, "num_keys": length}
-        assert choose("auto", asked(**size, soft_cap=50.0)).name == name
+        assert choose("auto", make_request(**size, soft_cap=50.0)).name == name
     # One query has one row of scores.
-    assert choose("auto", asked(num_queries=1, num_keys=10**8)).name == "reference"
-    choice = choose("auto", asked())
+    assert (
+        choose("auto", make_request(num_queries=1, num_keys=10**8)).name == "reference"
+    )
+    choice = choose("auto", make_request())
     reasons = dict(choice.declined)
     for kernel in ("pallas_tpu", "splash"):
         assert reasons[kernel] == "needs a TPU"
@@ -70,21 +72,21 @@ def test_cpu_takes_the_measured_form_and_never_a_kernel():
 def test_an_unproven_kernel_is_named_but_not_chosen(monkeypatch, platform, kind, stock):
     ours = f"pallas_{platform}"
     monkeypatch.setitem(PROVEN, ours, frozenset())
-    call = asked(platform, kind)
+    call = make_request(platform, kind)
     choice = choose("auto", call)
     assert choice.name == stock
-    assert f"{ours}: not proven on a {kind} yet" in str(choice)
+    assert f"{ours}: not proven on {kind} yet" in str(choice)
     assert choose(ours, call).name == ours
     monkeypatch.setitem(PROVEN, ours, frozenset({kind}))
     assert choose("auto", call).name == ours
-    # What the stock kernel cannot do falls to XLA, and is said.
+    # What the stock kernel declines goes to XLA, with the reason.
     monkeypatch.setitem(PROVEN, ours, frozenset())
-    choice = choose("auto", asked(platform, kind, query_positions=True))
+    choice = choose("auto", make_request(platform, kind, query_positions=True))
     assert choice.name == "xla"
     assert f"{stock}: " in str(choice)
 
 
-def test_kernels_decline_a_mesh_that_xla_cuts(monkeypatch):
+def test_kernels_decline_a_mesh_that_xla_shards(monkeypatch):
     monkeypatch.setitem(PROVEN, "pallas_tpu", frozenset({"TPU v5 lite"}))
     device = jax.sharding.AbstractDevice(
         device_kind="TPU v5 lite", num_cores=1, platform="tpu"
@@ -133,7 +135,7 @@ def test_dispatch_runs_what_is_named(monkeypatch):
 
 
 def test_the_choice_is_logged_once(caplog, capfd):
-    """At INFO, where nobody sees it who did not ask."""
+    """At INFO, which is not shown by default."""
     caplog.set_level(logging.INFO, dispatch.__name__)
     dispatch._log_once.cache_clear()
     q, k, v = inputs()
@@ -153,24 +155,24 @@ def test_a_warning_where_an_accelerator_has_no_kernel_for_long_rows(
 ):
     h100 = ("gpu", "NVIDIA H100 80GB HBM3")
     # Training batches have segments.
-    choice = choose("auto", asked(*h100, segments=True))
+    choice = choose("auto", make_request(*h100, segments=True))
     assert choice.name == "xla"
-    assert choice.warning.startswith("long rows are computed by xla, slower than")
+    assert choice.warning.startswith("long sequences run in xla, which is slower than")
     assert "cudnn: no segments" in choice.warning
-    assert "pallas_gpu: not proven on a NVIDIA H100" in choice.warning
+    assert "pallas_gpu: not proven on NVIDIA H100" in choice.warning
     assert "--model.attention" in choice.warning and "splash" not in choice.warning
-    # Nothing to say where a kernel runs, for one query, for short rows, on a CPU, and
-    # where the implementation was asked for.
-    assert choose("auto", asked(*h100)).warning is None
-    one = asked(*h100, num_queries=1, query_positions=True)
+    # No warning if a kernel runs, for one query, for short sequences, on a CPU, or if the
+    # implementation was requested by name.
+    assert choose("auto", make_request(*h100)).warning is None
+    one = make_request(*h100, num_queries=1, query_positions=True)
     assert choose("auto", one).warning is None
-    short = asked(*h100, num_queries=256, num_keys=256, segments=True)
+    short = make_request(*h100, num_queries=256, num_keys=256, segments=True)
     assert choose("auto", short).warning is None
-    assert choose("auto", asked(segments=True)).warning is None
-    assert choose("xla", asked(*h100, segments=True)).warning is None
-    # The call that makes the choice says it once.
+    assert choose("auto", make_request(segments=True)).warning is None
+    assert choose("xla", make_request(*h100, segments=True)).warning is None
+    # Calls log the warning once.
     monkeypatch.setattr(
-        dispatch, "request", lambda *a, **k: asked(*h100, segments=True)
+        dispatch, "request", lambda *a, **k: make_request(*h100, segments=True)
     )
     dispatch._log_once.cache_clear()
     q, k, v = inputs()

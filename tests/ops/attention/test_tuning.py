@@ -1,4 +1,4 @@
-"""Block sizes are measured, kept and used."""
+"""Block sizes are measured, recorded and used."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ def test_the_fastest_is_kept_and_used(monkeypatch):
     assert "dense backward [3/5] block 256: 1000.000 ms" in lines[2]
     assert "block 256 is the fastest" in lines[-1]
     assert dense.settings_for(q) == dense.DenseSettings(256)
-    # What was measured holds for its width and dtype only.
+    # A measurement holds only for its head_dim and dtype.
     assert dense.settings_for(q.astype(jnp.bfloat16)) == dense.DenseSettings()
     assert dense.settings_for(jnp.zeros((1, 256, 2, 16))) == dense.DenseSettings()
 

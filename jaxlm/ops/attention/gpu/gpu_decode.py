@@ -1,17 +1,16 @@
-"""Attention of few queries against a long cache, for Hopper, in Pallas Mosaic GPU.
+"""Attention of few queries over a long cache, for Hopper, in Pallas Mosaic GPU.
 
-Flash-Decoding (Dao, Haziza, Massa and Sizov 2023): the keys of one query would keep one
-multiprocessor busy and the rest idle, so the keys of a row are split into parts that
-run side by side. Each part gives a normalised result and its log-sum-exp, by which the
-parts are weighed and added. The queries that share a key head are the rows of one
-matrix, so that a key is read once for all of them.
+Flash-Decoding (Dao, Haziza, Massa and Sizov 2023): one query would keep only one
+multiprocessor busy, so the keys of a row are split, and the splits run in parallel.
+Each split gives a normalized result and its log-sum-exp, with which the splits are
+merged. The queries that share a key head are the rows of one matrix, so that each key
+is read once for all of them.
 
-Speed is that of reading the cache: int8 travels as int8 and is widened in the kernel,
-where the scales of the keys multiply the scores and those of the values the
-probabilities.
+Reading the cache limits the speed: int8 is copied as int8 and cast in the kernel, where
+the key scales multiply the scores, and the value scales the probabilities.
 
-In shapes: B batch, T queries, S keys, N query heads, K key heads, H head dimension,
-P parts, R rows: the T * N / K queries of a key head.
+Shape letters: B batch, T queries, S keys, N query heads, K key heads, H head dimension,
+P splits, and R rows, the T * N / K queries of a key head.
 """
 
 from dataclasses import dataclass
@@ -26,31 +25,31 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.block_skipping import Grid, make_table
 from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
 from jaxlm.ops.attention.gpu.warpgroup import (
     ROWS,
     SHARED_BYTES,
     Warpgroup,
     matrix_memory,
+    pad_to_tiles,
     spread,
-    whole_tiles,
 )
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
-from jaxlm.ops.attention.visibility import Grid, make_table
 
 MAX_QUERIES = 8
 MULTIPROCESSORS = 132
-# Two programs run beside one another on a multiprocessor: one computes while the other
-# waits. What the compiler adds is set aside.
-MOST_SHARED = SHARED_BYTES // 2 - 4096
-MOST_SLOTS = 4
+# Two programs share a multiprocessor: one computes while the other waits. 4 KiB are for
+# what the compiler adds.
+MAX_SHARED_BYTES = SHARED_BYTES // 2 - 4096
+MAX_SLOTS = 4
 
 
 def best_splits(shape: tuple[int, ...], num_queries: int) -> int:
-    """Parts enough for every multiprocessor, but of some blocks each.
+    """Returns enough splits to fill every multiprocessor, of at least four blocks each.
 
     Args:
-      shape: of the keys, [B, S, K, H].
+      shape: the shape of the keys, [B, S, K, H].
       num_queries: T * N.
     """
     B, S, K, _ = shape
@@ -66,14 +65,14 @@ def forward(
     spec: AttentionSpec,
     settings: GpuSettings,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention, and the log-sum-exp of its scores; see `flash.FlashKernels`.
+    """Computes attention and the log-sum-exp of the scores; see `flash.FlashKernels`.
 
-    k and v are of q's dtype, or int8 with the spec's scales. Any S, but where it is no
-    multiple of 8 the cache is copied.
+    k and v have q's dtype, or are int8 with the spec's scales. S is arbitrary, but the
+    cache is copied if S is not a multiple of 8.
 
     Returns:
-      z in q's dtype, and the log-sum-exp, f32. A query that sees no key gives zeros,
-      and -1e30 or its sink.
+      z in q's dtype, and the log-sum-exp, f32. For a query that sees no key, they are
+      zeros, and -1e30 or the sink.
     """
     operands = _operands(q, k, v, spec, settings.decode_block_keys)
     B, K, padded, H = operands["q"].shape
@@ -91,7 +90,7 @@ def forward(
         ),
         scratch_types=program.scratch(H, q.dtype, k.dtype),
         grid=(blocks, splits, K, B),
-        grid_names=("block", "part", "head", "row"),
+        grid_names=("block", "split", "head", "row"),
     )
     high, low, lse = (x[:, :, :, :R] for x in kernel(*operands.values()))
     z, lse = _merge(high.astype(jnp.float32) + low.astype(jnp.float32), lse, spec, T)
@@ -99,36 +98,36 @@ def forward(
 
 
 def _operands(q, k, v, spec: AttentionSpec, block_keys: int) -> dict[str, Array]:
-    """What the kernel reads, by name. Rows are padded to whole blocks of `ROWS`."""
+    """Returns the kernel's inputs by name, with rows padded to a multiple of `ROWS`."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K
     missing = -T * G % ROWS
 
     def by_row(x):
-        """[B or 1, T] -> [B, R]"""
+        """Repeats one value per query for its rows: [B or 1, T] -> [B, R], padded."""
         x = jnp.repeat(x.astype(jnp.int32), G, axis=1)
         return jnp.pad(jnp.broadcast_to(x, (B, T * G)), ((0, 0), (0, missing)))
 
     def by_key(x):
-        """[B, S, K] -> [B, K, S], as a copy must not step over the keys of others."""
-        return whole_tiles(x.astype(jnp.float32).swapaxes(1, 2), 2)
+        """Makes the keys of a head contiguous, for copies: [B, S, K] -> [B, K, S]."""
+        return pad_to_tiles(x.astype(jnp.float32).swapaxes(1, 2), 2)
 
     q_rows = q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
     mask = spec.mask
     table = make_table(mask, Grid(T, S, T, block_keys))
     operands = {
         "q": jnp.pad(q_rows, ((0, 0), (0, 0), (0, missing), (0, 0))),
-        "k": whole_tiles(k, 1),
-        "v": whole_tiles(v, 1),
+        "k": pad_to_tiles(k, 1),
+        "v": pad_to_tiles(v, 1),
         "query_positions": by_row(mask.queries(T).positions),
         "first": table.first_key,
-        "last": table.last_key,
+        "end": table.end_key,
     }
     if mask.query_segments is not None:
         operands["query_segments"] = by_row(mask.query_segments)
         segments = jnp.broadcast_to(mask.key_segments.astype(jnp.int32), (B, S))
-        operands["key_segments"] = whole_tiles(segments, 1)
+        operands["key_segments"] = pad_to_tiles(segments, 1)
     if spec.key_scale is not None:
         operands["key_scale"] = by_key(spec.key_scale)
         operands["value_scale"] = by_key(spec.value_scale)
@@ -141,7 +140,7 @@ def _merge(
     spec: AttentionSpec,
     T: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """The parts' results, weighed by their sums of exponentials."""
+    """Merges the results of the splits, weighted by their sums of exponentials."""
     B, K, _, R, H = z.shape
     G = R // T
     m = jnp.max(lse, axis=2)
@@ -150,7 +149,7 @@ def _merge(
     if spec.sinks is not None:
         sink = jnp.tile(spec.sinks.astype(jnp.float32).reshape(K, G), (1, T))
     factor, lse = online_softmax.finish(m, jnp.sum(weight, axis=2), sink)
-    # No einsum: tensor cores would round f32.
+    # Elementwise, because tensor cores would round f32.
     z = jnp.sum(z * weight[..., None], axis=2) * factor[..., None]
     z = z.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, K * G, H)
     return z, lse.reshape(B, K, T, G).swapaxes(2, 3).reshape(B, K * G, T)
@@ -158,17 +157,17 @@ def _merge(
 
 @dataclass(frozen=True)
 class _DecodeProgram:
-    """One program: the rows of a key head against one part of its keys."""
+    """One program: a block of the rows of a key head, over one split of its keys."""
 
     spec: AttentionSpec
     num_keys: int
     settings: GpuSettings
     splits: int
-    """Parts into which the keys of a row are split."""
+    """Number of splits of a row's keys."""
     queries: int
-    """Rows that are queries; those after them are padding."""
+    """Number of rows that are queries; the rows after them are padding."""
     names: tuple[str, ...]
-    """The operands'."""
+    """Names of the operands."""
 
     @property
     def warpgroup(self) -> Warpgroup:
@@ -176,7 +175,7 @@ class _DecodeProgram:
 
     @property
     def rows(self) -> int:
-        """Rows of a block that are written."""
+        """Number of rows of a block that are written."""
         return min(self.queries + -self.queries % 8, ROWS)
 
     @property
@@ -188,11 +187,11 @@ class _DecodeProgram:
         return self.spec.key_scale is not None
 
     def scratch(self, H: int, dtype: Any, cache_dtype: Any) -> dict[str, Any]:
-        """Shared memory and barriers, by name."""
+        """Returns shared memory and barriers by name."""
         keys, size = self.settings.decode_block_keys, jnp.dtype(cache_dtype).itemsize
         one_slot = 2 * keys * H * size
         rest = (ROWS + self.int8 * keys) * H * dtype.itemsize
-        slots = max(2, min((MOST_SHARED - rest) // one_slot, MOST_SLOTS))
+        slots = max(2, min((MAX_SHARED_BYTES - rest) // one_slot, MAX_SLOTS))
         scratch = {
             "q": matrix_memory((ROWS, H), dtype),
             "k": matrix_memory((slots, keys, H), cache_dtype),
@@ -215,10 +214,10 @@ class _DecodeProgram:
         return scratch
 
     def run(self, *operands: Any, **memory: Any) -> None:
-        """Copies and computes in one warpgroup; others hide its waiting."""
+        """Copies and computes in one warpgroup; other programs hide its latency."""
         refs = dict(zip(self.names, operands[:-3], strict=True))
         outs = operands[-3:]
-        block, part = lax.axis_index("block"), lax.axis_index("part")
+        block, split = lax.axis_index("block"), lax.axis_index("split")
         head, row = lax.axis_index("head"), lax.axis_index("row")
         warpgroup, H = self.warpgroup, memory["q"].shape[-1]
         rows = pl.ds(block * ROWS, ROWS)
@@ -227,21 +226,21 @@ class _DecodeProgram:
         for name in ("query_positions", "query_segments")[: 1 + self.segments]:
             plgpu.copy_gmem_to_smem(refs[name].at[row, rows], memory[name], ready)
 
-        first, count = self._part(refs, row, part)
+        first, count = self._split_blocks(refs, row, split)
         slots = memory["k"].shape[0]
         fetch = partial(self._fetch, refs, memory, row, head, first)
         for slot in range(slots):
             pl.when(slot < count)(partial(fetch, slot, slot))
         plgpu.barrier_wait(ready)
 
-        def step(number, carry):
-            slot = lax.rem(number, jnp.int32(slots))
-            start = (first + number) * self.settings.decode_block_keys
+        def step(index, carry):
+            slot = lax.rem(index, jnp.int32(slots))
+            start = (first + index) * self.settings.decode_block_keys
             carry = self._step(memory, slot, start, carry)
             if self.segments or self.int8:
-                # The copy engine may overwrite what threads have read.
+                # Wait for all threads to read the slot before it is overwritten.
                 plgpu.commit_smem()
-            pl.when(number + slots < count)(partial(fetch, number + slots, slot))
+            pl.when(index + slots < count)(partial(fetch, index + slots, slot))
             return carry
 
         init = (
@@ -252,8 +251,8 @@ class _DecodeProgram:
         m, l, acc = lax.fori_loop(0, count, step, init)
         factor, row_lse = online_softmax.finish(m, l)
         acc = acc * spread(factor, acc.shape, 0)
-        # f32 would need more memory than there is: two numbers of half its size lie
-        # where the queries were, and values.
+        # There is no shared memory for f32. Write it as two 16-bit numbers, a rounded
+        # value and its remainder, into the buffers of the queries and of the values.
         high = memory["q"]
         low = memory["wide"] if self.int8 else memory["v"].at[0]
         low = low.at[pl.ds(0, ROWS)]
@@ -265,24 +264,24 @@ class _DecodeProgram:
         target = pl.ds(block * self.rows, self.rows)
         for source, out in zip((high, low, memory["lse"]), outs, strict=True):
             source = source.at[pl.ds(0, self.rows)]
-            plgpu.copy_smem_to_gmem(source, out.at[row, head, part, target])
+            plgpu.copy_smem_to_gmem(source, out.at[row, head, split, target])
         plgpu.wait_smem_to_gmem(0)
 
-    def _part(self, refs, row, part):
-        """First block of keys of a part, and their number."""
-        # One row stands for all of the batch where they are alike.
+    def _split_blocks(self, refs, row, split):
+        """Returns the first key block of a split, and the number of its key blocks."""
+        # A single row is for the whole batch.
         at = row if refs["first"].shape[0] > 1 else 0
-        first, last = refs["first"][at], refs["last"][at]
+        first, end = refs["first"][at], refs["end"][at]
         splits = jnp.int32(self.splits)
-        each = lax.div(last - first + splits - 1, splits)
-        start = first + part * each
-        count = jnp.minimum(start + each, last) - start
+        share = lax.div(end - first + splits - 1, splits)
+        start = first + split * share
+        count = jnp.minimum(start + share, end) - start
         return start, jnp.maximum(count, 0)
 
-    def _fetch(self, refs, memory, row, head, first, number, slot):
-        """Asks for a block of keys and values, and of what belongs to them."""
+    def _fetch(self, refs, memory, row, head, first, index, slot):
+        """Starts copying a block of keys and values, with their segments and scales."""
         size = self.settings.decode_block_keys
-        keys = pl.ds((first + number) * size, size)
+        keys = pl.ds((first + index) * size, size)
 
         def copy(name, source, ready):
             target = memory[name].at[slot]
@@ -298,7 +297,7 @@ class _DecodeProgram:
             copy("value_scale", refs["value_scale"].at[row, head, keys], "v_ready")
 
     def _step(self, memory, slot, start, carry):
-        """One block of keys, from `start` on, of the online softmax."""
+        """One step of the online softmax: the block of keys that starts at `start`."""
         m, l, acc = carry
         warpgroup, spec = self.warpgroup, self.spec
         plgpu.barrier_wait(memory["k_ready"].at[slot])
@@ -332,7 +331,7 @@ class _DecodeProgram:
         return m_new, l, acc
 
     def _matrix(self, memory, name, slot):
-        """Keys or values of a slot as tensor cores take them."""
+        """Returns the keys or values of a slot, cast to 16 bits if they are int8."""
         if not self.int8:
             return memory[name].at[slot]
         self.warpgroup.widen(memory[name].at[slot], memory["wide"])

@@ -1,9 +1,9 @@
 """Flash attention and its gradient for Hopper GPUs, in Pallas Mosaic GPU.
 
 After FlashAttention-2 (Dao 2023, arXiv:2307.08691), with the asynchronous copies and
-tensor cores that FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) uses. Each
-program is one warpgroup and owns one block (`streaming.py`). dq has a kernel of its
-own, so that no two programs add to the same number: every run gives the same results.
+matrix instructions of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608). Each
+program is one warpgroup and owns one block (`streaming.py`). dq has its own kernel, so
+that no two programs add to the same element and results are deterministic.
 """
 
 from dataclasses import replace
@@ -14,11 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.block_skipping import Grid
 from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
-from jaxlm.ops.attention.gpu.streaming import Running, Side, StreamingKernel
+from jaxlm.ops.attention.gpu.streaming import Program, Side, StreamingKernel
 from jaxlm.ops.attention.gpu.warpgroup import spread
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec
-from jaxlm.ops.attention.visibility import Grid
 
 
 def forward(
@@ -28,15 +28,15 @@ def forward(
     spec: AttentionSpec,
     settings: GpuSettings,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """z in q's dtype, and the log-sum-exp, f32; see `flash.FlashKernels`."""
+    """Computes z in q's dtype and the log-sum-exp, f32; see `FlashKernels`."""
     B, T, N, H = q.shape
     grid = Grid(T, k.shape[1], settings.block_queries, settings.block_keys)
     kernel = StreamingKernel(
         spec,
         grid,
         group=N // k.shape[2],
-        stays=Side("query", grid.block_queries, ("q",)),
-        streams=Side("key", grid.block_keys, ("k", "v"), buffers=settings.buffers),
+        resident=Side("query", grid.block_queries, ("q",)),
+        streamed=Side("key", grid.block_keys, ("k", "v"), buffers=settings.buffers),
         interpret=settings.interpret,
     )
     floats = {}
@@ -61,7 +61,7 @@ def backward(
     dz: Float[Array, "B T N H"],
     settings: GpuSettings,
 ) -> tuple[Array, Array, Array]:
-    """dq, dk and dv, in the shapes and dtypes of q, k and v; see `FlashKernels`."""
+    """Computes dq, dk and dv in the dtypes of q, k and v; see `FlashKernels`."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     grid = Grid(T, S, settings.backward_block_queries, settings.backward_block_keys)
@@ -72,45 +72,47 @@ def backward(
         spec,
         grid,
         group=N // K,
-        stays=queries,
-        streams=replace(keys, buffers=buffers),
+        resident=queries,
+        streamed=replace(keys, buffers=buffers),
         interpret=settings.interpret,
     )
     beyond = [(0, 0), (0, 0), (0, kernel.rows - T)]
     matrices = {"q": q, "k": k, "v": v, "dz": dz}
     floats = {
-        # Queries beyond the last have no probabilities.
+        # A huge log-sum-exp makes the probabilities of padding queries 0.
         "lse": jnp.pad(lse, beyond, constant_values=-MASKED),
         "delta": jnp.pad(delta, beyond),
     }
     outputs = {"dq": jax.ShapeDtypeStruct((B, kernel.rows, N, H), q.dtype)}
     dq = kernel.launch(_query_program, matrices, floats, outputs)["dq"]
 
-    kernel = replace(kernel, stays=keys, streams=replace(queries, buffers=buffers))
+    kernel = replace(kernel, resident=keys, streamed=replace(queries, buffers=buffers))
     like_k = jax.ShapeDtypeStruct((B, kernel.rows, K, H), k.dtype)
-    # In wide heads two accumulators are too much for the registers of a warpgroup.
-    together = [("dk",), ("dv",)] if H > 128 else [("dk", "dv")]
+    # With wide heads, two accumulators do not fit in the registers of a warpgroup.
+    launches = [("dk",), ("dv",)] if H > 128 else [("dk", "dv")]
     dkv = {}
-    for names in together:
+    for names in launches:
         outputs = dict.fromkeys(names, like_k)
         dkv |= kernel.launch(_key_program, matrices, floats, outputs)
     return dq[:, :T], dkv["dk"][:, :S], dkv["dv"][:, :S]
 
 
-def _forward_program(run: Running) -> None:
-    """z and the log-sum-exp of one block of queries of one head."""
-    first, last = run.table.keys_met(run.row, run.block)
-    queries = run.extent(run.kernel.stays, run.block)
+def _forward_program(run: Program) -> None:
+    """Computes z and the log-sum-exp of one block of queries of one head."""
+    first, end = run.table.key_range(run.row, run.block)
+    queries = run.extent(run.kernel.resident, run.block)
     key_head = lax.div(run.head, jnp.int32(run.kernel.group))
 
-    def step(turn, slot, carry):
-        j = first + turn
-        some, whole = run.table.meet(queries, run.extent(run.kernel.streams, j))
+    def step(index, slot, carry):
+        j = first + index
+        any_visible, all_visible = run.table.visibility(
+            queries, run.extent(run.kernel.streamed, j)
+        )
 
         def attend(carry):
             m, l, acc = carry
             raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
-            _, s = run.scores(raw, whole, j, slot, 0)
+            _, s = run.scores(raw, all_visible, j, slot, 0)
             m_new = jnp.maximum(m, jnp.max(s, axis=1))
             alpha = jnp.exp(m - m_new)
             p = jnp.exp(s - spread(m_new, s.shape, 0))
@@ -118,81 +120,85 @@ def _forward_program(run: Running) -> None:
             acc = acc * spread(alpha, acc.shape, 0)
             return m_new, l, run.warpgroup.accumulate(acc, p, run.tile("v", slot))
 
-        return lax.cond(some, attend, lambda carry: carry, carry)
+        return lax.cond(any_visible, attend, lambda carry: carry, carry)
 
-    row = (run.kernel.stays.block,)
+    row = (run.kernel.resident.block,)
     start = (
         run.warpgroup.full(row, MASKED),
         run.warpgroup.full(row, 0.0),
         run.zeros("z"),
     )
     m, l, acc = run.stream(
-        last - first, lambda turn: (first + turn, key_head), step, start
+        end - first, lambda index: (first + index, key_head), step, start
     )
     sink = run.ins["sinks"][run.head] if "sinks" in run.ins else None
     factor, lse = online_softmax.finish(m, l, sink)
     run.store({"z": acc * spread(factor, acc.shape, 0)}, lse)
 
 
-def _probs(run: Running, raw, whole, other, slot, axis: int):
-    """Probabilities by the log-sum-exp, and d scores / d raw; see `Running.scores`."""
+def _probs(run: Program, raw, all_visible, other, slot, axis: int):
+    """Recomputes probabilities, and d scores / d raw; arguments as `Program.scores`."""
     spec = run.kernel.spec
-    capped, scores = run.scores(raw, whole, other, slot, axis)
-    # The queries stream where they lie along axis 1.
+    capped, scores = run.scores(raw, all_visible, other, slot, axis)
+    # Queries along axis 1 are the streamed side.
     lse = run.tile("lse", slot if axis == 1 else None)
     p = jnp.exp(scores - run.warpgroup.load(lse, raw.shape, axis))
     return p, online_softmax.slope(capped, spec.scale, spec.soft_cap)
 
 
-def _query_program(run: Running) -> None:
-    """dq of one block of queries of one head."""
-    first, last = run.table.keys_met(run.row, run.block)
-    queries = run.extent(run.kernel.stays, run.block)
+def _query_program(run: Program) -> None:
+    """Computes dq of one block of queries of one head."""
+    first, end = run.table.key_range(run.row, run.block)
+    queries = run.extent(run.kernel.resident, run.block)
     key_head = lax.div(run.head, jnp.int32(run.kernel.group))
 
-    def step(turn, slot, dq):
-        j = first + turn
-        some, whole = run.table.meet(queries, run.extent(run.kernel.streams, j))
+    def step(index, slot, dq):
+        j = first + index
+        any_visible, all_visible = run.table.visibility(
+            queries, run.extent(run.kernel.streamed, j)
+        )
 
         def add(dq):
             raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
-            p, slope = _probs(run, raw, whole, j, slot, 0)
+            p, slope = _probs(run, raw, all_visible, j, slot, 0)
             dp = run.warpgroup.dot(run.tile("dz"), run.tile("v", slot))
             delta = run.warpgroup.load(run.tile("delta"), raw.shape, 0)
             ds = online_softmax.dscores(p, dp, delta, slope)
             return run.warpgroup.accumulate(dq, ds, run.tile("k", slot))
 
-        return lax.cond(some, add, lambda dq: dq, dq)
+        return lax.cond(any_visible, add, lambda dq: dq, dq)
 
     dq = run.stream(
-        last - first, lambda turn: (first + turn, key_head), step, run.zeros("dq")
+        end - first, lambda index: (first + index, key_head), step, run.zeros("dq")
     )
     run.store({"dq": dq})
 
 
-def _key_program(run: Running) -> None:
-    """dk, dv or both of one block of keys of one key head.
+def _key_program(run: Program) -> None:
+    """Computes dk, dv or both of one block of keys of one key head.
 
-    They are sums over its queries and over the query heads that share it. Scores lie as
+    Sums over the queries, and over the query heads that share the key head. Scores are
     [keys, queries].
     """
-    first, last = run.table.queries_met(run.row, run.block)
-    keys, group = run.extent(run.kernel.stays, run.block), run.kernel.group
+    first, end = run.table.query_range(run.row, run.block)
+    keys, group = run.extent(run.kernel.resident, run.block), run.kernel.group
 
-    def place(turn):
-        """Block and head of the queries at this turn."""
-        n = run.head * group + lax.div(turn, last - first)
-        return first + lax.rem(turn, last - first), n
+    def locate(index):
+        """Returns the block and the head of the queries at this index."""
+        n = run.head * group + lax.div(index, end - first)
+        return first + lax.rem(index, end - first), n
 
-    def step(turn, slot, sums):
-        i, _ = place(turn)
-        some, whole = run.table.meet(run.extent(run.kernel.streams, i), keys)
+    def step(index, slot, sums):
+        i, _ = locate(index)
+        any_visible, all_visible = run.table.visibility(
+            run.extent(run.kernel.streamed, i), keys
+        )
 
         def add(sums):
             sums, dot = dict(sums), run.warpgroup.dot
             accumulate = run.warpgroup.accumulate
             raw = dot(run.tile("k"), run.tile("q", slot))
-            p, slope = _probs(run, raw, whole, i, slot, 1)
+            p, slope = _probs(run, raw, all_visible, i, slot, 1)
             if "dv" in sums:
                 sums["dv"] = accumulate(sums["dv"], p, run.tile("dz", slot))
             if "dk" in sums:
@@ -202,7 +208,7 @@ def _key_program(run: Running) -> None:
                 sums["dk"] = accumulate(sums["dk"], ds, run.tile("q", slot))
             return sums
 
-        return lax.cond(some, add, lambda sums: sums, sums)
+        return lax.cond(any_visible, add, lambda sums: sums, sums)
 
     start = {name: run.zeros(name) for name in run.out}
-    run.store(run.stream((last - first) * group, place, step, start))
+    run.store(run.stream((end - first) * group, locate, step, start))

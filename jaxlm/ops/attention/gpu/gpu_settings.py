@@ -8,19 +8,21 @@ ForwardKernel = Literal["plain", "specialized"]
 
 @dataclass(frozen=True)
 class GpuSettings:
-    """What may be tuned.
+    """Settings that may be tuned. The defaults fit an H100 at every head_dim.
 
-    Blocks are 64, 128, 192 or 256 tokens: matrices in shared memory are 64 numbers
-    wide, and one copy has at most 256 rows.
+    Blocks have 64, 128, 192 or 256 tokens: matrices in shared memory are 64 elements
+    wide, and one copy has at most 256 rows. `buffers` is the number of shared-memory
+    buffers for the blocks that a program loops over: one is in use while the others are
+    being filled.
 
-    `buffers` is how many blocks are held at once of what a program loops over: one is
-    in use, the others are on their way. The defaults fit an H100 at every head_dim.
+    Raises:
+      ValueError: for another block size.
     """
 
     forward: ForwardKernel = "plain"
-    """plain: one warpgroup a program (`gpu_flash.py`); specialized: one that copies and
-    two that multiply (`specialized_forward.py`), 128 queries whatever `block_queries`.
-    """
+    """plain: one warpgroup per program (`gpu_flash.py`); specialized: one producer and
+    two consumer warpgroups (`specialized_forward.py`), with 128 queries per block
+    whatever `block_queries` is."""
     block_queries: int = 64
     block_keys: int = 64
     buffers: int = 2
@@ -29,9 +31,9 @@ class GpuSettings:
     backward_buffers: int = 2
     decode_block_keys: int = 64
     decode_splits: int = 0
-    """Parts into which the keys of a row are split; 0: enough to fill the card."""
+    """Number of splits of a row's keys; 0: enough to fill the GPU."""
     interpret: bool = False
-    """Run on the CPU, in Pallas' interpreter, for tests. It takes f32 too."""
+    """Run on the CPU, in Pallas' interpreter, for tests. It also accepts f32."""
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -1,4 +1,4 @@
-"""Our attention on Hopper GPUs: which kernel a call takes, and its block sizes."""
+"""Our attention on Hopper GPUs: the entry point, and default block sizes."""
 
 from dataclasses import replace
 
@@ -12,13 +12,13 @@ from jaxlm.ops.attention.request import Request, target
 from jaxlm.ops.attention.spec import AttentionSpec, dequantize
 from jaxlm.ops.attention.tuning_cache import measured, settings_key
 
-# Kinds of device on which a run of the specialized forward kernel is recorded in
-# benchmarks/results: right, and faster than the plain one. It is the default there.
+# The kinds of device on which the specialized forward kernel is the default: a run in
+# benchmarks/results shows that it is correct, and faster than the plain one.
 PROVEN_SPECIALIZED: frozenset[str] = frozenset()
 
 
 def default_settings(q: Array, forward: ForwardKernel | None = None) -> GpuSettings:
-    """Blocks that fit the shared memory and the registers of an H100.
+    """Returns settings that fit the shared memory and registers of an H100.
 
     Args:
       forward: the forward kernel; None: the specialized one where it is proven.
@@ -33,16 +33,16 @@ def default_settings(q: Array, forward: ForwardKernel | None = None) -> GpuSetti
 
 
 def settings_for(q: Array) -> GpuSettings:
-    """What was measured for such queries, else the default."""
+    """Returns the settings measured for such queries, else the default."""
     return measured(settings_key("pallas_gpu", q), default_settings(q))
 
 
 def declines(request: Request) -> str | None:
-    """Why these kernels cannot do what is asked; None: they can."""
-    # Its matrix instructions are in no card before or after.
+    """Returns why these kernels cannot run the request; None: they can."""
+    # No GPU before or after Hopper has its matrix instructions.
     if not request.device_kind.startswith(("NVIDIA H", "NVIDIA GH")):
-        return f"made for Hopper, not for a {request.device_kind}"
-    # Tensor cores have no float32.
+        return f"needs a Hopper GPU, not {request.device_kind}"
+    # Tensor cores do not multiply float32.
     if request.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{request.dtype.name} is neither bfloat16 nor float16"
     if request.head_dim > 256:
@@ -58,14 +58,14 @@ def attention(
     *,
     settings: GpuSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention, and the log-sum-exp of its scores.
+    """Attention in q's dtype, and the log-sum-exp of the scores, sinks included, f32.
 
-    bf16 and f16, any lengths, int8 keys. Up to 8 queries whose positions are given take
-    the decode kernel.
+    Takes bf16 and f16, any lengths, and int8 keys. Up to 8 queries with given positions
+    take the decode kernel.
     """
     kernels = FlashKernels(_forward, gpu_flash.backward, settings or settings_for(q))
     H = q.shape[-1]
-    # Matrix instructions take 16 numbers of a row at a time.
+    # Matrix instructions contract 16 elements at a time.
     q, k, v = (_pad_head_dim(x, -H % 16) for x in (q, k, v))
     z, lse = flash_attention(kernels, q, k, v, spec)
     return z[..., :H], lse
@@ -76,7 +76,7 @@ def _pad_head_dim(x: Array, missing: int) -> Array:
 
 
 def _forward(q, k, v, spec: AttentionSpec, settings: GpuSettings):
-    """z and lse; see `flash.FlashKernels`."""
+    """See `flash.FlashKernels`."""
     given = spec.mask.query_positions is not None
     if given and q.shape[1] <= gpu_decode.MAX_QUERIES:
         return gpu_decode.forward(q, k, v, spec, settings)

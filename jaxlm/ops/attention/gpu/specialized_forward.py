@@ -1,10 +1,10 @@
-"""Flash attention forward for Hopper, with its warpgroups specialised.
+"""Warp-specialized forward kernel of flash attention, for Hopper.
 
-After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), in Pallas Mosaic GPU: one
-warpgroup does nothing but ask the copy engine for keys and values, several blocks
-ahead; two others multiply, and take turns on the tensor cores, so that the softmax of
-one runs beside the matrix products of the other. Blocks that nobody sees are not read,
-blocks that everybody sees are not masked. `gpu_flash.py` has the backward pass.
+After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), in Pallas Mosaic GPU: a
+producer warpgroup only starts copies of keys and values, several blocks ahead. Two
+consumer warpgroups take turns on the tensor cores (ping-pong), so that the softmax of
+one overlaps with the dot products of the other. Completely hidden blocks are not read,
+and completely visible blocks are not masked. The backward pass is in `gpu_flash.py`.
 """
 
 import math
@@ -20,21 +20,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.block_skipping import BlockTable, Grid, make_table
 from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
 from jaxlm.ops.attention.gpu.warpgroup import (
     ROWS,
     Warpgroup,
     mask_operands,
     matrix_memory,
+    pad_to_tiles,
     spread,
-    whole_tiles,
 )
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
-from jaxlm.ops.attention.visibility import BlockTable, Grid, make_table
 
-# Warpgroups that multiply.
-WORKERS = 2
-BLOCK_QUERIES = WORKERS * ROWS
+# Number of consumer warpgroups.
+CONSUMERS = 2
+BLOCK_QUERIES = CONSUMERS * ROWS
 LOG2_E = math.log2(math.e)
 
 
@@ -45,19 +45,19 @@ def forward(
     spec: AttentionSpec,
     settings: GpuSettings,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention, and the log-sum-exp of its scores; see `flash.FlashKernels`.
+    """Computes attention and the log-sum-exp of the scores; see `flash.FlashKernels`.
 
     Returns:
-      z in q's dtype, and the log-sum-exp, f32. A query that sees no key gives zeros,
-      and -1e30 or its sink.
+      z in q's dtype, and the log-sum-exp, f32. For a query that sees no key, they are
+      zeros, and -1e30 or the sink.
     """
     B, T, N, H = q.shape
     grid = Grid(T, k.shape[1], BLOCK_QUERIES, settings.block_keys)
     program = _SpecializedProgram(spec, grid, settings, N // k.shape[2])
     operands = program.operands(q, k, v)
     tree = jax.tree.structure(operands)
-    # Rows of z that reach over its edge are not written, but the interpreter then
-    # writes none.
+    # A copy past the end of z writes only what is inside; the interpreter would write
+    # nothing, so it gets whole blocks.
     rows = grid.query_blocks * BLOCK_QUERIES
     z_rows = rows if settings.interpret else T + -T % 8
 
@@ -75,7 +75,7 @@ def forward(
         scratch_types=program.scratch(H, q.dtype),
         grid=(N, grid.query_blocks, B),
         grid_names=("head", "block", "row"),
-        num_threads=WORKERS + 1,
+        num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
     )
     z, lse = kernel(*jax.tree.leaves(operands))
@@ -84,76 +84,79 @@ def forward(
 
 @dataclass(frozen=True)
 class _SpecializedProgram:
-    """One program: `BLOCK_QUERIES` queries of a head against the keys they see."""
+    """One program: `BLOCK_QUERIES` queries of a head, over the keys that they see."""
 
     spec: AttentionSpec
     grid: Grid
     settings: GpuSettings
     group: int
-    """Query heads of a key head."""
+    """Query heads per key head."""
 
     @property
     def warpgroup(self) -> Warpgroup:
         return Warpgroup(self.settings.interpret)
 
     def operands(self, q: Array, k: Array, v: Array) -> dict[str, Any]:
-        """What the kernel reads, by name."""
+        """Returns the kernel's inputs by name."""
         operands: dict[str, Any] = {"q": q, "k": k, "v": v}
-        operands = {name: whole_tiles(x, 1) for name, x in operands.items()}
+        operands = {name: pad_to_tiles(x, 1) for name, x in operands.items()}
         operands |= mask_operands(self.spec.mask, q.shape[0])
-        # The last two are for the backward pass.
+        # Only backward kernels need the query ranges.
         table = make_table(self.spec.mask, self.grid)
-        operands["table"] = replace(table, first_query=None, last_query=None)
+        operands["table"] = replace(table, first_query=None, end_query=None)
         if self.spec.sinks is not None:
             operands["sinks"] = self.spec.sinks.astype(jnp.float32)
         return operands
 
     def scratch(self, H: int, dtype: Any) -> dict[str, Any]:
-        """Shared memory and barriers, by name."""
+        """Returns shared memory and barriers by name."""
         spec, slots, keys = self.spec, self.settings.buffers, self.settings.block_keys
         segments = spec.mask.query_segments is not None
         positions = spec.mask.query_positions is not None
         scratch = {
-            "qz": matrix_memory((WORKERS, ROWS, H), dtype),
+            "qz": matrix_memory((CONSUMERS, ROWS, H), dtype),
             "k": matrix_memory((slots, keys, H), dtype),
             "v": matrix_memory((slots, keys, H), dtype),
-            "lse": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
+            "lse": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             "q_ready": plgpu.Barrier(
-                num_arrivals=1 + segments + positions, num_barriers=WORKERS
+                num_arrivals=1 + segments + positions, num_barriers=CONSUMERS
             ),
             "k_ready": plgpu.Barrier(num_arrivals=1 + segments, num_barriers=slots),
             "v_ready": plgpu.Barrier(num_barriers=slots),
-            "k_free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=slots),
-            "v_free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=slots),
-            "turn": plgpu.Barrier(num_arrivals=WORKERS),
+            "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+            "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+            "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
         }
         if positions:
-            scratch["query_positions"] = plgpu.SMEM((WORKERS, ROWS), jnp.int32)
+            scratch["query_positions"] = plgpu.SMEM((CONSUMERS, ROWS), jnp.int32)
         if segments:
-            scratch["query_segments"] = plgpu.SMEM((WORKERS, ROWS), jnp.int32)
+            scratch["query_segments"] = plgpu.SMEM((CONSUMERS, ROWS), jnp.int32)
             scratch["key_segments"] = plgpu.SMEM((slots, keys), jnp.int32)
         return scratch
 
     def run(self, refs: dict, z: Any, lse: Any, memory: dict) -> None:
-        """What each warpgroup does; all know the key blocks from the table."""
+        """Runs the producer or a consumer; all read the same range of key blocks."""
         head, row = lax.axis_index("head"), lax.axis_index("row")
-        # The longest rows of a causal mask first: what ends last should be short.
+        # Start with the blocks that have the most keys under a causal mask, so that the
+        # programs that end last are short.
         block = self.grid.query_blocks - 1 - lax.axis_index("block")
-        table = _KeysMet(refs["table"], row, block)
+        table = _KeyRange(refs["table"], row, block)
         warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == WORKERS)
+        @pl.when(warpgroup == CONSUMERS)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            self._move(refs, memory, table, row, lax.div(head, jnp.int32(self.group)))
+            self._produce(
+                refs, memory, table, row, lax.div(head, jnp.int32(self.group))
+            )
 
-        @pl.when(warpgroup < WORKERS)
+        @pl.when(warpgroup < CONSUMERS)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            self._work(refs, z, lse, memory, table, row, head, warpgroup)
+            self._consume(refs, z, lse, memory, table, row, head, warpgroup)
 
-    def _move(self, refs, memory, table, row, head):
-        """Copies keys and values into the slots, as soon as one is free."""
+    def _produce(self, refs, memory, table, row, head):
+        """The producer: copies keys and values into slots as they become free."""
         slots, keys = self.settings.buffers, self.settings.block_keys
 
         def copy(step, slot, free):
@@ -182,7 +185,7 @@ class _SpecializedProgram:
         def _(step):
             copy(step, lax.rem(step, jnp.int32(slots)), True)
 
-        # Barriers end with all of their phases seen.
+        # Every phase of a barrier must have been waited for.
         for slot in range(slots):
 
             @pl.when(slot < table.count)
@@ -190,66 +193,67 @@ class _SpecializedProgram:
                 plgpu.barrier_wait(memory["k_free"].at[slot])
                 plgpu.barrier_wait(memory["v_free"].at[slot])
 
-    def _work(self, refs, z, lse, memory, table, row, head, worker):
-        """Attention of `ROWS` queries."""
+    def _consume(self, refs, z, lse, memory, table, row, head, consumer):
+        """A consumer: computes attention of `ROWS` queries."""
         warpgroup, H = self.warpgroup, memory["qz"].shape[-1]
-        start = table.block * BLOCK_QUERIES + worker * ROWS
+        start = table.block * BLOCK_QUERIES + consumer * ROWS
         rows = pl.ds(start, ROWS)
-        qz, ready = memory["qz"].at[worker], memory["q_ready"].at[worker]
+        qz, ready = memory["qz"].at[consumer], memory["q_ready"].at[consumer]
         plgpu.copy_gmem_to_smem(refs["q"].at[row, rows, head], qz, ready)
         for name in ("query_positions", "query_segments"):
             if name in memory:
-                source, target = refs[name].at[row, rows], memory[name].at[worker]
+                source, target = refs[name].at[row, rows], memory[name].at[consumer]
                 plgpu.copy_gmem_to_smem(source, target, ready)
         plgpu.barrier_wait(ready)
 
         take_turn = partial(_take_turn, memory["turn"])
-        # The second worker is half a step behind the first.
-        pl.when(worker == 1)(take_turn)
-        step = partial(self._step, memory, table, worker, start, take_turn)
+        # The second consumer is half a step behind the first.
+        pl.when(consumer == 1)(take_turn)
+        step = partial(self._step, memory, table, consumer, start, take_turn)
         init = (
             warpgroup.full((ROWS,), MASKED),
             warpgroup.full((ROWS,), 0.0),
             warpgroup.full((ROWS, H), 0.0),
         )
         m, l, acc = lax.fori_loop(0, table.count, step, init)
-        pl.when(worker == 0)(take_turn)
+        pl.when(consumer == 0)(take_turn)
 
         sink = refs["sinks"][head] if "sinks" in refs else None
         factor, row_lse = online_softmax.finish(m / LOG2_E, l, sink)
         qz[...] = (acc * spread(factor, acc.shape, 0)).astype(qz.dtype)
-        memory["lse"].at[worker][...] = row_lse
+        memory["lse"].at[consumer][...] = row_lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(qz, z.at[row, rows, head])
-        plgpu.copy_smem_to_gmem(memory["lse"].at[worker], lse.at[row, head, rows])
+        plgpu.copy_smem_to_gmem(memory["lse"].at[consumer], lse.at[row, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    def _step(self, memory, table, worker, start, take_turn, step, carry):
-        """One block of keys of the online softmax, in base 2."""
+    def _step(self, memory, table, consumer, start, take_turn, step, carry):
+        """One step of the online softmax, in base 2."""
         m, l, acc = carry
         slot = lax.rem(step, jnp.int32(self.settings.buffers))
         plgpu.barrier_wait(memory["k_ready"].at[slot])
         raw = self.warpgroup.dot(
-            memory["qz"].at[worker], memory["k"].at[slot], meanwhile=take_turn
+            memory["qz"].at[consumer], memory["k"].at[slot], meanwhile=take_turn
         )
         shape = raw.shape
         spec = self.spec
         if spec.soft_cap is None:
-            # One factor: where nothing is masked, the multiplication and the
-            # subtraction below are one instruction.
+            # A single factor, so that without a mask this multiplication and the
+            # subtraction below become one instruction.
             scores = raw * (spec.scale * LOG2_E)
         else:
             scores = online_softmax.scores(raw, spec.scale, spec.soft_cap) * LOG2_E
         scores = lax.cond(
-            table.whole(step),
+            table.all_visible(step),
             lambda x: x,
             lambda x: online_softmax.hide(
-                x, self._allowed(memory, table, worker, start, step, slot, shape)
+                x, self._allowed(memory, table, consumer, start, step, slot, shape)
             ),
             scores,
         )
         if "key_segments" in memory:
-            # The copy engine may overwrite what threads, not tensor cores, have read.
+            # Threads, not tensor cores, have read these: wait for them before the copy
+            # engine overwrites the slot.
             plgpu.commit_smem()
         plgpu.barrier_arrive(memory["k_free"].at[slot])
 
@@ -264,19 +268,19 @@ class _SpecializedProgram:
         plgpu.barrier_arrive(memory["v_free"].at[slot])
         return m_new, l, acc
 
-    def _allowed(self, memory, table, worker, start, step, slot, shape):
-        """Which scores of a block are visible, [ROWS, block_keys]; None: all."""
+    def _allowed(self, memory, table, consumer, start, step, slot, shape):
+        """`Mask.allowed` for a block of scores [ROWS, block_keys]."""
         warpgroup = self.warpgroup
 
-        def load(name, place, axis):
+        def load(name, index, axis):
             if name not in memory:
                 return None
-            return warpgroup.load(memory[name].at[place], shape, axis)
+            return warpgroup.load(memory[name].at[index], shape, axis)
 
-        positions = load("query_positions", worker, 0)
+        positions = load("query_positions", consumer, 0)
         if positions is None:
             positions = warpgroup.iota(start, shape, 0)
-        queries = Tokens(positions, load("query_segments", worker, 0))
+        queries = Tokens(positions, load("query_segments", consumer, 0))
         first = (table.first + step) * self.settings.block_keys
         positions = warpgroup.iota(first, shape, 1)
         keys = Tokens(positions, load("key_segments", slot, 1))
@@ -284,21 +288,21 @@ class _SpecializedProgram:
 
 
 def _take_turn(turn: Any) -> None:
-    """Hands the tensor cores to the other worker, and waits for it to hand over."""
+    """Gives the tensor cores to the other consumer, and waits to get them back."""
     plgpu.barrier_arrive(turn)
     plgpu.barrier_wait(turn)
 
 
-class _KeysMet:
-    """The key blocks that one block of queries meets, read from the table."""
+class _KeyRange:
+    """The key blocks that one block of queries visits, read from the table."""
 
     def __init__(self, table: BlockTable, row, block):
         self._table, self._row, self.block = table, row, block
         self._queries = table.query_extent(row, block)
-        self.first, last = table.keys_met(row, block)
-        self.count = last - self.first
+        self.first, end = table.key_range(row, block)
+        self.count = end - self.first
 
-    def whole(self, step):
-        """Whether all of the scores with a block of keys are visible."""
+    def all_visible(self, step):
+        """Returns whether all scores with the key block of a step are visible."""
         keys = self._table.key_extent(self._row, self.first + step)
-        return self._table.meet(self._queries, keys)[1]
+        return self._table.visibility(self._queries, keys)[1]

@@ -1,8 +1,8 @@
-"""GPU programs of one warpgroup: one block stays, those that it meets stream by.
+"""GPU kernels with one resident block per program, and a stream of blocks to visit.
 
-What the plain forward kernel and both backward kernels share. Each program owns one
-block of queries or of keys; blocks of the other side are copied to shared memory while
-it computes with those before.
+Shared by the plain forward kernel and both backward kernels. Each program is one
+warpgroup and owns one block of queries or keys. It streams blocks of the other side:
+the next ones are copied to shared memory while it computes with the current one.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.block_skipping import BlockTable, Extent, Grid, make_table
 from jaxlm.ops.attention.gpu.warpgroup import (
     Warpgroup,
     mask_operands,
     matrix_memory,
-    whole_tiles,
+    pad_to_tiles,
 )
 from jaxlm.ops.attention.spec import AttentionSpec, Tokens
-from jaxlm.ops.attention.visibility import BlockTable, Extent, Grid, make_table
 
-# A result leaves through the memory of the operand that has its shape.
-HELD_IN = {"z": "q", "dq": "q", "dk": "k", "dv": "v"}
+# An output is written through the shared memory of the operand of its shape.
+OUTPUT_BUFFER = {"z": "q", "dq": "q", "dk": "k", "dv": "v"}
 
 
 @dataclass(frozen=True)
 class Side:
-    """What a program holds of the queries or of the keys in shared memory."""
+    """The queries' or the keys' side of a kernel: what it keeps in shared memory."""
 
     name: str
     """query or key."""
@@ -42,10 +42,10 @@ class Side:
     floats: tuple[str, ...] = ()
     """Operands [B, heads, rows], f32."""
     buffers: int = 0
-    """Blocks that are held at once; 0: the side stays, with one block."""
+    """Number of blocks in shared memory; 0: this side is resident, with one block."""
 
     def memory(self, operands: dict[str, Any], H: int, dtype: Any) -> dict[str, Any]:
-        """Shared memory, and the barriers that say when it is filled."""
+        """Returns shared memory by name, and a barrier for when it is filled."""
         slots = (self.buffers,) if self.buffers else ()
         memory = {
             name: matrix_memory((*slots, self.block, H), dtype)
@@ -61,7 +61,7 @@ class Side:
         return memory
 
     def integers(self, operands: dict[str, Any]) -> list[str]:
-        """Operands of the mask [B, rows] that are there."""
+        """Returns the names of this side's mask operands [B, rows] that exist."""
         names = (f"{self.name}_positions", f"{self.name}_segments")
         return [name for name in names if name in operands]
 
@@ -72,63 +72,64 @@ class Side:
 
 @dataclass(frozen=True)
 class StreamingKernel:
-    """What is known of a kernel when it is traced."""
+    """The static description of a kernel."""
 
     spec: AttentionSpec
     grid: Grid
     group: int
-    """Query heads for each key head."""
-    stays: Side
-    streams: Side
+    """Query heads per key head."""
+    resident: Side
+    streamed: Side
     interpret: bool
 
     @property
     def rows(self) -> int:
-        """Rows of the side that stays, in whole blocks."""
-        return self._blocks * self.stays.block
+        """Rows of the resident side, padded to whole blocks."""
+        return self._blocks * self.resident.block
 
     @property
     def _blocks(self) -> int:
-        """One program for each."""
-        grid, queries = self.grid, self.stays.name == "query"
+        """Number of blocks of the resident side; each has its own program."""
+        grid, queries = self.grid, self.resident.name == "query"
         return grid.query_blocks if queries else grid.key_blocks
 
     def launch(
         self,
-        program: Callable[["Running"], None],
+        program: Callable[["Program"], None],
         matrices: dict[str, Array],
         floats: dict[str, Array],
         outputs: dict[str, jax.ShapeDtypeStruct],
     ) -> dict[str, Array]:
-        """Runs a program for each (head, block, batch row).
+        """Runs one program per (head, block, batch row), and returns the outputs.
 
         Args:
           matrices: q, k, v and dz, [B, rows, heads, H].
-          floats: f32 [B, heads, whole blocks of rows]; sinks [heads].
+          floats: f32 [B, heads, rows], padded to whole blocks; sinks [heads].
+          outputs: shapes and dtypes of the outputs, with rows padded to whole blocks.
         """
         q = matrices["q"]
         operands: dict[str, Any] = {
-            name: whole_tiles(x, 1) for name, x in matrices.items()
+            name: pad_to_tiles(x, 1) for name, x in matrices.items()
         }
         operands |= floats | mask_operands(self.spec.mask, q.shape[0])
         operands["table"] = make_table(self.spec.mask, self.grid)
-        memory = self.stays.memory(operands, q.shape[-1], q.dtype)
-        memory |= self.streams.memory(operands, q.shape[-1], q.dtype)
+        memory = self.resident.memory(operands, q.shape[-1], q.dtype)
+        memory |= self.streamed.memory(operands, q.shape[-1], q.dtype)
         if "lse" in outputs:
-            memory["lse"] = plgpu.SMEM((self.stays.block,), jnp.float32)
+            memory["lse"] = plgpu.SMEM((self.resident.block,), jnp.float32)
         trees = (operands, outputs, memory)
         leaves, shapes = zip(*(jax.tree.flatten(x) for x in trees), strict=True)
 
         def body(*refs):
             refs = iter(refs)
             groups = [[next(refs) for _ in part] for part in leaves]
-            place = map(lax.axis_index, ("head", "block", "row"))
-            program(Running(self, *map(jax.tree.unflatten, shapes, groups), *place))
+            indices = map(lax.axis_index, ("head", "block", "row"))
+            program(Program(self, *map(jax.tree.unflatten, shapes, groups), *indices))
 
-        # Profiles show it.
+        # The name shown in profiles.
         body.__name__ = program.__name__.strip("_")
         arrays, types, scratch = leaves
-        heads = matrices[self.stays.matrices[0]].shape[2]
+        heads = matrices[self.resident.matrices[0]].shape[2]
         results = Warpgroup(self.interpret).kernel(
             body,
             soft_cap=self.spec.soft_cap,
@@ -141,8 +142,8 @@ class StreamingKernel:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A running program: its references, and what it does with them."""
+class Program:
+    """A program inside a kernel: its references, its indices, and what it can do."""
 
     kernel: StreamingKernel
     ins: dict[str, Any]
@@ -151,6 +152,7 @@ class Running:
     head: Any
     block: Any
     row: Any
+    """Of the batch."""
 
     @property
     def warpgroup(self) -> Warpgroup:
@@ -161,21 +163,21 @@ class Running:
         return self.ins["table"]
 
     def extent(self, side: Side, block: Any) -> Extent:
-        """Least and greatest position and segment of a block."""
+        """Returns the range of positions and segments of a block."""
         keys = side.name == "key"
         read = self.table.key_extent if keys else self.table.query_extent
         return read(self.row, block)
 
     def tile(self, name: str, slot: Any = None) -> Any:
-        """A matrix or a vector in shared memory; a slot for the side that streams."""
+        """Returns a matrix or vector in shared memory; `slot` for the streamed side."""
         return self.memory[name] if slot is None else self.memory[name].at[slot]
 
     def zeros(self, name: str) -> Any:
-        """f32 zeros of the shape of this program's block of an output."""
-        return self.warpgroup.full(self.memory[HELD_IN[name]].shape, 0.0)
+        """Returns f32 zeros in the shape of this program's block of an output."""
+        return self.warpgroup.full(self.memory[OUTPUT_BUFFER[name]].shape, 0.0)
 
     def fetch(self, side: Side, slot: Any, block: Any, head: Any) -> None:
-        """Starts the copies of a block into shared memory."""
+        """Starts copying a block into shared memory."""
         rows = pl.ds(block * side.block, side.block)
 
         def copy(name, *source):
@@ -192,55 +194,57 @@ class Running:
         for name in side.integers(self.ins):
             copy(name, self.row, rows)
 
-    def stream(self, turns: Any, place: Callable, step: Callable, carry: Any) -> Any:
-        """carry = step(turn, slot, carry) for each turn.
+    def stream(self, count: Any, locate: Callable, step: Callable, carry: Any) -> Any:
+        """Loops over streamed blocks: carry = step(index, slot, carry) `count` times.
 
-        The block and the head that `place(turn)` gives are then in the slot, beside the
-        block that stays.
+        At each step the resident block is in shared memory, and the slot holds the
+        block and head given by `locate(index)`. Returns the last carry.
         """
-        stays, streams = self.kernel.stays, self.kernel.streams
-        self.fetch(stays, None, self.block, self.head)
-        for turn in range(streams.buffers):
-            at = jnp.int32(turn)
-            pl.when(at < turns)(lambda at=at: self.fetch(streams, at, *place(at)))
-        plgpu.barrier_wait(self.tile(stays.ready))
+        resident, streamed = self.kernel.resident, self.kernel.streamed
+        self.fetch(resident, None, self.block, self.head)
+        for index in range(streamed.buffers):
+            at = jnp.int32(index)
+            pl.when(at < count)(lambda at=at: self.fetch(streamed, at, *locate(at)))
+        plgpu.barrier_wait(self.tile(resident.ready))
 
-        def body(turn, carry):
-            slot = lax.rem(turn, jnp.int32(streams.buffers))
-            plgpu.barrier_wait(self.tile(streams.ready, slot))
-            carry = step(turn, slot, carry)
-            # Nothing may be copied over what some warp still reads.
+        def body(index, carry):
+            slot = lax.rem(index, jnp.int32(streamed.buffers))
+            plgpu.barrier_wait(self.tile(streamed.ready, slot))
+            carry = step(index, slot, carry)
+            # Wait for all warps to read the slot before it is overwritten.
             plgpu.commit_smem()
-            later = turn + streams.buffers
-            pl.when(later < turns)(lambda: self.fetch(streams, slot, *place(later)))
+            later = index + streamed.buffers
+            pl.when(later < count)(lambda: self.fetch(streamed, slot, *locate(later)))
             return carry
 
-        return lax.fori_loop(0, turns, body, carry)
+        return lax.fori_loop(0, count, body, carry)
 
     def scores(
-        self, raw: Any, whole: Any, other: Any, slot: Any, axis: int
+        self, raw: Any, all_visible: Any, other: Any, slot: Any, axis: int
     ) -> tuple[Any, Any]:
-        """Scores of both blocks, and the same with those that are hidden at `MASKED`.
+        """Returns the scores of the resident block and block `other`, and these masked.
 
         Args:
           raw: q k^T, or k q^T: queries lie along `axis`.
-          whole: whether all scores are visible.
-          slot: where the other block is.
+          all_visible: whether no score is hidden.
+          slot: the slot of the other block.
         """
         spec = self.kernel.spec
         scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
 
         def hide(scores):
-            stays = self._tokens(self.kernel.stays, self.block, None, raw.shape, 0)
-            streams = self._tokens(self.kernel.streams, other, slot, raw.shape, 1)
-            pair = (stays, streams) if axis == 0 else (streams, stays)
+            resident = self._tokens(
+                self.kernel.resident, self.block, None, raw.shape, 0
+            )
+            streamed = self._tokens(self.kernel.streamed, other, slot, raw.shape, 1)
+            pair = (resident, streamed) if axis == 0 else (streamed, resident)
             allowed = spec.mask.allowed(*pair, self.kernel.grid.num_keys)
             return online_softmax.hide(scores, allowed)
 
-        return scores, lax.cond(whole, lambda scores: scores, hide, scores)
+        return scores, lax.cond(all_visible, lambda scores: scores, hide, scores)
 
     def _tokens(self, side: Side, block: Any, slot: Any, shape: tuple, axis: int):
-        """Positions and segments of a block, spread over a matrix of scores."""
+        """Returns the positions and segments of a block, broadcast to the scores."""
 
         def load(name):
             if name not in self.memory:
@@ -253,18 +257,20 @@ class Running:
         return Tokens(positions, load(f"{side.name}_segments"))
 
     def store(self, outputs: dict[str, Any], lse: Any = None) -> None:
-        """Writes this program's block of the outputs, and waits until it is done."""
-        rows = pl.ds(self.block * self.kernel.stays.block, self.kernel.stays.block)
+        """Writes this program's block of the outputs, and waits for the copies."""
+        rows = pl.ds(
+            self.block * self.kernel.resident.block, self.kernel.resident.block
+        )
         copies = []
         for name, x in outputs.items():
-            held = self.memory[HELD_IN[name]]
-            held[...] = x.astype(held.dtype)
-            copies.append((held, self.out[name].at[self.row, rows, self.head]))
+            buffer = self.memory[OUTPUT_BUFFER[name]]
+            buffer[...] = x.astype(buffer.dtype)
+            copies.append((buffer, self.out[name].at[self.row, rows, self.head]))
         if lse is not None:
-            held = self.memory["lse"]
-            held[...] = lse
-            copies.append((held, self.out["lse"].at[self.row, self.head, rows]))
+            buffer = self.memory["lse"]
+            buffer[...] = lse
+            copies.append((buffer, self.out["lse"].at[self.row, self.head, rows]))
         plgpu.commit_smem()
-        for held, target in copies:
-            plgpu.copy_smem_to_gmem(held, target)
+        for buffer, target in copies:
+            plgpu.copy_smem_to_gmem(buffer, target)
         plgpu.wait_smem_to_gmem(0)

@@ -1,9 +1,7 @@
-"""What all GPU kernels share.
+"""What all GPU kernels share: register layouts, matrix instructions, shared memory.
 
-How a warpgroup holds and multiplies matrices, how these lie in shared memory, and what
-is written differently for Pallas' interpreter.
-
-Pallas Mosaic GPU, for Hopper: a warpgroup is four warps, which multiply together.
+Written in Pallas Mosaic GPU, for Hopper, with what must differ in Pallas' interpreter.
+A warpgroup is four warps that issue matrix instructions together.
 """
 
 from collections.abc import Sequence
@@ -18,18 +16,18 @@ from jaxtyping import Array
 
 from jaxlm.ops.attention.spec import Mask
 
-# Accumulators of the tensor cores, in registers.
+# Accumulators of matrix instructions, in registers.
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-# Rows of a matrix product of one warpgroup.
+# Rows of one warpgroup's matrix instruction.
 ROWS = 64
-# Shared memory that one program may have on an H100.
+# Bytes of shared memory that one program may use on an H100.
 SHARED_BYTES = 232448
 
 
 def matrix_memory(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory as matrix instructions read it.
+    """Shared memory in the layout of matrix instructions.
 
-    Tiles of 8 rows, swizzled so that no two threads meet in a memory bank.
+    That is tiles of 8 rows, swizzled to avoid bank conflicts.
     """
     size = jnp.dtype(dtype).itemsize
     row = shape[-1] * size
@@ -44,11 +42,11 @@ def matrix_memory(shape: Sequence[int], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def whole_tiles(x: Array, axis: int) -> Array:
-    """x with zeros up to a multiple of 8 along an axis.
+def pad_to_tiles(x: Array, axis: int) -> Array:
+    """Pads x with zeros to a multiple of 8 along an axis.
 
-    The copy engine fills what lies outside an array with zeros, but whole tiles of 8
-    rows at a time. No copy where the length is a multiple, as those of caches are.
+    The copy engine reads zeros outside an array, but only in whole tiles of 8 rows.
+    Returns x itself if its length is a multiple of 8, as in caches.
     """
     missing = -x.shape[axis] % 8
     if not missing:
@@ -57,11 +55,11 @@ def whole_tiles(x: Array, axis: int) -> Array:
 
 
 def mask_operands(mask: Mask, batch: int) -> dict[str, Array]:
-    """The mask's arrays, by name, as kernels copy them: int32 [B, rows]."""
+    """Returns the mask's arrays by name, as kernels copy them: int32 [B, tokens]."""
     names = ("query_positions", "query_segments", "key_segments")
     given = {name: getattr(mask, name) for name in names}
     return {
-        name: whole_tiles(
+        name: pad_to_tiles(
             jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, x.shape[1])), 1
         )
         for name, x in given.items()
@@ -70,53 +68,53 @@ def mask_operands(mask: Mask, batch: int) -> dict[str, Array]:
 
 
 def spread(x: Any, shape: tuple[int, int], axis: int) -> Any:
-    """A vector along one axis of a matrix, repeated along the other."""
+    """Broadcasts a vector, which lies along `axis`, to a matrix."""
     return lax.broadcast_in_dim(x, shape, (axis,))
 
 
 @dataclass(frozen=True)
 class Warpgroup:
-    """How one warpgroup holds numbers and multiplies them.
+    """The registers and matrix instructions of one warpgroup.
 
-    The interpreter has no layouts, and multiplies neither transposed matrices nor those
-    in registers: it gets the same dot products in JAX.
+    Pallas' interpreter has no register layouts, and cannot multiply transposed matrices
+    or matrices in registers; with `interpret`, JAX computes the same dot products.
     """
 
     interpret: bool
 
-    def _place(self, x: Any, layout: Any) -> Any:
+    def _layout_cast(self, x: Any, layout: Any) -> Any:
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
     def full(self, shape: tuple[int, ...], value: float) -> Any:
-        """f32 [rows] or [rows, columns]."""
+        """Returns an f32 array, [rows] or [rows, columns], filled with a value."""
         x = jnp.full(shape, value, jnp.float32)
         layout = plgpu.Layout.WGMMA
-        return self._place(x, layout.reduce(1) if len(shape) == 1 else layout)
+        return self._layout_cast(x, layout.reduce(1) if len(shape) == 1 else layout)
 
     def iota(self, start: Any, shape: tuple[int, int], axis: int) -> Any:
-        """start, start + 1, ... along an axis, int32."""
+        """Returns start, start + 1, ... along an axis of a matrix, int32."""
         if self.interpret:
             return start + lax.broadcasted_iota(jnp.int32, shape, axis)
         layout = plgpu.Layout.WGMMA
         return start + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
     def load(self, vector: Any, shape: tuple[int, int], axis: int) -> Any:
-        """A vector in shared memory, along one axis of a matrix."""
+        """Loads a vector from shared memory, broadcast along `axis` of a matrix."""
         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-        return spread(self._place(vector[...], layout), shape, axis)
+        return spread(self._layout_cast(vector[...], layout), shape, axis)
 
     def widen(self, source: Any, target: Any) -> None:
-        """target = source for matrices in shared memory, int8 to 16 bits."""
-        # Four neighbours for each thread: one load, one instruction for two of them.
-        x = self._place(source[...], plgpu.Layout.WGMMA_UPCAST_2X)
+        """Casts int8 to 16 bits, from one matrix in shared memory to another."""
+        # Each thread gets four neighbors: one load, and one instruction per two casts.
+        x = self._layout_cast(source[...], plgpu.Layout.WGMMA_UPCAST_2X)
         target[...] = x.astype(target.dtype)
         plgpu.commit_smem()
 
     def dot(self, a: Any, b: Any, meanwhile: Any = lambda: None) -> Any:
-        """a b^T, f32 [rows of a, rows of b], of matrices in shared memory.
+        """Computes a b^T in f32, [rows of a, rows of b], from shared memory.
 
         Args:
-          meanwhile: called while the tensor cores work.
+          meanwhile: called while the tensor cores are busy.
         """
         if self.interpret:
             meanwhile()
@@ -130,9 +128,9 @@ class Warpgroup:
         return pl.run_scoped(run, ACC((a.shape[0], b.shape[0]), jnp.float32))
 
     def accumulate(self, acc: Any, p: Any, b: Any) -> Any:
-        """acc + p b, f32 [rows, H]; b is in shared memory, p in registers, f32.
+        """Computes acc + p b in f32, [rows, H]; p is cast to b's dtype.
 
-        p is rounded to the dtype of b.
+        p is f32 in registers, and b is in shared memory.
         """
         p = p.astype(b.dtype)
         if self.interpret:
@@ -141,14 +139,15 @@ class Warpgroup:
         return run(ACC.init(acc))
 
     def kernel(self, body: Any, *, soft_cap: float | None, **options: Any) -> Any:
-        """`plgpu.kernel`.
+        """Makes a kernel with `plgpu.kernel` and these options.
 
-        Without a soft cap with the chip's own exp, good to 2 ** -22. Its tanh is good
-        to 2 ** -11 only, and errors of scores are relative errors of probabilities.
+        Without a soft cap it uses the hardware's exp, accurate to 2 ** -22. The
+        hardware's tanh is accurate only to 2 ** -11, and an absolute error of a score
+        is a relative error of its probability.
         """
         if self.interpret:
             options["interpret"] = interpreter()
-        # Sums and maxima of rows stay within a warp, which needs no scratch for them.
+        # A row's sum and maximum stay within a warp, so they need no scratch.
         params = plgpu.CompilerParams(
             approx_math=soft_cap is None, reduction_scratch_bytes=512
         )
@@ -157,18 +156,18 @@ class Warpgroup:
 
 def _interpreted_dot(a: Any, b: Any, axis: int) -> Any:
     dims = (((1,), (axis,)), ((), ()))
-    # Tensor cores and the copy engine see one another's accesses; threads need a fence.
+    # Tensor cores are ordered with the copy engine; threads, as here, need a fence.
     plgpu.commit_smem()
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def interpreter() -> Any:
-    """Parameters of Pallas' interpreter of GPU kernels."""
+    """Returns the parameters of Pallas' GPU interpreter."""
     try:
         params = plgpu.InterpretGPUParams
     except AttributeError:  # jax 0.10
         from jax._src.pallas.mosaic_gpu.interpret.params import (
             InterpretGPUParams as params,
         )
-    # As the copy engine does, zeros for what lies outside an array.
+    # Out-of-bounds reads give zeros, as from the copy engine.
     return params(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")

@@ -11,7 +11,7 @@ from jaxlm.ops.attention.spec import AttentionSpec
 
 
 def declines(request: Request) -> str | None:
-    """Why cuDNN cannot do this, or None."""
+    """Returns why cuDNN cannot run the request; None: it can."""
     nvidia = request.platform == "gpu" and request.device_kind.startswith("NVIDIA")
     capability = _capability()
     if not nvidia or (capability and capability < (8, 0)):
@@ -19,16 +19,16 @@ def declines(request: Request) -> str | None:
     if request.dtype not in (jnp.bfloat16, jnp.float16):
         return f"no {request.dtype}"
     spec, mask = request.spec, request.spec.mask
-    for asked, name in (
-        # JAX rounds it to the dtype of q, and gives it no gradient.
+    for requested, name in (
+        # JAX rounds it to q's dtype and gives it no gradient.
         (request.lse, "log-sum-exp with a gradient"),
         (spec.soft_cap is not None, "soft cap"),
         (spec.sinks is not None, "sinks"),
-        # JAX would take them as a [T, S] mask.
+        # JAX takes these only as a [T, S] mask.
         (mask.query_segments is not None, "segments"),
-        (mask.query_positions is not None, "positions of queries"),
+        (mask.query_positions is not None, "query positions"),
     ):
-        if asked:
+        if requested:
             return f"no {name}"
     return _declines_sizes(request, capability)
 
@@ -38,23 +38,23 @@ def _declines_sizes(request: Request, capability: tuple[int, int] | None) -> str
         return f"head_dim {request.head_dim} is not a multiple of 8"
     if request.head_dim > 256:
         return f"head_dim {request.head_dim} is over 256"
-    # JAX asks the GPU of this process, and refuses without one. Newer GPUs than Hopper
-    # have no backward pass for it.
+    # JAX checks the GPU of this process, and raises without one. GPUs newer than Hopper
+    # have no backward pass for these.
     if request.head_dim > 128 and (capability is None or capability[0] != 9):
-        return f"head_dim {request.head_dim} is over 128, and no Hopper GPU is here"
-    # With a gradient; one query alone has a refusal of its own in cuDNN.
+        return f"head_dim {request.head_dim} is over 128, which needs a Hopper GPU"
+    # cuDNN needs even lengths for a gradient, and rejects a single query.
     if request.num_queries % 2 or request.num_keys % 2:
         return "lengths must be even"
     if request.spec.mask.window is not None:
         if not request.spec.mask.causal:
-            return "no window that is not causal"
+            return "no window without the causal mask"
         if request.num_queries > request.num_keys:
             return "no window with more queries than keys"
     return None
 
 
 def _capability() -> tuple[int, int] | None:
-    """Compute capability of the NVIDIA GPU that JAX runs on; None: it has none."""
+    """Returns the compute capability of JAX's first device; None if it has none."""
     name = getattr(jax.local_devices()[0], "compute_capability", "")
     major, _, minor = name.partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
@@ -68,11 +68,13 @@ def attention(
     *,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> tuple[Float[Array, "B T N H"], None]:
-    """Attention in q's dtype, which k and v have too; never the log-sum-exp.
+    """Attention in the common dtype of q, k and v; the log-sum-exp is always None.
 
-    `implementation` is JAX's; "xla" computes the same on any device.
+    Args:
+      implementation: that of `jax.nn.dot_product_attention`; "xla" computes the same on
+        any device.
     """
-    # JAX counts the positions beside the token: on the left, on the right.
+    # JAX counts the neighbors on the left and right, without the token itself.
     window = None if spec.mask.window is None else (spec.mask.window - 1, 0)
     z = jax.nn.dot_product_attention(
         q,

@@ -14,18 +14,18 @@ from jaxtyping import Array, Float
 from jaxlm.ops.attention.request import Request
 from jaxlm.ops.attention.spec import AttentionSpec
 
-# The kernel works on tiles of 128 lanes.
+# The kernel needs lengths in multiples of 128 lanes.
 LANES = 128
-# Queries and keys that are in fast memory together, at most; half as many of wider
-# heads, since a TPU v4 has no room for more.
+# The largest block of queries or keys. Heads wider than WIDE use half of it, because
+# VMEM on a TPU v4 is too small for more.
 BLOCK = 512
 WIDE = 256
-# The index of blocks lies in the scalar memory; the compiler took this many.
-MOST_BLOCKS = 509 * 509
+# The block index is in scalar memory; the compiler accepted this many blocks.
+MAX_BLOCKS = 509 * 509
 
 
 def declines(request: Request) -> str | None:
-    """Why splash attention cannot do this, or None."""
+    """Returns why splash attention cannot run the request; None: it can."""
     T, S = request.num_queries, request.num_keys
     mask = request.spec.mask
     if request.platform != "tpu":
@@ -35,15 +35,15 @@ def declines(request: Request) -> str | None:
     if request.lse:
         return "no log-sum-exp with a gradient"
     if mask.query_positions is not None:
-        return "no positions of queries"
+        return "no query positions"
     if T % LANES or S % LANES:
         return f"lengths must be multiples of {LANES}"
     if request.head_dim > 2 * WIDE:
         return f"head_dim {request.head_dim} is over {2 * WIDE}"
     rows, columns = (_block(n, request.head_dim) for n in (T, S))
-    if (T // rows) * (S // columns) > MOST_BLOCKS:
+    if (T // rows) * (S // columns) > MAX_BLOCKS:
         return f"too many blocks at lengths {T} and {S}"
-    # The kernel would divide by a sum of nothing.
+    # The kernel would divide by an empty sum.
     if mask.window is not None and T - mask.window >= S:
         return "the window leaves queries without keys"
     return None
@@ -57,12 +57,13 @@ def attention(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], None]:
-    """Attention in q's dtype, which k and v have too; never the log-sum-exp.
+    """Attention in the common dtype of q, k and v; the log-sum-exp is always None.
 
-    `interpret` runs the kernel as plain JAX, on any device.
+    Args:
+      interpret: run the kernel as plain JAX, on any device.
     """
     kernel = _kernel(q.shape, k.shape[1], spec, interpret)
-    # The kernel has no scale of its own.
+    # The kernel does not scale the scores.
     q = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     segments = None
@@ -79,7 +80,7 @@ def attention(
 
 @jax.custom_vjp
 def _keep_dtype(sinks: Array) -> Array:
-    """The sinks; before JAX 0.12 the kernel gives their gradient in q's dtype."""
+    """Casts the sinks' gradient to their dtype; before JAX 0.12 it has q's dtype."""
     return sinks
 
 
@@ -89,15 +90,15 @@ _keep_dtype.defvjp(
 
 
 def _block(length: int, head_dim: int) -> int:
-    """The largest block of whole tiles that cuts a row into equal parts."""
-    most = BLOCK if head_dim <= WIDE else BLOCK // 2
-    return max(b for b in range(LANES, most + 1, LANES) if length % b == 0)
+    """Returns the largest multiple of `LANES` that fits and divides the length."""
+    largest = BLOCK if head_dim <= WIDE else BLOCK // 2
+    return max(b for b in range(LANES, largest + 1, LANES) if length % b == 0)
 
 
 def _kernel(shape: tuple[int, ...], S: int, spec: AttentionSpec, interpret: bool):
-    """The kernel for one row of a batch of queries of this shape, and S keys.
+    """Makes the kernel for one batch row of queries of this shape and S keys.
 
-    Query head n takes key head n // (N / K).
+    Query head n uses key head n // (N / K).
     """
     _, T, N, H = shape
     right = 0 if spec.mask.causal else None
@@ -126,8 +127,8 @@ def _kernel(shape: tuple[int, ...], S: int, spec: AttentionSpec, interpret: bool
 class _Band(splash_attention_mask.LocalMask):
     """Keys at most `left` positions before and `right` after the query; None: no limit.
 
-    The kernel's set-up asks for every block of the mask. Most are all visible or all
-    hidden, which their corners tell: computing them took seconds at 32k tokens.
+    The kernel's setup reads every block of the mask. Most are completely visible or
+    hidden, as their corners show; computing them all took seconds at 32k tokens.
     """
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
@@ -136,7 +137,7 @@ class _Band(splash_attention_mask.LocalMask):
             for part, length in zip(index, self.shape, strict=True)
         )
         left, right = (np.inf if n is None else n for n in self.window_size)
-        # How far the query lies after the key, at least and at most.
+        # The smallest and largest distance of a query after a key.
         least, most = rows[0] - columns[-1], rows[-1] - columns[0]
         shape = (len(rows), len(columns))
         if least > left or most < -right:

@@ -1,4 +1,4 @@
-"""Our attention on TPUs: which form a call takes, and its block sizes."""
+"""Our attention on TPUs: the entry point, decoding, and default block sizes."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from jaxlm.ops.attention.tpu import tpu_backward, tpu_forward
 from jaxlm.ops.attention.tpu.tpu_blocks import LANES, TpuSettings
 from jaxlm.ops.attention.tuning_cache import measured, settings_key
 
-# Up to so many queries take the decode form.
+# Up to this many queries with given positions are decoded (`_decode`).
 DECODE_QUERIES = 8
 
 
@@ -25,33 +25,34 @@ def attention(
     *,
     settings: TpuSettings | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attention, and the log-sum-exp of its scores.
+    """Attention in q's dtype, and the log-sum-exp of the scores, sinks included, f32.
 
-    f32 and bf16, any lengths, int8 keys. Up to `DECODE_QUERIES` queries whose positions
-    are given take a form that reads each key once for all query heads that share it.
+    Takes f32 and bf16, any lengths, and int8 keys. Up to `DECODE_QUERIES` queries with
+    given positions take a path that reads each key once for all query heads that share
+    it.
     """
     kernels = FlashKernels(_forward, tpu_backward.backward, settings or settings_for(q))
     return flash_attention(kernels, q, k, v, spec)
 
 
 def settings_for(q: Array) -> TpuSettings:
-    """What was measured for such queries, else blocks that fit the fast memory."""
+    """Returns the settings measured for such queries, else blocks that fit in VMEM."""
     wide = q.shape[-1] > LANES or q.dtype == jnp.float32
     default = TpuSettings(256, 512, 256, 256) if wide else TpuSettings()
     return measured(settings_key("pallas_tpu", q), default)
 
 
 def declines(request: Request) -> str | None:
-    """Why these kernels cannot do what is asked; None: they can."""
+    """Returns why these kernels cannot run the request; None: they can."""
     if request.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"{request.dtype.name} does not load on a TPU"
+        return f"no {request.dtype.name}: TPU kernels cannot load it"
     if request.head_dim > 256:
         return f"head_dim {request.head_dim} is above 256"
     return None
 
 
 def _forward(q, k, v, spec: AttentionSpec, settings: TpuSettings):
-    """z in q's dtype and lse; see `flash.FlashKernels`."""
+    """See `flash.FlashKernels`."""
     if spec.mask.query_positions is not None and q.shape[1] <= DECODE_QUERIES:
         return _decode(q, k, v, spec, settings)
     k, v, spec = dequantize(k, v, spec, q.dtype)
@@ -59,7 +60,7 @@ def _forward(q, k, v, spec: AttentionSpec, settings: TpuSettings):
 
 
 def _decode(q, k, v, spec: AttentionSpec, settings: TpuSettings):
-    """Few queries: all queries of a key head are the rows of one block."""
+    """Attention of few queries: all queries of a key head are rows of one block."""
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
@@ -79,14 +80,14 @@ def _decode(q, k, v, spec: AttentionSpec, settings: TpuSettings):
 
 
 def _merge(z_BPTGKH, lse_BPKTG, sinks, q):
-    """Attention over all keys, from that over P parts of them, and the sinks."""
+    """Merges attention over P splits of the keys, and adds the sinks."""
     total = jax.nn.logsumexp(lse_BPKTG, axis=1)
     if sinks is not None:
         K, G = lse_BPKTG.shape[2], lse_BPKTG.shape[4]
         sinks = sinks.astype(jnp.float32).reshape(K, 1, G)
         total = jnp.logaddexp(total, sinks)
     share = jnp.exp(lse_BPKTG - total[:, None])
-    # Elementwise: an einsum would round to bf16.
+    # Elementwise, because an einsum would round to bf16.
     share = share.transpose(0, 1, 3, 4, 2)[..., None]
     z = jnp.sum(z_BPTGKH.astype(jnp.float32) * share, axis=1).swapaxes(2, 3)
     B, T, N, _ = q.shape

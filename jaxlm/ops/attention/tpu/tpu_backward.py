@@ -1,7 +1,7 @@
-"""The gradient of flash attention on TPUs, in Pallas (Mosaic).
+"""The backward kernels of flash attention on TPUs, in Pallas (Mosaic).
 
-FlashAttention-2 (Dao 2023, arXiv:2307.08691): one kernel for the queries' gradient and
-one for that of keys and values, each of which sums in a fixed order.
+FlashAttention-2 (Dao 2023, arXiv:2307.08691): one kernel for the gradient of the
+queries, and one for those of keys and values. Each sums in a fixed order.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.block_skipping import BlockTable, Grid, bounds
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec
 from jaxlm.ops.attention.tpu.tpu_blocks import (
     TpuSettings,
@@ -25,11 +26,10 @@ from jaxlm.ops.attention.tpu.tpu_blocks import (
     query_block,
     run_kernel,
 )
-from jaxlm.ops.attention.visibility import BlockTable, Grid, bounds
 
 
 def backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: TpuSettings):
-    """dq, dk and dv; see `flash.FlashKernels`."""
+    """Computes dq, dk and dv; see `flash.FlashKernels`."""
     T, S = q.shape[1], k.shape[1]
     blocks = settings.backward_block_queries, settings.backward_block_keys
     table = cut_blocks(spec, T, S, blocks)
@@ -44,7 +44,11 @@ def backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: TpuSettings
 def _backward_specs(
     spec: AttentionSpec, grid: Grid, inputs, queries: Callable, keys: Callable
 ):
-    """Inputs and their blocks, from maps to (b, head, block) of both sides."""
+    """Adds the mask's arrays to the inputs, and returns them with their block specs.
+
+    Args:
+      queries, keys: map the grid indices to (b, head, block).
+    """
     H = inputs["q"].shape[-1]
 
     def block(at: Callable, size: int) -> pl.BlockSpec:
@@ -86,19 +90,19 @@ def _query_gradient(
 
     grid = table.grid
     inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
-    met = bounds(spec.mask, grid)
+    limits = bounds(spec.mask, grid)
     return run_kernel(
         partial(_query_gradient_kernel, spec),
         table,
         inputs,
         in_specs,
-        grid=(B, N, grid.query_blocks, met.keys),
+        grid=(B, N, grid.query_blocks, limits.keys),
         out_specs=pl.BlockSpec(
             (1, 1, grid.block_queries, H), lambda b, n, i, *_: (b, n, i, 0)
         ),
         out_shape=jax.ShapeDtypeStruct((B, N, T, H), inputs["q"].dtype),
         scratch=[(grid.block_queries, H)],
-        matmuls=3 * met.pairs,
+        matmuls=3 * limits.pairs,
         settings=settings,
     )
 
@@ -128,11 +132,13 @@ def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, dq_
         dscores = online_softmax.dscores(probs, dprobs, delta, slope)
         dq_acc[...] += dot(dscores.astype(k.dtype), k, ((1,), (0,)))
 
-    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
-    first, last = table.keys_met(b, i)
-    some &= first + step < last
-    pl.when(some & whole)(partial(visit, masked=False))
-    pl.when(some & ~whole)(partial(visit, masked=True))
+    any_visible, all_visible = table.visibility(
+        table.query_extent(b, i), table.key_extent(b, j)
+    )
+    first, end = table.key_range(b, i)
+    any_visible &= first + step < end
+    pl.when(any_visible & all_visible)(partial(visit, masked=False))
+    pl.when(any_visible & ~all_visible)(partial(visit, masked=True))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -142,7 +148,7 @@ def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, dq_
 def _key_value_gradients(
     spec: AttentionSpec, table: BlockTable, inputs, settings: TpuSettings
 ):
-    """Each key head sums over its group, one query head after another."""
+    """Sums over the query heads of each key head's group, one after another."""
     B, K, S, H = inputs["k"].shape
     group = inputs["q"].shape[1] // K
 
@@ -154,7 +160,7 @@ def _key_value_gradients(
 
     grid = table.grid
     inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
-    met = bounds(spec.mask, grid)
+    limits = bounds(spec.mask, grid)
     out = pl.BlockSpec((1, 1, grid.block_keys, H), lambda b, n, j, *_: (b, n, j, 0))
     shape = jax.ShapeDtypeStruct((B, K, S, H), inputs["k"].dtype)
     return run_kernel(
@@ -162,11 +168,11 @@ def _key_value_gradients(
         table,
         inputs,
         in_specs,
-        grid=(B, K, grid.key_blocks, group, met.queries),
+        grid=(B, K, grid.key_blocks, group, limits.queries),
         out_specs=(out, out),
         out_shape=(shape, shape),
         scratch=[(grid.block_keys, H)] * 2,
-        matmuls=4 * met.pairs,
+        matmuls=4 * limits.pairs,
         settings=settings,
     )
 
@@ -174,7 +180,7 @@ def _key_value_gradients(
 def _key_value_kernel(
     spec: AttentionSpec, table: BlockTable, refs, dk, dv, dk_acc, dv_acc
 ):
-    """One pair of blocks, with scores [keys, queries]: no dot transposes them."""
+    """Processes one pair of blocks, with scores [keys, queries] to avoid transposes."""
     b, j, g, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
     i = query_block(table, b, j, step)
     grid = table.grid
@@ -205,17 +211,19 @@ def _key_value_kernel(
         dv_acc[...] += dot(probs.astype(dz.dtype), dz, ((1,), (0,)))
         dk_acc[...] += dot(dscores.astype(q.dtype), q, ((1,), (0,)))
 
-    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
-    first, last = table.queries_met(b, j)
-    some &= first + step < last
+    any_visible, all_visible = table.visibility(
+        table.query_extent(b, i), table.key_extent(b, j)
+    )
+    first, end = table.query_range(b, j)
+    any_visible &= first + step < end
     if partial_queries:
-        whole &= (i + 1) * grid.block_queries <= grid.num_queries
-    pl.when(some & whole)(partial(visit, masked=False))
-    pl.when(some & ~whole)(partial(visit, masked=True))
+        all_visible &= (i + 1) * grid.block_queries <= grid.num_queries
+    pl.when(any_visible & all_visible)(partial(visit, masked=False))
+    pl.when(any_visible & ~all_visible)(partial(visit, masked=True))
 
-    ends = (g == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)
+    is_last = (g == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)
 
-    @pl.when(ends)
+    @pl.when(is_last)
     def _():
         dk[0, 0] = dk_acc[...].astype(dk.dtype)
         dv[0, 0] = dv_acc[...].astype(dv.dtype)

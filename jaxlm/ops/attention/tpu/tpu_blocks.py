@@ -1,8 +1,8 @@
-"""What the TPU kernels share: how arrays are cut into blocks, masked and multiplied.
+"""What the TPU kernels share: settings, blocks, masking, and the launch.
 
-Blocks lie as [tokens, head_dim], so arrays are transposed to [B, heads, tokens, H]
-outside. What reaches over the end of a row is garbage (NaN in interpret mode): kernels
-hide it or zero it, and the caller pads nothing.
+Blocks are [tokens, head_dim], so callers transpose arrays to [B, heads, tokens, H].
+Nothing is padded: in a partial last block the rest is garbage (NaN in interpret mode),
+which kernels hide or zero.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from jaxlm.ops.attention.block_skipping import BlockTable, Grid, make_table
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, Tokens
-from jaxlm.ops.attention.visibility import BlockTable, Grid, make_table
 
 LANES = 128
 
 
 @dataclass(frozen=True)
 class TpuSettings:
-    """Block sizes: multiples of 128 on a device."""
+    """Block sizes in tokens: multiples of 128 on a device."""
 
     block_queries: int = 512
     block_keys: int = 512
@@ -31,17 +31,21 @@ class TpuSettings:
     backward_block_keys: int = 512
     decode_block_keys: int = 1024
     decode_splits: int = 1
-    """Parts into which the keys of a row are split when decoding: for chips with two
-    cores, when there are fewer rows and heads than cores."""
+    """Number of splits of a row's keys when decoding: for chips with two cores, when
+    batch rows times heads are fewer than the cores."""
     interpret: bool = False
-    """Run on any device, without Mosaic: for tests."""
+    """Run on any device, without Mosaic, for tests."""
 
 
 def cut_blocks(
     spec: AttentionSpec, T: int, S: int, blocks: tuple[int, int], splits: int = 1
 ) -> BlockTable:
-    """The table of a kernel; with splits, a row for each part of each row's keys."""
-    # Blocks longer than the row help nobody.
+    """Builds the table of a kernel; with splits, one row per split of each batch row.
+
+    Args:
+      blocks: tokens per query block and per key block.
+    """
+    # No block is longer than its sequence, in whole lanes.
     sizes = (
         min(block, pl.cdiv(n, LANES) * LANES)
         for n, block in zip((T, S), blocks, strict=True)
@@ -51,7 +55,7 @@ def cut_blocks(
 
 
 def _split(table: BlockTable, splits: int) -> BlockTable:
-    """The table with a row for each part of each row's key blocks."""
+    """Returns a table with one row per split of each row's key blocks."""
     rows = table.rows
 
     def repeat(x: Array) -> Array:
@@ -59,34 +63,34 @@ def _split(table: BlockTable, splits: int) -> BlockTable:
         return jnp.broadcast_to(x, (x.shape[0], splits, x.shape[2]))
 
     table = jax.tree.map(repeat, table)
-    share = -(-(table.last_key - table.first_key) // splits)
+    share = -(-(table.end_key - table.first_key) // splits)
     first = table.first_key + share * jnp.arange(splits)[:, None]
-    last = jnp.minimum(first + share, table.last_key)
-    # Parts without keys must not name a block after the last.
-    first, last = (jnp.where(first < last, x, 0) for x in (first, last))
-    table = replace(table, first_key=first, last_key=last)
+    end = jnp.minimum(first + share, table.end_key)
+    # An empty split must not point past the last block.
+    first, end = (jnp.where(first < end, x, 0) for x in (first, end))
+    table = replace(table, first_key=first, end_key=end)
     return jax.tree.map(jnp.ravel, table)
 
 
 def key_block(table: BlockTable, b: Any, i: Any, step: Any) -> Any:
-    """The key block that query block i meets at this step, or the last one."""
-    first, last = table.keys_met(b, i)
-    return jnp.minimum(first + step, jnp.maximum(last - 1, first))
+    """Returns the key block that query block i visits at this step, or its last."""
+    first, end = table.key_range(b, i)
+    return jnp.minimum(first + step, jnp.maximum(end - 1, first))
 
 
 def query_block(table: BlockTable, b: Any, j: Any, step: Any) -> Any:
-    """The query block that key block j meets at this step, or the last one."""
-    first, last = table.queries_met(b, j)
-    return jnp.minimum(first + step, jnp.maximum(last - 1, first))
+    """Returns the query block that key block j visits at this step, or its last."""
+    first, end = table.query_range(b, j)
+    return jnp.minimum(first + step, jnp.maximum(end - 1, first))
 
 
 def heads_first(x: Array) -> Array:
-    """[B, tokens, heads, H] -> [B, heads, tokens, H], and back."""
+    """Transposes [B, tokens, heads, H] to [B, heads, tokens, H], or back."""
     return x.transpose(0, 2, 1, 3)
 
 
 def dot(a: Any, b: Any, dims: Any) -> Any:
-    """A matrix product that accumulates in f32; f32 operands are not rounded."""
+    """Dot product that accumulates in f32 and does not round f32 operands."""
     exact = a.dtype == jnp.float32
     return jax.lax.dot_general(
         a,
@@ -98,13 +102,13 @@ def dot(a: Any, b: Any, dims: Any) -> Any:
 
 
 def fill_after(x: Any, start: Any, end: int, axis: int = 0, fill: float = 0.0) -> Any:
-    """x, whose first number on `axis` is at `start`, with `fill` from `end` on."""
+    """Replaces x by `fill` at positions from `end` on; x begins at position `start`."""
     position = start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
     return jnp.where(position < end, x, jnp.full_like(x, fill))
 
 
 def add_mask_rows(inputs, in_specs, mask: Mask, grid: Grid, query_row, key_row):
-    """Adds the positions and segments of tokens, as rows [B, 1, tokens]."""
+    """Adds the mask's arrays to the inputs, as [B, 1, tokens], with their specs."""
     rows = (
         ("query_positions", grid.block_queries, query_row),
         ("query_segments", grid.block_queries, query_row),
@@ -119,11 +123,11 @@ def add_mask_rows(inputs, in_specs, mask: Mask, grid: Grid, query_row, key_row):
 
 
 def allowed(table: BlockTable, refs, i, j, keys_first: bool = False) -> Any:
-    """Which scores of query block i and key block j are visible; None: all are."""
+    """`Mask.allowed` for query block i and key block j."""
     grid = table.grid
     query_axis, key_axis = (1, 0) if keys_first else (0, 1)
 
-    def count(start: Any, size: int, axis: int) -> Any:
+    def iota(start: Any, size: int, axis: int) -> Any:
         shape = (size, 1) if axis == 0 else (1, size)
         return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
@@ -135,9 +139,9 @@ def allowed(table: BlockTable, refs, i, j, keys_first: bool = False) -> Any:
 
     positions = read("query_positions", query_axis)
     if positions is None:
-        positions = count(i * grid.block_queries, grid.block_queries, query_axis)
+        positions = iota(i * grid.block_queries, grid.block_queries, query_axis)
     queries = Tokens(positions, read("query_segments", query_axis))
-    positions = count(j * grid.block_keys, grid.block_keys, key_axis)
+    positions = iota(j * grid.block_keys, grid.block_keys, key_axis)
     keys = Tokens(positions, read("key_segments", key_axis))
     return table.mask.allowed(queries, keys, grid.end_of_keys)
 
@@ -155,10 +159,10 @@ def run_kernel(
     matmuls: int,
     settings: TpuSettings,
 ):
-    """Runs a kernel whose last axes of the grid sum up: all after the third.
+    """Runs a kernel that accumulates over the grid axes after the third.
 
     Args:
-      matmuls: matrix products of two blocks for each row of the batch and query head.
+      matmuls: block-sized matmuls per batch row and query head, for the cost estimate.
     """
     B, N, _, H = inputs["q"].shape
     area = table.grid.block_queries * table.grid.block_keys

@@ -1,7 +1,7 @@
-"""Flash attention on TPUs, in Pallas (Mosaic): the forward kernel.
+"""The forward kernel of flash attention on TPUs, in Pallas (Mosaic).
 
-FlashAttention-2 (Dao 2023, arXiv:2307.08691): blocks of queries stay, blocks of keys
-pass by.
+FlashAttention-2 (Dao 2023, arXiv:2307.08691): for each block of queries, a loop over
+blocks of keys.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.ops.attention import online_softmax
+from jaxlm.ops.attention.block_skipping import BlockTable, bounds
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec
 from jaxlm.ops.attention.tpu.tpu_blocks import (
     LANES,
@@ -25,17 +26,19 @@ from jaxlm.ops.attention.tpu.tpu_blocks import (
     key_block,
     run_kernel,
 )
-from jaxlm.ops.attention.visibility import BlockTable, bounds
 
 
 def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1):
-    """z [B T N H] and lse [B N T]; with splits, their parts: [B * splits, ...]."""
+    """Computes z [B T N H] in q's dtype and lse [B N T] in f32; see `FlashKernels`.
+
+    With splits, returns the results of each split of the keys, [B * splits, ...], f32.
+    """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     blocks = settings.block_queries, settings.block_keys
     table = cut_blocks(spec, T, S, blocks, splits)
     grid = table.grid
-    met = bounds(spec.mask, grid)
+    limits = bounds(spec.mask, grid)
 
     def queries(b, n, i, j, table):
         return b // splits, n, i, 0
@@ -72,7 +75,7 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
         table,
         inputs,
         in_specs,
-        grid=(B * splits, N, grid.query_blocks, met.keys),
+        grid=(B * splits, N, grid.query_blocks, limits.keys),
         out_specs=(
             pl.BlockSpec(
                 (1, 1, grid.block_queries, H), lambda b, n, i, *_: (b, n, i, 0)
@@ -82,7 +85,7 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
             ),
         ),
         out_shape=(
-            # Parts are rounded when they are one.
+            # Splits are rounded only after they are merged.
             jax.ShapeDtypeStruct(
                 (B * splits, N, T, H), jnp.float32 if splits > 1 else q.dtype
             ),
@@ -93,17 +96,16 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
             (grid.block_queries, LANES),
             (grid.block_queries, H),
         ],
-        matmuls=2 * met.pairs,
+        matmuls=2 * limits.pairs,
         settings=settings,
     )
     return heads_first(z), lse[:, :, 0]
 
 
 def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, acc):
-    """One pair of blocks.
+    """Processes one pair of blocks.
 
-    Scratch: m, l and acc of the online softmax; each m and l lies in all lanes of its
-    row.
+    Scratch: m, l and acc of the online softmax, with m and l repeated in all lanes.
     """
     b, n, i, step = (pl.program_id(axis) for axis in range(4))
     grid = table.grid
@@ -142,11 +144,13 @@ def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, 
         part = dot(p.astype(v.dtype), v, ((1,), (0,)))
         acc[...] = acc[...] * alpha + part
 
-    some, whole = table.meet(table.query_extent(b, i), table.key_extent(b, j))
-    first, last = table.keys_met(b, i)
-    some &= first + step < last
-    pl.when(some & whole)(partial(visit, masked=False))
-    pl.when(some & ~whole)(partial(visit, masked=True))
+    any_visible, all_visible = table.visibility(
+        table.query_extent(b, i), table.key_extent(b, j)
+    )
+    first, end = table.key_range(b, i)
+    any_visible &= first + step < end
+    pl.when(any_visible & all_visible)(partial(visit, masked=False))
+    pl.when(any_visible & ~all_visible)(partial(visit, masked=True))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():

@@ -16,13 +16,13 @@ from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask, quantize
 
 SCALE = 0.2
 BF16, F16 = jnp.bfloat16, jnp.float16
-# Roundings of results up to 4 and of probabilities, to 8 and to 11 bits.
+# From rounding probabilities, and results up to 4, to 8 and to 11 bits.
 ERROR = {BF16: 2e-2, F16: 3e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes as in the kernel; `positions` are those of each row's last query."""
+    """Sizes as in the kernel; `positions` has the position of each row's last query."""
 
     T: int
     S: int
@@ -39,8 +39,8 @@ class Case:
 SEGMENTS = np.repeat([[1, 2, 3]], [70, 80, 50], axis=1).astype(np.int32)
 CASES = {
     "one query": Case(1, 200, 6, 3, 64, BF16, 1, (57, 190)),
-    "parts": Case(1, 513, 6, 3, 128, BF16, 3, (512, 200)),
-    "one block, more parts": Case(4, 37, 6, 1, 32, F16, 3, (36, 20)),
+    "splits": Case(1, 513, 6, 3, 128, BF16, 3, (512, 200)),
+    "one block, more splits": Case(4, 37, 6, 1, 32, F16, 3, (36, 20)),
     "window": Case(8, 200, 3, 3, 96, F16, 3, (199, 90), {"window": 70}),
     "all keys": Case(1, 200, 2, 1, 64, BF16, 3, None, {"causal": False}),
     "the first queries": Case(8, 37, 2, 2, 32, F16, 1, None),
@@ -68,7 +68,7 @@ CASES = {
 
 
 def prepare(case):
-    """Queries, keys, values and options, and the keys and values they stand for."""
+    """Returns (q, k, v, spec), the dequantized keys and values, and the options."""
     B = len(case.positions or (0, 0))
     shapes = ((B, case.T, case.N, case.H), *[(B, case.S, case.K, case.H)] * 2)
     q, k, v = (jnp.asarray(normal(i, *x), case.dtype) for i, x in enumerate(shapes))
@@ -112,12 +112,12 @@ def test_value(name):
     z, lse = run(q, k, v, spec, case.splits)
     assert z.dtype == case.dtype and lse.dtype == jnp.float32
     np.testing.assert_allclose(np.float64(z), expected, atol=ERROR[case.dtype])
-    # Products of 16 bits are exact in f32, sums of them nearly so.
+    # Products of 16-bit numbers are exact in f32, and their sums nearly so.
     np.testing.assert_allclose(lse, expected_lse, atol=5e-6)
 
 
-def test_parts_are_added_without_rounding():
-    """257 and -255 have the mean 1; in bf16 there is no 257."""
+def test_splits_are_merged_without_rounding():
+    """257 and -255 have the mean 1, but bf16 cannot represent 257."""
     values = np.repeat([[256, 258, -255]], [32, 32, 64], axis=1)
     v = jnp.asarray(np.tile(values[..., None, None], (1, 1, 1, 16)), BF16)
     q, k = jnp.zeros((1, 1, 1, 16), BF16), jnp.zeros((1, 128, 1, 16), BF16)
@@ -127,7 +127,7 @@ def test_parts_are_added_without_rounding():
 
 @pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0], np.float32)])
 def test_a_row_without_keys(sinks):
-    """Zeros, and the sink or -1e30; beside a row that has keys."""
+    """It gives zeros, and the sink or -1e30, beside a row that has keys."""
     case = Case(1, 64, 2, 1, 32, F16, 2, (-1, 40), {"sinks": sinks})
     (q, k, v, spec), _, _ = prepare(case)
     z, lse = run(q, k, v, spec, case.splits)
@@ -136,18 +136,18 @@ def test_a_row_without_keys(sinks):
 
 
 def test_no_races(monkeypatch):
-    """No thread reads what a copy may be writing, nor the other way about."""
+    """No thread reads what a copy may be writing, or the reverse."""
     params = dataclasses.replace(warpgroup.interpreter(), detect_races=True)
     monkeypatch.setattr(warpgroup, "interpreter", lambda: params)
     case = Case(1, 300, 1, 1, 32, BF16, 1, (299,), {"sinks": normal(5, 1)}, int8=True)
     (q, k, v, spec), _, _ = prepare(case)
     run(q, k, v, spec, 1)
-    # There is no public name.
+    # JAX has no public name for this.
     assert not gpu_callbacks.get_races().races_found
 
 
 def test_best_splits():
-    """Parts for all multiprocessors, none of them tiny."""
+    """Splits fill all multiprocessors, and none is tiny."""
 
     def splits(B, S, K):
         return best_splits((B, S, K, 128), 4 * K)

@@ -1,4 +1,4 @@
-"""What is special to the GPU kernels; their results are in test_attention.py."""
+"""What is specific to the GPU kernels; test_attention.py checks their results."""
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ SPEC = AttentionSpec(0.3, Mask(causal=False))
 
 
 def inputs(T, S, N, H, dtype=jnp.bfloat16):
-    """q, k and v of one row of the batch and one key head."""
+    """q, k and v of one batch row and one key head."""
     shapes = ((1, T, N, H), (1, S, 1, H), (1, S, 1, H))
     return [jnp.asarray(normal(i, *shape), dtype) for i, shape in enumerate(shapes)]
 
 
 def gradients(attention, weight):
-    """The result of attention, and the gradients of a sum over it."""
+    """Returns a function that gives the gradients of a sum over attention, and z."""
 
     def total(q, k, v):
         z, lse = attention(q, k, v)
@@ -36,15 +36,15 @@ def ours(spec, **settings):
 
 
 def test_declines_say_why():
-    def reason(**asked):
+    def reason(**changes):
         hopper = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3"}
-        return pallas_gpu.declines(plain_request(**{**hopper, **asked}))
+        return pallas_gpu.declines(plain_request(**{**hopper, **changes}))
 
     for dtype in (jnp.bfloat16, jnp.float16):
         assert reason(dtype=dtype, head_dim=256) is None
     assert reason(dtype=jnp.float32) == "float32 is neither bfloat16 nor float16"
     assert reason(head_dim=260) == "head_dim 260 is above 256"
-    assert reason(device_kind="NVIDIA B200").startswith("made for Hopper, not for a")
+    assert reason(device_kind="NVIDIA B200").startswith("needs a Hopper GPU, not")
     q, k, v = inputs(8, 8, 1, 16)
     with pytest.raises(ValueError, match="bfloat16, bfloat16 and float32"):
         pallas_gpu.attention(q, k, v.astype(jnp.float32), SPEC)
@@ -61,7 +61,7 @@ def test_settings_are_checked_and_fit():
         # Queries, and the buffers of keys and values.
         rows = plain.block_queries + 2 * plain.buffers * plain.block_keys
         assert 2 * rows * head_dim < room
-        # The side that stays has two matrices, and so has the side that streams.
+        # The resident and the streamed side have two matrices each.
         rows = plain.backward_block_queries * (2 + 2 * plain.backward_buffers)
         assert plain.backward_block_queries == plain.backward_block_keys
         assert 2 * rows * head_dim < room
@@ -72,7 +72,7 @@ def test_settings_are_checked_and_fit():
 
 
 def test_the_forward_kernel_is_the_one_that_is_proven(monkeypatch):
-    """And every entry has the record of a run behind it (test_dispatch.py)."""
+    """Each entry needs a recorded run, which test_dispatch.py checks."""
     q = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
     assert pallas_gpu.default_settings(q).forward == "plain"
     kinds = frozenset({jax.devices()[0].device_kind})
@@ -87,7 +87,7 @@ def test_the_forward_kernel_is_the_one_that_is_proven(monkeypatch):
     ids=["causal", "window"],
 )
 def test_hidden_blocks_are_not_read(hidden, positions, window):
-    """They may hold anything: a mask would let NaN through, as 0 * NaN is NaN."""
+    """Masking alone would let NaN through, because 0 * NaN is NaN."""
     q, k, v = inputs(2, 128, 1, 16)
     spec = make_spec(0.3, window=window, query_positions=np.array(positions, np.int32))
     k, v = (x.at[:, hidden].set(jnp.nan) for x in (k, v))
@@ -101,7 +101,7 @@ def test_hidden_blocks_are_not_read(hidden, positions, window):
 @pytest.mark.parametrize(
     "head_dim, settings",
     [
-        # dk and dv come from kernels of their own.
+        # dk and dv come from separate kernels.
         (136, {}),
         (
             16,

@@ -1,7 +1,7 @@
-"""The warp-specialised kernel, in Pallas' interpreter, against the float64 oracle.
+"""The warp-specialized kernel, in Pallas' interpreter, against the float64 oracle.
 
-The interpreter runs the three warpgroups side by side and keeps to their barriers; it
-has no layouts, and its dot products are plain ones.
+The interpreter runs the three warpgroups in parallel and respects their barriers. It
+has no register layouts, and its dot products are those of JAX.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask
 
 SCALE = 0.2
 BF16, F16 = jnp.bfloat16, jnp.float16
-# Roundings of results up to 4 and of probabilities, to 8 and to 11 bits.
+# From rounding probabilities, and results up to 4, to 8 and to 11 bits.
 ERROR = {BF16: 2e-2, F16: 3e-3}
 SEGMENTS = np.repeat([[1, 2, 3]], [50, 60, 30], axis=1).astype(np.int32)
 # name -> (queries, keys, query heads, key heads, head size, dtype, options)
 CASES = {
-    # Three blocks of keys for two buffers; those that all see, then others.
+    # Three blocks of keys for two buffers, some all visible and some partly hidden.
     "causal": (140, 140, 1, 1, 32, BF16, {}),
     "all keys, large heads": (64, 300, 1, 1, 128, F16, {"causal": False}),
     "window, odd lengths": (133, 261, 1, 1, 96, F16, {"window": 70}),
@@ -59,7 +59,7 @@ CASES = {
 
 
 def prepare(name):
-    """Queries, keys, values, specification and options."""
+    """Returns queries, keys, values, spec and options."""
     T, S, N, K, H, dtype, options = CASES[name]
     shapes = ((1, T, N, H), *[(1, S, K, H)] * 2)
     q, k, v = (jnp.asarray(normal(i, *x), dtype) for i, x in enumerate(shapes))
@@ -79,11 +79,11 @@ def test_value(name):
     z, lse = run(q, k, v, spec)
     assert z.dtype == q.dtype and lse.dtype == jnp.float32
     np.testing.assert_allclose(np.float64(z), expected, atol=ERROR[CASES[name][5]])
-    # Products of 16 bits are exact in f32, sums of them nearly so.
+    # Products of 16-bit numbers are exact in f32, and their sums nearly so.
     np.testing.assert_allclose(lse, expected_lse, atol=5e-6)
 
 
-def test_unseen_blocks_are_not_read():
+def test_hidden_blocks_are_not_read():
     """NaN in them reaches no result."""
     q, k, v, _, _ = prepare("all keys, large heads")
     options = {"window": 30, "query_positions": np.full((1, 64), 150, np.int32)}
@@ -95,7 +95,7 @@ def test_unseen_blocks_are_not_read():
 
 
 def test_queries_without_keys():
-    """Zeros and -1e30, beside queries that see keys, and where there are none."""
+    """They give zeros and -1e30, alone in a block or beside queries that see keys."""
     q, k, v, _, _ = prepare("positions in a cache, heads share keys")
     index = jnp.where(jnp.arange(70) < 66, -1, 5)[None]
     z, lse = run(q[:, :, :1], k, v, AttentionSpec(SCALE, Mask(query_positions=index)))
@@ -104,7 +104,7 @@ def test_queries_without_keys():
 
 
 def test_no_races(monkeypatch):
-    """No warpgroup reads what a copy may be writing, nor the other way about."""
+    """No warpgroup reads what a copy may be writing, or the reverse."""
     params = dataclasses.replace(warpgroup.interpreter(), detect_races=True)
     monkeypatch.setattr(warpgroup, "interpreter", lambda: params)
     q, k, v, spec, _ = prepare("all keys, large heads")
@@ -114,5 +114,5 @@ def test_no_races(monkeypatch):
     )
     spec = dataclasses.replace(spec, mask=mask)
     run(q, k, v, spec)
-    # There is no public name.
+    # JAX has no public name for this.
     assert not gpu_callbacks.get_races().races_found

@@ -1,4 +1,4 @@
-"""cuDNN's attention: what it is asked for, and what JAX's own version makes of that."""
+"""cuDNN's attention: the arguments it gets, checked with JAX's XLA implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ CASES = {
 }
 
 
-def request_of(**asked):
-    """A request that cuDNN can do, but for what is asked."""
+def request_of(**changes):
+    """A request that cuDNN can run, apart from these changes."""
     can = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3"}
-    return plain_request(**{**can, "num_queries": 1000, "num_keys": 1000, **asked})
+    return plain_request(**{**can, "num_queries": 1000, "num_keys": 1000, **changes})
 
 
 def inputs(T, S, N, K, dtype=jnp.float32):
@@ -37,7 +37,7 @@ def inputs(T, S, N, K, dtype=jnp.float32):
 
 @pytest.mark.parametrize("name", CASES)
 def test_arguments_mean_what_the_spec_says(name):
-    """The same arguments, given to JAX's own version, equal the float64 oracle."""
+    """With the same arguments, JAX's XLA implementation equals the float64 oracle."""
     T, S, N, K, options = CASES[name]
     arguments = inputs(T, S, N, K)
     spec = make_spec(SCALE, **options)
@@ -68,8 +68,8 @@ def test_arguments_mean_what_the_spec_says(name):
         assert ours == pytest.approx(right, rel=1e-4, abs=1e-3)
 
 
-def test_cudnn_is_asked_for(monkeypatch):
-    """By name, so that JAX refuses rather than take another version."""
+def test_cudnn_is_requested(monkeypatch):
+    """By name, so that JAX raises rather than choose another implementation."""
     calls = []
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a, **k: (calls.append(k), a[0])[1]
@@ -87,7 +87,7 @@ def test_cudnn_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "changes",
     [
         {},
         {"dtype": jnp.float16},
@@ -97,12 +97,12 @@ def test_cudnn_is_asked_for(monkeypatch):
         {"head_dim": 128},
     ],
 )
-def test_does(asked):
-    assert cudnn.declines(request_of(**asked)) is None
+def test_accepts(changes):
+    assert cudnn.declines(request_of(**changes)) is None
 
 
 @pytest.mark.parametrize(
-    "asked, reason",
+    "changes, reason",
     [
         ({"platform": "cpu", "device_kind": "cpu"}, "needs an NVIDIA GPU"),
         ({"device_kind": "AMD Instinct MI300X"}, "needs an NVIDIA GPU"),
@@ -111,18 +111,18 @@ def test_does(asked):
         ({"soft_cap": 30.0}, "no soft cap"),
         ({"sinks": True}, "no sinks"),
         ({"segments": True}, "no segments"),
-        ({"query_positions": True}, "no positions of queries"),
+        ({"query_positions": True}, "no query positions"),
         ({"head_dim": 84}, "head_dim 84 is not a multiple of 8"),
         ({"head_dim": 264}, "head_dim 264 is over 256"),
         ({"head_dim": 256}, "head_dim 256 is over 128"),
         ({"num_queries": 1}, "lengths must be even"),
         ({"num_keys": 1001}, "lengths must be even"),
-        ({"window": 100, "causal": False}, "no window that is not causal"),
+        ({"window": 100, "causal": False}, "no window without the causal mask"),
         ({"window": 100, "num_queries": 1002}, "no window with more queries"),
     ],
 )
-def test_declines(asked, reason):
-    assert cudnn.declines(request_of(**asked)).startswith(reason)
+def test_declines(changes, reason):
+    assert cudnn.declines(request_of(**changes)).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -136,17 +136,18 @@ def test_declines(asked, reason):
         ("7.5", 64, "needs an NVIDIA GPU, Ampere or later"),
     ],
 )
-def test_the_gpu_that_is_here_decides(monkeypatch, capability, head_dim, reason):
+def test_the_gpu_of_this_process_decides(monkeypatch, capability, head_dim, reason):
     class Device:
         compute_capability = capability
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    said = cudnn.declines(request_of(head_dim=head_dim))
-    assert (said or "").startswith(reason or "") and (said is None) == (reason is None)
+    given = cudnn.declines(request_of(head_dim=head_dim))
+    assert (given is None) == (reason is None)
+    assert (given or "").startswith(reason or "")
 
 
 def test_jax_gives_the_log_sum_exp_no_gradient():
-    """Why it is declined; nor is it f32."""
+    """This is why it is declined; it is not f32 either."""
     q, k, v = inputs(8, 8, 2, 1, jnp.bfloat16)
 
     def lse(q):

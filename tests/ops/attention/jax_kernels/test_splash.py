@@ -17,7 +17,7 @@ from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 H = 16
 SCALE = 0.3
-# Both cross the edges of blocks.
+# Their borders are inside blocks.
 SEGMENTS = np.repeat([[1, 2, 3]], [100, 60, 96], axis=1).astype(np.int32)
 # name -> (queries, keys, query heads, key heads, options)
 CASES = {
@@ -45,7 +45,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks in short rows."""
+    """Makes several blocks fit in short sequences."""
     monkeypatch.setattr(splash, "BLOCK", 128)
 
 
@@ -59,7 +59,7 @@ def interpreted(q, k, v, spec):
 
 
 def value_and_grads(attention, spec, weight, *arguments):
-    """z, and the gradients of sum(z * weight) by q, k, v and the sinks if any."""
+    """Returns z, and the gradients of sum(z * weight) for q, k, v and any sinks."""
 
     def total(q, k, v, *sinks):
         given = dataclasses.replace(spec, sinks=sinks[0] if sinks else None)
@@ -85,7 +85,7 @@ def test_value_and_gradient(name):
         return ops_case.attention(q, k, v, scale=SCALE, **given)
 
     arguments = [np.float64(x) for x in (q, k, v, *sinks)]
-    # f32 with sums of some hundreds of terms.
+    # f32 sums of hundreds of terms.
     np.testing.assert_allclose(z, oracle(*arguments), atol=3e-6)
     directions = [normal(9 + i, *x.shape) for i, x in enumerate(arguments)]
 
@@ -97,7 +97,7 @@ def test_value_and_gradient(name):
         np.sum(np.float64(g) * d) for g, d in zip(grads, directions, strict=True)
     )
     assert ours == pytest.approx(slope(along, 0.0, 1.0), rel=1e-4, abs=1e-3)
-    # The slope is one number; every element is as the reference's, proven elsewhere.
+    # The slope is one number; compare every element with the reference, which is tested.
     _, expected = value_and_grads(reference_attention, spec, weight, q, k, v, *sinks)
     for grad, right in zip(grads, expected, strict=True):
         assert grad.dtype == right.dtype
@@ -114,7 +114,7 @@ def test_a_window_off_by_one_is_seen():
 
 
 def test_bfloat16():
-    """As near to the oracle as rounding to bf16 allows, and gradients; sinks stay f32."""
+    """Results and gradients are close to the oracle; those of the sinks stay f32."""
     options = {**CASES["all but the window"][-1], "window": 70}
     q, k, v = inputs(256, 256, 4, 2, jnp.bfloat16)
     spec = make_spec(SCALE, **options)
@@ -132,8 +132,7 @@ def test_bfloat16():
 
 
 def test_inside_shard_map():
-    """What the kernel makes of its mask are constants of the program, and rows of a
-    batch are computed apart."""
+    """The kernel's mask becomes constants of the program, and batch rows are separate."""
     q, k, v = (jnp.concatenate([x, x[:, ::-1]]) for x in inputs(128, 128, 2, 1))
     segments = np.repeat([[1, 2], [3, 3]], 64, axis=1).astype(np.int32)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -154,7 +153,7 @@ def test_inside_shard_map():
     np.testing.assert_allclose(z, expected, atol=3e-6)
 
 
-# Of some blocks a corner is visible alone at 97 and 1, hidden alone at 94 and 14.
+# At (97, 1) some blocks have one visible corner; at (94, 14), one hidden corner.
 @pytest.mark.parametrize(
     "window", [(0, 0), (99, 0), (None, 0), (99, None), (97, 1), (94, 14)]
 )
@@ -182,14 +181,14 @@ def test_few_blocks_of_a_long_mask_are_computed(monkeypatch):
     spec = AttentionSpec(SCALE, Mask(window=1024))
     z, lse = jax.eval_shape(interpreted, x, x, x, spec)
     assert (z.shape, z.dtype, lse) == (x.shape, x.dtype, None)
-    # The edges of the band; there are 64 * 64 blocks, each asked for several times.
+    # The edges of the band; there are 64 * 64 blocks, each read several times.
     assert 0 < len(computed) < 64 * 64 / 4
 
 
 def test_declines(monkeypatch):
     monkeypatch.undo()
     can = {"platform": "tpu", "device_kind": "TPU v5 lite"}
-    for fine in (
+    for changes in (
         {},
         {"dtype": jnp.float32},
         {"causal": False, "soft_cap": 30.0, "sinks": True, "segments": True},
@@ -198,16 +197,16 @@ def test_declines(monkeypatch):
         {"num_queries": 131072, "num_keys": 131072},
         {"head_dim": 512},
     ):
-        assert splash.declines(plain_request(**can, **fine)) is None
-    for asked, reason in (
+        assert splash.declines(plain_request(**can, **changes)) is None
+    for changes, reason in (
         ({"platform": "gpu"}, "needs a TPU"),
         ({"dtype": jnp.float16}, "no float16"),
         ({"lse": True}, "no log-sum-exp with a gradient"),
-        ({"query_positions": True}, "no positions of queries"),
+        ({"query_positions": True}, "no query positions"),
         ({"num_queries": 1000}, "lengths must be multiples of 128"),
         ({"num_keys": 64}, "lengths must be multiples of 128"),
         ({"head_dim": 576}, "head_dim 576 is over 512"),
         ({"num_queries": 2048, "window": 1024}, "queries without keys"),
         ({"num_queries": 131200, "num_keys": 131200}, "too many blocks"),
     ):
-        assert reason in splash.declines(plain_request(**{**can, **asked}))
+        assert reason in splash.declines(plain_request(**{**can, **changes}))

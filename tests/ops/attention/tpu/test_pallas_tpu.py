@@ -1,4 +1,4 @@
-"""What is special to the TPU's kernels; their results are in test_attention.py."""
+"""What is specific to the TPU kernels; test_attention.py checks their results."""
 
 import dataclasses
 
@@ -23,8 +23,8 @@ def inputs(T, S, N=4, K=2, H=8):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
-def test_parts_of_the_keys_are_merged(splits):
-    """More parts than blocks too, and rows that fill some of them only."""
+def test_splits_of_the_keys_are_merged(splits):
+    """Also with more splits than blocks, and rows that fill only some splits."""
     q, k, v = inputs(3, 77)
     values = {
         "query_positions": np.array([[70], [20]], np.int32)
@@ -42,8 +42,8 @@ def test_parts_of_the_keys_are_merged(splits):
     np.testing.assert_allclose(lse, expected[1], atol=3e-6)
 
 
-def test_parts_are_not_rounded_before_they_are_merged():
-    """257 and -255 have the mean 1; in bf16 there is no 257."""
+def test_splits_are_not_rounded_before_they_are_merged():
+    """257 and -255 have the mean 1, but bf16 cannot represent 257."""
     values = np.repeat([[256.0, 258.0, -255.0]], [16, 16, 32], axis=1)
     v = jnp.asarray(np.tile(values[..., None, None], (1, 1, 1, 8)), jnp.bfloat16)
     q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 64, 1, 8), jnp.bfloat16)
@@ -56,7 +56,7 @@ def test_parts_are_not_rounded_before_they_are_merged():
 
 
 def test_hidden_blocks_are_not_read():
-    """NaN in blocks outside the window, and in other segments, reaches no result."""
+    """NaN in blocks outside the window or in other segments reaches no result."""
     q, k, v = inputs(64, 64)
     ids = jnp.asarray(np.repeat([[1, 2]], 32, axis=1).repeat(2, axis=0), jnp.int32)
     spec = make_spec(SCALE, window=8, query_segments=ids, key_segments=ids)

@@ -1,4 +1,4 @@
-"""Which pairs of blocks kernels visit, against the mask itself."""
+"""Which pairs of blocks are visited, checked against the mask itself."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.ops.attention.block_skipping import Grid, bounds, make_table
 from jaxlm.ops.attention.spec import Mask
-from jaxlm.ops.attention.visibility import Grid, bounds, make_table
 
 B = 3
 
@@ -20,7 +20,7 @@ def random_mask(rng, T, S, names):
     if "positions" in names:
         changes["query_positions"] = jnp.asarray(rng.integers(0, S, (B, T)), jnp.int32)
     if "segments" in names:
-        # Not sorted: as a caller may give them.
+        # Unsorted, as callers may pass them.
         for side, n in (("query", T), ("key", S)):
             ids = rng.integers(0, 3, (B, n))
             changes[f"{side}_segments"] = jnp.asarray(ids, jnp.int32)
@@ -47,8 +47,8 @@ def test_against_the_mask(names):
         table = jax.tree.map(np.asarray, make_table(mask, grid))
         most = bounds(mask, grid)
         for b in range(B):
-            row = np.array([table.keys_met(b, i) for i in range(grid.query_blocks)])
-            column = np.array([table.queries_met(b, j) for j in range(grid.key_blocks)])
+            row = np.array([table.key_range(b, i) for i in range(grid.query_blocks)])
+            column = np.array([table.query_range(b, j) for j in range(grid.key_blocks)])
             visited = 0
             for i, j in itertools.product(
                 range(grid.query_blocks), range(grid.key_blocks)
@@ -56,12 +56,12 @@ def test_against_the_mask(names):
                 part = visible[b, i * block_queries :, j * block_keys :]
                 part = part[:block_queries, :block_keys]
                 extents = table.query_extent(b, i), table.key_extent(b, j)
-                some, whole = table.meet(*extents)
+                any_visible, all_visible = table.visibility(*extents)
                 in_row = row[i][0] <= j < row[i][1]
                 in_column = column[j][0] <= i < column[j][1]
                 if part.any():
-                    assert some and in_row and in_column
-                if whole:
+                    assert any_visible and in_row and in_column
+                if all_visible:
                     assert part.all() and (j + 1) * block_keys <= S
                 visited += int(in_row)
             assert (row[:, 1] - row[:, 0]).max() <= most.keys
@@ -70,7 +70,7 @@ def test_against_the_mask(names):
 
 
 def test_visits_are_exact_without_arrays():
-    """Causal and window alone: not one block more than the mask shows."""
+    """With only causal and window, no block is visited without a visible score."""
     for window, causal in itertools.product((None, 1, 5, 16), (True, False)):
         mask = Mask(causal, window)
         met = np.asarray(mask.array(32, 32)).reshape(8, 4, 4, 8).any(axis=(1, 3))
@@ -89,9 +89,9 @@ def test_cost_grows_with_the_window_and_not_with_the_square_of_the_length():
 
 
 def test_sorted_segments_skip_whole_blocks():
-    """Packed rows: the blocks visited are those where segments meet."""
+    """In packed rows, only blocks with a segment in common are visited."""
     ids = jnp.repeat(jnp.arange(8), 16)[None]
     mask = Mask(query_segments=ids, key_segments=ids)
     table = make_table(mask, Grid(128, 128, 16, 16))
-    np.testing.assert_array_equal(table.last_key - table.first_key, 1)
+    np.testing.assert_array_equal(table.end_key - table.first_key, 1)
     np.testing.assert_array_equal(table.first_key, np.arange(8))
