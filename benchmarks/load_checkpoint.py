@@ -75,17 +75,17 @@ def make_sparse(folder: Path, name: str) -> None:
 
     from jaxlm.checkpoint.hf import hf_config_writing, hf_names
     from jaxlm.checkpoint.hf.safetensors_file import make_header
-    from jaxlm.checkpoint.mapping import Translation
+    from jaxlm.checkpoint.tensor_mapping import TensorMapping
     from jaxlm.model.presets import preset
 
     config = preset(name)
     values = hf_config_writing.write(config)
-    translation = Translation(config, hf_names.RULES[values["model_type"]])
+    mapping = TensorMapping(config, hf_names.RULES[values["model_type"]])
     dtype = np.dtype(ml_dtypes.bfloat16)
     specs = {
-        tensor: (translation.their_shape(rule), dtype)
-        for rule in translation.rules
-        for tensor, _ in translation.names(rule)
+        tensor: (mapping.their_shape(rule), dtype)
+        for rule in mapping.rules
+        for tensor, _ in mapping.names(rule)
     }
     folder.mkdir(parents=True)
     path = folder / "model.safetensors"

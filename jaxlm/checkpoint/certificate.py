@@ -1,7 +1,7 @@
-"""What `jaxlm verify` found, written beside a checkpoint and bound to its bytes.
+"""Certificates: the findings of `jaxlm verify` beside a checkpoint, with its hash.
 
-It is a note for the person who works with the files, not a signature: whoever can
-change them can change it too.
+A certificate is a note for whoever works with the files, not a signature: anyone who
+can change the files can change it too.
 """
 
 import hashlib
@@ -17,26 +17,26 @@ from jaxlm.progress import progress_bar
 
 FORMAT = 1
 NAME = "certificate.json"
-# Those of the largest models have 2 MB.
+# The certificates of the largest models take 2 MB.
 MAX_BYTES = 64 << 20
-_PART = 1 << 22
+_CHUNK_BYTES = 1 << 22
 _LONGEST_SUMMARY = 300
 
 
 def certificate_file(path: Path) -> Path:
-    """The file of a checkpoint's certificate: in its folder, or beside it.
+    """Returns the file of a checkpoint's certificate: in its folder, or beside it.
 
-    Beside a file, and beside a step of a run: its manifest allows no other file in it.
+    It lies beside a file, and beside a step folder, whose manifest allows no new files.
     """
     beside = path.is_file() or (path / MANIFEST).is_file()
     return path.with_name(f"{path.name}.{NAME}") if beside else path / NAME
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 (hex) over the names and bytes of the files of a checkpoint.
+    """Returns the SHA-256 (hex) over the names and bytes of a checkpoint's files.
 
     Raises:
-      ValueError: when they cannot be read.
+      ValueError: if they cannot be read.
     """
     digest, done = hashlib.sha256(), 0
     try:
@@ -46,9 +46,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             for file, size in zip(files, sizes, strict=True):
                 digest.update(f"{file.name} {size}\n".encode())
                 with file.open("rb") as stream:
-                    while part := stream.read(_PART):
-                        digest.update(part)
-                        done += len(part)
+                    while chunk := stream.read(_CHUNK_BYTES):
+                        digest.update(chunk)
+                        done += len(chunk)
                         advance_to(done)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None
@@ -56,9 +56,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _dates(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of change (ns) of each file.
+    """Returns the size and modification time (ns) of each file.
 
-    While these are unchanged, `read` assumes that the bytes are: hashing takes as
+    While these are unchanged, `read` assumes that the bytes are too: hashing takes as
     long as loading.
     """
     stats = {file.name: file.stat() for file in checkpoint.files()}
@@ -71,11 +71,11 @@ def write(
     """Writes the findings about a checkpoint; returns the file.
 
     Args:
-      findings: JSON values; `passed` and `summary`, one line, are what `summary` shows.
-      target: another file than `certificate_file(checkpoint.path)`.
+      findings: JSON values. `passed` and the line `summary` are required.
+      target: the file; None means `certificate_file(checkpoint.path)`.
 
     Raises:
-      OSError: when it cannot be written.
+      OSError: if it cannot be written.
     """
     content = {
         "format": FORMAT,
@@ -85,8 +85,8 @@ def write(
     }
     target = certificate_file(checkpoint.path) if target is None else target
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    # Thousands of numbers, each on a line of its own, would hide all else. No text is
-    # touched: a line break in a text is escaped.
+    # Puts lists of numbers on one line. Strings stay as they are: their line breaks
+    # are escaped.
     text = re.sub(r"\[\n[\s\d,.eE+-]*\]", lambda m: " ".join(m[0].split()), text)
     with replacing(target) as file:
         file.write((text + "\n").encode())
@@ -94,10 +94,10 @@ def write(
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """The content of a certificate, whatever checkpoint it belongs to.
+    """Reads a certificate, whatever checkpoint it belongs to.
 
     Raises:
-      ValueError: when it is missing, broken or of another version.
+      ValueError: if it is missing, broken or of another version.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -113,7 +113,7 @@ def read_file(file: Path) -> dict[str, Any]:
     kinds = {"fingerprint": str, "passed": bool, "summary": str}
     if not all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
         raise ValueError(f"{file} is broken: delete it, or verify again")
-    # It comes with other people's files, and is shown on a terminal.
+    # It comes with other people's files, and is printed on a terminal.
     if not content["summary"].isprintable() or (
         len(content["summary"]) > _LONGEST_SUMMARY
     ):
@@ -122,10 +122,10 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def read(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The findings about a checkpoint; None where there are none.
+    """Reads the certificate of a checkpoint; None if it has none.
 
     Raises:
-      ValueError: when the certificate is broken, or belongs to other bytes.
+      ValueError: if the certificate is broken, or belongs to other bytes.
     """
     file = certificate_file(checkpoint.path)
     if not file.is_file():
@@ -136,14 +136,12 @@ def read(checkpoint: Checkpoint) -> dict[str, Any] | None:
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from None
     if not unchanged and content["fingerprint"] != fingerprint(checkpoint):
-        raise ValueError(
-            f"{file} belongs to other weights than those that are there: verify again"
-        )
+        raise ValueError(f"{file} belongs to other weights than these: verify again")
     return content
 
 
 def summary(checkpoint: Checkpoint) -> str | None:
-    """One line about the certificate of a checkpoint; None where there is none."""
+    """Sums up the certificate of a checkpoint in one line; None if it has none."""
     try:
         content = read(checkpoint)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`jaxlm convert`: a checkpoint of one kind as one of another."""
+"""`jaxlm convert`: converts a checkpoint to another kind."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,35 +25,35 @@ def convert(
     with_tokenizer: bool = True,
     report: Callable[[str], None] = print_to_stderr,
 ) -> Kind:
-    """Writes a checkpoint as one of another kind.
+    """Converts a checkpoint to another kind.
 
     Args:
       src: as `open_checkpoint`.
       dst: a new folder, or a new .gguf file.
-      to: the kind; None is gguf for a name that ends so, else hf for a run of jaxlm
-        and jaxlm for all others.
-      dtype: of the parameters; None keeps what is stored (in GGUF: f16). q8_0 only in
-        GGUF.
-      with_tokenizer: False leaves the tokenizer out (not of a run of jaxlm).
+      to: the kind to write. None means gguf if the name ends in .gguf, else hf for a
+        jaxlm run, and jaxlm for everything else.
+      dtype: dtype of the parameters; None keeps the stored one (for GGUF: f16). q8_0
+        is for GGUF only.
+      with_tokenizer: False leaves the tokenizer out, which a jaxlm run cannot do.
       report: as `open_checkpoint`.
 
     Returns:
       The kind that was written.
 
     Raises:
-      ValueError: when the source cannot be read, the kind cannot hold this model or
-        its tokenizer, or the destination is there already.
+      ValueError: if the source cannot be read, the kind cannot express this model or
+        its tokenizer, or the destination already exists.
     """
     if dst.exists():
-        raise ValueError(f"{dst} is there already: choose another name, or remove it")
+        raise ValueError(f"{dst} already exists: choose another name, or remove it")
     opened = open_checkpoint(src, report=report)
     if to is None:
-        natural: Kind = "hf" if opened.kind == "jaxlm" else "jaxlm"
-        to = "gguf" if dst.suffix == ".gguf" else natural
+        default: Kind = "hf" if opened.kind == "jaxlm" else "jaxlm"
+        to = "gguf" if dst.suffix == ".gguf" else default
     if dtype == "q8_0" and to != "gguf":
-        raise ValueError(f"--dtype q8_0 is a type of GGUF files, not of {to}")
+        raise ValueError(f"--dtype q8_0 is only for gguf, not for {to}")
     if to == "jaxlm" and not with_tokenizer:
-        raise ValueError("a run of jaxlm holds its tokenizer: it cannot be left out")
+        raise ValueError("a jaxlm run contains its tokenizer: it cannot be left out")
     tokenizer = opened.tokenizer() if with_tokenizer else None
     cast: np.dtype | None = None if dtype is None else gguf.TYPES[dtype]
     if to == "gguf":

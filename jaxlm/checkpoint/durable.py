@@ -1,4 +1,4 @@
-"""Files and folders that are whole under their name, also after a power cut."""
+"""Writes and renames that survive a power cut: a name never holds half a file."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the list of names in a folder, is on the disk."""
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,19 +17,19 @@ def sync(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file or folder and makes the new name last through a power cut."""
+    """Renames a file or folder, and waits until the new name is on the disk."""
     source.rename(target)
     sync(target.parent)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Gives a new file to write; it gets the name `path` at the end, if all went well.
+    """Yields a new file to write, which replaces `path` at the end if nothing failed.
 
-    Until then `path` is what it was before, also through a power cut.
+    Until then `path` stays as it was, even through a power cut.
 
     Raises:
-      OSError: when it cannot be written; names `path` and the reason.
+      OSError: if it cannot be written; names `path` and the reason.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         rename(temporary, path)
     except OSError as e:
         if e.filename and os.fspath(e.filename) != os.fspath(temporary):
-            raise  # of another file, which the caller reads
+            raise  # the error of another file, which the caller reads
         raise OSError(e.errno, f"cannot write: {e.strerror}", str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)

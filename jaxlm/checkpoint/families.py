@@ -1,4 +1,4 @@
-"""Finding the published family that computes a model: the one that reads back as it."""
+"""Chooses the published family that can express a model: it must read back equal."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from jaxlm.config import EXECUTION_FIELDS, ModelConfig, diff
 
 T = TypeVar("T")
 
-# Fields that say how a model was made or is run, and that no published file keeps.
+# How a model was initialized and is executed: no published file stores this.
 NOT_KEPT = (*EXECUTION_FIELDS, "init", "init_std")
 
 
@@ -17,16 +17,16 @@ def choose(
     attempts: Mapping[str, Callable[[], tuple[T, ModelConfig]]],
     what: str,
 ) -> tuple[str, T]:
-    """The first family whose description of a model gives this very model back.
+    """Returns the first family whose description of the model reads back as the model.
 
     Args:
       config: the model.
       attempts: for each family a function that returns its description of the model,
-        and the model that a reader would make of it.
-      what: the families together, for messages: "architecture of llama.cpp".
+        and the config that a reader makes of this description.
+      what: what a family is called in messages: "architecture of llama.cpp".
 
     Raises:
-      ValueError: when there is none; says in what the nearest differs.
+      ValueError: if there is none; names the differences from the nearest family.
     """
     nearest: tuple[str, list[str]] | None = None
     reasons: list[str] = []
@@ -50,7 +50,7 @@ def choose(
 
 
 def _explicit(config: ModelConfig) -> ModelConfig:
-    """The config with its defaults spelled out, and without numbers of no effect."""
+    """Spells out the defaults of a config, and resets numbers without effect."""
     scale = config.attention_scale
     scaling = config.rope_scaling
     if scaling is not None:
@@ -59,7 +59,7 @@ def _explicit(config: ModelConfig) -> ModelConfig:
             length = 0
         scaling = dataclasses.replace(scaling, original_context_length=length)
         if scaling.kind == "longrope":
-            # Its factor is the ratio of the lengths.
+            # LongRoPE's factor follows from the lengths.
             scaling = dataclasses.replace(scaling, factor=1.0)
     return dataclasses.replace(
         config,

@@ -1,4 +1,4 @@
-"""Strict reading of the keys that describe a model in a published file."""
+"""Strict reading of the keys with which a published file describes a model."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -6,28 +6,28 @@ from typing import Any
 
 from jaxlm.config import nearest
 
-# More layers, or wider ones, than any model has: a broken or hostile file.
-_MOST = 1 << 24
-MOST_LAYERS = 4096
+# No model is wider or deeper: larger numbers mean a broken or hostile file.
+_MAX_COUNT = 1 << 24
+MAX_LAYERS = 4096
 
 REQUIRED = object()
 
 
 class Keys:
-    """The keys that describe a model in a file: each is read, or has no effect."""
+    """The keys of one file. `done` checks that each was read or has no effect."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.where = where
         self._values = dict(values)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._values  # also where it is null
+        return name in self._values  # also if its value is null
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """A value of any type; null is as if absent.
+        """Takes a value of any type; null counts as absent.
 
         Raises:
-          ValueError: when it is absent and has no default.
+          ValueError: if it is absent and has no default.
         """
         value = self._values.pop(name, None)
         if value is not None:
@@ -37,11 +37,11 @@ class Keys:
         return default
 
     def peek(self, name: str) -> Any:
-        """A value, left to be read later."""
+        """Returns a value that is still to be taken."""
         return self._values.get(name)
 
     def put(self, name: str, value: Any) -> None:
-        """Another value for a key, as if the file had it."""
+        """Replaces the value of a key, as if the file had it."""
         self._values[name] = value
 
     def _typed(
@@ -50,36 +50,36 @@ class Keys:
         value = self.take(name, default)
         wrong = isinstance(value, bool) and bool not in kinds
         if value is not default and (wrong or not isinstance(value, kinds)):
-            raise ValueError(f"{self.where}: {name} is {value!r}, and not {what}")
+            raise ValueError(f"{self.where}: {name} is {value!r}, not {what}")
         return value
 
-    def count(self, name: str, default: Any = REQUIRED, most: int = _MOST) -> Any:
-        """A whole number from 1 to `most`, or the default."""
-        value = self._typed(name, default, (int,), "a whole number")
+    def count(self, name: str, default: Any = REQUIRED, most: int = _MAX_COUNT) -> Any:
+        """Takes an integer from 1 to `most`, or the default."""
+        value = self._typed(name, default, (int,), "an integer")
         if value is not default and not 1 <= value <= most:
             raise ValueError(f"{self.where}: {name} is {value}, not from 1 to {most}")
         return value
 
     def index(self, name: str, default: int) -> int:
-        """A whole number from 0 on."""
-        value = self._typed(name, default, (int,), "a whole number")
+        """Takes an integer >= 0, or the default."""
+        value = self._typed(name, default, (int,), "an integer")
         if value < 0:
             raise ValueError(f"{self.where}: {name} is {value}, below 0")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
-        """A finite number, or the default."""
+        """Takes a finite number, or the default."""
         value = self._typed(name, default, (int, float), "a number")
         if value is not default and not math.isfinite(value):
-            raise ValueError(f"{self.where}: {name} is {value}, and not finite")
+            raise ValueError(f"{self.where}: {name} is {value}, not finite")
         return value if value is None else float(value)
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:
-        """true or false."""
+        """Takes true or false, or the default."""
         return self._typed(name, default, (bool,), "true or false")
 
     def choice(self, name: str, choices: Mapping[str, Any], default: Any) -> Any:
-        """The value that one of several words stands for."""
+        """Takes one of several words, and returns the value that it stands for."""
         word = self.take(name, default)
         if not isinstance(word, str) or word not in choices:
             raise ValueError(
@@ -89,47 +89,47 @@ class Keys:
         return choices[word]
 
     def items(self, name: str, kind: type, default: Any = REQUIRED) -> list[Any]:
-        """A list of values of one type."""
+        """Takes a list of values of one type, or the default."""
         values = self._typed(name, default, (list,), "a list")
         if values is default:
             return values
         kinds = (int, float) if kind is float else (kind,)
         wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, kinds)]
-        if wrong or len(values) > MOST_LAYERS:
+        if wrong or len(values) > MAX_LAYERS:
             raise ValueError(
-                f"{self.where}: {name} is no list of at most {MOST_LAYERS} "
+                f"{self.where}: {name} is not a list of at most {MAX_LAYERS} "
                 f"{kind.__name__} values"
             )
         return values
 
     def values(self, name: str) -> dict[str, Any]:
-        """A dictionary inside this one; empty when it is absent."""
+        """Takes a nested dictionary; an absent one is empty."""
         return self._typed(name, {}, (dict,), "a dictionary")
 
     def section(self, name: str) -> "Keys":
-        """The keys of a dictionary inside this one; none when it is absent."""
+        """Takes the keys of a nested dictionary; none if it is absent."""
         return Keys(self.values(name), f"{self.where}: {name}")
 
     def must(self, name: str, *allowed: Any) -> None:
-        """A key that may be absent or have one of few values.
+        """Takes a key that must be absent, null or one of the allowed values.
 
         Raises:
-          ValueError: when it has another.
+          ValueError: if it has another value.
         """
         value = self._values.pop(name, None)
         if value is not None and value not in allowed:
             raise ValueError(
                 f"{self.where}: {name} is {value!r}, which this jaxlm cannot compute "
-                f"(it can with {' or '.join(map(repr, allowed)) or 'null'})"
+                f"(only {' or '.join(map(repr, allowed)) or 'null'})"
             )
 
     def drop(self, *names: str) -> None:
-        """Keys that have no effect here."""
+        """Takes keys that have no effect here."""
         for name in names:
             self._values.pop(name, None)
 
     def done(self, no_effect: Collection[str] = ()) -> None:
-        """Raises ValueError when a key that may have an effect was not read."""
+        """Raises ValueError if a key that may have an effect was not taken."""
         left = sorted(n for n, v in self._values.items() if v is not None)
         left = [name for name in left if name not in no_effect]
         if left:

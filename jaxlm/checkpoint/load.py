@@ -1,4 +1,4 @@
-"""The door: opening a path of any kind, and reading a model from it."""
+"""Opens a checkpoint of any kind, and reads a model from it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,14 @@ from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.gguf.gguf_model import GGUFCheckpoint
 from jaxlm.checkpoint.hf import hf_folder
 from jaxlm.checkpoint.hf.hf_folder import HFCheckpoint
-from jaxlm.checkpoint.native.native_checkpoint import NativeCheckpoint
+from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
 HUB = "hf:"
-# What is fetched from the Hub: weights that are not pickled, and small text files.
+# Files to download from the Hub: weights that are not pickled, and small text files.
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -23,20 +23,20 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def open_checkpoint(
     path: str | Path, *, report: Callable[[str], None] = print_to_stderr
 ) -> Checkpoint:
-    """Finds out what a path is and reads its config.
+    """Detects the kind of a checkpoint and reads its config.
 
     Open a path once and pass the result on: a run in training saves new steps and
-    deletes old ones, so what is opened twice may not be the same.
+    deletes old ones, so a second call may open another step.
 
     Args:
       path: a run or step folder, a Hugging Face folder, a .gguf file, or
-        `hf:owner/name` (with the extra `hub` and a network).
-      report: gets a line for steps that are damaged and for values that are not finite,
-        also while the parameters are read.
+        `hf:owner/name` (needs the extra `hub` and a network).
+      report: gets a line for damaged steps and for values that are not finite, also
+        while the parameters are read.
 
     Raises:
-      ValueError: when it is none of these, or cannot be read; `NoUsableCheckpoint` when
-        a run has steps and none of them can.
+      ValueError: if it is none of these, or cannot be read; `NoUsableCheckpoint` if a
+        run has steps but none can be read.
     """
     if str(path).startswith(HUB):
         path = download(str(path).removeprefix(HUB))
@@ -44,12 +44,12 @@ def open_checkpoint(
     if path.is_file():
         if path.suffix == ".safetensors":
             raise ValueError(
-                f"{path} is one file of a model: name its folder, with config.json"
+                f"{path} is one file of a model: give its folder, with config.json"
             )
         if path.suffix in _PICKLED:
             raise ValueError(
-                f"{path} is pickled, and loading it could run any program: convert it "
-                "where you trust it, with transformers' save_pretrained"
+                f"{path} is pickled, and loading a pickle can run any code: if you "
+                "trust it, convert it with transformers' save_pretrained"
             )
         return GGUFCheckpoint(path, report)
     if _is_hugging_face(path):
@@ -58,7 +58,7 @@ def open_checkpoint(
 
 
 def _is_hugging_face(path: Path) -> bool:
-    """Whether a folder has the config.json of a model; a run has one of its own."""
+    """Tells the config.json of a Hugging Face model from that of a run."""
     if not (path / hf_folder.CONFIG).is_file():
         return False
     values = hf_folder.read_json(path / hf_folder.CONFIG)
@@ -66,7 +66,7 @@ def _is_hugging_face(path: Path) -> bool:
 
 
 def download(name: str) -> Path:
-    """The folder of a model from the Hugging Face Hub, fetched when it is not there.
+    """Downloads a model from the Hugging Face Hub if needed, and returns its folder.
 
     Raises:
       ValueError: without the extra `hub`, without a network, and for unknown names.
@@ -84,8 +84,8 @@ def download(name: str) -> Path:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{HUB}{name} cannot be fetched ({reason}): is there a network, is the "
-            "name right, and is the model open to you?"
+            f"{HUB}{name} cannot be downloaded ({reason}): is there a network, is the "
+            "name right, and do you have access to the model?"
         ) from None
     return Path(folder)
 
@@ -100,11 +100,11 @@ def load(
     """Reads a model.
 
     Args:
-      path: as `open_checkpoint`, or what that gave.
+      path: as `open_checkpoint`, or its result.
       dtype: as `Checkpoint.params`.
       shardings: as `Checkpoint.params`.
-      report: as `open_checkpoint`; also gets the result of `jaxlm verify`, where there
-        is a certificate of it.
+      report: as `open_checkpoint`; also gets the result of `jaxlm verify` if there is
+        a certificate.
 
     Raises:
       ValueError: as `open_checkpoint` and `Checkpoint.params`.
@@ -120,5 +120,5 @@ def load(
 def load_tokenizer(
     path: str | Path, *, report: Callable[[str], None] = print_to_stderr
 ) -> Tokenizer:
-    """The tokenizer of a model; arguments and errors as `open_checkpoint`."""
+    """Reads the tokenizer of a model; arguments and errors as `open_checkpoint`."""
     return open_checkpoint(path, report=report).tokenizer()

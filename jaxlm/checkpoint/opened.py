@@ -1,4 +1,4 @@
-"""What opening a checkpoint gives, whichever its kind."""
+"""The interface of an opened checkpoint of any kind."""
 
 import sys
 from pathlib import Path
@@ -15,8 +15,8 @@ Kind = Literal["jaxlm", "hf", "gguf"]
 class Checkpoint(Protocol):
     """One set of weights with its config and tokenizer, opened but not yet read.
 
-    Everything that it gives belongs together. Of a run it is one step, chosen when it
-    was opened: steps that the run saves later change nothing.
+    All of it belongs together. For a run it is one step, chosen when the run was
+    opened: steps that are saved later do not change it.
     """
 
     kind: Kind
@@ -28,25 +28,25 @@ class Checkpoint(Protocol):
         """Reads the parameters.
 
         Args:
-          dtype: floating-point parameters are cast to it; None keeps what is stored
+          dtype: floating-point parameters are cast to it; None keeps the stored dtype
             (float32 for quantized tensors).
-          shardings: tree of `jax.sharding.Sharding`s in the structure of the
-            parameters; None puts them onto the default device.
+          shardings: tree of `jax.sharding.Sharding`s, structured as the parameters;
+            None puts them on the default device.
 
         Raises:
-          ValueError: when they are damaged, or do not fit the config.
+          ValueError: if they are damaged, or do not match the config.
         """
         ...
 
     def tokenizer(self) -> Tokenizer:
-        """Reads the tokenizer; ValueError when there is none."""
+        """Reads the tokenizer; raises ValueError if there is none."""
         ...
 
     def files(self) -> list[Path]:
-        """The files whose bytes decide what the parameters and the config are."""
+        """Lists the files whose bytes determine the parameters and the config."""
         ...
 
 
 def print_to_stderr(line: str) -> None:
-    """Where warnings go when the caller does not say."""
+    """Prints a warning to stderr: the default `report` of all readers."""
     print(line, file=sys.stderr, flush=True)

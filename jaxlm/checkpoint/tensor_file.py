@@ -1,8 +1,8 @@
-"""What the readers and writers of weight files share: a tensor on disk, and bounds.
+"""Shared by the readers and writers of weight files: stored tensors and limits.
 
-A file of weights comes from strangers. Every length in it is compared with the bytes
-that are there before anything is allocated, and whatever is wrong with it ends in one
-ValueError of one line that names the file.
+Weight files come from strangers. Readers compare every length with the size of the file
+before they allocate anything, and raise a ValueError of one line that names the file,
+whatever is wrong with it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-# Models of a trillion parameters, an expert a tensor, have fewer.
+# A model of a trillion parameters has fewer, even with one tensor for each expert.
 MAX_TENSORS = 100_000
 MAX_DIMS = 32  # NumPy has 64
 _MAX_BYTES = 1 << 60
@@ -28,28 +28,28 @@ _MAX_BYTES = 1 << 60
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file: known from the file's header, its values not yet read."""
+    """A tensor in a file, known from the header; its values are not yet read."""
 
     name: str
     """Its name in the file."""
     shape: tuple[int, ...]
-    """Outermost dimension first, as NumPy has it."""
+    """Outermost dimension first, as in NumPy."""
     dtype: np.dtype
-    """Of the values that `read` gives; void where the type cannot be read."""
+    """Dtype of the values from `read`; void if the stored type cannot be read."""
     stored_as: str
-    """The file's own name of its type: "BF16", "Q4_1"."""
+    """The file's own name for the type: "BF16", "Q4_1"."""
     where: str
-    """FILE: tensor NAME, for messages."""
+    """For messages: `FILE: tensor NAME`."""
     _read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
     def read(self) -> np.ndarray:
-        """The values, read-only; where possible a view of the file and no copy.
+        """Returns the values, read-only; a view of the mapped file where possible.
 
-        The view is valid as long as the file is not shortened. Values of quantized
-        types are decoded to float32, anew in each call.
+        The view is valid as long as the file is not truncated. Quantized types are
+        decoded to float32, again in each call.
 
         Raises:
-          ValueError: for a type that jaxlm does not read, and for damaged values.
+          ValueError: for a type that jaxlm cannot read, and for damaged values.
         """
         values = self._read()
         assert values.shape == self.shape and values.dtype == self.dtype
@@ -57,14 +57,14 @@ class StoredTensor:
         return values
 
 
-# For writing: the shape and dtype of each tensor, known before any is read.
+# Shape and dtype of each tensor to write, known before any values are read.
 TensorSpecs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-# Gives the values of one of them by name.
+# Returns the values of the tensor of this name.
 ReadTensor = Callable[[str], np.ndarray]
 
 
 def shown(name: Any) -> str:
-    """A name from a file, for a message: short, on one line, in quotes if it is odd."""
+    """Formats a name from a file for a message: short, one line, quoted if odd."""
     if not isinstance(name, str):
         return f"of type {type(name).__name__}"
     short = name if len(name) <= 120 else f"{name[:100]}..."
@@ -72,13 +72,13 @@ def shown(name: Any) -> str:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Maps a file for reading; its pages are loaded when they are touched.
+    """Maps a file for reading; pages are loaded when they are touched.
 
     Raises:
-      ValueError: when it is missing, no regular file, empty or may not be read.
+      ValueError: if it is missing, not a regular file, empty or not readable.
     """
     try:
-        # A pipe is not opened: that would wait for a writer.
+        # Checked before opening: opening a pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{path}: not a regular file")
         with path.open("rb") as file:
@@ -92,14 +92,14 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def number_of_values(shape: tuple[int, ...], where: str) -> int:
-    """The product of a shape whose dimensions are known to be integers >= 0.
+    """Returns the product of a shape whose dimensions are integers >= 0.
 
     Raises:
-      ValueError: for more dimensions, or more values, than an array can have.
+      ValueError: for more dimensions or values than an array can have.
     """
     if len(shape) > MAX_DIMS:
         raise ValueError(f"{where}: {len(shape)} dimensions, more than {MAX_DIMS}")
-    # NumPy refuses dimensions whose product overflows even if another of them is 0.
+    # NumPy rejects dimensions whose product overflows even if another dimension is 0.
     if math.prod(max(d, 1) for d in shape) > _MAX_BYTES // 16:
         raise ValueError(f"{where}: its shape is too large")
     return math.prod(shape)
@@ -108,7 +108,7 @@ def number_of_values(shape: tuple[int, ...], where: str) -> int:
 def view(
     mapped: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """An array over bytes of a mapped file; a copy only where they are not aligned."""
+    """Returns an array over bytes of a mapped file; a copy if they are not aligned."""
     values = np.ndarray(shape, dtype, buffer=mapped, offset=offset)
     return values if values.flags.aligned else values.copy()
 
@@ -116,10 +116,10 @@ def view(
 def check_given(
     values: np.ndarray, where: str, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]
 ) -> None:
-    """Compares an array to be written with what was announced.
+    """Checks that an array to be written has the announced shape and dtype.
 
     Raises:
-      ValueError: when the shape, or all of the dtypes, differ.
+      ValueError: if the shape differs, or the dtype is none of `dtypes`.
     """
     if values.shape != shape or values.dtype not in dtypes:
         names = " or ".join(d.name for d in dtypes)
@@ -131,5 +131,5 @@ def check_given(
 
 def write_values(file: BinaryIO, values: np.ndarray) -> None:
     """Appends the bytes of an array in row-major order."""
-    # Some dtypes of ml_dtypes (bfloat16) have no buffer of their own.
+    # Dtypes of ml_dtypes (bfloat16) do not support the buffer protocol.
     file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)

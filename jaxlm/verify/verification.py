@@ -22,10 +22,10 @@ from jaxtyping import Int32
 from jaxlm import tree
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.load import open_checkpoint
-from jaxlm.checkpoint.mapping import parameter_shapes
 from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
 from jaxlm.config import ModelConfig
 from jaxlm.data.sources import BUNDLED_FOLDER
+from jaxlm.model.params import weights
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.verify import comparing
 from jaxlm.verify.check import Check, table
@@ -265,8 +265,7 @@ def _check_model(
 
 def _check_memory(config: ModelConfig, num_tokens: int) -> None:
     """Raises ValueError when two copies of the model do not fit into memory."""
-    shapes = parameter_shapes(config)
-    count = sum(math.prod(shape) for shape in shapes.values())
+    count = sum(math.prod(w.shape(config)) for w in weights(config).values())
     length = min(num_tokens, config.context_length)
     # Ours and theirs (or ours twice, while decoding), and what a pass leaves behind.
     values = length * (config.vocab_size + config.num_layers * config.model_dim)

@@ -101,9 +101,9 @@ def test_without_a_tokenizer(folder, tmp_path):
 
 
 ERRORS = {
-    "there already": (["{folder}", "{folder}"], "is there already"),
+    "there already": (["{folder}", "{folder}"], "already exists"),
     "no source": (["{tmp}/none", "{tmp}/x"], "it does not exist"),
-    "type of GGUF": (["{folder}", "{tmp}/x", "--dtype", "q8_0"], "a type of GGUF"),
+    "type of GGUF": (["{folder}", "{tmp}/x", "--dtype", "q8_0"], "only for gguf"),
     "tokenizer of a run": (["{folder}", "{tmp}/x", "--no-tokenizer"], "cannot be left"),
     "unknown kind": (["{folder}", "{tmp}/x", "--too", "hf"], "did you mean '--to'"),
 }

@@ -267,7 +267,7 @@ def test_a_certificate_is_bound_to_the_bytes(copy, model, flat, kept, tmp_path, 
     capsys.readouterr()
     assert command(copy) == 0
     out, _ = capsys.readouterr()
-    assert "belongs to other weights than those that are there" in out
+    assert "belongs to other weights than these" in out
     assert certificate.read(open_checkpoint(copy))["reference"] is None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.checkpoint.families import choose
-from jaxlm.checkpoint.keys import MOST_LAYERS, Keys
+from jaxlm.checkpoint.keys import MAX_LAYERS, Keys
 from jaxlm.config import ModelConfig, RopeScaling
 from jaxlm.ops.rope import (
     frequencies,
@@ -47,7 +47,7 @@ def _read_shared(keys: Keys, vocab_size: int, tied: bool) -> dict[str, Any]:
     rotary = keys.count("rope.dimension_count", head_dim)
     return {
         "vocab_size": vocab_size,
-        "num_layers": keys.count("block_count", most=MOST_LAYERS),
+        "num_layers": keys.count("block_count", most=MAX_LAYERS),
         "model_dim": width,
         "num_heads": heads,
         "num_kv_heads": keys.count("attention.head_count_kv", heads),

@@ -14,9 +14,9 @@ from jaxlm.checkpoint.gguf.gguf_config import (
     write_config,
 )
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
-from jaxlm.checkpoint.mapping import Rule, Translation, rule
 from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
+from jaxlm.checkpoint.tensor_mapping import Rule, TensorMapping, rule
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.gguf import gguf_metadata, tokenizer_from_gguf
@@ -153,18 +153,18 @@ class GGUFCheckpoint:
         return tensor.read()
 
     @cached_property
-    def _translation(self) -> Translation:
-        return Translation(self.config, RULES[self._arch])
+    def _mapping(self) -> TensorMapping:
+        return TensorMapping(self.config, RULES[self._arch])
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
-        """Parameters; arguments as `Translation.read`. Quantized tensors give f32.
+        """Parameters; arguments as `TensorMapping.read`. Quantized tensors give f32.
 
         Raises:
           ValueError: for missing, unknown and wrongly shaped tensors, and for types
             that jaxlm cannot decode.
         """
-        self._translation.check(self._tensors, (), str(self.path))
-        return self._translation.read(
+        self._mapping.check(self._tensors, (), str(self.path))
+        return self._mapping.read(
             self._tensors, dtype=dtype, shardings=shardings, report=self._report
         )
 
@@ -202,9 +202,9 @@ def write_model(
     arch, metadata = write_config(config)
     if tokenizer is not None:
         metadata |= gguf_metadata(tokenizer, config.vocab_size)
-    translation = Translation(config, RULES[arch])
+    mapping = TensorMapping(config, RULES[arch])
     f32 = np.dtype(np.float32)
-    specs, read = translation.write(params, f32)
+    specs, read = mapping.write(params, f32)
     divisors = rope_tensors(config)
 
     def kind(shape: tuple[int, ...]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlm.checkpoint.hf import hf_fields
-from jaxlm.checkpoint.keys import MOST_LAYERS, Keys
+from jaxlm.checkpoint.keys import MAX_LAYERS, Keys
 from jaxlm.config import ModelConfig
 
 # Keys that say nothing about the values of the logits: names, training, saving,
@@ -325,7 +325,7 @@ def _read_gpt2(keys: Keys) -> ModelConfig:
         )
     return ModelConfig(
         vocab_size=keys.count("vocab_size", 50_257),
-        num_layers=keys.count("n_layer", 12, MOST_LAYERS),
+        num_layers=keys.count("n_layer", 12, MAX_LAYERS),
         model_dim=width,
         num_heads=heads,
         num_kv_heads=heads,

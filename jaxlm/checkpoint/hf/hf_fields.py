@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.checkpoint.keys import MOST_LAYERS, REQUIRED, Keys
+from jaxlm.checkpoint.keys import MAX_LAYERS, REQUIRED, Keys
 from jaxlm.config import RopeScaling
 
 ACTIVATIONS = {
@@ -49,7 +49,7 @@ def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
     return {
         "vocab_size": keys.count("vocab_size", default("vocab_size")),
         "num_layers": keys.count(
-            "num_hidden_layers", default("num_hidden_layers"), MOST_LAYERS
+            "num_hidden_layers", default("num_hidden_layers"), MAX_LAYERS
         ),
         "model_dim": width,
         "num_heads": heads,

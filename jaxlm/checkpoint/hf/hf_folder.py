@@ -17,9 +17,9 @@ from jaxlm.checkpoint.hf import hf_config, hf_config_writing, hf_names
 from jaxlm.checkpoint.hf.mxfp4 import decode_mxfp4
 from jaxlm.checkpoint.hf.safetensors_folder import read_folder, write_folder
 from jaxlm.checkpoint.keys import Keys
-from jaxlm.checkpoint.mapping import Translation
 from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
+from jaxlm.checkpoint.tensor_mapping import TensorMapping
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
@@ -59,17 +59,17 @@ class HFCheckpoint:
         return tensors
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
-        """Parameters; arguments as `Translation.read`.
+        """Parameters; arguments as `TensorMapping.read`.
 
         Raises:
           ValueError: for broken files, missing, unknown and wrongly shaped tensors.
         """
-        translation = Translation(self.config, hf_names.RULES[self.model_type])
+        mapping = TensorMapping(self.config, hf_names.RULES[self.model_type])
         tensors = dict(self._tensors)
         _drop_tied_head(tensors, self.model_type, self.config)
         ignored = hf_names.unused(self.model_type)
-        translation.check(tensors, ignored, str(self.path))
-        return translation.read(
+        mapping.check(tensors, ignored, str(self.path))
+        return mapping.read(
             tensors, dtype=dtype, shardings=shardings, report=self._report
         )
 
@@ -102,8 +102,8 @@ def write_hf(
         cannot be written in its format.
     """
     values = hf_config_writing.write(config)
-    translation = Translation(config, hf_names.RULES[values["model_type"]])
-    specs, read = translation.write(params, dtype)
+    mapping = TensorMapping(config, hf_names.RULES[values["model_type"]])
+    specs, read = mapping.write(params, dtype)
     stored = {d for _, d in specs.values()}
     values["dtype"] = stored.pop().name if len(stored) == 1 else "float32"
     values["bos_token_id"] = None if tokenizer is None else tokenizer.bos_id

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jaxlm.checkpoint.mapping import Rule, rule
+from jaxlm.checkpoint.tensor_mapping import Rule, rule
 
 _L = "model.layers.{layer}."
 _QKV = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
@@ -138,7 +138,7 @@ def _with_bias(name: str, path: str) -> tuple[Rule, ...]:
 # Conv1D: weights are (in, out).
 _GPT2 = (
     rule("transformer.wte.weight", "embed/table", "V D -> V D"),
-    rule("transformer.wpe.weight", "embed/positions", "P D -> P D"),
+    rule("transformer.wpe.weight", "embed/positions", "C D -> C D"),
     *_with_bias("transformer.ln_f", "final_norm"),
     rule("lm_head.weight", "lm_head/kernel", "V D -> D V"),
     *_with_bias(_H + "ln_1", "layers/attn_norm"),

@@ -1,8 +1,8 @@
-"""Trees of arrays to and from Orbax, one folder a tree.
+"""Writes and reads trees of arrays with Orbax, one folder for each tree.
 
-A tree is stored as nested dicts whose keys are the parts of its path names, so what is
-on disk does not depend on the classes that hold the arrays: an optax state comes back
-into the structure of the abstract state, empty and masked nodes included.
+A tree is stored as nested dicts keyed by the components of its path names, so the files
+do not depend on the classes that hold the arrays: an optax state is restored into the
+structure of the abstract state, including empty and masked nodes.
 """
 
 import logging
@@ -19,15 +19,15 @@ from etils import epath
 
 from jaxlm import tree
 
-# Name of an array -> (dtype, shape), as meta.json holds it.
+# Path name of an array -> (dtype, shape), as stored in meta.json.
 Description = Mapping[str, Sequence[Any]]
 
 
 class _NoEcho(logging.Filter):
-    """Drops log records of errors that Orbax also raises to its caller."""
+    """Drops log records of errors that Orbax also raises in the caller."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """False for a record of a background thread that ended with an exception."""
+        """Returns False for the record of a thread that ended with an exception."""
         return "_SignalingThread.run() raised an exception" not in str(record.msg)
 
 
@@ -35,17 +35,17 @@ _NO_ECHO = _NoEcho()
 
 
 def new_handler() -> ocp.PyTreeCheckpointHandler:
-    """The part of Orbax that reads and writes one tree."""
-    logging.getLogger("absl").addFilter(_NO_ECHO)  # a second time does nothing
+    """Makes the Orbax object that reads and writes one tree."""
+    logging.getLogger("absl").addFilter(_NO_ECHO)  # no effect if already added
     return ocp.PyTreeCheckpointHandler()
 
 
 def flatten(state: Any, where: str) -> dict[str, Any]:
-    """Leaves by path name.
+    """Flattens a tree to a dict by path name.
 
     Raises:
-      ValueError: for leaves that are not arrays of numbers, and when two leaves have
-        the same path name.
+      ValueError: for leaves that are not arrays of numbers, and if two leaves have the
+        same path name.
     """
     flat = tree.flatten(state)
     if len(flat) != len(jax.tree.leaves(state)):
@@ -58,13 +58,13 @@ def flatten(state: Any, where: str) -> dict[str, Any]:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(
                 f"{where}/{name} is a random key: derive keys from the seed and the "
-                "step (jax.random.fold_in), or keep jax.random.key_data of it"
+                "step (jax.random.fold_in), or save its jax.random.key_data"
             )
     return flat
 
 
 def describe(flat: Mapping[str, Any]) -> Description:
-    """Dtype and shape of each array, for JSON."""
+    """Returns the dtype and shape of each array, for JSON."""
     return {
         name: (jnp.dtype(leaf.dtype).name, list(leaf.shape))
         for name, leaf in flat.items()
@@ -72,7 +72,7 @@ def describe(flat: Mapping[str, Any]) -> Description:
 
 
 def abstract(description: Description, shardings: Mapping[str, Any]) -> dict[str, Any]:
-    """`jax.ShapeDtypeStruct`s by path name, with the shardings that are given."""
+    """Makes `jax.ShapeDtypeStruct`s by path name, with shardings where given."""
     return {
         name: jax.ShapeDtypeStruct(
             tuple(shape), jnp.dtype(dtype), sharding=shardings.get(name)
@@ -82,7 +82,7 @@ def abstract(description: Description, shardings: Mapping[str, Any]) -> dict[str
 
 
 def differences(stored: Description, wanted: Description) -> list[str]:
-    """A line for each array that only one side has or whose dtype or shape differs."""
+    """Describes each array that one side lacks or whose dtype or shape differs."""
     lines = []
     for name in sorted(stored.keys() | wanted.keys()):
         old, new = (
@@ -95,7 +95,7 @@ def differences(stored: Description, wanted: Description) -> list[str]:
 
 
 def num_bytes(description: Description) -> int:
-    """Bytes of the arrays before compression."""
+    """Returns the size of the arrays in bytes, before compression."""
     return sum(
         math.prod(shape) * jnp.dtype(dtype).itemsize
         for dtype, shape in description.values()
@@ -103,15 +103,15 @@ def num_bytes(description: Description) -> int:
 
 
 def own(flat: dict[str, Any]) -> dict[str, Any]:
-    """The arrays, with copies of those that the caller could still change."""
+    """Copies the arrays that the caller could still change in place."""
     return {n: x if isinstance(x, jax.Array) else np.array(x) for n, x in flat.items()}
 
 
 def on_host(state: Any) -> Any | None:
-    """The arrays as NumPy, or None when a part of them lies in other processes.
+    """Returns the arrays as NumPy, or None if other processes hold parts of them.
 
-    On CPU these are views. The jax arrays may be donated or deleted all the same: JAX
-    does not reuse memory that has a view.
+    On CPU these are views. The jax arrays may still be donated or deleted: JAX does not
+    reuse memory that has a view.
     """
     if not all(
         getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(state)
@@ -121,7 +121,7 @@ def on_host(state: Any) -> Any | None:
 
 
 def on_one_device(state: Any) -> bool:
-    """Whether no array is cut or copied over several devices."""
+    """Returns whether no array is sharded or replicated over several devices."""
     return all(
         len(x.sharding.device_set) == 1
         for x in jax.tree.leaves(state)
@@ -137,12 +137,12 @@ async def start_writes(
     """Copies arrays to the host and starts writing them, each item into a new folder.
 
     Returns:
-      Futures of the writing. The arrays may be donated or deleted from here on; for
-      those on CPU the reason is that of `on_host`.
+      Futures of the writes. From now on the arrays may be donated or deleted; for
+      arrays on CPU see `on_host`.
     """
     futures: list[Any] = []
     for item, flat in state.items():
-        if flat:  # Orbax refuses a tree without arrays
+        if flat:  # Orbax rejects a tree without arrays
             (folder / item).mkdir()
             saved = ocp.args.PyTreeSave(tree.nest(flat))
             futures += await handler.async_save(_path(folder / item), args=saved) or []
@@ -150,7 +150,7 @@ async def start_writes(
 
 
 def wait_for_writes(futures: Iterable[Any]) -> None:
-    """Returns when all writing has ended; raises the first of its errors."""
+    """Waits until all writes have ended; raises the first of their errors."""
     errors = []
     for future in futures:
         try:
@@ -164,7 +164,7 @@ def wait_for_writes(futures: Iterable[Any]) -> None:
 def finish_writes(
     handler: ocp.PyTreeCheckpointHandler, folder: Path, items: Mapping[str, Description]
 ) -> None:
-    """Merges what the processes have written, after all of them have done so."""
+    """Merges what the processes have written; call it when all have finished."""
     for item, description in items.items():
         if description:
             handler.finalize(_path(folder / item))
@@ -175,26 +175,26 @@ def _path(folder: Path) -> epath.Path:
 
 
 def read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays by path name, onto the shardings of `wanted`.
+    """Reads arrays by path name, onto the shardings of `wanted`.
 
     Args:
-      folder: what `start_writes` has written.
-      wanted: for every stored array its shape, dtype and `sharding`; an array without
-        one comes onto the default device, uncommitted (JAX may move it).
+      folder: an item folder that `start_writes` has written.
+      wanted: shape, dtype and `sharding` of every stored array; an array without a
+        sharding is put on the default device, uncommitted (JAX may move it).
     """
     if not wanted:
         return {}
-    how = {name: _restore_args(leaf) for name, leaf in wanted.items()}
+    restore_args = {name: _restore_args(leaf) for name, leaf in wanted.items()}
     restored = new_handler().restore(
         _path(folder),
         args=ocp.args.PyTreeRestore(
             item=tree.nest(
                 {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in wanted.items()}
             ),
-            restore_args=tree.nest(how),
+            restore_args=tree.nest(restore_args),
         ),
     )
-    # NumPy arrays are copied: XLA must own what it may overwrite.
+    # NumPy arrays are copied: XLA must own memory that it may overwrite.
     return {
         name: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
         for name, leaf in tree.flatten(restored).items()

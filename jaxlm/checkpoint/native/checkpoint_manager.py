@@ -1,8 +1,9 @@
-"""Saving and restoring the checkpoints of a run that this process trains.
+"""Saves and restores the checkpoints of the run that this process trains.
 
-Orbax writes the arrays of a step in the background, and a rename commits it: a step
-folder is complete from the moment it has its name. It holds `params/` and `opt_state/`
-(Orbax), `tokenizer/`, `meta.json` and `manifest.json`.
+Orbax writes the arrays of a step in the background, and a rename commits the step: a
+folder with the name of a step is complete. It contains `params/` and `opt_state/`
+(Orbax), `tokenizer/`, `meta.json` and `manifest.json`. `checkpoint_reader.py` opens a
+step without the intention to train, and changes nothing.
 """
 
 import asyncio
@@ -33,14 +34,14 @@ from jaxlm.types import Params
 
 
 class SaveError(ValueError):
-    """A checkpoint could not be written; those before it are intact."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class CheckpointManager:
-    """The checkpoints of a run that this process trains.
+    """Saves and restores the checkpoints of the run that this process trains.
 
-    Use it as a context manager, or call `close`: a save that is under way when the
-    program ends may not get finished otherwise.
+    Use it as a context manager, or call `close`: otherwise a save that is in progress
+    when the program ends may be lost.
     """
 
     def __init__(
@@ -52,18 +53,17 @@ class CheckpointManager:
         fresh: bool = False,
         report: Callable[[str], None] = print_to_stderr,
     ):
-        """Makes the run folder, locks it, and clears up after a killed process.
+        """Creates and locks the run folder, and cleans up after a killed process.
 
         Args:
-          run_dir: the run folder; created when it does not exist.
+          run_dir: the run folder; created if it does not exist.
           keep: number of newest steps to keep, at least 1.
-          keep_every: steps that are multiples of this are kept for good; 0: none.
-          fresh: move what an earlier run has left in the folder to `old-N/`.
+          keep_every: steps that are multiples of this are never deleted; 0: none.
+          fresh: moves an earlier run in the folder to `old-N/`.
           report: gets each line that a person should see.
 
         Raises:
-          ValueError: when the folder cannot be written to, or another process trains
-            in it.
+          ValueError: if the folder is not writable, or another process trains in it.
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
@@ -101,7 +101,7 @@ class CheckpointManager:
         self.close()
 
     def close(self) -> None:
-        """Waits for the save under way and unlocks the run folder.
+        """Waits for the save in progress and unlocks the run folder.
 
         Raises:
           SaveError: as `wait`.
@@ -113,14 +113,14 @@ class CheckpointManager:
                 self._lock.release()
 
     def steps(self) -> list[int]:
-        """Committed steps in ascending order, readable or not."""
+        """Lists the committed steps in ascending order, readable or not."""
         return run_folder.list_steps(self.run)
 
     def wait(self) -> None:
-        """Returns when no save is under way.
+        """Waits until no save is in progress.
 
         Raises:
-          SaveError: when the last save failed. It is raised once.
+          SaveError: if the last save failed. It is raised once.
         """
         if self._thread is not None:
             self._thread.join()
@@ -143,21 +143,21 @@ class CheckpointManager:
         """Starts saving a state and returns when its arrays may be overwritten.
 
         A step that this object has just saved or restored is not written again. Steps
-        beyond the one that was restored belong to a course that is being left: they are
+        after the restored one belong to an abandoned continuation of the run: they are
         moved to `RUN/old-N/`.
 
         Args:
-          step: optimizer steps that the state has behind it.
+          step: number of optimizer steps that led to the state.
           params: nested dict of arrays.
           opt_state: any tree of arrays.
-          config: the whole run.
+          config: the config of the whole run.
           tokenizer: saved beside the arrays.
           data_fingerprint: identifies the text and the order of its rows.
           finite: whether the loss and the gradient norm of this step are finite.
 
         Raises:
-          ValueError: when `finite` is False: such a state must not replace a good one.
-          SaveError: when the save before this one failed, or this one at its start.
+          ValueError: if `finite` is False: such a state must not replace a good one.
+          SaveError: if the previous save failed, or this one cannot start.
         """
         if not finite:
             raise ValueError(
@@ -209,14 +209,14 @@ class CheckpointManager:
                 self._write(temporary, state, meta, tokenizer)
                 self._commit(temporary, step)
             except Exception as e:
-                # What was written is of no use, and its space may be needed.
+                # A partial step is useless, and its space may be needed.
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise SaveError(_save_failed(self._folder(step), needed, e)) from e
             self._delete_old()
         except BaseException as e:
             self._error = e  # raised by the next `wait` or `save`
             if not threading.main_thread().is_alive():
-                # Nobody will call them any more.
+                # The program is ending: nobody will call them.
                 self._report(
                     f"{e} (close the CheckpointManager before the program ends)"
                 )
@@ -230,20 +230,20 @@ class CheckpointManager:
         meta: dict[str, Any],
         tokenizer: Tokenizer,
     ) -> None:
-        """Writes all files of a step but its manifest."""
+        """Writes all files of a step except the manifest."""
         folder.mkdir()
         host = arrays.on_host(state)
         if host is not None and arrays.on_one_device(state):
-            # The usual case waits for nothing but the copy. Otherwise Orbax gets the
-            # jax arrays, because it writes each part of an array as its own chunk.
+            # The usual case waits only for the copy. Otherwise Orbax gets the jax
+            # arrays, because it writes each shard of an array as its own chunk.
             state.update(host)
             self._copied.set()
         futures = asyncio.run(arrays.start_writes(self._handler, folder, state))
-        state.clear()  # lets go of the arrays of the device
+        state.clear()  # releases the arrays on the device
         self._copied.set()
         arrays.wait_for_writes(futures)
-        # With several processes, all must have come here before process 0 goes on, and
-        # the others must wait until it has committed: this is the place for barriers.
+        # With several processes, barriers belong here: process 0 must wait for all the
+        # others, and they must wait until it has committed.
         if jax.process_index() == 0:
             arrays.finish_writes(self._handler, folder, meta["arrays"])
             (folder / run_folder.TOKENIZER).mkdir()
@@ -259,19 +259,19 @@ class CheckpointManager:
                 old = run_folder.move_aside(self.run, left)
                 names = ", ".join(map(str, left))
                 self._report(
-                    f"moved steps {names} to {old}: the run goes on from {newest}"
+                    f"moved steps {names} to {old}: the run continues from {newest}"
                 )
             durable.rename(temporary, self._folder(step))
         self._last = step
 
     def _delete_old(self) -> None:
-        """Deletes steps that need not be kept; called only after a commit."""
+        """Deletes steps that need not be kept. Called only after a commit."""
         if jax.process_index() != 0:
             return
         for step in self.steps()[: -self._keep]:
             if self._keep_every and step % self._keep_every == 0:
                 continue
-            # Once renamed it is no step, so a kill from here on leaves no half step.
+            # Renamed first, so that a kill cannot leave half a step.
             doomed = self._folder(f"{run_folder.TEMPORARY}delete-{step}-{self._saves}")
             try:
                 durable.rename(self._folder(step), doomed)
@@ -279,7 +279,7 @@ class CheckpointManager:
             except OSError as e:
                 raise SaveError(
                     f"step {self._last} is saved, but the old step {step} in "
-                    f"{self.run} cannot be deleted ({e.strerror}: {e.filename}): mend "
+                    f"{self.run} cannot be deleted ({e.strerror}: {e.filename}): fix "
                     "the permissions"
                 ) from e
 
@@ -296,25 +296,25 @@ class CheckpointManager:
         data_fingerprint: str,
         step: int | None = None,
     ) -> Restored | None:
-        """Reads a whole state, bit for bit as it was saved.
+        """Restores a whole state, bit for bit as it was saved.
 
         Args:
-          params: `jax.ShapeDtypeStruct`s (or arrays), nested as the parameters. Where
-            one has a sharding the array comes onto it, whatever mesh it was saved on.
+          params: `jax.ShapeDtypeStruct`s (or arrays), nested as the parameters. An
+            array is put on the sharding given here, whatever mesh it was saved from.
           opt_state: the same for the optimizer state, in its own structure.
-          config: the run that goes on; it must be that of the checkpoint up to fields
-            that do not change the numbers.
+          config: the config of the run that continues; it must equal that of the
+            checkpoint except for fields that do not change the numbers.
           tokenizer_fingerprint: must be that of the checkpoint.
           data_fingerprint: must be that of the checkpoint.
-          step: the step to read; None reads the newest one that is intact.
+          step: the step to restore; None means the newest one that is intact.
 
         Returns:
-          The state, or None when `step` is None and the run has no steps.
+          The state, or None if `step` is None and the run has no steps.
 
         Raises:
-          NoUsableCheckpoint: when there are steps and none can be read.
-          ValueError: when there is no such step, or the config, the data, the
-            tokenizer, a shape or a dtype is not that of the checkpoint.
+          NoUsableCheckpoint: if there are steps but none can be read.
+          ValueError: if there is no such step, or the config, the data, the tokenizer,
+            a shape or a dtype differs from the checkpoint.
         """
         self.wait()
         steps = self.steps()
@@ -322,7 +322,7 @@ class CheckpointManager:
             return None
         if step is not None and step not in steps:
             raise ValueError(run_folder.no_such_step(self.run, step, steps))
-        wanted = reversed(steps) if step is None else [step]
+        candidates = reversed(steps) if step is None else [step]
 
         def read(folder: Path) -> Restored:
             return step_folder.read_state(
@@ -335,7 +335,7 @@ class CheckpointManager:
                 report=self._report,
             )
 
-        folders = [self._folder(number) for number in wanted]
+        folders = [self._folder(number) for number in candidates]
         restored = step_folder.first_readable(folders, read, self._report)
         self._last = restored.step
         return restored
@@ -343,7 +343,7 @@ class CheckpointManager:
 
 def _save_failed(folder: Path, needed: int, error: Exception) -> str:
     text = " ".join(str(error).split())
-    # TensorStore wraps the error of the system in a paragraph.
+    # TensorStore wraps the system error in a paragraph.
     code = re.search(r"os_error_code='(\d+)'", text)
     reason = os.strerror(int(code[1])) if code else text[-200:] or type(error).__name__
     free = shutil.disk_usage(folder.parent).free

@@ -1,4 +1,4 @@
-"""May a run go on from a checkpoint, under the present config and environment?"""
+"""Checks whether a run may continue from a checkpoint: config, data, environment."""
 
 import functools
 import importlib.metadata
@@ -10,34 +10,34 @@ import jax
 
 from jaxlm.config import EXECUTION_FIELDS, Config, diff
 
-# These change nothing in the numbers of a run.
+# Fields that do not affect the numbers of a run.
 _FREE_DATA = ("workers", "prefetch", "cache_dir")
 _FREE_TRAIN = (
     *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
     *("checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),
     *("max_minutes", "run_dir", "tensorboard", "compile_cache"),
 )
-# These change only the order of floating-point operations.
+# Fields that affect only the order of floating-point operations.
 _ROUNDING_TRAIN = ("accumulation_steps", "loss_chunk")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm")
 
 
 def check_config(old: Config, new: Config) -> list[str]:
-    """Compares the config of a checkpoint with that of the run that goes on from it.
+    """Compares the config of a checkpoint with that of the run that continues from it.
 
     Returns:
-      Lines `field: old -> new` of differences that only change how results are rounded.
+      Lines `field: old -> new` for differences that affect only rounding.
 
     Raises:
       ValueError: for differences that would make it another run.
     """
     rounding = _ROUNDING_TRAIN
     if old.train.load_balance_loss:
-        rounding = ("loss_chunk",)  # each part of a batch balances by itself
+        rounding = ("loss_chunk",)  # each part of a batch has its own balance loss
     train = (*_FREE_TRAIN, *rounding)
     if old.optimizer.schedule == new.optimizer.schedule == "constant":
-        train += ("steps",)  # other schedules stretch with the number of steps
+        train += ("steps",)  # other schedules depend on the number of steps
     lines = [f"model.{line}" for line in diff(old.model, new.model, EXECUTION_FIELDS)]
     lines += [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
     lines += [f"optimizer.{line}" for line in diff(old.optimizer, new.optimizer)]
@@ -54,12 +54,12 @@ def check_config(old: Config, new: Config) -> list[str]:
 
 
 def check_fingerprint(what: str, old: str, new: str) -> None:
-    """Raises ValueError when the data or the tokenizer is not the checkpoint's."""
+    """Raises ValueError if the data or the tokenizer is not the checkpoint's."""
     if old != new:
         raise ValueError(
             f"the {what} is not the one that the checkpoint was trained with "
             f"(fingerprint {old[:12]} -> {new[:12]}): "
-            f"{_remedy(f'bring the old {what} back')}"
+            f"{_remedy(f'restore the old {what}')}"
         )
 
 
@@ -75,10 +75,10 @@ def _all_but(config: Any, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def environment(state: Any) -> dict[str, Any]:
-    """Versions, devices, mesh and flags that a state is computed with, for JSON.
+    """Returns the versions, devices, mesh and flags that a state depends on, for JSON.
 
     Args:
-      state: a tree of arrays or shapes with shardings, whose mesh is looked up.
+      state: a tree of arrays or shapes; the mesh is taken from their shardings.
     """
     devices = jax.devices()
     return {
@@ -94,13 +94,13 @@ def environment(state: Any) -> dict[str, Any]:
     }
 
 
-@functools.cache  # a look-up in site-packages takes a millisecond
+@functools.cache  # each lookup in site-packages takes a millisecond
 def _package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _mesh_shape(state: Any) -> dict[str, int] | None:
-    """Sizes of the mesh axes longer than 1; None where no array is on a mesh."""
+    """Returns the sizes of mesh axes longer than 1; None if no array has a mesh."""
     for leaf in jax.tree.leaves(state):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding):
@@ -109,10 +109,10 @@ def _mesh_shape(state: Any) -> dict[str, int] | None:
 
 
 def environment_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `what: old -> new` for two results of `environment`."""
+    """Compares two results of `environment`: lines `what: old -> new`."""
     flat_old = {**old, **old.get("versions", {})}
     flat_new = {**new, **new["versions"]}
-    # On one device a mesh of one device and none are the same thing.
+    # On one device there is no difference between a mesh and none.
     flat_old["mesh"], flat_new["mesh"] = old.get("mesh") or {}, new["mesh"] or {}
     return [
         f"{name}: {flat_old.get(name)} -> {value}"

@@ -1,7 +1,7 @@
-"""Is a step on disk what was written, and is a state what was saved?
+"""Detects damage to step folders and to restored states.
 
-Orbax restores flipped bits of float data without an error, so each step folder holds
-`manifest.json`: the SHA-256 and the size of every other file in it.
+Orbax restores flipped bits of float data without an error. So each step folder has a
+`manifest.json` with the SHA-256 and the size of every other file in it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class UnreadableStep(ValueError):
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json` for all files below `folder`, and syncs it all to disk."""
+    """Writes `manifest.json` for all files below `folder`, and syncs them to disk."""
     files = {}
     for name in sorted(_walk(folder)):
         path = folder / name
@@ -44,13 +44,12 @@ def verify(folder: Path, parts: Iterable[str] | None = None) -> None:
 
     Args:
       folder: a step folder.
-      parts: names of entries of `folder` whose contents are read; None reads all. Names
-        and sizes are compared for all files in any case.
+      parts: top-level names whose contents are hashed; None means all. Names and sizes
+        are always compared for all files.
 
     Raises:
-      UnreadableStep: for a file that is missing, additional, of another size or of
-        another content, and for symbolic links. Files whose name starts with a dot
-        (a desktop's own) are left aside.
+      UnreadableStep: for a missing or additional file, for another size or content, and
+        for symbolic links. Files whose names start with a dot (.DS_Store) are ignored.
     """
     if folder.is_symlink():
         raise UnreadableStep("it is a symbolic link")
@@ -91,8 +90,8 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise UnreadableStep(f"{MANIFEST} is not of format {_FORMAT}")
     files = manifest.get("files")
-    # A manifest has one spelling only: whatever bit of it flips, either this fails or
-    # a file does not fit its entry.
+    # A manifest has only one valid spelling: if any bit of it flips, either this fails
+    # or a file does not match its entry.
     if not isinstance(files, dict) or _render(files) != content:
         raise UnreadableStep(f"{MANIFEST} is damaged")
     for entry in files.values():
@@ -107,7 +106,7 @@ def _render(files: dict[str, Any]) -> bytes:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Names of all files below `folder` but the manifest, relative to it."""
+    """Yields the relative names of all files below `folder` except the manifest."""
     for parent, folders, files in os.walk(folder):
         for name in folders + files:
             path = Path(parent) / name
@@ -129,20 +128,20 @@ def _some(names: list[str]) -> str:
 
 
 def state_hash(state: Any) -> str:
-    """SHA-256 over the path, dtype, shape and bytes of every leaf, sorted by path.
+    """Hashes the path, dtype, shape and bytes of every leaf with SHA-256.
 
     Args:
-      state: any tree of arrays (jax or NumPy), whole on this process.
+      state: any tree of arrays (jax or NumPy), fully addressable by this process.
 
     Returns:
       64 hexadecimal digits. Two states have the same hash only if they are equal bit
-      for bit; where the arrays lie does not matter.
+      for bit, on whatever devices.
     """
     digest = hashlib.sha256()
     for name, leaf in sorted(tree.flatten(state).items()):
         value = np.ascontiguousarray(jax.device_get(leaf))
-        shape = np.shape(leaf)  # ascontiguousarray gives scalars a dimension
+        shape = np.shape(leaf)  # ascontiguousarray adds a dimension to scalars
         digest.update(f"{name}\0{value.dtype.name}\0{shape}\0".encode())
-        # Some dtypes of ml_dtypes (bfloat16) have no buffer of their own.
+        # Dtypes of ml_dtypes (bfloat16) do not support the buffer protocol.
         digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

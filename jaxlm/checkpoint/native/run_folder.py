@@ -1,7 +1,7 @@
-"""The run folder: its names, its lock, and how a path given by a person is resolved.
+"""The run folder: its file names, its lock, and how a user's path is resolved to steps.
 
-`RUN/checkpoints/STEP/` is a step, named by its plain number. Whatever is on its way in
-or out has a name that begins with `.tmp-`, so a rename is what makes or ends a step.
+`RUN/checkpoints/STEP/` is a step, named by its plain number. While a step is being
+written or deleted, its name begins with `.tmp-`: a rename commits it, or takes it away.
 """
 
 import difflib
@@ -20,19 +20,23 @@ CHECKPOINTS = "checkpoints"
 META = "meta.json"
 TOKENIZER = "tokenizer"
 TEMPORARY = ".tmp-"
-# What a run writes, and `move_aside` moves.
+# The files that a run writes and `move_aside` moves.
 _RUN_FILES = (CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png")
 
 
 def list_steps(run: Path) -> list[int]:
-    """Steps that have been committed in a run folder, in ascending order."""
+    """Lists the committed steps of a run folder in ascending order."""
     folder = run / CHECKPOINTS
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9][0-9]*", n))
 
 
 def remove_leftovers(run: Path) -> list[str]:
-    """Removes what a killed process left half written or half deleted; its names."""
+    """Removes what a killed process left half written or half deleted.
+
+    Returns:
+      The names of the removed folders.
+    """
     folder = run / CHECKPOINTS
     leftovers = [p for p in folder.iterdir() if p.name.startswith(TEMPORARY)]
     for path in leftovers:
@@ -41,7 +45,7 @@ def remove_leftovers(run: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a folder, or a symbolic link but not what it points to."""
+    """Deletes a folder, or a symbolic link but not its target."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
@@ -49,7 +53,7 @@ def remove(path: Path) -> None:
 
 
 def has_history(run: Path) -> bool:
-    """Whether an earlier run has left steps or metrics in a folder."""
+    """Returns whether an earlier run has left steps or metrics in a folder."""
     return bool(list_steps(run)) or (run / "metrics.jsonl").exists()
 
 
@@ -61,7 +65,7 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
       steps: the steps to move; None moves all that the run has written.
 
     Returns:
-      The new folder. It is a run folder itself: its checkpoints can be loaded.
+      The new folder. It is a run folder too: its checkpoints can be loaded.
     """
     old = _new_folder(run)
     if steps is None:
@@ -86,10 +90,10 @@ def _new_folder(run: Path) -> Path:
 
 
 def probe_writable(run: Path) -> None:
-    """Creates the run folder and checks that files in it can be made and renamed.
+    """Creates the run folder and checks that files can be created and renamed in it.
 
     Raises:
-      ValueError: when the folder cannot be written to.
+      ValueError: if the folder is not writable.
     """
     probe = run / f"{TEMPORARY}probe-{os.getpid()}"
     moved = probe.with_name(f"{probe.name}-renamed")
@@ -101,23 +105,23 @@ def probe_writable(run: Path) -> None:
     except OSError as e:
         raise ValueError(
             f"the run folder {run} cannot be written to ({e.strerror}: {e.filename}): "
-            "choose another with --train.run-dir, or mend its permissions"
+            "choose another with --train.run-dir, or fix its permissions"
         ) from e
 
 
 class RunLock:
     """Keeps a second process from training in the same run folder.
 
-    It is a POSIX record lock on `RUN/.lock`: the system drops it when the process ends,
-    however it ends, and children do not inherit it. It does not keep a process from
-    opening a run folder twice.
+    It is a POSIX record lock on `RUN/.lock`: the system releases it when the process
+    ends, however it ends, and child processes do not inherit it. The same process can
+    still open a run folder twice.
     """
 
     def __init__(self, run: Path):
         """Takes the lock.
 
         Raises:
-          ValueError: when another process has it; names its process id and host.
+          ValueError: if another process holds it; names its process id and host.
         """
         path = run / ".lock"
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -141,16 +145,16 @@ class RunLock:
         os.pwrite(self._descriptor, owner.encode(), 0)
 
     def release(self) -> None:
-        """Gives the lock back; a second call does nothing."""
+        """Releases the lock; a second call does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:
-    """Run folders with at least one step in or below `root`, the newest first.
+    """Finds the run folders with at least one step in or below `root`, newest first.
 
-    Age is the time of the last commit or deletion in `checkpoints/`. Folders more than
+    The age is that of the last commit or deletion in `checkpoints/`. Folders more than
     `depth` levels below `root` are not searched.
     """
     return sorted(
@@ -172,13 +176,13 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def candidates(path: str | Path) -> list[Path]:
-    """Step folders that a path stands for, in the order in which to try them.
+    """Lists the step folders that a path refers to, in the order in which to try them.
 
     Args:
-      path: a run folder (all its steps, the newest first) or a step folder.
+      path: a run folder (all its steps, newest first) or a step folder.
 
     Raises:
-      ValueError: when the path is neither; says what is there, and which runs are near.
+      ValueError: if it is neither; says what is there, and which runs are nearby.
     """
     path = Path(path)
     if path.name == CHECKPOINTS:
@@ -195,16 +199,16 @@ def candidates(path: str | Path) -> list[Path]:
     if (path / META).is_file() and (path / integrity.MANIFEST).is_file():
         return [path]
     raise ValueError(
-        f"{path} is no checkpoint (a run folder, a step of one, a Hugging Face folder "
-        f"or a .gguf file): {_what_is_there(path)}{_runs_near(path)}"
+        f"{path} is not a checkpoint (a run folder, a step of one, a Hugging Face "
+        f"folder or a .gguf file): {_what_is_there(path)}{_runs_nearby(path)}"
     )
 
 
 def no_such_step(run: Path, step: int, steps: list[int]) -> str:
-    """The message for a step that a run does not have."""
+    """Returns the message for a step that a run does not have."""
     return (
-        f"{run} has no checkpoint of step {step}: it has those of "
-        f"{', '.join(map(str, steps)) or 'no step'}"
+        f"{run} has no checkpoint of step {step}: it has steps "
+        f"{', '.join(map(str, steps)) or '(none)'}"
     )
 
 
@@ -219,18 +223,18 @@ def _what_is_there(path: Path) -> str:
     if not names:
         return "it is empty"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"it holds {', '.join(names[:8])}{more}"
+    return f"it contains {', '.join(names[:8])}{more}"
 
 
-def _runs_near(path: Path) -> str:
-    near = path.absolute()
-    while not near.is_dir():
-        near = near.parent
-    # Shallow: a mistyped path must not lead to a walk over a whole disk.
-    runs = find_runs(near, depth=2) or find_runs(near.parent, depth=2)
+def _runs_nearby(path: Path) -> str:
+    existing = path.absolute()
+    while not existing.is_dir():
+        existing = existing.parent
+    # Shallow: a mistyped path must not start a search of the whole disk.
+    runs = find_runs(existing, depth=2) or find_runs(existing.parent, depth=2)
     names = {os.path.relpath(run): run.name for run in runs}
     if not names:
-        return "; there is no run folder near it"
+        return "; there is no run folder nearby"
     alike = difflib.get_close_matches(path.name, names.values(), n=3, cutoff=0.4)
     best = sorted(names, key=lambda n: names[n] not in alike)[:3]
-    return f"; run folders near it: {', '.join(best)}"
+    return f"; run folders nearby: {', '.join(best)}"

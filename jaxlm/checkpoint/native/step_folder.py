@@ -1,4 +1,4 @@
-"""Reading a step folder: the whole state, or one of its trees."""
+"""Reads a step folder: the whole state, or one of its trees."""
 
 import json
 from collections.abc import Callable
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 class NoUsableCheckpoint(ValueError):
-    """A run has checkpoints, and none of them can be read."""
+    """A run has checkpoints, but none of them can be read."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A state that was read from a checkpoint."""
+    """A training state that was read from a checkpoint."""
 
     step: int
     params: Any
@@ -32,7 +32,7 @@ class Restored:
 def first_readable(
     folders: list[Path], read: Callable[[Path], T], report: Callable[[str], None]
 ) -> T:
-    """What `read` makes of the first folder for which it raises no UnreadableStep."""
+    """Returns `read(folder)` for the first folder that raises no UnreadableStep."""
     broken: list[str] = []
     for folder in folders:
         try:
@@ -44,13 +44,13 @@ def first_readable(
             report(f"{', '.join(broken)}, using step {folder.name}")
         return result
     raise NoUsableCheckpoint(
-        f"no usable checkpoint in {folders[0].parent}: {', '.join(broken)}; bring back "
-        "a copy, or start over with --fresh"
+        f"no usable checkpoint in {folders[0].parent}: {', '.join(broken)}; restore a "
+        "copy, or start over with --fresh"
     )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """`meta.json` of a verified step; ValueError when its format is not known here."""
+    """Reads `meta.json` of a verified step; raises ValueError for another format."""
     file = folder / run_folder.META
     meta = json.loads(file.read_bytes())
     if meta.get("format") != META_FORMAT:
@@ -62,9 +62,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any:
-    """One tree of a step, in the structure and on the shardings of `wanted`."""
+    """Reads one tree of a step, in the structure and on the shardings of `wanted`."""
     flat = arrays.flatten(wanted, item)
-    # Orbax would cast silently.
+    # Orbax would cast silently, so dtypes are compared here.
     lines = arrays.differences(meta["arrays"][item], arrays.describe(flat))
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
@@ -86,7 +86,7 @@ def read_state(
     data_fingerprint: str,
     report: Callable[[str], None],
 ) -> Restored:
-    """The whole state of a step folder; see `CheckpointManager.restore`."""
+    """Reads the whole state of a step folder; see `CheckpointManager.restore`."""
     integrity.verify(folder)
     meta = read_meta(folder)
     stored = from_dict(Config, meta["config"], f"config of {folder}")
@@ -99,7 +99,7 @@ def read_state(
     for item, wanted in (("params", params), ("opt_state", opt_state)):
         state[item] = read_item(folder, meta, item, wanted)
     host = arrays.on_host(state)
-    # After the manifest this can only be a fault of Orbax or of the memory.
+    # The files match the manifest, so only Orbax or the memory can be at fault.
     if host and meta["state_hash"] not in (None, state_hash(host)):
         raise UnreadableStep("the state hash differs from the one in meta.json")
     now = compatible.environment((params, opt_state))

@@ -235,7 +235,7 @@ FAULTS = {
     "many layers": (key("llama.block_count", 1 << 30), "block_count is 1073741824"),
     "fewer layers": (key("llama.block_count", 1), r"has blk\.1\."),
     "more layers": (key("llama.block_count", 3), r"lacks blk\.2\."),
-    "size": (key("llama.feed_forward_length", 81), "has shape .* config asks for"),
+    "size": (key("llama.feed_forward_length", 81), "has shape .* config requires"),
     "partial rotation": (key("llama.rope.dimension_count", 8), "not the whole head"),
     "stretching": (key("llama.rope.scaling.type", "ntk"), "known are none, linear"),
     "epsilon": (

@@ -156,7 +156,7 @@ FAULTS = {
     ),
     "shape": (
         put(K, np.zeros((48, 47), np.float32)),
-        r"k_proj\.weight has shape \[48, 47\], and the config asks for \[48, 48\]",
+        r"k_proj\.weight has shape \[48, 47\], and the config requires \[48, 48\]",
     ),
     "integers": (put(K, np.zeros((48, 48), np.int8)), "is stored as I8"),
     "another head": (
@@ -288,7 +288,7 @@ def test_paths_that_are_no_model(tmp_path):
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(ValueError, match=r"is pickled.*save_pretrained"):
         load(tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="name its folder"):
+    with pytest.raises(ValueError, match="give its folder"):
         load(tmp_path / "m" / "model.safetensors")
     with pytest.raises(ValueError, match="no checkpoint"):
         load(tmp_path)

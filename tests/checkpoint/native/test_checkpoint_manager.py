@@ -232,11 +232,11 @@ def test_load_falls_back_and_says_so(tmp_path):
 
 def test_load_of_a_path_that_is_no_run_helps(tmp_path):
     run_with_steps(tmp_path / "shakespeare", 1)
-    with pytest.raises(ValueError, match=r"does not exist.*near it: .*shakespeare"):
+    with pytest.raises(ValueError, match=r"does not exist.*nearby: .*shakespeare"):
         load(tmp_path / "shakespear")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"no checkpoint.*it holds a\.txt"):
+    with pytest.raises(ValueError, match=r"not a checkpoint.*it contains a\.txt"):
         load(tmp_path / "notes")
     with pytest.raises(ValueError, match=r"no checkpoint of step 5: .*those of 1"):
         load(tmp_path / "shakespeare/checkpoints/5")

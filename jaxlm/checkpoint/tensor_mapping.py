@@ -1,9 +1,9 @@
-"""Tensors of published files and our parameters: one rule maps both ways.
+"""Maps the tensors of published files to our parameters and back.
 
-A published file keeps a tensor for each layer (and often each expert) under a name;
-`Params` keeps the layers stacked. A `Rule` names one tensor of the file, the parameters
-that lie in it, and how its axes become theirs. Read forwards it loads, read backwards
-it exports, so nothing can be mapped in one direction only.
+A published file has one tensor for each layer (and often for each expert); `Params`
+stacks the layers. A `Rule` names a tensor of the file, the parameters that it contains
+and the order of its axes. The same rule is applied forwards to load and backwards to
+export, so no tensor can be mapped in one direction only.
 """
 
 import functools
@@ -27,14 +27,14 @@ from jaxlm.checkpoint.tensor_file import (
     TensorSpecs,
 )
 from jaxlm.config import ModelConfig, nearest
-from jaxlm.model.params import init
+from jaxlm.model.params import sizes, weights
 from jaxlm.types import Params
 
-# Side of the squares in which a transposed tensor is copied: both stay in the cache.
+# Transposed tensors are copied in square tiles of this side, which fit the cache.
 _TILE = 256
-# Values that are checked together: few enough to stay in the cache.
-_PIECE = 1 << 18
-# What XLA:CPU asks of memory that it takes over without copying it.
+# Number of values that are checked at once; they fit the cache.
+_CHUNK = 1 << 18
+# In bytes: XLA:CPU takes over memory with this alignment without copying it.
 _ALIGNMENT = 64
 
 
@@ -42,70 +42,56 @@ _ALIGNMENT = 64
 class Rule:
     """One tensor of a file.
 
-    Patterns are `theirs -> ours`, with the letters of `jaxlm/types.py` for axes, and
-    brackets around axes that are one: `(N H) D -> D N H`. More letters: P learned
-    positions, h the pairs of a head (H / 2), p the two of a pair. Several parts lie
-    one after the other on their first axis; or, where the patterns hold `j`, which has
-    no counterpart in ours, part number j is at index j of that axis.
+    Patterns are `theirs -> ours` in the letters of `jaxlm/types.py`, with brackets
+    around axes that are merged into one: `(N H) D -> D N H`. C is the length of the
+    table of learned positions; h counts the rotary pairs of a head (H / 2), and p the
+    two values of a pair. Several parts are concatenated along their first axis; if the
+    patterns contain `j`, an axis that ours lack, part j is at index j of that axis.
     """
 
     name: str
     """Name in the file, with {layer} and {expert} for numbers."""
     parts: tuple[tuple[str, str], ...]
-    """(path of a parameter, pattern); more than one where tensors are fused."""
+    """(path of a parameter, pattern); several if the file fuses parameters."""
     offset: float = 0.0
-    """Theirs is ours plus this."""
+    """Added to our values in the file."""
 
 
 def rule(name: str, paths: str | Sequence[str], pattern: str, offset=0.0) -> Rule:
-    """A rule whose parts all have one pattern."""
+    """Makes a rule whose parts share one pattern."""
     paths = (paths,) if isinstance(paths, str) else paths
     return Rule(name, tuple((path, pattern) for path in paths), offset)
 
 
-@functools.cache
-def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of each parameter by path."""
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in tree.flatten(shapes).items()}
-
-
 def select(rules: Sequence[Rule], config: ModelConfig) -> list[Rule]:
-    """The rules whose parameters this model has: exactly one for each parameter.
+    """Selects the rules for the parameters of this model: exactly one for each.
 
     Raises:
       ValueError: for a parameter that no rule covers.
     """
-    shapes = parameter_shapes(config)
-    chosen = [r for r in rules if all(path in shapes for path, _ in r.parts)]
+    paths = weights(config)
+    chosen = [r for r in rules if all(path in paths for path, _ in r.parts)]
     covered = [path for r in chosen for path, _ in r.parts]
     assert len(covered) == len(set(covered)), covered
-    if missing := sorted(set(shapes) - set(covered)):
+    if missing := sorted(set(paths) - set(covered)):
         raise ValueError(f"this format has no tensor for {', '.join(missing)}")
     return chosen
 
 
 def _split(side: str) -> list[list[str]]:
-    """`(N H) D` as [[N, H], [D]]."""
+    """Splits `(N H) D` into [[N, H], [D]]."""
     return [list((a or b).split()) for a, b in re.findall(r"\(([^)]*)\)|(\w)", side)]
 
 
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    c = config
-    sizes = {"D": c.model_dim, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
-    sizes |= {"h": c.head_dim // 2, "p": 2, "P": c.context_length}
-    return sizes | {"F": c.hidden_dim, "V": c.vocab_size, "E": c.num_experts}
-
-
-class Translation:
-    """The rules of one model, with the sizes of its axes."""
+class TensorMapping:
+    """The rules for one model, with the sizes of its axes."""
 
     def __init__(self, config: ModelConfig, rules: Sequence[Rule]):
-        """Raises ValueError as `select`."""
+        """Selects the rules; raises ValueError as `select`."""
         self.config = config
         self.rules = select(rules, config)
-        self.shapes = parameter_shapes(config)
-        self._axis_sizes = _sizes(config)
+        self.shapes = {path: w.shape(config) for path, w in weights(config).items()}
+        self._axis_sizes = {**sizes(config), "h": config.head_dim // 2, "p": 2}
         self._rule_of = {
             path: (rule, number)
             for rule in self.rules
@@ -113,13 +99,13 @@ class Translation:
         }
 
     def names(self, rule: Rule) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Each tensor of a rule: its name, and its index on our leading axes."""
+        """Yields the name of each tensor of a rule, and its index in our stacks."""
         ranges = [range(n) for n in self._leading(rule)]
         for index in itertools.product(*ranges):
             yield self._name(rule, index), index
 
     def _leading(self, rule: Rule) -> tuple[int, ...]:
-        """Sizes of our axes that are numbers in their names."""
+        """Sizes of our stacked axes, which are numbers in the names of the file."""
         sizes = {"{layer}": self.config.num_layers}
         sizes["{expert}"] = self.config.num_experts
         return tuple(n for word, n in sizes.items() if word in rule.name)
@@ -137,7 +123,7 @@ class Translation:
         return [math.prod(sizes[a] for a in group) for group in groups]
 
     def _rows(self, rule: Rule) -> list[int]:
-        """Where parts that lie one after the other begin, and the end."""
+        """First row of each concatenated part, and the total number of rows."""
         first = [
             self._lengths(rule, self._axes(rule, i)[0])[0]
             for i in range(len(rule.parts))
@@ -145,7 +131,7 @@ class Translation:
         return [0, *itertools.accumulate(first)]
 
     def their_shape(self, rule: Rule) -> tuple[int, ...]:
-        """Shape of a tensor in the file."""
+        """Returns the shape of a tensor in the file."""
         theirs, _ = self._axes(rule, 0)
         shape = self._lengths(rule, theirs)
         if not any("j" in group for group in theirs):
@@ -153,7 +139,7 @@ class Translation:
         return tuple(shape)
 
     def to_ours(self, path: str, x: np.ndarray) -> np.ndarray:
-        """The part of a file's tensor that is a parameter, a view where possible."""
+        """Converts a tensor of the file to a parameter; a view where possible."""
         rule, number = self._rule_of[path]
         theirs, ours = self._axes(rule, number)
         axes = [a for group in theirs for a in group]
@@ -166,28 +152,28 @@ class Translation:
             axes.remove("j")
         x = x.transpose([axes.index(a) for group in ours for a in group])
         x = x.reshape(self._lengths(rule, ours))
-        # Exact in f32 from 1 on, and below it to the last of 24 bits.
+        # In f32 this is exact from 0.5 on; below, the last of 24 bits is rounded.
         return x - x.dtype.type(rule.offset) if rule.offset else x
 
     def to_theirs(self, rule: Rule, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """A tensor of the file from the parameters that lie in it."""
+        """Builds a tensor of the file from the parameters that it contains."""
         pieces = []
         for number, x in enumerate(parts):
             theirs, ours = self._axes(rule, number)
             axes = [a for group in ours for a in group]
-            wanted = [a for group in theirs for a in group]
+            target = [a for group in theirs for a in group]
             x = x.reshape(self._lengths(rule, [[a] for a in axes]))
-            x = x.transpose([axes.index(a) for a in wanted if a != "j"])
-            if "j" in wanted:
-                x = np.expand_dims(x, wanted.index("j"))
+            x = x.transpose([axes.index(a) for a in target if a != "j"])
+            if "j" in target:
+                x = np.expand_dims(x, target.index("j"))
             else:
                 x = x.reshape(self._lengths(rule, theirs))
             pieces.append(x)
-        if "j" in wanted:
-            x = _joined(pieces, wanted.index("j"))
+        if "j" in target:
+            x = _concatenate(pieces, target.index("j"))
             x = x.reshape(self.their_shape(rule))
         else:
-            x = _joined(pieces, 0)
+            x = _concatenate(pieces, 0)
         if rule.offset:
             x = x + x.dtype.type(rule.offset)
         return np.ascontiguousarray(x)
@@ -198,11 +184,11 @@ class Translation:
         """Checks that a file has the tensors of this model and no others.
 
         Args:
-          ignored: regular expressions for names that may be there and are not used.
-          where: what is read, for messages.
+          ignored: regular expressions for names that may be present but are not used.
+          where: the file or folder, for messages.
 
         Raises:
-          ValueError: for missing and unknown tensors, and for wrong shapes; names them.
+          ValueError: for missing, unknown and wrongly shaped tensors, with their names.
         """
         shapes = [
             (n, self.their_shape(r)) for r in self.rules for n, _ in self.names(r)
@@ -222,12 +208,12 @@ class Translation:
             if tensors[name].shape != shape:
                 raise ValueError(
                     f"{tensors[name].where} has shape {list(tensors[name].shape)}, and "
-                    f"the config asks for {list(shape)}"
+                    f"the config requires {list(shape)}"
                 )
             if tensors[name].dtype not in _EXPONENT:
                 raise ValueError(
                     f"{tensors[name].where} is stored as {tensors[name].stored_as}: "
-                    "this jaxlm reads weights that are floats, so convert it first"
+                    "this jaxlm reads floating-point weights only, so convert it first"
                 )
 
     def read(
@@ -238,42 +224,44 @@ class Translation:
         shardings: Any = None,
         report: Callable[[str], None],
     ) -> Params:
-        """Parameters from the tensors of a file that `check` has passed.
+        """Reads the parameters from the tensors of a file, after `check`.
 
-        Each device gets only its part. On a CPU the memory that is filled becomes the
-        array; elsewhere the host holds one (stacked) parameter at a time.
+        Each device gets only its shard. On a CPU the filled memory becomes the array;
+        elsewhere the host holds one (stacked) parameter at a time.
 
         Args:
-          dtype: of the parameters; None keeps each as it is stored. Layers that are
-            stored in several dtypes take the one that holds them all. float64, which
-            JAX does not use by default, becomes float32.
-          shardings: tree of `jax.sharding.Sharding`s as the parameters; None puts them
-            onto the default device.
+          dtype: dtype of the parameters; None keeps each as it is stored. If layers
+            are stored in several dtypes, the stack takes one that holds them all.
+            float64, which JAX does not use by default, becomes float32.
+          shardings: tree of `jax.sharding.Sharding`s, structured as the parameters;
+            None puts them on the default device.
           report: gets a line for tensors with values that are not finite, and for
             float64.
         """
-        where = {} if shardings is None else tree.flatten(shardings)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        params, bad = {}, set()
+        by_path = {} if shardings is None else tree.flatten(shardings)
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        params, not_finite = {}, set()
         with ThreadPoolExecutor() as pool:
             for path, shape in self.shapes.items():
-                part = _Part(self, path, tensors, dtype, pool, bad)
-                sharding = where.get(path, device)
-                params[path] = jax.make_array_from_callback(shape, sharding, part.fill)
+                reader = _ParameterReader(self, path, tensors, dtype, pool, not_finite)
+                sharding = by_path.get(path, default)
+                params[path] = jax.make_array_from_callback(
+                    shape, sharding, reader.read
+                )
         used = [name for rule in self.rules for name, _ in self.names(rule)]
         if dtype is None and any(tensors[n].dtype == np.float64 for n in used):
             report("float64 weights are read as float32")
-        if bad:
-            report(f"values that are not finite in {_some(sorted(bad))}")
+        if not_finite:
+            report(f"values that are not finite in {_some(sorted(not_finite))}")
         return tree.nest(params)
 
     def write(
         self, params: Params, dtype: Any = None
     ) -> tuple[TensorSpecs, ReadTensor]:
-        """What a writer of files needs: each tensor's shape and dtype, and its values.
+        """Returns what writes a file: shapes and dtypes, and a function for the values.
 
         Args:
-          dtype: of the tensors; None keeps those of the parameters.
+          dtype: dtype of the tensors; None keeps those of the parameters.
         """
         flat = tree.flatten(params)
         specs, source = {}, {}
@@ -300,40 +288,40 @@ class Translation:
         return specs, read
 
 
-class _Part:
-    """Fills the memory of one parameter, or of a device's part of it."""
+class _ParameterReader:
+    """Reads one parameter, or one device's shard of it."""
 
-    def __init__(self, translation, path, tensors, dtype, pool, bad):
-        self._translation, self._path, self._tensors = translation, path, tensors
-        self._pool, self._bad = pool, bad
-        self._rule, _ = translation._rule_of[path]
-        names = [name for name, _ in translation.names(self._rule)]
+    def __init__(self, mapping, path, tensors, dtype, pool, not_finite):
+        self._mapping, self._path, self._tensors = mapping, path, tensors
+        self._pool, self._not_finite = pool, not_finite
+        self._rule, _ = mapping._rule_of[path]
+        names = [name for name, _ in mapping.names(self._rule)]
         stored = _common_dtype([tensors[name].dtype for name in names])
         self._dtype = stored if dtype is None else np.dtype(dtype)
 
-    def fill(self, index: Any) -> np.ndarray:
-        """The values at `index` (a slice for each dimension) of the whole parameter."""
-        shape = self._translation.shapes[self._path]
+    def read(self, index: Any) -> np.ndarray:
+        """Reads the values at `index` (a slice for each dimension) of the parameter."""
+        shape = self._mapping.shapes[self._path]
         slices = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
         out = _aligned([len(s) for s in slices], self._dtype)
-        leading = len(self._translation._leading(self._rule))
+        leading = len(self._mapping._leading(self._rule))
         indices = list(itertools.product(*(enumerate(s) for s in slices[:leading])))
 
-        def fill_one(index_pairs: tuple[tuple[int, int], ...]) -> None:
-            name = self._translation._name(self._rule, tuple(g for _, g in index_pairs))
-            x = self._translation.to_ours(self._path, self._tensors[name].read())
+        def read_one(index_pairs: tuple[tuple[int, int], ...]) -> None:
+            name = self._mapping._name(self._rule, tuple(g for _, g in index_pairs))
+            x = self._mapping.to_ours(self._path, self._tensors[name].read())
             target = out[tuple(i for i, _ in index_pairs)]
             _copy(target, x[tuple(index[leading:])])
             if not _is_finite(target):
-                self._bad.add(name)
+                self._not_finite.add(name)
 
-        # Lists, so that an error of a thread is raised here.
-        list(self._pool.map(fill_one, indices))
+        # Consuming the results raises the errors of the threads here.
+        list(self._pool.map(read_one, indices))
         return out
 
 
-def _joined(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    """Arrays one after the other, in a dtype that holds them all."""
+def _concatenate(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Concatenates arrays, in a dtype that holds them all."""
     if len(pieces) == 1:
         return pieces[0]
     dtype = _common_dtype([x.dtype for x in pieces])
@@ -341,15 +329,15 @@ def _joined(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:
 
 
 def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds all of these, but no wider than float32."""
+    """Returns the narrowest dtype that holds all of these, at most float32."""
     common = np.dtype(functools.reduce(jnp.promote_types, dtypes))
     return np.dtype(np.float32) if common == np.float64 else common
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, fast also where source is transposed."""
+    """Does `target[...] = source`, also fast for a transposed source."""
     if target.dtype == source.dtype and target.dtype == BFLOAT16:
-        # NumPy moves integers faster than a dtype that it does not know.
+        # NumPy copies integers faster than a dtype that is not its own.
         target, source = target.view(np.uint16), source.view(np.uint16)
     axis = int(np.argmin(source.strides)) if source.ndim > 1 else target.ndim - 1
     if axis == target.ndim - 1 or not source.size:
@@ -372,7 +360,7 @@ def _assign(target: np.ndarray, source: np.ndarray) -> None:
         target[...] = source
 
 
-# Bits of the exponent: all set means infinite or not a number.
+# Exponent bits: all set means infinity or NaN.
 _EXPONENT = {
     np.dtype(np.float64): (np.uint64, 0x7FF0 << 48),
     np.dtype(np.float32): (np.uint32, 0x7F80 << 16),
@@ -382,17 +370,17 @@ _EXPONENT = {
 
 
 def _is_finite(x: np.ndarray) -> bool:
-    """Whether no value of a contiguous float array is infinite or not a number."""
+    """Returns whether a contiguous float array has neither infinities nor NaN."""
     unsigned, exponent = _EXPONENT[x.dtype]
     bits, mask = x.reshape(-1).view(unsigned), unsigned(exponent)
-    for start in range(0, len(bits), _PIECE):
-        if (bits[start : start + _PIECE] & mask == mask).any():
+    for start in range(0, len(bits), _CHUNK):
+        if (bits[start : start + _CHUNK] & mask == mask).any():
             return False
     return True
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Uninitialized memory that XLA:CPU can take over."""
+    """Allocates uninitialized memory that XLA:CPU can take over."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -400,6 +388,6 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Joins the first names of a list, with the number of the others."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more

@@ -1,4 +1,7 @@
-"""A run of jaxlm, or one step of it, opened for reading."""
+"""Opens a jaxlm run, or one step of it, for reading only.
+
+`checkpoint_manager.py` saves and restores the run that a process trains.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,20 +21,20 @@ _PARTS = ("params", run_folder.TOKENIZER, run_folder.META)
 
 
 class NativeCheckpoint:
-    """One step. Nothing in its folder is locked or changed."""
+    """One step, opened for reading: nothing in its folder is locked or changed."""
 
     kind: Kind = "jaxlm"
 
     def __init__(self, path: Path, report: Callable[[str], None]):
-        """Chooses the step: of a run folder the newest that is intact.
+        """Chooses the step: for a run folder, the newest that is intact.
 
         Args:
-          path: run folder or step folder.
-          report: gets a line for steps that are damaged.
+          path: a run folder or a step folder.
+          report: gets a line for damaged steps.
 
         Raises:
-          NoUsableCheckpoint: when no step is intact.
-          ValueError: when `path` is neither a run nor a step.
+          NoUsableCheckpoint: if no step is intact.
+          ValueError: if `path` is neither a run nor a step.
         """
         self.path = path
         self.step_folder, self._manifest, self._meta = step_folder.first_readable(
@@ -42,7 +45,7 @@ class NativeCheckpoint:
         )
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
-        """As `Checkpoint.params`; ValueError when the step is no longer there."""
+        """As `Checkpoint.params`; raises ValueError if the step has been deleted."""
         by_path = {} if shardings is None else tree.flatten(shardings)
         wanted = tree.nest(arrays.abstract(self._meta["arrays"]["params"], by_path))
         with self._same_step():
@@ -52,19 +55,19 @@ class NativeCheckpoint:
         return params if dtype is None else tree.cast_floating(params, dtype)
 
     def tokenizer(self) -> Tokenizer:
-        """As `Checkpoint.tokenizer`; ValueError when the step is no longer there."""
+        """As `Checkpoint.tokenizer`; raises ValueError if the step has been deleted."""
         with self._same_step():
             return read_saved_tokenizer(self.step_folder / run_folder.TOKENIZER)
 
     def files(self) -> list[Path]:
-        """The manifest, which has the hashes of all other files."""
+        """Returns the manifest, which contains the hashes of all other files."""
         return [self.step_folder / integrity.MANIFEST]
 
     @contextlib.contextmanager
     def _same_step(self) -> Iterator[None]:
-        """Around reading: raises ValueError when the step has gone in the meantime.
+        """Wraps reading: raises ValueError if the step was deleted or replaced.
 
-        A run in training deletes its older steps, and one that starts over with
+        A run in training deletes its older steps, and a run that starts over with
         --fresh saves another step under the same number.
         """
         try:
@@ -79,12 +82,12 @@ class NativeCheckpoint:
         if not file.is_file() or file.read_bytes() != self._manifest:
             raise ValueError(
                 f"{self.step_folder} has been deleted or replaced since it was opened: "
-                "is a run in training there? Try again, or name a step that it keeps"
+                "is a run training there? Try again, or give a step that it keeps"
             )
 
 
 def _open_step(folder: Path) -> tuple[Path, bytes, dict[str, Any]]:
-    """A step folder whose files are intact, its manifest and its meta.json."""
+    """Verifies a step folder; returns it with its manifest and its meta.json."""
     integrity.verify(folder, _PARTS)
     try:
         manifest = (folder / integrity.MANIFEST).read_bytes()

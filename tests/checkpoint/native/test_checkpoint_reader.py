@@ -11,7 +11,7 @@ from toy_case import make_params, toy
 from jaxlm import tree
 from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
-from jaxlm.checkpoint.native.native_checkpoint import NativeCheckpoint
+from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.commands import sample
 from jaxlm.commands.train import start
 from jaxlm.config import Config, DataConfig
