@@ -114,7 +114,7 @@ def test_a_terminal_shows_nothing_between_the_prompt_and_its_text(
 def test_errors_are_one_line_with_a_remedy(home, repository, tmp_path):
     folder, _, _ = home
     for where, arguments, words in (
-        (folder, ["runs/tinny"], ["no checkpoint", "runs/tiny"]),
+        (folder, ["runs/tinny"], ["not a checkpoint", "runs/tiny"]),
         (tmp_path, [], ["no run with a checkpoint below runs/", "python train.py"]),
         (folder, ["--temprature", "1"], ["did you mean '--temperature'"]),
         (folder, ["--num-samples", "0"], ["--num-samples is 0: it must be at least 1"]),

@@ -1,12 +1,12 @@
-"""The quantized blocks of GGUF files: decoding to float32, and coding to Q8_0.
+"""The quantized blocks of GGUF files: decodes them to float32, and encodes Q8_0.
 
 Source of the layouts: llama.cpp, ggml/src/ggml-common.h and ggml-quants.c. A tensor is
-a row of blocks of 32 or 256 neighbours of its innermost dimension, each with its own
-scale `d`, and with a minimum `m` in the types that have one. Numbers are little-endian;
-`f16` is float16. "Halves": a byte holds two values, and all low halves come first.
+a sequence of blocks of 32 or 256 adjacent values of its innermost dimension. Each block
+has a scale `d`, and in some types a minimum `m`. Numbers are little-endian; `f16` is
+float16. "Halves": a byte holds two 4-bit values, and all low halves come first.
 
 Each decoder takes blocks [n, bytes] uint8 and fills values [n, 32 or 256] float32. Sums
-and products are in the order of llama.cpp's, so the results are equal bit for bit.
+and products are in the order of llama.cpp, so the results are equal bit for bit.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-# Decoded in pieces of so many values, which stay in the cache and bound the memory.
+# Number of values decoded at once; they fit the cache and bound the memory.
 _CHUNK = 1 << 17
 
 Blocks = np.ndarray
@@ -35,7 +35,7 @@ class BlockType(NamedTuple):
 def dequantize(
     data: UInt8[np.ndarray, " size"], kind: str
 ) -> Float32[np.ndarray, " values"]:
-    """Decodes a row of blocks.
+    """Decodes a sequence of blocks.
 
     Args:
       data: whole blocks.
@@ -46,7 +46,7 @@ def dequantize(
     blocks = data.reshape(-1, size)
     out = np.empty((len(blocks), values), np.float32)
     step = _CHUNK // values
-    # A damaged file may have scales that are infinite or no number.
+    # A damaged file may have scales that are infinite or NaN.
     with np.errstate(over="ignore", invalid="ignore"):
         for at in range(0, len(blocks), step):
             decode(blocks[at : at + step], out[at : at + step])
@@ -54,12 +54,12 @@ def dequantize(
 
 
 def _f16(blocks: Blocks, at: int) -> np.ndarray:
-    """The float16 at byte `at` of each block, as float32 [n, 1]."""
+    """Returns the float16 at byte `at` of each block, as float32 [n, 1]."""
     return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
 
 
 def _halves(qs: np.ndarray) -> np.ndarray:
-    """[n, k] bytes to [n, 2, k] values 0 to 15: the low halves, then the high ones."""
+    """Splits bytes [n, k] into values [n, 2, k] from 0 to 15: low halves, then high."""
     out = np.empty((len(qs), 2, qs.shape[1]), np.uint8)
     np.bitwise_and(qs, 15, out=out[:, 0])
     np.right_shift(qs, 4, out=out[:, 1])
@@ -67,7 +67,7 @@ def _halves(qs: np.ndarray) -> np.ndarray:
 
 
 def _fifth_bits(qh: np.ndarray) -> np.ndarray:
-    """[n, 4] bytes to [n, 32] values 0 or 16: bit j of the 32 belongs to value j."""
+    """Expands bytes [n, 4] to [n, 32], 0 or 16: bit j of 32 belongs to value j."""
     return np.unpackbits(qh, axis=1, bitorder="little") << 4
 
 
@@ -105,9 +105,9 @@ def _decode_q8_0(blocks: Blocks, out: Values) -> None:
 
 
 def _two_bits(qs: np.ndarray) -> np.ndarray:
-    """[n, 64] bytes to [n, 16, 16] values 0 to 3, in sub-blocks of 16.
+    """Expands bytes [n, 64] to values [n, 16, 16] from 0 to 3, in sub-blocks of 16.
 
-    32 bytes hold 128 values: the lowest pair of bits of all of them comes first.
+    32 bytes hold 128 values: first come the lowest two bits of all 32 bytes.
     """
     q = qs.reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     q &= 3
@@ -132,7 +132,7 @@ def _decode_q3_k(blocks: Blocks, out: Values) -> None:
 
     q has two bits, minus 4 where the third bit is 0: bit j of byte l belongs to value
     32 * j + l. The 16 scales have 6 bits: the low four are halves of the first eight
-    bytes, and the high two are laid out in the last four as in `_two_bits`.
+    bytes, and the high two are in the last four bytes, laid out as in `_two_bits`.
     """
     third = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]
     third &= 1
@@ -141,18 +141,18 @@ def _decode_q3_k(blocks: Blocks, out: Values) -> None:
     low = _halves(blocks[:, 96:104]).reshape(-1, 16)
     high = blocks[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     scales = low | (high & 3).reshape(-1, 16) << 4
-    # 0 to 63 and 0 to 7: the differences fit into int8.
+    # Scales are at most 63 and q at most 7, so the differences fit into int8.
     factors = _f16(blocks, 108) * (scales.view(np.int8) - 32)
     values = out.reshape(-1, 16, 16)
     np.multiply(q.view(np.int8) - 4, factors[:, :, None], out=values)
 
 
 def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n, 12] bytes to eight scales and eight minima [n, 8], each 0 to 63.
+    """Unpacks bytes [n, 12] into eight scales and eight minima [n, 8], each 0 to 63.
 
-    Bytes 0-3 hold scales 0-3, bytes 4-7 minima 0-3, both in their low six bits. Scales
-    4-7 are the low halves of bytes 8-11 and minima 4-7 the high halves; their top two
-    bits are those of bytes 0-3 and of bytes 4-7.
+    The low six bits of bytes 0-3 are scales 0-3, and those of bytes 4-7 minima 0-3. The
+    low halves of bytes 8-11 are the low four bits of scales 4-7, and the high halves
+    those of minima 4-7; their top two bits are the top bits of bytes 0-3 and 4-7.
     """
     a, b, c = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([a & 63, (c & 15) | (a >> 6 << 4)], axis=1)
@@ -170,7 +170,7 @@ def _decode_q4_k(blocks: Blocks, out: Values) -> None:
 
 
 def _decode_q5_k(blocks: Blocks, out: Values) -> None:
-    """As Q4_K, with 32 bytes of fifth bits before q.
+    """As Q4_K, but with 32 bytes of fifth bits before q.
 
     Bit s of byte l belongs to value 32 * s + l.
     """
@@ -216,13 +216,13 @@ BLOCK_TYPES = {
 
 
 def quantize_q8_0(values: Float[np.ndarray, " n"]) -> UInt8[np.ndarray, "blocks 34"]:
-    """Codes values as Q8_0: of each 32 the largest becomes 127 or -127.
+    """Encodes values as Q8_0: the largest of each 32 becomes 127 or -127.
 
     Args:
-      values: a multiple of 32 of them, float32 or less.
+      values: float32 or narrower; their number is a multiple of 32.
 
     Raises:
-      ValueError: for values that are no number, infinite, or above 8.3 million.
+      ValueError: for NaN, infinity and values above 8.3 million.
     """
     assert values.size % 32 == 0
     x = values.reshape(-1, 32).astype(np.float32)
@@ -233,9 +233,9 @@ def quantize_q8_0(values: Float[np.ndarray, " n"]) -> UInt8[np.ndarray, "blocks 
         inverse = np.float32(1) / d
     inverse[np.isinf(inverse)] = 0
     if not np.isfinite(stored).all():
-        raise ValueError("Q8_0 takes finite values up to 8.3 million only")
+        raise ValueError("Q8_0 only takes finite values up to 8.3 million")
     x *= inverse
-    # llama.cpp rounds halves away from zero, NumPy to even.
+    # llama.cpp rounds halves away from zero, NumPy rounds them to even.
     rounded = np.trunc(x + np.copysign(np.float32(0.5), x))
     out[:, :2] = stored.view(np.uint8)
     out[:, 2:] = rounded.astype(np.int8).view(np.uint8)

@@ -1,7 +1,7 @@
-"""Keys of GGUF files to `ModelConfig` and back, for each architecture.
+"""Converts the keys of GGUF files to a `ModelConfig` and back, by architecture.
 
-Sources: the GGUF specification, and what llama.cpp computes for each architecture
-where a file leaves it open (patterns of layers, scales).
+Sources: the GGUF specification, and llama.cpp for what the files leave open (layer
+patterns, scales).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ ROPE_SHORT, ROPE_LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 ROPE_TENSORS = (ROPE_FREQS, ROPE_SHORT, ROPE_LONG)
 # Sections of the metadata that do not describe the model.
 _OTHER = ("general.", "tokenizer.", "quantize.", "imatrix.", "mradermacher.")
-# Stretchings of Llama 3, whose parameters the files give only as divisors.
+# RoPE scalings of Llama 3, which the files store only as divisors.
 _LLAMA3 = tuple(
     RopeScaling(
         kind="llama3",
@@ -65,14 +65,14 @@ def _read_scaling(
     keys: Keys, shared: Mapping[str, Any], divisors: Mapping[str, np.ndarray]
 ) -> RopeScaling | None:
     kinds = {k: k for k in ("none", "linear", "yarn", "longrope")}
-    # A factor alone is a linear stretching, and so it is under its older name.
+    # A factor alone, also under its older name, means linear scaling.
     kind = keys.choice("rope.scaling.type", kinds, "linear")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     original = keys.count("rope.scaling.original_context_length", None)
     attention_factor = keys.number("rope.scaling.attn_factor", None)
     keys.drop("rope.scaling.finetuned")
-    stretched = kind == "yarn" or (kind == "linear" and factor != 1.0)
-    if divisors and stretched:
+    scaled = kind == "yarn" or (kind == "linear" and factor != 1.0)
+    if divisors and scaled:
         raise ValueError(
             f"{keys.where}: {', '.join(divisors)} beside rope.scaling.type {kind}"
         )
@@ -114,14 +114,14 @@ def _read_scaling(
 
 
 def _shortest(x: Any) -> Any:
-    """Floats with the fewest digits that give the same f32: of a number or an array."""
+    """Rounds floats to the fewest digits that give the same f32."""
     if isinstance(x, float):
         return float(str(np.float32(x)))
     return tuple(float(str(v)) for v in np.asarray(x, np.float32))
 
 
 def _unless_default(given: float | None, factor: float, length: int) -> float | None:
-    """LongRoPE's factor of cos and sin; None where it is what the formula gives."""
+    """Returns LongRoPE's factor for cos and sin; None if the formula gives it."""
     formula = longrope_attention_factor(factor, length)
     if given is None or math.isclose(given, formula, rel_tol=1e-5):
         return None
@@ -131,7 +131,7 @@ def _unless_default(given: float | None, factor: float, length: int) -> float | 
 def _from_divisors(
     shared: Mapping[str, Any], divisors: tuple[float, ...]
 ) -> RopeScaling:
-    """Llama 3's stretching where it explains the divisors, else one divisor a pair."""
+    """Recognizes Llama 3's scaling, or keeps one divisor for each rotary pair."""
     for scaling in _LLAMA3:
         expected = _llama3_divisors(shared["head_dim"], shared["rope_theta"], scaling)
         if len(expected) == len(divisors) and np.allclose(divisors, expected, 1e-5):
@@ -147,14 +147,14 @@ def _from_divisors(
 
 def _llama3_divisors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     base = frequencies(head_dim, theta)
-    stretched = llama3_frequencies(
+    scaled = llama3_frequencies(
         base,
         factor=scaling.factor,
         low=scaling.low_frequency_factor,
         high=scaling.high_frequency_factor,
         original=scaling.original_context_length,
     )
-    return base / stretched
+    return base / scaled
 
 
 def _read_experts(keys: Keys) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _read_experts(keys: Keys) -> dict[str, Any]:
 
 def _read_llama(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
     if shared["rope_fraction"] != 1.0:
-        # The pairs of its files would be others.
+        # The files would pair other values than ours.
         raise ValueError(
             f"{keys.where}: rope.dimension_count is not the whole head, "
             f"{shared['head_dim']}"
@@ -174,7 +174,7 @@ def _read_llama(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_heads(keys: Keys, shared: dict[str, Any]) -> None:
-    """Raises ValueError for heads of a size that llama.cpp does not load here."""
+    """Raises ValueError for a head size that llama.cpp rejects in this architecture."""
     if shared["num_heads"] * shared["head_dim"] != shared["model_dim"]:
         raise ValueError(
             f"{keys.where}: {shared['num_heads']} heads of {shared['head_dim']} are "
@@ -207,7 +207,7 @@ def _read_gemma(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _large_scale(shared: Mapping[str, Any], layers_of_27b: int) -> float:
-    """The 27B models scale by their mean head size, the others by the head size."""
+    """Scales the 27B models by width / heads, and the others by the head size."""
     if shared["num_layers"] == layers_of_27b:
         return (shared["model_dim"] / shared["num_heads"]) ** -0.5
     return shared["head_dim"] ** -0.5
@@ -238,7 +238,12 @@ def _read_gemma3(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _local(keys: Keys, shared, pattern: tuple[str, ...], default: int | None):
+def _local(
+    keys: Keys,
+    shared: Mapping[str, Any],
+    pattern: tuple[str, ...],
+    default: int | None,
+) -> dict[str, Any]:
     window = keys.count("attention.sliding_window", default)
     if window is None or window >= shared["context_length"]:
         return {}
@@ -269,12 +274,12 @@ def read_config(
     divisors: Mapping[str, np.ndarray],
     where: str,
 ) -> ModelConfig:
-    """The model that the metadata describe.
+    """Returns the config of the model that the metadata describe.
 
     Args:
       vocab_size: rows of the embedding table.
-      tied: whether the file has no output matrix.
-      divisors: of the rotary frequencies, [H / 2] by the names of their tensors.
+      tied: True if the file has no output matrix.
+      divisors: divisors of the rotary frequencies, [H / 2], by tensor name.
       where: the file, for messages.
 
     Raises:
@@ -288,14 +293,14 @@ def read_config(
     own = {
         k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)
     }
-    # 1e-5 is there as the nearest f32: take the number that was meant.
+    # 1e-5 is stored as the nearest f32: take the number that was meant.
     floats = {k: _shortest(v) for k, v in own.items() if isinstance(v, float)}
     keys = Keys({**own, **floats}, f"{where}: {arch}")
     shared = _read_shared(keys, vocab_size, tied)
     fields = _READERS[arch](keys, shared)
     fields["rope_scaling"] = scaling = _read_scaling(keys, shared, divisors)
     if arch != "phi3" and scaling is not None and ROPE_LONG in divisors:
-        raise ValueError(f"{where}: {arch} with {ROPE_LONG} is not known here")
+        raise ValueError(f"{where}: this jaxlm does not know {arch} with {ROPE_LONG}")
     keys.done()
     others = [k for k in metadata if not k.startswith((prefix, "split.", *_OTHER))]
     if others:
@@ -304,7 +309,7 @@ def read_config(
 
 
 def _write_keys(arch: str, c: ModelConfig) -> dict[str, Any]:
-    """The keys of an architecture, without its name in front."""
+    """Returns the keys of an architecture, without its prefix."""
     values: dict[str, Any] = {
         "context_length": c.context_length,
         "embedding_length": c.model_dim,
@@ -350,7 +355,7 @@ def _write_keys(arch: str, c: ModelConfig) -> dict[str, Any]:
 
 
 def rope_tensors(c: ModelConfig) -> dict[str, np.ndarray]:
-    """Divisors of the rotary frequencies by tensor name, each [H / 2] f64."""
+    """Returns divisors of the rotary frequencies by tensor name, each [H / 2] f64."""
     s = c.rope_scaling
     if s is None:
         return {}
@@ -363,10 +368,10 @@ def rope_tensors(c: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The architecture of llama.cpp that is this model, and its metadata.
+    """Returns the architecture of llama.cpp that computes this model, and its metadata.
 
     Raises:
-      ValueError: when there is none; says in what the nearest differs.
+      ValueError: if there is none; names the differences from the nearest.
     """
 
     def attempt(arch: str) -> tuple[dict[str, Any], ModelConfig]:
@@ -382,7 +387,7 @@ def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         )
         s, t = config.rope_scaling, back.rope_scaling
         if s is not None and t is not None and s.kind in ("llama3", "longrope"):
-            # The divisors are those just written, to the last bit of an f32.
+            # The divisors are those just written, exact to f32.
             back = dataclasses.replace(back, rope_scaling=s)
         return metadata, back
 

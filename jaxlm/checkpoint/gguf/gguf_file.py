@@ -1,9 +1,9 @@
-"""The GGUF format of llama.cpp: reading within bounds, writing one tensor at a time.
+"""The GGUF format of llama.cpp: bounded reading, and writing one tensor at a time.
 
 Source: docs/gguf.md of github.com/ggml-org/ggml. A file is a magic number, a version,
 the numbers of tensors and of keys, the keys with typed values, the names, dimensions,
-types and offsets of the tensors, padding, and the data. Numbers are little-endian,
-dimensions innermost first.
+types and offsets of the tensors, padding, and the data. Numbers are little-endian, and
+the innermost dimension comes first.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ MAX_KEYS = 100_000
 MAX_DIMS = 4
 MAX_STRING_BYTES = 64 << 20
 MAX_ALIGNMENT = 1 << 20
-# Keys, values and the list of tensors: the largest vocabularies take 20 MB.
+# For keys, values and the list of tensors; the largest vocabularies take 20 MB.
 MAX_HEADER_BYTES = 256 << 20
-_MAX_NAME_BYTES = 65535  # that of keys in the specification
+_MAX_NAME_BYTES = 65535  # the specification's limit for keys
 _ALIGNMENT = "general.alignment"
 _MAGIC = b"GGUF"
 _VERSION = 3
@@ -46,7 +46,7 @@ _VERSION = 3
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
-# Types of metadata values, by their numbers in a file.
+# Types of metadata values by type number.
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SCALARS = {
     0: np.dtype("<u1"),
@@ -72,7 +72,7 @@ class _TensorType(NamedTuple):
     """Size of a block."""
 
 
-# Also those that are not read, so that their extents can be checked.
+# Includes types that cannot be read, so that the size of their data can be checked.
 _TENSOR_TYPES = {
     0: _TensorType("F32", 1, 4),
     1: _TensorType("F16", 1, 2),
@@ -121,14 +121,14 @@ _PLAIN = {
     "I64": np.dtype(np.int64),
 }
 _UNREADABLE = np.dtype(np.void)
-# Types that are written, and the dtypes that each is made of.
-_WRITTEN = {
+# Types that can be written, and the dtypes that each is written from.
+_WRITABLE = {
     "F32": (FLOAT32,),
     "F16": (np.dtype(np.float16),),
     "BF16": (BFLOAT16,),
     "Q8_0": (FLOAT32, BFLOAT16, np.dtype(np.float16)),
 }
-_MAX_WRITTEN_NAME = 63  # llama.cpp's GGML_MAX_NAME, less the zero at the end
+_MAX_WRITTEN_NAME = 63  # llama.cpp's GGML_MAX_NAME minus the final zero byte
 _QUANTIZED_AT_ONCE = 1 << 20  # values
 
 Value = str | bool | int | float | np.ndarray | list[str]
@@ -138,27 +138,27 @@ GGUFSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """What a GGUF file holds."""
+    """The contents of a GGUF file."""
 
     metadata: dict[str, Value]
-    """Numbers and texts as Python's own, arrays of numbers as NumPy arrays [n] of the
-    file's dtype (read-only), arrays of texts as lists."""
+    """Numbers and strings as Python's own, arrays of numbers as NumPy arrays [n] of the
+    file's dtype (read-only), arrays of strings as lists."""
     tensors: dict[str, StoredTensor]
-    """In the order of the file's list."""
+    """In file order."""
 
 
 def read_gguf(path: Path | str) -> GGUFFile:
-    """Reads the header of a GGUF file (version 2 or 3) and maps the rest.
+    """Reads the header of a GGUF file (version 2 or 3) and maps the data.
 
     Args:
       path: a file of at most 100,000 keys and 100,000 tensors.
 
     Returns:
-      Metadata and tensors. Tensors of quantized types for which jaxlm has no decoder
-      are listed, but cannot be read.
+      Metadata and tensors. Tensors of quantized types that jaxlm has no decoder for are
+      listed, but cannot be read.
 
     Raises:
-      ValueError: when it is missing or breaks the format in any way.
+      ValueError: if it is missing or violates the format in any way.
     """
     path = Path(path).expanduser()
     header = _Header(path, map_file(path))
@@ -183,7 +183,7 @@ def read_gguf(path: Path | str) -> GGUFFile:
 
 
 class _Entry(NamedTuple):
-    """A tensor of the list; the offset counts from the start of the data."""
+    """A tensor in the list; the offset counts from the start of the data."""
 
     offset: int
     bytes: int
@@ -193,7 +193,7 @@ class _Entry(NamedTuple):
 
 
 class _Header:
-    """Reads the parts of a header in turn; `at` is the offset of the next one."""
+    """Reads a header from front to back; `at` is the offset of the next value."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path = path
@@ -202,7 +202,7 @@ class _Header:
         self._end = min(len(data), MAX_HEADER_BYTES)
 
     def read_start(self) -> tuple[int, int]:
-        """The numbers of tensors and of keys."""
+        """Reads up to the numbers of tensors and of keys, and returns these."""
         if self.data[:4] != _MAGIC:
             raise ValueError(f"{self.path}: not a GGUF file")
         self.at = 4
@@ -216,7 +216,7 @@ class _Header:
             raise ValueError(f"{self.path}: GGUF version {version}, not 2 or 3")
         num_tensors = self._number(_U64, "the number of tensors")
         num_keys = self._number(_U64, "the number of keys")
-        # A key has at least a length, a type and a byte, a tensor 24 bytes.
+        # A key takes at least 13 bytes (length, type and one byte), a tensor 24.
         self._check_count("tensors", num_tensors, MAX_TENSORS, 24)
         self._check_count("keys", num_keys, MAX_KEYS, 13)
         return num_tensors, num_keys
@@ -227,14 +227,16 @@ class _Header:
         self._need(count * size, f"the {count} {what}")
 
     def _need(self, size: int, what: str) -> int:
-        """The offset after `size` more bytes, which must be there."""
+        """Checks that `size` more bytes exist, and returns the offset after them."""
         after = self.at + size
         if after > self._end:
             end = len(self.data)
-            reason = "the file is cut off" if after > end else "the header is too large"
+            reason = (
+                "the file is truncated" if after > end else "the header is too large"
+            )
             raise ValueError(
-                f"{self.path}: {what}: {size} bytes from byte {self.at} on go beyond "
-                f"byte {self._end}: {reason}"
+                f"{self.path}: {what}: {size} bytes at offset {self.at} go beyond "
+                f"offset {self._end}: {reason}"
             )
         return after
 
@@ -245,7 +247,7 @@ class _Header:
         return value
 
     def text(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
-        """A length and as many bytes of UTF-8."""
+        """Reads a string: a length and that many bytes of UTF-8."""
         length = self._number(_U64, what)
         if length > limit:
             raise ValueError(f"{self.path}: {what}: {length} bytes, more than {limit}")
@@ -264,7 +266,7 @@ class _Header:
         return name
 
     def value(self, what: str) -> Value:
-        """A type and a value of it."""
+        """Reads a type and a value of it."""
         kind = self._number(_U32, what)
         if kind == _STRING:
             return self.text(what)
@@ -278,25 +280,25 @@ class _Header:
         if kind == _STRING:
             return self._texts(count, what)
         if kind == _ARRAY:
-            raise ValueError(f"{self.path}: {what}: an array of arrays is not read")
+            raise ValueError(f"{self.path}: {what}: arrays of arrays are not supported")
         return self._numbers(kind, count, what)
 
     def _numbers(self, kind: int, count: int, what: str) -> np.ndarray:
         if kind not in _SCALARS:
-            raise ValueError(f"{self.path}: {what}: no value has type {kind}")
+            raise ValueError(f"{self.path}: {what}: unknown type {kind}")
         dtype = _SCALARS[kind]
         after = self._need(count * dtype.itemsize, what)
         if kind == _BOOL:
             stored = view(self.data, self.at, (count,), np.dtype(np.uint8))
             if (stored > 1).any():
-                raise ValueError(f"{self.path}: {what}: a bool other than 0 and 1")
+                raise ValueError(f"{self.path}: {what}: a bool that is not 0 or 1")
         values = view(self.data, self.at, (count,), dtype)
         values.flags.writeable = False
         self.at = after
         return values
 
     def _texts(self, count: int, what: str) -> list[str]:
-        """As `text`, `count` times, and without a call for each: there are 100,000."""
+        """Reads `count` strings as `text` does, but inline: there may be 100,000."""
         self._need(count * _U64.size, what)
         unpack, data, end, at = _U64.unpack_from, self.data, self._end, self.at
         texts = []
@@ -309,18 +311,18 @@ class _Header:
                 texts.append(data[start:at].decode())
         except struct.error:
             raise ValueError(
-                f"{self.path}: {what}: text {len(texts)} of {count} reaches beyond the "
+                f"{self.path}: {what}: string {len(texts)} of {count} goes beyond the "
                 f"header, or has more than {MAX_STRING_BYTES} bytes"
             ) from None
         except UnicodeDecodeError as e:
             raise ValueError(
-                f"{self.path}: {what}: text {len(texts)}: not UTF-8: {e.reason}"
+                f"{self.path}: {what}: string {len(texts)}: not UTF-8: {e.reason}"
             ) from None
         self.at = at
         return texts
 
     def entry(self, name: str, alignment: int) -> _Entry:
-        """The dimensions, type and offset of a tensor."""
+        """Reads the dimensions, type and offset of a tensor."""
         where = f"{self.path}: tensor {shown(name)}"
         num_dims = self._number(_U32, f"tensor {shown(name)}")
         if num_dims > MAX_DIMS:
@@ -337,12 +339,12 @@ class _Header:
         count = number_of_values(shape, where)
         if (shape[-1] if shape else 1) % kind.values:
             raise ValueError(
-                f"{where}: {kind.name} comes in blocks of {kind.values} values, which "
-                f"do not fit shape {list(shape)}"
+                f"{where}: {kind.name} has blocks of {kind.values} values, which do "
+                f"not fit shape {list(shape)}"
             )
         if offset % alignment:
             raise ValueError(
-                f"{where}: its offset {offset} is no multiple of {alignment}"
+                f"{where}: its offset {offset} is not a multiple of {alignment}"
             )
         return _Entry(offset, count // kind.values * kind.bytes, shape, kind, where)
 
@@ -361,13 +363,13 @@ def _check_alignment(path: Path, alignment: Any) -> int:
 
 
 def _check_extents(entries: list[_Entry], size: int) -> None:
-    """No tensor reaches beyond the data, and no two overlap."""
+    """Checks that no tensor goes beyond the data, and that no two overlap."""
     at, before = 0, ""
     for entry in sorted(entries, key=lambda e: e.offset):
         if entry.offset + entry.bytes > size:
             raise ValueError(
                 f"{entry.where}: it ends at byte {entry.offset + entry.bytes} of the "
-                f"data, which has {max(size, 0)}: the file is cut off"
+                f"data, which has {max(size, 0)}: the file is truncated"
             )
         if entry.offset < at:
             raise ValueError(f"{entry.where}: it overlaps {before}")
@@ -409,19 +411,20 @@ def write_gguf(
     """Writes a GGUF file, version 3, byte for byte as the `gguf` package does.
 
     Args:
-      path: replaced only when the new file is whole.
-      metadata: in the order of the file. A str, bool, int (uint32), float (float32),
-        or a list of one of them (int: int32). NumPy scalars and arrays [n] are written
+      path: replaced only when the new file is complete.
+      metadata: in file order. Values are str, bool, int (uint32), float (float32), or
+        a list of one of these (int: int32). NumPy scalars and arrays [n] are written
         in their own dtype.
       specs: the shape (outermost first, at most 4 dimensions) and type of each tensor
-        in the order of the file: F32, F16, BF16 or Q8_0.
-      read: gives the values of one tensor; called once for each, and no more than one
-        is held at a time. The dtype is that of the type; for Q8_0 any of the three.
+        in file order: F32, F16, BF16 or Q8_0.
+      read: returns the values of one tensor; called once for each. Only one tensor is
+        held in memory at a time. The dtype is that of the type; for Q8_0 any of the
+        three.
 
     Raises:
       ValueError: for metadata, names or types that the format or llama.cpp does not
-        take, and when `read` gives another shape or dtype than the specs.
-      OSError: when the file cannot be written.
+        accept, and if `read` returns another shape or dtype than in the specs.
+      OSError: if the file cannot be written.
     """
     path = Path(path).expanduser()
     alignment = metadata.get(_ALIGNMENT, 32)
@@ -445,12 +448,12 @@ def write_gguf(
         for name, (shape, kind) in specs.items():
             where = f"{path}: tensor {shown(name)}"
             values = read(name)
-            check_given(values, where, shape, _WRITTEN[kind])
+            check_given(values, where, shape, _WRITABLE[kind])
             if kind == "Q8_0":
                 _write_q8_0(file, values, where)
             else:
                 write_values(file, values)
-            del values  # before the next ones come
+            del values  # before the next ones are read
             file.write(bytes(-file.tell() % alignment))
 
 
@@ -460,7 +463,7 @@ def _packed_text(text: str) -> bytes:
 
 
 def _packed_value(where: str, value: Any) -> bytes:
-    """The type and the bytes of a metadata value."""
+    """Packs the type and the bytes of a metadata value."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, str):
@@ -470,7 +473,7 @@ def _packed_value(where: str, value: Any) -> bytes:
         return _U32.pack(kind) + data
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
         if not all(isinstance(v, str) for v in value):
-            raise ValueError(f"{where}: a list of texts and of other things")
+            raise ValueError(f"{where}: a list of strings and of other values")
         start = _U32.pack(_ARRAY) + _U32.pack(_STRING) + _U64.pack(len(value))
         return start + b"".join(map(_packed_text, value))
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -482,9 +485,9 @@ def _packed_value(where: str, value: Any) -> bytes:
 
 
 def _packed_numbers(where: str, value: Any, integer: type) -> tuple[int, bytes]:
-    """The type and the bytes of a number, a list or an array of numbers.
+    """Packs a number or an array of numbers: its type number, and its bytes.
 
-    `integer` is the type of Python's own integers.
+    Python integers are written as `integer`.
     """
     if isinstance(value, (np.generic, np.ndarray)):
         array = np.asarray(value)
@@ -512,22 +515,24 @@ def _as_array(where: str, value: Any, integer: type) -> np.ndarray:
         return np.array(many, dtype)
     except (OverflowError, FloatingPointError):
         raise ValueError(
-            f"{where}: too large for {np.dtype(dtype)}: pass NumPy's type of its own"
+            f"{where}: too large for {np.dtype(dtype)}: pass a wider NumPy type"
         ) from None
 
 
 def _written_bytes(where: str, name: str, shape: tuple[int, ...], kind: str) -> int:
-    """The size of a tensor to be written, after all checks of its entry."""
-    if kind not in _WRITTEN:
-        raise ValueError(f"{where}: {kind} is not written ({', '.join(_WRITTEN)} are)")
+    """Checks a tensor to be written, and returns its size in bytes."""
+    if kind not in _WRITABLE:
+        raise ValueError(
+            f"{where}: {kind} cannot be written ({', '.join(_WRITABLE)} can)"
+        )
     if len(name.encode()) > _MAX_WRITTEN_NAME:
-        raise ValueError(f"{where}: its name has more than {_MAX_WRITTEN_NAME} bytes")
+        raise ValueError(f"{where}: the name has more than {_MAX_WRITTEN_NAME} bytes")
     if not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1:
         raise ValueError(f"{where}: GGUF has no shape {list(shape)}")
     block = _TENSOR_TYPES[_TYPE_NUMBERS[kind]]
     if shape[-1] % block.values:
         raise ValueError(
-            f"{where}: {kind} needs an innermost dimension that is a multiple of "
+            f"{where}: {kind} requires an innermost dimension that is a multiple of "
             f"{block.values}, not {shape[-1]}"
         )
     return number_of_values(shape, where) // block.values * block.bytes

@@ -1,4 +1,4 @@
-"""Models in GGUF files, as llama.cpp runs them."""
+"""Reads and writes models in the GGUF files of llama.cpp."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -23,7 +23,7 @@ from jaxlm.tokenizers.gguf import gguf_metadata, tokenizer_from_gguf
 from jaxlm.types import Params
 
 _B = "blk.{layer}."
-# Types of tensors that can be written, and the dtype of the values for each.
+# Tensor types that can be written, and the dtype of the values for each.
 TYPES = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
@@ -69,8 +69,8 @@ _HALVES = (
     rule(_B + "attn_q.bias", "layers/attn/q_bias", "(N H) -> N H"),
     rule(_B + "attn_k.bias", "layers/attn/k_bias", "(K H) -> K H"),
 )
-# llama.cpp rotates neighbours in this architecture, so its files have the rows of each
-# head in another order: h pairs of p = 2, where ours are p halves of h.
+# llama.cpp rotates adjacent values in this architecture, so its files order the rows of
+# each head as h pairs of p = 2 rows, where ours are p halves of h rows.
 _PAIRS = (
     rule(_B + "attn_q.weight", "layers/attn/q", "(N h p) D -> D N (p h)"),
     rule(_B + "attn_k.weight", "layers/attn/k", "(K h p) D -> D K (p h)"),
@@ -95,7 +95,7 @@ _FUSED = (
     rule(_B + "ffn_up.weight", ("layers/mlp/gate", "layers/mlp/up"), "(j F) D -> D F"),
 )
 _PLAIN = (*_common(), *_HALVES, *_VALUE, *_GATE_UP)
-# The files hold Gemma's scales with the 1 already added.
+# The files store Gemma's norm scales with 1 already added.
 _GEMMA = (*_common(offset=1.0), *_HALVES, *_VALUE, *_GATE_UP)
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
@@ -122,7 +122,7 @@ class GGUFCheckpoint:
           report: gets a line for values that are not finite.
 
         Raises:
-          ValueError: when the file is broken, or describes a model that jaxlm does not
+          ValueError: if the file is broken, or describes a model that jaxlm does not
             compute exactly.
         """
         self.path, self._report = path, report
@@ -157,7 +157,9 @@ class GGUFCheckpoint:
         return TensorMapping(self.config, RULES[self._arch])
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
-        """Parameters; arguments as `TensorMapping.read`. Quantized tensors give f32.
+        """Reads the parameters; arguments as `TensorMapping.read`.
+
+        Quantized tensors are decoded to f32.
 
         Raises:
           ValueError: for missing, unknown and wrongly shaped tensors, and for types
@@ -169,14 +171,14 @@ class GGUFCheckpoint:
         )
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the file; ValueError when there is none that is known."""
+        """Reads the tokenizer; raises ValueError if there is none of a known kind."""
         try:
             return tokenizer_from_gguf(self._metadata)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
     def files(self) -> list[Path]:
-        """The file itself."""
+        """Returns the file itself."""
         return [self.path]
 
 
@@ -187,17 +189,17 @@ def write_model(
     tokenizer: Tokenizer | None,
     dtype: str = "f16",
 ) -> None:
-    """Writes a model so that llama.cpp runs it.
+    """Writes a model for llama.cpp to run.
 
     Args:
       path: the .gguf file.
       tokenizer: None leaves it out.
-      dtype: f32, f16, bf16 or q8_0, of the matrices; vectors are f32, as llama.cpp
-        wants them.
+      dtype: type of the matrices: f32, f16, bf16 or q8_0. Vectors are f32, as
+        llama.cpp requires.
 
     Raises:
-      ValueError: when llama.cpp has no architecture for this model, or cannot run the
-        tokenizer, and for rows that Q8_0 cannot cut into blocks of 32.
+      ValueError: if llama.cpp has no architecture for this model, or cannot run the
+        tokenizer, and for rows that Q8_0 cannot split into blocks of 32.
     """
     arch, metadata = write_config(config)
     if tokenizer is not None:

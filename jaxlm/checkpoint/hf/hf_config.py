@@ -1,9 +1,9 @@
-"""`config.json` of Hugging Face models to `ModelConfig`.
+"""Converts the `config.json` of Hugging Face models to a `ModelConfig`.
 
-Reading is strict: each key is mapped, or stands in a list of keys that do not change
-what the model computes, or is an error. A silently ignored `rope_scaling` would be a
-bug that nobody sees. Defaults of absent keys are those of transformers' classes. What
-families have in common is in `hf_fields.py`.
+Reading is strict: each key is mapped, or is listed as one that does not change what the
+model computes, or is an error. A silently ignored `rope_scaling` would be a bug that
+nobody sees. Absent keys have the defaults of transformers' classes. `hf_fields.py`
+reads what families have in common.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jaxlm.checkpoint.hf import hf_fields
 from jaxlm.checkpoint.keys import MAX_LAYERS, Keys
 from jaxlm.config import ModelConfig
 
-# Keys that say nothing about the values of the logits: names, training, saving,
-# generation, and code that is never run.
+# Keys that do not affect the logits: names, training, saving, generation, and code that
+# is never executed.
 _NO_EFFECT = """
 _attn_implementation _attn_implementation_autoset _name_or_path architectures
 attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id
@@ -36,7 +36,7 @@ tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
 transformers.js_config transformers_version typical_p unk_token_id use_bfloat16
 use_cache
 """
-# Keys that may be there with a value that means "not used".
+# Keys that must have one of these values, which mean "not used".
 _UNUSED: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "embedding_size": (None,),
@@ -57,7 +57,7 @@ _UNUSED: Mapping[str, tuple[Any, ...]] = {
 
 
 def _read_llama(keys: Keys) -> ModelConfig:
-    """Llama 1 to 3, SmolLM2, and what else calls itself Llama."""
+    """Reads Llama 1 to 3, SmolLM2 and other models of type llama."""
     shared = hf_fields.shared(keys, max_position_embeddings=2048)
     rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
     bias = keys.flag("mlp_bias", False)
@@ -99,7 +99,7 @@ def _read_mixtral(keys: Keys) -> ModelConfig:
 
 def _qwen_window(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     layers = shared["num_layers"]
-    # `use_sliding_window` false wins over a `sliding_window`.
+    # `use_sliding_window` false disables `sliding_window`.
     used = keys.flag("use_sliding_window", False)
     window = hf_fields.window(keys, shared["context_length"], 4096)
     first = keys.index("max_window_layers", 28)
@@ -111,7 +111,7 @@ def _qwen_window(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_qwen2(keys: Keys) -> ModelConfig:
-    """Qwen2 and Qwen2.5."""
+    """Reads Qwen2 and Qwen2.5."""
     shared = hf_fields.shared(keys, max_position_embeddings=32_768)
     rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
     return ModelConfig(
@@ -138,13 +138,13 @@ def _read_qwen3(keys: Keys) -> ModelConfig:
 
 def _read_qwen3_moe(keys: Keys) -> ModelConfig:
     keys.must("decoder_sparse_step", 1)
-    # transformers 5 writes the other name.
+    # transformers 5 writes `num_local_experts`.
     experts = keys.count("num_experts", keys.count("num_local_experts", 128))
     used = keys.count("num_experts_per_tok", 8)
     normalize = keys.flag("norm_topk_prob", False)
     hidden = keys.count("moe_intermediate_size", 768)
-    keys.put("intermediate_size", hidden)  # what stood there is for dense layers
-    # Without a head_dim transformers takes the quotient, unlike for Qwen3.
+    keys.put("intermediate_size", hidden)  # the file's value is for dense layers
+    # Without a head_dim, transformers divides the width by the heads, unlike for Qwen3.
     fields = _qwen3(keys, head_dim=None)
     return ModelConfig(
         **fields,
@@ -163,10 +163,10 @@ def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
         "hidden_act": "gelu_pytorch_tanh",
         **defaults,
     }
-    # The later name wins: the earlier one is then a leftover of Gemma 1.
+    # The newer name wins: the older one is then a leftover of Gemma 1.
     activation = keys.take("hidden_activation", keys.peek("hidden_act"))
     if activation == "gelu":
-        # Gemma 1's files say so and mean the approximation, as transformers notes.
+        # In Gemma 1's files this means the tanh approximation, as transformers notes.
         activation = "gelu_pytorch_tanh"
     keys.put("hidden_act", activation)
     shared = hf_fields.shared(keys, **defaults)
@@ -206,7 +206,7 @@ def _read_gemma2(keys: Keys) -> ModelConfig:
 
 
 def _read_gemma3_text(keys: Keys) -> ModelConfig:
-    """Gemma 3's text model, which is also a part of the multimodal files."""
+    """Reads Gemma 3's text model, which is also part of the multimodal files."""
     fields = _gemma(
         keys,
         vocab_size=262_208,
@@ -247,7 +247,7 @@ def _read_gemma3_text(keys: Keys) -> ModelConfig:
 
 
 def _read_gemma3(keys: Keys) -> ModelConfig:
-    """The text part of a multimodal Gemma 3."""
+    """Reads the text part of a multimodal Gemma 3."""
     keys.drop("vision_config", "mm_tokens_per_image", "image_token_index")
     keys.drop("image_token_id", "boi_token_index", "eoi_token_index")
     keys.must("tie_word_embeddings", True)
@@ -255,13 +255,13 @@ def _read_gemma3(keys: Keys) -> ModelConfig:
 
 
 def _read_phi3(keys: Keys) -> ModelConfig:
-    """Phi-3, Phi-4 and Phi-4-mini."""
+    """Reads Phi-3, Phi-4 and Phi-4-mini."""
     shared = hf_fields.shared(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
     rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
     layers = shared["num_layers"]
     window = hf_fields.window(keys, shared["context_length"])
     keys.must("attention_bias", False)
-    # Names of the files' own code for what is above.
+    # Names from the code beside these files, for the same properties.
     keys.must("lm_head_bias", False)
     keys.must("mlp_bias", False)
     keys.must("full_attn_mod", 1)
@@ -294,7 +294,7 @@ def _read_smollm3(keys: Keys) -> ModelConfig:
     layers = shared["num_layers"]
     every = keys.count("no_rope_layer_interval", 4)
     otherwise = [int((i + 1) % every != 0) for i in range(layers)]
-    # 1 marks a layer that rotates, whatever the name says.
+    # 1 marks a layer with RoPE, despite the name.
     rotated = keys.items("no_rope_layers", int, otherwise)
     used = keys.flag("use_sliding_window", False)
     window = hf_fields.window(keys, shared["context_length"])
@@ -321,7 +321,7 @@ def _read_gpt2(keys: Keys) -> ModelConfig:
     width, heads = keys.count("n_embd", 768), keys.count("n_head", 12)
     if width % heads:
         raise ValueError(
-            f"{keys.where}: n_embd {width} is no multiple of n_head {heads}"
+            f"{keys.where}: n_embd {width} is not a multiple of n_head {heads}"
         )
     return ModelConfig(
         vocab_size=keys.count("vocab_size", 50_257),
@@ -348,8 +348,8 @@ def _read_gpt2(keys: Keys) -> ModelConfig:
 
 
 def _read_gpt_neox(keys: Keys) -> ModelConfig:
-    """GPT-NeoX and Pythia."""
-    # Its own names for what `_rope` reads.
+    """Reads GPT-NeoX and Pythia."""
+    # GPT-NeoX's names for what `hf_fields.rope` reads.
     theta = keys.number("rotary_emb_base", 10_000.0)
     fraction = keys.number("rotary_pct", 0.25)
     if "partial_rotary_factor" not in keys:
@@ -385,7 +385,7 @@ _GPT_OSS_ROPE = {
 def _read_gpt_oss(keys: Keys) -> ModelConfig:
     quantization = keys.section("quantization_config")
     quantization.must("quant_method", "mxfp4")
-    # Its two names for the number of experts of a token.
+    # gpt-oss has two names for the number of experts of a token.
     used = keys.count("experts_per_token", keys.count("num_experts_per_tok", 4))
     keys.must("swiglu_limit", 7, 7.0)
     keys.must("swiglu_alpha", 1.702)
@@ -440,7 +440,7 @@ _READERS: Mapping[str, Callable[[Keys], ModelConfig]] = {
 
 
 def read(keys: Keys) -> ModelConfig:
-    """The model that the keys describe.
+    """Returns the config of the model that the keys describe.
 
     Raises:
       ValueError: for an unknown model_type, a missing or impossible value, and a key
@@ -457,7 +457,7 @@ def read(keys: Keys) -> ModelConfig:
     keys.done(_NO_EFFECT.split())
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "dynamic":
-        # The file gives the length before stretching.
-        longer = int(config.context_length * scaling.factor)
-        config = dataclasses.replace(config, context_length=longer)
+        # The file has the length before scaling.
+        scaled = int(config.context_length * scaling.factor)
+        config = dataclasses.replace(config, context_length=scaled)
     return config

@@ -1,7 +1,7 @@
-"""`ModelConfig` to the `config.json` of a Hugging Face family.
+"""Converts a `ModelConfig` to the `config.json` of a Hugging Face family.
 
-What is written keeps to the older spelling (`rope_theta` beside `rope_scaling`), which
-transformers 4 and 5 and other readers of these files all know.
+It uses the older spelling (`rope_theta` beside `rope_scaling`), which transformers 4
+and 5 and other readers of these files all understand.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ _ACTIVATION_NAMES = {
 
 
 def _layer_types(config: ModelConfig) -> list[str]:
-    """`layer_types` of all layers."""
+    """Returns the `layer_types` of all layers."""
     names = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
     kinds = config.layer_pattern
     return [names[kinds[i % len(kinds)]] for i in range(config.num_layers)]
@@ -108,7 +108,7 @@ def _write_qwen3(c: ModelConfig) -> dict[str, Any]:
 
 def _write_qwen3_moe(c: ModelConfig) -> dict[str, Any]:
     values = _write_qwen3(c)
-    del values["layer_types"]  # unknown to this class of transformers
+    del values["layer_types"]  # transformers' class has no such key
     return {
         **values,
         "moe_intermediate_size": c.hidden_dim,
@@ -210,7 +210,7 @@ def _write_gpt_oss(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-# In the order in which a family is looked for: the plain ones first.
+# In the order in which families are tried: the plain ones first.
 _WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "llama": _write_llama,
     "mistral": _write_mistral,
@@ -249,10 +249,10 @@ _ARCHITECTURES: Mapping[str, str] = {
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    """The keys of a `config.json`, of the first family that can be this model.
+    """Returns the keys of a `config.json`, for the first family that fits the model.
 
     Raises:
-      ValueError: when there is none; says in what the nearest differs.
+      ValueError: if none fits; names the differences from the nearest family.
     """
 
     def attempt(model_type: str) -> tuple[dict[str, Any], ModelConfig]:

@@ -1,7 +1,7 @@
-"""Fields that `config.json` files of several families have in common.
+"""Fields that the `config.json` files of several families have in common.
 
-Each function takes its keys out of a `Keys` and gives fields of a `ModelConfig`; each
-raises ValueError, with the file and the key, for a value that cannot be.
+Each function takes its keys from a `Keys` and returns fields of a `ModelConfig`. Each
+raises ValueError, with the file and the key, for an impossible value.
 """
 
 import math
@@ -25,10 +25,10 @@ LAYER_KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 
 def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
-    """Sizes, activation, epsilon and tying, which Llama-shaped files name alike.
+    """Reads sizes, activation, epsilon and tying, by the names of Llama's config.
 
     Args:
-      defaults: by key, for those that may be absent.
+      defaults: default values by key; other keys are required.
     """
 
     def default(name: str) -> Any:
@@ -41,7 +41,7 @@ def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
     if head_dim is None:
         if width % heads:
             raise ValueError(
-                f"{keys.where}: hidden_size {width} is no multiple of "
+                f"{keys.where}: hidden_size {width} is not a multiple of "
                 f"num_attention_heads {heads}, and head_dim is missing"
             )
         head_dim = width // heads
@@ -70,12 +70,12 @@ def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
 def rope(
     keys: Keys, context: int, theta: float, default_scaling: Mapping | None = None
 ) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling`.
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
 
     Args:
       context: the context length in tokens.
-      theta: default of the base.
-      default_scaling: keys of a stretching where the file has none.
+      theta: default base.
+      default_scaling: keys of the scaling if the file has none.
     """
     top_theta = keys.number("rope_theta", theta)
     top_fraction = keys.number("partial_rotary_factor", 1.0)
@@ -103,9 +103,9 @@ def _rope_scaling(rope: Keys, context: int, original: int | None) -> RopeScaling
     inside = rope.count("original_max_position_embeddings", None)
     length = original if original is not None else inside
     if kind == "linear":
-        length = None  # it has no part in the formula
+        length = None  # not in the formula
     elif kind == "dynamic":
-        length = context  # what transformers takes, whatever the file says
+        length = context  # as in transformers, whatever the file has
     fields["original_context_length"] = length or 0
     if kind != "longrope":
         fields["factor"] = rope.number("factor")
@@ -139,21 +139,21 @@ def _rope_scaling(rope: Keys, context: int, original: int | None) -> RopeScaling
 
 
 def window(keys: Keys, context: int, default: int | None = None) -> int | None:
-    """The sliding window; None for one that hides nothing within the context.
+    """Reads the sliding window; None if it covers the whole context.
 
-    Only an absent key has a default: null is no window.
+    The default is for an absent key; null means no window.
     """
     window = keys.count("sliding_window", None if "sliding_window" in keys else default)
     return None if window is None or window >= context else window
 
 
 def soft_cap(keys: Keys, name: str, default: float | None) -> float | None:
-    """A soft cap; null is none."""
+    """Reads a soft cap; the default is for an absent key, and null means none."""
     return keys.number(name, None if name in keys else default)
 
 
 def period(values: list[Any]) -> tuple[Any, ...]:
-    """The shortest pattern that, repeated, gives the values."""
+    """Returns the shortest pattern whose repetition gives the values."""
     for n in range(1, len(values) + 1):
         if all(v == values[i % n] for i, v in enumerate(values)):
             return tuple(values[:n])
@@ -163,7 +163,13 @@ def period(values: list[Any]) -> tuple[Any, ...]:
 def layer_pattern(
     keys: Keys, layers: int, window: int | None, otherwise: list[str]
 ) -> dict[str, Any]:
-    """`layer_pattern` and `window` from `layer_types`, or from what stands for them."""
+    """Reads `layer_types` as `layer_pattern` and `window`.
+
+    Args:
+      layers: number of layers.
+      window: the sliding window in tokens; None makes all layers global.
+      otherwise: the layer types of a file without this key.
+    """
     names = keys.items("layer_types", str, otherwise)
     if len(names) < layers:
         raise ValueError(
@@ -182,6 +188,6 @@ def layer_pattern(
 
 
 def attention_biases(keys: Keys) -> dict[str, Any]:
-    """`attention_bias`, which stands for the output projection as well."""
+    """Reads `attention_bias`, which includes the output projection."""
     bias = keys.flag("attention_bias", False)
     return {"attention_bias": bias, "attention_output_bias": bias}

@@ -1,6 +1,6 @@
 """Folders in the layout of Hugging Face: config.json, safetensors, tokenizer files.
 
-Nothing in a folder is ever run: `auto_map` and pickled weights are not touched.
+Nothing in a folder is ever executed: `auto_map` and pickled weights are not touched.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 from jaxlm.types import Params
 
 CONFIG = "config.json"
-# The largest published ones are near 10 kB, but for lists of labels.
+# The largest published ones have about 10 kB, except for lists of labels.
 MAX_CONFIG_BYTES = 4 << 20
 
 
@@ -43,8 +43,8 @@ class HFCheckpoint:
           report: gets a line for values that are not finite, and for float64.
 
         Raises:
-          ValueError: when it is missing or broken, or describes a model that jaxlm
-            does not compute exactly.
+          ValueError: if it is missing or broken, or describes a model that jaxlm does
+            not compute exactly.
         """
         self.path, self._report = folder, report
         values = read_json(folder / CONFIG)
@@ -53,16 +53,16 @@ class HFCheckpoint:
 
     @cached_property
     def _tensors(self) -> Mapping[str, StoredTensor]:
-        tensors = _renamed(read_folder(self.path), self.model_type)
+        tensors = _rename(read_folder(self.path), self.model_type)
         if self.model_type == "gpt_oss":
-            tensors = _decoded(tensors)
+            tensors = _decode(tensors)
         return tensors
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
-        """Parameters; arguments as `TensorMapping.read`.
+        """Reads the parameters; arguments as `TensorMapping.read`.
 
         Raises:
-          ValueError: for broken files, missing, unknown and wrongly shaped tensors.
+          ValueError: for broken files, and missing, unknown or wrongly shaped tensors.
         """
         mapping = TensorMapping(self.config, hf_names.RULES[self.model_type])
         tensors = dict(self._tensors)
@@ -74,11 +74,11 @@ class HFCheckpoint:
         )
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the folder; ValueError when it has none that is known."""
+        """Reads the tokenizer; raises ValueError if there is none of a known kind."""
         return tokenizer_from_folder(self.path)
 
     def files(self) -> list[Path]:
-        """The weights, their index and config.json."""
+        """Lists the weights, their index and config.json."""
         patterns = ("*.safetensors", "*.safetensors.index.json", CONFIG)
         return sorted(f for pattern in patterns for f in self.path.glob(pattern))
 
@@ -90,15 +90,15 @@ def write_hf(
     tokenizer: Tokenizer | None,
     dtype: Any = None,
 ) -> None:
-    """Writes a model so that transformers loads it.
+    """Writes a model for transformers to load.
 
     Args:
-      folder: made if it is missing; must hold no weights.
+      folder: created if missing; must not contain weights.
       tokenizer: None leaves its files out.
-      dtype: of the tensors; None keeps those of the parameters.
+      dtype: dtype of the tensors; None keeps that of each parameter.
 
     Raises:
-      ValueError: when no family of transformers computes this model, or the tokenizer
+      ValueError: if no family of transformers computes this model, or the tokenizer
         cannot be written in its format.
     """
     values = hf_config_writing.write(config)
@@ -112,15 +112,15 @@ def write_hf(
     write_folder(folder, specs, read)
     if tokenizer is not None:
         write_hugging_face(tokenizer, folder)
-    # The last file: without it the folder is no model.
+    # Written last: without it the folder is not recognized as a model.
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object from a file.
+    """Reads a JSON object from a small file.
 
     Raises:
-      ValueError: when it is missing, too large or no object.
+      ValueError: if it is missing, too large or not an object.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
@@ -131,11 +131,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is broken: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is broken: it holds no JSON object")
+        raise ValueError(f"{path} is broken: not a JSON object")
     return values
 
 
-def _renamed(
+def _rename(
     tensors: Mapping[str, StoredTensor], model_type: str
 ) -> dict[str, StoredTensor]:
     renamed = {}
@@ -143,7 +143,7 @@ def _renamed(
         for pattern, new in hf_names.RENAMED.get(model_type, ()):
             name = re.sub(pattern, new, name)
         if name in renamed:
-            raise ValueError(f"{tensor.where} is there twice, under two names")
+            raise ValueError(f"{tensor.where} is duplicated under two names")
         renamed[name] = tensor
     return renamed
 
@@ -151,10 +151,10 @@ def _renamed(
 def _drop_tied_head(
     tensors: dict[str, StoredTensor], model_type: str, config: ModelConfig
 ) -> None:
-    """Leaves out a copy of the embeddings that stands for the tied head.
+    """Drops the copy of the embeddings that some files store for the tied head.
 
     Raises:
-      ValueError: when it is no copy.
+      ValueError: if it is not an exact copy.
     """
     if not config.tied_embeddings:
         return
@@ -165,8 +165,8 @@ def _drop_tied_head(
         return
     if not np.array_equal(_bits(head), _bits(table)):
         raise ValueError(
-            f"{head.where} differs from {table.name}, but config.json says that they "
-            "are one (tie_word_embeddings): one of the two is wrong"
+            f"{head.where} differs from {table.name}, but config.json ties them "
+            "(tie_word_embeddings): one of the two is wrong"
         )
 
 
@@ -175,11 +175,11 @@ def _bits(tensor: StoredTensor) -> np.ndarray:
     return np.ascontiguousarray(x).view(np.uint8)
 
 
-def _decoded(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """gpt-oss: pairs of `NAME_blocks` and `NAME_scales` (MXFP4) as tensors NAME.
+def _decode(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Replaces the MXFP4 pairs `NAME_blocks`, `NAME_scales` of gpt-oss by tensors NAME.
 
-    Blocks lie along the input axis, which is the last; NAME has (in, out). Values are
-    exact in bfloat16.
+    Blocks lie along the last axis, which is the input axis; NAME is (in, out). bfloat16
+    holds the values exactly.
     """
     out = dict(tensors)
     for name in [n for n in tensors if n.endswith("_blocks")]:

@@ -1,4 +1,4 @@
-"""Names and layouts of the tensors in Hugging Face files, family by family."""
+"""Names and layouts of the tensors in Hugging Face files, by family."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ _L = "model.layers.{layer}."
 _QKV = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
 _GATE_UP = ("layers/mlp/gate", "layers/mlp/up")
 
-# Norms of a block: our name -> theirs, by where the norms stand.
+# Norms of a block: our name -> theirs, by norm placement.
 _PRE = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _OUTPUT = {
     "attn_output_norm": "post_attention_layernorm",
@@ -105,7 +105,7 @@ _QWEN3_MOE = _experts(
     "mlp.gate.weight",
 )
 
-# All experts in one tensor, (in, out), with gate and up in turn.
+# All experts in one tensor, (in, out); columns of gate and up alternate.
 _GPT_OSS = (
     rule(_L + "mlp.router.weight", "layers/moe/router", "E D -> D E"),
     rule(_L + "mlp.router.bias", "layers/moe/router_bias", "E -> E"),
@@ -198,11 +198,11 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "gpt_oss": (*_TOP, *_ATTENTION, *_norms(_PRE), *_GPT_OSS),
 }
 
-# Names that some files have for the same tensors: (pattern, what to write instead).
+# Alternative names of the same tensors in some files: (pattern, replacement).
 RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
-    # As OpenAI published it, without the name of the part.
+    # OpenAI's files lack the prefix.
     "gpt2": ((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
-    # The text model inside a multimodal one: before, and since transformers 4.52.
+    # The text model inside a multimodal one: before and since transformers 4.52.
     "gemma3": (
         (r"^language_model\.model\.", "model."),
         (r"^language_model\.lm_head\.", "lm_head."),
@@ -210,7 +210,7 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# Tensors that may be there and are not used, by whole name (regular expressions).
+# Tensors that may be present but are not used: regular expressions for full names.
 _BUFFERS = (r".*\.rotary_emb\.inv_freq", r".*\.attn(ention)?\.(masked_)?bias")
 UNUSED: Mapping[str, tuple[str, ...]] = {
     "gemma3": (r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
@@ -218,5 +218,5 @@ UNUSED: Mapping[str, tuple[str, ...]] = {
 
 
 def unused(model_type: str) -> tuple[str, ...]:
-    """Tensors of a family that are computed again, or belong to other parts."""
+    """Returns patterns for tensors that are recomputed, or belong to other parts."""
     return (*_BUFFERS, *UNUSED.get(model_type, ()))

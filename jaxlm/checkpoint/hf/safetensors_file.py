@@ -1,8 +1,9 @@
-"""The safetensors format: reading within bounds, writing one tensor at a time.
+"""The safetensors format: bounded reading, and writing one tensor at a time.
 
 Source: the specification of github.com/huggingface/safetensors. A file is the length of
-its header (8 bytes, little-endian), the header (JSON: a name to dtype, shape and byte
-range; `__metadata__` to texts) and the data, without gaps or overlaps.
+the header (8 bytes, little-endian), the header (a JSON object with the dtype, shape and
+byte range of each tensor; `__metadata__` maps strings to strings) and the data, without
+gaps or overlaps.
 """
 
 import json
@@ -30,14 +31,13 @@ from jaxlm.checkpoint.tensor_file import (
 )
 
 MAX_HEADER_BYTES = 16 << 20
-# A tensor with four dimensions has 7. This bounds the values that JSON can make: a
-# header of 16 MiB with nothing but "1," in it would take 100 times the time and memory
-# of any real one.
+# A tensor with four dimensions has 7. This bounds the number of JSON values: 16 MiB of
+# "1," would take 100 times the time and memory of any real header.
 _MAX_COMMAS = 10 * MAX_TENSORS
 _METADATA = "__metadata__"
 _DTYPE_KEYS = {"dtype", "shape", "data_offsets"}
 
-# In the order in which the official library lays tensors out, the last ones first.
+# The official library lays tensors out by dtype, in the reverse of this order.
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -56,7 +56,7 @@ _UNREADABLE = np.dtype(np.void)
 
 
 class _Entry(NamedTuple):
-    """A tensor of a header; the offsets count from the start of the data."""
+    """A tensor in a header; offsets count from the start of the data."""
 
     begin: int
     end: int
@@ -69,17 +69,17 @@ class _Entry(NamedTuple):
 def read_safetensors(
     path: Path | str,
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Reads the header of a .safetensors file and maps the rest.
+    """Reads the header of a .safetensors file and maps the data.
 
     Args:
       path: a file of at most 100,000 tensors, with a header of at most 16 MiB.
 
     Returns:
-      The tensors in the order of the file, and its metadata. Tensors of a dtype other
-      than F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL are listed, but cannot be read.
+      The tensors in file order, and the metadata. Tensors of a dtype other than F64
+      F32 F16 BF16 I64 I32 I16 I8 U8 BOOL are listed, but cannot be read.
 
     Raises:
-      ValueError: when it is missing or breaks the format in any way.
+      ValueError: if it is missing or violates the format in any way.
     """
     path = Path(path).expanduser()
     mapped = map_file(path)
@@ -94,23 +94,23 @@ def read_safetensors(
 
 
 def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """The parsed header, and the offset in the file where the data begins."""
+    """Returns the parsed header, and the offset of the data in the file."""
     if len(mapped) < 8:
-        raise ValueError(f"{path}: {len(mapped)} bytes are no safetensors file")
+        raise ValueError(f"{path}: not a safetensors file: {len(mapped)} bytes")
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{path}: no safetensors file: its header would have {length} bytes (at "
-            f"most {MAX_HEADER_BYTES})"
+            f"{path}: not a safetensors file: the header would have {length} bytes "
+            f"(at most {MAX_HEADER_BYTES})"
         )
     if length > len(mapped) - 8:
         raise ValueError(
             f"{path}: the header has {length} bytes, but only {len(mapped) - 8} are "
-            "there: is the file cut off?"
+            "there: is the file truncated?"
         )
     text = mapped[8 : 8 + length]
     if not text.startswith(b"{"):
-        raise ValueError(f"{path}: no safetensors file: its header is not JSON")
+        raise ValueError(f"{path}: not a safetensors file: the header is not JSON")
     return parse_object(text, f"{path}: the header"), 8 + length
 
 
@@ -125,7 +125,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except ValueError as e:
-        raise ValueError(f"{where} is not JSON as it should be: {e}") from None
+        raise ValueError(f"{where} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} is not a JSON object")
     return value
@@ -135,13 +135,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         seen = set()
-        twice = next(n for n, _ in pairs if n in seen or seen.add(n))
-        raise ValueError(f"the name {shown(twice)} appears twice")
+        duplicate = next(n for n, _ in pairs if n in seen or seen.add(n))
+        raise ValueError(f"the name {shown(duplicate)} appears twice")
     return values
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _read_metadata(path: Path, metadata: Any) -> dict[str, str]:
@@ -149,20 +149,20 @@ def _read_metadata(path: Path, metadata: Any) -> dict[str, str]:
         raise ValueError(f"{path}: {_METADATA} is not a JSON object")
     for name, value in metadata.items():
         if not isinstance(value, str):
-            raise ValueError(f"{path}: {_METADATA}: {shown(name)} is not a text")
+            raise ValueError(f"{path}: {_METADATA}: {shown(name)} is not a string")
     return metadata
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> _Entry:
     where = f"{path}: tensor {shown(name)}"
-    # JSON can spell half a surrogate pair, which no text can hold.
-    if not _is_text(name):
+    # JSON can spell half a surrogate pair, which is not Unicode text.
+    if not _is_unicode(name):
         raise ValueError(f"{where}: its name is not Unicode")
     if not isinstance(entry, dict) or entry.keys() != _DTYPE_KEYS:
         raise ValueError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
-        raise ValueError(f"{where}: its dtype is {shown(dtype)}, not a text")
+        raise ValueError(f"{where}: its dtype is {shown(dtype)}, not a string")
     if not _is_sizes(shape):
         raise ValueError(f"{where}: its shape is not a list of integers >= 0")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -178,7 +178,7 @@ def _read_entry(path: Path, name: str, entry: Any) -> _Entry:
     return _Entry(begin, end, name, dtype, tuple(shape), where)
 
 
-def _is_text(name: str) -> bool:
+def _is_unicode(name: str) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -187,7 +187,7 @@ def _is_text(name: str) -> bool:
 
 
 def _is_sizes(value: Any) -> bool:
-    # True is an int in Python.
+    # `type`, because True is an int.
     return isinstance(value, list) and all(
         type(v) is int and 0 <= v < 1 << 63 for v in value
     )
@@ -198,13 +198,13 @@ def _short(shape: list[int]) -> str:
 
 
 def _check_cover(path: Path, entries: list[_Entry], size: int) -> None:
-    """Sorted entries must fill the data from its first byte to its last."""
+    """Checks that sorted entries fill the data from the first byte to the last."""
     at, before = 0, None
     for entry in entries:
         if entry.end > size:
             raise ValueError(
                 f"{entry.where}: it ends at byte {entry.end} of the data, which has "
-                f"{size}: is the file cut off?"
+                f"{size}: is the file truncated?"
             )
         if entry.begin < at:
             raise ValueError(f"{entry.where}: it overlaps {shown(before)}")
@@ -238,7 +238,7 @@ def _read_values(
             f"{', '.join(_DTYPES)})"
         )
     if dtype == np.bool_:
-        # NumPy takes any byte for a bool, and then computes nonsense with it.
+        # NumPy accepts any byte as a bool, and then computes nonsense with it.
         stored = view(mapped, offset, entry.shape, np.dtype(np.uint8))
         if (stored > 1).any():
             raise ValueError(f"{entry.where}: BOOL with a byte other than 0 and 1")
@@ -254,17 +254,17 @@ def write_safetensors(
     """Writes a .safetensors file, byte for byte as the official library does.
 
     Args:
-      path: replaced only when the new file is whole.
+      path: replaced only when the new file is complete.
       specs: the shape and dtype of each tensor.
-      read: gives the values of one tensor; called once for each, and no more than one
-        is held at a time.
-      metadata: texts for the header; `{"format": "pt"}` if None, without which
-        transformers does not load it.
+      read: returns the values of one tensor; called once for each. Only one tensor is
+        held in memory at a time.
+      metadata: strings for the header; None means `{"format": "pt"}`, without which
+        transformers does not load the file.
 
     Raises:
       ValueError: for a dtype that the format lacks, for more than `read_safetensors`
-        takes, and when `read` gives another shape or dtype than the specs.
-      OSError: when the file cannot be written.
+        accepts, and if `read` returns another shape or dtype than in the specs.
+      OSError: if the file cannot be written.
     """
     path = Path(path).expanduser()
     order, header = make_header(path, specs, metadata)
@@ -275,26 +275,26 @@ def write_safetensors(
             values = read(name)
             check_given(values, f"{path}: tensor {shown(name)}", shape, (dtype,))
             write_values(file, values)
-            del values  # before the next ones come
+            del values  # before the next ones are read
 
 
 def make_header(
     path: Path, specs: TensorSpecs, metadata: Mapping[str, str] | None
 ) -> tuple[list[str], bytes]:
-    """The names in the order of the file, and the padded header.
+    """Returns the names in file order, and the padded header.
 
     Raises:
       ValueError: as `write_safetensors`.
     """
     if len(specs) > MAX_TENSORS:
-        raise ValueError(f"{path}: {len(specs)} tensors are more than {MAX_TENSORS}")
+        raise ValueError(f"{path}: {len(specs)} tensors, more than {MAX_TENSORS}")
     for name, (_, dtype) in specs.items():
         if dtype not in _NAMES:
             raise ValueError(
                 f"{path}: tensor {shown(name)}: safetensors has no dtype {dtype.name} "
                 f"here (it has {', '.join(d.name for d in _NAMES)})"
             )
-        if name == _METADATA or not _is_text(name):
+        if name == _METADATA or not _is_unicode(name):
             raise ValueError(f"{path}: {shown(name)} cannot be the name of a tensor")
     order = sorted(specs, key=lambda name: (-_RANKS[_NAMES[specs[name][1]]], name))
     texts = {"format": "pt"} if metadata is None else dict(metadata)

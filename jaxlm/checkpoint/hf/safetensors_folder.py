@@ -1,6 +1,6 @@
 """Folders of safetensors files in the layout of Hugging Face: one file, or shards.
 
-An index, `model.safetensors.index.json`, says which shard holds which tensor.
+The index `model.safetensors.index.json` maps each tensor to its shard.
 """
 
 import json
@@ -34,19 +34,19 @@ _SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 
 def read_folder(folder: Path | str) -> dict[str, StoredTensor]:
-    """Reads the headers of a model folder in the layout of Hugging Face.
+    """Reads the headers of the weight files in a model folder.
 
     Args:
-      folder: holds model.safetensors, or model.safetensors.index.json and the shards
-        that it names. Files outside it are refused, except those that a snapshot in
-        the Hugging Face hub cache links to.
+      folder: contains model.safetensors, or model.safetensors.index.json and the shards
+        that it names. Links to files outside are rejected, except those of a snapshot
+        in the Hugging Face hub cache.
 
     Returns:
       The tensors of all shards by name.
 
     Raises:
-      ValueError: when there are no safetensors (pickles are never loaded), when a file
-        breaks its format, and when index and shards do not agree.
+      ValueError: if there are no safetensors (pickles are never loaded), if a file
+        violates the format, and if index and shards disagree.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -90,14 +90,14 @@ def _no_weights(folder: Path) -> str:
         for path in sorted(folder.glob(pattern)):
             return (
                 f"{path}: jaxlm does not load pickles, which can run code; convert it "
-                "in an environment of its own with transformers: from_pretrained"
+                "in a separate environment with transformers: from_pretrained"
                 "(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
             )
     return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
 
 
 def _read_index(index: Path, path: Path) -> dict[str, str]:
-    """The shard of each tensor; shards are known to be plain names of files."""
+    """Reads the shard of each tensor, and checks that shards are plain file names."""
     mapped = map_file(path)
     if len(mapped) > MAX_HEADER_BYTES:
         raise ValueError(f"{index}: larger than {MAX_HEADER_BYTES} bytes")
@@ -121,9 +121,9 @@ def _is_shard_name(name: str) -> bool:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a file in a folder, after the check that no link leads out.
+    """Returns the path of a file in a folder; checks that no link leads out of it.
 
-    The hub cache is `MODEL/snapshots/REVISION/name -> ../../blobs/HASH`.
+    Links of the hub cache are `MODEL/snapshots/REVISION/name -> ../../blobs/HASH`.
     """
     path = folder / name
     if not path.is_symlink():
@@ -131,10 +131,7 @@ def _inside(folder: Path, name: str) -> Path:
     home = folder.resolve()
     try:
         target = path.resolve(strict=True)
-    except (
-        OSError,
-        RuntimeError,
-    ):  # RuntimeError: links in a circle, Python 3.11, 3.12
+    except (OSError, RuntimeError):  # a circle is RuntimeError in Python 3.11, 3.12
         raise ValueError(f"{path}: a symbolic link to nothing") from None
     if target.is_relative_to(home):
         return path
@@ -158,25 +155,25 @@ def write_folder(
     """Writes the weights of a model in the layout of Hugging Face.
 
     Args:
-      folder: made if it is missing; may hold other files, but no weights yet.
-      specs: as in `write_safetensors`; shards are filled in its order.
+      folder: created if missing; may contain other files, but no weights.
+      specs: as in `write_safetensors`; shards are filled in this order.
       read: as in `write_safetensors`.
-      max_shard_bytes: what does not fit into one file is split, with an index. A
-        tensor that is larger gets a file of its own.
+      max_shard_bytes: larger models are split into shards with an index. A tensor that
+        is larger gets its own shard.
       metadata: as in `write_safetensors`, for each file.
 
     Returns:
-      The files, the index last: without it nothing reads the shards of a half-written
-      folder.
+      The files. The index is last: without it, the shards of a half-written folder are
+      not read.
 
     Raises:
-      ValueError, OSError: as `write_safetensors`, and when weights are there already.
+      ValueError, OSError: as `write_safetensors`, and if the folder has weights.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
         for path in sorted(folder.glob(pattern)):
-            raise ValueError(f"{path}: there already; choose an empty folder")
+            raise ValueError(f"{path}: already exists; choose an empty folder")
     shards = _split(specs, max_shard_bytes)
     if len(shards) <= 1:
         write_safetensors(folder / SINGLE_FILE, specs, read, metadata)
@@ -202,7 +199,7 @@ def write_folder(
 
 
 def _split(specs: TensorSpecs, max_bytes: int) -> list[list[str]]:
-    """Names in order, each list with no more bytes than `max_bytes` if it can be."""
+    """Splits the names, in order, into lists of at most `max_bytes` where possible."""
     if max_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_bytes}; it must be positive")
     shards: list[list[str]] = []

@@ -233,7 +233,7 @@ def test_numbers_of_python_have_the_types_of_llama_cpp(tmp_path):
         ([], "an empty list"),
         ([1, 2.5], "several types"),
         ([True, 1], "several types"),
-        (["a", 1], "texts and of other things"),
+        (["a", 1], "strings and of other values"),
         (None, "no type for a NoneType"),
         ({"a": 1}, "no type for a dict"),
         (b"bytes", "no type for a bytes"),
@@ -252,7 +252,7 @@ def test_metadata_that_gguf_cannot_hold(tmp_path, value, reason):
 @pytest.mark.parametrize(
     "name, shape, kind, reason",
     [
-        ("a", (4,), "Q4_0", "Q4_0 is not written"),
+        ("a", (4,), "Q4_0", "Q4_0 cannot be written"),
         ("a", (4, 33), "Q8_0", "multiple of 32, not 33"),
         ("a", (1, 1, 1, 1, 1), "F32", "no shape"),
         ("a", (), "F32", "no shape"),
@@ -282,7 +282,7 @@ def test_values_must_be_those_of_the_layout(tmp_path):
         with pytest.raises(ValueError, match=reason):
             write_gguf(path, {}, one, {"a": value}.__getitem__)
     infinite = np.full(32, np.inf, np.float32)
-    with pytest.raises(ValueError, match="tensor a: Q8_0 takes finite"):
+    with pytest.raises(ValueError, match="tensor a: Q8_0 only takes finite"):
         write_gguf(path, {}, {"a": ((32,), "Q8_0")}, {"a": infinite}.__getitem__)
     assert list(tmp_path.iterdir()) == []
 

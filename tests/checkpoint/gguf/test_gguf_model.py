@@ -292,7 +292,7 @@ def with_divisors(*names, **values):
         ),
         (with_divisors(ROPE_FREQS, ROPE_LONG), f"{ROPE_FREQS} beside {ROPE_LONG}"),
         (with_divisors(ROPE_LONG), "is missing"),
-        (with_divisors(ROPE_LONG, ROPE_SHORT), f"llama with {ROPE_LONG} is not known"),
+        (with_divisors(ROPE_LONG, ROPE_SHORT), f"does not know llama with {ROPE_LONG}"),
     ],
 )
 def test_no_stretching_is_dropped(tmp_path, change, message):

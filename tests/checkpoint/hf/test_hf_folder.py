@@ -290,14 +290,14 @@ def test_paths_that_are_no_model(tmp_path):
         load(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="give its folder"):
         load(tmp_path / "m" / "model.safetensors")
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         load(tmp_path)
     (tmp_path / "m" / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json is broken"):
         load(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     (tmp_path / "m" / "config.json").unlink()
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         load(tmp_path / "m")
 
 

@@ -253,7 +253,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
 def test_weights_that_are_there_are_not_mixed_with_new_ones(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     values = model()
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="already exists"):
         write_folder(tmp_path, layout_of(values), values.__getitem__)
 
 

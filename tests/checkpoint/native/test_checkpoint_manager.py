@@ -238,7 +238,7 @@ def test_load_of_a_path_that_is_no_run_helps(tmp_path):
     (tmp_path / "notes/a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"not a checkpoint.*it contains a\.txt"):
         load(tmp_path / "notes")
-    with pytest.raises(ValueError, match=r"no checkpoint of step 5: .*those of 1"):
+    with pytest.raises(ValueError, match=r"no checkpoint of step 5: .*steps 1"):
         load(tmp_path / "shakespeare/checkpoints/5")
 
 
