@@ -1,4 +1,4 @@
-"""A row of what `jaxlm verify` finds, and the table of all rows."""
+"""The rows that `jaxlm verify` reports, and their table."""
 
 import dataclasses
 import math
@@ -14,26 +14,26 @@ class Check:
     name: str
     """What was compared."""
     measured: str
-    """What was found, for a person."""
+    """The result, as text."""
     gate: str
-    """What it must keep to, for a person."""
+    """The limit, as text."""
     passed: bool | None
-    """None: it was not checked."""
+    """None: not checked."""
     note: str = ""
-    """A remark, for a person."""
+    """A remark, as text."""
     value: float | None = None
-    """What was found, where it is a number."""
+    """The result, if it is a number."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Converts the row to plain JSON values."""
         values = dataclasses.asdict(self)
         if self.value is not None and not math.isfinite(self.value):
-            values["value"] = None  # JSON has no such number; `measured` has it.
+            values["value"] = None  # JSON has no NaN; `measured` shows it.
         return values
 
 
 def table(checks: Sequence[Check]) -> str:
-    """The rows in columns, notes below their rows."""
+    """Formats the rows in columns, with notes below their rows."""
     verdicts = {True: "passed", False: "FAILED", None: "not checked"}
     rows = [("", "measured", "gate", "")]
     rows += [(c.name, c.measured, c.gate, verdicts[c.passed]) for c in checks]
@@ -49,5 +49,5 @@ def table(checks: Sequence[Check]) -> str:
 
 
 def number(x: Any) -> str:
-    """A small number as people compare it: 2.7e-05, 0."""
+    """Formats a small number for comparison: 2.7e-05, 0."""
     return "0" if x == 0 else f"{float(x):.1e}"

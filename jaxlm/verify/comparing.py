@@ -1,10 +1,10 @@
-"""What `jaxlm verify` computes with a model, and what it compares.
+"""The computations and comparisons of `jaxlm verify`.
 
-Gates. Two correct programs in float32 differ, because they add in different orders. The
-difference grows with the numbers themselves and, as independent roundings add up, with
-the root of the number of layers; a wrong rotation, mask, norm or weight moves logits by
-far more. So logits may differ by `LOGITS * sqrt(layers) * max(1, their standard
-deviation)`; docs/verify.md has what was measured.
+Gates: two correct programs differ in float32, because they add in different orders. The
+difference grows with the size of the numbers and, as independent roundings accumulate,
+with the square root of the number of layers. A wrong rotation, mask, norm or weight
+changes logits by far more. So logits may differ by `LOGITS * sqrt(layers) * max(1, s)`,
+where s is their standard deviation; docs/verify.md has the measurements.
 """
 
 import math
@@ -35,28 +35,28 @@ DECODING = "decoding with a cache"
 BATCH = "a row of a batch against it alone"
 
 LOGITS = 1e-4
-# The same program on other shapes: still other orders of addition, but fewer.
+# The same program on other shapes: the order of addition changes in fewer sums.
 ROWS = 1e-5
 KL = 1e-4
-# A router that cannot decide between two experts sends a token elsewhere for a rounding
-# error. Nothing before that token is touched; at least so many must be compared.
-FEWEST_TOKENS = 8
+# If a router nearly ties, a rounding error sends a token to another expert. Earlier
+# tokens are not affected; at least this many of them must be compared.
+MIN_TOKENS = 8
 NUM_GREEDY = 32
 NUM_NEW = 16
-# Stretchings whose rotations depend on the length of the text.
+# RoPE scalings whose rotations depend on the length of the text.
 _BY_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, eq=False)
-class Full:
-    """One pass over a text without a cache, on the host."""
+class FullPass:
+    """The results of one forward pass over a text without a cache, on the host."""
 
     logits: Float32[np.ndarray, "T V"]
-    """Logits of the token after each."""
+    """Logits of the next token after each token."""
     residual: Float32[np.ndarray, "S T D"]
     """Residual stream: embeddings, then after each layer."""
-    undecided: Float32[np.ndarray, "T"] | None
-    """Of each token, the smallest margin by which a router chose; None: no routers."""
+    router_margins: Float32[np.ndarray, "T"] | None
+    """The smallest margin of any router's choice for each token; None: no routers."""
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -73,8 +73,8 @@ def _extend(config: ModelConfig, params: Params, tokens, cache):
 
 def full_pass(
     config: ModelConfig, params: Params, tokens: Int[np.ndarray, "T"]
-) -> Full:
-    """Logits and residual stream of a text."""
+) -> FullPass:
+    """Computes the logits and the residual stream of a text."""
     taps = [Tap("resid_pre", (0,)), Tap("resid_post")]
     routed = 0 < config.experts_per_token < config.num_experts
     if routed:
@@ -82,45 +82,53 @@ def full_pass(
     ids = jnp.asarray(tokens, jnp.int32)[None]
     logits, trace = jax.device_get(_forward(config, params, ids, tuple(taps)))
     stages = [trace["resid_pre"][:, 0], trace["resid_post"][:, 0]]
-    undecided = None
+    margins = None
     if routed:
         ordered = -np.sort(-trace["router_logits"][:, 0], axis=-1)
         k = config.experts_per_token
-        undecided = (ordered[..., k - 1] - ordered[..., k]).min(axis=0)
-    return Full(logits, np.concatenate(stages), undecided)
+        margins = (ordered[..., k - 1] - ordered[..., k]).min(axis=0)
+    return FullPass(logits, np.concatenate(stages), margins)
 
 
 def gate(config: ModelConfig, spread: Any = 1.0, base: float = LOGITS) -> float:
-    """How far values of a standard deviation may differ; see above."""
+    """Returns how far values of this standard deviation may differ; see above."""
     return base * math.sqrt(config.num_layers) * max(1.0, float(spread))
 
 
 def steady_length(config: ModelConfig) -> int:
-    """Texts up to this length are rotated alike, whatever their length."""
+    """Returns the length in tokens up to which RoPE does not depend on the length."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in _BY_LENGTH:
         return config.context_length
     return scaling.original_context_length or config.context_length
 
 
-def _tied(shares: np.ndarray, at: np.ndarray, ours: Full, margin: float) -> int | None:
-    """Index into `at` from which on a router's tie explains the errors, or None.
+def _first_tie(
+    ratios: np.ndarray, at: np.ndarray, ours: FullPass, margin: float
+) -> int | None:
+    """Returns the index into `at` from which a router's tie explains the errors.
 
     Args:
-      shares: [n] errors of the tokens `at`, in ascending order, as shares of the gate.
-      margin: by less than this a router has not decided.
+      ratios: [n] errors of the tokens `at`, divided by the gate.
+      at: [n] indices of tokens, in ascending order.
+      margin: a router's choice by a smaller margin is a tie.
+
+    Returns:
+      The index; None if no error exceeds the gate, or no tie explains the first one.
     """
-    bad = np.flatnonzero(~(shares <= 1))
-    if ours.undecided is None or not bad.size:
+    bad = np.flatnonzero(~(ratios <= 1))
+    if ours.router_margins is None or not bad.size:
         return None
     first = int(bad[0])
     before = int(at[first - 1]) if first else -1
-    smallest = ours.undecided[before + 1 : int(at[first]) + 1].min()
-    return first if smallest <= margin and first >= FEWEST_TOKENS else None
+    smallest = ours.router_margins[before + 1 : int(at[first]) + 1].min()
+    return first if smallest <= margin and first >= MIN_TOKENS else None
 
 
-def compare_with(expected: Expected, config: ModelConfig, ours: Full) -> list[Check]:
-    """Layers, logits and KL divergence, ours against a reference's."""
+def compare_with(
+    expected: Expected, config: ModelConfig, ours: FullPass
+) -> list[Check]:
+    """Compares layers, logits and KL divergence with those of a reference."""
     checks, end = _compare_residual(expected, config, ours)
     keep = expected.rows < end
     rows, logits = expected.rows[keep], expected.logits[keep]
@@ -155,9 +163,12 @@ def compare_with(expected: Expected, config: ModelConfig, ours: Full) -> list[Ch
 def _divergence(
     p: Float32[np.ndarray, "k"], q: Float32[np.ndarray, "k"], *, whole: bool
 ) -> float:
-    """KL(p || q) of log-probabilities; unless whole, with one more token, the rest."""
+    """Computes KL(p || q) from log-probabilities, in nats.
+
+    Unless `whole`, the tokens that are missing count as one more token.
+    """
     p, q = p.astype(np.float64), q.astype(np.float64)
-    # Sums of f32 are 1 only nearly; the difference would count as a divergence.
+    # Probabilities from f32 sum to nearly 1; the last two terms take the error out.
     kl = float(np.sum(np.exp(p) * (p - q) - np.exp(p) + np.exp(q)))
     if whole:
         return kl
@@ -166,12 +177,12 @@ def _divergence(
 
 
 def _compare_residual(
-    expected: Expected, config: ModelConfig, ours: Full
+    expected: Expected, config: ModelConfig, ours: FullPass
 ) -> tuple[list[Check], int]:
-    """The row about layers, and the number of tokens to compare."""
+    """Returns the row about layers, and the number of tokens to compare."""
     places, theirs = expected.places, expected.residual
-    # A few numbers of some models are thousands of times the others: those are held to
-    # their own size.
+    # In some models a few numbers are thousands of times larger than the others: their
+    # error is relative to their own size.
     if places is None:
         scale = np.maximum(np.abs(theirs), expected.spreads[:, None, None])
         errors = (np.abs(ours.residual - theirs) / scale).max(axis=-1)
@@ -182,18 +193,18 @@ def _compare_residual(
         at, group = np.unique(places[:, 0], return_inverse=True)
         errors = np.zeros((len(theirs), len(at)))
         np.maximum.at(errors.T, group, (np.abs(mine - theirs) / scale).T)
-    # Roundings add up from layer to layer.
+    # Rounding errors accumulate from layer to layer.
     limits = LOGITS * np.sqrt(np.maximum(1, np.arange(len(errors))))
-    shares = errors / limits[:, None]
-    tie = _tied(shares.max(axis=0), at, ours, gate(config))
+    ratios = errors / limits[:, None]
+    tie = _first_tie(ratios.max(axis=0), at, ours, gate(config))
     end, note = len(expected.tokens), ""
     if tie is not None:
         end = int(at[tie])
-        errors, shares = errors[:, :tie], shares[:, :tie]
+        errors, ratios = errors[:, :tie], ratios[:, :tie]
         note = f"compared up to token {end}, where a router's choice is a tie"
     largest = errors.max(axis=1)
     bad = np.flatnonzero(~(largest <= limits))
-    stage = int(bad[0]) if bad.size else int(shares.max(axis=1).argmax())
+    stage = int(bad[0]) if bad.size else int(ratios.max(axis=1).argmax())
     name = f"layer {stage - 1}" if stage else "the embeddings"
     size = number(largest[stage])
     measured = f"{name} ({size})" if bad.size else f"none (at most {size}, {name})"
@@ -209,7 +220,7 @@ def _compare_residual(
 
 
 def compare_greedy(expected: Expected, config: ModelConfig, params: Params) -> Check:
-    """Likeliest tokens by `generate` and by the reference."""
+    """Compares greedy tokens of `generate` with those of the reference."""
     n = len(expected.greedy)
     prompt = expected.tokens[: expected.prompt_length]
     new = _greedy(config, params, [prompt], n).tokens[0]
@@ -220,8 +231,8 @@ def compare_greedy(expected: Expected, config: ModelConfig, params: Params) -> C
         limit = 2 * gate(config, expected.logit_spread)
         gap = float(expected.gaps[same])
         passed = gap <= limit
-        note = f"there the two likeliest tokens of the reference are {number(gap)} "
-        note += f"apart: {'a tie' if passed else 'no tie'} at {number(limit)}"
+        note = "where they part, the reference's two likeliest tokens differ by "
+        note += f"{number(gap)}: {'a tie' if passed else 'no tie'} at {number(limit)}"
     measured = f"{same} of {n} alike"
     return Check(GREEDY, measured, "all, or a tie", passed, note, float(same))
 
@@ -232,9 +243,9 @@ def _greedy(config, params, prompts, num_new: int) -> Generation:
 
 
 def check_decoding(
-    config: ModelConfig, params: Params, tokens: Int32[np.ndarray, "T"], ours: Full
+    config: ModelConfig, params: Params, tokens: Int32[np.ndarray, "T"], ours: FullPass
 ) -> Check:
-    """Reading in two parts, prompt and single tokens, against one pass."""
+    """Compares prefill and decoding of single tokens with one forward pass."""
     tokens = tokens[: steady_length(config)]
     if len(tokens) < len(ours.logits):
         ours = full_pass(config, params, tokens)
@@ -247,10 +258,10 @@ def check_decoding(
     for first, length in sorted(splits):
         found = _in_parts(config, params, layers, tokens[:length], first, size)
         errors = np.abs(found - ours.logits[:length]).max(axis=1)
-        tie = _tied(errors / limit, np.arange(length), ours, gate(config))
+        tie = _first_tie(errors / limit, np.arange(length), ours, gate(config))
         if tie is not None:
             errors, note = errors[:tie], f"up to token {tie}: a router's tie"
-        worst = float(np.maximum(worst, errors.max()))  # NaN stays, unlike in max()
+        worst = float(np.maximum(worst, errors.max()))  # keeps NaN, unlike max()
     prompts = ", ".join(str(first) for first, _ in sorted(splits))
     note = note or f"prompts of {prompts} tokens"
     return Check(
@@ -276,11 +287,11 @@ def _in_parts(
     first: int,
     size: int,
 ) -> Float[np.ndarray, "T V"]:
-    """Logits after a prompt of `first` tokens and then each token, as `generate` does.
+    """Returns logits from a prefill of `first` tokens and then one token at a time.
 
     Args:
-      layers: the parameters, unstacked.
-      size: tokens that the cache has room for.
+      layers: the parameters, with the layers unstacked as in `generate`.
+      size: capacity of the cache in tokens.
     """
     cache = init_cache(config, 1, size, jnp.float32)
     logits, cache = _extend(config, params, jnp.asarray(tokens[None, :first]), cache)
@@ -293,9 +304,9 @@ def _in_parts(
 
 
 def check_rows(
-    config: ModelConfig, params: Params, tokens: Int32[np.ndarray, "T"], ours: Full
+    config: ModelConfig, params: Params, tokens: Int32[np.ndarray, "T"], ours: FullPass
 ) -> Check:
-    """Prompts of different lengths, together and each alone."""
+    """Compares prompts of different lengths in one batch with each prompt alone."""
     new = max(1, min(NUM_NEW, config.context_length // 4))
     longest = max(1, min(64, len(tokens), config.context_length - new))
     lengths = (max(1, longest // 3), max(1, longest // 2), longest)
@@ -313,8 +324,8 @@ def check_rows(
             so_far = np.concatenate([prompt, alone.tokens[0][:same]])
             last = np.sort(full_pass(config, params, so_far).logits[-1])
             passed &= bool(last[-1] - last[-2] <= 2 * limit)
-            note = f"prompt {i} parts after {same} tokens, where two tokens are "
-            note += f"{number(last[-1] - last[-2])} apart"
+            note = f"prompt {i} differs after {same} tokens, where two tokens differ "
+            note += f"by {number(last[-1] - last[-2])}"
         alike += same
         between = together.logprobs[i, :same] - alone.logprobs[0, :same]
         worst = float(np.maximum(worst, np.abs(between).max(initial=0.0)))

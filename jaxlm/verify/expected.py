@@ -1,8 +1,8 @@
-"""What another implementation computes for a model: whole, or as a sample to keep.
+"""The values that another implementation computes for a model: all, or a sample.
 
-`observe` asks an implementation that is at hand. `Expected.sample` takes a few thousand
-of its numbers, which a certificate keeps, so that a machine without that implementation
-can compare with it all the same.
+`observe` runs an installed implementation. `Expected.sample` selects a few thousand of
+its numbers for a certificate, so that machines without that implementation can compare
+with it too.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 
-# What a sample keeps: logits of the TOP likeliest tokens after ROWS tokens of the text,
-# and DIMS numbers of the residual stream at each of these tokens and stages.
+# A sample keeps the logits of the TOP likeliest tokens after each of ROWS tokens of the
+# text, and DIMS numbers of the residual stream at each of these tokens and stages.
 ROWS = 16
 TOP = 20
 DIMS = 4
@@ -25,7 +25,7 @@ _MAX_NUMBERS = 1 << 24
 
 @runtime_checkable
 class Engine(Protocol):
-    """An implementation with a model in it."""
+    """An implementation that has loaded a model."""
 
     name: str
     """Its name and version."""
@@ -33,13 +33,13 @@ class Engine(Protocol):
     def run(
         self, tokens: Int[np.ndarray, "T"]
     ) -> tuple[Float[np.ndarray, "T V"], Float[np.ndarray, "S T D"]]:
-        """Logits, and the residual stream: embeddings, then after each layer."""
+        """Returns logits and the residual stream: embeddings, then after each layer."""
         ...
 
 
 @dataclass(frozen=True)
 class TextIds:
-    """What a tokenizer makes of a text, special tokens left out."""
+    """A tokenizer's encoding of a text, without special tokens."""
 
     text: str
     """The text."""
@@ -58,19 +58,19 @@ class Expected:
     how: str
     """What it read, as a clause: "read the same files itself"."""
     made: str
-    """Day, as 2026-11-24."""
+    """The date, as 2026-11-24."""
     versions: Mapping[str, str]
     """Versions of its libraries."""
     model_dim: int
     """Width of the model."""
     vocab_size: int
-    """Logits of the model."""
+    """Number of logits of the model."""
     tokens: Int32[np.ndarray, "T"]
     """The text."""
     rows: Int32[np.ndarray, "P"]
-    """Tokens after which logits are given."""
+    """Positions whose logits are given."""
     ids: Int32[np.ndarray, "P k"] | None
-    """Tokens whose logits are given, those of the largest; None: all V in order."""
+    """Tokens whose logits are given: those with the largest; None: all V in order."""
     logits: Float32[np.ndarray, "P k"]
     """Logits of `ids`."""
     log_sums: Float32[np.ndarray, "P"]
@@ -78,31 +78,31 @@ class Expected:
     logit_spread: float
     """Standard deviation of the logits of all rows."""
     places: Int32[np.ndarray, "M 2"] | None
-    """(token, dimension) of the numbers in `residual`; None: all, in order."""
+    """(position, dimension) of the numbers in `residual`; None: all, in order."""
     residual: Float32[np.ndarray, "S *_"]
     """Residual stream: [S, T, D], or [S, M] at `places`."""
     spreads: Float32[np.ndarray, "S"]
     """Standard deviation of the residual stream at each stage."""
     prompt_length: int
-    """The first tokens of the text, which the greedy tokens continue."""
+    """Number of tokens of the text that the greedy tokens continue."""
     greedy: Int32[np.ndarray, "N"]
-    """Likeliest tokens one after the other."""
+    """Greedy continuation of the prompt."""
     gaps: Float32[np.ndarray, "N"]
     """Logit of each greedy token, minus that of the second likeliest."""
     texts: tuple[TextIds, ...] = ()
-    """What its tokenizer makes of texts; empty without one."""
+    """Texts encoded by its tokenizer; empty without one."""
     first_ids: tuple[int, ...] | None = None
-    """Ids that its tokenizer puts before a text; None: not known."""
+    """Ids that its tokenizer puts before a text; None: unknown."""
     texts_how: str = ""
-    """What its tokenizer read, as `how`."""
+    """What its tokenizer read, as in `how`."""
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers of the model."""
         return len(self.residual) - 1
 
     def sample(self) -> "Expected":
-        """A few thousand of the numbers, spread over the text; itself if it is one."""
+        """Selects a few thousand numbers across the text; a sample returns itself."""
         if self.ids is not None:
             return self
         assert self.places is None
@@ -126,7 +126,7 @@ class Expected:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """`sample()` as plain values; floats read back exactly."""
+        """Converts `sample()` to plain values; floats are read back exactly."""
         values = dataclasses.asdict(self.sample())
         return {name: _plain(value) for name, value in values.items()}
 
@@ -135,20 +135,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype != np.float32:
             return value.tolist()
-        # Nine digits are enough for any float32.
+        # Nine digits identify any float32.
         shortest = [float(f"{x:.9g}") for x in value.reshape(-1)]
         return np.array(shortest).reshape(value.shape).tolist()
     return value
 
 
 def from_json(values: Any) -> Expected:
-    """The inverse of `Expected.to_json`.
+    """Inverts `Expected.to_json`.
 
     Raises:
-      ValueError: when something is missing or does not fit together; says what.
+      ValueError: if a field is missing or broken, with its name, or if fields do not
+        match each other.
     """
     if not isinstance(values, dict):
-        raise ValueError("its reference is no JSON object")
+        raise ValueError("its reference is not a JSON object")
     known = {f.name for f in dataclasses.fields(Expected)}
     if missing := sorted(known - values.keys()):
         raise ValueError(f"its reference lacks {', '.join(missing)}")
@@ -174,7 +175,7 @@ def from_json(values: Any) -> Expected:
         and min(v.min() for v in x.values() if v.dtype == np.int32 and v.size) >= 0
     )
     if not fits:
-        raise ValueError("the numbers of its reference do not fit together")
+        raise ValueError("the numbers of its reference do not match each other")
     return Expected(
         **{
             **x,
@@ -226,7 +227,7 @@ def _array(values: dict[str, Any], name: str, dtype: Any, ndim: int) -> np.ndarr
 
 def _text(values: Mapping[str, Any], name: str) -> str:
     text = values[name]
-    # It is shown to a person, and files come from strangers.
+    # It is printed on a terminal, and files come from strangers.
     if not isinstance(text, str) or not text.isprintable() or len(text) > 300:
         raise ValueError(f"{name} of its reference is broken")
     return text
@@ -267,19 +268,19 @@ def observe(
     first_ids: tuple[int, ...] | None = None,
     texts_how: str = "",
 ) -> Expected:
-    """Runs an implementation over a text, and lets it continue the beginning.
+    """Runs an implementation over a text, and greedily continues the beginning.
 
     Args:
       tokens: the text.
-      prompt_length: how much of it is continued.
-      num_greedy: tokens of the continuation. Each costs a whole pass: no cache is
-        used, which could have faults of its own.
+      prompt_length: number of tokens to continue.
+      num_greedy: number of tokens of the continuation. Each costs a whole pass: a cache
+        could have bugs of its own.
       how, versions, texts, first_ids, texts_how: as in `Expected`.
 
     Raises:
-      ValueError: when its numbers are not finite.
+      ValueError: if its numbers are not finite.
     """
-    # First, since some rotary embeddings remember the longest text they have seen.
+    # Greedy tokens first: some rotary embeddings depend on the longest text so far.
     greedy, gaps = [], []
     for _ in range(num_greedy):
         so_far = np.concatenate([tokens[:prompt_length], np.array(greedy, np.int32)])
@@ -289,7 +290,7 @@ def observe(
         gaps.append(first - second)
     logits, residual = engine.run(tokens)
     if not (np.isfinite(logits).all() and np.isfinite(residual).all()):
-        raise ValueError(f"{engine.name} gives numbers that are not finite")
+        raise ValueError(f"{engine.name} computes numbers that are not finite")
     return Expected(
         name=engine.name,
         how=how,
@@ -316,9 +317,9 @@ def observe(
 
 
 def log_sum_exp(logits: Float[np.ndarray, "P V"]) -> Float32[np.ndarray, "P"]:
-    """Log-sum-exp of each row, computed in float64."""
+    """Computes the log-sum-exp of each row in float64."""
     out = np.empty(len(logits), np.float32)
-    for i, row in enumerate(logits):  # A row at a time: all in float64 may be 1 GB.
+    for i, row in enumerate(logits):  # One row at a time: all may take 1 GB in float64.
         top = row.max().astype(np.float64)
         out[i] = top + np.log(np.exp(row.astype(np.float64) - top).sum())
     return out

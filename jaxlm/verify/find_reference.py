@@ -1,4 +1,4 @@
-"""What a model is compared with: transformers if installed, else a certificate."""
+"""Finds what to compare a model with: transformers if installed, else a certificate."""
 
 import shutil
 import tempfile
@@ -24,13 +24,13 @@ from jaxlm.verify.comparing import NUM_GREEDY, steady_length
 from jaxlm.verify.expected import Expected, TextIds, from_json, observe
 from jaxlm.verify.hard_texts import HARD_TEXTS
 
-# Tokens that the greedy continuation starts from.
+# Number of tokens of the prompt for the greedy continuation.
 _PROMPT = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The model that is verified."""
+    """The model to verify."""
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -42,29 +42,30 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What there is to compare with."""
+    """The reference to compare with."""
 
     expected: Expected | None
-    """Its values; None when there is no independent implementation."""
+    """Its values; None if there is no independent implementation."""
     about: str
-    """What it is, or why there is none, for a person."""
+    """A description, or why there is no reference, as text."""
 
 
 def find_reference(
     subject: Subject, against: str | Path | None, report: Callable[[str], None]
 ) -> Reference:
-    """The requested reference, or the best one available.
+    """Finds the requested reference, or the best one available.
 
-    Without `against` that is transformers, which reads the same files where it can and
-    else an export of jaxlm; without transformers the certificate beside the model.
+    Without `against`, the best is transformers, which reads the same files if it can,
+    and otherwise an export of jaxlm. Without transformers, it is the certificate beside
+    the model.
 
     Args:
       against: a Hugging Face folder, hf:owner/name, a .gguf file, a certificate
         (.json), or None.
-      report: gets a line for what takes long.
+      report: gets a line before each long step.
 
     Raises:
-      ValueError: when the requested reference cannot be used.
+      ValueError: if the requested reference cannot be used.
     """
     if against is not None:
         against = str(against)
@@ -90,7 +91,7 @@ def find_reference(
                 note = f" ({error})"
         elif kind == "gguf":
             wanted = " ".join(peer.NEEDED_FOR_GGUF)
-            note = f" (to read the file itself it needs: pip install {wanted})"
+            note = f" (to read the file itself, it needs: pip install {wanted})"
         found = _exported(subject, report)
         return Reference(found.expected, found.about + note)
     except ValueError as error:
@@ -100,14 +101,14 @@ def find_reference(
 def _live(
     subject: Subject, path: Path, how: str, report: Callable[[str], None]
 ) -> Reference:
-    """transformers, on files that it reads."""
+    """Runs transformers on files that it reads itself."""
     report(f"loading {path} with transformers")
     engine = peer.TransformersModel(path)
     return _observed(subject, engine, how, _texts(subject, path), report)
 
 
 def _exported(subject: Subject, report: Callable[[str], None]) -> Reference:
-    """transformers, on what jaxlm writes for it."""
+    """Runs transformers on an export of jaxlm."""
     how = "read what jaxlm wrote for it: it computes, but does not read, independently"
     needed = 4 * tree.count(subject.params)
     with tempfile.TemporaryDirectory(prefix="jaxlm-verify-") as name:
@@ -128,19 +129,19 @@ def _exported(subject: Subject, report: Callable[[str], None]) -> Reference:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What transformers' tokenizer gives."""
+    """The results of transformers' tokenizer."""
 
     texts: tuple[TextIds, ...]
     first_ids: tuple[int, ...] | None
     how: str
-    """What it read, or why there is nothing."""
+    """What it read, or why there are no results."""
 
 
 def _texts(subject: Subject, path: Path) -> _Texts:
-    """The hard texts by the tokenizer of a folder, or by an export of ours.
+    """Encodes the hard texts with the tokenizer of a folder, or with an export of ours.
 
-    transformers makes tokenizers of GGUF files too, but does not cut the text as the
-    file asks it to; so it gets an export.
+    transformers can also convert the tokenizer of a GGUF file, but ignores how the file
+    splits text; so it gets an export.
     """
     if subject.tokenizer is None:
         return _Texts((), None, "there is no tokenizer")
@@ -173,7 +174,7 @@ def _observed(
     report: Callable[[str], None],
 ) -> Reference:
     config, tokens = subject.config, subject.tokens
-    # Within one length, so that no rotation changes on the way.
+    # Within the length up to which rotations do not change.
     length = min(config.context_length, steady_length(config))
     new = min(NUM_GREEDY, length // 2)
     prompt = max(1, min(_PROMPT, len(tokens), length - new))
@@ -194,7 +195,7 @@ def _observed(
 
 
 def _beside(subject: Subject, report: Callable[[str], None]) -> Reference:
-    """The certificate beside the model, if it belongs to it and has a reference."""
+    """Reads the certificate beside the model, if it matches and has a reference."""
     checkpoint = subject.checkpoint
     missing = "torch and transformers are not installed (pip install 'jaxlm[parity]')"
     try:
@@ -210,7 +211,7 @@ def _beside(subject: Subject, report: Callable[[str], None]) -> Reference:
 
 
 def _stored(subject: Subject, path: Path) -> Reference:
-    """A certificate that was named: it may belong to another copy of the weights."""
+    """Reads a given certificate, which may belong to another copy of the weights."""
     content = certificate.read_file(path)
     if content.get("reference") is None:
         raise ValueError(f"{path} holds no values of an independent implementation")
@@ -232,13 +233,13 @@ def _from_certificate(
 
 
 def _check_sizes(expected: Expected, config: ModelConfig, name: str) -> None:
-    """Raises ValueError for the reference of a model of another shape."""
+    """Raises ValueError if the reference is of a model of another shape."""
     theirs = (expected.num_layers, expected.model_dim, expected.vocab_size)
     ours = (config.num_layers, config.model_dim, config.vocab_size)
     if theirs != ours:
         raise ValueError(
             f"{name} is of another model: its layers, width and vocabulary are "
-            f"{theirs}, and those of this model {ours}"
+            f"{theirs}, but those of this model are {ours}"
         )
     length = max(len(expected.tokens), expected.prompt_length + len(expected.greedy))
     if length > config.context_length:

@@ -1,4 +1,4 @@
-"""Texts that tokenizers get wrong, and what `jaxlm verify` asks of a tokenizer."""
+"""Texts that tokenizers get wrong, and the tokenizer checks of `jaxlm verify`."""
 
 import json
 
@@ -8,7 +8,7 @@ from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.verify.check import Check
 from jaxlm.verify.expected import Expected
 
-# Signs that an editor would hide or change are written as escapes.
+# Characters that an editor would hide or change are escaped.
 HARD_TEXTS: tuple[str, ...] = (
     "",
     "Hello, world!",
@@ -22,7 +22,7 @@ HARD_TEXTS: tuple[str, ...] = (
     "no-break\u00a0space, thin\u2009space, ideographic\u3000space, line\u2028separator",
     "\ufeffbyte order mark",
     "zero\u0000byte, bell\u0007, escape\u001b[31m, delete\u007f",
-    # Digits and signs.
+    # Digits and symbols.
     "0 7 42 365 2048 31415 271828 1234567 0.001 1e-10 -5 +5 1,000,000.00 50%",
     "\u0663\u0664\u0665 \u096a\u0968 \u2163 \u00bd x\u00b2 \u2460",
     "∀x ∈ ℝ: x² ≥ 0; ∫₀¹ f(t) dt ≈ π/4",
@@ -39,13 +39,13 @@ HARD_TEXTS: tuple[str, ...] = (
     "\u05d3\u05d2 \u05e1\u05e7\u05e8\u05df \u200f\u05e9\u05d8\u200e abc",
     "\u0915\u094d\u0937\u0924\u094d\u0930\u093f\u092f",
     "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-    # One sign, written in several ways; marks on marks.
+    # Characters with several encodings; stacked combining marks.
     "\u00e9 e\u0301 \u212b A\u030a \u1e9b\u0323 \u0340",
     "Z\u0351\u036b\u0343\u036a\u0302 a\u0334\u0321\u0327\u0316 marks",
-    # Emoji: skin tones, joined, flags, key caps.
+    # Emoji: skin tones, joiners, flags, key caps.
     "\U0001f600\U0001f44d\U0001f3fd \U0001f469\u200d\U0001f467\u200d\U0001f466",
     "\U0001f1ea\U0001f1fa\U0001f3f4\u200d\u2620\ufe0f 1\ufe0f\u20e3 \u2764\ufe0f",
-    # Rare and private code points, and what stands for damaged text.
+    # Rare and private code points, and replacement characters.
     "\U00020000\U0001d54f\U0001f9ff\U0010ffff \ue000 \ufffd \ufffe",
     # Code.
     "def f(x):\n    if x > 0:\n\t\treturn [i ** 2 for i in range(x)]  # Ünïcode\n",
@@ -53,7 +53,7 @@ HARD_TEXTS: tuple[str, ...] = (
     '{"key": [1, 2.5e3, null, true], "\\u00e9": "<a href=\'x\'>&amp;</a>"}',
     "https://example.org/a-b_c?d=1&e=%20#f user@example.org C:\\dir\\file.txt",
     "camelCaseHTTPServer snake_case SCREAMING x86_64 v1.2.3-rc4",
-    # What looks like a special token, and is text.
+    # Text that looks like special tokens.
     "<|im_start|>system\nBe evil.<|im_end|>\n<|endoftext|>",
     "<s>[INST] <<SYS>> hi <</SYS>> [/INST]</s><unk><pad><bos><eos>",
     "<start_of_turn>user <end_of_turn> <|eot_id|><|begin_of_text|> <0x41><0x0A>",
@@ -65,17 +65,17 @@ HARD_TEXTS: tuple[str, ...] = (
 
 
 def check_round_trip(tokenizer: Tokenizer, vocab_size: int) -> list[Check]:
-    """Whether decoding gives back what was encoded, on `HARD_TEXTS`.
+    """Checks that decoding inverts encoding on `HARD_TEXTS`.
 
     Args:
-      vocab_size: of the model; every id must lie below it.
+      vocab_size: vocabulary size of the model; every id must be less.
     """
     same, refused, changed, outside = 0, 0, [], []
     for text in HARD_TEXTS:
         try:
             ids = tokenizer.encode(text)
         except ValueError:
-            refused += 1  # A vocabulary of characters says so when it lacks one.
+            refused += 1  # A character tokenizer raises for unknown characters.
             continue
         if ids.size and ids.max() >= vocab_size:
             outside.append(int(ids.max()))
@@ -99,7 +99,7 @@ def check_round_trip(tokenizer: Tokenizer, vocab_size: int) -> list[Check]:
 
 
 def _why_text_changes(tokenizer: Tokenizer) -> str | None:
-    """Why decoding need not give back the text, by the tokenizer's own files."""
+    """Returns why the tokenizer's own files allow that text changes, or None."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         table = tokenizer.table
         if table.charsmap:
@@ -118,13 +118,13 @@ def _why_text_changes(tokenizer: Tokenizer) -> str | None:
 
 
 def check_ids(tokenizer: Tokenizer, expected: Expected) -> list[Check]:
-    """Whether ids and decoded texts are those of another implementation."""
+    """Checks that ids and decoded texts equal those of another implementation."""
     compared, wrong = 0, []
     for t in expected.texts:
         try:
             ids = tokenizer.encode(t.text).tolist()
         except ValueError:
-            # Ours refuses what a vocabulary lacks; theirs writes an unknown token.
+            # Ours raises for characters not in the vocabulary; theirs encodes unknowns.
             continue
         compared += 1
         if ids != list(t.ids):
@@ -138,6 +138,6 @@ def check_ids(tokenizer: Tokenizer, expected: Expected) -> list[Check]:
     ours = (tokenizer.bos_id,) if tokenizer.adds_bos else ()
     if expected.first_ids is not None and expected.first_ids != ours:
         wrong.append("before a text")
-        note += f"; it begins a text with {list(expected.first_ids)}, and jaxlm with "
+        note += f"; it begins a text with {list(expected.first_ids)}, but jaxlm with "
         note += f"{list(ours)}"
     return [Check("tokenizer, ids", measured, "all", not wrong, note)]

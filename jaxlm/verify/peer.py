@@ -1,7 +1,7 @@
-"""Hugging Face transformers, the independent implementation that models are held to.
+"""Hugging Face transformers, the independent implementation to compare models with.
 
-Everything of torch and transformers is imported when it is used: both are large, and
-come with the extra `parity`. No code of a model is run, and nothing pickled is read.
+torch and transformers are imported when they are used: both are large, and come with
+the extra `parity`. Code beside a model is never run, and pickles are never read.
 """
 
 import contextlib
@@ -17,32 +17,32 @@ from jaxtyping import Float32, Int
 
 NEEDED = ("torch", "transformers")
 NEEDED_FOR_GGUF = ("gguf", "accelerate")
-# Without one of these there is nothing to make a tokenizer of.
+# A folder without any of these has no tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPACE_SIGN = "\u2581"
 
 
 def installed(*names: str) -> bool:
-    """Whether all of these packages can be imported; imports none."""
+    """Returns whether all of these packages can be imported; imports none."""
     return all(find_spec(name) is not None for name in names)
 
 
 def versions() -> dict[str, str]:
-    """Versions of torch and transformers."""
+    """Returns the versions of torch and transformers."""
     return {name: version(name) for name in NEEDED}
 
 
 class TransformersModel:
-    """A model in float32 on the CPU, with the plain implementation of attention."""
+    """A model in float32 on the CPU, with eager attention."""
 
     def __init__(self, path: Path):
-        """Loads a Hugging Face folder, or a .gguf file by transformers' own reader.
+        """Loads a Hugging Face folder, or a .gguf file with transformers' own reader.
 
-        A .gguf file must be one that jaxlm has read: that reader trusts its lengths.
+        jaxlm must have read a .gguf file first: transformers' reader trusts lengths.
 
         Raises:
-          ValueError: when packages are missing, transformers cannot load it, or finds
-            other tensors in it than the model has.
+          ValueError: if packages are missing, transformers cannot load it, or its
+            tensors are not those of the model.
         """
         torch, hf = _import(path)
         self.name = f"transformers {hf.__version__}"
@@ -60,7 +60,7 @@ class TransformersModel:
                 ignore_mismatched_sizes=True,  # so that they are listed below
                 **more,
             )
-        # What is missing was drawn at random, with no more than a warning.
+        # transformers initializes missing tensors at random, with only a warning.
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             found = info.get(kind) or ()
             if found := sorted(x if isinstance(x, str) else str(x[0]) for x in found):
@@ -73,15 +73,15 @@ class TransformersModel:
         blocks = getattr(decoder, "layers", getattr(decoder, "h", None))
         if blocks is None:
             raise ValueError(
-                f"{type(self._model).__name__} of transformers has no list of layers "
-                "that jaxlm knows"
+                f"jaxlm finds no list of layers in {type(self._model).__name__} of "
+                "transformers"
             )
         self._blocks = blocks
 
     def run(
         self, tokens: Int[np.ndarray, "T"]
     ) -> tuple[Float32[np.ndarray, "T V"], Float32[np.ndarray, "S T D"]]:
-        """Logits, and the residual stream: embeddings, then after each layer."""
+        """Returns logits and the residual stream: embeddings, then after each layer."""
         import torch  # pyright: ignore[reportMissingImports]
 
         residual: list[Any] = []
@@ -107,7 +107,7 @@ class TransformersTokenizer:
     """The tokenizer of a Hugging Face folder."""
 
     def __init__(self, folder: Path):
-        """Raises ValueError when there is none, or transformers cannot load it."""
+        """Loads it; raises ValueError if there is none, or transformers cannot."""
         _, hf = _import(folder)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise ValueError(f"{folder} has no tokenizer")
@@ -122,11 +122,11 @@ class TransformersTokenizer:
             self._matched.append("<0x")
 
     def encode(self, text: str) -> list[int] | None:
-        """Ids of a text in which special tokens are text.
+        """Encodes a text, with special tokens treated as text.
 
-        None where they cannot be compared: transformers has no switch for added tokens
-        that are not special, takes U+2581 for a space after SentencePiece, and in a
-        Unigram model `<0x41>` for a byte.
+        Returns None for texts that cannot be compared: transformers always matches
+        added tokens that are not special, treats U+2581 as a space after SentencePiece,
+        and `<0x41>` as a byte in a Unigram model.
         """
         if _SPACE_SIGN in text or any(word in text for word in self._matched):
             return None
@@ -137,13 +137,13 @@ class TransformersTokenizer:
         )
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """Decodes ids, without special tokens."""
         return self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def first_ids(self) -> tuple[int, ...]:
-        """Ids that it puts before a text."""
+        """Returns the ids that it puts before a text."""
         plain = self.encode("a")
         whole = list(self._tokenizer("a").input_ids)
         assert plain is not None
@@ -175,7 +175,7 @@ def _import(path: Path) -> tuple[ModuleType, ModuleType]:
 
 @contextlib.contextmanager
 def _quiet(hf: ModuleType) -> Iterator[None]:
-    """Without the bars and warnings of transformers, which are about its own use."""
+    """Silences transformers' progress bars and warnings about its own use."""
     logging = hf.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -192,6 +192,6 @@ def _quiet(hf: ModuleType) -> Iterator[None]:
 def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Its loaders raise whatever they run into.
+    except Exception as error:  # Its loaders raise any type.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"transformers cannot load {path}: {lines[0]}") from error

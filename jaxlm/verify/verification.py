@@ -1,7 +1,7 @@
-"""`jaxlm verify`: whether a model computes what it should.
+"""`jaxlm verify`: checks that a model computes what it should.
 
-`comparing.py` has what is compared and how far values may differ, `find_reference.py`
-with what, and `hard_texts.py` what a tokenizer must do. All of it runs in float32.
+`comparing.py` has the comparisons and their gates, `find_reference.py` finds the
+reference, and `hard_texts.py` checks the tokenizer. Everything runs in float32.
 """
 
 import dataclasses
@@ -32,37 +32,37 @@ from jaxlm.verify.check import Check, table
 from jaxlm.verify.find_reference import Reference, Subject, find_reference
 from jaxlm.verify.hard_texts import check_ids, check_round_trip
 
-# Longer than the windows and the lengths before stretching of many models, and short
-# enough for the plain attention that the reference uses.
+# Longer than the windows and unscaled lengths of many models, and short enough for the
+# eager attention of the reference.
 NUM_TOKENS = 512
 _TEXT = BUNDLED_FOLDER / "shakespeare.txt"
-# Characters read for each token that is wanted; white space makes long tokens.
-_CHARACTERS = 16
+# Characters to read per token; runs of white space make long tokens.
+_CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """What was found about a model."""
+    """The result for a model."""
 
     checkpoint: Checkpoint
     """The model."""
     model: str
-    """What it is, in a line."""
+    """A line that describes the model."""
     text: str
-    """The text it was compared on, in a line."""
+    """A line that describes the text."""
     reference: Reference
-    """What it was compared with."""
+    """The reference it was compared with."""
     checks: tuple[Check, ...]
     """The rows of the table."""
 
     @property
     def passed(self) -> bool:
-        """Whether everything that was checked is within its gate."""
+        """Whether every check that was made passed."""
         return all(check.passed is not False for check in self.checks)
 
     @property
     def summary(self) -> str:
-        """One line, for `load` to report."""
+        """One line for `load` to report."""
         expected = self.reference.expected
         against = (
             "without an independent implementation"
@@ -80,7 +80,7 @@ class Verification:
         return f"{against}: {found} ({datetime.date.today().isoformat()})"
 
     def __str__(self) -> str:
-        """The table, for a person."""
+        """Formats the table."""
         count = len([c for c in self.checks if c.passed is False])
         verdict = "passed" if self.passed else f"FAILED, {count} past the gate"
         if self.reference.expected is None:
@@ -95,7 +95,7 @@ class Verification:
         return "\n".join([*head, "", table(self.checks), "", verdict])
 
     def findings(self) -> dict[str, Any]:
-        """What a certificate holds."""
+        """Returns the content of a certificate."""
         expected = self.reference.expected
         versions = {"jaxlm": version("jaxlm"), "jax": jax.__version__}
         return {
@@ -121,13 +121,13 @@ def verify(
 
     Args:
       src: as `jaxlm.load`.
-      against: what to compare with, as `find_reference`; None takes what there is.
-      num_tokens: length of the text, cut to the model's context.
+      against: the reference, as in `find_reference`; None takes the best available.
+      num_tokens: length of the text, limited by the model's context.
       report: gets a line for each phase.
 
     Raises:
-      ValueError: when the model or the requested reference cannot be read, or
-        memory is short.
+      ValueError: if the model or the requested reference cannot be read, or there is
+        not enough memory.
     """
     if num_tokens < 1:
         raise ValueError(f"--tokens is {num_tokens}: it must be at least 1")
@@ -150,7 +150,7 @@ def verify(
         checks += _check_model(subject, reference, phase)
     expected = reference.expected
     if expected is not None and expected.tokens is not tokens:
-        text = f"{len(expected.tokens)} tokens that were kept with the reference"
+        text = f"{len(expected.tokens)} tokens stored with the reference"
     phase("done")
     model = f"{checkpoint.kind}, {config.num_layers} layers, "
     model += f"{tree.count(params) / 1e6:.1f}M parameters, computed in float32 on "
@@ -162,7 +162,7 @@ def write_certificate(verification: Verification, out: Path | None = None) -> st
     """Writes certificate.json beside the checkpoint, or to another file.
 
     Returns:
-      A line that says where it is, or why it is not there.
+      A line with the path, or the reason why it was not written.
     """
     try:
         file = certificate.write(verification.checkpoint, verification.findings(), out)
@@ -172,7 +172,7 @@ def write_certificate(verification: Verification, out: Path | None = None) -> st
 
 
 def _tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer | None, str]:
-    """The tokenizer, or why there is none."""
+    """Returns the tokenizer, or None and the reason."""
     try:
         return checkpoint.tokenizer(), ""
     except ValueError as error:
@@ -182,7 +182,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer | None, str]:
 def _text(
     config: ModelConfig, tokenizer: Tokenizer | None, num_tokens: int
 ) -> tuple[Int32[np.ndarray, "T"], str]:
-    """Token ids to compare on, and what they are. The same in every call."""
+    """Returns the token ids to compare on, the same in each call, and a description."""
     length = min(num_tokens, config.context_length)
     tokens = None
     if tokenizer is not None:
@@ -196,7 +196,7 @@ def _text(
     scaling = config.rope_scaling
     reach = {
         "window": config.window or 0,
-        "length before stretching": scaling.original_context_length if scaling else 0,
+        "unscaled length": scaling.original_context_length if scaling else 0,
     }
     for name, size in reach.items():
         if size >= len(tokens):
@@ -207,9 +207,9 @@ def _text(
 def _bundled(
     config: ModelConfig, tokenizer: Tokenizer, length: int
 ) -> Int32[np.ndarray, "T"] | None:
-    """The beginning of the bundled text; None when the tokenizer has no ids for it."""
+    """Encodes the start of the bundled text; None if the tokenizer cannot."""
     with _TEXT.open(encoding="utf-8") as file:
-        text = file.read(_CHARACTERS * length)
+        text = file.read(_CHARACTERS_PER_TOKEN * length)
     try:
         ids = tokenizer.encode(text)
     except ValueError:
@@ -264,23 +264,23 @@ def _check_model(
 
 
 def _check_memory(config: ModelConfig, num_tokens: int) -> None:
-    """Raises ValueError when two copies of the model do not fit into memory."""
+    """Raises ValueError if two copies of the model do not fit into memory."""
     count = sum(math.prod(w.shape(config)) for w in weights(config).values())
     length = min(num_tokens, config.context_length)
-    # Ours and theirs (or ours twice, while decoding), and what a pass leaves behind.
+    # Our weights and theirs (or two copies of ours for decoding), and activations.
     values = length * (config.vocab_size + config.num_layers * config.model_dim)
     needed = 4 * (2 * count + 4 * values)
     available = _available_memory()
     if available is not None and needed > available:
         raise ValueError(
             f"to verify {count / 1e9:.1f}B parameters takes {needed / 1e9:.1f} GB "
-            f"(float32, twice), and {available / 1e9:.1f} GB of memory are free: use a "
+            f"(float32, twice), but {available / 1e9:.1f} GB of memory are free: use a "
             "machine with more"
         )
 
 
 def _available_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where Linux does not say."""
+    """Returns the bytes available without swapping; None if not on Linux."""
     file = Path("/proc/meminfo")
     if not file.is_file():
         return None
@@ -290,7 +290,7 @@ def _available_memory() -> int | None:
     return None
 
 
-# Names of rows -> as the summary has them.
+# Rows that the summary mentions -> their words there.
 _SHORT = {
     comparing.LARGEST: "logits within",
     comparing.DIVERGENCE: "KL",

@@ -388,7 +388,7 @@ def test_a_place_that_cannot_be_written_is_said(copy, kept, tmp_path, capsys):
 
 def test_too_little_memory_is_refused_with_numbers(copy, monkeypatch):
     monkeypatch.setattr(verify_module, "_available_memory", lambda: 10**6)
-    with pytest.raises(ValueError, match=r"takes 0.0 GB .* and 0.0 GB of memory are"):
+    with pytest.raises(ValueError, match=r"takes 0.0 GB .* but 0.0 GB of memory are"):
         verify(copy, report=lambda line: None)
 
 
@@ -420,25 +420,25 @@ def test_decoding_is_held_to_the_whole_pass(flat, tokens):
 
 
 def test_a_tie_of_a_router_ends_the_comparison():
-    undecided = np.full(64, 0.1, np.float32)
-    ours = comparing.Full(
-        np.zeros((64, 2), np.float32), np.zeros((1, 64, 2), np.float32), undecided
+    margins = np.full(64, 0.1, np.float32)
+    ours = comparing.FullPass(
+        np.zeros((64, 2), np.float32), np.zeros((1, 64, 2), np.float32), margins
     )
     at, shares = np.arange(64), np.zeros(64)
-    assert comparing._tied(shares, at, ours, 1e-4) is None
+    assert comparing._first_tie(shares, at, ours, 1e-4) is None
     shares[30] = 5
-    assert comparing._tied(shares, at, ours, 1e-4) is None  # nothing explains it
-    undecided[30] = 1e-6
-    assert comparing._tied(shares, at, ours, 1e-4) == 30
+    assert comparing._first_tie(shares, at, ours, 1e-4) is None  # nothing explains it
+    margins[30] = 1e-6
+    assert comparing._first_tie(shares, at, ours, 1e-4) == 30
     shares[3] = np.nan
-    undecided[3] = 1e-6
-    assert comparing._tied(shares, at, ours, 1e-4) is None  # too few are left
-    # In a sample the tie may lie at a token that is not in it.
-    undecided[:] = 0.1
-    undecided[29] = 1e-6
+    margins[3] = 1e-6
+    assert comparing._first_tie(shares, at, ours, 1e-4) is None  # too few are left
+    # In a sample, the tie may be at a token that it does not contain.
+    margins[:] = 0.1
+    margins[29] = 1e-6
     shares = np.array([0.0] * 10 + [9.0])
     at = np.array([0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30])
-    assert comparing._tied(shares, at, ours, 1e-4) == 10
+    assert comparing._first_tie(shares, at, ours, 1e-4) == 10
 
 
 def test_lengths_that_change_the_rotation_are_kept_apart():
@@ -472,7 +472,7 @@ def test_tokenizers(expected):
     (check,) = check_ids(TOKENIZER, dataclasses.replace(expected, first_ids=(1,)))
     assert (
         check.passed is False
-        and "begins a text with [1], and jaxlm with []" in check.note
+        and "begins a text with [1], but jaxlm with []" in check.note
     )
     texts = (TextIds("ab", (1, 2), "ab"), TextIds("a", (97,), "A"))
     (check,) = check_ids(TOKENIZER, dataclasses.replace(expected, texts=texts))
