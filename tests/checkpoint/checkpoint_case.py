@@ -1,4 +1,4 @@
-"""A small run for the tests of checkpoints, also imported by their child processes."""
+"""A small run for checkpoint tests, also imported by their child processes."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def make_params(seed=0):
 
 
 def adamw_masked():
-    """Holds EmptyState, MaskedNode, ScaleByAdamState and an injected scalar."""
+    """Has EmptyState, MaskedNode, ScaleByAdamState and a scalar in its state."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
@@ -72,7 +72,7 @@ def updated_state(optimizer, seed=0):
 
 
 def state_of_step(step):
-    """A state in which every number is the step; nothing is compiled for it."""
+    """Makes a state in which every number is the step, without compiling anything."""
     params = jax.eval_shape(make_params)
     state = params, jax.eval_shape(adamw_masked().init, params)
     return jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, step, x.dtype)), state)
@@ -124,7 +124,7 @@ def run_with_steps(folder, *steps, **kwargs):
 
 
 def start_child(code, *arguments, **environment):
-    """Starts a Python process that runs `code` with this folder on its path."""
+    """Starts a Python process that runs `code`, with this folder on its path."""
     here = str(Path(__file__).parent)
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""From any kind of checkpoint to any other, and on into training and sampling."""
+"""Converts every kind of checkpoint to every other, then trains and samples."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ def params_of(config):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of jaxlm with a tokenizer of bytes."""
+    """A jaxlm run with a byte tokenizer."""
     run = tmp_path_factory.mktemp("runs") / "run"
     with CheckpointManager(run) as checkpoints:
         checkpoints.save(
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run):
-    """The same as a Hugging Face folder."""
+    """The same model as a Hugging Face folder."""
     folder = run.parent / "folder"
     assert convert(run, folder) == "hf"
     return folder
@@ -101,9 +101,9 @@ def test_without_a_tokenizer(folder, tmp_path):
 
 
 ERRORS = {
-    "there already": (["{folder}", "{folder}"], "already exists"),
+    "existing": (["{folder}", "{folder}"], "already exists"),
     "no source": (["{tmp}/none", "{tmp}/x"], "it does not exist"),
-    "type of GGUF": (["{folder}", "{tmp}/x", "--dtype", "q8_0"], "only for gguf"),
+    "only for GGUF": (["{folder}", "{tmp}/x", "--dtype", "q8_0"], "only for gguf"),
     "tokenizer of a run": (["{folder}", "{tmp}/x", "--no-tokenizer"], "cannot be left"),
     "unknown kind": (["{folder}", "{tmp}/x", "--too", "hf"], "did you mean '--to'"),
 }
@@ -120,7 +120,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys, fault):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_of_a_config_is_that_of_init_from(folder, repository):
+def test_init_from_sets_the_model_of_the_config(folder, repository):
     file = repository / "configs" / "shakespeare.py"
     for words in (["--init-from", str(folder)], [f"--init-from={folder}"]):
         config, initial = read_config(words, file)
@@ -128,10 +128,10 @@ def test_the_model_of_a_config_is_that_of_init_from(folder, repository):
         assert not diff(config.model, MODEL, ignore=NOT_KEPT)
         assert config.model.dtype == "auto"
     config, _ = read_config([*words, "--model.num-layers", "3"], file)
-    assert config.model.num_layers == 3  # train.py then says that they differ
+    assert config.model.num_layers == 3  # train.py then reports the difference
 
 
-def test_init_from_of_what_is_no_checkpoint(tmp_path, repository, capsys):
+def test_init_from_a_path_that_is_not_a_checkpoint(tmp_path, repository, capsys):
     with pytest.raises(SystemExit):
         read_config(
             ["--init-from", str(tmp_path)], repository / "configs" / "shakespeare.py"
@@ -140,8 +140,8 @@ def test_init_from_of_what_is_no_checkpoint(tmp_path, repository, capsys):
 
 
 @pytest.mark.slow
-def test_training_from_a_published_model_and_out_again(folder, tmp_path, repository):
-    """`train.py --init-from`, `jaxlm convert`, `sample.py`, one after the other."""
+def test_training_from_a_published_model_and_export(folder, tmp_path, repository):
+    """Runs `train.py --init-from`, `jaxlm convert` and `sample.py` in turn."""
     (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 100)
 
     def python(*words):
@@ -169,7 +169,7 @@ def test_training_from_a_published_model_and_out_again(folder, tmp_path, reposit
         float(jnp.abs(a - b).max())
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     ]
-    # Adam's first steps are near the learning rate.
+    # Adam's first steps are about as large as the learning rate.
     assert 1e-3 < max(moved) < 1e-2
     text = python(
         *(repository / "sample.py", "out", "--prompt", "It was"),

@@ -1,7 +1,7 @@
-"""Whatever a file of weights holds: it is read, or there is one clear ValueError.
+"""Damaged and hostile weight files: each is read, or raises one clear ValueError.
 
-Every reader is given damaged and hostile files. It must not hang, crash, allocate what a
-file only claims to have, or leave the folder.
+A reader must not hang, crash, allocate what a file only claims to have, or read outside
+the folder.
 """
 
 import json
@@ -20,7 +20,7 @@ from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
 from jaxlm.checkpoint.hf.safetensors_file import read_safetensors, write_safetensors
 from jaxlm.checkpoint.hf.safetensors_folder import INDEX_FILE, read_folder
 
-# Else it leaves a folder in the working directory, even without a database.
+# Otherwise hypothesis makes a folder in the working directory, even with no database.
 set_hypothesis_home_dir(os.path.join(os.environ["XDG_CACHE_HOME"], "hypothesis"))
 
 HUGE = (1 << 64) - 1
@@ -40,7 +40,7 @@ def read_all(path):
 
 
 def expect_refusal(path, reason="", file=None):
-    """One line that names the file, soon and without much memory."""
+    """Expects one line that names the file, quickly and with little memory."""
     tracemalloc.start()
     start = time.perf_counter()
     with pytest.raises(ValueError) as error:
@@ -53,7 +53,7 @@ def expect_refusal(path, reason="", file=None):
     assert len(message) < 500 + len(str(path)) and message.isprintable()
     assert reason in message
     assert type(error.value) is ValueError
-    # Measured: 0.01 s, but for two files whose content has megabytes, with 0.05 s.
+    # Measured: 0.01 s, and 0.05 s for two files of megabytes.
     assert seconds < 1
     size = path.stat().st_size if path.is_file() else 0
     assert peak < 300_000 + 3 * size
@@ -213,8 +213,11 @@ GGUF_CASES = {
         gguf([], [tensor("a", [], Q4_1)], bytes(64)),
         "do not fit shape []",
     ),
-    "offset 8": (gguf([], [tensor("a", [8], offset=8)], bytes(64)), "no multiple"),
-    "offset at the end": (gguf([], [tensor("a", [8], offset=32)], bytes(32)), "cut"),
+    "offset 8": (gguf([], [tensor("a", [8], offset=8)], bytes(64)), "not a multiple"),
+    "offset at the end": (
+        gguf([], [tensor("a", [8], offset=32)], bytes(32)),
+        "truncated",
+    ),
     "offset 2^64": (
         gguf([], [tensor("a", [8], offset=HUGE - 31)], bytes(32)),
         "truncated",
@@ -243,7 +246,7 @@ def test_there_are_enough_cases():
 
 
 def test_the_parts_make_a_good_gguf_file(tmp_path):
-    """Else every case above might be refused for another reason than its own."""
+    """So the cases above are not rejected for some other reason."""
     keys = [
         ONE,
         key("b", STRING, text("x")),
@@ -289,7 +292,7 @@ GOOD = {"good.gguf": good_gguf, "good.safetensors": good_safetensors}
 
 @pytest.fixture(scope="module", params=GOOD)
 def good(request, tmp_path_factory):
-    """A file of about two kilobytes, all bytes of which count."""
+    """A file of about two kilobytes in which every byte matters."""
     path = tmp_path_factory.mktemp("good") / request.param
     GOOD[request.param](path)
     assert 1500 < path.stat().st_size < 2500
@@ -311,33 +314,33 @@ def test_a_file_cut_at_any_byte(good, tmp_path):
 
 
 NUMBERS = [0, 1, 2, 3, 31, 32, 33, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 63, HUGE]
-PLACES = st.integers(0, 2500)
+OFFSETS = st.integers(0, 2500)
 EDITS = st.one_of(
-    st.tuples(st.just("bytes"), PLACES, st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("bytes"), OFFSETS, st.binary(min_size=1, max_size=8)),
     st.tuples(
         st.just("bytes"),
-        PLACES,
+        OFFSETS,
         st.sampled_from(NUMBERS).map(lambda n: n.to_bytes(8, "little")),
     ),
-    st.tuples(st.just("insert"), PLACES, st.binary(min_size=1, max_size=40)),
-    st.tuples(st.just("delete"), PLACES, st.integers(1, 40)),
-    st.tuples(st.just("copy"), PLACES, PLACES),
+    st.tuples(st.just("insert"), OFFSETS, st.binary(min_size=1, max_size=40)),
+    st.tuples(st.just("delete"), OFFSETS, st.integers(1, 40)),
+    st.tuples(st.just("copy"), OFFSETS, OFFSETS),
 )
 
 
 def mutate(content, edits):
     content = bytearray(content)
-    for kind, place, what in edits:
-        # Most of the headers' fields come early.
-        place = place * place // 2500 % max(len(content), 1)
+    for kind, offset, what in edits:
+        # Most fields of a header come early.
+        offset = offset * offset // 2500 % max(len(content), 1)
         if kind == "bytes":
-            content[place : place + len(what)] = what
+            content[offset : offset + len(what)] = what
         elif kind == "insert":
-            content[place:place] = what
+            content[offset:offset] = what
         elif kind == "delete":
-            del content[place : place + what]
+            del content[offset : offset + what]
         else:
-            content[place : place + 30] = content[what : what + 30]
+            content[offset : offset + 30] = content[what : what + 30]
     return content
 
 
@@ -352,9 +355,9 @@ FUZZ = settings(
 
 
 def refusal_of(path):
-    """The message of the ValueError with which a file is refused; None when it is read.
+    """Returns the message of the ValueError for a file; None if it is read.
 
-    Any other exception is the test's.
+    Any other exception fails the test.
     """
     try:
         read_all(path)
@@ -397,23 +400,23 @@ MEGABYTES = 16 << 20
 SAFETENSORS_CASES = {
     "empty": (b"", "the file is empty"),
     "7 bytes": (bytes(7), "not a safetensors file: 7 bytes"),
-    "no header": (bytes(8), "its header is not JSON"),
+    "no header": (bytes(8), "the header is not JSON"),
     "header of 2^64": (safe({}, length=HUGE), "at most 16777216"),
     "header of 2^63": (safe({}, length=1 << 63), "at most 16777216"),
     "header too long": (safe({}, length=11), "truncated"),
     "GGUF": (gguf(), "not a safetensors file"),
     "a pickle": (b"\x80\x02}q\x00.PK\x03\x04" + bytes(99), "not a safetensors file"),
-    "space first": (safe(b" {}"), "not JSON"),
-    "byte order mark": (safe(b"\xef\xbb\xbf{}"), "not JSON"),
-    "UTF-16": (safe("{}".encode("utf-16")), "not JSON"),
-    "a list": (safe(b"[]"), "not JSON"),
+    "space first": (safe(b" {}"), "not valid JSON"),
+    "byte order mark": (safe(b"\xef\xbb\xbf{}"), "not valid JSON"),
+    "UTF-16": (safe("{}".encode("utf-16")), "not valid JSON"),
+    "a list": (safe(b"[]"), "not valid JSON"),
     "not UTF-8": (safe(b'{"\xff": 1}'), "can't decode byte 0xff"),
-    "not JSON": (safe(b"{]"), "not JSON"),
-    "two objects": (safe(b"{}{}"), "not JSON"),
+    "not valid JSON": (safe(b"{]"), "not JSON"),
+    "two objects": (safe(b"{}{}"), "not valid JSON"),
     "NaN": (safe(b'{"a": NaN}'), "NaN is not a JSON number"),
     "deep": (safe(b'{"a":' + b"[" * 100_000), "nested too deeply"),
     "deep objects": (safe(b'{"a":' * 100_000), "nested too deeply"),
-    "16 MiB of brackets": (safe(b"{" + b"[" * (MEGABYTES - 1)), "not JSON"),
+    "16 MiB of brackets": (safe(b"{" + b"[" * (MEGABYTES - 1)), "not valid JSON"),
     "16 MiB of lists": (safe(b'{"a":[' + b"[]," * (5 << 20)), "more than 1000000"),
     "a digit 5000 times": (safe(b'{"a": ' + b"9" * 5000 + b"}"), "4300 digits"),
     "name twice": (
@@ -547,7 +550,7 @@ def test_random_headers(folder, header):
     path = folder / "random.safetensors"
     path.write_bytes(safe(header, bytes(40)))
     message = refusal_of(path)
-    # Its 40 bytes are more than nothing, so a header without tensors is refused too.
+    # The file has 40 bytes of data, so a header without tensors is rejected too.
     assert message is None or is_one_line_about(path, message)
     assert message is not None or {"a", "b"} & header.keys()
 
@@ -555,7 +558,7 @@ def test_random_headers(folder, header):
 # Paths.
 
 
-def test_paths_that_are_no_files(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     for name in ("a.gguf", "a.safetensors"):
         expect_refusal(tmp_path / name, "no such file")
         (tmp_path / name).symlink_to(name)
@@ -631,12 +634,12 @@ def test_links_that_lead_out(tmp_path, name, target, reason):
 )
 def test_links_that_only_look_like_the_hub_cache(tmp_path, target):
     model = tmp_path / "cache/snapshots/1234"
-    places = ("blobs", "cache/blobs", "cache/blobs/deeper", "cache/snapshots/other")
+    folders = ("blobs", "cache/blobs", "cache/blobs/deeper", "cache/snapshots/other")
     model.mkdir(parents=True)
-    for place in places:
-        (tmp_path / place).mkdir(parents=True, exist_ok=True)
-        good_safetensors(tmp_path / place / "abc")
-        good_safetensors(tmp_path / place / "x.y")
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        good_safetensors(tmp_path / folder / "abc")
+        good_safetensors(tmp_path / folder / "x.y")
     (model / "model.safetensors").symlink_to(target)
     expect_refusal(model, "leads out", model / "model.safetensors")
     (model / "model.safetensors").unlink()
@@ -654,7 +657,7 @@ def test_a_shard_that_links_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "places, reason",
+    "weight_map, reason",
     [
         ({"a": 1, "b": 1, "c": 2}, "tensor d is in 2.safetensors, but the index has it in no shard"),
         ({"a": 1, "b": 1, "c": 2, "d": 2, "e": 2}, "tensor e is not in 2.safetensors"),
@@ -663,7 +666,7 @@ def test_a_shard_that_links_out(tmp_path):
         ({"a": 1, "b": 1, "c": 2, "d": 2, "a2": 4}, "tensor a is in 4.safetensors, but the index has it in 1"),
     ],
 )  # fmt: skip
-def test_an_index_and_shards_that_do_not_agree(tmp_path, places, reason):
+def test_an_index_and_shards_that_disagree(tmp_path, weight_map, reason):
     def shard(number, names):
         layout = {n: ((2,), np.dtype(np.float32)) for n in names}
         path = tmp_path / f"{number}.safetensors"
@@ -673,7 +676,7 @@ def test_an_index_and_shards_that_do_not_agree(tmp_path, places, reason):
     shard(2, ["c", "d"])
     shard(4, ["a", "a2"])  # in two shards
     good = {"a": 1, "b": 1, "c": 2, "d": 2}
-    for wanted, refusal in ((good, None), (places, reason)):
+    for wanted, refusal in ((good, None), (weight_map, reason)):
         names = {n: f"{s}.safetensors" for n, s in wanted.items()}
         (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
         if refusal is None:

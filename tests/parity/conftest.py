@@ -1,6 +1,6 @@
-"""Comparisons with a running transformers; elsewhere they are not collected.
+"""Collects the tests that run transformers only where it is installed.
 
-The goldens hold the same results and are compared everywhere.
+The goldens contain the same results, and are compared everywhere.
 """
 
 from importlib.util import find_spec

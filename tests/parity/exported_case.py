@@ -1,8 +1,8 @@
-"""Models and tokenizers to export, and the hashes of the files that come out.
+"""Models to export, and the hashes of the exported files.
 
-exported.json was written with the code as it stood before its files were moved into
-their present folders, by `python tests/parity/exported_case.py`: what an export holds
-must not change with the code. Write it again only when a format changes on purpose.
+exported.json was written by `python tests/parity/exported_case.py`, with the code before
+its files were moved into their present folders: changes of the code must not change the
+exported bytes. Write it again only when a format changes on purpose.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxlm.model.presets import preset, toy
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 EXPORTED = Path(__file__).with_name("exported.json")
-# Rows of a multiple of 32 values, which Q8_0 cuts into blocks.
+# Rows of a multiple of 32 values, the block size of Q8_0.
 SIZES = {"vocab_size": 257, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2}
 SIZES |= {"hidden_dim": 96}
 MODELS = {
@@ -36,7 +36,7 @@ GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def exported_hashes(name: str, folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that a model is exported to, by file name."""
+    """Exports a model, and returns the SHA-256 of each file by name."""
     config, tokenizer = MODELS[name], ByteTokenizer()
     params = jax.tree.map(jnp.asarray, nested(weights(config)))
     write_hf(folder, config, params, tokenizer)

@@ -1,4 +1,4 @@
-"""The same tiny models in Hugging Face transformers, on CPU torch."""
+"""The tiny models of `parity_case` in Hugging Face transformers, on CPU torch."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxlm.config import ModelConfig
 
 
 def rope_parameters(c: ModelConfig) -> dict[str, Any]:
-    """The rope_parameters that transformers gives a model of this config."""
+    """Returns the rope_parameters of a transformers model with this config."""
     values: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_fraction != 1.0:
         values["partial_rotary_factor"] = c.rope_fraction
@@ -36,7 +36,7 @@ def rope_parameters(c: ModelConfig) -> dict[str, Any]:
 
 
 def model_config(name: str, c: ModelConfig) -> hf.PreTrainedConfig:
-    """The transformers config of a family; `name` starts with the family's name."""
+    """Returns the transformers config; `name` starts with the name of the family."""
     if name.startswith("gpt2"):
         return hf.GPT2Config(
             vocab_size=c.vocab_size,
@@ -59,7 +59,7 @@ def model_config(name: str, c: ModelConfig) -> hf.PreTrainedConfig:
             rope_parameters=rope_parameters(c),
         )
     s = c.rope_scaling
-    # Dynamic scaling takes its original length from the length of the context.
+    # Dynamic scaling takes its original length from the context length.
     dynamic = s is not None and s.kind == "dynamic"
     common = dict(
         vocab_size=c.vocab_size,
@@ -134,7 +134,7 @@ def model_config(name: str, c: ModelConfig) -> hf.PreTrainedConfig:
 
 
 def _layer(name: str, c: ModelConfig, w: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Tensors of one layer by transformers' names; Linear weights are (out, in)."""
+    """Returns the tensors of a layer by transformers' names; Linear is (out, in)."""
     N, H, D = c.num_heads, c.head_dim, c.model_dim
     q, k, v = (w[f"attn/{n}"].reshape(D, -1).T for n in "qkv")
     o = w["attn/o"].reshape(N * H, D).T
@@ -218,7 +218,7 @@ def _layer(name: str, c: ModelConfig, w: dict[str, np.ndarray]) -> dict[str, Any
 
 
 def _gpt_oss_experts(w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns of gate and up alternate; these matrices are (in, out)."""
+    """Alternates the columns of gate and up; these matrices are (in, out)."""
 
     def alternate(gate, up):
         return np.stack([gate, up], axis=-1).reshape(*gate.shape[:-1], -1)
@@ -236,7 +236,7 @@ def _gpt_oss_experts(w: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def state_dict(name: str, c: ModelConfig) -> dict[str, torch.Tensor]:
-    """`weights(config)` by transformers' names."""
+    """Returns `weights(config)` by transformers' names."""
     flat = weights(c)
     if name.startswith("gpt2"):
         top, layers, final = "transformer", "h", "ln_f"
@@ -272,7 +272,7 @@ def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def build(name: str, c: ModelConfig) -> hf.PreTrainedModel:
-    """The model in transformers, with `weights(config)`."""
+    """Builds the model in transformers, with `weights(config)`."""
     config = model_config(name, c)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -284,7 +284,7 @@ def build(name: str, c: ModelConfig) -> hf.PreTrainedModel:
 
 
 def run(model: hf.PreTrainedModel, c: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T, V] and the residual stream after each layer [L, T, D], f32."""
+    """Returns logits [T, V] and the residual stream after each layer [L, T, D], f32."""
     hidden: list[torch.Tensor] = []
 
     def keep(_module, _inputs, output):

@@ -1,4 +1,4 @@
-"""Prints how many parameters transformers gives each preset, without making them.
+"""Prints the number of parameters of each preset in transformers, without weights.
 
 PYTHONPATH=.:tests/parity python tests/parity/make_counts.py
 """

@@ -1,9 +1,9 @@
-"""Writes goldens.npz and files.json: what transformers computes, and what it saves.
+"""Writes goldens.npz and files.json: the results and the saved files of transformers.
 
-For every case of `parity_case` logits and hidden states, the config.json, and the
+For every case of `parity_case`: logits and hidden states, the config.json, and the
 SHA-256 of the model.safetensors that `save_pretrained` writes.
 
-Run in the repository root, in an environment with torch, transformers and jaxlm:
+Run it in the repository root, in an environment with torch, transformers and jaxlm:
 
     PYTHONPATH=.:tests/parity python tests/parity/make_goldens.py
 

@@ -1,4 +1,4 @@
-"""Writes tests/model/rope_goldens.json: frequencies by transformers' own functions.
+"""Writes tests/model/rope_goldens.json: frequencies from transformers' functions.
 
     PYTHONPATH=.:tests/parity python tests/parity/make_rope_goldens.py
 
@@ -19,7 +19,7 @@ from jaxlm.config import ModelConfig, RopeScaling
 OUT = Path(__file__).parents[1] / "model" / "rope_goldens.json"
 SHORT = tuple(1.0 + i / 10 for i in range(16))
 LONG = tuple(1.5 + i * i / 4 for i in range(16))
-# name -> (scaling, share of the head that is rotated, length of the row)
+# name -> (scaling, fraction of the head that is rotated, length of the row)
 CASES = {
     "linear": (dict(kind="linear", factor=8.0), 1.0, 10),
     "linear, partial": (dict(kind="linear", factor=8.0), 0.5, 10),
@@ -108,7 +108,7 @@ def main():
             rope_fraction=fraction,
             rope_scaling=scaling,
         )
-        # Dynamic scaling takes its original length from the length of the context.
+        # Dynamic scaling takes its original length from the context length.
         dynamic = scaling.kind == "dynamic"
         hf = LlamaConfig(
             hidden_size=32,

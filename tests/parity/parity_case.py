@@ -1,6 +1,6 @@
 """Tiny models that jaxlm and Hugging Face transformers both compute.
 
-Knows neither jax nor torch, so that both sides build the same weights.
+Uses neither jax nor torch, so that both sides get the same weights.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jaxlm.model.presets import preset, toy
 GOLDENS = Path(__file__).with_name("goldens.npz")
 FILES = Path(__file__).with_name("files.json")
 NUM_TOKENS = 64
-# Rows of the logits and of the hidden states that are stored. The last ones lie beyond
-# every window (9) and beyond the length before RoPE scaling (48).
+# Rows of the logits and hidden states that are stored. The last ones are beyond every
+# window (9) and beyond the length before RoPE scaling (48).
 LOGIT_ROWS = slice(1, NUM_TOKENS, 2)
 HIDDEN_ROWS = (10, NUM_TOKENS - 1)
 
@@ -47,7 +47,7 @@ CASES: dict[str, ModelConfig] = {
         "gpt-oss-20b",
     )
 }
-# transformers wants the factors of LongRoPE for a head of model_dim / num_heads.
+# transformers expects LongRoPE factors for heads of model_dim / num_heads.
 CASES["phi4-mini"] = dataclasses.replace(CASES["phi4-mini"], model_dim=9 * 16)
 CASES["qwen3-yarn"] = _scaled("qwen3-0.6b", kind="yarn", factor=4.0)
 CASES["llama-dynamic"] = dataclasses.replace(
@@ -57,7 +57,7 @@ CASES["llama-dynamic"] = dataclasses.replace(
 CASES["qwen3-moe-shares"] = dataclasses.replace(
     CASES["qwen3-30b-a3b"], router_normalize=False
 )
-# A family without a preset: parallel block, exact GELU, a quarter of a head rotated.
+# A family without a preset: parallel block, exact GELU, RoPE on a quarter of a head.
 CASES["gpt_neox"] = dataclasses.replace(
     CASES["gpt2-124m"],
     position="rope",
@@ -69,7 +69,7 @@ CASES["gpt_neox"] = dataclasses.replace(
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes by path: docs/params.md, written down once more and independently."""
+    """Returns shapes by path, written independently of jaxlm's table of weights."""
     c = config
     D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
     F, V, L = c.hidden_dim, c.vocab_size, c.num_layers
@@ -121,7 +121,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def weights(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Numbers by path, f32: far from what `init` gives, so that every bug shows."""
+    """Returns f32 weights by path, much larger than those of `init`, to expose bugs."""
     values = {}
     for name, shape in parameter_shapes(config).items():
         draw = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
@@ -131,13 +131,13 @@ def weights(config: ModelConfig) -> dict[str, np.ndarray]:
         else:
             draw = 0.2 * draw
         if config.activation == "swiglu_clamped" and name.endswith(("/gate", "/up")):
-            draw *= 4  # so that many numbers reach the clamps
+            draw *= 4  # so that many values are clamped
         values[name] = draw.astype(np.float32)
     return values
 
 
 def tokens(config: ModelConfig) -> np.ndarray:
-    """[1, 64] token ids, int32."""
+    """Returns token ids [1, 64], int32."""
     draw = np.random.default_rng(7).integers(0, config.vocab_size, (1, NUM_TOKENS))
     return draw.astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""What is exported does not change with the code: bytes as they once were."""
+"""Changes of the code do not change the bytes of exported files."""
 
 import json
 

@@ -1,7 +1,7 @@
-"""Files are those of transformers, byte for byte, without transformers at hand.
+"""Our files equal those of transformers byte for byte; runs without transformers.
 
-files.json has the config.json of every tiny model, and the hash of the weights that
-`save_pretrained` wrote (`make_goldens.py`).
+files.json has the config.json of every tiny model and the hash of its weights as
+`save_pretrained` wrote them (`make_goldens.py`).
 """
 
 import hashlib
@@ -28,12 +28,12 @@ def test_weights_are_written_and_read_as_transformers_does(tmp_path, name):
     write_hf(tmp_path / "m", case, jax.tree.map(jnp.asarray, nested(flat)), None)
     written = (tmp_path / "m" / "model.safetensors").read_bytes()
     assert hashlib.sha256(written).hexdigest() == SAVED[name]["sha256"]
-    # From here on the folder is transformers' own.
+    # From here on, the folder is as transformers wrote it.
     (tmp_path / "m" / "config.json").write_text(json.dumps(SAVED[name]["config"]))
     lines = []
     config, params = load(tmp_path / "m", report=lines.append)
     assert not lines
-    # A linear stretching has no original length.
+    # Linear scaling has no original length.
     left = diff(case, config, ignore=NOT_KEPT)
     assert left in ([], ["rope_scaling.original_context_length: 48 -> 0"])
     for path, value in tree.flatten(params).items():

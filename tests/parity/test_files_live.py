@@ -1,4 +1,4 @@
-"""transformers loads what jaxlm exports: without a warning, and computes the same."""
+"""transformers loads exports of jaxlm without a warning, and computes the same."""
 
 import json
 
@@ -29,8 +29,8 @@ def test_an_export_is_loaded_and_computes_the_same(tmp_path, name, caplog, capfd
         output_loading_info=True,
     )
     assert not any(notes.values()), notes
-    said = caplog.text + capfd.readouterr().err
-    lines = [x for x in said.splitlines() if x.strip() and "Loading weights" not in x]
+    output = caplog.text + capfd.readouterr().err
+    lines = [x for x in output.splitlines() if x.strip() and "Loading weights" not in x]
     assert not [x for x in lines if not known(name, x)], lines
     model.set_experts_implementation("eager")
     logits, _ = run(model.eval(), case)
@@ -40,13 +40,13 @@ def test_an_export_is_loaded_and_computes_the_same(tmp_path, name, caplog, capfd
 
 
 def known(name: str, line: str) -> bool:
-    """Remarks on the numbers of the case itself, not on how they were written."""
+    """Returns whether a warning is about the numbers of the case, not about the export."""
     remarks = {
-        # The case stretches by 4 and not by the ratio of its lengths.
+        # The case scales by 4, and not by the ratio of its lengths.
         "qwen3-yarn": "does not match the ratio implicitly set",
-        # Published Phi-3 files give it so.
+        # Published Phi-3 files have it like this.
         "phi": "original_max_position_embeddings",
-        # Written without a tokenizer, so with the class's own ids.
+        # Exported without a tokenizer, so with the ids of the class.
         "gpt2": "_token_id must be `None` or an integer within the vocabulary",
         "gpt-oss": "does not match the ratio implicitly set",
     }

@@ -1,8 +1,8 @@
-"""Tiny models equal Hugging Face transformers, and bugs of real ports would be seen.
+"""Tiny models equal Hugging Face transformers, and bugs of real ports are detected.
 
 The goldens were computed by transformers (`make_goldens.py`). Weights are large (std
-0.2) and 64 tokens are longer than every window and every length before RoPE scaling:
-with the usual small weights or short texts a wrong RoPE would pass.
+0.2), and 64 tokens are longer than every window and every length before RoPE scaling:
+with the usual small weights or a short text, a wrong RoPE would pass.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ from jaxlm.model.transformer import forward
 from jaxlm.ops import feed_forward
 from jaxlm.ops.probe import Tap
 
-# f32 sums in another order. Seen: 1e-5 at most, and 3e-5 in the wider phi4-mini.
+# For another order of summation in f32. Observed: at most 1e-5, and 3e-5 in phi4-mini,
+# which is wider.
 GATE = 1e-4
 
 
@@ -41,13 +42,13 @@ def goldens():
 
 
 def run(config, params, ids, jit=True):
-    """Logits [T, V] and the residual stream after each layer [L, T, D]."""
+    """Returns logits [T, V] and the residual stream after each layer [L, T, D]."""
     config = dataclasses.replace(config, dtype="float32")
     call = partial(forward, config, taps=(Tap("resid_post"),))
     if jit:
         call = jax.jit(call)
     else:
-        # Op by op and layer by layer nothing is compiled that was not compiled before.
+        # Op by op and layer by layer, nothing new has to be compiled.
         params = {**params, "layers": unstack(params["layers"], config.num_layers)}
     with jax.default_matmul_precision("highest"):
         out = call(params, jnp.asarray(ids))
@@ -55,7 +56,7 @@ def run(config, params, ids, jit=True):
 
 
 def errors(name, config=None, params=None, jit=False):
-    """max |difference| of logits and of hidden states, as shares of max(1, std)."""
+    """Returns max |difference| / max(1, std) of logits and of hidden states."""
     case = CASES[name]
     params = nested(weights(case)) if params is None else params
     params = jax.tree.map(jnp.asarray, params)
@@ -69,7 +70,7 @@ def errors(name, config=None, params=None, jit=False):
     return [np.abs(ours - hf).max() / max(1.0, hf.std()) for ours, hf in pairs]
 
 
-# Always run: those that differ most.
+# The most different models, which always run.
 QUICK = (
     "llama3.1-8b",
     "gemma3-27b",
@@ -101,23 +102,23 @@ def test_init_makes_the_parameters_of_the_contract(name):
 
 
 def test_op_by_op_the_result_is_the_same():
-    """What the bugs below are compared with."""
+    """The baseline for the bugs below."""
     assert max(errors("llama3.1-8b")) <= GATE
     assert max(errors("gemma2-27b")) <= GATE
 
 
 def interleaved(x, cos, sin):
-    """RoPE on neighbouring pairs, the layout of the original weights of Llama."""
+    """Rotates adjacent pairs, the layout of Llama's original weights."""
     P = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
     even, odd = x[..., : 2 * P : 2], x[..., 1 : 2 * P : 2]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    turned = turned.reshape(*x.shape[:-1], 2 * P)
-    return jnp.concatenate([turned, x[..., 2 * P :]], axis=-1)
+    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    rotated = rotated.reshape(*x.shape[:-1], 2 * P)
+    return jnp.concatenate([rotated, x[..., 2 * P :]], axis=-1)
 
 
 def tiled_heads(config):
-    """Weights with which query head n is served by key head n % K, not n // G."""
+    """Returns weights in which query head n uses key head n % K, not n // G."""
     K, N = config.num_kv_heads, config.num_heads
     order = [g * K + k for k in range(K) for g in range(N // K)]
     flat = weights(config)
@@ -126,7 +127,7 @@ def tiled_heads(config):
     return nested(flat)
 
 
-# Field changes that are each a bug of a real port.
+# Each of these changes is a bug of a real port.
 WRONG_FIELDS = {
     "theta": ("qwen3-0.6b", {"rope_theta": 1e4}),
     "llama3 scaling missing": ("llama3.1-8b", {"rope_scaling": None}),
@@ -176,7 +177,7 @@ def test_tiled_key_heads_fail_the_gate():
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "gpt-oss-20b"])
 @pytest.mark.parametrize("first, second", [("gate", "up"), (0, 1)])
 def test_exchanged_experts_fail_the_gate(name, first, second):
-    """Gate and up exchanged, or two columns of the router."""
+    """Exchanges gate and up, or two columns of the router."""
     params = nested(weights(CASES[name]))
     moe = params["layers"]["moe"]
     if first == "gate":
@@ -230,7 +231,7 @@ def test_a_wrong_scaling_fails_the_gate(name, change):
 
 
 def test_small_weights_would_not_show_a_wrong_theta():
-    """Why the weights are large: at std 0.02 the bug passes a gate of KL 1e-4."""
+    """At std 0.02 this bug would pass a gate of KL 1e-4, so the weights are large."""
     case = CASES["llama2-7b"]
     small = {
         name: value * (1.0 if name.endswith("scale") else 0.1)

@@ -1,6 +1,6 @@
-"""llama.cpp runs our GGUF files and draws the same tokens, for every architecture.
+"""llama.cpp runs our GGUF files and generates the same tokens, for each architecture.
 
-Needs the package xllamacpp, which has llama.cpp in a wheel.
+Needs the package xllamacpp, which is llama.cpp in a wheel.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 pytestmark = pytest.mark.slow
 
 NEW = 24
-# Attention with f32 keys and without flash attention: nothing is rounded to f16.
-# Its server leaves incomplete characters out of what it tells, so only ASCII is drawn.
+# llama.cpp's server drops incomplete characters, so only ASCII tokens are allowed.
+# It runs with an f32 cache and without flash attention, so nothing is rounded to f16.
 ASCII = 127
 
 SERVER = """
@@ -49,7 +49,7 @@ def model(name):
     return dataclasses.replace(small(name), vocab_size=257, dtype="float32")
 
 
-def drawn_by_llama_cpp(path, prompt):
+def llama_cpp_tokens(path, prompt):
     arguments = json.dumps([str(path), prompt, NEW, ASCII])
     done = subprocess.run(
         [sys.executable, "-c", SERVER, arguments],
@@ -67,7 +67,7 @@ def test_greedy_tokens(tmp_path, name):
     config = model(name)
     flat = weights(config)
     params = jax.tree.map(jnp.asarray, nested(flat))
-    # Longer than every window and every length before stretching, with the new ones.
+    # With the new tokens, longer than every window and every unscaled length.
     prompt = np.random.default_rng(3).integers(32, ASCII, 60).astype(np.int32)
     with jax.default_matmul_precision("highest"):
         ours = generate(
@@ -77,11 +77,11 @@ def test_greedy_tokens(tmp_path, name):
             num_tokens=ASCII,
         ).tokens[0]
     write_model(tmp_path / "m.gguf", config, params, ByteTokenizer(), "f32")
-    assert drawn_by_llama_cpp(tmp_path / "m.gguf", prompt.tolist()) == ours.tolist()
+    assert llama_cpp_tokens(tmp_path / "m.gguf", prompt.tolist()) == ours.tolist()
 
 
 def test_rows_in_the_wrong_order_would_show(tmp_path):
-    """The comparison sees a wrong layout of the query heads."""
+    """The comparison detects a wrong layout of the query heads."""
     config = model("smollm2-135m")
     flat = weights(config)
     prompt = np.random.default_rng(3).integers(32, ASCII, 60).tolist()
@@ -90,5 +90,5 @@ def test_rows_in_the_wrong_order_would_show(tmp_path):
         moved = {**flat, "layers/attn/q": np.roll(flat["layers/attn/q"], shift, -1)}
         params = jax.tree.map(jnp.asarray, nested(moved))
         write_model(tmp_path / "m.gguf", config, params, ByteTokenizer(), "f32")
-        found.append(drawn_by_llama_cpp(tmp_path / "m.gguf", prompt))
+        found.append(llama_cpp_tokens(tmp_path / "m.gguf", prompt))
     assert found[0] != found[1]

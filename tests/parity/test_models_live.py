@@ -1,4 +1,4 @@
-"""All hidden states and logits against transformers itself, and the goldens' age.
+"""Compares all hidden states and logits, and the goldens, with transformers itself.
 
 pytest -m parity
 """
@@ -27,7 +27,7 @@ def test_all_hidden_states_and_logits(name):
         assert np.abs(a - b).max() <= GATE * max(1.0, b.std())
     stored = np.load(GOLDENS)
     logits, hidden = expected
-    # Another release of torch may sum in another order.
+    # Releases of torch may differ in the order of summation.
     np.testing.assert_allclose(logits[LOGIT_ROWS], stored[f"{name}/logits"], atol=1e-4)
     np.testing.assert_allclose(
         hidden[:, HIDDEN_ROWS], stored[f"{name}/hidden"], atol=2e-3

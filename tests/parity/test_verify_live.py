@@ -1,4 +1,4 @@
-"""`jaxlm verify` beside transformers itself.
+"""`jaxlm verify` against transformers itself.
 
 PYTHONPATH=tests/parity pytest tests/parity -m parity
 """
@@ -46,7 +46,7 @@ def test_a_folder_and_then_its_certificate(model, capsys, monkeypatch):
     lines = []
     load(model, report=lines.append)
     assert "verified against transformers" in lines[0]
-    # On a machine without torch the values that it keeps are enough.
+    # Without torch, the values in the certificate are enough.
     monkeypatch.setattr(peer, "installed", lambda *names: False)
     main(["verify", str(model)])
     out, _ = capsys.readouterr()
@@ -56,7 +56,7 @@ def test_a_folder_and_then_its_certificate(model, capsys, monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_every_family(name, tmp_path):
     config = dataclasses.replace(CASES[name], dtype="float32")
-    if name == "llama-dynamic":  # Its files have no context but 2 * 48.
+    if name == "llama-dynamic":  # Its files only allow a context of 2 * 48.
         config = dataclasses.replace(config, context_length=96)
     write_hf(tmp_path / "m", config, params_of(config), None)
     checkpoint = open_checkpoint(tmp_path / "m")
@@ -74,7 +74,7 @@ def test_every_family(name, tmp_path):
 
 
 def test_a_gguf_file_by_export_and_by_transformers_own_reader(tmp_path, monkeypatch):
-    # Its reader takes the width of a head from that of the model.
+    # transformers' reader derives the head size from the width of the model.
     config = dataclasses.replace(CASES["qwen2-0.5b"], vocab_size=257, model_dim=9 * 16)
     config = dataclasses.replace(config, num_heads=9)
     file = tmp_path / "m.gguf"
@@ -117,7 +117,7 @@ def test_no_code_of_a_model_is_run(tmp_path):
     assert not mark.exists()
 
 
-def test_what_transformers_would_draw_at_random_is_refused(model, tmp_path):
+def test_weights_that_transformers_would_randomize_are_an_error(model, tmp_path):
     config = dataclasses.replace(CONFIG, num_layers=CONFIG.num_layers + 1)
     write_hf(tmp_path / "m", CONFIG, params_of(CONFIG), None)
     file = tmp_path / "m" / "config.json"

@@ -1,4 +1,4 @@
-"""`jaxlm verify` against an independent implementation in NumPy, and on damaged models."""
+"""`jaxlm verify` against an independent NumPy implementation, and on damaged models."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ CONFIG = dataclasses.replace(
 
 
 class NumpyLlama:
-    """A Llama in float64, written from the paper's formulas and not from jaxlm."""
+    """A Llama in float64, written from the formulas of the papers, not from jaxlm."""
 
     name = "numpy 1"
 
@@ -123,7 +123,7 @@ def kept(expected, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def as_without_transformers(monkeypatch):
     monkeypatch.setattr(peer, "installed", lambda *names: False)
-    # As in `verify`, so that its compiled programs serve here too.
+    # As in `verify`, so that compiled programs are shared.
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -144,7 +144,7 @@ def copy(model, tmp_path):
 
 
 def command(*arguments):
-    """Exit code of `jaxlm verify`."""
+    """Returns the exit code of `jaxlm verify`."""
     try:
         return main(["verify", *map(str, arguments)])
     except SystemExit as stop:
@@ -156,14 +156,14 @@ def rows(folder):
     return {c["name"]: c for c in checks}
 
 
-def said(path):
+def reported(path):
     lines = []
     load(path, report=lines.append)
     return lines
 
 
 @pytest.mark.slow
-def test_equal_models_pass_and_load_says_so(copy, kept, capsys):
+def test_equal_models_pass_and_load_reports_it(copy, kept, capsys):
     assert command(copy, "--against", kept) == 0
     out, err = capsys.readouterr()
     assert "24 of 24 alike" in out and out.count("passed") == 9, out
@@ -175,9 +175,9 @@ def test_equal_models_pass_and_load_says_so(copy, kept, capsys):
     assert found["first layer that differs"]["measured"].startswith("none")
     assert 0 < found["logits, largest difference"]["value"] < 3e-5
     assert found["KL divergence, nats"]["value"] < 1e-8
-    (line,) = said(copy)
+    (line,) = reported(copy)
     assert line.startswith(f"{copy}: verified against numpy 1: logits within ")
-    # Its own certificate now holds the values: the next run takes them.
+    # Its own certificate now has the values, and the next run uses them.
     assert command(copy) == 0
     out, _ = capsys.readouterr()
     assert f"kept in {copy / 'certificate.json'}\n" in out
@@ -185,14 +185,14 @@ def test_equal_models_pass_and_load_says_so(copy, kept, capsys):
 
 
 @pytest.mark.slow
-def test_without_a_reference_the_table_says_so(copy, capsys):
+def test_without_a_reference_the_table_shows_it(copy, capsys):
     assert command(copy) == 0
     out, _ = capsys.readouterr()
     assert "no independent implementation: torch and transformers are not" in out
     assert "passed, but without an independent implementation" in out
     assert out.count("not checked") == 5
     assert certificate.read(open_checkpoint(copy))["reference"] is None
-    (line,) = said(copy)
+    (line,) = reported(copy)
     assert "verified without an independent implementation: decoding" in line
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_folder_ends_with_1(flat, kept, tmp_path, capsys):
     out, _ = capsys.readouterr()
     assert "layer 1 (" in out and "FAILED, " in out
     assert rows(folder)["first layer that differs"]["passed"] is False
-    (line,) = said(folder)
+    (line,) = reported(folder)
     assert line.startswith(f"{folder}: FAILED verification against numpy 1: past the")
 
 
@@ -257,12 +257,12 @@ def test_weights_that_are_not_finite_fail(flat, tmp_path, capsys):
 
 def test_a_certificate_is_bound_to_the_bytes(copy, model, flat, kept, tmp_path, capsys):
     assert command(copy, "--against", kept) == 0
-    # Of another date, but with the same bytes.
+    # Another modification time, but the same bytes.
     os.utime(copy / "model.safetensors", (0, 0))
-    assert "verified against numpy 1" in said(copy)[0]
+    assert "verified against numpy 1" in reported(copy)[0]
     other = write(tmp_path / "other", damaged(flat, *DAMAGE[2][:2]))
     shutil.copy(other / "model.safetensors", copy)
-    (line,) = said(copy)
+    (line,) = reported(copy)
     assert line.startswith("warning: ") and "belongs to other weights" in line
     capsys.readouterr()
     assert command(copy) == 0
@@ -287,14 +287,14 @@ def test_a_run_and_its_steps(flat, tmp_path):
     step = tmp_path / "checkpoints" / "1"
     for path in (tmp_path, step):
         assert command(path) == 0
-        (line,) = said(path)
+        (line,) = reported(path)
         assert f"{path}: verified " in line
-    # Not inside the step, where its manifest would not have it.
+    # Not inside the step, because its manifest does not list it.
     assert (tmp_path / "checkpoints" / "1.certificate.json").is_file()
     (tmp_path / "checkpoints" / "2" / "manifest.json").unlink(missing_ok=True)
     for file in (tmp_path / "checkpoints" / "2").glob("*manifest*"):
         file.unlink()
-    lines = said(tmp_path)
+    lines = reported(tmp_path)
     assert any("using step 1" in line for line in lines)
     assert lines[-1].startswith("warning: ")
 
@@ -350,11 +350,11 @@ def test_a_broken_certificate_is_one_line(name, kept, tmp_path, capsys):
 )
 def test_load_survives_any_certificate(text, copy):
     (copy / "certificate.json").write_text(text)
-    (line,) = said(copy)
+    (line,) = reported(copy)
     assert line.startswith("warning: ") and line.isprintable()
 
 
-def test_what_a_person_gets_wrong_is_one_line(copy, kept, tmp_path, capsys):
+def test_user_errors_are_one_line(copy, kept, tmp_path, capsys):
     empty = tmp_path / "empty.json"
     content = {"format": 1, "fingerprint": "", "passed": True, "summary": ""}
     empty.write_text(json.dumps({**content, "reference": None}))
@@ -378,7 +378,7 @@ def test_what_a_person_gets_wrong_is_one_line(copy, kept, tmp_path, capsys):
         assert err.splitlines()[-1].startswith("error: ")
 
 
-def test_a_place_that_cannot_be_written_is_said(copy, kept, tmp_path, capsys):
+def test_a_certificate_that_cannot_be_written_is_reported(copy, kept, tmp_path, capsys):
     assert command(copy, "--against", kept, "--out", tmp_path) == 0
     out, _ = capsys.readouterr()
     assert "no certificate: " in out and "--out FILE" in out
@@ -386,7 +386,7 @@ def test_a_place_that_cannot_be_written_is_said(copy, kept, tmp_path, capsys):
     assert json.loads((tmp_path / "c.json").read_text())["passed"] is True
 
 
-def test_too_little_memory_is_refused_with_numbers(copy, monkeypatch):
+def test_too_little_memory_is_an_error_with_numbers(copy, monkeypatch):
     monkeypatch.setattr(verify_module, "_available_memory", lambda: 10**6)
     with pytest.raises(ValueError, match=r"takes 0.0 GB .* but 0.0 GB of memory are"):
         verify(copy, report=lambda line: None)
@@ -407,7 +407,7 @@ def test_a_tie_of_greedy_tokens_passes(expected, flat):
 
 
 @pytest.mark.slow
-def test_decoding_is_held_to_the_whole_pass(flat, tokens):
+def test_decoding_is_compared_with_the_full_pass(flat, tokens):
     params = jax.tree.map(jnp.asarray, nested(flat))
     ours = comparing.full_pass(CONFIG, params, tokens)
     assert comparing.check_decoding(CONFIG, params, tokens, ours).passed
@@ -441,7 +441,7 @@ def test_a_tie_of_a_router_ends_the_comparison():
     assert comparing._first_tie(shares, at, ours, 1e-4) == 10
 
 
-def test_lengths_that_change_the_rotation_are_kept_apart():
+def test_the_steady_length_depends_on_the_scaling():
     scaling = RopeScaling(kind="dynamic", factor=2.0, original_context_length=48)
     config = dataclasses.replace(CONFIG, rope_scaling=scaling)
     assert comparing.steady_length(config) == 48
@@ -479,7 +479,7 @@ def test_tokenizers(expected):
     assert check.measured == "0 of 2 texts alike" and "ids of 'ab'" in check.note
 
 
-def test_hard_texts_hold_what_is_hard():
+def test_hard_texts_contain_hard_characters():
     everything = "".join(HARD_TEXTS)
     assert len(set(HARD_TEXTS)) == len(HARD_TEXTS)
     for part in (
@@ -493,7 +493,7 @@ def test_hard_texts_hold_what_is_hard():
         assert part in everything
 
 
-def test_a_text_without_a_tokenizer_is_random_but_the_same():
+def test_without_a_tokenizer_the_text_is_random_but_fixed():
     ids, what = verify_module._text(CONFIG, None, 50)
     again, _ = verify_module._text(CONFIG, CharTokenizer("ab"), 50)
     assert what == "50 tokens drawn at random" and ids.dtype == np.int32
@@ -505,7 +505,7 @@ def test_a_text_without_a_tokenizer_is_random_but_the_same():
     assert "the window of 64 is not reached (--tokens 128)" in what
 
 
-def test_the_table_shows_numbers_that_json_cannot_hold():
+def test_the_table_shows_numbers_that_json_lacks():
     check = Check("logits", "nan", "1e-4", False, "a note", float("nan"))
     assert check.to_json()["value"] is None
     text = table([check, Check("b", "-", "all", None)])
@@ -513,7 +513,7 @@ def test_the_table_shows_numbers_that_json_cannot_hold():
 
 
 def test_the_independent_implementation_is_one(flat, tokens):
-    """Its formulas and jaxlm's agree, so that both would have to be wrong alike."""
+    """The NumPy Llama and jaxlm agree, so both would have to have the same bug."""
     logits, residual = NumpyLlama(CONFIG, flat).run(tokens)
     params = jax.tree.map(jnp.asarray, nested(flat))
     ours = comparing.full_pass(CONFIG, params, tokens)

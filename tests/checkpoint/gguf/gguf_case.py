@@ -1,11 +1,11 @@
-"""Toys that llama.cpp has an architecture for."""
+"""Toy models for which llama.cpp has an architecture."""
 
 import dataclasses
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.presets import preset, toy
 
-# One for each architecture, and one for each stretching.
+# One for each architecture, and one for each RoPE scaling.
 NAMES = (
     "smollm2-135m",
     "llama3.2-1b",
@@ -22,7 +22,7 @@ NAMES = (
 
 
 def small(name: str) -> ModelConfig:
-    """A toy whose heads fill its width, as llama.cpp wants some architectures."""
+    """Makes a toy; if llama.cpp requires it, with heads that add up to the width."""
     config = toy(preset(name))
     if name.startswith(("qwen2", "phi")):
         width = config.num_heads * config.head_dim

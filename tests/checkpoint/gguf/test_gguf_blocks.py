@@ -1,4 +1,4 @@
-"""Quantized blocks decode to what llama.cpp's own package makes of them, to the bit."""
+"""Quantized blocks decode bit for bit as in llama.cpp's own package."""
 
 import tracemalloc
 
@@ -19,10 +19,10 @@ def official(name):
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_decoding_equals_the_gguf_package(kind):
-    """Random bytes: all codes, and scales of all sizes, infinite and NaN among them."""
+    """Random bytes: all codes, and scales of all sizes, including infinity and NaN."""
     values, size, _ = BLOCK_TYPES[kind]
     assert gguf.GGML_QUANT_SIZES[official(kind)] == (values, size)
-    # More than one piece, and not a multiple of it.
+    # More than one chunk, and not a multiple of it.
     count = gguf_blocks._CHUNK // values + 777
     blocks = np.random.default_rng(1).integers(0, 256, (count, size), np.uint8)
     blocks.flags.writeable = False
@@ -34,7 +34,7 @@ def test_decoding_equals_the_gguf_package(kind):
 
 
 def test_known_blocks():
-    """Worked out by hand from the layouts in the docstrings."""
+    """Computed by hand from the layouts in the docstrings."""
     one, two = np.float16(1).tobytes(), np.float16(2).tobytes()
     nibbles = bytes(range(16))  # low halves 0-15, high halves 0
     q4_1 = np.frombuffer(two + one + nibbles, np.uint8)
@@ -42,7 +42,7 @@ def test_known_blocks():
     assert dequantize(q4_1, "Q4_1").tolist() == wanted
     q8_0 = np.frombuffer(two + bytes([1, 127, 128, 255] * 8), np.uint8)
     assert dequantize(q8_0, "Q8_0").tolist() == [2.0, 254.0, -256.0, -2.0] * 8
-    # Sub-block 0: scale 3, minimum 2; all others 0. Its q are the low halves.
+    # Sub-block 0 has scale 3 and minimum 2, all others 0. Its q are the low halves.
     q4_k = two + one + bytes([3, 0, 0, 0, 2] + [0] * 7) + bytes([0x15] * 128)
     got = dequantize(np.frombuffer(q4_k, np.uint8), "Q4_K")
     assert got.tolist() == [2.0 * 3 * 5 - 2] * 32 + [0.0] * 224

@@ -1,4 +1,4 @@
-"""Our GGUF files are those of llama.cpp's own package, and the other way round."""
+"""Our GGUF files equal those of llama.cpp's own package, and it reads ours."""
 
 import struct
 import time
@@ -166,7 +166,7 @@ def test_the_table_of_types_is_that_of_the_gguf_package():
 
 
 def test_plain_integers_and_doubles(tmp_path):
-    """Types that are read but not written; the gguf package writes them."""
+    """Reads types that only the gguf package writes."""
     values = {
         "i8": np.arange(-3, 3, dtype=np.int8),
         "i16": np.arange(-3, 3, dtype=np.int16),
@@ -188,7 +188,7 @@ def test_plain_integers_and_doubles(tmp_path):
 
 
 def test_a_vocabulary_is_read_at_once(tmp_path):
-    """The size of SmolLM2's: 49152 tokens, 48900 merges; 0.05 s outside of tests."""
+    """As large as SmolLM2's: 49152 tokens, 48900 merges; 0.05 s outside of tests."""
     tokens = [f"Ġtoken{i}" for i in range(49152)]
     merges = [f"Ġto ken{i}" for i in range(48900)]
     metadata = {"tokens": tokens, "merges": merges, "types": np.ones(49152, np.int32)}

@@ -1,4 +1,4 @@
-"""Models in GGUF files: keys, names, the order of rows, and what is refused."""
+"""Models in GGUF files: keys, names, the order of rows, and rejection of bad files."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ from jaxlm.config import diff
 from jaxlm.model.presets import PRESETS, preset, toy
 
 LLAMA = toy(preset("smollm2-135m"))
-# With rows of a multiple of 32, as quantized types need them.
+# Quantized types require rows of a multiple of 32 values.
 WIDE = dataclasses.replace(
     LLAMA, model_dim=64, hidden_dim=96, num_heads=4, num_kv_heads=2
 )
@@ -55,7 +55,7 @@ def test_round_trip(tmp_path, name):
     assert not diff(config, found_config, ignore=ignored)
     assert (config.rope_scaling is None) == (found_config.rope_scaling is None)
     assert set(found) == set(params)
-    # Gemma's scales have 1 added in the file, which costs small ones their last bits.
+    # The file has 1 added to Gemma's scales, so small scales lose their last bits.
     exact = config.norm != "rms_unit_offset"
     for path, value in params.items():
         difference = np.abs(np.asarray(found[path]) - np.asarray(value)).max()
@@ -63,11 +63,11 @@ def test_round_trip(tmp_path, name):
 
 
 def test_each_llama_of_the_presets_is_an_architecture():
-    """At full size, where the numbers of Llama 3's stretching are known ones."""
+    """At full size, where the parameters of Llama 3's scaling are recognized."""
     for name in ("llama3.1-8b", "llama3.2-3b", "gemma3-27b", "gemma2-27b", "qwen3-8b"):
         config = PRESETS[name]
         _, metadata = write_config(config)
-        # As a file gives them: in f32.
+        # In f32, as in a file.
         rope = {n: x.astype(np.float32) for n, x in rope_tensors(config).items()}
         back = read_config(
             metadata, config.vocab_size, config.tied_embeddings, rope, name
@@ -77,9 +77,9 @@ def test_each_llama_of_the_presets_is_an_architecture():
 
 
 def llama_cpp_rows(w, heads):
-    """The order in which llama.cpp's converter writes the rows of q and k.
+    """Reorders the rows of q or k as llama.cpp's converter does.
 
-    Written down from its documentation: rows of a head go (first half, second half) ->
+    From its documentation: the rows of a head go from (first half, second half) to
     pairs. `w` is (out, in).
     """
     out = np.empty_like(w)
@@ -92,7 +92,7 @@ def llama_cpp_rows(w, heads):
 
 
 def write_by_the_library(path, config, flat, *, quantize=None, permute=True):
-    """A llama file by the `gguf` package, from our weights, by another formula."""
+    """Writes a llama file from our weights with the `gguf` package, independently."""
     c = config
     writer = library.GGUFWriter(path, "llama")
     writer.add_context_length(c.context_length)
@@ -174,7 +174,7 @@ def test_quantized_weights(tmp_path, kind):
     assert 0 < worst < 0.2
 
 
-def test_vectors_are_f32_and_matrices_as_asked(tmp_path):
+def test_vectors_are_f32_and_matrices_as_requested(tmp_path):
     config = WIDE
     for dtype in ("f16", "bf16", "q8_0"):
         path = tmp_path / f"{dtype}.gguf"
@@ -184,7 +184,7 @@ def test_vectors_are_f32_and_matrices_as_asked(tmp_path):
             assert tensor.stored_as == kind, name
 
 
-def test_rows_that_q8_0_cannot_cut(tmp_path):
+def test_rows_that_q8_0_cannot_split(tmp_path):
     with pytest.raises(ValueError, match=r"m\.gguf: tensor .*32"):
         write_model(tmp_path / "m.gguf", LLAMA, random(LLAMA), None, "q8_0")
     assert not list(tmp_path.iterdir())
@@ -198,7 +198,7 @@ def test_models_that_llama_cpp_would_compute_otherwise(tmp_path, name):
 
 
 def changed(tmp_path, change):
-    """Path of a good file whose metadata and tensors `change` has altered."""
+    """Writes a good file after `change` has altered its metadata and tensors."""
     write_model(tmp_path / "good.gguf", LLAMA, random(LLAMA), None, "f32")
     file = read_gguf(tmp_path / "good.gguf")
     metadata = dict(file.metadata)
@@ -237,7 +237,7 @@ FAULTS = {
     "more layers": (key("llama.block_count", 3), r"lacks blk\.2\."),
     "size": (key("llama.feed_forward_length", 81), "has shape .* config requires"),
     "partial rotation": (key("llama.rope.dimension_count", 8), "not the whole head"),
-    "stretching": (key("llama.rope.scaling.type", "ntk"), "known are none, linear"),
+    "scaling": (key("llama.rope.scaling.type", "ntk"), "known are none, linear"),
     "epsilon": (
         key("llama.attention.layer_norm_rms_epsilon", float("nan")),
         "not finite",
@@ -261,14 +261,14 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, fault):
     "values, kind",
     [
         ({"scaling.type": "linear", "scaling.factor": 4.0}, "linear"),
-        # As llama.cpp takes files without a type.
+        # As llama.cpp reads files without a type.
         ({"scaling.factor": 4.0}, "linear"),
         ({"scale_linear": 4.0}, "linear"),
         ({"scaling.type": "none", "scaling.factor": 4.0}, None),
         ({"scaling.type": "yarn", "scaling.factor": 4.0}, "yarn"),
     ],
 )
-def test_linear_and_yarn_stretching(tmp_path, values, kind):
+def test_linear_and_yarn_scaling(tmp_path, values, kind):
     names = {f"llama.rope.{k}": v for k, v in values.items()}
     path = changed(tmp_path, lambda metadata, _: metadata.update(names))
     scaling = open_checkpoint(path).config.rope_scaling
@@ -295,7 +295,7 @@ def with_divisors(*names, **values):
         (with_divisors(ROPE_LONG, ROPE_SHORT), f"does not know llama with {ROPE_LONG}"),
     ],
 )
-def test_no_stretching_is_dropped(tmp_path, change, message):
+def test_no_scaling_is_dropped(tmp_path, change, message):
     path = changed(tmp_path, change)
     with pytest.raises(ValueError, match=re.escape(message)):
         load(path)

@@ -11,7 +11,7 @@ from jaxlm.checkpoint.keys import Keys
 from jaxlm.config import ModelConfig, RopeScaling, diff
 from jaxlm.model.presets import PRESETS, preset
 
-# As in the repositories on the Hugging Face Hub, shortened only in lists of factors.
+# From repositories on the Hugging Face Hub; only lists of factors are shortened.
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -71,7 +71,7 @@ QWEN_2_5_7B = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
-# Nearly all is left to the defaults of the class.
+# Nearly everything is left to the defaults of the class.
 GEMMA_3_4B = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "boi_token_index": 255999,
@@ -156,13 +156,13 @@ def read(values, **changes) -> ModelConfig:
     ],
 )
 def test_published_files_give_the_presets(name, values):
-    """The presets were written from papers and other files, and by other hands."""
+    """The presets were written independently, from papers and other files."""
     assert not diff(preset(name), read(values), ignore=NOT_KEPT)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_but_one_is_of_a_family(name):
-    """What is written reads back as the same model: `write` itself insists on it."""
+    """The config that is written reads back as the same model: `write` checks this."""
     config = PRESETS[name]
     if name.startswith("transformer"):
         with pytest.raises(ValueError, match=r"the nearest, .*, differs in .*position"):
@@ -280,7 +280,7 @@ def test_what_is_wrong_is_named_in_one_line(fault):
 
 
 def test_an_ignored_scaling_is_impossible():
-    """Each key of a scaling changes the model or is refused."""
+    """Each key of a scaling changes the model or is rejected."""
     scaling = LLAMA_3_2_1B["rope_scaling"]
     whole = read(LLAMA_3_2_1B)
     for name in set(scaling) - {"rope_type"}:

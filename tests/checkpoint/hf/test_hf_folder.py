@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read, what is refused, what comes back."""
+"""Hugging Face folders: reading, rejection of bad files, and round trips."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ def random(config, dtype=np.float32):
 
 
 def make(folder, config=LLAMA, dtype=None):
-    """A folder with random weights; returns them."""
+    """Writes a folder with random weights, and returns the weights."""
     params = random(config)
     write_hf(folder, config, params, None, dtype)
     return params
 
 
 def rewrite(folder, change):
-    """Changes the dict of tensors of a folder by the official library."""
+    """Applies `change` to the dict of tensors of a folder, with the official library."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -64,7 +64,7 @@ def test_round_trip_keeps_every_bit(tmp_path, dtype):
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
-def test_a_dtype_that_is_asked_for(tmp_path, stored, wanted):
+def test_a_requested_dtype(tmp_path, stored, wanted):
     params = make(tmp_path / "m", dtype=stored)
     _, found = load(tmp_path / "m", dtype=wanted)
     for path, value in tree.flatten(params).items():
@@ -73,7 +73,7 @@ def test_a_dtype_that_is_asked_for(tmp_path, stored, wanted):
         assert x.dtype == wanted and np.array_equal(np.asarray(x), expected), path
 
 
-def test_float64_is_read_as_float32_and_said(tmp_path):
+def test_float64_is_read_as_float32_and_reported(tmp_path):
     params = make(tmp_path / "m")
 
     def widen(tensors):
@@ -103,7 +103,7 @@ def test_layers_in_several_dtypes_lose_nothing(tmp_path):
     for i, dtype in enumerate((ml_dtypes.bfloat16, np.float16)):
         stored = np.asarray(params["layers"]["mlp"]["down"][i]).astype(dtype)
         np.testing.assert_array_equal(down[i], stored.astype(np.float32))
-    # Out again, with queries of another dtype than keys and values.
+    # Written again with another dtype for queries than for keys and values.
     attn = found["layers"]["attn"]
     attn["q"] = attn["q"].astype(jnp.bfloat16)
     write_hf(tmp_path / "out", config, found, None)
@@ -118,14 +118,14 @@ def test_shards_are_read_as_one_file_is(tmp_path):
     params = make(tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     names, folder = sorted(tensors), tmp_path / "m"
-    places = {}
+    weight_map = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({n: tensors[n] for n in part}, folder / file)
-        places |= dict.fromkeys(part, file)
+        weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": places})
+        json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     found, _ = read(folder)
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -176,7 +176,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, fault):
     assert "\n" not in str(raised.value)
 
 
-def test_what_has_no_effect_may_be_there(tmp_path):
+def test_unused_tensors_may_be_present(tmp_path):
     params = make(tmp_path / "m")
 
     def change(tensors):
@@ -283,7 +283,7 @@ def test_gpt_oss_in_mxfp4(tmp_path):
         np.testing.assert_array_equal(ours, expected_down)
 
 
-def test_paths_that_are_no_model(tmp_path):
+def test_paths_that_are_not_models(tmp_path):
     make(tmp_path / "m")
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(ValueError, match=r"is pickled.*save_pretrained"):

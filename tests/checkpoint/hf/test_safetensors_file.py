@@ -1,4 +1,4 @@
-"""Our safetensors files are the official library's, and the other way round."""
+"""Our safetensors files equal those of the official library, and it reads ours."""
 
 import json
 import struct
@@ -45,7 +45,7 @@ def write(path, values, **more):
 
 
 def raw(path, header, data=b"", pad=b""):
-    """A file of any header and data."""
+    """Writes a file with any header and data."""
     text = (header if isinstance(header, bytes) else json.dumps(header).encode()) + pad
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
@@ -250,7 +250,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
         "model-00001-of-00002.safetensors",
     ],
 )
-def test_weights_that_are_there_are_not_mixed_with_new_ones(tmp_path, name):
+def test_existing_weights_are_not_mixed_with_new_ones(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     values = model()
     with pytest.raises(ValueError, match="already exists"):

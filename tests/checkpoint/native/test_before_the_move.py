@@ -1,4 +1,4 @@
-"""A run that an earlier jaxlm saved loads, computes the same and goes on."""
+"""A run saved by an earlier jaxlm loads, computes the same and continues."""
 
 import json
 import shutil
@@ -25,8 +25,8 @@ def test_it_loads_and_gives_the_same_logits():
     tokens = jnp.asarray([EXPECTED["tokens"]], jnp.int32)
     logits = forward(checkpoint.config, checkpoint.params(), tokens).logits[0]
     expected = np.asarray(EXPECTED["logits"], np.float32)
-    # Bit for bit with the jax that wrote them. Others add in another order, which moves
-    # sums over normalized states, of size one, by a few times 2**-23.
+    # Equal bit for bit with the jax that wrote them. Other versions add in another order,
+    # which changes sums over normalized states, of size one, by a few times 2**-23.
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=2**-21)
     tokenizer = checkpoint.tokenizer()
     text = (FOLDER / "text.txt").read_text()
@@ -35,7 +35,7 @@ def test_it_loads_and_gives_the_same_logits():
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_the_same_losses(tmp_path, monkeypatch):
+def test_it_continues_with_the_same_losses(tmp_path, monkeypatch):
     shutil.copytree(FOLDER, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     config = from_dict(Config, json.loads(Path("run/config.json").read_text()), "run")

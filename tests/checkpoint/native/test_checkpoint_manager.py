@@ -1,4 +1,4 @@
-"""Saving, restoring, keeping and loading."""
+"""Saving, restoring, deleting and loading of checkpoints."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_buffers_may_be_donated_right_after_save(tmp_path):
     assert len(set(hashes.values())) == 5
 
 
-def test_meta_tells_where_the_state_comes_from(tmp_path):
+def test_meta_records_where_the_state_comes_from(tmp_path):
     state = state_of_step(3)
     with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 3, state)
@@ -141,15 +141,15 @@ def test_the_same_step_is_written_once(tmp_path):
         assert float(restore(checkpoints).params["embed"]["table"][0, 0]) == 5
 
 
-def test_going_on_from_an_older_step_moves_the_newer_ones_aside(tmp_path):
+def test_continuing_from_an_older_step_moves_the_newer_ones_aside(tmp_path):
     run_with_steps(tmp_path, 100, 200, 300)
-    said, report = lines()
+    reported, report = lines()
     with CheckpointManager(tmp_path, keep=5, report=report) as checkpoints:
         restore(checkpoints, step=100)
         assert checkpoints.steps() == [100, 200, 300]
         save(checkpoints, 250)
         assert checkpoints.steps() == [100, 250]
-    assert any("steps 200, 300" in line and "old-1" in line for line in said)
+    assert any("steps 200, 300" in line and "old-1" in line for line in reported)
     assert load(tmp_path / "old-1")[0] == CONFIG.model
 
 
@@ -204,9 +204,9 @@ def test_load_reads_neither_the_optimizer_nor_the_lock(tmp_path):
         if file.is_file():
             file.write_bytes(b"\0" * file.stat().st_size)
     with CheckpointManager(tmp_path):
-        said, report = lines()
+        reported, report = lines()
         load(run, report=report)
-        assert said == []
+        assert reported == []
 
 
 def test_load_tokenizer(tmp_path):
@@ -218,19 +218,21 @@ def test_load_tokenizer(tmp_path):
     assert loaded.decode(loaded.encode("hello")) == "hello"
 
 
-def test_load_falls_back_and_says_so(tmp_path):
+def test_load_falls_back_and_reports_it(tmp_path):
     run = run_with_steps(tmp_path, 1, 2)
     (run / "checkpoints/2/meta.json").write_text("{}")
-    said, report = lines()
+    reported, report = lines()
     _, params = load(run, report=report)
     assert float(params["embed"]["table"][0, 0]) == 1
-    assert len(said) == 1 and said[0].startswith("step 2 unreadable (meta.json has")
-    assert said[0].endswith("using step 1")
+    assert len(reported) == 1 and reported[0].startswith(
+        "step 2 unreadable (meta.json has"
+    )
+    assert reported[0].endswith("using step 1")
     with pytest.raises(NoUsableCheckpoint, match="step 2 unreadable"):
         load(run / "checkpoints/2")
 
 
-def test_load_of_a_path_that_is_no_run_helps(tmp_path):
+def test_load_of_a_path_that_is_not_a_run_helps(tmp_path):
     run_with_steps(tmp_path / "shakespeare", 1)
     with pytest.raises(ValueError, match=r"does not exist.*nearby: .*shakespeare"):
         load(tmp_path / "shakespear")

@@ -1,4 +1,4 @@
-"""A run is opened once: config, parameters and tokenizer are those of one step."""
+"""A run is opened once: config, parameters and tokenizer belong to one step."""
 
 import shutil
 
@@ -39,7 +39,7 @@ def test_a_newer_step_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("read", ["params", "tokenizer"])
-def test_a_step_that_has_gone_is_named(tmp_path, read):
+def test_a_deleted_step_is_named(tmp_path, read):
     run = run_with_steps(tmp_path, 1)
     opened = open_checkpoint(run)
     with CheckpointManager(run, keep=1) as checkpoints:
@@ -61,17 +61,17 @@ def test_another_step_under_the_same_number_is_not_taken_for_it(tmp_path):
 def test_a_step_with_a_damaged_part_is_not_chosen(tmp_path, part):
     run = run_with_steps(tmp_path, 1, 2)
     shutil.rmtree(run / "checkpoints/2" / part)
-    said = []
-    opened = open_checkpoint(run, report=said.append)
+    reported = []
+    opened = open_checkpoint(run, report=reported.append)
     assert first_value(opened.params()) == 1
-    assert len(said) == 1 and said[0].endswith("using step 1")
+    assert len(reported) == 1 and reported[0].endswith("using step 1")
 
 
 @pytest.fixture
 def live_run(tmp_path, monkeypatch):
-    """A run that saves step 2, with other characters, right after step 1 was opened.
+    """A run that saves step 2, with other characters, as soon as step 1 was opened.
 
-    Returns its folder and the list of the steps that were opened.
+    Returns its folder and the list of opened steps.
     """
     run, opened = tmp_path / "source", []
 

@@ -1,4 +1,4 @@
-"""What may change between a save and a resume."""
+"""Changes between a save and a resume: allowed, reported or rejected."""
 
 import dataclasses
 import json
@@ -53,8 +53,8 @@ def test_several_differences_are_all_named():
         compatible.check_config(CONFIG, new)
 
 
-def test_parts_that_balance_by_themselves_are_part_of_the_run():
-    """With a balance loss the cut of a batch is no matter of rounding."""
+def test_accumulation_steps_matter_with_a_balance_loss():
+    """With a balance loss, splitting a batch changes more than rounding."""
     experts = {"num_experts": 4, "experts_per_token": 2}
     train = {"load_balance_loss": 0.01}
     old = change(model=experts, train=train)
@@ -63,7 +63,7 @@ def test_parts_that_balance_by_themselves_are_part_of_the_run():
         compatible.check_config(old, new)
 
 
-def test_free_fields_change_without_a_word(run):
+def test_free_fields_change_silently(run):
     new = change(
         data={"workers": 3, "prefetch": 9, "cache_dir": "/tmp"},
         mesh={"fsdp": 4},
@@ -71,20 +71,20 @@ def test_free_fields_change_without_a_word(run):
         train={"log_every": 1, "run_dir": "elsewhere", "keep": 9, "max_minutes": 1.0},
     )
     new = dataclasses.replace(new, fresh=True, init_from="x")
-    said = []
-    with CheckpointManager(run, report=said.append) as checkpoints:
+    reported = []
+    with CheckpointManager(run, report=reported.append) as checkpoints:
         assert restore(checkpoints, config=new).step == 5
-    assert said == []
+    assert reported == []
 
 
-def test_fields_that_only_round_otherwise_are_reported(run):
+def test_fields_that_only_affect_rounding_are_reported(run):
     new = change(model={"dtype": "bfloat16"}, train={"accumulation_steps": 4})
-    said = []
-    with CheckpointManager(run, report=said.append) as checkpoints:
+    reported = []
+    with CheckpointManager(run, report=reported.append) as checkpoints:
         assert restore(checkpoints, config=new).step == 5
-    assert len(said) == 1 and "may not be bit-identical" in said[0]
-    assert "model.dtype: 'auto' -> 'bfloat16'" in said[0]
-    assert "train.accumulation_steps: 1 -> 4" in said[0]
+    assert len(reported) == 1 and "may not be bit-identical" in reported[0]
+    assert "model.dtype: 'auto' -> 'bfloat16'" in reported[0]
+    assert "train.accumulation_steps: 1 -> 4" in reported[0]
 
 
 def test_steps_may_change_under_a_constant_schedule():
@@ -108,11 +108,11 @@ def test_another_version_gives_one_line(tmp_path):
     meta["environment"]["device_kind"] = "TPU v9"
     path.write_text(json.dumps(meta))
     integrity.write_manifest(path.parent)
-    said = []
-    with CheckpointManager(run, report=said.append) as checkpoints:
+    reported = []
+    with CheckpointManager(run, report=reported.append) as checkpoints:
         assert restore(checkpoints).step == 5
-    assert len(said) == 1 and "\n" not in said[0]
-    assert "jax: 0.0.1 -> " in said[0] and "device_kind: TPU v9 -> " in said[0]
+    assert len(reported) == 1 and "\n" not in reported[0]
+    assert "jax: 0.0.1 -> " in reported[0] and "device_kind: TPU v9 -> " in reported[0]
 
 
 def test_a_config_with_an_unknown_field_is_named(tmp_path):

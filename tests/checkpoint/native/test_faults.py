@@ -1,4 +1,4 @@
-"""Killed processes, full disks, two processes in one run folder."""
+"""Killed processes, full disks, and two processes in one run folder."""
 
 import random
 import signal
@@ -53,12 +53,12 @@ def test_death_while_saving_or_deleting_leaves_only_whole_steps(tmp_path, where,
     run = run_with_steps(tmp_path, 1)
     code, _, err = run_child(DIE, run, where, 2)
     assert code == 9, err
-    said = []
+    reported = []
     assert len(list((run / "checkpoints").glob(".tmp-*"))) == 1
-    with CheckpointManager(run, report=said.append) as checkpoints:
+    with CheckpointManager(run, report=reported.append) as checkpoints:
         assert checkpoints.steps() == steps
         assert restore(checkpoints).step == steps[-1]
-    assert len(said) == 1 and said[0].startswith("removed .tmp-")
+    assert len(reported) == 1 and reported[0].startswith("removed .tmp-")
     assert not list((run / "checkpoints").glob(".tmp-*"))
 
 
@@ -190,16 +190,16 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
 def test_fresh_moves_the_earlier_run_aside(tmp_path):
     run = run_with_steps(tmp_path, 1, 2)
     (run / "metrics.jsonl").write_text("{}\n")
-    said = []
+    reported = []
     for number in (1, 2):
-        with CheckpointManager(run, fresh=True, report=said.append) as checkpoints:
+        with CheckpointManager(run, fresh=True, report=reported.append) as checkpoints:
             assert checkpoints.steps() == [] and restore(checkpoints) is None
             save(checkpoints, number)
     assert (run / "old-1/metrics.jsonl").read_text() == "{}\n"
     assert not (run / "metrics.jsonl").exists()
     assert list_steps(run / "old-1") == [1, 2]
     assert list_steps(run / "old-2") == [1]
-    assert len(said) == 2 and "old-2" in said[1]
+    assert len(reported) == 2 and "old-2" in reported[1]
     assert find_runs(tmp_path) == [run]
     assert move_aside(run).name == "old-3"
 

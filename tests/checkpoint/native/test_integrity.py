@@ -1,4 +1,4 @@
-"""Damage on disk is found, and the step before is used."""
+"""Damage on disk is detected, and the previous step is used."""
 
 import random
 
@@ -24,13 +24,13 @@ def files_of(folder):
 
 
 def expect_fallback(run, reason=""):
-    said = []
-    with CheckpointManager(run, report=said.append) as checkpoints:
+    reported = []
+    with CheckpointManager(run, report=reported.append) as checkpoints:
         restored = restore(checkpoints)
     assert restored.step == 200
     assert float(restored.params["embed"]["table"][0, 0]) == 200
-    assert len(said) == 1 and said[0].startswith("step 300 unreadable (")
-    assert said[0].endswith("), using step 200") and reason in said[0]
+    assert len(reported) == 1 and reported[0].startswith("step 300 unreadable (")
+    assert reported[0].endswith("), using step 200") and reason in reported[0]
 
 
 def test_thirty_of_thirty_flipped_bits_are_found(run):
@@ -38,7 +38,7 @@ def test_thirty_of_thirty_flipped_bits_are_found(run):
     files = files_of(run / "checkpoints/300")
     assert len(files) > 10
     for trial in range(30):
-        # All files in turn: chosen by size, the data would get nearly all the flips.
+        # All files in turn: by size, the data would get nearly all the flips.
         path = files[trial % len(files)]
         before = path.read_bytes()
         damaged = bytearray(before)
@@ -54,9 +54,9 @@ def test_every_bit_of_the_manifest_counts(run):
     path = folder / "manifest.json"
     before = path.read_bytes()
     try:
-        for place in range(0, 8 * len(before), 61):
+        for bit in range(0, 8 * len(before), 61):
             damaged = bytearray(before)
-            damaged[place // 8] ^= 1 << place % 8
+            damaged[bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)
             with pytest.raises(UnreadableStep):
                 integrity.verify(folder)
@@ -145,7 +145,7 @@ def test_a_broken_step_is_moved_aside_when_the_run_reaches_it_again(tmp_path):
 
 
 def test_wrong_values_under_a_right_manifest_are_found(tmp_path, monkeypatch):
-    """A fault between the memory and Orbax: the state hash is the last guard."""
+    """The state hash detects damage between the memory and Orbax."""
     run = run_with_steps(tmp_path, 200)
     with CheckpointManager(run, keep=2) as checkpoints:
         restore(checkpoints)
