@@ -1,4 +1,4 @@
-"""What a tokenizer is, and how token ids become text, at once or one at a time."""
+"""The tokenizer interface, and the decoding of ids, all at once or one at a time."""
 
 import codecs
 import hashlib
@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 
 
 class Piece(NamedTuple):
-    """A token and the part of the text that it stands for."""
+    """A token and its part of the text."""
 
     id: int
     """Token id."""
@@ -27,66 +27,66 @@ class Piece(NamedTuple):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids and back. Equal fingerprints mean equal ids for every text."""
+    """Converts text to token ids and back."""
 
     kind: str
-    """What saved files and messages call it."""
+    """Name of the kind, in saved files and messages."""
     vocab_size: int
     """Number of ids; each id is in [0, vocab_size)."""
     bos_id: int | None
-    """Id that begins a text, or None."""
+    """Id of the token that begins a text, or None."""
     eos_id: int | None
-    """Id that ends a document, or None."""
+    """Id of the token that ends a document, or None."""
     pad_id: int | None
-    """Id that pads rows, or None."""
+    """Id of the token that pads rows, or None."""
     fingerprint: str
-    """SHA-256 (hex) of the kind and contents."""
+    """SHA-256 (hex) of kind and contents; equal ones give equal ids for every text."""
     stop_ids: tuple[int, ...]
-    """Ids after which generation stops: `eos_id` and what the model's files add."""
+    """Ids that end generation: `eos_id` and those that the model's files add."""
     adds_bos: bool
     """Whether the model expects `bos_id` before a text (`encode` never adds it)."""
     chat_template: str | None
-    """Jinja source that lays out a conversation, or None."""
+    """Jinja source that formats a conversation, or None."""
     leading_spaces: Literal["keep", "drop one", "drop token", "drop all"]
-    """What decoding does with spaces before the first text: drops none, one, those of
-    the first token that has text, or those of all tokens before a letter."""
+    """Which spaces decoding drops at the start: none, one, those of the first token
+    with text, or those of all tokens before the first letter."""
     space_ids: Collection[int]
-    """Ids of pieces that begin with such a space."""
+    """Ids of the pieces that begin with such a space."""
     special_ids: Mapping[str, int]
-    """Text of each special token -> id; for trusted code only: `encode` never
-    uses it."""
+    """Text of each special token -> id; only for trusted code: `encode` never uses
+    them."""
     token_bytes: Sequence[bytes]
-    """For each id the UTF-8 bytes that it adds to a text; b"" for specials."""
+    """UTF-8 bytes that each id adds to a text; b"" for special tokens."""
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
-        """Ids of a text. Text never becomes a special token."""
+        """Encodes a text; text never becomes a special token."""
         ...
 
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Ids of a text laid out by a chat template: special tokens are matched.
+        """Encodes a text formatted by a chat template, with its special tokens.
 
-        `barrier` is a character that breaks up what must stay text: nothing is matched
-        across it, and it leaves no trace in the ids.
+        `barrier` is a character that separates what must stay text: no special token is
+        matched across it, and it leaves no trace in the ids.
         """
         ...
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """Decodes ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
     def pieces(self, text: str) -> list[Piece]:
-        """The ids of `encode(text)` with their byte ranges in the text."""
+        """Returns the ids of `encode(text)` with their byte ranges in the text."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes what `read_saved_tokenizer` reads into an existing folder."""
+        """Writes the files for `read_saved_tokenizer` into an existing folder."""
         ...
 
 
 class TextStream:
-    """Turns ids into text one at a time, and never shows half a character.
+    """Decodes ids one at a time, without ever showing part of a character.
 
-    The texts that `feed` and `finish` return, concatenated, equal `decode` of all ids.
+    The concatenated results of `feed` and `finish` equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -95,7 +95,7 @@ class TextStream:
         self._at_start = tokenizer.leading_spaces != "keep"
 
     def feed(self, token_id: int) -> str:
-        """Text that is complete now; "" while a character lacks bytes.
+        """Returns the text completed by this id, "" while a character lacks bytes.
 
         Raises:
           ValueError: for an id outside the vocabulary.
@@ -119,7 +119,7 @@ class TextStream:
         return rest
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for the bytes of an unfinished character."""
+        """Returns what is left: U+FFFD for the bytes of an unfinished character."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
@@ -128,7 +128,7 @@ class TextStream:
 def decode_ids(
     tokenizer: Tokenizer, ids: Integer[np.ndarray, "n"] | Sequence[int]
 ) -> str:
-    """Text of ids, by the table `tokenizer.token_bytes`.
+    """Decodes ids by the table `tokenizer.token_bytes`.
 
     Raises:
       ValueError: for an id outside the vocabulary.
@@ -138,7 +138,7 @@ def decode_ids(
     table, rest = tokenizer.token_bytes, array.tolist()
     stream, head = TextStream(tokenizer), ""
     if tokenizer.leading_spaces != "keep":
-        # Only the beginning depends on what came before: step through it.
+        # Only the leading spaces depend on earlier tokens: decode them one by one.
         used = 0
         while used < len(rest) and stream._at_start:
             head += stream.feed(rest[used])
@@ -177,14 +177,14 @@ def fingerprint_of(kind: str, contents: bytes) -> str:
 def write_description(
     folder: Path, kind: str, fingerprint: str, values: dict[str, Any]
 ) -> None:
-    """Writes tokenizer.json: kind, version, fingerprint and what the kind needs."""
+    """Writes tokenizer.json: kind, version, fingerprint and the values of the kind."""
     description = {"kind": kind, "version": FORMAT_VERSION, "fingerprint": fingerprint}
     text = json.dumps({**description, **values}, indent=1, sort_keys=True)
     (Path(folder) / TOKENIZER_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def tile_bytes(ids: Iterable[int], lengths: Iterable[int]) -> list[Piece]:
-    """Adjacent pieces, given their lengths in bytes."""
+    """Makes adjacent pieces from their lengths in bytes."""
     pieces, at = [], 0
     for token_id, length in zip(ids, lengths, strict=True):
         pieces.append(Piece(token_id, at, at + length))

@@ -1,4 +1,4 @@
-"""The two tokenizers without a model: UTF-8 bytes, and the characters of a text."""
+"""The two tokenizers without a model file: UTF-8 bytes and characters."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -37,7 +37,7 @@ class ByteTokenizer(Tokenizer):
     token_bytes = (*(bytes([i]) for i in range(256)), b"")
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
-        """One id for each UTF-8 byte.
+        """Returns one id for each UTF-8 byte.
 
         Raises:
           ValueError: for a lone surrogate.
@@ -46,15 +46,15 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Ids of the text without barriers: there are no special tokens to match."""
+        """Encodes the text without barriers; there are no special tokens."""
         return self.encode(text.replace(barrier, ""))
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        """Decodes ids; raises ValueError for an id outside the vocabulary."""
         return decode_ids(self, ids)
 
     def pieces(self, text: str) -> list[Piece]:
-        """One piece for each byte."""
+        """Returns one piece for each byte."""
         ids = self.encode(text).tolist()
         return tile_bytes(ids, [1] * len(ids))
 
@@ -78,7 +78,7 @@ class CharTokenizer(Tokenizer):
     space_ids = ()
 
     def __init__(self, characters: Iterable[str]):
-        """Takes any text: its distinct characters become the vocabulary.
+        """Takes any text; its distinct characters become the vocabulary.
 
         Raises:
           ValueError: when there is no character, or one is a lone surrogate.
@@ -97,14 +97,14 @@ class CharTokenizer(Tokenizer):
 
     @cached_property
     def _id_of_code_point(self) -> Int32[np.ndarray, "code_points"]:
-        # The last entry, -1, stands for every code point above the highest known one.
+        # The last entry, -1, is for all code points above the highest known one.
         points = np.array([ord(c) for c in self.characters])
         table = np.full(points[-1] + 2, -1, np.int32)
         table[points] = np.arange(self.vocab_size, dtype=np.int32)
         return table
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
-        """One id for each character.
+        """Returns one id for each character.
 
         Raises:
           ValueError: for a character that the vocabulary lacks, with its offset.
@@ -122,15 +122,15 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Ids of the text without barriers: there are no special tokens to match."""
+        """Encodes the text without barriers; there are no special tokens."""
         return self.encode(text.replace(barrier, ""))
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        """Decodes ids; raises ValueError for an id outside the vocabulary."""
         return decode_ids(self, ids)
 
     def pieces(self, text: str) -> list[Piece]:
-        """One piece for each character."""
+        """Returns one piece for each character."""
         ids = self.encode(text).tolist()
         return tile_bytes(ids, [len(self.token_bytes[i]) for i in ids])
 

@@ -1,8 +1,8 @@
-"""Tokenizers of GGUF files: from their metadata, and back.
+"""Tokenizers of GGUF files: reads them from metadata, and writes them back.
 
-The keys begin with `tokenizer.ggml.`: `model` says which algorithm, `tokens`, `scores`,
-`token_type` and `merges` are its tables, the rest are settings. Two algorithms are
-read: "gpt2", a byte-level BPE, and "llama", the BPE of SentencePiece.
+The keys begin with `tokenizer.ggml.`: `model` names the algorithm, `tokens`, `scores`,
+`token_type` and `merges` are its tables, the others are settings. Two algorithms are
+supported: "gpt2", a byte-level BPE, and "llama", the BPE of SentencePiece.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.hugging_face import pre_tokenizers
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
@@ -35,20 +35,19 @@ from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
-# Files written before their format had a key for it end a turn with one of these.
+# In files older than the key for it, one of these tokens ends a turn.
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file.
+    """Builds the tokenizer of a GGUF file.
 
     Args:
       metadata: keys and values of the file: strings, numbers, lists of strings and
         NumPy arrays.
 
     Raises:
-      ValueError: for a kind that is not known here, and for tables that do not fit
-        together.
+      ValueError: for an unsupported kind, and for tables that do not fit together.
     """
     kind = _get(metadata, "model", str)
     readers = {"gpt2": _byte_level, "llama": _sentence_piece}
@@ -58,10 +57,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         )
     tokens = _get(metadata, "tokens", list)
     if len(set(tokens)) < len(tokens):
-        raise ValueError(f"{_PREFIX}tokens: a token stands there twice")
+        raise ValueError(f"{_PREFIX}tokens: there is a duplicate token")
     types = _table(metadata, "token_type", len(tokens), np.integer)
     if not set(types) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
-        raise ValueError(f"{_PREFIX}token_type: types are 1 to 6")
+        raise ValueError(f"{_PREFIX}token_type: types must be 1 to 6")
     return readers[kind](metadata, tokens, types)
 
 
@@ -70,8 +69,8 @@ def _byte_level(
 ) -> HuggingFaceTokenizer:
     if f"{_PREFIX}pre" not in metadata:
         raise ValueError(
-            f"{_PREFIX}pre is missing, so that nothing says how text is cut before "
-            "merging: convert the model anew (files from before May 2024 lack it)"
+            f"{_PREFIX}pre, the way to split text before merging, is missing: convert "
+            "the model again (files from before May 2024 lack it)"
         )
     pre = pre_tokenizers.by_name(_get(metadata, "pre", str))
     special = [
@@ -87,7 +86,7 @@ def _byte_level(
     )
     settings = _settings(metadata, tokens, types, adds_bos=pre.adds_bos)
     if settings.adds_bos:
-        assert settings.bos_id is not None  # which the settings check
+        assert settings.bos_id is not None  # Checked by the settings.
         data["post_processor"] = bos_template(tokens[settings.bos_id], settings.bos_id)
     return HuggingFaceTokenizer(json.dumps(data, ensure_ascii=False), settings)
 
@@ -96,7 +95,7 @@ def _sentence_piece(
     metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
 ) -> SentencePieceTokenizer:
     if f"{_PREFIX}scores" not in metadata:
-        raise ValueError(f"{_PREFIX}scores is missing: without them nothing is merged")
+        raise ValueError(f"{_PREFIX}scores is missing: they decide what is merged")
     scores = _table(metadata, "scores", len(tokens), np.floating)
     types = list(types)
     if UNKNOWN not in types:
@@ -127,11 +126,11 @@ def _settings(
     bos: int | None = None,
     eos: int | None = None,
 ) -> TokenizerSettings:
-    """What the keys say; the arguments are the format's defaults for an algorithm."""
+    """Reads the settings; the arguments are the format's defaults for an algorithm."""
     size = len(tokens)
     template = metadata.get(_TEMPLATE)
     if template is not None and not isinstance(template, str):
-        raise ValueError(f"{_TEMPLATE} is no text")
+        raise ValueError(f"{_TEMPLATE} is not a string")
     turn = _id(metadata, "eot", size)
     if turn is None:
         ends = (t for t in _ENDS_OF_TURN if t in (template or ""))
@@ -151,22 +150,22 @@ def _settings(
 def _get(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
     value = metadata.get(_PREFIX + name)
     if not isinstance(value, kind):
-        what = {str: "a text", list: "a list of texts"}[kind]
-        raise ValueError(f"{_PREFIX}{name} is {type(value).__name__}: not {what}")
+        what = {str: "a string", list: "a list of strings"}[kind]
+        raise ValueError(f"{_PREFIX}{name} is {type(value).__name__}, not {what}")
     if isinstance(value, list) and not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{_PREFIX}{name} holds more than texts")
+        raise ValueError(f"{_PREFIX}{name} must hold only strings")
     return value
 
 
 def _table(
     metadata: Mapping[str, Any], name: str, size: int, kind: type
 ) -> list[int] | list[float]:
-    """A number for each token; types that are missing are those of normal tokens."""
+    """Returns a number for each token; all tokens are normal if types are missing."""
     values = np.asarray(metadata.get(_PREFIX + name, np.full(size, NORMAL)))
     if values.shape != (size,) or not np.issubdtype(values.dtype, kind):
         raise ValueError(
-            f"{_PREFIX}{name} is {values.dtype}{list(values.shape)}: there are {size} "
-            "tokens, and one number for each is needed"
+            f"{_PREFIX}{name} is {values.dtype}{list(values.shape)}: it must have one "
+            f"number for each of the {size} tokens"
         )
     return values.tolist()
 
@@ -174,7 +173,7 @@ def _table(
 def _id(
     metadata: Mapping[str, Any], name: str, size: int, default: int | None = None
 ) -> int | None:
-    """A special token; None where there is none, which files also write as -1."""
+    """Returns the id of a special token; None if there is none, also written as -1."""
     key = f"{_PREFIX}{name}_token_id"
     value = metadata.get(key, default)
     if value is None or value in (-1, 0xFFFFFFFF):
@@ -187,16 +186,17 @@ def _id(
 def gguf_metadata(
     tokenizer: Tokenizer, vocab_size: int | None = None
 ) -> dict[str, Any]:
-    """Keys and values that make llama.cpp give the same ids; see `write_gguf`.
+    """Returns metadata with which llama.cpp gives the same ids; see `write_gguf`.
 
-    One difference stays: its SentencePiece takes a typed U+2581 for a space.
+    One difference remains: its SentencePiece takes a typed U+2581 for a space.
 
     Args:
       tokenizer: of any kind.
-      vocab_size: of the model: the tables get unused tokens up to it; None adds none.
+      vocab_size: that of the model: unused tokens fill the tables up to it; None adds
+        none.
 
     Raises:
-      ValueError: for a tokenizer that llama.cpp cannot run, saying why.
+      ValueError: for a tokenizer that llama.cpp cannot run, with the reason.
     """
     if isinstance(tokenizer, ByteTokenizer):
         tables = _bytes_tables(tokenizer)
@@ -207,7 +207,7 @@ def gguf_metadata(
     else:
         raise ValueError(_refusal(tokenizer, "its tokens are characters"))
     if tokenizer.eos_id is None:
-        # llama.cpp would take token 2 or 11 for it.
+        # llama.cpp would use token 2 or 11.
         raise ValueError(_refusal(tokenizer, "it has no token that ends a text"))
     _fill_up(tables, tokenizer.vocab_size if vocab_size is None else vocab_size)
     others = [i for i in tokenizer.stop_ids if i != tokenizer.eos_id]
@@ -226,7 +226,7 @@ def gguf_metadata(
 
 
 def _fill_up(tables: dict[str, Any], vocab_size: int) -> None:
-    """Adds unused tokens, with scores below all others."""
+    """Adds unused tokens up to `vocab_size`, with scores below all others."""
     size = len(tables["tokens"])
     if vocab_size < size:
         raise ValueError(
@@ -248,10 +248,10 @@ def _refusal(tokenizer: Tokenizer, why: str) -> str:
 
 
 def _bytes_tables(tokenizer: ByteTokenizer) -> dict[str, Any]:
-    """A BPE that never merges.
+    """Writes bytes as a BPE that never merges.
 
-    llama.cpp wants a list of merges that is not empty; digits are cut apart by this
-    pre-tokenizer, so that the one here is never used.
+    llama.cpp needs at least one merge. This pre-tokenizer separates digits, so the
+    merge below is never used.
     """
     characters = {byte: c for c, byte in byte_of_character().items()}
     return {
@@ -269,10 +269,10 @@ def _byte_level_tables(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
     merges = model.get("merges")
     byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
     if not byte_level or merges is None or model.get("byte_fallback"):
-        raise ValueError(_refusal(tokenizer, "it is no byte-level BPE"))
+        raise ValueError(_refusal(tokenizer, "it is not a byte-level BPE"))
     pre = pre_tokenizers.name_of(data)
     if pre is None:
-        raise ValueError(_refusal(tokenizer, "it cuts text in a way llama.cpp lacks"))
+        raise ValueError(_refusal(tokenizer, "llama.cpp cannot split text its way"))
     tokens = tokenizer.tokens
     special = set(tokenizer.special_ids.values())
     types = np.full(tokenizer.vocab_size, NORMAL, np.int32)
@@ -282,7 +282,7 @@ def _byte_level_tables(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
         elif i in special:
             types[i] = USER_DEFINED if tokenizer.token_bytes[i] else CONTROL
     for entry in data.get("added_tokens") or []:
-        if entry["id"] not in special:  # White space: text, but cut out first.
+        if entry["id"] not in special:  # White space is text, but is split off first.
             types[entry["id"]] = USER_DEFINED
     return {
         "model": "gpt2",

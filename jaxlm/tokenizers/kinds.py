@@ -1,4 +1,4 @@
-"""Tokenizers by kind: building what a config asks for, reading what `save` wrote."""
+"""Tokenizers by kind: builds the one of a config, reads what `save` wrote."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,14 +7,14 @@ from pathlib import Path
 from jaxlm.config import DataConfig, nearest
 from jaxlm.tokenizers.base import FORMAT_VERSION, TOKENIZER_FILE, Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
 
 def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer that `save` wrote into a folder.
+    """Reads the tokenizer that `save` wrote into a folder.
 
     Raises:
       ValueError: when a file is missing, damaged or of an unknown kind.
@@ -27,18 +27,18 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(description, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise ValueError(f"{path} is damaged: it is not a JSON object")
     kind, version = description.get("kind"), description.get("version")
     folder = Path(folder)
     readers = {
-        "bytes": lambda settings: ByteTokenizer(),
-        "chars": lambda settings: CharTokenizer(description.get("characters") or ""),
-        "sentencepiece": lambda h: SentencePieceTokenizer.from_folder(folder, h),
-        "huggingface": lambda h: HuggingFaceTokenizer.from_folder(folder, h),
+        "bytes": lambda s: ByteTokenizer(),
+        "chars": lambda s: CharTokenizer(description.get("characters") or ""),
+        "sentencepiece": lambda s: SentencePieceTokenizer.from_folder(folder, s),
+        "huggingface": lambda s: HuggingFaceTokenizer.from_folder(folder, s),
     }
     if kind is None and "model" in description:
         raise ValueError(
-            f"{path} is Hugging Face's own, not one that jaxlm saved: read it with "
+            f"{path} is Hugging Face's own, not saved by jaxlm: read it with "
             "`jaxlm.tokenizers.hugging_face.tokenizer_files.tokenizer_from_folder`"
         )
     if kind not in readers:
@@ -48,7 +48,7 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
         )
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: version {version!r} of the format, this jaxlm reads "
+            f"{path}: format version {version!r}, but this jaxlm reads "
             f"{FORMAT_VERSION}: update jaxlm"
         )
     try:
@@ -58,7 +58,7 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
         raise ValueError(f"{path}: {error}") from None
     if tokenizer.fingerprint != description.get("fingerprint"):
         raise ValueError(
-            f"{path} is damaged: the contents do not have the fingerprint written in it"
+            f"{path} is damaged: the contents do not match its fingerprint"
         )
     return tokenizer
 
@@ -66,11 +66,11 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
 def build_tokenizer(
     config: DataConfig, texts: Iterable[str] | Callable[[], Iterable[str]]
 ) -> Tokenizer:
-    """The tokenizer that a config asks for.
+    """Builds the tokenizer of a config.
 
     Args:
       config: `tokenizer`, `tokenizer_model`, `tokenizer_vocab_size` and
-        `tokenizer_algorithm` choose.
+        `tokenizer_algorithm` choose it.
       texts: the documents, or a function that returns them; only read for a character
         vocabulary, or to train SentencePiece.
 

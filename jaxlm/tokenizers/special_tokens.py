@@ -1,4 +1,4 @@
-"""Special tokens: the settings in a model's files, and matching in trusted text."""
+"""Special tokens: their settings in a model's files, and matching in trusted text."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-# White space as in the library `tokenizers` (Unicode's White_Space); Python's own has
+# White space as in the library `tokenizers` (Unicode's White_Space); Python's includes
 # four more control characters.
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _SPACES_AFTER = re.compile(f"[{_SPACES}]*")
@@ -18,26 +18,26 @@ _SPACES_BEFORE = re.compile(f"[{_SPACES}]*\\Z")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """How a model uses its tokenizer, according to the files beside it."""
+    """How a model uses its tokenizer, according to the files next to it."""
 
     bos_id: int | None = None
-    """Id that begins a text."""
+    """Id of the token that begins a text."""
     eos_id: int | None = None
-    """Id that ends a document."""
+    """Id of the token that ends a document."""
     pad_id: int | None = None
-    """Id that pads rows."""
+    """Id of the token that pads rows."""
     adds_bos: bool = False
     """Whether the model expects `bos_id` before a text."""
     stop_ids: tuple[int, ...] = ()
-    """Ids after which generation stops, `eos_id` among them where there is one."""
+    """Ids that end generation, including `eos_id` if there is one."""
     chat_template: str | None = None
-    """Jinja source that lays out a conversation."""
+    """Jinja source that formats a conversation."""
 
     def __post_init__(self):
         if self.eos_id is not None and self.eos_id not in self.stop_ids:
             object.__setattr__(self, "stop_ids", (self.eos_id, *self.stop_ids))
         if self.adds_bos and self.bos_id is None:
-            raise ValueError("the tokenizer is to add a bos token, but names none")
+            raise ValueError("the tokenizer shall add a bos token, but names none")
 
     @property
     def ids(self) -> list[Any]:
@@ -56,12 +56,12 @@ class TokenizerSettings:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values that `from_json` takes."""
+        """Plain values for `from_json`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Any) -> "TokenizerSettings":
-        """The inverse of `to_json`; raises TypeError or ValueError for others."""
+        """Inverts `to_json`; raises TypeError or ValueError for anything else."""
         if not isinstance(values, Mapping):
             raise ValueError("the tokenizer settings are not a JSON object")
         return cls(**{**values, "stop_ids": tuple(values.get("stop_ids", ()))})
@@ -69,19 +69,19 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class Special:
-    """A special token, and what it does to the text beside it."""
+    """A special token, and its effect on the text around it."""
 
     id: int
     strips_left: bool = False
-    """Absorbs the white space before it."""
+    """Absorbs white space before it."""
     strips_right: bool = False
-    """Absorbs the white space after it."""
+    """Absorbs white space after it."""
     whole_word: bool = False
-    """Matches a whole word only: not beside a letter, digit or underscore."""
+    """Matches only as a word: not next to a letter, digit or underscore."""
 
 
 class SpecialTokens:
-    """Matches special tokens in a text: leftmost first, then longest."""
+    """Finds special tokens in a text: the leftmost first, then the longest."""
 
     def __init__(self, tokens: Mapping[str, Special]):
         self.tokens = {text: tokens[text] for text in tokens if text}
@@ -90,18 +90,18 @@ class SpecialTokens:
         self._pattern = re.compile(pattern) if pattern else None
 
     def split(self, text: str) -> Iterator[tuple[int, str | int]]:
-        """Yields (offset, id of a special token or the text between)."""
+        """Yields (offset, id of a special token or the text between two of them)."""
         at = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             special = self.tokens[match.group()]
             start, end = match.span()
             if start < at:
-                continue  # The token before absorbed these characters.
+                continue  # The previous token absorbed these characters.
             if special.whole_word and _touches_a_word(text, start, end):
                 continue
             if special.strips_left:
                 before = _SPACES_BEFORE.search(text[at:start])
-                assert before is not None  # It matches nothing, too.
+                assert before is not None  # It also matches the empty string.
                 start = at + before.start()
             if special.strips_right:
                 after = _SPACES_AFTER.match(text, end)
@@ -120,12 +120,12 @@ class SpecialTokens:
         barrier: str,
         encode_text: Callable[[str, bool], list[int]],
     ) -> Int32[np.ndarray, "n"]:
-        """Ids of a text with special tokens; see `Tokenizer.encode_trusted`.
+        """Encodes a text with special tokens; see `Tokenizer.encode_trusted`.
 
         Args:
-          text: laid out by a chat template.
+          text: formatted by a chat template.
           barrier: dropped from the text between special tokens.
-          encode_text: ids of such a text, given it and whether it begins `text`.
+          encode_text: encodes such a part, given it and whether it begins `text`.
         """
         ids: list[int] = []
         for at, part in self.split(text):

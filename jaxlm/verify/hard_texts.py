@@ -3,7 +3,7 @@
 import json
 
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.verify.check import Check
 from jaxlm.verify.expected import Expected

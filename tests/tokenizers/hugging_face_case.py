@@ -1,4 +1,4 @@
-"""Small Hugging Face folders, and texts that try to become special tokens."""
+"""Small Hugging Face folders, and texts that imitate special tokens."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ HOSTILE = [
 
 
 def write_folder(folder, name, **changes):
-    """Writes a folder of the goldens; `changes` are of tokenizer_config.json."""
+    """Writes a folder of the goldens; `changes` go into tokenizer_config.json."""
     record = GOLDENS[name]
     config = {**record["config"], **changes}
     (folder / "tokenizer.json").write_text(json.dumps(record["tokenizer"]))
@@ -55,7 +55,7 @@ def hostile_texts(tokenizer):
 
 
 def smollm2_metadata(num_tokens=SMOLLM2["num_tokens"]):
-    """The metadata of the real file, with the tokens that the goldens lack left out."""
+    """The metadata of the real file, without the tokens that the goldens lack."""
     tokens = [f"[unused {i}]" for i in range(num_tokens)]
     types = [5] * len(tokens)
     for kind, name in ((3, "control"), (1, "normal")):
@@ -76,10 +76,10 @@ JUNK = [None, True, -1, 0, 2**31, 2**63, "", "x", "<0x41>", [], {}, [[]], ["a", 
 
 
 def mutated(value, random):
-    """A copy with one place taken out or replaced, for tests of damaged files."""
+    """Returns a copy with one item removed or replaced, to test damaged files."""
     value = json.loads(json.dumps(value))
-    places = list(_places(value))
-    holder, key = places[random.integers(len(places))]
+    items = list(_items(value))
+    holder, key = items[random.integers(len(items))]
     if isinstance(holder, dict) and random.random() < 0.3:
         del holder[key]
     else:
@@ -87,12 +87,12 @@ def mutated(value, random):
     return value
 
 
-def _places(value):
+def _items(value):
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in list(items)[:30]:
         yield value, key
         if isinstance(inner, dict | list):
-            yield from _places(inner)
+            yield from _items(inner)
 
 
 BARRIER = "\ufdd1"

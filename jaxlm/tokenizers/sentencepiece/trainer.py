@@ -1,4 +1,4 @@
-"""Training a SentencePiece model that gives back every text exactly."""
+"""Trains SentencePiece models that decode every text exactly."""
 
 import io
 import re
@@ -11,13 +11,13 @@ import sentencepiece
 from jaxlm.progress import spinner
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
-# SentencePiece learns from "sentences". Stretches of whole lines let it learn pieces
-# with newlines, which made the bundled text 8% shorter than training line by line.
+# SentencePiece learns from "sentences". Sentences of several lines let it learn pieces
+# with newlines: the bundled text has 8% fewer tokens than with one line each.
 SENTENCE_CHARACTERS = 2000
-# More text than this hardly changes the pieces, and needs many times its size.
+# More text hardly changes the pieces, and training needs many times its size in memory.
 MAX_TRAINING_CHARACTERS = 100_000_000
-# U+2585 is reserved, and the library skips each sentence that holds it; NUL ends one
-# in some versions; U+2581 would be taken for a space. All three are encoded as bytes.
+# The library skips sentences with U+2585, which is reserved; NUL ends a sentence in
+# some versions; U+2581 would become a space. All three are encoded as bytes.
 _NOT_LEARNED = re.compile("[\0\u2581\u2585]")
 
 
@@ -29,13 +29,13 @@ def train_sentencepiece(
     """Trains a model; the same texts give the same model.
 
     Text is not normalized, no space is added, and characters without a piece become
-    bytes: `decode(encode(x)) == x` for every text. Id 0 is unknown (never used), 1
-    ends a document.
+    bytes: `decode(encode(x)) == x` for every text. Id 0 is the unknown token (never
+    used), 1 ends a document.
 
     Args:
-      texts: documents. Of more than 100 million characters, every second (fourth, ...)
-        stretch of lines is used.
-      vocab_size: number of pieces, the 256 bytes among them.
+      texts: documents. Beyond 100 million characters, only every second (fourth, ...)
+        sentence is used.
+      vocab_size: number of pieces, including the 256 bytes.
       algorithm: `bpe` or `unigram`.
 
     Raises:
@@ -56,7 +56,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             while start < len(part):
                 end = start + SENTENCE_CHARACTERS
                 if end < len(part):
-                    # At the end of a line, else of a word, else anywhere.
+                    # Cut after a line, else before a word, else anywhere.
                     line = part.rfind("\n", start, end) + 1
                     end = line or part.rfind(" ", start + 1, end)
                     end = end if end > start else start + SENTENCE_CHARACTERS
@@ -65,7 +65,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _thin_out(sentences: Iterable[str], limit: int, tick) -> list[str]:
-    """All sentences, or evenly spread ones of at most `limit` characters."""
+    """Keeps all sentences, or evenly spaced ones of at most `limit` characters."""
     kept, size, stride = [], 0, 1
     for number, sentence in enumerate(sentences):
         if number % stride:
@@ -80,7 +80,7 @@ def _thin_out(sentences: Iterable[str], limit: int, tick) -> list[str]:
 
 
 def _train(sentences: list[str], vocab_size: int, algorithm: str, tick) -> bytes:
-    """Trains in a thread, so that Ctrl-C and the spinner work meanwhile."""
+    """Trains in a thread, to keep Ctrl-C and the spinner working."""
     model = io.BytesIO()
     errors: list[Exception] = []
 
@@ -100,7 +100,7 @@ def _train(sentences: list[str], vocab_size: int, algorithm: str, tick) -> bytes
                 eos_id=1,
                 bos_id=-1,
                 pad_id=-1,
-                # Fixed: sums over threads would differ with the number of cores.
+                # Fixed, because sums over threads depend on the number of threads.
                 num_threads=4,
                 minloglevel=2,
             )

@@ -7,7 +7,7 @@ from hugging_face_case import (
 )
 
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
 from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 from jaxlm.tokenizers.sentencepiece.model_proto import (

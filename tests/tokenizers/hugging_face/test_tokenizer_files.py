@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder, whole or damaged."""
+"""Tokenizers of Hugging Face folders, complete and damaged."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hugging_face_case import (
     write_folder,
 )
 
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
@@ -62,7 +62,7 @@ def test_other_files_of_a_folder(tmp_path):
     assert tokenizer.eos_id == 2 and tokenizer.stop_ids == (2, 0, 1)
     assert tokenizer.chat_template == "{{ messages }}"
     (tmp_path / "chat_template.jinja").unlink()
-    # Without tokenizer_config.json the older file, and the model's own.
+    # Without tokenizer_config.json, the older file and the model's config count.
     (tmp_path / "tokenizer_config.json").unlink()
     put(tmp_path, "special_tokens_map.json", {"eos_token": {"content": "<|im_start|>"}})
     put(tmp_path, "generation_config.json", {"eos_token_id": 0})
@@ -88,7 +88,7 @@ def test_tokens_that_only_the_config_adds(tmp_path):
     assert tokenizer.special_ids["<new>"] == 423 and tokenizer.vocab_size == 424
     assert tokenizer.encode_trusted("a<new>", BARRIER)[-1] == 423
     write_folder(tmp_path, "byte_level", added_tokens_decoder={"5": {**new, **rest}})
-    with pytest.raises(ValueError, match="'<new>' with the id 5, which '#' has"):
+    with pytest.raises(ValueError, match="'<new>' with the id 5, which is that of '#'"):
         tokenizer_from_folder(tmp_path)
     write_folder(tmp_path, "byte_level", added_tokens_decoder={"5": "<new>"})
     with pytest.raises(ValueError, match="added_tokens_decoder is damaged"):
@@ -161,9 +161,9 @@ def test_a_folder_of_gpt2(tmp_path, all_of_them):
         ('{"model": {}}', "no model.vocab"),
         (contents("llama", decoder=None), "the decoder is missing"),
         (contents("llama", decoder={"type": "WordPiece"}), "the decoder has the step"),
-        (contents("llama", decoder=["x"]), "is no step of a tokenizer"),
+        (contents("llama", decoder=["x"]), "is not a step of a tokenizer"),
         (contents("llama", normalizer={"type": "Nfx"}), "not a Hugging Face"),
-        (contents("llama", added_tokens=[{"id": 1}]), "is no added token"),
+        (contents("llama", added_tokens=[{"id": 1}]), "is not an added token"),
         (
             contents("llama", added_tokens=[{"id": 1 << 30, "content": "x"}]),
             "'x' has the id 1073741824",
@@ -190,7 +190,7 @@ def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged"):
         tokenizer_from_folder(tmp_path)
     put(tmp_path, "tokenizer_config.json", "[]")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         tokenizer_from_folder(tmp_path)
     with pytest.raises(ValueError, match="names none"):
         TokenizerSettings(adds_bos=True)

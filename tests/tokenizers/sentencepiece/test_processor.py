@@ -1,4 +1,4 @@
-"""SentencePiece models against the library, and damaged ones."""
+"""SentencePiece models: comparison with the library, and damaged models."""
 
 import pytest
 import sentencepiece
@@ -70,14 +70,14 @@ def test_not_a_model(data, tmp_path):
 def test_truncated_models(models):
     model = models["bpe"]._model
     for size in range(1, len(model), 397):
-        # A cut between pieces is a smaller model; nothing but ValueError may escape.
+        # Cut between pieces, it is a smaller model; only ValueError may be raised.
         try:
             SentencePieceTokenizer(model[:size])
         except ValueError as error:
             assert "not a SentencePiece model" in str(error)
 
 
-def test_what_a_model_holds_beside_its_pieces_survives(models):
+def test_the_other_parts_of_a_model_survive(models):
     unknown = b"\xc2\x3e\x03abc"  # Field 1000, which no version has yet.
     model = trained(user_defined_symbols=["<turn>"]) + unknown
     assert literal_model(model).endswith(unknown)

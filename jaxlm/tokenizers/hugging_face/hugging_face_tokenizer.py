@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: user text stays text, and each token knows its bytes."""
+"""Hugging Face tokenizers that keep user text as text and know each token's bytes."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +35,10 @@ MODEL_FILE = "huggingface.json"
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json of the library `tokenizers`.
 
-    `encode` gives what the library gives with `add_special_tokens=False`, except that
-    added tokens, special or not, are not matched in text, except those of white
-    space only: text that a user typed never becomes one of them. `decode` gives what
-    the library gives without special tokens.
+    `encode` returns what the library returns with `add_special_tokens=False`, except
+    that added tokens, special or not, are not matched in text unless they are white
+    space: text typed by a user never becomes one of them. `decode` returns what the
+    library returns without special tokens.
     """
 
     kind = "huggingface"
@@ -50,11 +50,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
         Args:
           tokenizer_json: at most 128 MiB.
-          settings: from the files beside it; None: no bos, eos or pad token.
+          settings: from the files next to it; None: no bos, eos or pad token.
 
         Raises:
-          ValueError: when it is not one, has a decoder that is not known here, or
-            lacks an id that the settings name.
+          ValueError: when it is not one, has an unsupported decoder, or lacks an id of
+            the settings.
         """
         if isinstance(tokenizer_json, str):
             tokenizer_json = tokenizer_json.encode("utf-8")
@@ -84,9 +84,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def from_folder(
         cls, folder: Path, settings: TokenizerSettings | None = None
     ) -> "HuggingFaceTokenizer":
-        """Loads what `save` wrote.
+        """Loads what `save` wrote; not for folders that come from Hugging Face.
 
-        A folder that comes from Hugging Face is for `tokenizer_from_folder`.
+        `tokenizer_from_folder` reads those.
 
         Raises:
           ValueError: when the file is missing or not a tokenizer.
@@ -101,35 +101,35 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def tokenizer_json(self) -> bytes:
-        """The contents of the tokenizer.json, as they came."""
+        """The contents of the tokenizer.json, unchanged."""
         return self._contents
 
     @cached_property
     def tokens(self) -> Mapping[int, str]:
-        """Id -> text as written in the file (for byte-level: in GPT-2's alphabet)."""
+        """Id -> text as written in the file (byte-level: in GPT-2's alphabet)."""
         of_model = {i: text for text, i in self._vocabulary.items()}
         return of_model | {t.id: t.content for t in self._added}
 
     @cached_property
     def _named(self) -> dict[str, int]:
-        """Tokens that are special because the files give them a role."""
+        """Special tokens that the files name: unknown, bos, eos and pad."""
         parts = [self._unknown_id, *self.settings.ids[:3]]
         return {self.tokens[i]: i for i in parts if i in self.tokens}
 
     @cached_property
     def _unknown_id(self) -> int | None:
-        """Id of the unknown token (Unigram names the id, others the text)."""
+        """Id of the unknown token (Unigram names its id, others its text)."""
         model = self.data["model"]
         return self._vocabulary.get(model.get("unk_token"), model.get("unk_id"))
 
     @cached_property
     def special_ids(self) -> Mapping[str, int]:
-        """Added tokens, except those of white space only, and bos, eos, pad."""
+        """Added tokens, except white space, and the bos, eos and pad tokens."""
         return {t.content: t.id for t in self._added if not t.is_white} | self._named
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        """Ids that add nothing to a decoded text."""
+        """Ids that add nothing to decoded text."""
         special = (t.id for t in self._added if t.special)
         return frozenset([*special, *self._named.values()])
 
@@ -148,8 +148,8 @@ class HuggingFaceTokenizer(Tokenizer):
         for t in self._added:
             if t.is_white and library.token_to_id(t.content) != t.id:
                 raise ValueError(
-                    f"added_tokens: {t.content!r} has the id {t.id}, which the library "
-                    f"takes for {library.token_to_id(t.content)}"
+                    f"added_tokens: {t.content!r} has the id {t.id}, but the library "
+                    f"gives it {library.token_to_id(t.content)}"
                 )
         return library
 
@@ -162,12 +162,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes that each id adds to a text: none for special tokens."""
+        """The bytes that each id adds to a text; none for special tokens."""
         table = [b""] * self.vocab_size
         for text, i in self._vocabulary.items():
             table[i] = self._decoding.bytes_of(text)
         for t in self._added:
-            # An added token is text as it is, not in the model's alphabet.
+            # Added tokens are plain text, not in the model's alphabet.
             table[t.id] = t.content.encode("utf-8")
         for i in self._control_ids:
             table[i] = b""
@@ -179,7 +179,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return frozenset(i for i, b in enumerate(self.token_bytes) if b[:1] == b" ")
 
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
-        """Ids of a text; added tokens never come from text.
+        """Encodes a text; added tokens never come from text.
 
         Raises:
           ValueError: for a lone surrogate, or a character that the vocabulary lacks.
@@ -190,8 +190,8 @@ class HuggingFaceTokenizer(Tokenizer):
         check_text(text)
         with _errors_of_the_library("the tokenizer has no ids for this text"):
             encoding = library.encode(text, add_special_tokens=False)
-        # `literal` hides these tokens from every kind of model it knows: no file may
-        # get around that.
+        # `literal` hides these tokens from all known kinds of models; no file may get
+        # around that.
         found = self._never_from_text.intersection(encoding.ids)
         if found:
             raise ValueError(
@@ -205,9 +205,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return frozenset(self.special_ids.values()) - {self._unknown_id}
 
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Ids of a text with special tokens; see `Tokenizer`.
+        """Encodes a text with special tokens; see `Tokenizer`.
 
-        Without barriers the same as the library gives for the original file.
+        Without barriers, the ids are those of the library for the original file.
         """
 
         def encode(part: str, at_start: bool) -> list[int]:
@@ -216,14 +216,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._specials.encode(text, barrier, encode)
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Text of ids; raises ValueError for an id outside the vocabulary."""
+        """Decodes ids; raises ValueError for an id outside the vocabulary."""
         return decode_ids(self, ids)
 
     def pieces(self, text: str) -> list[Piece]:
-        """The ids of `encode(text)` with their bytes in the text.
+        """Returns the ids of `encode(text)` with their byte ranges in the text.
 
-        Where the model changes text (normalization, an added space) a piece may be
-        empty, or stand for more bytes than its own.
+        Where the model changes text (normalization, an added space), a piece may be
+        empty or cover more bytes than its own.
         """
         encoding = self._encode(text, self._library)
         ids, data = encoding.ids, text.encode("utf-8")
@@ -232,7 +232,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if written == data:
             return tile_bytes(ids, sizes)
         if written == b" " + data and sizes[0]:
-            sizes[0] -= 1  # The space that the model puts before the first word.
+            sizes[0] -= 1  # The model adds a space before the first word.
             return tile_bytes(ids, sizes)
         return _with_byte_offsets(text, ids, encoding.offsets, sizes)
 
@@ -245,7 +245,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 @contextmanager
 def _errors_of_the_library(what: str) -> Iterator[None]:
-    """The library raises plain Exception, and a BaseException when it panics."""
+    """Converts the library's plain Exception, and its BaseException on a panic."""
     try:
         yield
     except BaseException as error:
@@ -257,15 +257,15 @@ def _errors_of_the_library(what: str) -> Iterator[None]:
 def _with_byte_offsets(
     text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]], sizes: list[int]
 ) -> list[Piece]:
-    """Pieces from spans in characters.
+    """Makes pieces from spans in characters.
 
-    The library gives the whole character to each of several tokens that make it up:
-    they share its bytes where the sizes of the tokens add up to it, else the last of
-    them gets it. Of spans that overlap the first keeps what both have.
+    The library gives the whole character to each of the tokens that make it up. These
+    tokens share its bytes if their sizes add up to it, else the last one gets them all.
+    Where spans overlap, the first one keeps the common part.
     """
     lengths = [len(c.encode("utf-8")) for c in text]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
-    beyond = len(text)  # Some steps of the library give positions after the end.
+    beyond = len(text)  # Some steps of the library return offsets past the end.
     found: list[Piece] = []
     first = at = 0
     while first < len(ids):

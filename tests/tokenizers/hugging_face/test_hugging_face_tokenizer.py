@@ -17,7 +17,7 @@ from hugging_face_case import (
 )
 
 from jaxlm.tokenizers.base import TextStream, Tokenizer
-from jaxlm.tokenizers.hugging_face.fast_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
@@ -60,7 +60,7 @@ def test_pieces_where_the_model_changes_text(all_of_them):
     assert [p.id for p in pieces] == tokenizer.encode(text).tolist()
     covered = [text.encode()[p.start : p.end].decode() for p in pieces]
     assert "".join(covered) == text
-    # Behind NFC: the library says that é comes from the e, and each byte has a place.
+    # After NFC, the library maps é to the e, and each byte belongs to a piece.
     data = {**GOLDENS["byte_level"]["tokenizer"], "normalizer": {"type": "NFC"}}
     composing = HuggingFaceTokenizer(json.dumps(data))
     pieces = composing.pieces("ae\u0301🙂")
@@ -85,7 +85,7 @@ def test_text_never_becomes_a_special_token(name, all_of_them):
 
 
 def test_the_library_does_match_them(all_of_them):
-    """Or the test above would prove nothing."""
+    """Otherwise the test above would prove nothing."""
     for name, tokenizer in all_of_them.items():
         plain = library(name)
         for text, i in tokenizer.special_ids.items():
@@ -109,7 +109,7 @@ def bpe_that_merges_into_a_special_token():
     [(bpe_that_merges_into_a_special_token(), "<s>"), (contents("unigram"), "<eos>")],
 )
 def test_encode_special_tokens_of_the_library_is_not_enough(text, special):
-    """It cuts no special token out of a text, but the model finds it there."""
+    """It splits no special token off, but the model still finds it in the text."""
     plain = tokenizers.Tokenizer.from_str(text)
     plain.encode_special_tokens = True
     i = plain.token_to_id(special)
@@ -181,7 +181,7 @@ def test_words_of_a_word_level_model_stay_text():
     tokenizer = HuggingFaceTokenizer(json.dumps(data), TokenizerSettings(eos_id=1))
     assert tokenizer.encode("a </s> a").tolist() == [2, 0, 2]
     assert tokenizer.encode_trusted("a </s> a", BARRIER).tolist() == [2, 1, 2]
-    # Without anything that cuts at spaces, a word can be made to look like one.
+    # If nothing splits at spaces, a word can imitate a hidden name.
     data["pre_tokenizer"] = None
     tokenizer = HuggingFaceTokenizer(json.dumps(data), TokenizerSettings(eos_id=1))
     with pytest.raises(ValueError, match="became the special token '</s>'"):
@@ -191,7 +191,7 @@ def test_words_of_a_word_level_model_stay_text():
         HuggingFaceTokenizer(json.dumps(data)).encode("b")
 
 
-def test_nothing_is_cut_padded_or_drawn(all_of_them):
+def test_no_truncation_padding_or_dropout(all_of_them):
     changed = contents(
         "byte_level",
         truncation={
@@ -261,7 +261,7 @@ def test_save_and_load(all_of_them, tmp_path):
         fingerprints |= {
             HuggingFaceTokenizer(contents(name), h).fingerprint for h in ids
         }
-        # What does not change ids does not make another tokenizer.
+        # Settings that do not change ids do not change the fingerprint.
         template = HuggingFaceTokenizer(
             contents(name), TokenizerSettings(chat_template="x")
         )
