@@ -1,6 +1,6 @@
 """Continue a text: python sample.py [CHECKPOINT] --prompt ... (else the newest run)
 
-The same as `jaxlm sample`; how it goes is read in `jaxlm/commands/sample.py`.
+The same as `jaxlm sample`; the code is in `jaxlm/commands/sample.py`.
 """
 
 import sys

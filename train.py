@@ -1,6 +1,6 @@
 """Train a language model: python train.py [CONFIG_FILE] [--section.field value ...]
 
-The same as `jaxlm train`; how it goes is read in `jaxlm/commands/train.py`.
+The same as `jaxlm train`; the code is in `jaxlm/commands/train.py`.
 """
 
 import sys
@@ -10,4 +10,5 @@ from jaxlm.commands.process import restart_with_malloc_options
 
 if __name__ == "__main__":
     restart_with_malloc_options()
-    sys.exit(run("train", sys.argv[1:], "python train.py"))
+    names = {"prog": "python train.py", "sample_command": "python sample.py"}
+    sys.exit(run("train", sys.argv[1:], **names))

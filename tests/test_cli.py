@@ -1,4 +1,4 @@
-"""`jaxlm VERB`: which verbs there are, what each imports, and exit codes."""
+"""`jaxlm VERB`: the verbs, what each imports, and exit codes."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ COMMANDS = Path(cli.__file__).parent / "commands"
 
 
 def exit_of(capsys, *arguments):
-    """Exit code and what was written."""
+    """Exit code, stdout and stderr."""
     try:
         code = main(arguments)
     except SystemExit as stop:
@@ -39,6 +39,21 @@ def exit_of(capsys, *arguments):
 def test_a_wrong_verb_ends_with_code_2(capsys, arguments, message):
     code, _, err = exit_of(capsys, *arguments)
     assert code == 2 and re.search(message, err), err
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_an_error_has_a_traceback_only_with_v(verbose, capsys):
+    code, _, err = exit_of(capsys, "report", *["-v"] * verbose)
+    assert code == 2 and err.endswith("error: name at least one run folder\n")
+    assert ("Traceback" in err) is verbose
+
+
+def test_v_is_never_the_value_of_another_option(capsys):
+    code, _, err = exit_of(capsys, "report", "--out", "-v")
+    assert code == 2 and "Missing value for argument '--out'" in err
+    # Joined to its option it is one.
+    code, _, err = exit_of(capsys, "report", "/no/such/run", "--out=-v")
+    assert code == 2 and err.startswith("error: /no/such/run/metrics.jsonl")
 
 
 def test_help_lists_the_verbs(capsys):
@@ -67,7 +82,7 @@ def test_the_installed_command():
 
 
 def modules_after(program, repository):
-    """Names of the modules that are loaded after a program, in a fresh interpreter."""
+    """Names of the modules that a program loads, in a fresh interpreter."""
     program += "\nimport sys; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program],

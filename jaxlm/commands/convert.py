@@ -1,4 +1,4 @@
-"""Write a checkpoint as one of another kind: jaxlm, Hugging Face or GGUF."""
+"""Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from jaxlm.flags import parse
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write a checkpoint as one of another kind: jaxlm, Hugging Face or GGUF."""
+    """Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF."""
 
     src: tyro.conf.Positional[str]
     """A run, a Hugging Face folder, a .gguf file, or hf:owner/name."""
     dst: tyro.conf.Positional[Path]
     """The new folder or .gguf file."""
     to: Literal["jaxlm", "hf", "gguf"] | None = None
-    """The kind; None goes by the name, and turns runs into hf and others into runs."""
+    """The format; None: gguf if DST ends in .gguf, else hf for a run, else jaxlm."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    """Of the parameters; None keeps what is stored (f16 in GGUF)."""
+    """Dtype of the parameters; None keeps the stored one (f16 in GGUF)."""
     tokenizer: bool = True
-    """Write the tokenizer as well."""
+    """Also write the tokenizer."""
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
-    """`SRC DST [--to KIND] ...`: converts and says what was written."""
+    """`SRC DST [--to KIND] ...`: converts, and prints the path and format written."""
     chosen = parse(Arguments, arguments, prog=prog)
     kind = convert(
         chosen.src,

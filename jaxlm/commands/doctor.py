@@ -1,4 +1,4 @@
-"""Say what this machine has, and what jaxlm would use of it for a config."""
+"""Show versions and devices, and the attention that a config would use."""
 
 import platform
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
-    """`[CONFIG_FILE] [--section.field value ...]`, as for training."""
+    """`[CONFIG_FILE] [--section.field value ...]`, as for training: prints a table."""
     config, _ = read_config(arguments, prog=prog)
     with jax.set_mesh(make_mesh(config.mesh)):
         for name, value in [*machine(), *attention(config)]:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """Versions, devices, and where things are kept."""
+    """Yields versions, devices, the default dtype and the compile cache."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for name in PACKAGES:
         yield name, version(name)
@@ -37,7 +37,7 @@ def machine() -> Iterator[tuple[str, str]]:
 
 
 def attention(config: Config) -> Iterator[tuple[str, str]]:
-    """What each call of the model takes, for each kind of layer, and why not others."""
+    """Yields the attention of each call and kind of layer, and why others declined."""
     model, length = config.model, config.data.sequence_length
     rows, context = config.train.batch_size, model.context_length
     calls = {

@@ -1,4 +1,4 @@
-"""Draw one run, or several over each other: an HTML page and a PNG."""
+"""Plot one run, or compare several: an HTML page and a PNG."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from jaxlm.report.picture import draw_loss_png
 
 @dataclass(frozen=True)
 class Arguments:
-    """Draw one run, or several over each other: an HTML page and a PNG."""
+    """Plot one run, or compare several: an HTML page and a PNG."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders."""
     out: Path | None = None
-    """HTML file; None is report.html in the run, or comparison.html for several."""
+    """HTML file; None: report.html in the run, or comparison.html for several."""
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
-    """`RUN ... [--out FILE]`: writes the two files and says where they are."""
+    """`RUN ... [--out FILE]`: writes the two files and prints their paths."""
     chosen = parse(Arguments, arguments, prog=prog)
     runs, out = chosen.runs, chosen.out
     if not runs:

@@ -41,21 +41,21 @@ class Arguments:
     prompt: str = "\n"
     """Text to continue."""
     chat: bool = False
-    """Hold a conversation: lines are read until /exit or the end of the input."""
+    """Hold a conversation: read lines until /exit or the end of the input."""
     system: str | None = None
-    """With --chat, what the system message says; None sends none."""
+    """With --chat, the content of the system message; None sends none."""
     num_samples: int = 1
-    """Continuations, drawn together."""
+    """Number of continuations, sampled as one batch."""
     seed: int = 0
-    """Seed of the draw."""
+    """Seed of the sampling."""
     stats: bool = False
-    """Print tokens per second of prefill and decoding to stderr."""
+    """Print the tokens per second of prefill and decoding to stderr."""
     dtype: str | None = None
-    """Compute dtype (float32, bfloat16); None takes the run's."""
+    """Compute dtype (float32, bfloat16); None keeps the run's."""
     sample: tyro.conf.OmitArgPrefixes[SampleConfig] = field(
         default_factory=lambda: SampleConfig(temperature=0.8)
     )
-    """How tokens are drawn."""
+    """How tokens are sampled."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
     """Devices to use."""
 
@@ -69,38 +69,55 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 
 def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
-    """Continues the prompt, or holds the conversation, on the devices of the flags."""
+    """Continues the prompt or holds the conversation, on the devices requested."""
     model, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if chosen.dtype is not None:
         model = dataclasses.replace(model, dtype=chosen.dtype)
-    drawing = chosen.sample
-    if not drawing.stop_ids:
-        drawing = dataclasses.replace(drawing, stop_ids=tokenizer.stop_ids)
+    sample_config = chosen.sample
+    if not sample_config.stop_ids:
+        sample_config = dataclasses.replace(sample_config, stop_ids=tokenizer.stop_ids)
     key = jax.random.key(chosen.seed)
     with jax.set_mesh(mesh_of(chosen.mesh)):
         params = read_params(checkpoint)
         if not chosen.chat:
-            write_samples(model, params, tokenizer, drawing, key, chosen)
+            write_samples(model, params, tokenizer, sample_config, key, chosen)
             return
         log_attention(model)
         with log_paused():
-            converse(model, params, tokenizer, drawing, key, system=chosen.system)
+            converse(
+                model,
+                params,
+                tokenizer,
+                sample_config,
+                key,
+                system=chosen.system,
+            )
 
 
 def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:
-    """The flags; exits with code 2 for those that do not go together."""
+    """Parses the flags; exits with code 2 if they contradict each other."""
     chosen = parse(Arguments, arguments, flat=("sample",), prog=prog)
     if chosen.num_samples < 1:
         fail(f"--num-samples is {chosen.num_samples}: it must be at least 1")
     if chosen.system is not None and not chosen.chat:
         fail("--system is for conversations: add --chat")
-    if chosen.chat and (chosen.num_samples, chosen.prompt) != (1, "\n"):
-        fail("--chat reads what to answer: leave out --prompt and --num-samples")
+    default = Arguments()
+    if chosen.chat and (chosen.num_samples, chosen.prompt) != (
+        default.num_samples,
+        default.prompt,
+    ):
+        fail(
+            "--chat reads its prompts from stdin: leave out --prompt and --num-samples"
+        )
     return chosen
 
 
 def newest_run() -> Path:
-    """The run below runs/ that was saved last; ValueError when there is none."""
+    """Returns the run below runs/ that was saved last.
+
+    Raises:
+      ValueError: if there is none.
+    """
     runs = find_runs()
     if not runs:
         raise ValueError(
@@ -111,19 +128,19 @@ def newest_run() -> Path:
 
 
 def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh of as many devices as the flags name.
+    """Makes a mesh of as many devices as the flags name.
 
     Raises:
-      ValueError: for an axis without a size, and when there are too few devices.
+      ValueError: if an axis has no size, or there are too few devices.
     """
     sizes = dataclasses.asdict(config)
     if any(size < 1 for size in sizes.values()):
-        raise ValueError(f"mesh {sizes}: say how many devices each axis has")
+        raise ValueError(f"mesh {sizes}: give each axis its number of devices")
     return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
 
 
 def read_params(checkpoint: Checkpoint) -> Params:
-    """The parameters, each part read onto the devices that hold it."""
+    """Loads the parameters directly onto their devices."""
     shapes = jax.eval_shape(lambda: init(checkpoint.config, jax.random.key(0)))
     shardings = parameter_shardings(shapes, jax.sharding.get_mesh())
     _, params = load(checkpoint, shardings=shardings)
@@ -131,7 +148,7 @@ def read_params(checkpoint: Checkpoint) -> Params:
 
 
 def log_attention(model: ModelConfig) -> None:
-    """Logs what a conversation takes: later it would stand between its lines."""
+    """Logs the attention choice before the chat starts, so it doesn't interrupt it."""
     context = model.context_length
     for name, num_queries in (("prefill", context), ("decode", 1)):
         for kind, choice in attention_choices(model, 1, num_queries, context).items():
@@ -144,11 +161,11 @@ def write_samples(
     model: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
-    drawing: SampleConfig,
+    sample_config: SampleConfig,
     key: jax.Array,
     chosen: Arguments,
 ) -> None:
-    """Draws the continuations and writes them to stdout, the first as it comes."""
+    """Samples the continuations and writes them to stdout, streaming the first."""
     prompt = tokenizer.encode(chosen.prompt)
     if tokenizer.bos_id is not None and (tokenizer.adds_bos or not len(prompt)):
         prompt = np.array([tokenizer.bos_id, *prompt])
@@ -157,7 +174,7 @@ def write_samples(
             model,
             params,
             [prompt] * chosen.num_samples,
-            drawing,
+            sample_config,
             key,
             num_tokens=tokenizer.vocab_size,
             on_tokens=printer.feed,
@@ -167,13 +184,13 @@ def write_samples(
 
 
 class Printer:
-    """Writes the first sample as it comes, and the others after it.
+    """Streams the first sample to stdout, and prints the others after it.
 
-    The prompt is written with the first new tokens: nothing that is said before them
-    comes between, and a prompt that is refused is not written.
+    The prompt is printed with the first new tokens, so log lines don't split prompt and
+    text, and a rejected prompt isn't printed.
 
-    Python drops a KeyboardInterrupt that falls into a callback of the garbage
-    collection, so it is raised again at the next tokens.
+    Python drops a KeyboardInterrupt that is raised in a callback of the garbage
+    collector, so it is raised again at the next tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, num_samples: int):
@@ -200,7 +217,7 @@ class Printer:
     def feed(
         self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]
     ) -> None:
-        """Takes new tokens of each sample, and a mask of those that are text."""
+        """Adds new tokens of each sample; `inside` masks those that are text."""
         if self._interrupted:
             raise KeyboardInterrupt
         self._add(
@@ -224,12 +241,12 @@ class Printer:
 
 
 def print_stats(result: Generation, prompt_tokens: int) -> None:
-    """Tokens per second, on stderr."""
-    drawn = int(result.lengths.sum())
+    """Prints the tokens per second to stderr."""
+    new = int(result.lengths.sum())
     print(
         f"prefill {prompt_tokens} tokens in {result.prefill_s:.2f} s "
-        f"({prompt_tokens / result.prefill_s:.0f} tokens/s), decode {drawn} tokens in "
-        f"{result.decode_s:.2f} s ({drawn / result.decode_s:.0f} tokens/s), "
+        f"({prompt_tokens / result.prefill_s:.0f} tokens/s), decode {new} tokens in "
+        f"{result.decode_s:.2f} s ({new / result.decode_s:.0f} tokens/s), "
         f"compiling {result.compile_s:.1f} s",
         file=sys.stderr,
     )

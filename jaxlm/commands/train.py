@@ -1,13 +1,14 @@
 """Train a language model: from a config to a run folder.
 
-`train` is the whole way: the text, the state, the loop and its records. It wires the
-parts of jaxlm together, none of which knows the others.
+`train` runs everything: it reads the text, makes or restores the state, runs the loop
+and writes the run folder. It wires together parts of jaxlm that are independent of
+each other.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
+from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.optimizer import make_optimizer
@@ -47,17 +49,20 @@ from jaxlm.train.stopping import (
 from jaxlm.types import Batch, Params
 
 REPORT = "report.html"
-SAMPLE_STREAM = 1  # of random numbers; parameters use the seed itself
+# Folded into the seed for the keys of samples; the parameters use the seed itself.
+SAMPLE_STREAM = 1
 
 
-def main(arguments: Sequence[str], prog: str) -> int:
+def main(
+    arguments: Sequence[str], prog: str, *, sample_command: str = "jaxlm sample"
+) -> int:
     """`[CONFIG_FILE] [--section.field value ...]`; returns the exit code."""
     config, initial = read_config(arguments, prog=prog)
     if config.train.compile_cache:
         use_compile_cache()
     try:
         with jax.set_mesh(make_mesh(config.mesh)):
-            code = train(config, initial, prog.replace("train", "sample"))
+            code = train(config, initial, sample_command)
     except NoUsableCheckpoint as error:
         fail(error, EXIT_NO_CHECKPOINT)
     except NotFinite as error:
@@ -70,18 +75,20 @@ def train(
     initial: Checkpoint | None = None,
     sample_command: str = "jaxlm sample",
 ) -> int:
-    """Runs a config to its end or to a stop, on the mesh in use.
+    """Trains until the last step or until a stop is requested, on the current mesh.
 
     Args:
       config: the whole run.
-      initial: the checkpoint whose parameters it starts from; None initializes them.
-      sample_command: what samples from the run, to be said at the end.
+      initial: the checkpoint whose parameters training starts from; None initializes
+        them.
+      sample_command: the command printed at the end for sampling from the run.
 
     Returns:
       The exit code (`train/stopping.py`).
 
     Raises:
-      ValueError: when the text, the run folder or the checkpoint cannot be used.
+      ValueError: when the text, the run folder, the checkpoint or the prompt of the
+        samples cannot be used.
       NotFinite: at the first step whose loss or gradient is not finite.
     """
     settings = config.train
@@ -93,14 +100,15 @@ def train(
         tokenizer = None if initial is None else initial.tokenizer()
         dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
         config = with_vocabulary(config, dataset.tokenizer.vocab_size)
+        hooks = make_hooks(config, dataset, checkpoints)
 
         # The state.
         optimizer = make_optimizer(config.optimizer, settings.steps)
-        state, resumed = start(config, optimizer, checkpoints, dataset, initial)
+        state, resumed = initial_state(config, optimizer, checkpoints, dataset, initial)
         step = int(state.step)
         if resumed and step >= settings.steps:
             done = f"{settings.run_dir}: all {step} steps are done"
-            print(f"{done}; raise --train.steps or --fresh")
+            print(f"{done}; raise --train.steps, or start over with --fresh")
             return EXIT_DONE
 
         # The loop.
@@ -108,8 +116,7 @@ def train(
         rows = batches(
             dataset, settings.batch_size, step, sharding, config.data.prefetch
         )
-        hooks = make_hooks(config, dataset, checkpoints)
-        with records(config, state, resumed, dataset) as (writer, progress):
+        with run_outputs(config, state, resumed, dataset) as (writer, progress):
             _, code = fit(
                 config,
                 optimizer,
@@ -126,7 +133,7 @@ def train(
 
 
 def with_vocabulary(config: Config, size: int) -> Config:
-    """The config with the vocabulary size set, and checked against the tokenizer's."""
+    """Sets `model.vocab_size` if it is 0, else checks that it holds all tokens."""
     model = config.model
     if model.vocab_size == 0:
         model = dataclasses.replace(model, vocab_size=size)
@@ -138,14 +145,14 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def start(
+def initial_state(
     config: Config,
     optimizer: optax.GradientTransformation,
     checkpoints: CheckpointManager,
     dataset: Dataset,
     initial: Checkpoint | None,
 ) -> tuple[TrainState, bool]:
-    """The state to train from, and whether it continues this run."""
+    """Returns the state to train from, and whether it continues this run."""
     mesh = jax.sharding.get_mesh()
     wanted = abstract_state(config.model, optimizer, mesh)
     restored = checkpoints.restore(
@@ -170,30 +177,15 @@ def start(
 def make_hooks(
     config: Config, dataset: Dataset, checkpoints: CheckpointManager
 ) -> Hooks:
-    """What the loop calls: evaluation, samples and saves."""
+    """Makes the functions that the loop calls: evaluation, samples and saves."""
     size = (config.train.batch_size, config.data.sequence_length)
     sharding = rules.batch_sharding(jax.sharding.get_mesh())
     tokenizer = dataset.tokenizer
-    prompt = tokenizer.encode(config.train.sample_prompt)
-    drawing = dataclasses.replace(
-        config.sample, max_new_tokens=config.train.sample_tokens or 1
-    )
+    samples = config.train.sample_every > 0 and config.train.sample_tokens > 0
 
     def held_out() -> Iterator[Batch]:
         for number in range(dataset.num_eval_batches(size[0])):
             yield place(partial(dataset.eval_batch, number, size[0]), size, sharding)
-
-    def sample(params: Params, step: int) -> str:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), SAMPLE_STREAM)
-        result = generate(
-            config.model,
-            params,
-            [prompt],
-            drawing,
-            jax.random.fold_in(key, step),
-            num_tokens=tokenizer.vocab_size,
-        )
-        return tokenizer.decode(result.tokens[0, : result.lengths[0]])
 
     def save(state: TrainState) -> None:
         checkpoints.save(
@@ -211,17 +203,61 @@ def make_hooks(
         save=save,
         held_out=held_out if evaluates else None,
         bytes_per_token=dataset.eval_bytes_per_token if evaluates else None,
-        sample=sample if config.train.sample_tokens else None,
+        sample=make_sampler(config, tokenizer) if samples else None,
     )
 
 
+def make_sampler(config: Config, tokenizer: Tokenizer) -> Callable[[Params, int], str]:
+    """Makes the function that generates a sample from the parameters at a step.
+
+    It generates `train.sample_tokens` tokens, or fewer where the context ends.
+
+    Raises:
+      ValueError: for an empty prompt, one that fills the context, and a stop id outside
+        the vocabulary. `generate` would raise it too, but only in the middle of a run.
+    """
+    settings, context = config.train, config.model.context_length
+    prompt = tokenizer.encode(settings.sample_prompt)
+    if not len(prompt):
+        raise ValueError(
+            "--train.sample-prompt is empty: give at least one token, or turn samples "
+            "off with --train.sample-every 0"
+        )
+    if len(prompt) >= context:
+        raise ValueError(
+            f"--train.sample-prompt has {len(prompt)} tokens, which leaves no room in "
+            f"the model's context of {context}: shorten it"
+        )
+    for stop in config.sample.stop_ids:
+        if not 0 <= stop < config.model.vocab_size:
+            raise ValueError(f"--sample.stop-ids: {stop} is not in the vocabulary")
+    sample_config = dataclasses.replace(
+        config.sample,
+        max_new_tokens=min(settings.sample_tokens, context - len(prompt)),
+    )
+
+    def sample(params: Params, step: int) -> str:
+        key = jax.random.fold_in(jax.random.key(settings.seed), SAMPLE_STREAM)
+        result = generate(
+            config.model,
+            params,
+            [prompt],
+            sample_config,
+            jax.random.fold_in(key, step),
+            num_tokens=tokenizer.vocab_size,
+        )
+        return tokenizer.decode(result.tokens[0, : result.lengths[0]])
+
+    return sample
+
+
 @contextlib.contextmanager
-def records(
+def run_outputs(
     config: Config, state: TrainState, resumed: bool, dataset: Dataset
 ) -> Iterator[tuple[MetricsWriter, ProgressLine]]:
-    """What a run leaves behind and shows: its config, its metrics, its report.
+    """Writes the config, the metrics and the report of a run, and shows its progress.
 
-    The report is drawn at the end, whatever ended the run.
+    The report is drawn at the end, however the run ends.
     """
     settings, run = config.train, Path(config.train.run_dir)
     step, params = int(state.step), tree.count(state.params)

@@ -1,4 +1,4 @@
-"""Measure block sizes of attention on this device, and keep the best ones."""
+"""Measure block sizes of attention on this device, and save the best ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from jaxlm.ops.linear import compute_dtype
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure block sizes of attention on this device, and keep the best ones."""
+    """Measure block sizes of attention on this device, and save the best ones."""
 
     what: tyro.conf.Positional[Literal["attention"]]
     """What to tune."""
     implementation: str | None = None
-    """One of them; None takes all that have block sizes and run here."""
+    """Name of one; None: all that have block sizes and run here."""
     batch: int = 4
     length: int = 1024
-    """Tokens of a row."""
+    """Tokens per row."""
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 64
@@ -30,7 +30,7 @@ class Arguments:
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
-    """`attention [--batch B] ...`: a line for each candidate, and where the best is."""
+    """`attention [--batch B] ...`: prints the candidates, and where the best is."""
     chosen = parse(Arguments, arguments, prog=prog)
     for line in tune(
         chosen.implementation,

@@ -1,4 +1,4 @@
-"""The training loop: any iterator of batches in, a trained state out."""
+"""The training loop: takes any iterator of batches and returns a trained state."""
 
 import contextlib
 import math
@@ -22,16 +22,16 @@ from jaxlm.types import Batch, Params
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop needs from outside, since it opens no files and draws no tokens."""
+    """Functions that the loop calls, since it opens no files and samples no tokens."""
 
     save: Callable[[TrainState], None]
-    """Saves a state whose loss and gradient are finite."""
+    """Saves a state. The loop has checked that its loss and gradient are finite."""
     held_out: Callable[[], Iterable[Batch]] | None = None
-    """The batches of one pass over the held-out text; None turns evaluation off."""
+    """Returns the batches of one pass over the held-out text; None: no evaluation."""
     bytes_per_token: float | None = None
-    """Mean UTF-8 bytes of a held-out token, for bits per byte; None if unknown."""
+    """Mean UTF-8 bytes per held-out token, for bits per byte; None if unknown."""
     sample: Callable[[Params, int], str] | None = None
-    """Generates text from the parameters at a step; None turns samples off."""
+    """Generates text from the parameters at a step; None: no samples."""
 
 
 def fit(
@@ -46,17 +46,17 @@ def fit(
     stop: StopRequest,
     started: float | None = None,
 ) -> tuple[TrainState, int]:
-    """Trains to `config.train.steps`, or until `stop` asks to end.
+    """Trains until step `config.train.steps`, or until `stop` requests an end.
 
     Args:
       config: the whole run.
       state: donated to the first step; it must not be used afterwards.
-      batches: one batch a step, starting with the step after that of `state`, already
-        on the mesh.
+      batches: one batch per step, the first for the step after that of `state`;
+        already on the mesh.
       started: `time.monotonic()` when the process began; None takes now.
 
     Returns:
-      The state, saved, and the exit code (`stopping.py`).
+      The final state, which has been saved, and the exit code (`stopping.py`).
 
     Raises:
       NotFinite: at the first step whose loss or gradient is not finite. Checkpoints
@@ -71,13 +71,13 @@ def fit(
     saved_at, code = time.monotonic(), EXIT_DONE
 
     for step in range(first, train.steps + 1):
-        # Step. JAX dispatches it and returns before the device is done.
+        # Step. JAX returns after dispatch, before the device has computed it.
         batch = log.timed_next(batches)
         state, metrics = train_step(state, batch)
         log.add(step, metrics)
         last = step == train.steps
 
-        # Read the metrics: the only place where the host waits for the device.
+        # Read the metrics. Only here does the host wait for the device.
         requested = stop.exit_code()
         save = last or requested is not None or _due(step, train.checkpoint_every)
         minutes = (time.monotonic() - saved_at) / 60
@@ -87,21 +87,20 @@ def fit(
         if step == first:
             log.first_step(step, time.monotonic() - started)
 
-        # Evaluate and sample.
-        if hooks.held_out and (last or _due(step, train.eval_every)):
-            with log.paused():
-                sums = [eval_step(state.params, batch) for batch in hooks.held_out()]
-                log.evaluation(step, sums, hooks.bytes_per_token)
-        due = last or _due(step, train.sample_every)
-        if hooks.sample and train.sample_every > 0 and due:
-            with log.paused():
-                log.sample(step, hooks.sample(state.params, step))
-
-        # Save.
-        if save:
-            with log.paused():
-                hooks.save(state)
-            saved_at = time.monotonic()
+        # Evaluate and sample, then save, even if sampling fails. The save comes last:
+        # a run killed before it repeats the step and writes all its rows.
+        with log.paused():
+            try:
+                if hooks.held_out and (last or _due(step, train.eval_every)):
+                    sums = [eval_step(state.params, rows) for rows in hooks.held_out()]
+                    log.evaluation(step, sums, hooks.bytes_per_token)
+                due = last or _due(step, train.sample_every)
+                if hooks.sample and train.sample_every > 0 and due:
+                    log.sample(step, hooks.sample(state.params, step))
+            finally:
+                if save:
+                    hooks.save(state)
+                    saved_at = time.monotonic()
         if requested is not None:
             code = requested
             break
@@ -113,7 +112,7 @@ def _due(step: int, every: int) -> bool:
 
 
 class _Log:
-    """Writes what happens to `metrics.jsonl` and to the terminal, and keeps time.
+    """Writes metrics to `metrics.jsonl` and to the terminal, and measures time.
 
     The metrics of a step stay on the device until they are read.
     """
@@ -121,7 +120,7 @@ class _Log:
     def __init__(
         self, config: Config, writer: MetricsWriter, progress: ProgressLine, first: int
     ):
-        """`first` is the step that compiles."""
+        """`first` is the first step of this process, which compiles."""
         self._train, self._writer, self._progress = config.train, writer, progress
         self._first = first
         self._pending: list[tuple[int, StepMetrics, float]] = []
@@ -136,25 +135,25 @@ class _Log:
         self._peak = peak_flops(jax.devices(), compute_dtype(config.model.dtype))
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; how long it took goes into the row of its step."""
+        """Returns the next batch, and measures the wait for the row of its step."""
         start = time.monotonic()
         batch = next(batches)
         self._wait = time.monotonic() - start
         return batch
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        """Keeps the metrics of a step, which may still be running."""
+        """Queues the metrics of a step that may still be running."""
         self._pending.append((step, metrics, self._wait))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside does not count as training time."""
+        """Excludes what runs inside from the training time."""
         start = time.monotonic()
         yield
         self._pause += time.monotonic() - start
 
     def first_step(self, step: int, seconds: float) -> None:
-        """Notes how long the start took, compilation included."""
+        """Records the time from process start to the end of the first step."""
         self._writer.write("event", step, event="first step", since_start_s=seconds)
         self._progress.note(f"first step done {seconds:.1f} s after the start")
 
@@ -164,7 +163,7 @@ class _Log:
         sums: Sequence[tuple[jax.Array, jax.Array]],
         bytes_per_token: float | None,
     ) -> None:
-        """Writes the held-out loss, from sums of cross-entropy and of weights."""
+        """Writes the held-out loss, from sums of cross-entropies and of weights."""
         entropy, targets = (
             math.fsum(s) for s in zip(*jax.device_get(sums), strict=True)
         )
@@ -178,16 +177,16 @@ class _Log:
         self._progress.note(f"step {step}: held-out loss {loss:.4f}{shown}")
 
     def sample(self, step: int, text: str) -> None:
-        """Writes what the model generated."""
+        """Writes a generated text."""
         prompt = self._train.sample_prompt
         self._writer.write("sample", step, text=text, prompt=prompt)
         self._progress.note(f"step {step}: sample\n{prompt}{text}")
 
     def read(self) -> None:
-        """Waits for the pending steps, checks them, and writes those due for logging.
+        """Waits for the pending steps, checks them, and writes the rows that are due.
 
         Raises:
-          NotFinite: for a loss or gradient norm that is not finite.
+          NotFinite: if a loss or a gradient norm is not finite.
         """
         if not self._pending:
             return
@@ -219,7 +218,7 @@ class _Log:
     def _timing(
         self, steps: Sequence[int], waits: Sequence[float], seconds: float
     ) -> dict[str, float | None]:
-        """Rates over the steps read together; None for the one that compiled."""
+        """Rates over the steps read together; None for the step that compiled."""
         rate = mfu = None
         if tuple(steps) != (self._first,):
             rate = self._tokens_per_step * len(steps) / seconds

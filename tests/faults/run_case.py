@@ -40,7 +40,7 @@ from jaxlm import cli
 from jaxlm.commands import train
 
 action, _, at = os.environ.get("FAULT", "").partition("@")
-real_batches, real_start = train.batches, train.start
+real_batches, real_initial_state = train.batches, train.initial_state
 
 def batches(dataset, batch_size, start_step, *rest):
     record = open(os.environ["RECORD"], "a")
@@ -68,8 +68,8 @@ def batches(dataset, batch_size, start_step, *rest):
         print(step, digest.hexdigest(), file=record, flush=True)
         yield batch
 
-def start(*arguments):
-    state, resumed = real_start(*arguments)
+def initial_state(*arguments):
+    state, resumed = real_initial_state(*arguments)
     if action == "ulp":
         name = "layers/mlp/down"
         leaf = train.tree.flatten(state.params)[name]
@@ -84,8 +84,9 @@ def start(*arguments):
         state = train.dataclasses.replace(state, opt_state=opt_state)
     return state, resumed
 
-train.batches, train.start = batches, start
-sys.exit(cli.run("train", sys.argv[1:], "python train.py"))
+train.batches, train.initial_state = batches, initial_state
+names = {"prog": "python train.py", "sample_command": "python sample.py"}
+sys.exit(cli.run("train", sys.argv[1:], **names))
 """
 
 

@@ -257,6 +257,17 @@ def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilation
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
+def test_a_sample_that_fails_does_not_lose_the_state_of_its_step(tmp_path):
+    def sample(params, step):
+        raise ValueError("no sample")
+
+    saved = []
+    hooks = Hooks(save=lambda state: saved.append(int(state.step)), sample=sample)
+    with pytest.raises(ValueError, match="no sample"):
+        Trial(tmp_path, config_of(steps=1), [BATCH], hooks)
+    assert saved == [1]
+
+
 def test_a_step_gives_back_the_memory_of_the_old_state():
     config = config_of()
     step = make_train_step(config, make_optimizer(config.optimizer, 6))

@@ -13,7 +13,7 @@ from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.commands import sample
-from jaxlm.commands.train import start
+from jaxlm.commands.train import initial_state
 from jaxlm.config import Config, DataConfig
 from jaxlm.data.loader import open_dataset
 from jaxlm.flags import read_config
@@ -122,7 +122,7 @@ def test_starting_from_a_checkpoint_opens_once(live_run, tmp_path, repository):
     dataset = open_dataset(config.data, initial.tokenizer(), seed=0)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), CheckpointManager(tmp_path / "run") as checkpoints:
-        state, resumed = start(config, optimizer, checkpoints, dataset, initial)
+        state, resumed = initial_state(config, optimizer, checkpoints, dataset, initial)
     assert not resumed and opened == ["1"]
     assert dataset.tokenizer.vocab_size == config.model.vocab_size == 9
     expected = tree.flatten(make_params(config.model, seed=1))
