@@ -1,6 +1,10 @@
-"""Config files and command lines become configs; what is wrong in them, one line.
+"""Turns config files and command lines into configs; errors are reported in one line.
 
-Nothing here imports JAX, so that a wrong flag is answered at once.
+tyro parses the flags. Two things are read from the command line before that: names of
+unknown flags, to suggest the nearest known one in one line, and `--init-from`, because
+the checkpoint's model supplies the defaults that tyro parses against.
+
+Nothing here imports JAX, so a wrong flag is reported at once.
 """
 
 import contextlib
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from jaxlm.checkpoint.opened import Checkpoint
 
 T = TypeVar("T")
-# The folder of config files is a part of the package as well.
+# `jaxlm/configs` is a symlink to `configs/`.
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shakespeare.py"
 
 
@@ -41,17 +45,17 @@ def parse(
     flat: tuple[str, ...] = (),
     **options: Any,
 ) -> T:
-    """Command-line flags as a dataclass.
+    """Parses command-line flags into a dataclass.
 
     Exits with code 2 and a message that names the flag, for unknown names (with the
-    nearest), wrong types and impossible values.
+    nearest known one), wrong types and invalid values.
 
     Args:
       kind: the dataclass.
       arguments: the command line.
-      default: a value of it whose fields are the defaults; None takes those of `kind`.
-      flat: fields that are dataclasses but whose flags have no prefix.
-      options: for `tyro.cli`.
+      default: an instance whose fields are the defaults; None takes those of `kind`.
+      flat: fields that are dataclasses whose flags have no prefix.
+      options: passed to `tyro.cli`.
     """
     known = set(flag_names(kind if default is None else default, flat))
     for argument in arguments:
@@ -81,9 +85,9 @@ def parse(
 
 
 def _first_part(box: str) -> str:
-    """The first part of a framed message of tyro's, on one line."""
-    box = re.sub(r"\x1b\[[\d;]*m", "", box)  # colours, when stdout is a terminal
-    # Frames and rules are drawn with other signs where the terminal has no Unicode.
+    """Returns the first part of a message that tyro prints in a box, on one line."""
+    box = re.sub(r"\x1b\[[\d;]*m", "", box)  # colors, when stdout is a terminal
+    # Without Unicode, tyro draws boxes and rules in ASCII.
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     parts = re.split(r"^[─-]{4,}$", "\n".join(lines), flags=re.MULTILINE)
     texts = (" ".join(part.split()).rstrip(".") for part in parts if part.strip())
@@ -93,12 +97,14 @@ def _first_part(box: str) -> str:
 def flag_names(
     config: Any, flat: tuple[str, ...] = (), prefix: str = "--"
 ) -> Iterator[str]:
-    """Flags of a dataclass, or of one of its values where the value decides.
+    """Yields the flags of a dataclass or of an instance.
+
+    A section that may be None has flags only in an instance where it is set.
 
     Args:
-      config: a dataclass or a value of one.
+      config: a dataclass or an instance of one.
       flat: as for `parse`.
-      prefix: of the names.
+      prefix: what the names start with.
     """
     yield "--help"
     hints = get_type_hints(config if isinstance(config, type) else type(config))
@@ -108,14 +114,14 @@ def flag_names(
         if dataclasses.is_dataclass(value):
             yield from flag_names(value, (), prefix if f.name in flat else f"{name}.")
         elif not any(map(dataclasses.is_dataclass, get_args(hints[f.name]))):
-            yield name  # a section that is None has no flags
+            yield name
             if hints[f.name] is bool:
                 section, dot, last = name[2:].rpartition(".")
                 yield f"--{section}{dot}no-{last}"
 
 
 def _default(f: dataclasses.Field) -> Any:
-    """The default of a field; None for one that must be given."""
+    """Returns the default of a field; None for one without a default."""
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return None if f.default is dataclasses.MISSING else f.default
@@ -127,17 +133,17 @@ def read_config(
     *,
     prog: str = "jaxlm train",
 ) -> "tuple[Config, Checkpoint | None]":
-    """`[CONFIG_FILE] [--section.field value ...]` as a `Config`.
+    """Parses `[CONFIG_FILE] [--section.field value ...]` into a `Config`.
 
-    Exits with code 2 for a file or a flag that is wrong.
+    Exits with code 2 if the file or a flag is wrong.
 
     Args:
       arguments: the command line.
       default_file: the config file when the command line names none.
-      prog: the program, for `--help`.
+      prog: the name of the program, for `--help`.
 
     Returns:
-      The config, and the checkpoint that `--init-from` names, opened.
+      The config, and the opened checkpoint of `--init-from` (None without one).
     """
     file, flags = default_file, list(arguments)
     if flags and not flags[0].startswith("-"):
@@ -146,7 +152,7 @@ def read_config(
     initial = None
     path = _value_of("--init-from", flags) or config.init_from
     if path is not None:
-        # Only this needs JAX.
+        # Imported here because it imports JAX.
         from jaxlm.checkpoint.load import open_checkpoint
 
         try:
@@ -162,7 +168,7 @@ def read_config(
 
 
 def _run_config_file(file: Path, folder: Path) -> tuple[Config, str]:
-    """What `get_config` of a file returns, and the file's docstring."""
+    """Returns the result of a file's `get_config()`, and the file's docstring."""
     if not file.is_file():
         names = [str(p) for p in sorted(folder.glob("*.py"))]
         fail(f"no config file {str(file)!r}{nearest(str(file), names)}")
@@ -179,7 +185,7 @@ def _run_config_file(file: Path, folder: Path) -> tuple[Config, str]:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value of a flag; the last one counts."""
+    """Returns the last value of a flag in the command line; None if it is not there."""
     value = None
     for i, argument in enumerate(arguments):
         name, equals, inline = argument.partition("=")
@@ -191,9 +197,13 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 def _with_model_of(
     checkpoint: "Checkpoint", config: Config, rows_are_given: bool
 ) -> Config:
-    """The config with a checkpoint's model, run as the config's own would be."""
-    own = {name: getattr(config.model, name) for name in NOT_KEPT}
-    model = dataclasses.replace(checkpoint.config, **own)
+    """Returns the config with a checkpoint's model.
+
+    It keeps this config's execution settings (dtype, remat, attention, ...), and
+    shortens the rows to the model's context.
+    """
+    settings = {name: getattr(config.model, name) for name in NOT_KEPT}
+    model = dataclasses.replace(checkpoint.config, **settings)
     data, length = config.data, model.context_length
     if data.sequence_length > length:
         data = dataclasses.replace(data, sequence_length=length)

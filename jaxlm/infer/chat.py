@@ -1,7 +1,7 @@
 """Conversations: a chat template formats the messages, and the model answers.
 
-Only the template produces special tokens. While it renders, a Unicode noncharacter
-follows every character of a message that a special token could begin with. So wherever
+Only the template produces special tokens. During rendering, a Unicode noncharacter
+follows every character of a message with which a special token could start. So wherever
 the template moves a message's text, it stays text.
 """
 
@@ -31,12 +31,12 @@ from jaxlm.infer.generate import generate
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
 
-# Wall-clock limit: a template that sleeps is stopped too, and a busy machine still has
-# time to start the process.
+# Wall-clock limit. It also stops a template that sleeps, and leaves a busy machine time
+# to start the process.
 MAX_SECONDS = 20
 # Unicode's noncharacters, which no text contains.
 _NONCHARACTERS = [*map(chr, range(0xFDD0, 0xFDF0)), "\ufffe", "\uffff"]
-# Marks of an assistant's reasoning, which templates look for to cut it out of history.
+# Marks of an assistant's reasoning: templates cut what is between out of the history.
 _THOUGHTS = ("<think>", "</think>")
 _ROLE = re.compile(r"\w[\w-]*")
 
@@ -47,19 +47,19 @@ def chat_ids(
     *,
     add_generation_prompt: bool = True,
 ) -> Int32[np.ndarray, "n"]:
-    """Token ids of a conversation, formatted by the tokenizer's chat template.
+    """Formats a conversation with the tokenizer's chat template, as token ids.
 
-    Nothing in the messages becomes a special token. If they do not contain the text of
-    one, the ids equal those of `apply_chat_template` in transformers. The template
-    decides whether a bos token comes first.
+    Nothing in the messages becomes a special token. If they contain the text of none,
+    the ids equal those of `apply_chat_template` in transformers. The template decides
+    whether a bos token comes first.
 
     Args:
       tokenizer: with a chat template.
       messages: each with a `role` (system, user, assistant, ...) and a `content`.
-      add_generation_prompt: append what opens the assistant's next answer.
+      add_generation_prompt: append the start of the assistant's next answer.
 
     Raises:
-      ValueError: if there is no template; if it refuses the messages, fails, or exceeds
+      ValueError: if there is no template; if it rejects the messages, fails, or exceeds
         a limit (size, output, time, memory); or if a message is malformed.
     """
     template = _chat_template(tokenizer)
@@ -67,7 +67,9 @@ def chat_ids(
         if not {"role", "content"} <= message.keys():
             raise ValueError(f"message {i} has no role or no content")
         if not _ROLE.fullmatch(message["role"]):
-            raise ValueError(f"message {i} has the role {message['role']!r}: no word")
+            raise ValueError(
+                f"message {i} has the role {message['role']!r}: not a word"
+            )
     barrier = _unused_character(template, messages)
     texts = {i: text for text, i in tokenizer.special_ids.items()}
     named_ids = {
@@ -91,9 +93,8 @@ def chat_ids(
 def _chat_template(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
-            "this model has no chat template, which says how a conversation is laid "
-            "out: take a model that was trained to chat, or continue a text with "
-            "--prompt"
+            "this model has no chat template, which formats a conversation: take a "
+            "model that was trained to chat, or continue a text with --prompt"
         )
     return tokenizer.chat_template
 
@@ -112,7 +113,7 @@ def _unused_character(template: str, messages: Sequence[Mapping[str, str]]) -> s
 def _guarded(
     tokenizer: Tokenizer, message: Mapping[str, str], barrier: str
 ) -> dict[str, str]:
-    """The message with a barrier after whatever could begin a special token."""
+    """Puts the barrier after each character with which a special token could start."""
     firsts = {text.lstrip()[0] for text in tokenizer.special_ids if text.strip()}
     if not firsts:
         return dict(message)
@@ -149,8 +150,8 @@ def render(template: str, variables: Mapping[str, object]) -> str:
             f"the chat template has {size:,} bytes: at most {MAX_TEMPLATE_BYTES:,} are "
             "run"
         )
-    # Isolated mode (-I) ignores PYTHONPATH and the user's packages: the child is told
-    # where Jinja is.
+    # Isolated mode (-I) ignores PYTHONPATH and the user's packages, so the child gets
+    # the folders of Jinja as arguments.
     folders = {m.__path__[0].rpartition("/")[0] for m in (jinja2, markupsafe)}
     command = [sys.executable, "-I", chat_template.__file__, *sorted(folders)]
     job = json.dumps({"template": template, "variables": variables}).encode()
@@ -160,7 +161,7 @@ def render(template: str, variables: Mapping[str, object]) -> str:
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"the chat template did not end within {MAX_SECONDS} s"
+            f"the chat template did not finish within {MAX_SECONDS} s"
         ) from None
     return _result(child)
 
@@ -201,7 +202,7 @@ def converse(
       config: the model.
       params: as for `generate`.
       tokenizer: with a chat template.
-      sample: how to sample; if it has no stop ids, the tokenizer's are used.
+      sample: how to sample; its stop ids end an answer.
       key: a typed PRNG key, folded with the number of the turn.
       system: content of the system message; None sends none.
 
@@ -209,8 +210,6 @@ def converse(
       ValueError: as `chat_ids` and `generate` do.
     """
     _chat_template(tokenizer)  # raises before the first line is typed
-    if not sample.stop_ids:
-        sample = replace(sample, stop_ids=tokenizer.stop_ids)
     messages = [] if system is None else [{"role": "system", "content": system}]
     for turn in count():
         line = _next_line()

@@ -1,13 +1,13 @@
-"""A program that renders one chat template within limits; `chat` runs it as a child.
+"""A program that renders one chat template within limits, run by `chat` as a child.
 
 A template comes with a model's files and may be hostile. Jinja's sandbox keeps it away
-from the machine, but does not stop it from running forever or filling the memory: the
+from the machine, but does not stop it from running forever or filling the memory; the
 separate process and its limits do. The file is run by path in isolated mode, so it
-imports nothing of jaxlm, and no JAX.
+imports neither jaxlm nor JAX.
 
 Reads {"template": ..., "variables": {...}} from stdin and writes {"text": ...} or
-{"error": ...} to stdout, both JSON. The arguments are folders to import from. macOS
-does not enforce the memory limit; the other limits hold there.
+{"error": ...} to stdout, both JSON. The arguments are folders to import from. On macOS
+the memory limit is not enforced; the other limits are.
 """
 
 import datetime
@@ -42,7 +42,7 @@ def new_environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """{% generation %} marks the text that is trained on; here it is plain text."""
+        """{% generation %} marks text to train on; here its body is rendered as is."""
 
         tags: ClassVar[set[str]] = {"generation"}
 
@@ -52,7 +52,7 @@ def new_environment() -> Any:
             return nodes.Scope(body, lineno=line)
 
     class PlainNamespace(Namespace):
-        """A namespace that takes no names with a leading underscore."""
+        """A namespace that rejects names with a leading underscore."""
 
         def __init__(*arguments, **values):
             self, *rest = arguments
@@ -111,7 +111,7 @@ def new_environment() -> Any:
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Renders a template; OverflowError when its text exceeds `MAX_OUTPUT_BYTES`."""
+    """Renders a template; OverflowError if the text exceeds `MAX_OUTPUT_BYTES`."""
     parts, size = [], 0
     for part in new_environment().from_string(template).generate(**variables):
         size += len(part.encode("utf-8", "surrogatepass"))

@@ -1,4 +1,4 @@
-"""Non-linearities of the feed-forward."""
+"""Activation functions of the feed-forward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-CLAMP = 7.0  # of gpt-oss
+# As in gpt-oss.
+CLAMP = 7.0
 
 
 def _clamped_swish(x: Array) -> Array:
@@ -15,9 +16,12 @@ def _clamped_swish(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+# A new name is also entered in `ModelConfig.activation` (config.py), in
+# tests/ops/test_feed_forward.py and, if published models use it, in
+# checkpoint/hf/hf_fields.py and hf_config_writing.py.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    # By erf: jax.nn.gelu goes by erfc, which costs XLA:CPU twice as much.
+    # With erf; jax.nn.gelu uses erfc, which takes XLA:CPU twice as long.
     "gelu": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -26,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu_clamped": _clamped_swish,
 }
 
-# What the second projection becomes before it multiplies; elsewhere it stays as it is.
+# Applied to `up` before it is multiplied; other activations leave it as it is.
 FACTORS: dict[str, Callable[[Array], Array]] = {
     "swiglu_clamped": lambda up: jnp.clip(up, -CLAMP, CLAMP) + 1,
 }
@@ -38,19 +42,19 @@ def activate(
     up: Float[Array, "*B F"] | None,
     activation: str,
 ) -> Float[Array, "*B F"]:
-    """`act(pre)`, times `factor(up)` when gated (Shazeer 2020, arXiv:2002.05202).
+    """`act(pre)`, times `factor(up)` if gated (Shazeer 2020, arXiv:2002.05202).
 
-    Computed in f32, also backward, from nothing saved but the arguments.
+    Forward and backward are computed in f32. Only the arguments are saved.
 
     Args:
-      pre: the projection that the non-linearity acts on (the gate, when gated).
-      up: the second projection of SwiGLU, GeGLU and their like; None without a gate.
-      activation: a name in `ACTIVATIONS`; `FACTORS` has those that change `up` too.
+      pre: the projection that the activation is applied to (the gate, if gated).
+      up: the second projection of SwiGLU, GeGLU and similar; None without a gate.
+      activation: a name in `ACTIVATIONS`; those in `FACTORS` change `up` too.
     """
     hidden = ACTIVATIONS[activation](pre.astype(jnp.float32))
     if up is not None:
         hidden = hidden * _factor(activation)(up.astype(jnp.float32))
-    # The barrier keeps XLA:CPU from computing it again inside the product that follows.
+    # The barrier keeps XLA:CPU from recomputing this inside the einsum that follows.
     return jax.lax.optimization_barrier(hidden.astype(pre.dtype))
 
 

@@ -1,6 +1,6 @@
-"""Layouts of arrays in an Explicit mesh, read off the arrays themselves.
+"""Shardings of arrays in an Explicit mesh, read from the types of the arrays.
 
-`ops` knows no rules table: a formula lays out its results as its inputs are.
+`ops` does not use the table of rules: a formula shards its results as its inputs are.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from jaxtyping import Array
 
 
 def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
-    """The sharding in x's type; None outside an Explicit mesh.
+    """Returns the sharding in x's type; None outside an Explicit mesh.
 
-    An array that was made outside the current mesh is whole on each of its devices.
+    An array made outside the current mesh counts as replicated in it.
     """
     abstract = isinstance(x, jax.ShapeDtypeStruct)
     sharding = x.sharding if abstract else jax.typeof(x).sharding
@@ -29,13 +29,13 @@ def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
 
 
 def reshape(x: Array, shape: Sequence[int], kept: Sequence[int | None]) -> Array:
-    """`x.reshape(shape)`, with each dimension's layout stated.
+    """`x.reshape(shape)` with an explicit sharding of each dimension.
 
-    Under Explicit axes a plain reshape is ambiguous where a dimension has size 1.
+    Under Explicit axes a plain reshape is ambiguous if a dimension has size 1.
 
     Args:
-      kept: for each dimension of the result, the dimension of x whose layout it has;
-        None: it is not cut.
+      kept: for each dimension of the result, the dimension of x whose sharding it
+        takes; None leaves it unsharded.
     """
     sharding = layout(x)
     if sharding is None:

@@ -1,4 +1,4 @@
-"""Cross-entropy, whole and in chunks that never hold all logits."""
+"""Cross-entropy, from all logits at once or in chunks that never hold them all."""
 
 from collections.abc import Callable
 
@@ -16,20 +16,20 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums over all tokens, in nats, with an f32 softmax.
+    """Computes weighted sums over all tokens, in nats, with an f32 softmax.
 
     Args:
       logits: any float dtype.
-      loss_weights: weight of each token.
+      loss_weights: f32, weight of each token.
       z_loss: weight of log(Z)^2 (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 
     Returns:
-      The sum to differentiate (z-loss included), and the sum of the cross-entropies
-      alone. Divide both by the sum of the weights.
+      The objective (with the z-loss), and the sum of the cross-entropies alone. Divide
+      both by the sum of the weights.
     """
     logits = logits.astype(jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison instead of an index, so that a sharded vocabulary needs no gather.
+    # Compares instead of indexing, so that a sharded vocabulary needs no gather.
     hit = jnp.arange(logits.shape[-1]) == targets[..., None]
     nll = lse - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     entropy = jnp.sum(nll * loss_weights)
@@ -40,23 +40,27 @@ def cross_entropy(
 
 def chunked_cross_entropy(
     unembed: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
-    features: Float[Array, "B T D"],
+    hidden_states: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     loss_weights: Float[Array, "B T"],
     *,
     chunk: int,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`cross_entropy(unembed(features), ...)`, `chunk` places of each row at a time.
+    """Computes `cross_entropy(unembed(hidden_states), ...)` in chunks of each row.
 
-    The backward pass computes each chunk's logits again, so at most [B, chunk, V] of
-    them are held. `T` need not be a multiple of `chunk`.
+    The backward pass recomputes the logits of each chunk, so at most [B, chunk, V] are
+    held. `T` need not be a multiple of `chunk`.
+
+    Args:
+      unembed: from hidden states to logits.
+      chunk: positions per chunk.
     """
-    T = features.shape[1]
+    T = hidden_states.shape[1]
     missing = -T % chunk
 
     def chunks(x: Array) -> Array:
-        """[B, T, ...] -> [n, B, chunk, ...]; the places added have weight 0."""
+        """[B, T, ...] -> [n, B, chunk, ...]; padding has weight 0."""
         x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
         B, T, *rest = x.shape
         kept = (0, None, 1, *range(2, x.ndim))
@@ -65,12 +69,12 @@ def chunked_cross_entropy(
 
     @jax.checkpoint
     def one_chunk(sums, inputs):
-        features, targets, loss_weights = inputs
-        logits = unembed(features)
+        hidden_states, targets, loss_weights = inputs
+        logits = unembed(hidden_states)
         new = cross_entropy(logits, targets, loss_weights, z_loss=z_loss)
         return (sums[0] + new[0], sums[1] + new[1]), None
 
     start = (jnp.zeros(()), jnp.zeros(()))
-    inputs = (chunks(features), chunks(targets), chunks(loss_weights))
+    inputs = (chunks(hidden_states), chunks(targets), chunks(loss_weights))
     sums, _ = jax.lax.scan(one_chunk, start, inputs)
     return sums

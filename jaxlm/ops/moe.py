@@ -1,7 +1,7 @@
-"""Mixture of experts: the router's choice, the chosen feed-forwards, the balance loss.
+"""Mixture of experts: routing, the experts' feed-forwards, the load-balance loss.
 
-No token is dropped. `reference_mixture` is the definition; `mixture` sorts the tokens
-by expert, so that each expert's matrices meet only the tokens sent to it.
+No token is dropped. `reference_mixture` is the definition. `mixture` sorts the tokens
+by expert, so that each expert's matrices multiply only its own tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,25 +17,25 @@ from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import einsum
 
-# `gate` (when gated), `up` [E D F] and `down` [E F D]; with biases, beside them
-# `gate_bias`, `up_bias` [E F] and `down_bias` [E D].
+# `gate` (if gated) and `up` [E D F], `down` [E F D]; with biases also `gate_bias`,
+# `up_bias` [E F] and `down_bias` [E D].
 Matrices = Mapping[str, Array]
 
 
 def route(
     logits: Float[Array, "*B E"], k: int, normalize: bool
 ) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
-    """The `k` experts of each token with the greatest logits, and their weights.
+    """Chooses the `k` experts with the greatest logits for each token.
 
     Args:
       logits: f32.
-      normalize: weights sum to 1 (Mixtral, arXiv:2401.04088, section 2.1; gpt-oss),
-        which equals a softmax over all experts, divided by the sum over the chosen.
-        Without it they are the softmax over all (Switch, arXiv:2101.03961).
+      normalize: True makes the weights sum to 1 (Mixtral, arXiv:2401.04088, section
+        2.1; gpt-oss), as a softmax over all experts divided by the sum over the chosen
+        ones would. False takes the softmax over all (Switch, arXiv:2101.03961).
 
     Returns:
-      Weights (f32) and numbers of the experts, greatest first; of equal logits the
-      first.
+      Weights (f32) and indices of the experts, greatest first; for equal logits the
+      lower index first.
     """
     best, experts = jax.lax.top_k(logits, k)
     if normalize:
@@ -49,15 +49,16 @@ def load_balance_loss(
     experts: Int[Array, "*L B T k"],
     token_weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
-    """E times the sum over experts of (choices a token) x (mean probability).
+    """E times the sum over experts of (choices per token) x (mean probability).
 
     Equations 4 to 6 of Switch (Fedus et al. 2021, arXiv:2101.03961), for k choices and
     with means over the tokens of all layers together, as in transformers'
-    `load_balancing_loss_func`. It is k where all experts are chosen equally often.
+    `load_balancing_loss_func`. It is k if all experts are chosen equally often.
 
     Args:
-      experts: as `route` chooses them; they have no gradient.
-      token_weights: how much each token counts; at 0 everywhere the loss is 0.
+      logits: of the router, f32.
+      experts: chosen by `route`; they have no gradient.
+      token_weights: weight of each token in the means; if all are 0, the loss is 0.
     """
     E = logits.shape[-1]
     axes = tuple(range(logits.ndim - 1))
@@ -77,24 +78,24 @@ def reference_mixture(
     matrices: Matrices,
     activation: str,
 ) -> Float[Array, "B T D"]:
-    """The definition: every expert on every token, and a weighted sum of the chosen."""
+    """Applies every expert to every token, and sums the chosen ones by weight."""
 
     def project(name: str, equation: str, h: Array) -> Array:
         y = einsum(equation, h, matrices[name])
         bias = matrices.get(f"{name}_bias")
         return y if bias is None else y + bias.astype(y.dtype)
 
-    def inward(name: str) -> Array:
+    def project_in(name: str) -> Array:
         return project(name, "BTD,EDF->BTEF", x)
 
-    hidden = _hidden(inward, "gate" in matrices, activation)
+    hidden = _hidden(project_in, "gate" in matrices, activation)
     y = project("down", "BTEF,EFD->BTED", hidden)
     share = _shares(weights, experts, matrices["up"].shape[0])
     return jnp.sum(share[..., None] * y, axis=2).astype(x.dtype)
 
 
 def _hidden(project: Callable[[str], Array], gated: bool, activation: str) -> Array:
-    """What the down projection takes, from the projections by name."""
+    """Computes the hidden units; `project` applies a projection by name."""
     pre, up = project("up"), None
     if gated:
         pre, up = project("gate"), pre
@@ -102,16 +103,16 @@ def _hidden(project: Callable[[str], Array], gated: bool, activation: str) -> Ar
 
 
 def _shares(weights: Array, experts: Array, num_experts: int) -> Array:
-    """[B T E] f32: the weight of every expert, 0 for those not chosen."""
+    """Scatters the weights to all experts, [B T E] f32: 0 if not chosen."""
     chosen = experts[..., None] == jnp.arange(num_experts)
     return jnp.sum(jnp.where(chosen, weights[..., None], 0.0), axis=-2)
 
 
 def _partition(x: Array) -> P:
-    """In an Explicit mesh."""
-    placed = layout(x)
-    assert placed is not None
-    return placed.spec
+    """Returns the partition of x in an Explicit mesh."""
+    sharding = layout(x)
+    assert sharding is not None
+    return sharding.spec
 
 
 def mixture(
@@ -123,13 +124,13 @@ def mixture(
 ) -> Float[Array, "B T D"]:
     """`sum over a token's experts of weight * (act(x gate) * (x up)) down`.
 
-    Products run in x's dtype and accumulate in f32; gradients of the matrices stay in
-    their dtype. In an Explicit mesh each device sorts its own tokens: the batch may be
-    cut, and of the matrices F, but neither E nor D.
+    Einsums take x's dtype and accumulate in f32; gradients of the matrices have the
+    matrices' dtype. In an Explicit mesh each device sorts its own tokens: the batch and
+    F may be sharded, E and D may not.
 
     Args:
-      weights: of a token's experts, from `route`.
-      experts: their numbers, from `route`.
+      weights: of each token's experts, f32, from `route`.
+      experts: their indices, from `route`.
       matrices: see `Matrices`.
       activation: a name in `feed_forward.ACTIVATIONS`.
     """
@@ -138,15 +139,15 @@ def mixture(
     if out is not None:
         arguments = (x, weights, experts, inner)
         specs = jax.tree.map(_partition, arguments)
-        cut = specs[-1]["up"][-1]
+        hidden_axes = specs[-1]["up"][-1]
         run = jax.shard_map(
-            partial(run, sum_over=cut),
+            partial(run, sum_over=hidden_axes),
             in_specs=specs,
             out_specs=out.spec,
             check_vma=False,
         )
     y = run(x, weights, experts, inner)
-    if "down_bias" in matrices:  # whole on each device, so it is not part of a sum
+    if "down_bias" in matrices:  # not sharded, so it is added after the sum
         share = _shares(weights, experts, matrices["down_bias"].shape[0])
         y += einsum("BTE,ED->BTD", share, matrices["down_bias"])
     return y.astype(x.dtype)
@@ -160,10 +161,10 @@ def _sorted_mixture(
     matrices: Matrices,
     sum_over: Any = None,
 ) -> Array:
-    """`mixture` of the tokens and hidden units of one device, [B T D] f32.
+    """Computes `mixture` for the tokens and hidden units of one device, [B T D] f32.
 
     Args:
-      sum_over: mesh axes over which hidden units are cut.
+      sum_over: mesh axes over which hidden units are sharded.
     """
     B, T, D = x.shape
     k, E = experts.shape[-1], matrices["up"].shape[0]
@@ -174,11 +175,11 @@ def _sorted_mixture(
     sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
 
     def project(name: str, h: Array) -> Array:
-        y = grouped_product(h, matrices[name], sizes)
+        y = grouped_matmul(h, matrices[name], sizes)
         bias = matrices.get(f"{name}_bias")
         if bias is None:
             return y
-        # A product, because the gradient of a look-up would be scattered row by row.
+        # An einsum, because the gradient of a lookup would be scattered row by row.
         return y + einsum("ME,EF->MF", taken.astype(y.dtype), bias)
 
     rows = _rows(k, x.reshape(B * T, D), order, inverse)
@@ -193,7 +194,7 @@ def _sorted_mixture(
 def _rows(copies: int, x: Array, order: Array, inverse: Array) -> Array:
     """`repeat(x, copies)[order]` for a permutation `order` and its inverse.
 
-    A gather of rows, backward too: by itself JAX would scatter them there.
+    A gather of rows in both directions; JAX's own gradient is a scatter.
     """
     return x[order // copies]
 
@@ -210,23 +211,23 @@ def _rows_backward(copies, inverse, g):
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
-def grouped_product(
+def grouped_matmul(
     x: Float[Array, "M D"],
     w: Float[Array, "E D F"],
     sizes: Int[Array, " E"],
     *,
     implementation: str = "auto",
 ) -> Float[Array, "M F"]:
-    """Rows of x in E groups, one after the other, each times a matrix of its own.
+    """Multiplies E consecutive groups of rows of x, each by a matrix of its own.
 
-    The matrices are rounded to x's dtype, sums are kept in f32, and the gradient of the
-    matrices stays in their dtype.
+    The matrices are cast to x's dtype, sums are f32, and the gradient of the matrices
+    has their dtype.
 
     Args:
-      sizes: rows in each group; they sum to M.
+      sizes: number of rows in each group; they sum to M.
       implementation: `ragged_dot` leaves it to XLA, which has an instruction for it on
-        accelerators but on the CPU multiplies each row by all E matrices; `blocks` is
-        a loop over blocks of rows of one group; `auto` takes it on the CPU.
+        accelerators, but on the CPU multiplies each row by all E matrices; `blocks`
+        loops over blocks of rows of one group; `auto` takes `blocks` on the CPU.
     """
     if implementation == "auto":
         implementation = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
@@ -254,7 +255,7 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _ragged(x, w, sizes, contracted, ragged, group) -> Array:
-    """`ragged_dot_general` with f32 sums, contracting one axis of each array."""
+    """Calls `ragged_dot_general` with f32 sums, contracting one axis of each array."""
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
         lhs_ragged_dimensions=[ragged],
@@ -277,16 +278,16 @@ def _ragged_matrices(x, g, sizes):
 def _blocks(
     sizes: Int[Array, " E"], num_rows: int
 ) -> tuple[int, Int[Array, ""], Callable[[Any], tuple[Array, Array, Array]]]:
-    """Blocks of rows that cover the groups; rows after a group's end do not count.
+    """Plans blocks of rows that cover the groups; the last one may overlap the next.
 
     Returns:
-      Rows in a block; the number of blocks; and from the number of a block to (group,
-      first row, end of the group). Groups without rows have no blocks, so that decoding
-      a few tokens reads only the matrices that they need.
+      The number of rows per block; the number of blocks; and a function from the index
+      of a block to (group, first row, end of the group). Groups without rows have no
+      blocks, so decoding a few tokens reads only the matrices that they need.
     """
-    # Half the rows of an average group: larger blocks waste products on rows of the
-    # next group, smaller ones copy each matrix more often. XLA:CPU has no fast product
-    # of a single row in bfloat16.
+    # Half the rows of an average group: larger blocks compute more rows of the next
+    # group in vain, smaller ones copy each matrix more often. XLA:CPU has no fast
+    # bfloat16 matmul for a single row.
     size = 2
     while size < min(num_rows // (2 * len(sizes)), 128):
         size *= 2
@@ -303,11 +304,11 @@ def _blocks(
 
 
 def _padded(x: Array, rows: int) -> Array:
-    """The last block may reach beyond the last row."""
+    """Pads x, because the last block may reach beyond the last row."""
     return jnp.pad(x, ((0, rows), (0, 0)))
 
 
-# Jitted, so that op by op a loop is not compiled anew in each layer.
+# Jitted, so that outside of a jit the loop is not compiled again for each layer.
 @partial(jax.jit, static_argnames="axis")
 def _block_rows(x, w, sizes, axis):
     size, count, block = _blocks(sizes, len(x))
@@ -322,7 +323,7 @@ def _block_rows(x, w, sizes, axis):
             (((1,), (axis - 1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        # Rows of the next group are wrong here; its own blocks come later.
+        # Rows of the next group are wrong here; its own blocks overwrite them later.
         return jax.lax.dynamic_update_slice_in_dim(y, out.astype(x.dtype), first, 0)
 
     columns = w.shape[3 - axis]
@@ -336,7 +337,7 @@ def _block_matrices(x, g, sizes):
     x, g = _padded(x, size), _padded(g, size)
 
     def two(rows: Array) -> Array:
-        """XLA:CPU's bfloat16 product over rows wants two contracted dimensions."""
+        """Splits the rows: XLA:CPU is fast in bfloat16 with two contracted axes."""
         return rows.reshape(2, size // 2, rows.shape[1])
 
     def one(i, dw):
@@ -356,7 +357,8 @@ def _block_matrices(x, g, sizes):
     return jax.lax.fori_loop(0, count, one, jnp.zeros(shape, jnp.float32))
 
 
-# (rows(x, w, sizes, axis of w to contract), gradient of the matrices(x, g, sizes))
+# Each is two functions: rows(x, w, sizes, axis of w to contract), and the gradient of
+# the matrices(x, g, sizes).
 IMPLEMENTATIONS = {
     "ragged_dot": (_ragged_rows, _ragged_matrices),
     "blocks": (_block_rows, _block_matrices),

@@ -1,7 +1,7 @@
-"""Positions: rotary frequencies with their scalings, rotation, and sinusoids.
+"""Rotary position embeddings (RoPE) with their scalings, and sinusoidal positions.
 
-Rotation pairs dimension i with i + R/2 ("half" layout of the Hugging Face weights).
-The scalings follow transformers' `modeling_rope_utils.py`, as tests prove.
+Dimension i is paired with i + R/2 (the "half" layout of the Hugging Face weights).
+The scalings follow transformers' `modeling_rope_utils.py`; tests compare them.
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 
 def frequencies(rotary_dim: int, theta: float) -> Float[np.ndarray, " {rotary_dim}//2"]:
-    """Radians a position for each pair: `theta ** (-2i / rotary_dim)` (f64).
+    """Radians per position for each pair: `theta ** (-2i / rotary_dim)` (f64).
 
     Source: Su et al. 2021, arXiv:2104.09864.
     """
@@ -28,7 +28,7 @@ def llama3_frequencies(
     high: float,
     original: int,
 ) -> Float[np.ndarray, " P"]:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones are not.
+    """Llama 3.1: stretches long wavelengths by `factor`, and keeps short ones.
 
     Between wavelengths `original / low` and `original / high` the two are blended.
     """
@@ -47,10 +47,10 @@ def yarn_frequencies(
     beta_slow: float,
     truncate: bool,
 ) -> Float[np.ndarray, " {rotary_dim}//2"]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the dimensions."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): blends by a ramp over dimensions."""
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns so often over the original context."""
+        """Dimension that makes this many rotations in the original context."""
         wavelength = original / (rotations * 2 * math.pi)
         return rotary_dim * math.log(wavelength) / (2 * math.log(theta))
 
@@ -65,12 +65,12 @@ def yarn_frequencies(
 
 
 def yarn_attention_factor(factor: float) -> float:
-    """YaRN: what cos and sin are multiplied by."""
+    """YaRN: the factor of cos and sin."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def longrope_attention_factor(factor: float, original: int) -> float:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753; Phi-3): of cos and sin."""
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753; Phi-3): factor of cos and sin."""
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
@@ -82,7 +82,9 @@ def longrope_frequencies(
     original: int,
     length: Int[Array, " B"],
 ) -> Float[Array, "B P"]:
-    """LongRoPE: a divisor for each frequency, another set beyond `original` tokens.
+    """LongRoPE: divides each frequency by its factor.
+
+    Rows longer than `original` tokens take `long_factors`, others `short_factors`.
 
     Args:
       length: greatest position of each row, plus 1.
@@ -100,7 +102,7 @@ def dynamic_frequencies(
     original: int,
     length: Int[Array, " B"],
 ) -> Float[Array, "B {rotary_dim}//2"]:
-    """Dynamic NTK: theta grows with the length of the row beyond `original`.
+    """Dynamic NTK: theta grows with the row's length beyond `original` tokens.
 
     Args:
       length: greatest position of each row, plus 1.
@@ -117,7 +119,7 @@ def rotation(
     frequency: Float[Array, " P"] | Float[np.ndarray, " P"] | Float[Array, "B P"],
     attention_factor: float = 1.0,
 ) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
-    """cos and sin (f32) of each position's angles, times `attention_factor`."""
+    """Computes cos and sin (f32) of the angles, times `attention_factor`."""
     frequency = jnp.asarray(frequency, jnp.float32)
     rows = frequency[None] if frequency.ndim == 1 else frequency
     angle = positions[:, :, None].astype(jnp.float32) * rows[:, None, :]
@@ -130,18 +132,18 @@ def rotate(
     cos: Float[Array, "B T P"],
     sin: Float[Array, "B T P"],
 ) -> Float[Array, "B T N H"]:
-    """Turns the first 2P dimensions of each head; the others pass (partial rotary).
+    """Rotates the first 2P dimensions of each head, and keeps the rest.
 
-    Its gradient is the turn back. cos and sin are taken as constants.
+    Computed in f32. The gradient is the inverse rotation; cos and sin are constants.
     """
     P = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     cos2, sin2 = (jnp.concatenate(c, axis=-1) for c in ((cos, cos), (-sin, sin)))
     x32 = x[..., : 2 * P].astype(jnp.float32)
     swapped = jnp.concatenate([x32[..., P:], x32[..., :P]], axis=-1)
-    turned = (x32 * cos2 + swapped * sin2).astype(x.dtype)
+    rotated = (x32 * cos2 + swapped * sin2).astype(x.dtype)
     rest = x[..., 2 * P :]
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
 def _rotate_forward(x, cos, sin):
@@ -157,10 +159,10 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def sinusoids(positions: Int[Array, "B T"], model_dim: int) -> Float[Array, "B T D"]:
-    """Sinusoidal positions (f32): sines in the first half, cosines in the second.
+    """Sinusoidal position embeddings (f32): sines first, then cosines.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5, in the layout of the
-    authors' tensor2tensor, whose wavelengths go from 2 pi to 10,000 * 2 pi.
+    authors' tensor2tensor, with wavelengths from 2 pi to 10,000 * 2 pi.
     """
     half = model_dim // 2
     step = math.log(10_000.0) / max(half - 1, 1)

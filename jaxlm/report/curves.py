@@ -1,4 +1,4 @@
-"""The rows of runs as curves and figures, for the report and the picture."""
+"""Reads runs, and computes curves and figures for the report and the picture."""
 
 import itertools
 import json
@@ -26,17 +26,17 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as its folder describes it."""
+    """A run, as read from its folder."""
 
     name: str
-    """The name of the folder, with as much of its path as tells the runs apart."""
+    """The folder's name, with as much of its path as makes the names distinct."""
     rows: list[Json]
     """All rows of `metrics.jsonl`, in the order written."""
     config: Json
-    """`config.json` as it is; empty if there is none."""
+    """Contents of `config.json`; empty if there is none."""
 
     def of_kind(self, kind: str) -> list[Json]:
-        """The rows of one kind, in the order written."""
+        """Returns the rows of one kind, in the order written."""
         return [row for row in self.rows if row["kind"] == kind]
 
 
@@ -44,7 +44,7 @@ def load_runs(folders: Iterable[Path | str]) -> list[Run]:
     """Reads run folders.
 
     Raises:
-      ValueError: for no folder at all, a folder without metrics, or a file (named) that
+      ValueError: if no folder is given, a folder has no metrics, or a file (named)
         cannot be parsed.
     """
     paths = [Path(folder) for folder in folders]
@@ -79,7 +79,7 @@ def _read_config(folder: Path) -> Json:
 
 
 def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:
-    """One field of the rows as f64; NaN where it is missing or not a number."""
+    """Returns one field of the rows as f64; NaN if it is missing or not a number."""
     values = [row.get(name) for row in rows]
     return np.array(
         [float(v) if isinstance(v, int | float) else math.nan for v in values], float
@@ -87,11 +87,11 @@ def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:
 
 
 def downsample(values: Float[np.ndarray, " n"], limit: int) -> Int[np.ndarray, " m"]:
-    """Indices of at most `limit` values (at least 5) that keep the shape of a curve.
+    """Picks indices of at most `limit` (>= 5) values that keep a curve's shape.
 
-    Of each of several equal buckets the minimum, the maximum and the first non-finite
-    value are kept, so that no spike and no gap is lost. The first and the last value
-    are kept too.
+    From each of several equal buckets it keeps the minimum, the maximum and the first
+    non-finite value, so no spike or gap is lost. It also keeps the first and the last
+    value.
     """
     n = len(values)
     if n <= limit:
@@ -111,7 +111,7 @@ def downsample(values: Float[np.ndarray, " n"], limit: int) -> Int[np.ndarray, "
 def bucket_means(
     values: Float[np.ndarray, " n"], limit: int
 ) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
-    """Middle index and mean of the finite values of at most `limit` equal buckets."""
+    """Returns middle index and mean of the finite values of `limit` equal buckets."""
     edges = np.linspace(0, len(values), min(limit, len(values)) + 1).astype(int)
     middles, means = [], []
     for start, end in itertools.pairwise(edges):
@@ -123,11 +123,11 @@ def bucket_means(
 
 
 def smooth(values: Float[np.ndarray, " n"], half_width: int) -> Float[np.ndarray, " n"]:
-    """A moving mean over `half_width` values on either side, taken twice.
+    """Applies a moving mean over `half_width` values on either side, twice.
 
-    The window is centred, so the curve does not lag. It shrinks towards the start,
-    where a loss falls fast, and is cut off at the end. Non-finite values do not enter
-    the mean, and become NaN. `page.js` does the same.
+    The window is centered, so the curve does not lag. It shrinks towards the start,
+    where a loss falls fast, and is cut off at the end. Non-finite values are left out
+    of the mean, and become NaN. `page.js` does the same.
     """
     finite = np.isfinite(values)
     index = np.arange(len(values))
@@ -142,7 +142,7 @@ def smooth(values: Float[np.ndarray, " n"], half_width: int) -> Float[np.ndarray
 
 
 def flatten(config: Json, prefix: str = "") -> dict[str, str]:
-    """The fields of a nested config by their dotted names, with values as JSON."""
+    """Maps the dotted names of a nested config to values as JSON."""
     fields = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -153,15 +153,15 @@ def flatten(config: Json, prefix: str = "") -> dict[str, str]:
 
 
 def _last(rows: Sequence[Json], name: str) -> float:
-    """The last number in a column, or NaN."""
+    """Returns the last number of a column, or NaN."""
     values = column(rows[-1:], name)
     return float(values[-1]) if len(values) else math.nan
 
 
 def final_losses(run: Run) -> tuple[float | None, float | None]:
-    """The last training loss (mean of `LAST_ROWS` rows) and the last held-out loss.
+    """Returns the last training loss (mean of `LAST_ROWS` rows) and held-out loss.
 
-    In nats per token; None where there is no row.
+    In nats per token; None if there is no row.
     """
     losses = column(run.of_kind("train")[-LAST_ROWS:], "loss")
     evals = run.of_kind("eval")
@@ -176,7 +176,7 @@ def _number(value: float, digits: int = 4) -> str:
 
 
 def _model(run: Run) -> tuple[str, str]:
-    """A description of the model, and the number of its parameters."""
+    """Describes the model and its number of parameters."""
     params = next((row["params"] for row in run.rows if "params" in row), None)
     model = run.config.get("model")
     try:
@@ -195,7 +195,7 @@ def _model(run: Run) -> tuple[str, str]:
 
 
 def figures(run: Run) -> dict[str, str]:
-    """The figures of a run as text, by label; empty where there is none."""
+    """Returns the figures of a run as text, by label; empty if unknown."""
     trains, evals = run.of_kind("train"), run.of_kind("eval")
     train, held_out = final_losses(run)
     shape, params = _model(run)

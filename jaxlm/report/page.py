@@ -1,4 +1,4 @@
-"""`report.html`: one file that shows a run, or compares several, without a network."""
+"""`report.html`: a single file that shows or compares runs, without a network."""
 
 import html
 import json
@@ -23,12 +23,12 @@ from jaxlm.report.curves import (
     load_runs,
 )
 
-# At most this many points of a curve, samples of a run and characters of a sample.
+# Limits: points per curve, samples per run, characters per sample.
 MAX_POINTS = 2000
 MAX_SAMPLES = 200
 MAX_CHARACTERS = 20_000
 
-# Name of a curve, which page.js knows -> kind of row and field.
+# Name of a curve, as in page.js -> kind of row and field.
 CURVES = {
     "train": ("train", "loss"),
     "eval": ("eval", "loss"),
@@ -40,10 +40,10 @@ CURVES = {
 
 
 def write_report(runs: Iterable[Path | str], out: Path | str) -> Path:
-    """Writes the report of `runs` (folders) to the file `out` and returns its path.
+    """Writes the report of `runs` (folders) to the file `out`, and returns its path.
 
     Raises:
-      ValueError: for a folder without metrics or a file that cannot be parsed.
+      ValueError: if a folder has no metrics, or a file cannot be parsed.
     """
     if isinstance(runs, str | Path):
         runs = [runs]
@@ -63,7 +63,7 @@ def write_report(runs: Iterable[Path | str], out: Path | str) -> Path:
         "config_hidden": _hidden_unless(any(run.config for run in loaded)),
         "data": _script_json({"runs": [_run_data(run) for run in loaded]}),
     }
-    # In one pass, so that text that looks like a placeholder stays text.
+    # In one pass, so that inserted text that looks like a placeholder stays text.
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _asset("page.html"))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +80,13 @@ def _hidden_unless(shown: bool) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that is safe in a <script> element: nothing in it can end the element."""
+    """Encodes JSON for a <script> element: nothing in it can end the element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _numbers(values: Float[np.ndarray, " n"]) -> list[float | None]:
-    """Each to seven digits; None where it is not finite."""
+    """Rounds to seven digits; None if not finite."""
     return [float(f"{v:.7g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
@@ -101,10 +101,10 @@ def _curve(
 
 def _run_data(run: Run) -> Json:
     trains = run.of_kind("train")
-    own = np.stack([column(trains, n) for n in ("step", "tokens", "wall_s")])
-    # Interpolated where training rows have gaps, and for held-out rows.
-    known = np.isfinite(own).all(axis=0)
-    track = np.concatenate([np.zeros((3, 1)), own[:, known]], axis=1)
+    axes = np.stack([column(trains, n) for n in ("step", "tokens", "wall_s")])
+    # Tokens and seconds are interpolated for held-out rows and gaps in training rows.
+    known = np.isfinite(axes).all(axis=0)
+    track = np.concatenate([np.zeros((3, 1)), axes[:, known]], axis=1)
     curves = {}
     for curve, (kind, field) in CURVES.items():
         rows = run.of_kind(kind)
@@ -117,7 +117,7 @@ def _run_data(run: Run) -> Json:
         kept = downsample(values, MAX_POINTS)
         curves[curve] = _curve(positions, kept, values[kept])
         if len(kept) < len(values):
-            # The mean cannot be told from the extremes that were kept.
+            # The kept extremes do not give the mean.
             middles, means = bucket_means(values, MAX_POINTS // 3)
             curves[curve]["mean"] = _curve(positions, middles, means)
     samples = run.of_kind("sample")
@@ -147,7 +147,7 @@ def _row(cells: Sequence[str], tag: str = "td", mark: bool = False) -> str:
 
 
 def _tiles(table: dict[str, str]) -> str:
-    """The figures that people look for first, in large type."""
+    """Renders the most important figures as tiles in large type."""
     tiles = []
     for label in ("Held-out loss", "Train loss", "Bits per byte", "Parameters"):
         value = next((v for k, v in table.items() if k.startswith(label)), "")
@@ -170,7 +170,7 @@ def _figures_table(runs: Sequence[Run], tables: Sequence[dict[str, str]]) -> str
 
 
 def _held_out_table(runs: Sequence[Run], limit: int = 500) -> str:
-    """Held-out loss by step, for the last `limit` steps."""
+    """Renders the held-out loss of the last `limit` evaluated steps."""
     losses = [{r["step"]: r.get("loss") for r in run.of_kind("eval")} for run in runs]
     rows = _row(["Step", *(run.name for run in runs)], "th")
     for step in sorted(set().union(*losses))[-limit:]:

@@ -1,4 +1,4 @@
-"""`loss.png`: the losses of a run, or of several, as a picture."""
+"""`loss.png`: plots the losses of one run or several."""
 
 import math
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Based on Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b0508a", "#8a6d00", "#3a3f8f")
 NOT_FINITE, FAINT, GRID = "#b3261e", "#5c6570", "#e0e4e9"
 MAX_LEGEND_ROWS = 10
@@ -32,13 +32,13 @@ LOG_SPAN = 20
 
 
 def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> Path:
-    """Draws train and held-out loss over steps, 1200 x 750 pixels, and returns `out`.
+    """Plots train and held-out loss over steps, 1200 x 750 pixels, and returns `out`.
 
     Red triangles on the axis mark training losses that are not finite. The vertical
-    axis is logarithmic where the losses span more than a factor of 20.
+    axis is logarithmic if the losses span more than a factor of 20.
 
     Raises:
-      ValueError: for a folder without metrics or a file that cannot be parsed.
+      ValueError: if a folder has no metrics, or a file cannot be parsed.
     """
     figure = draw_losses(load_runs([runs] if isinstance(runs, str | Path) else runs))
     out = Path(out)
@@ -50,8 +50,8 @@ def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> P
 
 
 def draw_losses(runs: Sequence[Run]) -> "Figure":
-    """The losses of runs over each other, as a figure of matplotlib."""
-    # Importing it takes a third of a second, so only those who draw pay for it.
+    """Plots the losses of all runs in one matplotlib figure."""
+    # The import takes a third of a second, so it waits until something is drawn.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,7 +96,7 @@ def _draw_run(axes: "Axes", run: Run, train_color: str, eval_color: str) -> None
 
 
 def _finite(losses: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """NaN where a loss is not finite: there matplotlib breaks the line."""
+    """Replaces non-finite losses by NaN, where matplotlib breaks the line."""
     return np.where(np.isfinite(losses), losses, np.nan)
 
 
@@ -107,7 +107,7 @@ def _plot(
     color: str,
     **style: Any,
 ) -> None:
-    """A line through the finite losses; one without finite neighbours is a dot."""
+    """Draws a line through the finite losses; one without finite neighbors is a dot."""
     edges = np.pad(np.isfinite(losses), 1)
     alone = np.flatnonzero(edges[1:-1] & ~edges[:-2] & ~edges[2:])
     axes.plot(
@@ -149,7 +149,7 @@ def _set_axes(axes: "Axes", runs: Sequence[Run]) -> None:
 
 
 def _add_legend(axes: "Axes", runs: Sequence[Run]) -> int:
-    """Names and last losses of the runs, above the axes; returns the rows it takes."""
+    """Adds names and last losses above the axes; returns its number of rows."""
     from matplotlib.lines import Line2D
 
     train = {"linewidth": 2.2}
@@ -185,7 +185,7 @@ def _add_legend(axes: "Axes", runs: Sequence[Run]) -> int:
         frameon=False,
     )
     for text in (legend.get_title(), *legend.get_texts()):
-        text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+        text.set_parse_math(False)  # names may contain dollar signs
     return 1 if len(runs) == 1 else len(entries)
 
 
@@ -194,7 +194,7 @@ def _format_loss(loss: float | None) -> str:
 
 
 def _drawable(text: str, length: int) -> str:
-    """The end of a text, with a replacement for characters that the font lacks."""
+    """Returns the end of a text, with U+FFFD for characters that the font lacks."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     known = get_font(findfont(FontProperties())).get_charmap()

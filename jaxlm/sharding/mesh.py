@@ -1,4 +1,4 @@
-"""The device mesh that everything runs in, be it one device or many."""
+"""The device mesh that everything runs in, with one device or many."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ def make_mesh(
     # Type checkers take the alias jax.Device for a variable.
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
-    """An Explicit mesh over `devices` (None: all of them) with the axes `AXES`.
+    """Makes an Explicit mesh over `devices` (None: all) with the axes `AXES`.
 
     Explicit axes make shardings part of array types, so a wrong sharding is an error at
     trace time, even on one device.
 
     Raises:
-      ValueError: when the product of the axis sizes is not the number of devices.
+      ValueError: if the product of the axis sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]

@@ -1,8 +1,8 @@
-"""Which mesh axis each logical axis lies on: the only table of its kind.
+"""The sharding rules: the mesh axis of each logical axis.
 
-Dimensions are written in the letters of `types.py`; each letter stands for a logical
-axis, and `MESH_AXES` says where that lies. Parameters take their letters from
-`model/params.py`, activations name theirs where they are made.
+Dimensions are written as the letters of `types.py`. Each letter stands for a logical
+axis, and `MESH_AXES` maps that to mesh axes. The letters of parameters are in
+`model/params.py`, those of activations where they are computed.
 """
 
 import math
@@ -24,8 +24,8 @@ LOGICAL_AXES = {
     "E": "experts",
 }
 
-# Logical axis -> mesh axes; None is never cut. `model` is the width of parameters, cut
-# for storage (fsdp) and gathered when used; the width of activations is never cut.
+# Logical axis -> mesh axes; None is never sharded. `model` is the width of parameters,
+# sharded for storage (fsdp) and gathered for use; that of activations is not sharded.
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
@@ -48,10 +48,10 @@ def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def spec(*axes: str | None) -> P:
-    """The partition of an array whose dimensions are the logical `axes`.
+    """Returns the partition of an array whose dimensions are the logical `axes`.
 
     Raises:
-      ValueError: when two dimensions would lie on one mesh axis.
+      ValueError: if two dimensions would be sharded over one mesh axis.
     """
     entries = [None if axis is None else MESH_AXES[axis] for axis in axes]
     used: list[str] = []
@@ -64,9 +64,9 @@ def spec(*axes: str | None) -> P:
 
 
 def activation_spec(letters: str) -> P | None:
-    """The partition of an activation, e.g. `BTNH`, in the current mesh.
+    """Returns the partition of an activation, e.g. `BTNH`, in the current mesh.
 
-    None without a mesh, and where its axes are not Explicit: the compiler decides.
+    None without a mesh or if its axes are not Explicit: then the compiler decides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
@@ -76,13 +76,13 @@ def activation_spec(letters: str) -> P | None:
 
 
 def reshard(x: Array, letters: str) -> Array:
-    """x as an activation of these letters; x itself without an Explicit mesh."""
-    out = activation_spec(letters)
-    return x if out is None else jax.sharding.reshard(x, out)
+    """Shards x as an activation of these letters; a no-op without an Explicit mesh."""
+    partition = activation_spec(letters)
+    return x if partition is None else jax.sharding.reshard(x, partition)
 
 
 def batch_parts() -> int:
-    """Into how many parts the current mesh cuts a batch; 1 without an Explicit mesh."""
+    """Number of shards of a batch in the current mesh; 1 without an Explicit mesh."""
     if activation_spec("B") is None:
         return 1
     shape = jax.sharding.get_abstract_mesh().shape
@@ -95,10 +95,10 @@ def sharding(
     axes: tuple[str | None, ...],
     mesh: Mesh | AbstractMesh,
 ) -> NamedSharding:
-    """Where the parameter `path` lies, from the logical axes of its dimensions.
+    """Returns the sharding of the parameter `path`, given its logical axes.
 
     Raises:
-      ValueError: when a mesh axis does not divide the parameter.
+      ValueError: if a mesh axis does not divide its dimension of the parameter.
     """
     partition = spec(*axes)
     for size, entry in zip(shape, partition, strict=True):
@@ -114,5 +114,5 @@ def sharding(
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of every array of a `Batch`, `[B, T]`."""
+    """Returns the sharding of the arrays of a `Batch`, `[B, T]`."""
     return NamedSharding(mesh, spec("batch", "length"))

@@ -1,8 +1,8 @@
-"""`metrics.jsonl` in a run folder: one JSON object a line, written during the run.
+"""`metrics.jsonl` in a run folder: one JSON object per line, written during the run.
 
 A row has `kind`, `step` and the fields of its kind (`FIELDS`). Floats read back
-exactly; NaN and infinities are the strings "nan", "inf" and "-inf", so that each line
-is valid JSON.
+exactly. NaN and infinities are written as the strings "nan", "inf" and "-inf", so that
+each line is valid JSON.
 """
 
 import json
@@ -15,35 +15,35 @@ from typing import Any
 
 FILE_NAME = "metrics.jsonl"
 
-# The fields that a row of each kind must have; it may have more.
+# The required fields of each kind of row; a row may have more.
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "train": {
         "loss": "nats per token",
         "lr": "learning rate",
         "grad_norm": "global norm of the gradient, before clipping",
         "tokens_per_s": "tokens trained on per second, over all devices",
-        "mfu": "share of the devices' peak FLOP/s, 0 to 1; null where it is unknown",
-        "data_wait_s": "seconds of a step spent waiting for its batch",
-        "step_s": "seconds of a step, the wait included",
+        "mfu": "share of the devices' peak FLOP/s, 0 to 1; null if unknown",
+        "data_wait_s": "seconds per step spent waiting for the batch",
+        "step_s": "seconds per step, including the wait",
         "tokens": "tokens seen so far",
-        "wall_s": "productive seconds so far, over all starts of the run",
+        "wall_s": "seconds of training so far, over all starts of the run",
     },
     "eval": {
-        "loss": "nats per token of the held-out text",
-        "bits_per_byte": "bits per byte of the held-out text; null where unknown",
-        "targets": "tokens predicted",
+        "loss": "nats per token of held-out text",
+        "bits_per_byte": "bits per byte of held-out text; null if unknown",
+        "targets": "number of predicted tokens",
     },
-    "sample": {"text": "what the model wrote", "prompt": "the text that it continued"},
+    "sample": {"text": "generated text", "prompt": "the text that it continues"},
     "event": {"event": "what happened, such as 'resume'"},
 }
 
-# Fields that are never read as numbers: a sample may consist of the text "nan".
+# Fields that are never read as numbers: a sample may be the text "nan".
 TEXT_FIELDS = ("kind", "text", "prompt", "event", "message")
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def _encode(value: Any) -> Any:
-    """`value` as something that JSON holds exactly."""
+    """Converts `value` to something that JSON represents exactly."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -83,13 +83,13 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines and rows, without a last line that was cut off while it was written."""
+    """Returns lines and rows, without a last line that is only half written."""
     parsed = []
     lines = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        # A killed process leaves a line without a newline; a power cut may leave zeros.
+        # A killed process leaves a line without a newline, a power cut perhaps zeros.
         cut_off = number == len(lines) or (
             b"\0" in line and not any(rest.strip() for rest in lines[number:])
         )
@@ -102,12 +102,12 @@ def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The rows of a run in the order written, non-finite numbers as floats.
+    """Reads the rows of a run in the order written, non-finite numbers as floats.
 
-    A last line that is only half written, as in a run in progress, is left out.
+    A last line that is only half written, as in a run in progress, is dropped.
 
     Raises:
-      ValueError: when there is no such file, or a line of it (named) is not a row.
+      ValueError: if there is no such file, or a line (named) is not a row.
     """
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
@@ -116,11 +116,11 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` in a run folder. One process of a run has one.
+    """Appends rows to `metrics.jsonl` in a run folder. Only one may be open per run.
 
     Each row is a single write, so a killed process loses no earlier row and leaves at
-    most half of one, which the next start removes. If the file cannot be written (the
-    disk is full), there is one warning and the run goes on.
+    most half of one, which the next start removes. If the file cannot be written (a
+    full disk), it warns once and the run continues.
     """
 
     def __init__(
@@ -130,25 +130,25 @@ class MetricsWriter:
         resume_step: int | None = None,
         tensorboard: bool = False,
     ):
-        """Opens the file, making the folder where it does not exist.
+        """Opens the file, and creates the folder if needed.
 
         Args:
           run_dir: folder of the run.
-          resume_step: the step to resume after; rows of later steps are dropped, since
-            those steps will be repeated. None starts an empty file and keeps the rows
+          resume_step: the step to resume after. Rows of later steps are dropped, since
+            those steps will be repeated. None starts an empty file, and keeps the rows
             of an earlier run as `metrics.previous.jsonl`.
           tensorboard: also write scalars and samples as TensorBoard events.
 
         Raises:
-          ValueError: for a file with a line (named) that is not a row, or when
+          ValueError: if a line of the file (named in the message) is not a row, or
             tensorboardX is not installed.
-          OSError: when the folder cannot be written.
+          OSError: if the folder cannot be written.
         """
         self.path = Path(run_dir) / FILE_NAME
         self.last_train: dict[str, Any] | None = None
-        """The last training row kept or written; its counts are continued."""
+        """The last training row kept or written; its totals are continued."""
         self.lost_rows = 0
-        """How many rows could not be written."""
+        """Number of rows that could not be written."""
         self._warned = False
         self._board = _open_tensorboard(self.path, resume_step) if tensorboard else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ class MetricsWriter:
         self._good_size = self._file.tell()
 
     def _keep_up_to(self, step: int) -> None:
-        """Drops later rows and a half-written last line, by an atomic replacement."""
+        """Drops later rows and a half-written last line, in one atomic replacement."""
         if not self.path.exists():
             return
         data = self.path.read_bytes()
@@ -182,13 +182,13 @@ class MetricsWriter:
 
         Args:
           kind: 'train', 'eval', 'sample' or 'event'.
-          step: optimizer steps done.
+          step: number of optimizer steps done.
           **values: at least the fields of the kind in `FIELDS`; numbers may be NumPy
             or JAX scalars.
 
         Raises:
-          ValueError: for an unknown kind, a missing field, or a value that is neither
-            number nor text.
+          ValueError: for an unknown kind, a missing field, or a value that JSON cannot
+            hold.
         """
         if kind not in FIELDS:
             raise ValueError(f"kind is {kind!r}: it must be one of {', '.join(FIELDS)}")
@@ -197,7 +197,7 @@ class MetricsWriter:
             raise ValueError(f"a {kind} row lacks {', '.join(missing)}")
         row = _encode({"kind": kind, "step": step, **values})
         if self.lost_rows:
-            row["lost_rows"] = self.lost_rows  # so that the gap shows
+            row["lost_rows"] = self.lost_rows  # makes the gap visible
         self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
         if kind == "train":
             self.last_train = _decode(dict(row))
@@ -225,7 +225,7 @@ class MetricsWriter:
                 )
 
     def close(self) -> None:
-        """Closes the file; more rows cannot be written."""
+        """Closes the file; no more rows can be written."""
         if not self._file.closed:
             self._file.close()
         if self._board is not None:
@@ -247,7 +247,7 @@ def _open_tensorboard(path: Path, resume_step: int | None) -> Any:
             "train.tensorboard is on but tensorboardX is not installed: "
             "pip install 'jaxlm[tensorboard]'"
         ) from None
-    # Hides what an earlier start wrote for the steps that will be repeated.
+    # Hides events of an earlier start for steps that will be repeated.
     purge = 0 if resume_step is None else resume_step + 1
     return SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
 

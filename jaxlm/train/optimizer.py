@@ -1,4 +1,4 @@
-"""From `OptimizerConfig` to an optax transformation."""
+"""Builds the optax transformation of an `OptimizerConfig`."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxlm.types import Params
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-    """Learning rate of each step, from 0 to `steps` - 1.
+    """Makes the schedule of the learning rate, for steps 0 to `steps` - 1.
 
     After the warm-up: cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), linear,
     wsd (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395) or constant.
@@ -33,13 +33,13 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
         after = optax.constant_schedule(peak)
     if not warmup:
         return after
-    # The first step already learns: its rate is peak / warmup, not 0.
+    # The first step has the rate peak / warmup, not 0, so it learns too.
     rising = optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1)
     return optax.join_schedules([rising, after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then the optimizer, with decay on matrices only.
+    """Makes the optimizer, after clipping, with weight decay on matrices only.
 
     Sources: AdamW arXiv:1711.05101, Lion arXiv:2302.06675, Adafactor
     arXiv:1804.04235, Muon https://kellerjordan.github.io/posts/muon.
@@ -54,8 +54,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     elif config.name == "lion":
         rule = optax.lion(rate, b1, b2, weight_decay=decay, mask=decay_mask)
     elif config.name == "adafactor":
-        # optax applies its decay rate as it is, not times the learning rate. What it
-        # returns goes downhill already, so the decay comes with a minus too.
+        # optax's own option does not multiply the decay by the learning rate. Its
+        # updates already point downhill, so the decay is negative too.
         rule = optax.chain(
             optax.adafactor(None, multiply_by_parameter_scale=False),
             optax.add_decayed_weights(-decay, decay_mask),
@@ -81,14 +81,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def decay_mask(params: Params) -> Any:
-    """True for the leaves that weight decay shrinks."""
+    """Returns a tree of bools: True for the leaves that get weight decay."""
     return tree.map_with_name(
         lambda path, x: weight_of(path, x).role.multiplies, params
     )
 
 
 def _matrix_axes(params: Any) -> Any:
-    """Muon's: the matrices inside the layers, not the output head."""
+    """Returns Muon's axes of the matrices in the layers; None for other leaves."""
 
     def axes(path: str, leaf: Any) -> Any:
         weight = weight_of(path, leaf)
@@ -102,9 +102,9 @@ def _matrix_axes(params: Any) -> Any:
 def compiler_sharded(
     rule: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """`rule` with the shardings inside it left to the compiler.
+    """Lets the compiler choose the shardings inside `rule`.
 
-    Its results are sharded as its inputs are. For rules whose matmuls and reshapes are
+    Results are sharded as the inputs are. For rules whose matmuls and reshapes are
     ambiguous under Explicit axes.
     """
 

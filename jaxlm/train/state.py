@@ -1,4 +1,4 @@
-"""The state that training carries from step to step."""
+"""The training state, carried from step to step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,11 @@ from jaxlm.types import Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. Keys are derived from the seed and the step."""
+    """Everything that a step updates. PRNG keys are derived from seed and step."""
 
-    # Arrays, or in `abstract_state` their shapes, so no leaf has a type to check.
+    # `Any`: leaves are arrays, or in `abstract_state` shapes.
     step: Any
-    """Optimizer steps done, an int32 scalar."""
+    """Number of optimizer steps done, an int32 scalar."""
     params: Any
     """`Params`: the master weights, f32."""
     opt_state: Any
@@ -31,7 +31,7 @@ class TrainState:
 def init_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> TrainState:
-    """A state at step 0, each leaf created on the devices that will hold it.
+    """Initializes a state at step 0, each leaf directly on its devices.
 
     Call it inside `jax.set_mesh(mesh)`.
     """
@@ -41,7 +41,7 @@ def init_state(
 
 
 def state_from(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 with these parameters (f32), sharded as they are."""
+    """Makes a state at step 0 with these parameters (f32), sharded as they are."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -52,15 +52,15 @@ def state_from(params: Params, optimizer: optax.GradientTransformation) -> Train
 def abstract_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`, without computing anything.
+    """Returns the shapes, dtypes and shardings of `init_state`; computes nothing.
 
     Raises:
-      ValueError: when a mesh axis does not divide a dimension that it shards.
+      ValueError: if a mesh axis does not divide a dimension that it shards.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     if mesh.size > 1:
-        # Under the mesh JAX itself refuses an axis that does not divide, and names
-        # neither the parameter nor the remedy.
+        # Traced without the mesh. With it JAX's own error comes first, which names
+        # neither the parameter nor a remedy.
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             params = jax.eval_shape(lambda key: init(config, key), key)
         parameter_shardings(params, mesh)

@@ -1,4 +1,4 @@
-"""A training step and an evaluation step: pure functions, jitted."""
+"""The training step and the evaluation step: pure, jitted functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from jaxlm.types import Batch, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step reports, as f32 scalars on the device."""
+    """Metrics of one step, as f32 scalars on the device."""
 
     # `Any`: see `jaxlm/types.py` on leaves.
     loss: Any
@@ -32,7 +32,7 @@ class StepMetrics:
     grad_norm: Any
     """Global norm of the gradient, before clipping."""
     targets: Any
-    """Sum of the loss weights."""
+    """Sum of the loss weights, at least 1."""
     lr: Any
     """Learning rate of the update."""
 
@@ -40,10 +40,10 @@ class StepMetrics:
 def loss_sums(
     config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums over the batch: what is differentiated, and the cross-entropy.
+    """Returns sums over the batch: the objective, and the cross-entropy alone (nats).
 
-    The load-balance loss is a mean of the batch, not a sum: it counts as often as the
-    batch has weight.
+    Tokens are weighted by their loss weights. The load-balance loss is a mean over the
+    batch, so it is multiplied by the sum of the loss weights.
     """
     batch = jax.tree.map(jnp.asarray, batch)
     balanced = train.load_balance_loss > 0
@@ -83,11 +83,13 @@ def loss_sums(
 def loss_and_grads(
     config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
-    """The mean loss, its gradient, and the sum of the loss weights.
+    """Returns the mean loss, its gradient, and the sum of the loss weights.
+
+    The sum is at least 1, so a batch without weights divides by no zero.
 
     The batch is split into `train.accumulation_steps` microbatches. Sums over tokens
     are divided by the weights of the whole batch, so the split does not change the
-    result; only the load-balance loss is computed for each microbatch by itself.
+    result, except for the load-balance loss, which is computed per microbatch.
     """
     total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
 
@@ -102,11 +104,11 @@ def loss_and_grads(
         return loss, grads, total
 
     def split(x: Array) -> Array:
-        """[B, T] -> [count, B / count, T]; each microbatch has rows of every shard."""
+        """[B, T] -> [count, B / count, T]; each microbatch has rows from all shards."""
         B, T = x.shape
         return reshape(x, (B // count, count, T), (0, None, 1)).swapaxes(0, 1)
 
-    # Plain arrays are scanned over: a `Batch` holds [B, T] and nothing else.
+    # Scans over plain arrays: those of a `Batch` are [B, T], without a leading axis.
     leaves, structure = jax.tree.flatten(batch)
 
     def accumulate(sums, microbatch):
@@ -121,7 +123,7 @@ def loss_and_grads(
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """A jitted step, to which the state that it is given is donated."""
+    """Returns a jitted step; it donates its input state."""
     model, train = config.model, config.train
     peak = config.optimizer.learning_rate
     schedule = make_schedule(config.optimizer, train.steps, peak)
@@ -140,7 +142,7 @@ def make_train_step(
 def make_eval_step(
     config: ModelConfig, train: TrainConfig
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """A jitted function: the sums of the cross-entropy (nats) and the loss weights."""
+    """Returns a jitted function: sums of the cross-entropy (nats) and loss weights."""
 
     def eval_step(params: Params, batch: Batch):
         _, entropy = loss_sums(config, train, params, batch)

@@ -1,4 +1,4 @@
-"""Stopping early, and the exit codes by which a run tells its caller how it ended."""
+"""Stopping a run early, and the exit codes that report how it ended."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ class NotFinite(ValueError):
 class StopRequest:
     """Turns Ctrl-C, SIGTERM and the time limit into a request that the loop reads.
 
-    After the first signal the step is finished and the state saved. A second one ends
-    the process at once; the checkpoints saved before stay. Use it as a context manager
-    in the main thread; it restores the previous handlers.
+    After the first signal the loop finishes its step and saves the state. A second
+    signal ends the process at once; earlier checkpoints stay. Use it as a context
+    manager in the main thread; it restores the previous handlers.
     """
 
     def __init__(self, max_minutes: float = 0.0):
-        """`max_minutes` is the time limit, from now on; 0 is none."""
+        """Starts the time limit of `max_minutes` now; 0 sets none."""
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         self._code: int | None = None
         self._old: dict[int, Any] = {}
@@ -48,7 +48,7 @@ class StopRequest:
         self._code = code
 
     def exit_code(self) -> int | None:
-        """The exit code to stop with; None means go on."""
+        """Returns the exit code to stop with; None to go on."""
         if self._code is not None:
             return self._code
         if self._deadline is not None and time.monotonic() > self._deadline:

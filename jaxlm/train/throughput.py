@@ -1,8 +1,8 @@
-"""The FLOPs that a token costs, and the peak FLOP/s of the devices.
+"""FLOPs per token, and the peak FLOP/s of devices.
 
 Their quotient is the model FLOPs utilization (MFU) as PaLM defines it (Chowdhery et
-al. 2022, appendix B): the FLOPs that the model needs, over those that the devices could
-do at their peak in the same time. Recomputation does not count.
+al. 2022, appendix B): the FLOPs that the model needs, divided by those that the devices
+could do at peak in the same time. Recomputation does not count.
 """
 
 import time
@@ -16,8 +16,8 @@ from jaxlm.config import ModelConfig
 from jaxlm.model.params import matrix_params
 
 # Peak bf16 FLOP/s without sparsity of one JAX device, by `device_kind`.
-# TPU: cloud.google.com/tpu/docs (system architecture), per chip; v2, v3 and 7x show
-# each of a chip's two cores as a device, so half of the chip stands here.
+# TPU: cloud.google.com/tpu/docs (system architecture), per chip. On v2, v3 and 7x each
+# of a chip's two cores is a device, so their entries are half of the chip's figure.
 _TPU_PEAKS = {
     "TPU v2": 46e12 / 2,
     "TPU v3": 123e12 / 2,
@@ -33,9 +33,9 @@ _TPU_PEAKS = {
     "TPU7x": 2307e12 / 2,
 }
 
-# GPU: the vendors' data sheets (NVIDIA gives figures with sparsity; half of them here).
-# The first name that occurs in `device_kind` counts, so longer names come first:
-# "NVIDIA H100 PCIe" is not the H100 of the SXM board.
+# GPU: the vendors' data sheets (NVIDIA's figures with sparsity are halved here). The
+# first name that occurs in `device_kind` is taken, so longer names come first:
+# "NVIDIA H100 PCIe" is slower than the H100 on the SXM board.
 _GPU_PEAKS = {
     "GB300": 2500e12,
     "GB200": 2500e12,
@@ -66,17 +66,17 @@ _GPU_PEAKS = {
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """FLOPs of one token's forward and backward pass in training.
+    """Counts the FLOPs per token of a training step, forward and backward.
 
     `6 * matrix_params + sum over layers of 12 * N * H * span`, where the span is the
     sequence length T, or the window in local layers where that is shorter. This is
     PaLM's count (appendix B): 6 = 2 for multiply and add, times 1 forward and 2
-    backward; 12 = 6 for each of the two products with keys and values. As there, the
-    half that a causal mask hides is NOT taken off, so figures that take it off are
+    backward; 12 = 6 for each of the two einsums, with keys and with values. As in PaLM,
+    the half that a causal mask hides is NOT subtracted; counts that subtract it are
     lower.
 
     Raises:
-      ValueError: when model.vocab_size is not set.
+      ValueError: if model.vocab_size is 0.
     """
     spans = [
         min(sequence_length, config.window)
@@ -92,7 +92,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 
 def published_peak_flops(device_kind: str) -> float | None:
-    """Peak bf16 FLOP/s (dense) of one device, or None where none is known here."""
+    """Returns the peak bf16 FLOP/s (dense) of one device, or None if unknown."""
     if device_kind in _TPU_PEAKS:
         return _TPU_PEAKS[device_kind]
     words = device_kind.replace("-", " ").replace("_", " ")
@@ -105,12 +105,12 @@ def published_peak_flops(device_kind: str) -> float | None:
 def measure_peak_flops(
     dtype: jax.typing.DTypeLike, seconds: float | int = 0.2
 ) -> float:
-    """FLOP/s of the best of several 1024 x 1024 x 1024 matmuls on the first device.
+    """Measures FLOP/s: the best of several 1024 x 1024 x 1024 matmuls, first device.
 
     For CPUs, whose vendors publish no such figure. A matmul uses all cores of the
-    process, so it stands for all CPU devices together. Accumulates in f32.
+    process, so this is the figure of all its CPU devices. Accumulates in f32.
     """
-    # A mesh of one device, because the caller may have set one of several.
+    # A mesh of one device: the caller may have set a larger one.
     mesh = jax.make_mesh(
         (1,),
         ("data",),
@@ -138,10 +138,11 @@ def peak_flops(
     devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
     dtype: jax.typing.DTypeLike,
 ) -> float | None:
-    """Peak FLOP/s of all `devices` together; None if the kind of one is not known.
+    """Returns the peak FLOP/s of all `devices` together; None if a kind is unknown.
 
     Accelerators: the published bf16 figure, whatever `dtype` is, so that runs can be
-    compared. CPUs: measured here in `dtype` (about 0.3 s), times the processes.
+    compared. CPUs: measured here in `dtype` (about 0.3 s), times the number of
+    processes.
     """
     if all(device.platform == "cpu" for device in devices):
         processes = {device.process_index for device in devices}

@@ -1,5 +1,6 @@
 """Chat templates against transformers (goldens), hostile ones, and whole conversations."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def test_templates_that_run_for_long(monkeypatch):
     with pytest.raises(ValueError, match="ran for more than 2 s and was stopped"):
         render(LOOP, {})
     monkeypatch.setattr(chat, "MAX_SECONDS", 0.3)
-    with pytest.raises(ValueError, match="did not end within"):
+    with pytest.raises(ValueError, match="did not finish within"):
         render(LOOP, {})
 
 
@@ -246,9 +247,13 @@ SYSTEM = "You are a kind king, and this is your castle in the north. " * 3
 
 def hold(monkeypatch, model, lines, sample=None, **options):
     config, params, tokenizer = model
+    sample = sample or SampleConfig(max_new_tokens=12)
     Script(monkeypatch, lines)
     converse(
-        *(config, params, tokenizer, sample or SampleConfig(max_new_tokens=12)),
+        config,
+        params,
+        tokenizer,
+        dataclasses.replace(sample, stop_ids=tokenizer.stop_ids),
         jax.random.key(5),
         **options,
     )

@@ -102,7 +102,7 @@ def results(name, function, implementation="auto"):
     x, logits, w = inputs_of(case)
     g = normal(52, *x.shape)
     compute = getattr(moe, function)
-    original = moe.grouped_product
+    original = moe.grouped_matmul
 
     def total(x, logits, w):
         y = run(case, compute, x, logits, w)
@@ -110,7 +110,7 @@ def results(name, function, implementation="auto"):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            moe, "grouped_product", partial(original, implementation=implementation)
+            moe, "grouped_matmul", partial(original, implementation=implementation)
         )
         gradient = quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))
         grads, y = gradient(*jax.tree.map(jnp.asarray, (x, logits, w)))
@@ -163,14 +163,14 @@ SIZES = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("implementation", moe.IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_grouped_products(sizes, implementation, dtype):
+def test_grouped_matmuls(sizes, implementation, dtype):
     """Results in x's dtype, sums in f32, and the gradient in the parameter's dtype."""
     counts = SIZES[sizes]
     M, groups = sum(counts), np.repeat(range(4), counts)
     x = jnp.asarray(normal(1, M, 12)).astype(dtype)
     g = jnp.asarray(normal(2, M, 20)).astype(dtype)
     w = jnp.asarray(normal(3, 4, 12, 20))
-    function = partial(moe.grouped_product, implementation=implementation)
+    function = partial(moe.grouped_matmul, implementation=implementation)
     y, pull = jax.vjp(lambda x, w: function(x, w, jnp.asarray(counts)), x, w)
     dx, dw = pull(g)
     assert y.dtype == dx.dtype == dtype and dw.dtype == jnp.float32
@@ -272,7 +272,7 @@ def test_a_tpu_gets_its_own_instruction():
     x, w, sizes = normal(1, 16, 8), normal(2, 4, 8, 12), np.array([1, 7, 0, 8])
 
     def total(x, w):
-        y = moe.grouped_product(x, w, jnp.asarray(sizes), implementation="ragged_dot")
+        y = moe.grouped_matmul(x, w, jnp.asarray(sizes), implementation="ragged_dot")
         return jnp.sum(jnp.square(y))
 
     traced = jax.jit(jax.grad(total, (0, 1))).trace(x, w)

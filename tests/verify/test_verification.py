@@ -369,7 +369,7 @@ def test_user_errors_are_one_line(copy, kept, tmp_path, capsys):
         ([copy, "--against", wider], "is of another model"),
         ([copy, "--against", copy], "pip install 'jaxlm[parity]'"),
         ([copy, "--tokens", 0], "--tokens is 0: it must be at least 1"),
-        ([copy, "--out", tmp_path / "no" / "c.json"], "is no folder"),
+        ([copy, "--out", tmp_path / "no" / "c.json"], "is not a folder"),
         ([copy, "--agianst", empty], "did you mean '--against'"),
     ):
         assert command(*arguments) == 2
