@@ -45,8 +45,8 @@ class Rule:
     Patterns are `theirs -> ours` in the letters of `jaxlm/types.py`, with brackets
     around axes that are merged into one: `(N H) D -> D N H`. C is the length of the
     table of learned positions; h counts the rotary pairs of a head (H / 2), and p the
-    two values of a pair. Several parts are concatenated along their first axis; if the
-    patterns contain `j`, an axis that ours lack, part j is at index j of that axis.
+    two values of a pair. Several parts are concatenated along their first axis; or, if
+    the pattern has an axis `j` of the file, part number j is at index j of that axis.
     """
 
     name: str
@@ -106,9 +106,11 @@ class TensorMapping:
 
     def _leading(self, rule: Rule) -> tuple[int, ...]:
         """Sizes of our stacked axes, which are numbers in the names of the file."""
-        sizes = {"{layer}": self.config.num_layers}
-        sizes["{expert}"] = self.config.num_experts
-        return tuple(n for word, n in sizes.items() if word in rule.name)
+        counts = {
+            "{layer}": self.config.num_layers,
+            "{expert}": self.config.num_experts,
+        }
+        return tuple(n for word, n in counts.items() if word in rule.name)
 
     def _name(self, rule: Rule, index: tuple[int, ...]) -> str:
         layer = index[0] if index else 0
@@ -119,8 +121,8 @@ class TensorMapping:
         return _split(theirs), _split(ours)
 
     def _lengths(self, rule: Rule, groups: list[list[str]]) -> list[int]:
-        sizes = {**self._axis_sizes, "j": len(rule.parts)}
-        return [math.prod(sizes[a] for a in group) for group in groups]
+        axis_sizes = {**self._axis_sizes, "j": len(rule.parts)}
+        return [math.prod(axis_sizes[a] for a in group) for group in groups]
 
     def _rows(self, rule: Rule) -> list[int]:
         """First row of each concatenated part, and the total number of rows."""
@@ -190,10 +192,11 @@ class TensorMapping:
         Raises:
           ValueError: for missing, unknown and wrongly shaped tensors, with their names.
         """
-        shapes = [
-            (n, self.their_shape(r)) for r in self.rules for n, _ in self.names(r)
-        ]
-        expected = dict(shapes)
+        expected = {
+            name: self.their_shape(rule)
+            for rule in self.rules
+            for name, _ in self.names(rule)
+        }
         missing = [name for name in expected if name not in tensors]
         pattern = re.compile("|".join(ignored) or r"(?!)")
         extra = [n for n in tensors if n not in expected and not pattern.fullmatch(n)]
@@ -207,7 +210,7 @@ class TensorMapping:
         for name, shape in expected.items():
             if tensors[name].shape != shape:
                 raise ValueError(
-                    f"{tensors[name].where} has shape {list(tensors[name].shape)}, and "
+                    f"{tensors[name].where} has shape {list(tensors[name].shape)}, but "
                     f"the config requires {list(shape)}"
                 )
             if tensors[name].dtype not in _EXPONENT:

@@ -3,7 +3,7 @@
 Orbax writes the arrays of a step in the background, and a rename commits the step: a
 folder with the name of a step is complete. It contains `params/` and `opt_state/`
 (Orbax), `tokenizer/`, `meta.json` and `manifest.json`. `checkpoint_reader.py` opens a
-step without the intention to train, and changes nothing.
+step for reading only.
 """
 
 import asyncio

@@ -156,7 +156,7 @@ FAULTS = {
     ),
     "shape": (
         put(K, np.zeros((48, 47), np.float32)),
-        r"k_proj\.weight has shape \[48, 47\], and the config requires \[48, 48\]",
+        r"k_proj\.weight has shape \[48, 47\], but the config requires \[48, 48\]",
     ),
     "integers": (put(K, np.zeros((48, 48), np.int8)), "is stored as I8"),
     "another head": (
