@@ -1,4 +1,4 @@
-"""What a terminal and a log show of work that takes time."""
+"""Progress of long work on terminals and in logs."""
 
 import fcntl
 import io
@@ -17,10 +17,10 @@ import pytest
 import jaxlm.progress
 from jaxlm.progress import ProgressLine, format_count, format_row, format_seconds
 
-# A run with everything that may want a place on the terminal at the same time.
+# A run whose bars, notes, warnings and output all reach the terminal at the same time.
 RUN = r"""
 import sys, warnings
-sys.path.append("JAXLM")  # by itself it does not wait for jax
+sys.path.append("JAXLM")  # Imported alone, it does not import jax.
 import progress
 
 progress.DELAY_SECONDS = -1.0  # Bars appear at once.
@@ -62,7 +62,7 @@ def plain_environment(monkeypatch):
 
 
 def on_terminal(program: str, *, columns: int = 80, **environment: str):
-    """What a program leaves on a terminal of 30 rows, and all bytes that it wrote."""
+    """Returns the final screen (30 rows) of a program, and all bytes that it wrote."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", **environment}
@@ -74,7 +74,7 @@ def on_terminal(program: str, *, columns: int = 80, **environment: str):
         try:
             while data := os.read(ours, 65536):
                 written += data
-        except OSError:  # how a pty says that the other side is closed
+        except OSError:  # A pty raises it when the other side is closed.
             pass
     os.close(ours)
     assert child.returncode == 0, written.decode()
@@ -100,7 +100,7 @@ def test_lines_on_a_terminal_do_not_overwrite_each_other(columns):
     if columns == 100:
         assert lines[-2] == f"step 2000/2000 {'━' * 20} loss 1.000 {FIGURES}"
         assert len(rest) == 5
-    else:  # without a bar, and cut
+    else:  # No bar, and truncated figures.
         assert lines[-2] == f"step 2000/2000 loss 1.000 {FIGURES}"[:50]
 
 
@@ -168,6 +168,6 @@ def test_a_log_gets_a_line_every_ten_seconds():
     progress.close()
     lines = stream.getvalue().splitlines()
     shown = [int(line.split()[1].split("/")[0]) for line in lines]
-    assert shown == [1, 21, 41, 61, 81, 95]  # the first, each 10 s, and the last
-    # 0.5 s a step on the clock, whatever the rows say: with evaluations in it.
+    assert shown == [1, 21, 41, 61, 81, 95]  # The first, one every 10 s, the last.
+    # 0.5 s a step by the clock, which includes evaluations, not by the rows.
     assert lines[2].endswith("eta 0:30")

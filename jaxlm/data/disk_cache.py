@@ -19,7 +19,7 @@ from typing import Any
 from jaxlm.data.sources import TextFile
 from jaxlm.progress import progress_bar
 
-# Hashing all bytes at every start would be too slow only for files above this size.
+# Up to this size, hashing all bytes at every start is fast enough.
 FULL_HASH_BYTES = 256 << 20
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 1 << 20
@@ -103,8 +103,8 @@ def _sampled_hash(path: Path) -> str:
 def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     """Returns the folder `root/key`, and builds it first if it is missing.
 
-    `build` fills a temporary folder beside it, which is renamed when it is complete and
-    on disk. When two processes build at once, both succeed and one result is kept.
+    `build` fills a temporary folder next to it, which is renamed once it is complete
+    and on disk. When two processes build at once, both succeed and one result is kept.
 
     Args:
       root: the cache folder; created, for this user only, when missing.

@@ -108,7 +108,7 @@ def train_rows(
       length: tokens in a row, T.
       segment_attention: give each document of a row its own segment, restart positions
         there and predict nothing across documents. Otherwise a row is one segment, and
-        only the token after the end of the stream is not predicted.
+        only the first token after a wrap-around is not predicted.
 
     Returns:
       A batch of NumPy arrays [B, length].

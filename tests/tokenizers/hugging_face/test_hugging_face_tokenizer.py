@@ -43,7 +43,7 @@ def test_pieces_tile_the_bytes(name, all_of_them):
         pieces, data = tokenizer.pieces(text), text.encode()
         assert [p.id for p in pieces] == ids
         assert all(0 <= p.start <= p.end <= len(data) for p in pieces)
-        if name == "unigram":  # NFKC changes the text: places are the library's.
+        if name == "unigram":  # NFKC changes the text: offsets are the library's.
             continue
         ends = [0, *(p.end for p in pieces)]
         assert [p.start for p in pieces] == ends[:-1] and ends[-1] == len(data)
