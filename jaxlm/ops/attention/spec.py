@@ -36,8 +36,7 @@ class Mask:
     """Hide keys after the query."""
     window: int | None = field(default=None, metadata={"static": True})
     """Number of tokens that a query sees, counting itself; None: no limit."""
-    # Typed Any, with unchecked shapes: when JAX rebuilds this tree, a leaf may be any
-    # object.
+    # `Any`: see `jaxlm/types.py` on leaves.
     query_positions: Any = None
     """[#B, T] int32: the position of each query among the keys; None: 0 to T - 1."""
     query_segments: Any = None
