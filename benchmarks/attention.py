@@ -1,13 +1,13 @@
-"""Attention beside its peers, in one run, on the device that is here.
+"""Compares attention with its peers on this device, in one run.
 
 python benchmarks/attention.py [--lengths 128 ... 4096] [--rounds 5] [--out FILE]
 
-For each length: forward, and forward with backward, causal and with a window of an
-eighth, by every implementation that can do it (`pallas_gpu` with each of its forward
-kernels), by `jax.nn.dot_product_attention`, and
-by JAX's stock Pallas kernel and tokamax where they run. Rounds alternate between all of
-them, so that what disturbs the machine disturbs all; figures are medians. Ratios are
-the time of `jax.nn.dot_product_attention` over the other's: more is faster.
+For each length it times forward, and forward with backward, causal and with a window of
+an eighth, of every implementation that can run (`pallas_gpu` with each of its forward
+kernels), of `jax.nn.dot_product_attention`, and of JAX's stock Pallas kernel and
+tokamax where they run. Rounds alternate between all of them, so that disturbances
+affect all; figures are medians. Ratios are the time of `jax.nn.dot_product_attention`
+divided by the other's: higher is faster.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from jaxlm.train.throughput import measure_peak_flops
 
 RESULTS = Path(__file__).parent / "results"
 PEER = "jax.nn"
-# Larger scores than this would not fit beside everything else.
-MOST_SCORES = 2**33
+# More scores than this would not fit in memory.
+MAX_SCORES = 2**33
 HEADS, KV_HEADS = 8, 2
 
 
@@ -47,7 +47,7 @@ def jax_nn(q, k, v, window: int | None, implementation: str | None = None):
 
 
 def stock_pallas(q, k, v, window: int | None):
-    """JAX's Pallas kernel of the platform; it has no groups of heads."""
+    """Runs JAX's Pallas kernel of the platform, which does not support GQA."""
     assert window is None
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
@@ -78,12 +78,12 @@ def tokamax(q, k, v, window: int | None):
 
 
 def contestants(q, k, window: int | None) -> dict[str, Callable]:
-    """Everything that may run here, by name."""
+    """Returns everything that can run here, by name."""
     spec = AttentionSpec(q.shape[-1] ** -0.5, Mask(window=window))
-    asked = request(q, k, spec)
+    what = request(q, k, spec)
     found: dict[str, Callable] = {PEER: partial(jax_nn, window=window)}
     for name, implementation in IMPLEMENTATIONS.items():
-        if implementation.declines(asked) is None:
+        if implementation.declines(what) is None:
             found[name] = lambda q, k, v, run=implementation.run: run(q, k, v, spec)[0]
     if "pallas_gpu" in found:
         from jaxlm.ops.attention.gpu import pallas_gpu
@@ -93,7 +93,7 @@ def contestants(q, k, window: int | None) -> dict[str, Callable]:
             settings = pallas_gpu.default_settings(q, forward)
             run = partial(pallas_gpu.attention, spec=spec, settings=settings)
             found[f"pallas_gpu, {forward}"] = lambda *qkv, run=run: run(*qkv)[0]
-    if asked.platform != "cpu":
+    if what.platform != "cpu":
         found["tokamax"] = partial(tokamax, window=window)
         if window is None:
             found["stock pallas"] = partial(stock_pallas, window=None)
@@ -109,7 +109,7 @@ def compiled(run: Callable, backward: bool, *arguments) -> Callable:
 
 
 def time_one(run: Callable, arguments, seconds: float) -> float:
-    """Mean seconds of a call, over calls that take `seconds` together."""
+    """Measures mean seconds per call, over calls that take about `seconds` in total."""
     started = time.perf_counter()
     jax.block_until_ready(run(*arguments))
     count = max(1, int(seconds / max(time.perf_counter() - started, 1e-6)))
@@ -121,7 +121,7 @@ def time_one(run: Callable, arguments, seconds: float) -> float:
 
 
 def compare(T: int, head_dim: int, backward: bool, window: int | None, rounds: int):
-    """Medians in ms, ratios, and what could not be done."""
+    """Returns medians in ms, ratios, and which could not run and why."""
     batch = max(1, 8192 // T)
     dtype = compute_dtype("auto")
     keys = jax.random.split(jax.random.key(0), 3)
@@ -132,8 +132,8 @@ def compare(T: int, head_dim: int, backward: bool, window: int | None, rounds: i
     ]
     programs, failed = {}, {}
     for name, run in contestants(*arguments[:2], window).items():
-        whole = name in ("reference", PEER) and batch * HEADS * T * T > MOST_SCORES
-        if whole or (name == "dense" and batch * HEADS * T * T > MOST_SCORES):
+        whole = name in ("reference", PEER) and batch * HEADS * T * T > MAX_SCORES
+        if whole or (name == "dense" and batch * HEADS * T * T > MAX_SCORES):
             failed[name] = "its scores would not fit"
             continue
         try:
@@ -165,12 +165,12 @@ def compare(T: int, head_dim: int, backward: bool, window: int | None, rounds: i
 
 
 def matrix_peak() -> float:
-    """FLOP/s of a large matrix product on this device."""
+    """Measures the FLOP/s of a large matmul on this device."""
     if jax.default_backend() == "cpu":
         return measure_peak_flops(compute_dtype("auto"))
     x = jnp.ones((8192, 8192), jnp.bfloat16)
-    product = jax.jit(lambda a, b: a @ b).lower(x, x).compile()
-    return 2 * 8192**3 / min(time_one(product, (x, x), 0.2) for _ in range(5))
+    matmul = jax.jit(lambda a, b: a @ b).lower(x, x).compile()
+    return 2 * 8192**3 / min(time_one(matmul, (x, x), 0.2) for _ in range(5))
 
 
 def main() -> None:

@@ -1,14 +1,13 @@
-"""What the compiler says of a training step on devices that are not here.
+"""Compiles a training step for devices that are not present.
 
 python benchmarks/compile_train_step.py v5e:16x16 [--attention pallas_tpu splash xla]
 python benchmarks/compile_train_step.py h100:8 --attention pallas_gpu cudnn
 
 Compiles one step of a model of 1B parameters (llama3.2-1b) ahead of time, once for each
-implementation of attention, and prints seconds, memory for each device, and what the
-compiler counts. Nothing runs: the figures say that the compiler takes the program and
-that it fits, not that it is right or fast. Needs libtpu (`pip install 'jax[tpu]'`) for
-TPU topologies, the cuda13 plugin for h100. Results go to
-benchmarks/results/compile_train_step.json.
+implementation of attention, and prints seconds, memory per device, and the compiler's
+counts. Nothing runs: the figures show that the program compiles and fits, not that it
+is right or fast. Needs libtpu (`pip install 'jax[tpu]'`) for TPU topologies, and the
+cuda13 plugin for h100. Results go to benchmarks/results/compile_train_step.json.
 """
 
 import os
@@ -65,7 +64,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def devices_of(target: str) -> list[jax.Device]:
-    """`v5e:16x16` and the like are TPU topologies, `h100:8` is so many cards."""
+    """Describes devices: a TPU topology such as `v5e:16x16`, or cards as `h100:8`."""
     kind, _, size = target.partition(":")
     if kind == "h100":
         described = topologies.get_topology_desc(
@@ -79,7 +78,7 @@ def devices_of(target: str) -> list[jax.Device]:
 def compile_step(
     devices: list[jax.Device], attention: str, *, layers: int, rows: int, length: int
 ) -> dict:
-    """Compiles a step with parameters and batch cut over all devices; its figures."""
+    """Compiles a step with parameters and batch sharded over all devices."""
     model = dataclasses.replace(
         preset("llama3.2-1b"),
         num_layers=layers,
@@ -121,7 +120,7 @@ def compile_step(
 
 
 def figures(compiled) -> dict:
-    """What can be read off a compiled program, for each device."""
+    """Reads the figures of a compiled program, per device."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}
     return {
@@ -142,7 +141,7 @@ def main() -> None:
     parser.add_argument("target", help="v5e:16x16, v5p:4x4x4, v6e:16x16, h100:8 ...")
     parser.add_argument("--attention", nargs="+", default=["pallas_tpu", "splash"])
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=2, help="of the batch, a device")
+    parser.add_argument("--rows", type=int, default=2, help="batch rows per device")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()

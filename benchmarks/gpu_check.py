@@ -1,9 +1,9 @@
-"""Tests and timings of attention on the accelerator that is here, in one call.
+"""Tests and times attention on this machine's accelerator.
 
 python benchmarks/gpu_check.py [--quick] [--out FOLDER]
 
-Runs tests/ops/attention/test_attention.py with the kernels as they are, on the device,
-then benchmarks/attention.py at 1k to 16k tokens, head_dim 64 and 128. Writes
+Runs tests/ops/attention/test_attention.py with compiled kernels on the device, then
+benchmarks/attention.py at 1k to 16k tokens, head_dim 64 and 128. Writes
 attention_DEVICE.json (timings) and check_DEVICE.json, the record that `PROVEN` in
 jaxlm/ops/attention/dispatch.py and `PROVEN_SPECIALIZED` in its gpu/pallas_gpu.py ask
 for. Needs `pip install '.[test]'`.
@@ -21,7 +21,7 @@ TESTS = "tests/ops/attention/test_attention.py"
 
 
 def run_tests(platform: str) -> dict:
-    """Counts of the tests on the device, and the end of what pytest said."""
+    """Runs the tests on the device; returns the result and pytest's summary."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rf", TESTS]
     done = subprocess.run(
         command,
@@ -31,11 +31,11 @@ def run_tests(platform: str) -> dict:
         text=True,
     )
     print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", flush=True)
-    said = [x for x in done.stdout.splitlines() if x.startswith("FAILED")]
+    failed = [x for x in done.stdout.splitlines() if x.startswith("FAILED")]
     return {
         "tests_passed": done.returncode == 0,
         "summary": done.stdout.splitlines()[-1] if done.stdout else "",
-        "failed": said,
+        "failed": failed,
     }
 
 
@@ -44,14 +44,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two lengths, one width")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    # In a process of its own: this one must leave the device to the others.
-    asked = (
+    # In a separate process: this one must not occupy the device.
+    program = (
         "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='\\n')"
     )
-    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
-    platform, device = said.stdout.splitlines()[-2:]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    platform, device = done.stdout.splitlines()[-2:]
     if platform == "cpu":
-        raise SystemExit("error: no accelerator is here; the tests interpret on a CPU")
+        raise SystemExit(
+            "error: no accelerator found; on a CPU the tests run in the interpreter"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     name = device.replace(" ", "_")
     record = {"device": device, **run_tests("cuda" if platform == "gpu" else platform)}

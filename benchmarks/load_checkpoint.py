@@ -1,14 +1,14 @@
-"""Loading a published checkpoint beside reading its file and copying it to the device.
+"""Compares loading a checkpoint with reading its file and copying it to the device.
 
 python benchmarks/load_checkpoint.py FOLDER [--rounds 5]
 python benchmarks/load_checkpoint.py FOLDER --make-sparse llama3.1-8b
 
-The baseline reads model.safetensors into memory and copies it to the device, which
-nothing that loads it can do without. Both run in processes of their own, in turns, with
-the file in the page cache; medians, their ratio, and the greatest memory of a process
-beyond the parameters are printed and written to
-benchmarks/results/load_checkpoint.json. With --make-sparse FOLDER is made first: a
-bfloat16 checkpoint of that preset whose weights are a hole in the file.
+The baseline reads model.safetensors into memory and copies it to the device, which any
+loader must do. Both alternate in separate processes, with the file in the page cache.
+Prints medians, their ratio, and the peak memory of a process beyond the parameters, and
+writes them to benchmarks/results/load_checkpoint.json. With --make-sparse it first
+creates FOLDER: a bfloat16 checkpoint of that preset whose weights are a hole in the
+file.
 """
 
 import argparse
@@ -21,19 +21,19 @@ import sys
 import time
 from pathlib import Path
 
-# The baseline goes by parts, so that it need not hold the model twice.
+# The baseline reads in parts, so that it does not hold the model twice.
 PART = 1 << 28
 RESULTS = Path(__file__).parent / "results" / "load_checkpoint.json"
 
 
 def rss_mb(field: str) -> int:
-    """A line of /proc/self/status in MB: RssAnon now, or VmHWM, the highest RSS."""
+    """Reads a field of /proc/self/status in MB: RssAnon (now) or VmHWM (peak RSS)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith(field)) // 1024
 
 
 def worker(kind: str, folder: Path) -> dict[str, float]:
-    """Times one way of getting the checkpoint onto the device."""
+    """Times one way of loading the checkpoint onto the device."""
     import threading
 
     import jax
@@ -69,7 +69,7 @@ def worker(kind: str, folder: Path) -> dict[str, float]:
 
 
 def make_sparse(folder: Path, name: str) -> None:
-    """A checkpoint with the true header of a preset, and zeros that take no space."""
+    """Writes a checkpoint with the real header of a preset, and a hole for weights."""
     import ml_dtypes
     import numpy as np
 

@@ -1,11 +1,11 @@
-"""nanoGPT's CPU recipe for Shakespeare characters, on any text, for a given time.
+"""Runs nanoGPT's CPU recipe for Shakespeare characters on any text, for a given time.
 
 PEER_PYTHON benchmarks/nanogpt_recipe.py --nanogpt FOLDER --text FILE --seconds 250
 
 The recipe of nanoGPT's README for a laptop CPU (4 layers of 128, 4 heads, 64 tokens,
-batch 12, AdamW, cosine), with as many iterations as fill the time instead of its
-2,000. Prints the loss in nats a character of one full pass over the last tenth of the
-text, in rows of 64, as train.py evaluates. Needs torch, and a clone of nanoGPT.
+batch 12, AdamW, cosine), with as many iterations as fit the time instead of its 2,000.
+Prints the loss in nats per character over one full pass through the last tenth of the
+text, in rows of 64, as train.py evaluates. Needs torch and a clone of nanoGPT.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    # The first steps, at a learning rate of nearly nothing, measure the speed.
+    # The first steps measure the speed, with a learning rate near 0.
     steps = arguments.iterations
     start = time.perf_counter()
     if not steps:

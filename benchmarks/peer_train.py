@@ -1,7 +1,6 @@
-"""A peer's training step, timed in its own Python. Called by train_step.py.
+"""Times a peer's training step in its own Python. Called by train_step.py.
 
-Both take the step that their users take: bf16 autocast or f32, clipping at norm 1,
-torch's AdamW.
+Both peers take the usual step: bf16 autocast or f32, clipping at norm 1, torch's AdamW.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import time
 
 
 def transformers_llama():
-    """Llama of the SmolLM2-135M shape, random weights; batch and length."""
+    """Makes a Llama with the shape of SmolLM2-135M and random weights."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -35,7 +34,7 @@ def transformers_llama():
 
 
 def nanogpt_baby(folder: str):
-    """nanoGPT's Shakespeare character model, from its own model.py."""
+    """Makes nanoGPT's Shakespeare character model from its own model.py."""
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig
 

@@ -1,12 +1,12 @@
-"""Training throughput beside the peers, same shapes, in one run.
+"""Compares training throughput with peers at the same shapes, in one run.
 
 python benchmarks/train_step.py --peer-python PATH [--nanogpt FOLDER] [--rounds 3]
 
-Alternates jaxlm and each peer, a process each, `rounds` times, and prints the medians,
-their ratio, and the share of this machine's matrix-product peak. PATH is a Python with
-torch and transformers; FOLDER is a clone of nanoGPT. Results go to
-benchmarks/results/train_step.json. Run it on a quiet machine: the script refuses when
-other processes use more than a fifth of a core.
+Alternates between jaxlm and each peer in separate processes, `rounds` times, and prints
+the medians, their ratio, and the share of this machine's matmul peak. PATH is a Python
+with torch and transformers; FOLDER is a clone of nanoGPT. Results go to
+benchmarks/results/train_step.json. Run it on a quiet machine: the script stops if other
+processes use more than a fifth of a core.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RESULTS = HERE / "results" / "train_step.json"
 
 @dataclass(frozen=True)
 class Case:
-    """A shape and the peer that is timed on it."""
+    """A shape, and the peer timed at it."""
 
     batch: int
     length: int
@@ -78,7 +78,7 @@ CASES = {
 
 
 def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
-    """Seconds of each step, in this process."""
+    """Times steps of jaxlm in this process."""
     import jax
     import numpy as np
 
@@ -100,7 +100,7 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
 
     case = CASES[name]
     B, T = case.batch, case.length
-    # Six layers or fewer compile fast enough unrolled, and run faster so.
+    # Up to eight layers compile fast enough unrolled, and run faster that way.
     unroll = 0 if case.model["num_layers"] <= 8 else 1
     config = Config(
         model=ModelConfig(**case.model, dtype=dtype, unroll_layers=unroll),
@@ -143,11 +143,11 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
 
 
 def child(command: list[str], malloc: bool) -> dict:
-    """Runs a command that prints one JSON line last."""
+    """Runs a command, and parses its last line of output as JSON."""
     environment = dict(os.environ)
     environment.pop("GLIBC_TUNABLES", None)
     if malloc:
-        # As `jaxlm train` sets it for itself.
+        # As `jaxlm train` sets them.
         environment["GLIBC_TUNABLES"] = MALLOC_OPTIONS
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False
@@ -158,7 +158,7 @@ def child(command: list[str], malloc: bool) -> dict:
 
 
 def foreign_cores(seconds: float = 2.0) -> float:
-    """Cores that other processes use now (Linux)."""
+    """Measures how many cores other processes use (Linux)."""
 
     def busy() -> float:
         fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
@@ -171,7 +171,7 @@ def foreign_cores(seconds: float = 2.0) -> float:
 
 
 def compare(name: str, arguments: argparse.Namespace) -> dict:
-    """Alternates jaxlm and the peer of a case."""
+    """Alternates between jaxlm and the peer of a case."""
     case = CASES[name]
     tokens = case.batch * case.length
     runs: dict[str, list[dict]] = {"jaxlm": [], case.peer: []}
@@ -187,7 +187,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
             raise SystemExit(
                 f"other processes use {load:.1f} cores: wait, or pass --even-if-busy"
             )
-        # jaxlm runs as train.py does, the peer with the malloc it has by itself.
+        # jaxlm runs with the malloc options of train.py, the peer with its defaults.
         runs["jaxlm"].append(child(ours, malloc=True))
         runs[case.peer].append(child(peer, malloc=False))
         print(
