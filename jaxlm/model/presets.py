@@ -7,6 +7,7 @@ papers named below; tests hold the parameter counts of all. A name is
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 from jaxlm.config import ModelConfig, RopeScaling, nearest
@@ -40,12 +41,14 @@ def original_transformer(**sizes: Any) -> ModelConfig:
     )
 
 
-def gpt2(**sizes: Any) -> ModelConfig:
+def gpt2(layers: int, width: int, heads: int) -> ModelConfig:
     """GPT-2 (Radford et al. 2019)."""
-    width = sizes["model_dim"]
     return ModelConfig(
         vocab_size=50_257,
-        num_kv_heads=sizes["num_heads"],
+        num_layers=layers,
+        model_dim=width,
+        num_heads=heads,
+        num_kv_heads=heads,
         head_dim=64,
         hidden_dim=4 * width,
         context_length=1024,
@@ -58,35 +61,110 @@ def gpt2(**sizes: Any) -> ModelConfig:
         norm="layer",
         norm_bias=True,
         norm_epsilon=1e-5,
-        **sizes,
     )
 
 
-def llama(**choices: Any) -> ModelConfig:
-    """Llama 2 (arXiv:2307.09288), and what Llama-shaped models share."""
-    common: dict[str, Any] = {
-        "vocab_size": 32_000,
-        "head_dim": 128,
-        "context_length": 4096,
-        "norm_epsilon": 1e-5,
-        "tied_embeddings": False,
-    }
-    return ModelConfig(**{**common, **choices})
+# Families: what their models share. A keyword of a call replaces that of its family.
 
-
-def llama3(**choices: Any) -> ModelConfig:
-    """Llama 3 (arXiv:2407.21783)."""
-    common: dict[str, Any] = {
-        "vocab_size": 128_256,
-        "num_kv_heads": 8,
-        "context_length": 8192,
-        "rope_theta": 500_000.0,
-    }
-    return llama(**{**common, **choices})
+# Llama 2 (arXiv:2307.09288), and what Llama-shaped models share.
+llama = partial(
+    ModelConfig,
+    vocab_size=32_000,
+    head_dim=128,
+    context_length=4096,
+    norm_epsilon=1e-5,
+    tied_embeddings=False,
+)
+# Llama 3 (arXiv:2407.21783).
+llama3 = partial(
+    llama,
+    vocab_size=128_256,
+    num_kv_heads=8,
+    context_length=8192,
+    rope_theta=500_000.0,
+)
+# Qwen2 (arXiv:2407.10671) and Qwen2.5 (arXiv:2412.15115). Their config.json has a
+# sliding window, but with `use_sliding_window` false.
+qwen2 = partial(
+    llama,
+    vocab_size=151_936,
+    context_length=131_072,
+    rope_theta=1_000_000.0,
+    attention_bias=True,
+    norm_epsilon=1e-6,
+)
+# Qwen3 (arXiv:2505.09388), and its mixtures of experts.
+qwen3 = partial(
+    llama,
+    vocab_size=151_936,
+    num_kv_heads=8,
+    context_length=40_960,
+    rope_theta=1_000_000.0,
+    qk_norm="head",
+    norm_epsilon=1e-6,
+)
+qwen3_moe = partial(qwen3, num_experts=128, experts_per_token=8)
+# Mistral 7B (arXiv:2310.06825) from v0.2 on, and Mistral Nemo.
+mistral = partial(
+    llama,
+    num_heads=32,
+    num_kv_heads=8,
+    hidden_dim=14_336,
+    context_length=32_768,
+    rope_theta=1_000_000.0,
+)
+# Mixtral (arXiv:2401.04088); 8x22B with the vocabulary of the base model.
+mixtral = partial(mistral, num_experts=8, experts_per_token=2)
+# gpt-oss (arXiv:2508.10925).
+gpt_oss = partial(
+    llama,
+    vocab_size=201_088,
+    model_dim=2880,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=64,
+    hidden_dim=2880,
+    context_length=131_072,
+    rope_theta=150_000.0,
+    rope_scaling=RopeScaling(
+        kind="yarn", factor=32.0, original_context_length=4096, truncate=False
+    ),
+    layer_pattern=("local", "global"),
+    window=128,
+    attention_bias=True,
+    attention_output_bias=True,
+    attention_sinks=True,
+    activation="swiglu_clamped",
+    feed_forward_bias=True,
+    experts_per_token=4,
+    router_bias=True,
+)
+# Phi-3 (arXiv:2404.14219), Phi-4 (arXiv:2412.08905) and Phi-4-mini. The long-context
+# ones have a window of 262,144 in their config.json, more than their context: it hides
+# nothing and is left out here.
+phi3 = partial(llama, num_layers=32, model_dim=3072, hidden_dim=8192)
+# OLMo 2 (arXiv:2501.00656).
+olmo2 = partial(
+    llama,
+    vocab_size=100_352,
+    rope_theta=500_000.0,
+    qk_norm="full",
+    norm_epsilon=1e-6,
+    norm_placement="output",
+)
+# SmolLM2 (arXiv:2502.02737).
+smollm2 = partial(
+    llama,
+    vocab_size=49_152,
+    head_dim=64,
+    context_length=8192,
+    rope_theta=100_000.0,
+    tied_embeddings=True,
+)
 
 
 def llama3_long(factor: float, **choices: Any) -> ModelConfig:
-    """Llama 3.1 and 3.2: rotary frequencies stretched by `factor`."""
+    """Llama 3.1 and 3.2: rotary frequencies are stretched by `factor`."""
     scaling = RopeScaling(
         kind="llama3",
         factor=factor,
@@ -95,34 +173,6 @@ def llama3_long(factor: float, **choices: Any) -> ModelConfig:
         high_frequency_factor=4.0,
     )
     return llama3(context_length=131_072, rope_scaling=scaling, **choices)
-
-
-def qwen2(**choices: Any) -> ModelConfig:
-    """Qwen2 (arXiv:2407.10671) and Qwen2.5 (arXiv:2412.15115).
-
-    Their config.json holds a sliding window, but with `use_sliding_window` false.
-    """
-    common: dict[str, Any] = {
-        "vocab_size": 151_936,
-        "context_length": 131_072,
-        "rope_theta": 1_000_000.0,
-        "attention_bias": True,
-        "norm_epsilon": 1e-6,
-    }
-    return llama(**{**common, **choices})
-
-
-def qwen3(**choices: Any) -> ModelConfig:
-    """Qwen3 (arXiv:2505.09388)."""
-    common: dict[str, Any] = {
-        "vocab_size": 151_936,
-        "num_kv_heads": 8,
-        "context_length": 40_960,
-        "rope_theta": 1_000_000.0,
-        "qk_norm": "head",
-        "norm_epsilon": 1e-6,
-    }
-    return llama(**{**common, **choices})
 
 
 def gemma(**choices: Any) -> ModelConfig:
@@ -138,147 +188,37 @@ def gemma(**choices: Any) -> ModelConfig:
     return ModelConfig(**{**common, **choices})
 
 
-def gemma2(**choices: Any) -> ModelConfig:
-    """Gemma 2 (arXiv:2408.00118)."""
-    common: dict[str, Any] = {
-        "layer_pattern": ("local", "global"),
-        "window": 4096,
-        "attention_scale": 256**-0.5,
-        "attention_soft_cap": 50.0,
-        "final_soft_cap": 30.0,
-        "norm_placement": "both",
-    }
-    return gemma(**{**common, **choices})
-
-
-def gemma3(**choices: Any) -> ModelConfig:
-    """Gemma 3 (arXiv:2503.19786), its text part."""
-    common: dict[str, Any] = {
-        "vocab_size": 262_144,
-        "context_length": 32_768,
-        "layer_pattern": ("local",) * 5 + ("global",),
-        "window": 512,
-        "rope_theta": 1_000_000.0,
-        "rope_local_theta": 10_000.0,
-        "qk_norm": "head",
-        "attention_scale": 256**-0.5,
-        "norm_placement": "both",
-    }
-    return gemma(**{**common, **choices})
-
-
-def gemma3_long(**choices: Any) -> ModelConfig:
-    """Gemma 3 from 4B up; the table has 64 more rows, for pictures."""
-    common: dict[str, Any] = {
-        "vocab_size": 262_208,
-        "context_length": 131_072,
-        "window": 1024,
-        "rope_scaling": RopeScaling(kind="linear", factor=8.0),
-    }
-    return gemma3(**{**common, **choices})
-
-
-def mistral(**choices: Any) -> ModelConfig:
-    """Mistral 7B (arXiv:2310.06825) from v0.2 on, and Mistral Nemo."""
-    common: dict[str, Any] = {
-        "num_heads": 32,
-        "num_kv_heads": 8,
-        "hidden_dim": 14_336,
-        "context_length": 32_768,
-        "rope_theta": 1_000_000.0,
-    }
-    return llama(**{**common, **choices})
-
-
-def mixtral(**choices: Any) -> ModelConfig:
-    """Mixtral (arXiv:2401.04088); 8x22B with the vocabulary of the base model."""
-    return mistral(**{"num_experts": 8, "experts_per_token": 2, **choices})
-
-
-def qwen3_moe(**choices: Any) -> ModelConfig:
-    """The mixtures of experts among Qwen3 (arXiv:2505.09388)."""
-    return qwen3(**{"num_experts": 128, "experts_per_token": 8, **choices})
-
-
-def gpt_oss(**choices: Any) -> ModelConfig:
-    """gpt-oss (arXiv:2508.10925)."""
-    common: dict[str, Any] = {
-        "vocab_size": 201_088,
-        "model_dim": 2880,
-        "num_heads": 64,
-        "num_kv_heads": 8,
-        "head_dim": 64,
-        "hidden_dim": 2880,
-        "context_length": 131_072,
-        "rope_theta": 150_000.0,
-        "rope_scaling": RopeScaling(
-            kind="yarn",
-            factor=32.0,
-            original_context_length=4096,
-            truncate=False,
-        ),
-        "layer_pattern": ("local", "global"),
-        "window": 128,
-        "attention_bias": True,
-        "attention_output_bias": True,
-        "attention_sinks": True,
-        "activation": "swiglu_clamped",
-        "feed_forward_bias": True,
-        "experts_per_token": 4,
-        "router_bias": True,
-    }
-    return llama(**{**common, **choices})
-
-
-def phi3(**choices: Any) -> ModelConfig:
-    """Phi-3 (arXiv:2404.14219), Phi-4 (arXiv:2412.08905) and Phi-4-mini.
-
-    The long-context ones have a window of 262,144 in their config.json, more than
-    their context: it hides nothing and is left out here.
-    """
-    return llama(**{"num_layers": 32, "model_dim": 3072, "hidden_dim": 8192, **choices})
-
-
-def olmo2(**choices: Any) -> ModelConfig:
-    """OLMo 2 (arXiv:2501.00656)."""
-    common: dict[str, Any] = {
-        "vocab_size": 100_352,
-        "rope_theta": 500_000.0,
-        "qk_norm": "full",
-        "norm_epsilon": 1e-6,
-        "norm_placement": "output",
-    }
-    return llama(**{**common, **choices})
-
-
-def smollm2(**choices: Any) -> ModelConfig:
-    """SmolLM2 (arXiv:2502.02737)."""
-    common: dict[str, Any] = {
-        "vocab_size": 49_152,
-        "head_dim": 64,
-        "context_length": 8192,
-        "rope_theta": 100_000.0,
-        "tied_embeddings": True,
-    }
-    return llama(**{**common, **choices})
-
-
-def smollm3() -> ModelConfig:
-    """SmolLM3 3B: every fourth layer has no rotation (NoPE)."""
-    return llama(
-        vocab_size=128_256,
-        num_layers=36,
-        model_dim=2048,
-        num_heads=16,
-        num_kv_heads=4,
-        hidden_dim=11_008,
-        context_length=65_536,
-        rope_theta=5_000_000.0,
-        rope_pattern=(True, True, True, False),
-        norm_epsilon=1e-6,
-        tied_embeddings=True,
-    )
-
+# Gemma 2 (arXiv:2408.00118).
+gemma2 = partial(
+    gemma,
+    layer_pattern=("local", "global"),
+    window=4096,
+    attention_scale=256**-0.5,
+    attention_soft_cap=50.0,
+    final_soft_cap=30.0,
+    norm_placement="both",
+)
+# Gemma 3 (arXiv:2503.19786), its text part.
+gemma3 = partial(
+    gemma,
+    vocab_size=262_144,
+    context_length=32_768,
+    layer_pattern=("local",) * 5 + ("global",),
+    window=512,
+    rope_theta=1_000_000.0,
+    rope_local_theta=10_000.0,
+    qk_norm="head",
+    attention_scale=256**-0.5,
+    norm_placement="both",
+)
+# Gemma 3 from 4B up; the table has 64 more rows, for pictures.
+gemma3_long = partial(
+    gemma3,
+    vocab_size=262_208,
+    context_length=131_072,
+    window=1024,
+    rope_scaling=RopeScaling(kind="linear", factor=8.0),
+)
 
 # Divisors of the 48 rotary frequencies, as in the models' config.json.
 # fmt: off
@@ -335,10 +275,6 @@ def _sized(layers: int, width: int, heads: int, kv: int, hidden: int) -> dict[st
     }
 
 
-def _gpt2_sized(layers: int, width: int, heads: int) -> ModelConfig:
-    return gpt2(num_layers=layers, model_dim=width, num_heads=heads)
-
-
 PRESETS: dict[str, ModelConfig] = {
     "transformer-base": original_transformer(
         model_dim=512, num_heads=8, hidden_dim=2048
@@ -346,10 +282,10 @@ PRESETS: dict[str, ModelConfig] = {
     "transformer-big": original_transformer(
         model_dim=1024, num_heads=16, hidden_dim=4096
     ),
-    "gpt2-124m": _gpt2_sized(12, 768, 12),
-    "gpt2-355m": _gpt2_sized(24, 1024, 16),
-    "gpt2-774m": _gpt2_sized(36, 1280, 20),
-    "gpt2-1.5b": _gpt2_sized(48, 1600, 25),
+    "gpt2-124m": gpt2(12, 768, 12),
+    "gpt2-355m": gpt2(24, 1024, 16),
+    "gpt2-774m": gpt2(36, 1280, 20),
+    "gpt2-1.5b": gpt2(48, 1600, 25),
     "llama2-7b": llama(**_sized(32, 4096, 32, 32, 11_008)),
     "llama2-13b": llama(**_sized(40, 5120, 40, 40, 13_824)),
     "llama2-70b": llama(**_sized(80, 8192, 64, 8, 28_672)),
@@ -451,7 +387,16 @@ PRESETS: dict[str, ModelConfig] = {
     "smollm2-135m": smollm2(**_sized(30, 576, 9, 3, 1536)),
     "smollm2-360m": smollm2(**_sized(32, 960, 15, 5, 2560)),
     "smollm2-1.7b": smollm2(**_sized(24, 2048, 32, 32, 8192), rope_theta=130_000.0),
-    "smollm3-3b": smollm3(),
+    # Every fourth layer has no rotation (NoPE).
+    "smollm3-3b": llama(
+        **_sized(36, 2048, 16, 4, 11_008),
+        vocab_size=128_256,
+        context_length=65_536,
+        rope_theta=5_000_000.0,
+        rope_pattern=(True, True, True, False),
+        norm_epsilon=1e-6,
+        tied_embeddings=True,
+    ),
 }
 
 
