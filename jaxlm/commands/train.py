@@ -87,7 +87,7 @@ def train(
       The exit code (`train/stopping.py`).
 
     Raises:
-      ValueError: when the text, the run folder, the checkpoint or the prompt of the
+      ValueError: if the text, the run folder, the checkpoint or the prompt of the
         samples cannot be used.
       NotFinite: at the first step whose loss or gradient is not finite.
     """
@@ -96,13 +96,13 @@ def train(
         settings.run_dir, settings.keep, settings.keep_every, fresh=config.fresh
     )
     with checkpoints, StopRequest(settings.max_minutes) as stop:
-        # The text.
+        # Read the text.
         tokenizer = None if initial is None else initial.tokenizer()
         dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
         config = with_vocabulary(config, dataset.tokenizer.vocab_size)
         hooks = make_hooks(config, dataset, checkpoints)
 
-        # The state.
+        # Make or restore the state.
         optimizer = make_optimizer(config.optimizer, settings.steps)
         state, resumed = initial_state(config, optimizer, checkpoints, dataset, initial)
         step = int(state.step)
@@ -111,7 +111,7 @@ def train(
             print(f"{done}; raise --train.steps, or start over with --fresh")
             return EXIT_DONE
 
-        # The loop.
+        # Train.
         sharding = rules.batch_sharding(jax.sharding.get_mesh())
         rows = batches(
             dataset, settings.batch_size, step, sharding, config.data.prefetch

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the curves and samples of the report. All text goes in as text, never as HTML.
+// Draws the curves and samples of the report. Text is inserted as text, never as HTML.
 (() => {
 const runs = JSON.parse(document.getElementById("data").textContent).runs;
 const SVG = document.getElementById("ns").namespaceURI;
@@ -83,7 +83,7 @@ function logTicks(low, high) {
 const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400];
 
 // ---- Curves ----
-// The same as `smooth` in curves.py: a centred moving mean, twice.
+// The same as `smooth` in curves.py: a centered moving mean, applied twice.
 function smoothed(values, half) {
   const n = values.length, good = values.map((v) => v !== null);
   for (let pass = 0; pass < 2; pass++) {
@@ -150,7 +150,7 @@ function path(xs, ys, place) {
     const p = y === null ? null : place(xs[i], y);
     if (!p) { pen = false; return; }
     text += (pen ? "L" : "M") + p[0].toFixed(1) + " " + p[1].toFixed(1);
-    // A lone value between gaps is a dot, by a line of no length with round ends.
+    // An isolated value is a dot: a line of length zero with round caps.
     if (!pen && (i + 1 >= ys.length || ys[i + 1] === null)) text += "h.01";
     pen = true;
   });
@@ -381,7 +381,7 @@ function controls() {
   byId("controls").reset();
   let waiting = 0, width = innerWidth;
   addEventListener("resize", () => {
-    if (innerWidth === width) return;  // a phone hides its bar while one scrolls
+    if (innerWidth === width) return;  // phones hide their bar while scrolling
     width = innerWidth;
     cancelAnimationFrame(waiting); waiting = requestAnimationFrame(redraw);
   });

@@ -1,4 +1,4 @@
-"""`jaxlm doctor`: what it says of the machine and of attention."""
+"""`jaxlm doctor`: its report on the machine and on attention."""
 
 import jax
 
@@ -17,7 +17,7 @@ def test_it_says_what_a_run_would_use(capsys):
     assert rows["devices"].startswith(str(jax.device_count()))
     assert rows["dtype auto"] == compute_dtype("auto").name
     assert rows["training 4 x 128"] == "global layers: auto took dense"
-    # One that cannot run is a reason, not the end.
+    # An implementation that cannot run is reported, and the report goes on.
     assert rows["decode 1 of 512"].startswith("attention 'splash': needs a TPU")
 
 

@@ -1,4 +1,4 @@
-"""What a command sets up in its process."""
+"""The setup of a command's process."""
 
 import logging
 import os
@@ -45,8 +45,8 @@ def test_what_was_chosen_is_said_only_when_asked_for(verbose, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="options of glibc")
 @pytest.mark.parametrize("face", [["train.py"], ["-m", "jaxlm.cli", "train"]])
 def test_malloc_is_set_up_before_jax_is_imported(face, repository, tmp_path):
-    """The program starts itself again, with the same command line."""
-    # Imported by the interpreter at its start, in each of its processes.
+    """The program restarts itself with the same command line."""
+    # The interpreter imports this at the start of each process.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys; print('start', 'GLIBC_TUNABLES' in os.environ, 'jax' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""`jaxlm report`: which files it writes, and where."""
+"""`jaxlm report`: the files it writes, and where."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""sample.py, in child processes, on a run made here without training."""
+"""sample.py in child processes, on a run made without training."""
 
 import contextlib
 import os
@@ -21,14 +21,14 @@ from jaxlm.infer.generate import generate
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
-# One new token, a piece of the text.
+# One new token that is part of the text.
 A = np.full((1, 1), ord("a")), np.ones((1, 1), bool)
 CONTEXT = 8192
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with runs/tiny, whose model writes ASCII letters for the most part."""
+    """A folder with runs/tiny, whose model mostly samples ASCII letters."""
     home = tmp_path_factory.mktemp("home")
     model = toy(vocab_size=TOKENIZER.vocab_size, context_length=CONTEXT)
     params = make_params(model, std=0.5)
@@ -91,7 +91,7 @@ def test_the_text_is_that_of_generate(home, repository):
 def test_a_terminal_shows_nothing_between_the_prompt_and_its_text(
     home, repository, flags
 ):
-    """Both streams on one terminal; with -v, what was chosen stands before."""
+    """Both streams on one terminal; the output of -v comes before the prompt."""
     ours, theirs = pty.openpty()
     prompt = ["--prompt", "<abc>", "--max-new-tokens", "40"]
     child = start(home[0], repository, *flags, *prompt, stdout=theirs, stderr=theirs)
@@ -137,7 +137,7 @@ def test_ctrl_c_ends_a_stream_within_two_seconds(home, repository):
         *("--max-new-tokens", str(CONTEXT - 1)),
     )
     try:
-        first = child.stdout.read(20)  # text comes while it is made
+        first = child.stdout.read(20)  # the text is streamed
         assert first.startswith(b"a") and child.poll() is None
         child.send_signal(signal.SIGINT)
         begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""Tiny runs of train.py in child processes, and what is compared of two runs."""
+"""Tiny runs of train.py in child processes, and the comparison of two runs."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def get_config():
     )
 """
 
-# Runs `jaxlm train` with a recorder around its batches: a line for each batch
-# that the loop takes, and at a given step a signal or a fault.
+# Runs `jaxlm train` with a recorder around its batches, which writes a line for each
+# batch, and raises a signal or a fault at a given step.
 CHILD = """
 import hashlib, os, signal, sys, time
 import jax, numpy as np
@@ -91,7 +91,7 @@ sys.exit(cli.run("train", sys.argv[1:], **names))
 
 
 def make_text(length=900, seed=0):
-    """Words of a small alphabet: 900 characters are 25 rows to train on, 2 epochs."""
+    """Makes words of a small alphabet: 900 characters are 25 training rows, 2 epochs."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(50)]
     text = ""
@@ -120,7 +120,7 @@ class Run:
             "PYTHONPATH": str(REPOSITORY),
             "RECORD": str(self.record),
             "FAULT": fault,
-            # Else train.py starts itself again, without the recorder.
+            # Otherwise train.py restarts itself, without the recorder.
             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
         }
         command = [sys.executable, "-c", program]
@@ -152,7 +152,7 @@ class Run:
         return json.loads(file.read_text())
 
     def course(self):
-        """All that must be equal, bit for bit, in two runs of one config."""
+        """Returns all that must be bitwise equal in two runs of one config."""
         rows = read_metrics(self.path)
         trains = [row for row in rows if row["kind"] == "train"]
         _, params = load(self.path)
@@ -179,7 +179,7 @@ class Run:
         }
 
     def batches(self):
-        """Step -> hash of the batch that the loop took; taken twice, it is the same."""
+        """Maps each step to the hash of its batch, which must be the same each time."""
         taken = {}
         for line in self.record.read_text().splitlines():
             step, digest = line.split()
@@ -188,5 +188,5 @@ class Run:
 
 
 def differences(one, other):
-    """Names of the parts in which two courses differ."""
+    """Returns the names of the parts in which two courses differ."""
     return {name for name in one if one[name] != other[name]}

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not, bit for bit."""
+"""A stopped and resumed run equals an uninterrupted one, bit for bit."""
 
 import random
 import shutil
@@ -26,7 +26,7 @@ def straight(folder):
 
 @pytest.fixture(scope="module")
 def stopped(folder, straight):
-    """A run that got SIGTERM at its fifth step."""
+    """A run that received SIGTERM at its fifth step."""
     run = Run(folder, "stopped")
     code, _, err = run.train(fault="SIGTERM@5")
     assert code == 75, err
@@ -49,7 +49,7 @@ def test_every_step_is_written_once(straight):
     assert sorted(course["batches"]) == list(range(1, STEPS + 1))
     assert [row[0] for row in course["eval"]] == [5, 10, 12]
     assert [row[0] for row in course["sample"]] == [4, 8, 12]
-    # It learns: a run that does nothing would be equal to itself too.
+    # It learns: two runs that do nothing would also be equal.
     losses = [float.fromhex(row[1]) for row in course["train"]]
     assert len(set(losses)) == STEPS and losses[-1] < losses[0]
     assert straight.steps() == [9, 12]
@@ -59,7 +59,7 @@ def test_every_step_is_written_once(straight):
 
 @pytest.mark.slow
 def test_stopped_in_every_way_and_resumed_is_the_same(stopped, straight):
-    """SIGTERM, kill -9 and Ctrl-C in one run, over the border of two epochs."""
+    """SIGTERM, kill -9 and Ctrl-C in one run, across two epochs."""
     run = copy_of(stopped, "resumed")
     kill_at = random.Random(0).randint(7, 9)
     code, _, _ = run.train(fault=f"SIGKILL@{kill_at}")
@@ -71,7 +71,7 @@ def test_stopped_in_every_way_and_resumed_is_the_same(stopped, straight):
     assert code == 0, err
     assert "not be bit-identical" not in err
     assert differences(straight.course(), run.course()) == set()
-    # Once more has nothing to do, and says so.
+    # Another start has nothing to do, and reports it.
     code, out, _ = run.train()
     assert code == 0 and "all 12 steps are done; raise --train.steps or --fresh" in out
 
@@ -104,7 +104,7 @@ def test_another_seed_shows(straight):
 
 @pytest.mark.slow
 def test_stopped_again_and_again(straight):
-    """Seven processes, ended by the time limit, SIGTERM or kill -9 in turn."""
+    """Seven processes, each ended by the time limit, SIGTERM or kill -9."""
     run = Run(straight.folder, "steps")
     code, _, err = run.train("--train.max-minutes", "0.0001")
     assert code == 75, err
@@ -121,7 +121,7 @@ def test_stopped_again_and_again(straight):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1))
 def test_killed_at_any_moment(straight, seed):
-    """kill -9 from outside after a random time, also amid compiling and saving."""
+    """kill -9 from outside after a random time, also while compiling and saving."""
     rng = random.Random(seed)
     run = Run(straight.folder, f"killed{seed}")
     for _ in range(5):
@@ -161,7 +161,7 @@ def test_other_states_resume_too(folder, name, change):
 
 @pytest.mark.slow
 def test_the_program_itself(straight):
-    """`python train.py`, which starts itself again to set an environment variable."""
+    """`python train.py` restarts itself to set an environment variable."""
     run = Run(straight.folder, "program")
     code, out, err = run.train(program=None)
     assert code == 0, err

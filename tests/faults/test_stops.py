@@ -1,4 +1,4 @@
-"""How a run ends: exit codes, what they leave behind, and what is refused."""
+"""How a run ends: exit codes, the files left behind, and rejected runs."""
 
 import shutil
 import time
@@ -38,7 +38,7 @@ def copy_of(run, name):
 
 
 def one_line(err):
-    """The message, which is one line without a traceback."""
+    """Returns the message, which is one line without a traceback."""
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_ends_with_4_and_saves_nothing(done):
     assert all(np.isfinite(x).all() for x in tree.flatten(params).values())
     trains = [r for r in read_metrics(run.path) if r["kind"] == "train"]
     assert [r["step"] for r in trains] == [1, 2, 3, 4]
-    # --fresh has moved the run of before aside, whole.
+    # --fresh has moved the whole earlier run aside.
     old, _ = load(run.path / "old-1")
     assert old.num_layers == 2
     assert (run.path / "old-1" / "metrics.jsonl").exists()
@@ -78,7 +78,7 @@ def test_when_no_checkpoint_can_be_read_the_code_is_3(done):
     assert f"no usable checkpoint in {run.path}" in message
     assert "step 4 unreadable" in message and "step 2 unreadable" in message
     assert "--fresh" in message
-    assert run.steps() == [2, 4]  # and never from scratch by itself
+    assert run.steps() == [2, 4]  # it does not start over by itself
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_another_text_is_refused(done):
 @pytest.mark.slow
 def test_init_from_takes_the_weights_and_starts_at_step_0(done):
     run = Run(done.folder, "started", BASE)
-    # A rate next to 0 leaves the weights as they were, to be compared.
+    # A rate near 0 leaves the weights unchanged for the comparison.
     code, _, err = run.train(
         *("--init-from", str(done.path), "--train.steps", "1"),
         *("--optimizer.learning-rate", "1e-30", "--optimizer.warmup-steps", "0"),

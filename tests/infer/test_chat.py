@@ -1,4 +1,4 @@
-"""Chat templates against transformers (goldens), hostile ones, and whole conversations."""
+"""Chat templates against goldens from transformers, hostile templates, conversations."""
 
 import dataclasses
 import os
@@ -54,7 +54,7 @@ def test_ids_of_smollm2():
 
 @pytest.fixture
 def rendered_here(monkeypatch):
-    """Renders without a child: the same code, a hundred times as fast."""
+    """Renders without a child process: the same code, a hundred times as fast."""
     monkeypatch.setattr(chat, "render", chat_template.render)
 
 
@@ -81,7 +81,7 @@ def test_content_never_becomes_a_special_token(name, all_of_them, rendered_here)
         calm = [{"role": "system", "content": "x"}]
         found = special_ids_in(tokenizer, [*system, *turns(plain, plain)])
         assert found == special_ids_in(tokenizer, [*calm, *turns(plain, plain)])
-        # Thoughts are an assistant's own, and the template's affair.
+        # Thoughts are left to the template.
         hostile = ["x" if "think>" in h else h for h in hostile]
         assert special_ids_in(tokenizer, turns(plain, hostile)) == benign
 
@@ -218,7 +218,7 @@ def test_what_templates_expect_to_find():
 
 
 class Script:
-    """Stands for stdin: gives lines, and may interrupt the first answer."""
+    """Replaces stdin: returns lines, and may interrupt the first answer."""
 
     def __init__(self, monkeypatch, lines):
         self.lines = iter(lines)
@@ -234,7 +234,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def model(all_of_them):
-    """Draws letters of the byte-level vocabulary for the most part."""
+    """Mostly samples letters of the byte-level vocabulary."""
     tokenizer = all_of_them["byte_level"]
     config = toy(vocab_size=tokenizer.vocab_size, context_length=256)
     params = make_params(config, std=0.5)
@@ -260,7 +260,7 @@ def hold(monkeypatch, model, lines, sample=None, **options):
 
 
 def answers(model, lines, new=12, system=None):
-    """The conversation by `generate`, turn by turn."""
+    """Computes the conversation with `generate`, turn by turn."""
     config, params, tokenizer = model
     messages = [] if system is None else [{"role": "system", "content": system}]
     sample = SampleConfig(max_new_tokens=new, stop_ids=tokenizer.stop_ids)
@@ -349,7 +349,7 @@ def run(model, tmp_path):
 
 @pytest.mark.slow
 def test_the_program(run, repository, model):
-    """With a pipe in the place of a person; what -v tells stands before the talk."""
+    """Runs with a pipe as stdin; the output of -v comes before the conversation."""
     flags = ["--chat", "--system", SYSTEM, "--seed", "5", "--temperature", "1", "-v"]
     child = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Generation against a plain loop of full forward passes, row by row."""
+"""Compares generation with a plain loop of full forward passes, row by row."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ LENGTH = 96
 
 @jax.jit
 def all_logprobs(params, tokens):
-    """[B, LENGTH, V] from one full forward pass without a cache."""
+    """Logits [B, LENGTH, V] of one full forward pass without a cache."""
     logits = forward(CONFIG, params, tokens).logits
     return jax.nn.log_softmax(logits, axis=-1)
 
@@ -39,7 +39,7 @@ def logprobs_of(rows):
 
 
 def naive_greedy(prompts, new):
-    """Appends the most likely token, one full forward pass for each."""
+    """Appends the most likely token, with one full forward pass per token."""
     rows = [list(p) for p in prompts]
     for _ in range(new):
         probs = logprobs_of(rows)
@@ -63,9 +63,9 @@ def test_greedy_tokens_are_those_of_a_naive_loop(greedy):
     assert greedy.tokens.dtype == np.int32 and greedy.tokens.shape == (3, NEW)
     np.testing.assert_array_equal(greedy.tokens, naive)
     assert greedy.lengths.tolist() == [NEW] * 3
-    # Not one token again and again: the comparison would see little.
+    # A text that repeats one token would prove little.
     assert len(np.unique(naive)) > 5
-    # One weight changed in one layer gives another text.
+    # Changing one weight in one layer changes the text.
     q = PARAMS["layers"]["attn"]["q"].copy()
     q[0, 0, 0, 0] += 1.0
     other = tree.replace(PARAMS, "layers/attn/q", q)
@@ -93,7 +93,7 @@ def test_a_row_is_what_its_prompt_gives_alone(greedy, drawn):
         np.testing.assert_array_equal(alone.tokens[0], batch.tokens[0])
         np.testing.assert_allclose(alone.logprobs[0], batch.logprobs[0], atol=1e-5)
         for row, prompt in enumerate(RAGGED):
-            # Other neighbours, and with the last also another width of the batch.
+            # Other rows beside it, the last of which also changes the batch's width.
             mates = [prompt if i == row else RAGGED[0] for i in range(3)]
             same = generate(CONFIG, PARAMS, mates, sample, KEY)
             np.testing.assert_array_equal(same.tokens[row], batch.tokens[row])
@@ -101,7 +101,7 @@ def test_a_row_is_what_its_prompt_gives_alone(greedy, drawn):
 
 
 def test_a_longer_neighbour_changes_nothing(greedy, drawn):
-    """A prompt of 40 tokens puts the batch into the next bucket."""
+    """A prompt of 40 tokens moves the batch into the next bucket."""
     long = np.arange(40) % CONFIG.vocab_size
     for sample, batch in ((GREEDY, greedy), (DRAWN, drawn)):
         wide = generate(CONFIG, PARAMS, [*RAGGED[:2], long.tolist()], sample, KEY)
@@ -147,7 +147,7 @@ def test_when_all_rows_have_stopped_decoding_ends(greedy):
 
 @pytest.mark.parametrize("sample", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_ids_beyond_the_tokenizer_are_never_drawn(sample):
-    """A padded vocabulary, whose padding would win nearly every draw."""
+    """A padded vocabulary, whose padding would be sampled nearly every time."""
     kernel = PARAMS["lm_head"]["kernel"].copy()
     kernel[:, 40:] *= 50
     params = tree.replace(PARAMS, "lm_head/kernel", kernel)
@@ -190,7 +190,7 @@ def test_other_prompts_of_one_bucket_compile_nothing(greedy, compilations):
         prompts = [list(range(1, n + 1)) for n in lengths]
         generate(CONFIG, PARAMS, prompts, GREEDY, jax.random.key(3))
     assert compilations == before
-    # The count sees a program for another number of rows.
+    # The count includes a program for another number of rows.
     generate(CONFIG, PARAMS, [[1, 2, 3]] * 5, GREEDY, KEY)
     assert len(compilations) > len(before)
 
@@ -204,7 +204,7 @@ def test_bucket():
 
 @pytest.mark.slow
 def test_the_whole_context_can_be_used():
-    """Prompt and new tokens fill the context exactly; one more is refused."""
+    """Prompt and new tokens may fill the context exactly; one more is an error."""
     prompt = np.arange(CONFIG.context_length - NEW) % CONFIG.vocab_size
     result = generate(CONFIG, PARAMS, [prompt.tolist()], GREEDY, KEY)
     np.testing.assert_array_equal(result.tokens, naive_greedy([prompt.tolist()], NEW))

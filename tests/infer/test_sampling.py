@@ -1,4 +1,4 @@
-"""From logits to a token, against sets and probabilities worked out by hand."""
+"""Compares sampling from logits with sets and probabilities computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ ROWS = 20_000
 
 
 def draws(probs, *, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Draws from one distribution. Not jitted: operations of one shape compile once."""
+    """Samples from one distribution. Not jitted: operations of one shape compile once."""
     logits = np.broadcast_to(np.log(probs).astype(np.float32), (ROWS, len(probs)))
     keys = jax.random.split(jax.random.key(seed), ROWS)
     tokens, logprobs = draw(
@@ -99,7 +99,7 @@ def test_filters_never_leave_nothing():
     ],
 )
 def test_only_what_the_filters_keep_is_drawn(choice, drawn):
-    # Four more that are never drawn, so that arrays have the shape of the tests below.
+    # Four more, never sampled, so that arrays have the shape of the tests below.
     tokens, _ = draws([0.4, 0.3, 0.2, 0.1, *[1e-300] * 4], **choice)
     assert set(tokens.tolist()) == drawn
 
@@ -127,11 +127,11 @@ def chi_square(tokens, probs):
     ],
 )
 def test_frequencies_are_the_probabilities(choice, probs):
-    """A right sampler fails this once in a million seeds; the seed is fixed."""
+    """A correct sampler fails this for one seed in a million; the seed is fixed."""
     limit = stats.chi2.ppf(1 - 1e-6, np.count_nonzero(probs) - 1)
     tokens, _ = draws(PROBS, **choice)
     assert chi_square(tokens, probs) < limit
-    # The same draws against a temperature 25 % off are far beyond the limit.
+    # Compared with a temperature 25 % off, the same samples far exceed the limit.
     assert chi_square(tokens, probs**1.25) > limit
 
 
@@ -148,7 +148,7 @@ def test_logprobs_are_the_models_before_temperature_and_filters():
 
 
 def test_nan_logits_give_nan_logprobs():
-    """`generate` refuses them by that: argmax alone would return a token."""
+    """`generate` detects them by this: argmax alone would return a token."""
     logits = logits_of([1.0, np.nan, 2.0], [1.0, 2.0, 3.0])
     keys = jax.random.split(jax.random.key(0), 2)
     for temperature in (0.0, 1.0):

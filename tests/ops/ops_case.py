@@ -1,4 +1,4 @@
-"""Oracles in float64 NumPy, written from the definitions, and finite differences."""
+"""Oracles in float64 NumPy, from the definitions, and finite differences."""
 
 import dataclasses
 from functools import partial
@@ -10,19 +10,19 @@ import numpy as np
 from jaxlm.ops.attention.request import Request, request_of_sizes
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
-# Interpreted kernels and toy models spend their time in the compiler: it need not try
-# hard, even where conftest.py lets it (--run-slow).
+# Interpreted kernels and toy models spend their time in the compiler, so it optimizes
+# less, even with --run-slow.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = partial(jax.jit, compiler_options=FAST)
 
 
 def normal(seed, *shape):
-    """f32 numbers from N(0, 1)."""
+    """Draws f32 numbers from N(0, 1)."""
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def plain_request(**asked) -> Request:
-    """A `Request` of plain sizes with no options but those given; any device."""
+    """Makes a `Request` of plain sizes with only the given options, for any device."""
     device = {x: asked.pop(x) for x in ("platform", "device_kind") if x in asked}
     sizes = {"num_queries": 1024, "num_keys": 1024, "num_heads": 4, "num_kv_heads": 2}
     asked = {"batch": 2, **sizes, "head_dim": 80, "dtype": jnp.bfloat16, **asked}
@@ -30,7 +30,7 @@ def plain_request(**asked) -> Request:
 
 
 def make_spec(scale, **options) -> AttentionSpec:
-    """A spec from the options that `attention_and_lse` takes."""
+    """Makes a spec from the options of `attention_and_lse`."""
     options = {
         name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
         for name, x in options.items()
@@ -41,14 +41,14 @@ def make_spec(scale, **options) -> AttentionSpec:
 
 
 def slope(function, x, direction, step=1e-5):
-    """Central difference of a float64 function along `direction`."""
+    """Computes a central difference of a float64 function along `direction`."""
     x, direction = np.float64(x), np.float64(direction)
     high, low = function(x + step * direction), function(x - step * direction)
     return (high - low) / (2 * step)
 
 
 def attention(q, k, v, **spec):
-    """`attention_and_lse`, the first of the two."""
+    """Returns the first result of `attention_and_lse`."""
     return attention_and_lse(q, k, v, **spec)[0]
 
 
@@ -66,7 +66,7 @@ def attention_and_lse(
     key_segments=None,
     query_positions=None,
 ):
-    """Attention by its definition, one query at a time, in float64.
+    """Computes attention by definition, one query at a time, in float64.
 
     A query that sees no key gives zeros and -inf.
     """

@@ -1,4 +1,4 @@
-"""Activations against closed forms in Python's own math, in value and gradient."""
+"""Compares activations and gradients with closed forms in Python's `math`."""
 
 import math
 
@@ -24,12 +24,12 @@ CLOSED_FACTORS = {"swiglu_clamped": lambda up: np.clip(up, -7, 7) + 1}
 
 
 def factor(name):
-    """What `up` becomes before it multiplies."""
+    """Returns the factor that `up` becomes."""
     return CLOSED_FACTORS.get(name, lambda up: up)
 
 
 X = np.concatenate([np.linspace(-9, 9, 40), [0.1, -0.1]]).astype(np.float32)
-# From beyond one clamp of gpt-oss to beyond the other.
+# Beyond both clamps of gpt-oss.
 UP = 5 * normal(1, len(X))
 
 
@@ -72,6 +72,6 @@ def test_bfloat16_is_rounded_once(name):
 
 
 def test_the_gelus_differ():
-    """By more than the tolerance with which they are tested."""
+    """They differ by more than the tolerance of their tests."""
     exact, tanh = (activate(jnp.asarray(X), None, n) for n in ("gelu", "gelu_tanh"))
     assert np.abs(exact - tanh).max() > 1e-4

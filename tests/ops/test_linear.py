@@ -1,4 +1,4 @@
-"""`product` against float64 einsum, in value, gradient and dtypes."""
+"""Compares `einsum` with NumPy's in float64: values, gradients and dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ EQUATIONS = {
 
 
 def gradients(equation, x, w, g):
-    """By the definition: each gradient is an einsum of the other two."""
+    """By definition each gradient is an einsum of the other two arrays."""
     inputs, out = equation.split("->")
     a, b = inputs.split(",")
     dx = np.einsum(f"{out},{b}->{a}", np.float64(g), np.float64(w))
@@ -45,11 +45,11 @@ def test_value_and_gradient(equation, rows):
         np.testing.assert_allclose(ours, right, atol=2e-5)
 
 
-# XLA:CPU has no bf16 product with a batch dimension (heads); the model does that one
-# in f32.
+# XLA:CPU has no bf16 einsum with a batch dimension (heads); the model computes it in
+# f32.
 @pytest.mark.parametrize("equation", sorted(set(EQUATIONS) - {"BTNH,NHD->BTND"}))
 def test_bfloat16(equation):
-    """Results in bf16, sums in f32, and the parameter's gradient in f32."""
+    """Results are bf16, sums f32, and the parameter's gradient f32."""
     shape, w_shape = EQUATIONS[equation]
     x, w = jnp.asarray(normal(1, *shape)).astype(jnp.bfloat16), normal(2, *w_shape)
     rounded = np.float64(jnp.asarray(w).astype(jnp.bfloat16))
@@ -67,7 +67,7 @@ def test_bfloat16(equation):
 
 
 def test_out_dtype():
-    """Logits are f32 sums that were never rounded to bf16."""
+    """Logits are f32 sums, never rounded to bf16."""
     x, w = normal(1, 2, 3, 64), normal(2, 64, 8)
     x16 = jnp.asarray(x).astype(jnp.bfloat16)
     y = einsum("BTD,DV->BTV", x16, jnp.asarray(w), out_dtype=jnp.float32)

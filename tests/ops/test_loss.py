@@ -1,4 +1,4 @@
-"""Cross-entropy against float64 NumPy; chunks give the same and hold less."""
+"""Compares cross-entropy with float64 NumPy; chunks give the same in less memory."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def oracle(logits, z_loss):
 
 
 def oracle_gradient(logits, z_loss):
-    """d / d logits, by hand: softmax - one-hot, and 2 z lse softmax."""
+    """Computes d / d logits by hand: softmax - one-hot, and 2 z lse softmax."""
     logits = np.float64(logits)
     lse = np.log(np.exp(logits).sum(-1, keepdims=True))
     probs = np.exp(logits - lse)
@@ -87,7 +87,7 @@ def test_large_logits_do_not_overflow():
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 16])
 def test_chunks_equal_the_whole(chunk):
-    """11 tokens: chunks that divide them, that do not, and one larger than all."""
+    """Of 11 tokens: chunks that divide them, do not, or are larger than the row."""
     z_loss = 0.1
     right, right_grads = jax.value_and_grad(
         lambda f, h: (r := plain(f, h, z_loss))[0] + 0 * r[1], (0, 1)
@@ -105,7 +105,7 @@ def test_chunks_equal_the_whole(chunk):
 
 
 def largest(jaxpr):
-    """Numbers in the largest value of a program, inner programs included."""
+    """Returns the largest array size in a program, including inner programs."""
     found = 0
     for eqn in jaxpr.eqns:
         found = max([found, *(v.aval.size for v in eqn.outvars)])

@@ -1,4 +1,4 @@
-"""The mixture of experts against its definition, one token at a time in float64."""
+"""Compares mixtures with the definition, one token at a time in float64."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ D, F, E = 6, 10, 5
 
 @dataclass(frozen=True)
 class Case:
-    """A choice of shapes; `crowd` sends all tokens to the first experts."""
+    """Shapes and options of a case; `crowd` routes all tokens to the first experts."""
 
     batch: int = 2
     tokens: int = 7
@@ -61,7 +61,7 @@ def inputs_of(case):
 
 
 def route_by_definition(logits, k, normalize):
-    """Softmax over all, the k greatest, and their sum taken out; one token."""
+    """Takes the softmax, its k greatest, and divides by their sum, for one token."""
     p = np.exp(np.float64(logits))
     p /= p.sum()
     best = np.argsort(-p, kind="stable")[:k]
@@ -97,7 +97,7 @@ def run(case, function, x, logits, w):
 
 @lru_cache
 def results(name, function, implementation="auto"):
-    """Value and gradients, of all inputs, of a sum with random weights."""
+    """Returns value and gradients (all inputs) of a randomly weighted sum."""
     case = CASES[name]
     x, logits, w = inputs_of(case)
     g = normal(52, *x.shape)
@@ -164,7 +164,7 @@ SIZES = {
 @pytest.mark.parametrize("implementation", moe.IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_grouped_matmuls(sizes, implementation, dtype):
-    """Results in x's dtype, sums in f32, and the gradient in the parameter's dtype."""
+    """Results have x's dtype, sums f32, and gradients the parameter's dtype."""
     counts = SIZES[sizes]
     M, groups = sum(counts), np.repeat(range(4), counts)
     x = jnp.asarray(normal(1, M, 12)).astype(dtype)
@@ -185,13 +185,13 @@ def test_grouped_matmuls(sizes, implementation, dtype):
 
 
 def test_experts_that_no_token_takes_are_not_computed():
-    """Decoding reads the matrices that it needs: NaN in all others is not seen."""
+    """Decoding reads only the matrices it needs: NaN in others has no effect."""
     case = CASES["one token"]
     x, logits, w = inputs_of(case)
     _, experts = moe.route(jnp.asarray(logits), case.k, True)
     for value in w.values():
         value[np.setdiff1d(range(E), experts)] = np.nan
-    # Biases are added by a product with zeros and ones.
+    # Biases are added by an einsum with zeros and ones.
     w = {name: value for name, value in w.items() if "bias" not in name}
     case = dataclasses.replace(case, bias=False)
     assert np.isfinite(run(case, moe.mixture, x, logits, w)).all()
@@ -215,7 +215,7 @@ def test_bfloat16_is_close():
 
 
 def test_on_a_mesh_of_one_device_the_result_is_the_same():
-    """Other meshes: tests/multi_device."""
+    """Other meshes are in tests/multi_device."""
     case = CASES["biases"]
     arguments = inputs_of(case)
     mesh = jax.make_mesh((1,) * len(AXES), AXES)
@@ -251,7 +251,7 @@ def test_load_balance_loss():
 
 
 def test_an_even_load_has_the_least_loss():
-    """k when all are chosen equally often, up to E when one is always chosen."""
+    """It is k if all are chosen equally often, and up to E if one always is."""
     even = 1e-3 * np.eye(E, dtype=np.float32)[None]
     ones = jnp.ones((1, E))
 
@@ -262,13 +262,13 @@ def test_an_even_load_has_the_least_loss():
     one = np.zeros((1, E, E), np.float32)
     one[..., 2] = 20.0
     assert loss(jnp.asarray(one), 1) == pytest.approx(E, rel=1e-3)
-    # Downhill, the logit of the crowded expert falls.
+    # Against the gradient, the logit of the crowded expert falls.
     grad = jax.grad(loss)(jnp.asarray(one / 10), 1)
     assert (grad[..., 2] > 0).all() and (grad[..., :2] < 0).all()
 
 
 def test_a_tpu_gets_its_own_instruction():
-    """Three of them: the result and both gradients. Lowered only; no TPU is here."""
+    """There are three: the result and both gradients. Only lowered, without a TPU."""
     x, w, sizes = normal(1, 16, 8), normal(2, 4, 8, 12), np.array([1, 7, 0, 8])
 
     def total(x, w):

@@ -1,4 +1,4 @@
-"""Norms against float64 NumPy, in value and gradient."""
+"""Compares norms and their gradients with float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from ops_case import normal, quick_jit, slope
 from jaxlm.ops.norm import divisor, normalize
 
 KINDS = ("rms", "rms_unit_offset", "layer")
-# Large beside the variance of `x`, so that a wrong place of it would show.
+# Large compared with the variance of `x`, so that misplacing it would show.
 EPSILON = 0.3
 
 
@@ -23,7 +23,7 @@ def oracle(x, scale, bias, kind, epsilon=EPSILON):
 
 
 def inputs(kind):
-    # A mean far from 0 tells LayerNorm from RMSNorm.
+    # A mean far from 0 distinguishes LayerNorm from RMSNorm.
     x, scale = normal(1, 3, 5, 16) + 2, normal(2, 16)
     return x, scale, normal(3, 16) if kind == "layer" else None
 
@@ -69,7 +69,7 @@ def test_gradient(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_computed_in_float32(kind):
-    """One rounding to 8 bits of the normalized x, one of the result, no more."""
+    """Rounds the normalized x and the result to 8 bits, and nothing else."""
     x, scale, bias = jax.tree.map(jnp.asarray, inputs(kind))
     x = x.astype(jnp.bfloat16)
     y = normalize(x, scale, bias, EPSILON, kind)

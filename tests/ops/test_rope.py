@@ -17,7 +17,7 @@ POSITIONS = np.array([[0, 1, 5, 1000], [3, 3, 9, 7]], np.int32)
 
 
 def turned(x, positions, rotary_dim, theta):
-    """float64: pair (i, i + R/2) of each head times exp(i * angle)."""
+    """Multiplies pair (i, i + R/2) of each head by exp(i * angle), in float64."""
     x = np.float64(x)
     half = rotary_dim // 2
     frequency = np.array([theta ** (-2 * i / rotary_dim) for i in range(half)])

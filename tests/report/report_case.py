@@ -1,4 +1,4 @@
-"""Folders of runs that never ran."""
+"""Makes run folders without training."""
 
 import json
 
@@ -9,7 +9,7 @@ from jaxlm.train.metrics import MetricsWriter
 def make_run(
     folder, losses, *, evals=(), samples=(), log_every=10, config=True, **more
 ):
-    """A run folder whose training rows have `losses`."""
+    """Makes a run folder whose training rows have `losses`."""
     folder.mkdir(parents=True, exist_ok=True)
     if config:
         model = ModelConfig(

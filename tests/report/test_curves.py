@@ -1,4 +1,4 @@
-"""Reading run folders, and thinning and smoothing their curves."""
+"""Reading run folders, and downsampling and smoothing their curves."""
 
 import math
 

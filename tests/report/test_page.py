@@ -1,4 +1,4 @@
-"""The report: what it holds, and what it must not do."""
+"""The report: what it contains, and what it must not do."""
 
 import html.parser
 import json
@@ -18,7 +18,7 @@ HOSTILE = (
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would find in a page: elements, attributes and data."""
+    """Parses a page as a browser would: elements, attributes and data."""
 
     def __init__(self, text):
         super().__init__()
@@ -69,7 +69,7 @@ def test_report_holds_the_data_of_each_run(tmp_path):
     assert first["samples"][1] == {"step": 30, "prompt": "> ", "text": "or not"}
     assert second["curves"]["train"]["y"] == [3.5, 3.25]
     assert second["samples"] == []
-    # Of the config only what differs is marked.
+    # Only the differing fields of the config are marked.
     marked = re.findall(r'<tr class="differs"><th scope="row">([\w.]+)', text)
     assert marked == ["optimizer.learning_rate"]
     for figure in ("2.1250 at step 30", "1.0625", "10.0 %", "25.0 %", "30 of 2000"):

@@ -1,4 +1,4 @@
-"""loss.png: the lines, axes and names in it."""
+"""loss.png: its lines, axes and names."""
 
 import math
 import os
@@ -19,7 +19,7 @@ def axes_of(*folders):
 
 
 def points(axes, color, *, marker):
-    """[points, 2] of the one line of this colour and marker that is drawn in full."""
+    """Points [n, 2] of the only full-width line with this color and marker."""
     (line,) = [
         line
         for line in axes.get_lines()

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the rates."""
+"""metrics.jsonl, and the rates in it."""
 
 import builtins
 import json
@@ -50,7 +50,7 @@ def steps_of(folder):
 
 def test_floats_read_back_exactly(tmp_path):
     rng = np.random.default_rng(0)
-    # Bit patterns over the whole range of f64, of which some are NaN.
+    # Bit patterns over the whole range of f64; some are NaN.
     values = rng.integers(0, 2**64, 500, dtype=np.uint64).view(np.float64)
     values = [float(v) for v in values] + [0.1 + 0.2, 5e-324, -0.0, 1.7e308]
     with MetricsWriter(tmp_path) as writer:
@@ -91,7 +91,7 @@ def test_non_finite_values_are_valid_json_and_read_back(tmp_path):
     train, sample = read_metrics(tmp_path)
     assert math.isnan(train["loss"])
     assert (train["grad_norm"], train["lr"]) == (math.inf, -math.inf)
-    assert (sample["text"], sample["prompt"]) == ("nan", "inf")  # texts stay texts
+    assert (sample["text"], sample["prompt"]) == ("nan", "inf")  # texts are not decoded
 
 
 def test_any_text_survives(tmp_path):
@@ -257,7 +257,7 @@ def test_flops_equal_a_count_by_hand():
     # q 8*4*6, k and v 8*2*6 each, o 4*6*8; gate, up and down 8*20 each; head 8*11.
     layer = 192 + 2 * 96 + 192 + 3 * 160
     assert matrix_params(small()) == 3 * layer + 88
-    # Each layer: scores and mix, 2 products * 6 * 4 heads * 6 dims * 16 keys.
+    # Each layer: scores and mix, 2 einsums * 6 * 4 heads * 6 dims * 16 keys.
     assert flops_per_token(small(), 16) == 6 * (3 * layer + 88) + 3 * 2 * 6 * 4 * 6 * 16
     assert matrix_params(small(tied_embeddings=False)) == 3 * layer + 88
     assert matrix_params(small(gated=False)) == 3 * (layer - 160) + 88

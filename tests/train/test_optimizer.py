@@ -1,4 +1,4 @@
-"""Optimizers and schedules against formulas written out in NumPy, in float64."""
+"""Compares optimizers and schedules with formulas in float64 NumPy."""
 
 import math
 
@@ -14,7 +14,7 @@ from jaxlm.config import OptimizerConfig, TrainConfig
 from jaxlm.train.optimizer import decay_mask, make_optimizer, make_schedule
 from jaxlm.train.step import loss_and_grads
 
-# Both kinds of norms and biases, so that every kind of leaf is there.
+# Both kinds of norms, and biases, so that all kinds of leaves are present.
 MODEL = toy(qk_norm="head", attention_bias=True, norm="layer", norm_bias=True)
 PARAMS = make_params(MODEL)
 NAMES = list(tree.flatten(PARAMS))
@@ -38,7 +38,7 @@ def gradients(seed, scale=0.01):
 
 
 def run(optimizer, params, grads):
-    """Parameters after each gradient, as float64 by name."""
+    """Returns the parameters after each gradient, as float64 by name."""
     state, after = optimizer.init(params), []
     update = jax.jit(optimizer.update)
     for g in grads:
@@ -49,12 +49,12 @@ def run(optimizer, params, grads):
 
 
 def decayed_by(optimizer):
-    # optax's AdamW inside muon has no mask, so what it updates is not decayed.
+    # optax's AdamW inside muon has no mask, so its parameters are not decayed.
     return DECAYED - ({"lm_head/kernel"} if optimizer == "muon" else set())
 
 
 def steps_in_numpy(rule, params, grads, decayed):
-    """The same with `rule(name, gradient, memory, step) -> update` for each leaf."""
+    """Does the same with `rule(name, gradient, memory, step) -> update` per leaf."""
     now = {n: np.float64(x) for n, x in tree.flatten(params).items()}
     memory, after = {n: {} for n in now}, []
     for step, g in enumerate(grads, start=1):
@@ -142,7 +142,7 @@ def test_three_steps_are_those_of_the_formula(optimizer):
                 expected[step][name] - np.float64(tree.flatten(PARAMS)[name])
             )
             # f32 against f64; a step is about the rate, 0.02. Seen: 2e-6 of it, and
-            # 1e-4 in the five products of Newton-Schulz.
+            # 1e-4 in the five matmuls of Newton-Schulz.
             tolerance = RATE * (1e-3 if optimizer == "muon" else 1e-4)
             assert moved.max() > RATE / 10, name
             np.testing.assert_allclose(
@@ -176,7 +176,7 @@ def test_decay_is_on_these_leaves_and_no_others():
 
 @pytest.mark.parametrize("optimizer", ALL)
 def test_without_a_gradient_only_decay_moves_a_weight(optimizer):
-    """Towards zero, by rate times decay, and only where the mask says so."""
+    """Decays towards zero by rate times decay, only where the mask is True."""
     zeros = jax.tree.map(np.zeros_like, PARAMS)
     (after,) = run(make_optimizer(config(optimizer), STEPS), PARAMS, [zeros])
     decayed = decayed_by(optimizer)
@@ -234,7 +234,7 @@ def test_experts_and_their_router_decay_and_their_biases_do_not():
 
 
 def test_muon_treats_experts_one_by_one():
-    """As if each were the feed-forward of a layer of its own."""
+    """Each expert is updated like the feed-forward of a separate layer."""
     params, grads = (
         {n: make_params(EXPERTS, seed)["layers"]["moe"][n] for n in ("up", "down")}
         for seed in (1, 2)
@@ -284,7 +284,7 @@ PEAK, TOTAL, WARM = 0.5, 100, 10
 
 
 def closed_form(schedule, step, warm=WARM, final=0.1, fraction=0.2):
-    """The rate of a step, from 0, by the formulas of the papers."""
+    """Computes the rate of a step, from 0, by the papers' formulas."""
     if step < warm:
         return PEAK * (step + 1) / warm
     done = (step - warm) / (TOTAL - warm)
@@ -306,7 +306,7 @@ def test_schedules_are_their_closed_forms_at_every_step(schedule, warm):
     rates = np.asarray(rate(jnp.arange(TOTAL)))
     expected = [closed_form(schedule, step, warm) for step in range(TOTAL)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
-    # The corners: the first step learns, the warm-up ends at the peak.
+    # The edges: the first step learns, and the warm-up ends at the peak.
     assert rates[0] == pytest.approx(PEAK / max(warm, 1))
     assert rates[max(warm - 1, 0)] == pytest.approx(PEAK)
     if schedule == "wsd":

@@ -1,4 +1,4 @@
-"""One step and the loop around it, on one device and without a file of text."""
+"""The training step and the loop, on one device and without a text file."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def loss_of(train, batch=BATCH):
 
 
 def nll_in_numpy(batch):
-    """Cross-entropy of each token, in float64, from the logits of a plain call."""
+    """Computes each token's cross-entropy in float64 from the logits of a plain call."""
     logits = forward(
         MODEL,
         PARAMS,
@@ -93,13 +93,13 @@ def test_the_loss_is_the_weighted_mean(whole):
     [
         pytest.param({"accumulation_steps": 2}, marks=pytest.mark.slow),
         pytest.param({"accumulation_steps": 4}, marks=pytest.mark.slow),
-        # 7 places of 8 rows; 20 is no multiple of 7
+        # 7 positions of 8 rows; 20 is not a multiple of 7
         pytest.param({"loss_chunk": 56}, marks=pytest.mark.slow),
         {"accumulation_steps": 2, "loss_chunk": 1},
     ],
 )
 def test_neither_accumulation_nor_chunks_move_the_result(whole, options):
-    """Weights are very uneven: one part of the batch has nearly none."""
+    """The weights are very uneven: one microbatch has almost none."""
     loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS, **options))
     assert loss == pytest.approx(whole[0], rel=1e-6)
     for name, g in grads.items():
@@ -109,7 +109,7 @@ def test_neither_accumulation_nor_chunks_move_the_result(whole, options):
 
 
 def test_a_mean_of_means_would_be_another_loss(whole):
-    """The control of the test above: equal parts, unequal weights."""
+    """The control of the test above: equal microbatches, unequal weights."""
     nll, _ = nll_in_numpy(BATCH)
     means = []
     for part in range(2):
@@ -142,7 +142,7 @@ def experts_run(coefficient, parts):
 
 
 def experts_loss(coefficient=0.0, parts=1, batch=BATCH):
-    """(loss, gradients) of a mixture of experts."""
+    """Returns loss and gradients of a mixture of experts."""
     loss, grads = experts_run(coefficient, parts)(EXPERT_PARAMS, batch)
     return float(loss), tree.flatten(grads)
 
@@ -173,7 +173,7 @@ def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss()
 
 @pytest.mark.slow
 def test_parts_balance_their_experts_by_themselves():
-    """A mean over the parts, weighted by their loss weights."""
+    """It is a mean over the microbatches, weighted by their loss weights."""
     loss, grads = experts_loss(0.5, parts=2)
     assert loss == pytest.approx(experts_loss()[0], rel=1e-6)
     parts, total = [], BATCH.loss_weights.sum()
@@ -193,13 +193,13 @@ def test_a_batch_without_weights_is_no_division_by_zero():
 
 
 class Trial:
-    """`fit` with everything around it replaced by lists."""
+    """Runs `fit` with everything around it replaced by lists."""
 
     def __init__(self, folder, config, batches, hooks=None, start=0):
         self.saved, self.folder, self.stream = [], folder, io.StringIO()
         self.held_out = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in (50, 51, 52)]
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        params = jax.tree.map(jnp.copy, PARAMS)  # the step takes it over
+        params = jax.tree.map(jnp.copy, PARAMS)  # the step donates it
         self.state = TrainState(jnp.int32(start), params, optimizer.init(params))
         hooks = hooks or Hooks(
             save=self.save,
@@ -251,7 +251,7 @@ def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilation
     # does.
     assert at_step[2] == at_step[3]
     assert at_step[4] > at_step[3] and at_step[5] == at_step[4]
-    # The state that was given is gone: its memory is the new one's.
+    # The input state is donated: its memory is reused for the new one.
     leaves = jax.tree.leaves((trial.state.params, trial.state.opt_state))
     assert all(x.is_deleted() for x in leaves if x.ndim)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
@@ -278,7 +278,7 @@ def test_a_step_gives_back_the_memory_of_the_old_state():
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
     assert float(metrics.lr) == pytest.approx(1e-2)
     assert int(new.step) == 1
-    # The norm is that of the gradient before it is clipped to 1.
+    # The norm of the gradient before it is clipped to 1.
     _, grads, _ = loss_of(config.train)
     norm = math.sqrt(sum(np.sum(np.float64(g) ** 2) for g in grads.values()))
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
@@ -286,7 +286,7 @@ def test_a_step_gives_back_the_memory_of_the_old_state():
 
 @pytest.mark.parametrize("log_every", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, log_every):
-    """Also where metrics are read only every few steps: a save reads them first."""
+    """Also if metrics are read only every few steps: a save reads them first."""
     config = config_of(log_every=log_every, checkpoint_every=2)
     batches = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in range(6)]
     weights = batches[3].loss_weights * np.float32(np.nan)
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, log_
 
 @pytest.mark.slow
 def test_an_evaluation_is_the_mean_over_the_whole_text(tmp_path):
-    """With a last batch that is padding for the most part."""
+    """The last batch is mostly padding."""
     trial = Trial(tmp_path, config_of(steps=1), [BATCH])
     (row,) = [r for r in read_metrics(tmp_path) if r["kind"] == "eval"]
     params = jax.tree.map(jnp.asarray, trial.saved[-1][1])

@@ -1,4 +1,4 @@
-"""A small model with visible weights, and rows of packed documents to train it on."""
+"""A small model with large random weights, and rows of packed documents for it."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def toy(**changes):
 
 
 def make_params(config, seed=0, std=0.2):
-    """Weights N(0, std), much larger than `init` makes them.
+    """Draws weights from N(0, std), much larger than those of `init`.
 
     With small weights attention is flat, and a mistake in q or k moves nothing.
     """
@@ -44,7 +44,7 @@ def make_params(config, seed=0, std=0.2):
 
 
 def make_batch(config, rows, length, seed=0, weights="uneven"):
-    """Rows of two documents each. `uneven`: the first rows weigh next to nothing."""
+    """Makes rows of two documents each. `uneven`: the first rows have tiny weights."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, config.vocab_size, (rows, length + 1)).astype(np.int32)
     border = length // 3
