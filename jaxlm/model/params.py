@@ -337,7 +337,7 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 def cast_matrices(params: Any, dtype: Any) -> Any:
     """Casts to `dtype` the weights that the model would cast before use.
 
-    Norms, routers, biases and sinks are used in f32 and stay as they are.
+    Norms, routers and sinks are used in f32; they and the biases stay as they are.
 
     Args:
       params: stacked.

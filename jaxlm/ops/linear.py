@@ -1,4 +1,4 @@
-"""The one einsum through which every product with a parameter goes.
+"""The einsum through which parameters multiply (but for experts, see `moe.py`).
 
 It asks for f32 accumulation, casts the parameter once, and gives XLA:CPU the forms
 that it runs fast, forward and backward; on accelerators the same forms are as good.

@@ -12,10 +12,10 @@ def divisor(x: Float[Array, "*B D"], epsilon: float, kind: str) -> Float[Array, 
 
     For `layer`: `sqrt(variance + epsilon)`.
     """
-    return 1.0 / _inverse_rms(_to_f32(x, kind), epsilon)
+    return 1.0 / _inverse_rms(_centered_f32(x, kind), epsilon)
 
 
-def _to_f32(x: Float[Array, "*B D"], kind: str) -> Float[Array, "*B D"]:
+def _centered_f32(x: Float[Array, "*B D"], kind: str) -> Float[Array, "*B D"]:
     x32 = x.astype(jnp.float32)
     if kind == "layer":
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
@@ -38,8 +38,8 @@ def normalize(
     """RMSNorm or LayerNorm, in x's dtype, with a backward pass of its own.
 
     Sources: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016,
-    arXiv:1607.06450. The only array saved for the backward pass is the normalized x in
-    its own dtype.
+    arXiv:1607.06450. The only large array saved for the backward pass is the normalized
+    x in its own dtype.
 
     Args:
       x: any float dtype.
@@ -56,7 +56,7 @@ def _factor(scale, kind: str) -> Float[Array, " D"]:
 
 
 def _normalize_forward(x, scale, bias, epsilon, kind):
-    x32 = _to_f32(x, kind)
+    x32 = _centered_f32(x, kind)
     inverse = _inverse_rms(x32, epsilon)
     # The barrier stops XLA:CPU from recomputing it at each use.
     unit = jax.lax.optimization_barrier((x32 * inverse).astype(x.dtype))

@@ -41,7 +41,7 @@ SITES: dict[str, Site] = {
     "pos_embed": Site("B T D", "learned or sinusoidal positions", outside_layers=True),
     "resid_pre": Site("B T D", "residual stream that enters the block"),
     "attn_norm_div": Site("B T 1", "divisor of the norm of attention", derived=True),
-    "attn_in": Site("B T D", "input of the attention projections, after its norm"),
+    "attn_in": Site("B T D", "input of the attention projections"),
     "q": Site("B T N H", "queries, with bias, before qk-norm and rotation"),
     "k": Site("B T K H", "keys, with bias, before qk-norm and rotation"),
     "v": Site("B T K H", "values"),
@@ -53,12 +53,14 @@ SITES: dict[str, Site] = {
     "attn_lse": Site("B N T", "log-sum-exp of the scores, sink included", float32=True),
     "attn_probs": Site("B N T S", "exp(scores - lse)", derived=True),
     "z": Site("B T N H", "probability-weighted values of each head"),
-    "head_out": Site("B T N D", "each head's part of attn_out", derived=True),
+    "head_out": Site(
+        "B T N D", "each head's part of attn_out, without its bias", derived=True
+    ),
     "attn_out": Site("B T D", "output projection of attention, before an output norm"),
     "attn_out_post": Site("B T D", "what attention adds to the residual stream"),
     "resid_mid": Site("B T D", "residual stream between attention and feed-forward"),
     "mlp_norm_div": Site("B T 1", "divisor of the feed-forward's norm", derived=True),
-    "mlp_in": Site("B T D", "input of the feed-forward, after its norm"),
+    "mlp_in": Site("B T D", "input of the feed-forward"),
     "router_logits": Site("B T E", "logits of the experts, with bias", float32=True),
     "expert_ids": Site("B T k", "experts of each token, best first", derived=True),
     "expert_weights": Site("B T k", "weights of these experts", derived=True),
@@ -79,7 +81,7 @@ SITES: dict[str, Site] = {
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Tap:
-    """A site to read. Static: part of what a compiled program is keyed by."""
+    """A site to read. Static: other taps compile another program."""
 
     site: str
     """A name in `SITES`."""
@@ -178,8 +180,8 @@ class Recorder:
             chosen = num_layers if tap.layers is None else len(tap.layers) + 1
             shape = (chosen, *(sizes[letter] for letter in letters))
             out = partition("L" + "".join(letters))
-            exact = jnp.float32 if SITES[tap.site].float32 else dtype
-            return jnp.zeros(shape, exact, out_sharding=out)
+            slot_dtype = jnp.float32 if SITES[tap.site].float32 else dtype
+            return jnp.zeros(shape, slot_dtype, out_sharding=out)
 
         return cls(tuple(taps), num_layers, {tap.site: zeros(tap) for tap in taps})
 

@@ -35,7 +35,7 @@ class Mask:
     causal: bool = field(default=True, metadata={"static": True})
     """Hide keys after the query."""
     window: int | None = field(default=None, metadata={"static": True})
-    """Number of tokens that a query sees, counting itself; None: no limit."""
+    """Hide keys this many or more positions before the query; None: hide none."""
     # `Any`: see `jaxlm/types.py` on leaves.
     query_positions: Any = None
     """[#B, T] int32: the position of each query among the keys; None: 0 to T - 1."""
