@@ -73,7 +73,7 @@ def test_stopped_in_every_way_and_resumed_is_the_same(stopped, straight):
     assert differences(straight.course(), run.course()) == set()
     # Another start has nothing to do, and reports it.
     code, out, _ = run.train()
-    assert code == 0 and "all 12 steps are done; raise --train.steps or --fresh" in out
+    assert code == 0 and "all 12 steps are done; raise --train.steps, or start" in out
 
 
 @pytest.mark.slow
