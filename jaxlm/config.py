@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -21,22 +21,9 @@ BUNDLED_TEXT = "bundled:shakespeare.txt"
 
 # Fields of the model that change how it is computed, but not what it computes. They may
 # change when a run is resumed.
-EXECUTION_FIELDS = (
-    "dtype",
-    "remat",
-    "unroll_layers",
-    "attention",
-    "decode_attention",
-)
+EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention", "decode_attention")
 AttentionName = Literal[
-    "auto",
-    "reference",
-    "dense",
-    "xla",
-    "pallas_tpu",
-    "pallas_gpu",
-    "splash",
-    "cudnn",
+    "auto", "reference", "dense", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn"
 ]
 
 
@@ -73,10 +60,7 @@ class RopeScaling:
 
     def __post_init__(self):
         check_types(self, "model.rope_scaling")
-        if self.factor < 1.0:
-            raise ValueError(
-                f"model.rope_scaling.factor is {self.factor}: it must be at least 1"
-            )
+        _check(self, "model.rope_scaling", "at least 1", "factor")
         if self.kind == "longrope" and not (self.short_factors and self.long_factors):
             raise ValueError(
                 "model.rope_scaling.kind is longrope: short_factors and long_factors "
@@ -193,15 +177,12 @@ class ModelConfig:
     def __post_init__(self):
         check_types(self, "model")
         positive = ("num_layers", "model_dim", "num_heads", "num_kv_heads")
-        positive += ("head_dim", "hidden_dim", "context_length")
-        for name in positive:
-            _check(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "> 0")
-        _check(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, ">= 0")
-        _check(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "> 0")
-        _check(self.init_std >= 0, "model.init_std", self.init_std, ">= 0")
-        _check(
-            self.unroll_layers >= 0, "model.unroll_layers", self.unroll_layers, ">= 0"
-        )
+        positive += ("head_dim", "hidden_dim", "context_length", "norm_epsilon")
+        positive += ("attention_soft_cap", "final_soft_cap", "attention_scale")
+        _check(self, "model", "> 0", *positive)
+        _check(self, "model", ">= 0", "vocab_size", "init_std", "unroll_layers")
+        _check(self, "model", ">= 0", "num_experts")
+        _check(self, "model", "at least one value", "layer_pattern", "rope_pattern")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads is {self.num_heads}: it must be a multiple of "
@@ -231,9 +212,6 @@ class ModelConfig:
                     f"model.window is {self.window}: it must be from 1 to "
                     f"model.context_length {self.context_length}"
                 )
-        for name in ("layer_pattern", "rope_pattern"):
-            pattern = getattr(self, name)
-            _check(len(pattern) > 0, f"model.{name}", pattern, "at least one value")
         if self.parallel_block and self.norm_placement != "pre":
             raise ValueError(
                 "model.parallel_block needs model.norm_placement 'pre', not "
@@ -249,12 +227,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.norm_bias needs model.norm 'layer', not {self.norm!r}"
             )
-        for name in ("attention_soft_cap", "final_soft_cap", "attention_scale"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, f"model.{name}", value, "> 0")
 
     def _check_experts(self) -> None:
-        _check(self.num_experts >= 0, "model.num_experts", self.num_experts, ">= 0")
         if not self.num_experts:
             defaults = {f.name: f.default for f in dataclasses.fields(self)}
             for name in ("experts_per_token", "router_normalize", "router_bias"):
@@ -270,11 +244,8 @@ class ModelConfig:
             )
 
     def _check_rope(self) -> None:
-        _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "> 0")
-        local = self.rope_local_theta
-        _check(local is None or local > 0, "model.rope_local_theta", local, "> 0")
-        fraction = self.rope_fraction
-        _check(0 < fraction <= 1, "model.rope_fraction", fraction, "in (0, 1]")
+        _check(self, "model", "> 0", "rope_theta", "rope_local_theta")
+        _check(self, "model", "in (0, 1]", "rope_fraction")
         if self.rotary_dim % 2:
             raise ValueError(
                 f"model.head_dim * model.rope_fraction is {self.rotary_dim}: it must "
@@ -331,35 +302,18 @@ class DataConfig:
 
     def __post_init__(self):
         check_types(self, "data")
-        _check(len(self.path) > 0, "data.path", self.path, "at least one path")
+        _check(self, "data", "at least one path", "path")
+        _check(self, "data", "in [0, 1)", "holdout_fraction")
+        _check(self, "data", "> 0", "sequence_length")
+        _check(self, "data", "> 3", "tokenizer_vocab_size")
+        _check(self, "data", ">= 0", "workers", "prefetch")
         if self.weights:
             if len(self.weights) != len(self.path):
                 raise ValueError(
                     f"data.weights has {len(self.weights)} numbers for "
                     f"{len(self.path)} entries of data.path"
                 )
-            good = all(w >= 0 for w in self.weights) and sum(self.weights) > 0
-            _check(good, "data.weights", self.weights, ">= 0 and not all zero")
-        _check(
-            0 <= self.holdout_fraction < 1,
-            "data.holdout_fraction",
-            self.holdout_fraction,
-            "in [0, 1)",
-        )
-        _check(
-            self.sequence_length > 0,
-            "data.sequence_length",
-            self.sequence_length,
-            "> 0",
-        )
-        _check(
-            self.tokenizer_vocab_size > 3,
-            "data.tokenizer_vocab_size",
-            self.tokenizer_vocab_size,
-            "> 3",
-        )
-        _check(self.workers >= 0, "data.workers", self.workers, ">= 0")
-        _check(self.prefetch >= 0, "data.prefetch", self.prefetch, ">= 0")
+            _check(self, "data", ">= 0 and not all zero", "weights")
         if self.tokenizer_model is not None and self.tokenizer != "sentencepiece":
             raise ValueError(
                 "data.tokenizer_model is set but data.tokenizer is "
@@ -380,9 +334,7 @@ class MeshConfig:
 
     def __post_init__(self):
         check_types(self, "mesh")
-        for name in ("data", "fsdp", "tensor"):
-            size = getattr(self, name)
-            _check(size >= 1 or size == -1, f"mesh.{name}", size, ">= 1, or -1")
+        _check(self, "mesh", ">= 1, or -1", "data", "fsdp", "tensor")
         if [self.data, self.fsdp, self.tensor].count(-1) > 1:
             raise ValueError("mesh: only one axis can be -1 (all remaining devices)")
 
@@ -422,21 +374,11 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_types(self, "optimizer")
-        for name in ("learning_rate", "epsilon", "clip_norm", "adam_learning_rate"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, f"optimizer.{name}", value, "> 0")
-        for name in ("b1", "b2", "momentum"):
-            value = getattr(self, name)
-            _check(0 <= value < 1, f"optimizer.{name}", value, "in [0, 1)")
-        for name in ("decay_fraction", "final_fraction"):
-            value = getattr(self, name)
-            _check(0 <= value <= 1, f"optimizer.{name}", value, "in [0, 1]")
-        _check(
-            self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, ">= 0"
-        )
-        _check(
-            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, ">= 0"
-        )
+        positive = ("learning_rate", "epsilon", "clip_norm", "adam_learning_rate")
+        _check(self, "optimizer", "> 0", *positive)
+        _check(self, "optimizer", "in [0, 1)", "b1", "b2", "momentum")
+        _check(self, "optimizer", "in [0, 1]", "decay_fraction", "final_fraction")
+        _check(self, "optimizer", ">= 0", "warmup_steps", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -486,14 +428,12 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self, "train")
-        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "keep"):
-            _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        positive = ("steps", "batch_size", "accumulation_steps", "log_every", "keep")
+        _check(self, "train", "> 0", *positive)
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
-        for name in not_negative:
-            value = getattr(self, name)
-            _check(value >= 0, f"train.{name}", value, ">= 0")
+        _check(self, "train", ">= 0", *not_negative)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size is {self.batch_size}: it must be a multiple of "
@@ -518,18 +458,10 @@ class SampleConfig:
 
     def __post_init__(self):
         check_types(self, "sample")
-        _check(
-            self.max_new_tokens > 0, "sample.max_new_tokens", self.max_new_tokens, "> 0"
-        )
-        # Comparisons with NaN are false, so NaN fails here too.
-        _check(
-            0 <= self.temperature <= 100,
-            "sample.temperature",
-            self.temperature,
-            "in [0, 100]",
-        )
-        _check(self.top_k >= 0, "sample.top_k", self.top_k, ">= 0")
-        _check(0 < self.top_p <= 1, "sample.top_p", self.top_p, "in (0, 1]")
+        _check(self, "sample", "> 0", "max_new_tokens")
+        _check(self, "sample", ">= 0", "top_k")
+        _check(self, "sample", "in [0, 100]", "temperature")
+        _check(self, "sample", "in (0, 1]", "top_p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,9 +506,29 @@ class Config:
             )
 
 
-def _check(good: bool, name: str, value: Any, rule: str) -> None:
-    if not good:
-        raise ValueError(f"{name} is {value!r}: it must be {rule}")
+# What a value must be, as messages say it.
+_RULES: dict[str, Callable[[Any], bool]] = {
+    "> 0": lambda x: x > 0,
+    "> 3": lambda x: x > 3,
+    ">= 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    ">= 1, or -1": lambda x: x >= 1 or x == -1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+    "in [0, 100]": lambda x: 0 <= x <= 100,
+    "at least one path": bool,
+    "at least one value": bool,
+    ">= 0 and not all zero": lambda x: min(x) >= 0 and sum(x) > 0,
+}
+
+
+def _check(config: Any, where: str, rule: str, *names: str) -> None:
+    """Raises ValueError for a field, other than None, that breaks the rule."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not _RULES[rule](value):
+            raise ValueError(f"{where}.{name} is {value!r}: it must be {rule}")
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -646,11 +598,8 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> An
         for name, value in values.items()
     }
     for name, f in known.items():
-        has_default = (
-            f.default is not dataclasses.MISSING
-            or f.default_factory is not dataclasses.MISSING
-        )
-        if name not in kwargs and not has_default:
+        is_required = f.default is f.default_factory is dataclasses.MISSING
+        if name not in kwargs and is_required:
             raise ValueError(f"{where}: field {name!r} is missing")
     return cls(**kwargs)
 
