@@ -3,12 +3,16 @@
 import codecs
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Integer
+
+from jaxlm.tokenizers.special_tokens import SpecialTokens, TokenizerSettings
 
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
@@ -25,42 +29,46 @@ class Piece(NamedTuple):
     """Offset after its last byte."""
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Converts text to token ids and back."""
 
     kind: str
     """Name of the kind, in saved files and messages."""
     vocab_size: int
     """Number of ids; each id is in [0, vocab_size)."""
-    bos_id: int | None
+    bos_id: int | None = None
     """Id of the token that begins a text, or None."""
-    eos_id: int | None
+    eos_id: int | None = None
     """Id of the token that ends a document, or None."""
-    pad_id: int | None
+    pad_id: int | None = None
     """Id of the token that pads rows, or None."""
     fingerprint: str
     """SHA-256 (hex) of kind and contents; equal ones give equal ids for every text."""
-    stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
     """Ids that end generation: `eos_id` and those that the model's files add."""
-    adds_bos: bool
+    adds_bos: bool = False
     """Whether the model expects `bos_id` before a text (`encode` never adds it)."""
-    chat_template: str | None
+    chat_template: str | None = None
     """Jinja source that formats a conversation, or None."""
-    leading_spaces: Literal["keep", "drop one", "drop token", "drop all"]
+    leading_spaces: Literal["keep", "drop one", "drop token", "drop all"] = "keep"
     """Which spaces decoding drops at the start: none, one, those of the first token
     with text, or those of all tokens before the first letter."""
-    space_ids: Collection[int]
+    space_ids: Collection[int] = ()
     """Ids of the pieces that begin with such a space."""
-    special_ids: Mapping[str, int]
+    special_ids: Mapping[str, int] = MappingProxyType({})
     """Text of each special token -> id; only for trusted code: `encode` never uses
     them."""
     token_bytes: Sequence[bytes]
     """UTF-8 bytes that each id adds to a text; b"" for special tokens."""
+    _specials = SpecialTokens({})
 
+    @abstractmethod
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
-        """Encodes a text; text never becomes a special token."""
-        ...
+        """Encodes a text; text never becomes a special token.
+
+        Raises:
+          ValueError: for a lone surrogate, or a character that the vocabulary lacks.
+        """
 
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
         """Encodes a text formatted by a chat template, with its special tokens.
@@ -68,19 +76,65 @@ class Tokenizer(Protocol):
         `barrier` is a character that separates what must stay text: no special token is
         matched across it, and it leaves no trace in the ids.
         """
-        ...
+        check_text(text)
+        ids: list[int] = []
+        for at, part in self._specials.split(text):
+            if isinstance(part, str):
+                ids += self._encode_part(part.replace(barrier, ""), at == 0)
+            else:
+                ids.append(part)
+        return np.asarray(ids, np.int32)
+
+    def _encode_part(self, part: str, at_start: bool) -> Sequence[int]:
+        """Encodes text between special tokens; `at_start`: it begins the whole text."""
+        return self.encode(part).tolist()
 
     def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Decodes ids; bytes that are not UTF-8 become U+FFFD."""
-        ...
+        """Decodes ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: for an id outside the vocabulary.
+        """
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        check_ids(array, self.vocab_size)
+        table, rest = self.token_bytes, array.tolist()
+        stream, head = TextStream(self), ""
+        if self.leading_spaces != "keep":
+            # Only the leading spaces depend on earlier tokens: decode them one by one.
+            used = 0
+            while used < len(rest) and stream._at_start:
+                head += stream.feed(rest[used])
+                used += 1
+            rest = rest[used:]
+        data = b"".join([table[i] for i in rest])
+        return head + stream._utf8.decode(data, final=True)
 
     def pieces(self, text: str) -> list[Piece]:
-        """Returns the ids of `encode(text)` with their byte ranges in the text."""
-        ...
+        """Returns the ids of `encode(text)` with their byte ranges in the text.
 
+        Where the model changes text (normalization, an added space), a piece may be
+        empty or cover more bytes than its own.
+        """
+        ids = self.encode(text).tolist()
+        return tile_bytes(ids, [len(self.token_bytes[i]) for i in ids])
+
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes the files for `read_saved_tokenizer` into an existing folder."""
-        ...
+
+    def _write_description(self, folder: Path, **values: Any) -> None:
+        """Writes tokenizer.json: kind, version, fingerprint and values of the kind."""
+        values |= {"kind": self.kind, "version": FORMAT_VERSION}
+        values["fingerprint"] = self.fingerprint
+        text = json.dumps(values, indent=1, sort_keys=True)
+        (Path(folder) / TOKENIZER_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def _take(self, settings: TokenizerSettings) -> None:
+        """Checks the settings of a model's files, and sets the attributes they name."""
+        settings.check(self.vocab_size)
+        self.settings = settings
+        for name, value in vars(settings).items():
+            setattr(self, name, value)
 
 
 class TextStream:
@@ -125,29 +179,6 @@ class TextStream:
         return text
 
 
-def decode_ids(
-    tokenizer: Tokenizer, ids: Integer[np.ndarray, "n"] | Sequence[int]
-) -> str:
-    """Decodes ids by the table `tokenizer.token_bytes`.
-
-    Raises:
-      ValueError: for an id outside the vocabulary.
-    """
-    array = np.asarray(ids, dtype=np.int64).reshape(-1)
-    check_ids(array, tokenizer.vocab_size)
-    table, rest = tokenizer.token_bytes, array.tolist()
-    stream, head = TextStream(tokenizer), ""
-    if tokenizer.leading_spaces != "keep":
-        # Only the leading spaces depend on earlier tokens: decode them one by one.
-        used = 0
-        while used < len(rest) and stream._at_start:
-            head += stream.feed(rest[used])
-            used += 1
-        rest = rest[used:]
-    data = b"".join([table[i] for i in rest])
-    return head + stream._utf8.decode(data, final=True)
-
-
 def check_ids(ids: Integer[np.ndarray, "n"], vocab_size: int) -> None:
     """Raises ValueError for the first id that is not in [0, vocab_size)."""
     bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
@@ -172,15 +203,6 @@ def check_text(text: str) -> None:
 def fingerprint_of(kind: str, contents: bytes) -> str:
     """SHA-256 (hex) of a tokenizer's kind and contents."""
     return hashlib.sha256(kind.encode() + b"\0" + contents).hexdigest()
-
-
-def write_description(
-    folder: Path, kind: str, fingerprint: str, values: dict[str, Any]
-) -> None:
-    """Writes tokenizer.json: kind, version, fingerprint and the values of the kind."""
-    description = {"kind": kind, "version": FORMAT_VERSION, "fingerprint": fingerprint}
-    text = json.dumps({**description, **values}, indent=1, sort_keys=True)
-    (Path(folder) / TOKENIZER_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def tile_bytes(ids: Iterable[int], lengths: Iterable[int]) -> list[Piece]:

@@ -1,22 +1,13 @@
 """The two tokenizers without a model file: UTF-8 bytes and characters."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32
 
-from jaxlm.tokenizers.base import (
-    Piece,
-    Tokenizer,
-    check_text,
-    decode_ids,
-    fingerprint_of,
-    tile_bytes,
-    write_description,
-)
+from jaxlm.tokenizers.base import Tokenizer, check_text, fingerprint_of
 
 
 class ByteTokenizer(Tokenizer):
@@ -24,15 +15,8 @@ class ByteTokenizer(Tokenizer):
 
     kind = "bytes"
     vocab_size = 257
-    bos_id = None
     eos_id: int = 256
-    pad_id = None
     stop_ids = (256,)
-    adds_bos = False
-    chat_template = None
-    special_ids = MappingProxyType({})
-    leading_spaces = "keep"
-    space_ids = ()
     fingerprint = fingerprint_of("bytes", b"1")
     token_bytes = (*(bytes([i]) for i in range(256)), b"")
 
@@ -45,37 +29,15 @@ class ByteTokenizer(Tokenizer):
         check_text(text)
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
-    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Encodes the text without barriers; there are no special tokens."""
-        return self.encode(text.replace(barrier, ""))
-
-    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Decodes ids; raises ValueError for an id outside the vocabulary."""
-        return decode_ids(self, ids)
-
-    def pieces(self, text: str) -> list[Piece]:
-        """Returns one piece for each byte."""
-        ids = self.encode(text).tolist()
-        return tile_bytes(ids, [1] * len(ids))
-
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json into an existing folder."""
-        write_description(folder, self.kind, self.fingerprint, {})
+        self._write_description(folder)
 
 
 class CharTokenizer(Tokenizer):
     """The distinct characters of a text, sorted; no special tokens."""
 
     kind = "chars"
-    bos_id = None
-    eos_id = None
-    pad_id = None
-    stop_ids = ()
-    adds_bos = False
-    chat_template = None
-    special_ids = MappingProxyType({})
-    leading_spaces = "keep"
-    space_ids = ()
 
     def __init__(self, characters: Iterable[str]):
         """Takes any text; its distinct characters become the vocabulary.
@@ -121,20 +83,6 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
-    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Encodes the text without barriers; there are no special tokens."""
-        return self.encode(text.replace(barrier, ""))
-
-    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Decodes ids; raises ValueError for an id outside the vocabulary."""
-        return decode_ids(self, ids)
-
-    def pieces(self, text: str) -> list[Piece]:
-        """Returns one piece for each character."""
-        ids = self.encode(text).tolist()
-        return tile_bytes(ids, [len(self.token_bytes[i]) for i in ids])
-
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json into an existing folder."""
-        values = {"characters": self.characters}
-        write_description(folder, self.kind, self.fingerprint, values)
+        self._write_description(folder, characters=self.characters)

@@ -8,7 +8,10 @@ from jaxlm.config import DataConfig, nearest
 from jaxlm.tokenizers.base import FORMAT_VERSION, TOKENIZER_FILE, Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
-from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
+from jaxlm.tokenizers.sentencepiece.processor import (
+    MODEL_FILE,
+    SentencePieceTokenizer,
+)
 from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
 
@@ -33,7 +36,9 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
     readers = {
         "bytes": lambda s: ByteTokenizer(),
         "chars": lambda s: CharTokenizer(description.get("characters") or ""),
-        "sentencepiece": lambda s: SentencePieceTokenizer.from_folder(folder, s),
+        "sentencepiece": lambda s: SentencePieceTokenizer.from_file(
+            folder / MODEL_FILE, s
+        ),
         "huggingface": lambda s: HuggingFaceTokenizer.from_folder(folder, s),
     }
     if kind is None and "model" in description:

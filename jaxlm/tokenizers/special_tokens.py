@@ -2,12 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from jaxtyping import Int32
 
 # White space as in the library `tokenizers` (Unicode's White_Space); Python's includes
 # four more control characters.
@@ -113,27 +110,6 @@ class SpecialTokens:
             at = end
         if at < len(text):
             yield at, text[at:]
-
-    def encode(
-        self,
-        text: str,
-        barrier: str,
-        encode_text: Callable[[str, bool], list[int]],
-    ) -> Int32[np.ndarray, "n"]:
-        """Encodes a text with special tokens; see `Tokenizer.encode_trusted`.
-
-        Args:
-          text: formatted by a chat template.
-          barrier: dropped from the text between special tokens.
-          encode_text: encodes such a part, given it and whether it begins `text`.
-        """
-        ids: list[int] = []
-        for at, part in self.split(text):
-            if isinstance(part, str):
-                ids += encode_text(part.replace(barrier, ""), at == 0)
-            else:
-                ids.append(part)
-        return np.asarray(ids, np.int32)
 
 
 def _touches_a_word(text: str, start: int, end: int) -> bool:

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32
 
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,
     check_text,
-    decode_ids,
     fingerprint_of,
     tile_bytes,
-    write_description,
 )
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_tokens,
@@ -37,8 +35,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     `encode` returns what the library returns with `add_special_tokens=False`, except
     that added tokens, special or not, are not matched in text unless they are white
-    space: text typed by a user never becomes one of them. `decode` returns what the
-    library returns without special tokens.
+    space: text typed by a user never becomes one of them. `encode_trusted` returns,
+    without barriers, the ids of the library for the original file. `decode` returns
+    what the library returns without special tokens.
     """
 
     kind = "huggingface"
@@ -58,26 +57,22 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         if isinstance(tokenizer_json, str):
             tokenizer_json = tokenizer_json.encode("utf-8")
-        self._contents = tokenizer_json
+        self.tokenizer_json = tokenizer_json
+        """The contents of the file, unchanged."""
         self.data = parse(tokenizer_json)
-        self.settings = TokenizerSettings() if settings is None else settings
         with damage_in("this tokenizer.json"):
             self._vocabulary = vocabulary(self.data)
             self._added = added_tokens(self.data)
             self._decoding = decoding_of(self.data)
             ids = [*self._vocabulary.values(), *(t.id for t in self._added)]
             self.vocab_size = max(ids, default=-1) + 1
-            self.settings.check(self.vocab_size)
+            self._take(TokenizerSettings() if settings is None else settings)
             self._library = self._load_literal(later=False)
 
         ids_of_settings = json.dumps(self.settings.ids).encode()
         self.fingerprint = fingerprint_of(
             self.kind, tokenizer_json + b"\0" + ids_of_settings
         )
-        self.bos_id, self.eos_id = self.settings.bos_id, self.settings.eos_id
-        self.pad_id, self.adds_bos = self.settings.pad_id, self.settings.adds_bos
-        self.stop_ids = self.settings.stop_ids
-        self.chat_template = self.settings.chat_template
         self.leading_spaces = self._decoding.leading_spaces
 
     @classmethod
@@ -98,11 +93,6 @@ class HuggingFaceTokenizer(Tokenizer):
             return cls(path.read_bytes(), settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-    @property
-    def tokenizer_json(self) -> bytes:
-        """The contents of the tokenizer.json, unchanged."""
-        return self._contents
 
     @cached_property
     def tokens(self) -> Mapping[int, str]:
@@ -204,27 +194,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def _never_from_text(self) -> frozenset[int]:
         return frozenset(self.special_ids.values()) - {self._unknown_id}
 
-    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Encodes a text with special tokens; see `Tokenizer`.
-
-        Without barriers, the ids are those of the library for the original file.
-        """
-
-        def encode(part: str, at_start: bool) -> list[int]:
-            return self._encode(part, self._library if at_start else self._later).ids
-
-        return self._specials.encode(text, barrier, encode)
-
-    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Decodes ids; raises ValueError for an id outside the vocabulary."""
-        return decode_ids(self, ids)
+    def _encode_part(self, part: str, at_start: bool) -> Sequence[int]:
+        return self._encode(part, self._library if at_start else self._later).ids
 
     def pieces(self, text: str) -> list[Piece]:
-        """Returns the ids of `encode(text)` with their byte ranges in the text.
-
-        Where the model changes text (normalization, an added space), a piece may be
-        empty or cover more bytes than its own.
-        """
+        """Returns the ids of `encode(text)` with their byte ranges in the text."""
         encoding = self._encode(text, self._library)
         ids, data = encoding.ids, text.encode("utf-8")
         sizes = [len(self.token_bytes[i]) for i in ids]
@@ -238,9 +212,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and huggingface.json into an existing folder."""
-        (Path(folder) / MODEL_FILE).write_bytes(self._contents)
-        values = {"model": MODEL_FILE, "habits": self.settings.to_json()}
-        write_description(folder, self.kind, self.fingerprint, values)
+        (Path(folder) / MODEL_FILE).write_bytes(self.tokenizer_json)
+        habits = self.settings.to_json()
+        self._write_description(folder, model=MODEL_FILE, habits=habits)
 
 
 @contextmanager

@@ -3,24 +3,17 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from google.protobuf.message import DecodeError
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32
+from sentencepiece import SentencePieceProcessor
 
-from jaxlm.tokenizers.base import (
-    Piece,
-    Tokenizer,
-    check_text,
-    decode_ids,
-    fingerprint_of,
-    write_description,
-)
+from jaxlm.tokenizers.base import Piece, Tokenizer, check_text, fingerprint_of
 from jaxlm.tokenizers.sentencepiece.model_proto import (
     BYTE,
     CONTROL,
@@ -63,34 +56,28 @@ class SentencePieceTokenizer(Tokenizer):
           ValueError: when it is not a SentencePiece model, or lacks an id of the
             settings.
         """
-        self._model = model
+        self.model = model
+        """The contents of the file."""
         if not model:
             raise ValueError("not a SentencePiece model: it is empty")
         try:
-            self._processor = _load(model)
+            self._processor = SentencePieceProcessor(model_proto=model)
             self.table = ModelTable(model)
         except (RuntimeError, DecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
         if USER_DEFINED in self.table.types:
-            self._processor = _load(literal_model(model))
+            model_proto = literal_model(model)
+            self._processor = SentencePieceProcessor(model_proto=model_proto)
         self.vocab_size = len(self.table.types)
-        own = TokenizerSettings(
-            bos_id=_id_or_none(self._processor.bos_id()),
-            eos_id=_id_or_none(self._processor.eos_id()),
-            pad_id=_id_or_none(self._processor.pad_id()),
-        )
-        self.settings = own if settings is None else settings
-        self.settings.check(self.vocab_size)
+        named = ("bos_id", "eos_id", "pad_id")
+        ids = [getattr(self._processor, name)() for name in named]
+        own = TokenizerSettings(*(i if i >= 0 else None for i in ids))
+        self._take(own if settings is None else settings)
         self._has_own_settings = self.settings == own
         # Without settings of its own, a model has the fingerprint of its contents.
         same = self.settings.ids == own.ids
         others = b"" if same else b"\0" + json.dumps(self.settings.ids).encode()
         self.fingerprint = fingerprint_of(self.kind, model + others)
-        self.bos_id, self.eos_id = self.settings.bos_id, self.settings.eos_id
-        self.pad_id, self.adds_bos = self.settings.pad_id, self.settings.adds_bos
-        self.stop_ids = self.settings.stop_ids
-        self.chat_template = self.settings.chat_template
-        self.leading_spaces = "keep"
         if self.table.remove_extra_whitespaces:
             self.leading_spaces = "drop all"
         elif self.table.add_dummy_prefix:
@@ -118,18 +105,6 @@ class SentencePieceTokenizer(Tokenizer):
             return cls(path.read_bytes(), settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-    @classmethod
-    def from_folder(
-        cls, folder: Path, settings: TokenizerSettings | None = None
-    ) -> "SentencePieceTokenizer":
-        """Loads the model that `save` wrote; raises ValueError as `from_file` does."""
-        return cls.from_file(Path(folder) / MODEL_FILE, settings)
-
-    @property
-    def model(self) -> bytes:
-        """The contents of the .model file."""
-        return self._model
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -195,25 +170,8 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self._processor.encode(part)
         return np.asarray(ids, np.int32)
 
-    def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
-        """Encodes a text with special tokens; see `Tokenizer`."""
-        check_text(text)
-
-        def encode(part: str, at_start: bool) -> list[int]:
-            return self.encode(part).tolist()
-
-        return self._specials.encode(text, barrier, encode)
-
-    def decode(self, ids: Integer[np.ndarray, "n"] | Sequence[int]) -> str:
-        """Decodes ids; raises ValueError for an id outside the vocabulary."""
-        return decode_ids(self, ids)
-
     def pieces(self, text: str) -> list[Piece]:
-        """Returns the ids of `encode(text)` with their byte ranges in the text.
-
-        Where the model changes text (normalization, an added space), a piece may be
-        empty or cover more bytes than its own.
-        """
+        """Returns the ids of `encode(text)` with their byte ranges in the text."""
         check_text(text)
         found: list[Piece] = []
         at = 0
@@ -257,19 +215,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and sentencepiece.model into an existing folder."""
-        (Path(folder) / MODEL_FILE).write_bytes(self._model)
+        (Path(folder) / MODEL_FILE).write_bytes(self.model)
         values: dict[str, Any] = {"model": MODEL_FILE}
         if not self._has_own_settings:
             values["habits"] = self.settings.to_json()
-        write_description(folder, self.kind, self.fingerprint, values)
-
-
-def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-def _id_or_none(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
+        self._write_description(folder, **values)
 
 
 def _bytes_of(piece: str, kind: int, unknown_surface: bytes) -> bytes:

@@ -54,7 +54,7 @@ def test_equals_the_library(prefix, remove, fallback):
 
 def test_equals_the_library_when_trained_here(models, shakespeare):
     for tokenizer in models.values():
-        library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
+        library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
         part = shakespeare[200_000:250_000] + "é漢🙂</s>"
         assert tokenizer.encode(part).tolist() == library.encode(part)
 
@@ -68,7 +68,7 @@ def test_not_a_model(data, tmp_path):
 
 
 def test_truncated_models(models):
-    model = models["bpe"]._model
+    model = models["bpe"].model
     for size in range(1, len(model), 397):
         # Cut between pieces, it is a smaller model; only ValueError may be raised.
         try:
