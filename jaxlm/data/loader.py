@@ -33,9 +33,7 @@ from jaxlm.data.packing import (
 from jaxlm.data.sources import Source, find_source, read_documents
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
-from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.types import Batch
 
 # Increase it whenever the same config and seed would give other batches than before.
@@ -237,10 +235,8 @@ def _tokenizer_of(
     config: DataConfig, sources: list[Source], hashes: list[list[str]]
 ) -> Tokenizer:
     """Returns the config's tokenizer; one made from the text is kept in the cache."""
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    if config.tokenizer_model is not None:
-        return SentencePieceTokenizer.from_file(config.tokenizer_model)
+    if config.tokenizer == "bytes" or config.tokenizer_model is not None:
+        return build_tokenizer(config, ())
     choices = [config.tokenizer]
     if config.tokenizer == "sentencepiece":
         choices += [config.tokenizer_vocab_size, config.tokenizer_algorithm]

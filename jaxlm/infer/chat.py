@@ -72,17 +72,13 @@ def chat_ids(
             )
     barrier = _unused_character(template, messages)
     texts = {i: text for text, i in tokenizer.special_ids.items()}
-    named_ids = {
-        "bos_token": tokenizer.bos_id,
-        "eos_token": tokenizer.eos_id,
-        "pad_token": tokenizer.pad_id,
-    }
+    named = tokenizer.named_ids.items()
     variables = {
         "messages": [_guarded(tokenizer, m, barrier) for m in messages],
         "add_generation_prompt": add_generation_prompt,
         "tools": None,
         "documents": None,
-        **{name: texts[i] for name, i in named_ids.items() if i in texts},
+        **{f"{name}_token": texts[i] for name, i in named if i in texts},
     }
     ids = tokenizer.encode_trusted(render(template, variables), barrier)
     if not len(ids):

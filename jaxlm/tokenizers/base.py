@@ -62,6 +62,12 @@ class Tokenizer(ABC):
     """UTF-8 bytes that each id adds to a text; b"" for special tokens."""
     _specials = SpecialTokens({})
 
+    @property
+    def named_ids(self) -> dict[str, int]:
+        """Ids of the bos, eos and pad tokens, by these names, if there are any."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
+        return {name: i for name, i in ids.items() if i is not None}
+
     @abstractmethod
     def encode(self, text: str) -> Int32[np.ndarray, "n"]:
         """Encodes a text; text never becomes a special token.

@@ -163,7 +163,7 @@ def test_damaged_folders(models, tmp_path):
         read_saved_tokenizer(tmp_path)
     models["bpe"].save(tmp_path)
     model = tmp_path / "sentencepiece.model"
-    model.write_bytes(models["unigram"]._model)
+    model.write_bytes(models["unigram"].model)
     with pytest.raises(ValueError, match="fingerprint"):
         read_saved_tokenizer(tmp_path)
     model.unlink()
@@ -179,7 +179,7 @@ def test_build_tokenizer(tmp_path, models):
     with pytest.raises(ValueError, match="at least one character"):
         build_tokenizer(DataConfig(), [])
     path = tmp_path / "m.model"
-    path.write_bytes(models["bpe"]._model)
+    path.write_bytes(models["bpe"].model)
     config = DataConfig(tokenizer="sentencepiece", tokenizer_model=str(path))
     loaded = build_tokenizer(config, iter(()))
     assert loaded.fingerprint == models["bpe"].fingerprint

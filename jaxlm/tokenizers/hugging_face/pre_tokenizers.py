@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.config import nearest
+from jaxlm.tokenizers.hugging_face.tokenizer_json import bpe_model, new_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +39,8 @@ def _cased_words(contractions: str, digits: str) -> str:
     )
 
 
-def _split(pattern: str) -> dict[str, Any]:
+def split_step(pattern: str) -> dict[str, Any]:
+    """Makes a step in which each match of the pattern is a word."""
     return {
         "type": "Split",
         "pattern": {"Regex": pattern},
@@ -86,7 +88,7 @@ class PreTokenizer:
 
 
 def _by_pattern(*patterns: str, **options: bool) -> PreTokenizer:
-    return PreTokenizer((*map(_split, patterns), _byte_level(False)), **options)
+    return PreTokenizer((*map(split_step, patterns), _byte_level(False)), **options)
 
 
 BYTES = PreTokenizer((_byte_level(False),))
@@ -149,30 +151,14 @@ def byte_level_json(
       pre: the pre-tokenizer.
       added: entries of `added_tokens`.
     """
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": pre.ignore_merges,
-        "vocab": vocab,
-        "merges": [m for m in merges if m.replace(" ", "", 1) in vocab],
-    }
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": list(added),
-        "normalizer": pre.normalizer,
-        "pre_tokenizer": pre.pre_tokenizer,
-        "post_processor": None,
-        "decoder": byte_level | {"trim_offsets": True, "use_regex": True},
-        "model": model,
-    }
+    used = [m for m in merges if m.replace(" ", "", 1) in vocab]
+    return new_json(
+        bpe_model(vocab, used, ignore_merges=pre.ignore_merges),
+        _byte_level(True),
+        added_tokens=list(added),
+        normalizer=pre.normalizer,
+        pre_tokenizer=pre.pre_tokenizer,
+    )
 
 
 def by_name(name: str) -> PreTokenizer:

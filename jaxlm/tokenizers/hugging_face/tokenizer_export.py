@@ -8,11 +8,17 @@ from typing import Any
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
-from jaxlm.tokenizers.hugging_face.pre_tokenizers import BYTES, byte_level_json
+from jaxlm.tokenizers.hugging_face.pre_tokenizers import (
+    BYTES,
+    byte_level_json,
+    split_step,
+)
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
+    bpe_model,
     byte_of_character,
+    new_json,
 )
 from jaxlm.tokenizers.sentencepiece.model_proto import (
     BPE,
@@ -64,22 +70,17 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:
         contents = json.dumps(data, ensure_ascii=False, indent=1).encode()
         names = {entry["id"]: entry["content"] for entry in data["added_tokens"]}
     (folder / "tokenizer.json").write_bytes(contents)
-    ids = {
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "pad": tokenizer.pad_id,
-    }
-    known = {name: i for name, i in ids.items() if i is not None}
+    ids = tokenizer.named_ids
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": tokenizer.adds_bos,
         "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": names[i] for name, i in known.items()},
+        **{f"{name}_token": names[i] for name, i in ids.items()},
     }
     if tokenizer.chat_template is not None:
         config["chat_template"] = tokenizer.chat_template
     stops = list(tokenizer.stop_ids)
-    generation: dict[str, Any] = {f"{name}_token_id": i for name, i in known.items()}
+    generation: dict[str, Any] = {f"{name}_token_id": i for name, i in ids.items()}
     if stops:
         generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     _write_json(folder / "tokenizer_config.json", config)
@@ -101,33 +102,14 @@ def _of_bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
 
 def _of_characters(tokenizer: CharTokenizer) -> dict[str, Any]:
     """Makes a model in which each character is a word."""
-    return {
-        **_FRAME,
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": r"[\s\S]"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "decoder": {"type": "Fuse"},
-        "model": {
-            "type": "WordLevel",
-            "vocab": {c: i for i, c in enumerate(tokenizer.characters)},
-            # It is not in the vocabulary, so an unknown character is an error.
-            "unk_token": "<unk>",
-        },
+    model = {
+        "type": "WordLevel",
+        "vocab": {c: i for i, c in enumerate(tokenizer.characters)},
+        # It is not in the vocabulary, so an unknown character is an error.
+        "unk_token": "<unk>",
     }
-
-
-_FRAME = {
-    "version": "1.0",
-    "truncation": None,
-    "padding": None,
-    "added_tokens": [],
-    "normalizer": None,
-    "pre_tokenizer": None,
-    "post_processor": None,
-}
+    each = split_step(r"[\s\S]")
+    return new_json(model, {"type": "Fuse"}, pre_tokenizer=each)
 
 
 def _of_sentence_piece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
@@ -137,21 +119,17 @@ def _of_sentence_piece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             "a tokenizer.json cannot express this SentencePiece model: it is neither "
             "BPE nor Unigram, or has unused pieces"
         )
-    everything = enumerate(zip(table.pieces, table.types, strict=True))
-    added = [
-        added_token(i, piece.replace(SPACE_SIGN, " "), special=kind != USER_DEFINED)
-        for i, (piece, kind) in everything
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-    ]
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
-    return {
-        **_FRAME,
-        "added_tokens": added,
-        "normalizer": _normalizer(table),
-        "post_processor": None if bos is None else bos_template(table.pieces[bos], bos),
-        "decoder": _decoder(table),
-        "model": _bpe(table) if table.algorithm == BPE else _unigram(table),
-    }
+    return new_json(
+        _bpe(table) if table.algorithm == BPE else _unigram(table),
+        _decoder(table),
+        added_tokens=[
+            added_token(i, text, special=kind != USER_DEFINED)
+            for i, text, kind in table.special_pieces()
+        ],
+        normalizer=_normalizer(table),
+        post_processor=None if bos is None else bos_template(table.pieces[bos], bos),
+    )
 
 
 def _normalizer(table: ModelTable) -> dict[str, Any]:
@@ -192,18 +170,14 @@ def _bpe(table: ModelTable) -> dict[str, Any]:
         for cut in range(1, len(piece))
         if piece[:cut] in parts and piece[cut:] in parts
     ]
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": table.pieces[table.types.index(UNKNOWN)],
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": table.byte_fallback,
-        "ignore_merges": False,
-        "vocab": vocab,
-        "merges": merges,
-    }
+    unknown = table.pieces[table.types.index(UNKNOWN)]
+    return bpe_model(
+        vocab,
+        merges,
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=table.byte_fallback,
+    )
 
 
 def _unigram(table: ModelTable) -> dict[str, Any]:

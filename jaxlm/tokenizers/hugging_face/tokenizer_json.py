@@ -8,7 +8,7 @@ pipeline: `normalizer`, `pre_tokenizer`, `post_processor`, `decoder`.
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -116,6 +116,39 @@ def first_added(data: Mapping[str, Any]) -> str | None:
     return None
 
 
+def new_json(
+    model: Mapping[str, Any], decoder: Mapping[str, Any], **parts: Any
+) -> dict[str, Any]:
+    """Makes a tokenizer.json; parts that are not given are empty."""
+    empty = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+    }
+    return empty | parts | {"decoder": decoder, "model": model}
+
+
+def bpe_model(
+    vocab: Mapping[str, int], merges: Sequence[Any], **options: Any
+) -> dict[str, Any]:
+    """Makes the `model` of a BPE; `options` replace its defaults."""
+    defaults = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+    }
+    return defaults | options | {"vocab": vocab, "merges": merges}
+
+
 def bos_template(token: str, token_id: int) -> dict[str, Any]:
     """Makes a post-processor that adds a token before a text."""
     bos, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"id": "A", "type_id": 0}
@@ -130,8 +163,7 @@ def bos_template(token: str, token_id: int) -> dict[str, Any]:
 
 def added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any]:
     """Makes an entry of `added_tokens` that leaves the text around it alone."""
-    token = AddedToken(token_id, content, special)
-    return dataclasses.asdict(token)
+    return dataclasses.asdict(AddedToken(token_id, content, special))
 
 
 def literal(

@@ -1,6 +1,6 @@
 """The contents of SentencePiece model files, by the library's protobuf classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Protobuf creates these classes at import, where type checkers cannot see them.
 from sentencepiece.sentencepiece_model_pb2 import (
@@ -51,6 +51,12 @@ class ModelTable:
             and not self.remove_extra_whitespaces
             and self.byte_fallback
         )
+
+    def special_pieces(self) -> Iterator[tuple[int, str, int]]:
+        """Yields id, text and type of control, unknown and user-defined pieces."""
+        for i, (piece, kind) in enumerate(zip(self.pieces, self.types, strict=True)):
+            if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+                yield i, piece.replace(SPACE_SIGN, " "), kind
 
 
 def _text(value: str | bytes) -> str:

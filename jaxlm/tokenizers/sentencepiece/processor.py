@@ -133,16 +133,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _specials(self) -> SpecialTokens:
-        table = self.table
-        everything = enumerate(zip(table.pieces, table.types, strict=True))
-        return SpecialTokens(
-            {
-                text: Special(i)
-                for i, (piece, kind) in everything
-                if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-                and (text := piece.replace(SPACE_SIGN, " ")).strip()
-            }
-        )
+        found = self.table.special_pieces()
+        return SpecialTokens({t: Special(i) for i, t, _ in found if t.strip()})
 
     @cached_property
     def _space_sign_ids(self) -> list[int]:
