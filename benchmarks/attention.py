@@ -34,16 +34,11 @@ MAX_SCORES = 2**33
 HEADS, KV_HEADS = 8, 2
 
 
-def jax_nn(q, k, v, window: int | None, implementation: str | None = None):
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=q.shape[-1] ** -0.5,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
-    )
+def peer(q, k, v, window: int | None, function: Callable, **options):
+    """Runs jax.nn's function, or tokamax's, which has the same arguments."""
+    scale = q.shape[-1] ** -0.5
+    options["local_window_size"] = None if window is None else (window - 1, 0)
+    return function(q, k, v, scale=scale, is_causal=True, **options)
 
 
 def stock_pallas(q, k, v, window: int | None):
@@ -66,22 +61,17 @@ def stock_pallas(q, k, v, window: int | None):
 def tokamax(q, k, v, window: int | None):
     import tokamax
 
-    return tokamax.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=q.shape[-1] ** -0.5,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="triton" if jax.default_backend() == "gpu" else None,
-    )
+    kind = "triton" if jax.default_backend() == "gpu" else None
+    function = tokamax.dot_product_attention
+    return peer(q, k, v, window, function, implementation=kind)
 
 
 def contestants(q, k, window: int | None) -> dict[str, Callable]:
     """Returns everything that can run here, by name."""
     spec = AttentionSpec(q.shape[-1] ** -0.5, Mask(window=window))
     what = request(q, k, spec)
-    found: dict[str, Callable] = {PEER: partial(jax_nn, window=window)}
+    jax_nn = partial(peer, window=window, function=jax.nn.dot_product_attention)
+    found: dict[str, Callable] = {PEER: jax_nn}
     for name, implementation in IMPLEMENTATIONS.items():
         if implementation.declines(what) is None:
             found[name] = lambda q, k, v, run=implementation.run: run(q, k, v, spec)[0]
@@ -132,16 +122,14 @@ def compare(T: int, head_dim: int, backward: bool, window: int | None, rounds: i
     ]
     programs, failed = {}, {}
     for name, run in contestants(*arguments[:2], window).items():
-        whole = name in ("reference", PEER) and batch * HEADS * T * T > MAX_SCORES
-        if whole or (name == "dense" and batch * HEADS * T * T > MAX_SCORES):
+        has_scores = name in ("reference", "dense", PEER)
+        if has_scores and batch * HEADS * T * T > MAX_SCORES:
             failed[name] = "its scores would not fit"
             continue
         try:
             programs[name] = compiled(run, backward, *arguments)
         except Exception as error:  # peers raise classes of their own
-            failed[name] = (
-                str(error).splitlines()[0][:200] if str(error) else repr(error)
-            )
+            failed[name] = (str(error) or repr(error)).splitlines()[0][:200]
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
@@ -156,8 +144,8 @@ def compare(T: int, head_dim: int, backward: bool, window: int | None, rounds: i
         "ms": {name: round(1e3 * found, 4) for name, found in medians.items()},
         "tflops": {n: round(flops / found / 1e12, 3) for n, found in medians.items()},
         "ratio": {
-            name: round(medians[PEER] / found, 3)
-            for name, found in medians.items()
+            n: round(medians[PEER] / found, 3)
+            for n, found in medians.items()
             if PEER in medians
         },
         "failed": failed,
@@ -190,10 +178,8 @@ def main() -> None:
         "matrix_peak_tflops": round(peak / 1e12, 2),
         "rows": [],
     }
-    out = (
-        options.out
-        or RESULTS / f"attention_{device.device_kind.replace(' ', '_')}.json"
-    )
+    name = device.device_kind.replace(" ", "_")
+    out = options.out or RESULTS / f"attention_{name}.json"
     for head_dim in options.head_dims:
         for T in options.lengths:
             for window in (None, max(T // 8, 16)):

@@ -26,13 +26,14 @@ import dataclasses
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import Config, DataConfig, MeshConfig, TrainConfig
 from jaxlm.model.presets import preset
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
@@ -90,25 +91,18 @@ def compile_step(
     config = Config(
         model=model,
         data=DataConfig(sequence_length=length),
-        optimizer=OptimizerConfig(),
         train=TrainConfig(batch_size=rows * len(devices), loss_chunk=4096),
     )
     mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         state = abstract_state(model, optimizer, mesh)
-        shape = (config.train.batch_size, length)
-        kinds = {"loss_weights": jnp.float32}
-        batch = Batch(
-            **{
-                field.name: jax.ShapeDtypeStruct(
-                    shape,
-                    kinds.get(field.name, jnp.int32),
-                    sharding=rules.batch_sharding(mesh),
-                )
-                for field in dataclasses.fields(Batch)
-            }
+        rows_of = partial(
+            jax.ShapeDtypeStruct,
+            (config.train.batch_size, length),
+            sharding=rules.batch_sharding(mesh),
         )
+        batch = Batch(*[rows_of(jnp.int32)] * 4, rows_of(jnp.float32))
         started = time.monotonic()
         lowered = make_train_step(config, optimizer).lower(state, batch)
         traced = time.monotonic()

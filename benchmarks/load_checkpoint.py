@@ -14,22 +14,23 @@ file.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from train_step import machine
+
 # The baseline reads in parts, so that it does not hold the model twice.
 PART = 1 << 28
 RESULTS = Path(__file__).parent / "results" / "load_checkpoint.json"
 
 
-def rss_mb(field: str) -> int:
-    """Reads a field of /proc/self/status in MB: RssAnon (now) or VmHWM (peak RSS)."""
+def memory_mb() -> int:
+    """This process's anonymous memory (RssAnon) in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(field)) // 1024
+    return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon")) // 1024
 
 
 def worker(kind: str, folder: Path) -> dict[str, float]:
@@ -42,12 +43,12 @@ def worker(kind: str, folder: Path) -> dict[str, float]:
     from jaxlm.checkpoint.load import load
 
     jax.devices()
-    before, peak, running = rss_mb("RssAnon"), 0, True
+    before, peak, running = memory_mb(), 0, True
 
     def watch():
         nonlocal peak
         while running:
-            peak = max(peak, rss_mb("RssAnon"))
+            peak = max(peak, memory_mb())
             time.sleep(0.005)
 
     watcher = threading.Thread(target=watch)
@@ -133,11 +134,7 @@ def main() -> None:
         "beyond_parameters_mb": {
             k: max(r["beyond_parameters_mb"] for r in v) for k, v in runs.items()
         },
-        "machine": {
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
-        },
+        "machine": machine(),
     }
     print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=2))
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peer_train import nanogpt
 
 LENGTH, BATCH, PEAK, FINAL, WARMUP = 64, 12, 1e-3, 1e-4, 100
 
@@ -29,7 +30,7 @@ def rate(step: int, steps: int) -> float:
     return FINAL + 0.5 * (1 + math.cos(math.pi * done)) * (PEAK - FINAL)
 
 
-def held_out_loss(model, ids: np.ndarray) -> float:
+def held_out_loss(loss_of, ids: np.ndarray) -> float:
     rows = (len(ids) - 1) // LENGTH
     inputs = ids[: rows * LENGTH].reshape(rows, LENGTH)
     targets = ids[1 : rows * LENGTH + 1].reshape(rows, LENGTH)
@@ -37,7 +38,7 @@ def held_out_loss(model, ids: np.ndarray) -> float:
     with torch.no_grad():
         for start in range(0, rows, 128):
             x, y = (torch.from_numpy(a[start : start + 128]) for a in (inputs, targets))
-            total += model(x, y)[1].item() * len(x)
+            total += loss_of(x, y).item() * len(x)
     return total / rows
 
 
@@ -48,26 +49,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=250)
     parser.add_argument("--iterations", type=int, default=0)
     arguments = parser.parse_args()
-    sys.path.insert(0, arguments.nanogpt)
-    from model import GPT, GPTConfig
-
     text = Path(arguments.text).read_text()
     characters = sorted(set(text))
     ids = np.array([characters.index(c) for c in text], np.int64)
     train, held_out = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
     torch.manual_seed(1337)
+    shape = {"context_length": LENGTH, "vocab_size": len(characters), "num_layers": 4}
+    shape |= {"num_heads": 4, "model_dim": 128}
+    model, loss_of = nanogpt(arguments.nanogpt, shape)
     with contextlib.redirect_stdout(sys.stderr):
-        model = GPT(
-            GPTConfig(
-                block_size=LENGTH,
-                vocab_size=len(characters),
-                n_layer=4,
-                n_head=4,
-                n_embd=128,
-                dropout=0.0,
-                bias=False,
-            )
-        )
         optimizer = model.configure_optimizers(0.1, PEAK, (0.9, 0.99), "cpu")
 
     def step(number: int, steps: int) -> None:
@@ -78,7 +68,7 @@ def main() -> None:
         y = torch.stack(
             [torch.from_numpy(train[i + 1 : i + 1 + LENGTH]) for i in starts]
         )
-        loss = model(x, y)[1]
+        loss = loss_of(x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -95,7 +85,8 @@ def main() -> None:
     for number in range(steps):
         step(number, steps)
     seconds = time.perf_counter() - start
-    loss = held_out_loss(model.eval(), held_out)
+    model.eval()
+    loss = held_out_loss(loss_of, held_out)
     print(json.dumps({"iterations": steps, "seconds": seconds, "held_out_loss": loss}))
 
 

@@ -10,47 +10,47 @@ import sys
 import time
 
 
-def transformers_llama():
-    """Makes a Llama with the shape of SmolLM2-135M and random weights."""
+def transformers_llama(shape: dict):
+    """Makes a Llama of a shape, written as `ModelConfig`, with random weights."""
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=49152,
-        num_hidden_layers=30,
-        hidden_size=576,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        intermediate_size=1536,
-        max_position_embeddings=256,
-        rope_theta=100_000.0,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        vocab_size=shape["vocab_size"],
+        num_hidden_layers=shape["num_layers"],
+        hidden_size=shape["model_dim"],
+        num_attention_heads=shape["num_heads"],
+        num_key_value_heads=shape["num_kv_heads"],
+        head_dim=shape["head_dim"],
+        intermediate_size=shape["hidden_dim"],
+        max_position_embeddings=shape["context_length"],
+        rope_theta=shape["rope_theta"],
+        rms_norm_eps=shape["norm_epsilon"],
+        tie_word_embeddings=shape["tied_embeddings"],
         use_cache=False,
     )
     model = transformers.LlamaForCausalLM(config)
     # transformers shifts the labels itself, so inputs are also the labels.
-    return model, lambda x, y: model(input_ids=x, labels=x).loss, 49152, 4, 256
+    return model, lambda x, y: model(input_ids=x, labels=x).loss
 
 
-def nanogpt_baby(folder: str):
-    """Makes nanoGPT's Shakespeare character model from its own model.py."""
+def nanogpt(folder: str, shape: dict):
+    """Makes a GPT of a shape, written as `ModelConfig`, by nanoGPT's own model.py."""
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig
 
     with contextlib.redirect_stdout(sys.stderr):
         model = GPT(
             GPTConfig(
-                block_size=256,
-                vocab_size=65,
-                n_layer=6,
-                n_head=6,
-                n_embd=384,
+                block_size=shape["context_length"],
+                vocab_size=shape["vocab_size"],
+                n_layer=shape["num_layers"],
+                n_head=shape["num_heads"],
+                n_embd=shape["model_dim"],
                 dropout=0.0,
                 bias=False,
             )
         )
-    return model, lambda x, y: model(x, y)[1], 65, 16, 256
+    return model, lambda x, y: model(x, y)[1]
 
 
 def main() -> None:
@@ -58,20 +58,24 @@ def main() -> None:
     parser.add_argument("peer", choices=["transformers", "nanogpt"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--model", type=json.loads, required=True)
     parser.add_argument("--nanogpt")
     arguments = parser.parse_args()
     import torch
 
     torch.manual_seed(0)
+    shape = arguments.model
     if arguments.peer == "transformers":
-        model, loss_of, vocab, B, T = transformers_llama()
+        model, loss_of = transformers_llama(shape)
     else:
-        model, loss_of, vocab, B, T = nanogpt_baby(arguments.nanogpt)
+        model, loss_of = nanogpt(arguments.nanogpt, shape)
     model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1
     )
-    x, y = (torch.randint(0, vocab, (B, T)) for _ in range(2))
+    rows = (arguments.batch, shape["context_length"])
+    x, y = (torch.randint(0, shape["vocab_size"], rows) for _ in range(2))
     autocast = arguments.dtype == "bfloat16"
 
     def step() -> float:
@@ -91,16 +95,9 @@ def main() -> None:
         start = time.perf_counter()
         last_loss = step()
         seconds.append(time.perf_counter() - start)
-    print(
-        json.dumps(
-            {
-                "seconds": seconds[2:],
-                "first_step_s": first,
-                "losses": [first_loss, last_loss],
-                "version": torch.__version__,
-            }
-        )
-    )
+    result = {"seconds": seconds[2:], "first_step_s": first}
+    result["losses"] = [first_loss, last_loss]
+    print(json.dumps(result | {"version": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,20 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxlm.commands.process import MALLOC_OPTIONS
+from jaxlm.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_dict,
+)
+from jaxlm.model.presets import preset
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_step.json"
@@ -31,34 +41,18 @@ class Case:
     """A shape, and the peer timed at it."""
 
     batch: int
-    length: int
     peer: str
-    model: dict
+    model: ModelConfig
 
 
 CASES = {
     "smollm2-135m": Case(
-        batch=4,
-        length=256,
-        peer="transformers",
-        model=dict(
-            vocab_size=49152,
-            num_layers=30,
-            model_dim=576,
-            num_heads=9,
-            num_kv_heads=3,
-            head_dim=64,
-            hidden_dim=1536,
-            context_length=256,
-            rope_theta=100_000.0,
-            norm_epsilon=1e-5,
-        ),
+        4, "transformers", replace(preset("smollm2-135m"), context_length=256)
     ),
     "nanogpt-baby": Case(
-        batch=16,
-        length=256,
-        peer="nanogpt",
-        model=dict(
+        16,
+        "nanogpt",
+        ModelConfig(
             vocab_size=65,
             num_layers=6,
             model_dim=384,
@@ -82,14 +76,6 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
     import jax
     import numpy as np
 
-    from jaxlm.config import (
-        Config,
-        DataConfig,
-        MeshConfig,
-        ModelConfig,
-        OptimizerConfig,
-        TrainConfig,
-    )
     from jaxlm.sharding import rules
     from jaxlm.sharding.mesh import make_mesh
     from jaxlm.train.optimizer import make_optimizer
@@ -99,16 +85,16 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
     from jaxlm.types import Batch
 
     case = CASES[name]
-    B, T = case.batch, case.length
+    B, T = case.batch, case.model.context_length
     # Up to eight layers compile fast enough unrolled, and run faster that way.
-    unroll = 0 if case.model["num_layers"] <= 8 else 1
+    unroll = 0 if case.model.num_layers <= 8 else 1
     config = Config(
-        model=ModelConfig(**case.model, dtype=dtype, unroll_layers=unroll),
+        model=replace(case.model, dtype=dtype, unroll_layers=unroll),
         data=DataConfig(sequence_length=T),
         optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.99, schedule="constant"),
         train=TrainConfig(batch_size=B),
     )
-    ids = np.random.default_rng(0).integers(0, case.model["vocab_size"], (B, T + 1))
+    ids = np.random.default_rng(0).integers(0, case.model.vocab_size, (B, T + 1))
     batch = Batch(
         tokens=ids[:, :-1].astype(np.int32),
         targets=ids[:, 1:].astype(np.int32),
@@ -144,11 +130,8 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
 
 def child(command: list[str], malloc: bool) -> dict:
     """Runs a command, and parses its last line of output as JSON."""
-    environment = dict(os.environ)
-    environment.pop("GLIBC_TUNABLES", None)
-    if malloc:
-        # As `jaxlm train` sets them.
-        environment["GLIBC_TUNABLES"] = MALLOC_OPTIONS
+    # As `jaxlm train` sets them, or none.
+    environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_OPTIONS if malloc else ""}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False
     )
@@ -173,14 +156,14 @@ def foreign_cores(seconds: float = 2.0) -> float:
 def compare(name: str, arguments: argparse.Namespace) -> dict:
     """Alternates between jaxlm and the peer of a case."""
     case = CASES[name]
-    tokens = case.batch * case.length
+    tokens = case.batch * case.model.context_length
     runs: dict[str, list[dict]] = {"jaxlm": [], case.peer: []}
-    peer = [arguments.peer_python, str(HERE / "peer_train.py"), case.peer]
-    peer += ["--dtype", arguments.dtype, "--steps", str(arguments.steps)]
+    same = ["--dtype", arguments.dtype, "--steps", str(arguments.steps)]
+    ours = [sys.executable, __file__, "--child", name, *same]
+    peer = [arguments.peer_python, str(HERE / "peer_train.py"), case.peer, *same]
+    peer += ["--batch", str(case.batch), "--model", json.dumps(to_dict(case.model))]
     if case.peer == "nanogpt":
         peer += ["--nanogpt", arguments.nanogpt]
-    ours = [sys.executable, __file__, "--child", name]
-    ours += ["--dtype", arguments.dtype, "--steps", str(arguments.steps)]
     for round_number in range(arguments.rounds):
         load = foreign_cores()
         if load > 0.2 and not arguments.even_if_busy:
@@ -202,7 +185,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
     share = median["jaxlm"] * first["flops_per_token"] / first["peak_flops"]
     return {
         "batch": case.batch,
-        "length": case.length,
+        "length": case.model.context_length,
         "dtype": arguments.dtype,
         "tokens_per_s": rates,
         "median_tokens_per_s": median,
