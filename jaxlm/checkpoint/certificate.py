@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoint.durable import replacing
 from jaxlm.checkpoint.native.integrity import MANIFEST
 from jaxlm.checkpoint.opened import Checkpoint
+from jaxlm.durable import replacing
 from jaxlm.progress import progress_bar
 
 FORMAT = 1

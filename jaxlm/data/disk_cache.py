@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.data.sources import TextFile
+from jaxlm.durable import sync
 from jaxlm.progress import progress_bar
 
 # Up to this size, hashing all bytes at every start is fast enough.
@@ -130,10 +131,10 @@ def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
         _remove_abandoned(root)
         build(work)
         for file in work.rglob("*"):
-            _sync(file)
-        _sync(work)
+            sync(file)
+        sync(work)
         _publish(work, folder)
-        _sync(root)
+        sync(root)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -146,14 +147,6 @@ def _publish(work: Path, folder: Path) -> None:
         # Another process finished first: its folder is as good as ours.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not folder.is_dir():
             raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_abandoned(root: Path) -> None:

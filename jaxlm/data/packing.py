@@ -5,7 +5,7 @@ tokens is T + 1 consecutive tokens of it: each is predicted from those before it
 its document. Pure NumPy; a batch of rows is built at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -51,17 +51,11 @@ def split_stream(
     rest = stream.documents[first:] - border
     if border < len(stream.tokens) and (not len(rest) or rest[0] > 0):
         rest = np.concatenate([np.zeros(1, np.int64), rest])
-    shared = {"name": stream.name, "vocab_size": stream.vocab_size}
-    train = TokenStream(
-        tokens=stream.tokens[:border], documents=stream.documents[:first], **shared
-    )
-    held_out = TokenStream(
-        tokens=stream.tokens[border:],
-        documents=rest,
-        offset=stream.offset + border,
-        **shared,
-    )
-    return train, held_out
+    tokens, documents = stream.tokens, stream.documents
+    train = replace(stream, tokens=tokens[:border], documents=documents[:first])
+    offset = stream.offset + border
+    rest = replace(stream, tokens=tokens[border:], documents=rest, offset=offset)
+    return train, rest
 
 
 def mix_bits(*values: int | Int[np.ndarray, "*s"]) -> UInt64[np.ndarray, "*s"]:
@@ -126,20 +120,12 @@ def train_rows(
             row[: size - start] = stream.tokens[start:]
             row[size - start :] = stream.tokens[: end - size]
     _check_ids(stream, rows, first)
-    starts = np.zeros(rows.shape, np.bool_)
-    if segment_attention:
-        _mark_documents(starts, stream.documents, first)
+    documents = stream.documents if segment_attention else stream.documents[:0]
+    starts = _document_starts(documents, first, length)
     wrapped = np.flatnonzero(first + length >= size)
-    if wrapped.size:
-        starts[wrapped, size - first[wrapped]] = True
-        if segment_attention:
-            after = np.zeros((len(wrapped), length + 1), np.bool_)
-            _mark_documents(after, stream.documents, first[wrapped] - size)
-            starts[wrapped] |= after
-    weights = np.where(starts[:, 1:], np.float32(0), np.float32(1))
-    if not segment_attention:
-        starts[:] = False
-    return _as_batch(rows, starts, weights)
+    starts[wrapped] |= _document_starts(documents, first[wrapped] - size, length)
+    starts[wrapped, size - first[wrapped]] = True
+    return _as_batch(rows, starts, segment_attention)
 
 
 def eval_rows(
@@ -172,11 +158,8 @@ def eval_rows(
         part = stream.tokens[start : start + length + 1]
         row[: len(part)] = part
     _check_ids(stream, rows, first)
-    starts = np.zeros(rows.shape, np.bool_)
-    if segment_attention:
-        _mark_documents(starts, stream.documents, first)
-    weights = np.where(starts[:, 1:], np.float32(0), np.float32(1))
-    batch = _as_batch(rows, starts, weights)
+    documents = stream.documents if segment_attention else stream.documents[:0]
+    batch = _as_batch(rows, _document_starts(documents, first, length))
     padding = first[:, None] + np.arange(length) >= size - 1
     for values in (batch.tokens, batch.targets, batch.positions, batch.segment_ids):
         values[padding] = 0
@@ -184,29 +167,29 @@ def eval_rows(
     return batch
 
 
-def _mark_documents(
-    starts: Bool[np.ndarray, "B S"],
+def _document_starts(
     documents: Int64[np.ndarray, "documents"],
     first: Int64[np.ndarray, "B"],
-) -> None:
-    """Sets True where a document begins inside a row, not at its first token."""
+    length: int,
+) -> Bool[np.ndarray, "B S"]:
+    """Returns True where a document begins inside a row, not at its first token."""
+    starts = np.zeros((len(first), length + 1), np.bool_)
     low = np.searchsorted(documents, first, side="right")
-    high = np.searchsorted(documents, first + starts.shape[1], side="left")
+    high = np.searchsorted(documents, first + length + 1, side="left")
     counts = np.maximum(high - low, 0)
-    total = int(counts.sum())
-    if not total:
-        return
     row = np.repeat(np.arange(len(first)), counts)
-    within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts[row, documents[low[row] + within] - first[row]] = True
+    return starts
 
 
 def _as_batch(
     rows: Int[np.ndarray, "B S"],
     starts: Bool[np.ndarray, "B S"],
-    weights: np.ndarray,
+    segment_attention: bool = True,
 ) -> Batch:
-    inside = starts[:, :-1]
+    """Makes segments at the starts, or one of a row; predicts no token at a start."""
+    inside = starts[:, :-1] & segment_attention
     column = np.arange(inside.shape[1], dtype=np.int32)
     begins = np.where(inside, column, np.int32(0))
     return Batch(
@@ -214,7 +197,7 @@ def _as_batch(
         targets=np.ascontiguousarray(rows[:, 1:]),
         positions=column - np.maximum.accumulate(begins, axis=1),
         segment_ids=np.cumsum(inside, axis=1, dtype=np.int32) + np.int32(1),
-        loss_weights=weights,
+        loss_weights=np.where(starts[:, 1:], np.float32(0), np.float32(1)),
     )
 
 

@@ -7,7 +7,6 @@ A cache entry is a folder: `tokens.bin` (little-endian uint16, or uint32 for mor
 
 import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt
+from jaxtyping import Int64, UInt
 
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import build_once, cache_root, check_unchanged, key_of
@@ -221,13 +220,13 @@ def _build(
         for part, ids in parts:
             if part.starts:
                 document_start = num_tokens
-                if (first := _first_id(tokenizer)) is not None:
-                    begin = np.asarray([first], np.int32)
-                    num_tokens += _write(out, digest, begin, dtype)
-            num_tokens += _write(out, digest, ids, dtype)
-            if part.ends and tokenizer.eos_id is not None:
-                end = np.asarray([tokenizer.eos_id], np.int32)
-                num_tokens += _write(out, digest, end, dtype)
+            first = _first_id(tokenizer) if part.starts else None
+            last = tokenizer.eos_id if part.ends else None
+            begin, end = ([] if i is None else [i] for i in (first, last))
+            data = np.concatenate([begin, ids, end], dtype=dtype, casting="unsafe")
+            out.write(data)
+            digest.update(data)
+            num_tokens += len(data)
             # Skip a document without any token.
             if part.ends and num_tokens > document_start:
                 starts.append(document_start)
@@ -236,28 +235,18 @@ def _build(
         raise ValueError(f"{source.name}: the text has no tokens")
     documents = np.frombuffer(starts, np.int64)
     np.save(folder / "documents.npy", documents)
+    documents_hash = hashlib.sha256(documents).hexdigest()
     meta = {
         "num_tokens": num_tokens,
         "num_documents": len(documents),
         "dtype": dtype.str,
         "sha256": digest.hexdigest(),
-        "content_hash": key_of(
-            digest.hexdigest(), hashlib.sha256(documents).hexdigest()
-        ),
+        "content_hash": key_of(digest.hexdigest(), documents_hash),
         "files": [str(f.path) for f in source.files],
         "tokenizer": tokenizer.fingerprint,
     }
     text = json.dumps(meta, indent=1) + "\n"
     (folder / "meta.json").write_text(text, encoding="utf-8")
-
-
-def _write(
-    out: io.BufferedIOBase, digest, ids: Int32[np.ndarray, "n"], dtype: np.dtype
-) -> int:
-    data = ids.astype(dtype)
-    out.write(data)
-    digest.update(data)
-    return len(data)
 
 
 def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
@@ -353,9 +342,10 @@ def _encode_in_pool(
             waiting.append((task, pool.submit(_encode_task, texts)))
             # Limit the text in memory.
             if len(waiting) > 2 * workers:
-                yield from _results(*waiting.popleft())
-        while waiting:
-            yield from _results(*waiting.popleft())
+                oldest, future = waiting.popleft()
+                yield from zip(oldest, future.result(), strict=True)
+        for task, future in waiting:
+            yield from zip(task, future.result(), strict=True)
         finished = True
     except BrokenProcessPool as error:
         raise ValueError(
@@ -368,7 +358,3 @@ def _encode_in_pool(
                 child.terminate()
         # Wait for workers that are still starting: they read the tokenizer in `folder`.
         pool.shutdown(cancel_futures=True)
-
-
-def _results(task: list[_Part], future: Future):
-    yield from zip(task, future.result(), strict=True)

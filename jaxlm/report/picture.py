@@ -1,7 +1,6 @@
 """`loss.png`: plots the losses of one run or several."""
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.durable import replacing
 from jaxlm.report.curves import (
     Run,
     bucket_means,
@@ -43,9 +43,8 @@ def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> P
     figure = draw_losses(load_runs([runs] if isinstance(runs, str | Path) else runs))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(out.name + ".new")
-    figure.savefig(new, format="png")
-    os.replace(new, out)
+    with replacing(out) as file:
+        figure.savefig(file, format="png")
     return out
 
 

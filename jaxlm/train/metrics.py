@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlm.durable import replacing
+
 FILE_NAME = "metrics.jsonl"
 
 # The required fields of each kind of row; a row may have more.
@@ -170,12 +172,8 @@ class MetricsWriter:
         text = b"".join(line + b"\n" for line, _ in kept)
         if text == data:
             return
-        new = self.path.with_name(FILE_NAME + ".new")
-        with open(new, "wb") as file:
+        with replacing(self.path) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.path)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends a row.

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.checkpoint.durable import replacing
 from jaxlm.checkpoint.gguf.gguf_blocks import BLOCK_TYPES, dequantize, quantize_q8_0
 from jaxlm.checkpoint.tensor_file import (
     BFLOAT16,
@@ -31,6 +30,7 @@ from jaxlm.checkpoint.tensor_file import (
     view,
     write_values,
 )
+from jaxlm.durable import replacing
 
 MAX_KEYS = 100_000
 MAX_DIMS = 4

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.checkpoint.durable import replacing
 from jaxlm.checkpoint.tensor_file import (
     BFLOAT16,
     MAX_TENSORS,
@@ -29,6 +28,7 @@ from jaxlm.checkpoint.tensor_file import (
     view,
     write_values,
 )
+from jaxlm.durable import replacing
 
 MAX_HEADER_BYTES = 16 << 20
 # A tensor with four dimensions has 7. This bounds the number of JSON values: 16 MiB of

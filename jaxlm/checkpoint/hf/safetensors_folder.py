@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.checkpoint.durable import replacing
 from jaxlm.checkpoint.hf.safetensors_file import (
     MAX_HEADER_BYTES,
     parse_object,
@@ -26,6 +25,7 @@ from jaxlm.checkpoint.tensor_file import (
     number_of_values,
     shown,
 )
+from jaxlm.durable import replacing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

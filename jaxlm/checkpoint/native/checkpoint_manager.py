@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoint import durable
+from jaxlm import durable
 from jaxlm.checkpoint.native import (
     arrays,
     compatible,

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import tree
-from jaxlm.checkpoint import durable
+from jaxlm import durable, tree
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.checkpoint import durable
+from jaxlm import durable
 from jaxlm.checkpoint.native import integrity
 
 CHECKPOINTS = "checkpoints"

@@ -69,9 +69,9 @@ class SentencePieceTokenizer(Tokenizer):
             model_proto = literal_model(model)
             self._processor = SentencePieceProcessor(model_proto=model_proto)
         self.vocab_size = len(self.table.types)
-        named = ("bos_id", "eos_id", "pad_id")
-        ids = [getattr(self._processor, name)() for name in named]
-        own = TokenizerSettings(*(i if i >= 0 else None for i in ids))
+        ids = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))
+        bos, eos, pad = (i if i >= 0 else None for i in ids)
+        own = TokenizerSettings(bos, eos, pad)
         self._take(own if settings is None else settings)
         self._has_own_settings = self.settings == own
         # Without settings of its own, a model has the fingerprint of its contents.
