@@ -13,14 +13,12 @@ file.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from train_step import machine
+from train_step import child, machine
 
 # The baseline reads in parts, so that it does not hold the model twice.
 PART = 1 << 28
@@ -114,14 +112,9 @@ def main() -> None:
     for number in range(arguments.rounds + 1):
         for kind, found in runs.items():
             command = [sys.executable, __file__, str(arguments.folder)]
-            done = subprocess.run(
-                [*command, "--worker", kind],
-                check=True,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            )
+            result = child([*command, "--worker", kind], JAX_PLATFORMS="cpu")
             if number:  # the first round fills the page cache
-                found.append(json.loads(done.stdout.splitlines()[-1]))
+                found.append(result)
                 print(f"{kind:9} {found[-1]['seconds']:.3f} s", flush=True)
     median = {k: statistics.median(r["seconds"] for r in v) for k, v in runs.items()}
     name = arguments.make_sparse or arguments.folder.name

@@ -128,10 +128,9 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
     }
 
 
-def child(command: list[str], malloc: bool) -> dict:
+def child(command: list[str], **environment: str) -> dict:
     """Runs a command, and parses its last line of output as JSON."""
-    # As `jaxlm train` sets them, or none.
-    environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_OPTIONS if malloc else ""}
+    environment = {**os.environ, **environment}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False
     )
@@ -171,8 +170,8 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
                 f"other processes use {load:.1f} cores: wait, or pass --even-if-busy"
             )
         # jaxlm runs with the malloc options of train.py, the peer with its defaults.
-        runs["jaxlm"].append(child(ours, malloc=True))
-        runs[case.peer].append(child(peer, malloc=False))
+        runs["jaxlm"].append(child(ours, GLIBC_TUNABLES=MALLOC_OPTIONS))
+        runs[case.peer].append(child(peer, GLIBC_TUNABLES=""))
         print(
             f"{name}: round {round_number + 1} of {arguments.rounds}", file=sys.stderr
         )

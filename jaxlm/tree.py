@@ -12,15 +12,7 @@ from jaxtyping import Array, Float
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a JAX key path as `layers/attn/q`."""
-    names = []
-    for key in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                names.append(str(getattr(key, attribute)))
-                break
-        else:
-            names.append(str(key))
-    return "/".join(names)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Any) -> dict[str, Any]:

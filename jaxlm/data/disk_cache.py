@@ -50,14 +50,14 @@ def content_hashes(files: Sequence[TextFile]) -> list[str]:
     of 1 MiB spread over the file: a change in place, between these blocks, that also
     resets the time goes unnoticed.
     """
-    sizes = [_size(file.path) for file in files]
-    read = [min(s, FULL_HASH_BYTES) for s in sizes]
+    sizes = [_read(file.path, os.path.getsize) for file in files]
+    total = sum(min(size, FULL_HASH_BYTES) for size in sizes)
     hashes, done = [], 0
-    with progress_bar("reading the text to see whether it changed", sum(read)) as show:
-        for file, size, amount in zip(files, sizes, read, strict=True):
-            small = size <= FULL_HASH_BYTES
-            hashes.append(_full_hash(file.path) if small else _sampled_hash(file.path))
-            done += amount
+    with progress_bar("reading the text to see whether it changed", total) as show:
+        for file, size in zip(files, sizes, strict=True):
+            hash_file = _full_hash if size <= FULL_HASH_BYTES else _sampled_hash
+            hashes.append(_read(file.path, hash_file))
+            done += min(size, FULL_HASH_BYTES)
             show(done)
     return hashes
 
@@ -75,19 +75,16 @@ def check_unchanged(files: Sequence[TextFile], hashes: Sequence[str]) -> None:
             )
 
 
-def _size(path: Path) -> int:
+def _read(path: Path, function: Callable[[Path], Any]) -> Any:
     try:
-        return os.path.getsize(path)
+        return function(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _full_hash(path: Path) -> str:
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sampled_hash(path: Path) -> str:

@@ -39,13 +39,7 @@ class RowOrder:
         source, key = interleave(index, self.units)
         num_rows = self._num_rows[source]
         epoch, within = np.divmod(key, num_rows)
-        arguments = zip(
-            source.tolist(),
-            epoch.tolist(),
-            num_rows.tolist(),
-            within.tolist(),
-            strict=True,
-        )
+        arguments = np.stack([source, epoch, num_rows, within], axis=1).tolist()
         row = [_shuffled(self._seed, *values) for values in arguments]
         return source, epoch, np.asarray(row, np.int64)
 

@@ -112,7 +112,9 @@ def generate(
         row[: len(prompt)] = prompt
     needed = int(lengths.max()) + sample.max_new_tokens
     max_length = bucket(needed, config.context_length)
-    programs = _programs(config, max_length, _compile_key(sample), num_tokens)
+    # `max_new_tokens` does not change the programs.
+    same = replace(sample, max_new_tokens=1)
+    programs = _programs(config, max_length, same, num_tokens)
 
     clock = _Clock(programs)
     state = programs.prefill(params, tokens, lengths)
@@ -188,11 +190,6 @@ def _checked_rows(
             raise ValueError(f"sample.stop_ids: {stop} is not in the vocabulary")
     rows = [[int(t) for t in prompt] for prompt in prompts]
     return rows + [rows[0]] * (-len(rows) % batch_parts())
-
-
-def _compile_key(sample: SampleConfig) -> SampleConfig:
-    """The config without the field that does not change the program."""
-    return replace(sample, max_new_tokens=1)
 
 
 class _Program:

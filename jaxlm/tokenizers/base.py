@@ -211,9 +211,9 @@ def fingerprint_of(kind: str, contents: bytes) -> str:
     return hashlib.sha256(kind.encode() + b"\0" + contents).hexdigest()
 
 
-def tile_bytes(ids: Iterable[int], lengths: Iterable[int]) -> list[Piece]:
-    """Makes adjacent pieces from their lengths in bytes."""
-    pieces, at = [], 0
+def tile_bytes(ids: Iterable[int], lengths: Iterable[int], at: int = 0) -> list[Piece]:
+    """Makes adjacent pieces from their lengths in bytes; the first begins at `at`."""
+    pieces = []
     for token_id, length in zip(ids, lengths, strict=True):
         pieces.append(Piece(token_id, at, at + length))
         at += length

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from jaxlm.config import DataConfig, nearest
+from jaxlm.config import DataConfig, from_dict, nearest
 from jaxlm.tokenizers.base import FORMAT_VERSION, TOKENIZER_FILE, Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
@@ -57,8 +57,9 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
             f"{FORMAT_VERSION}: update jaxlm"
         )
     try:
-        settings = description.get("habits")
-        tokenizer = readers[kind](settings and TokenizerSettings.from_json(settings))
+        habits = description.get("habits")
+        settings = habits and from_dict(TokenizerSettings, habits, "habits")
+        tokenizer = readers[kind](settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     if tokenizer.fingerprint != description.get("fingerprint"):

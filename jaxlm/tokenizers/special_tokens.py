@@ -1,6 +1,5 @@
 """Special tokens: their settings in a model's files, and matching in trusted text."""
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,17 +50,6 @@ class TokenizerSettings:
                     f"the id of the {name} token is {token_id}, outside the vocabulary "
                     f"of {vocab_size} tokens"
                 )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for `from_json`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Any) -> "TokenizerSettings":
-        """Inverts `to_json`; raises TypeError or ValueError for anything else."""
-        if not isinstance(values, Mapping):
-            raise ValueError("the tokenizer settings are not a JSON object")
-        return cls(**{**values, "stop_ids": tuple(values.get("stop_ids", ()))})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from jaxlm.config import to_dict
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,
@@ -213,7 +214,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and huggingface.json into an existing folder."""
         (Path(folder) / MODEL_FILE).write_bytes(self.tokenizer_json)
-        habits = self.settings.to_json()
+        habits = to_dict(self.settings)
         self._write_description(folder, model=MODEL_FILE, habits=habits)
 
 
@@ -248,11 +249,9 @@ def _with_byte_offsets(
         while last + 1 < len(ids) and spans[last + 1] == spans[first] and start < end:
             last += 1
         group = range(first, last + 1)
-        if len(group) > 1 and sum(sizes[i] for i in group) == end - start:
-            pieces = tile_bytes([ids[i] for i in group], [sizes[i] for i in group])
-            found += [Piece(p.id, start + p.start, start + p.end) for p in pieces]
-        else:
-            found += [Piece(ids[i], start, start) for i in group[:-1]]
-            found.append(Piece(ids[last], start, end))
+        lengths = [sizes[i] for i in group]
+        if sum(lengths) != end - start:
+            lengths = [0] * (last - first) + [end - start]
+        found += tile_bytes([ids[i] for i in group], lengths, start)
         first, at = last + 1, end
     return found

@@ -7,7 +7,7 @@ chat_template.jinja. They are read as data: nothing in them can make code run.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,24 +161,11 @@ def _gpt2_json(files: _Files) -> bytes:
     lines = files.text("merges.txt").removeprefix("\ufeff").split("\n")
     merges = [m for line in lines if (m := line.rstrip("\r"))]
     merges = merges[1:] if merges[:1] and merges[0].startswith("#version") else merges
-    added = list(_named_tokens(files))
-    if not added and "<|endoftext|>" in vocab:
-        added = ["<|endoftext|>"]
-    entries = [
-        added_token(vocab[token], token, special=True)
-        for token in dict.fromkeys(added)
-        if token in vocab
-    ]
+    named = [_token(files, name) for name in ("bos", "eos", "pad", "unk")]
+    added = dict.fromkeys(t for t in named if t is not None) or ["<|endoftext|>"]
+    entries = [added_token(vocab[t], t, special=True) for t in added if t in vocab]
     data = byte_level_json(vocab, merges, by_name(_BYTE_LEVEL_CLASSES[kind]), entries)
     return json.dumps(data, ensure_ascii=False).encode()
-
-
-def _named_tokens(files: _Files) -> Iterator[str]:
-    """Yields the texts of the tokens that the settings name."""
-    for name in ("bos", "eos", "pad", "unk"):
-        text = _token(files, name)
-        if text is not None:
-            yield text
 
 
 def _sentence_piece(files: _Files) -> SentencePieceTokenizer:
@@ -224,7 +211,8 @@ def _settings(
       own: ids of a SentencePiece model, for names that no file mentions.
     """
     config = files.json("tokenizer_config.json")
-    numbers = {name: _named_id(files, name, ids, own or {}) for name in _NAMES}
+    names = ("bos", "eos", "pad")
+    numbers = {name: _named_id(files, name, ids, own or {}) for name in names}
     if numbers["bos"] is None and first_added is not None:
         numbers["bos"] = ids.get(first_added)
     adds_bos = config.get("add_bos_token")
@@ -239,19 +227,16 @@ def _settings(
         eos_id=numbers["eos"],
         pad_id=numbers["pad"],
         adds_bos=bool(adds_bos) and numbers["bos"] is not None,
-        stop_ids=tuple(_stops(files, numbers["eos"])),
+        stop_ids=_stops(files, numbers["eos"]),
         chat_template=_chat_template(files),
     )
-
-
-_NAMES = ("bos", "eos", "pad")
 
 
 def _named_id(
     files: _Files, name: str, ids: Mapping[str, int], own: Mapping[str, int | None]
 ) -> int | None:
     """Id of the bos, eos or pad token."""
-    if _is_named(files, name):
+    if any(f"{name}_token" in files.json(n) for n in _SETTINGS_FILES):
         text = _token(files, name)
         if text is not None and text not in ids and name != "pad":
             raise ValueError(
@@ -263,11 +248,6 @@ def _named_id(
     value = files.json("config.json").get(f"{name}_token_id")
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, int) else None
-
-
-def _is_named(files: _Files, name: str) -> bool:
-    key = f"{name}_token"
-    return any(key in files.json(n) for n in _SETTINGS_FILES)
 
 
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -283,12 +263,11 @@ def _token(files: _Files, name: str) -> str | None:
     return None
 
 
-def _stops(files: _Files, eos_id: int | None) -> Iterator[int]:
-    """Yields the eos token and those in generation_config.json, without duplicates."""
+def _stops(files: _Files, eos_id: int | None) -> tuple[int, ...]:
+    """Returns the eos token and those in generation_config.json, without duplicates."""
     more = files.json("generation_config.json").get("eos_token_id")
     more = more if isinstance(more, list) else [more]
-    found = dict.fromkeys(i for i in (eos_id, *more) if isinstance(i, int))
-    yield from found
+    return tuple(dict.fromkeys(i for i in (eos_id, *more) if isinstance(i, int)))
 
 
 def _chat_template(files: _Files) -> str | None:
@@ -296,6 +275,5 @@ def _chat_template(files: _Files) -> str | None:
         return files.text("chat_template.jinja")
     template = files.json("tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        named = {t["name"]: t["template"] for t in template}
-        template = named.get("default")
+        template = {t["name"]: t["template"] for t in template}.get("default")
     return template if isinstance(template, str) else None

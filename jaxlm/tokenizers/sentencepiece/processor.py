@@ -13,7 +13,14 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Int32
 from sentencepiece import SentencePieceProcessor
 
-from jaxlm.tokenizers.base import Piece, Tokenizer, check_text, fingerprint_of
+from jaxlm.config import to_dict
+from jaxlm.tokenizers.base import (
+    Piece,
+    Tokenizer,
+    check_text,
+    fingerprint_of,
+    tile_bytes,
+)
 from jaxlm.tokenizers.sentencepiece.model_proto import (
     BYTE,
     CONTROL,
@@ -170,8 +177,7 @@ class SentencePieceTokenizer(Tokenizer):
         for part in self._parts(text):
             data = part.encode("utf-8")
             if part == SPACE_SIGN and self.table.keeps_text:
-                ids = self._space_sign_ids
-                found += [Piece(t, at + i, at + i + 1) for i, t in enumerate(ids)]
+                found += tile_bytes(self._space_sign_ids, [1] * len(data), at)
             else:
                 mapping = self._processor.encode(data, return_type="offset_mapping")
                 found += self._with_byte_offsets(mapping["ids"], mapping["offsets"], at)
@@ -188,29 +194,25 @@ class SentencePieceTokenizer(Tokenizer):
         """
         found: list[Piece] = []
         pending: list[int] = []
+        start = 0
         for token_id, (start, end) in zip(ids, offsets, strict=True):
             is_byte = self.table.types[token_id] == BYTE
             if is_byte and start == end:
                 pending.append(token_id)
                 continue
-            if is_byte and end - start == len(pending) + 1:
-                group = [*pending, token_id]
-                found += [
-                    Piece(t, at + start + i, at + start + i + 1)
-                    for i, t in enumerate(group)
-                ]
-            else:
-                found += [Piece(t, at + start, at + start) for t in pending]
-                found.append(Piece(token_id, at + start, at + end))
+            lengths = [0] * len(pending) + [end - start]
+            if is_byte and end - start == len(lengths):
+                lengths = [1] * len(lengths)
+            found += tile_bytes([*pending, token_id], lengths, at + start)
             pending = []
-        return found + [Piece(t, at + start, at + start) for t in pending]
+        return found + tile_bytes(pending, [0] * len(pending), at + start)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and sentencepiece.model into an existing folder."""
         (Path(folder) / MODEL_FILE).write_bytes(self.model)
         values: dict[str, Any] = {"model": MODEL_FILE}
         if not self._has_own_settings:
-            values["habits"] = self.settings.to_json()
+            values["habits"] = to_dict(self.settings)
         self._write_description(folder, **values)
 
 
