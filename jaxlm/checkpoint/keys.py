@@ -7,7 +7,7 @@ from typing import Any
 from jaxlm.config import nearest
 
 # No model is wider or deeper: larger numbers mean a broken or hostile file.
-_MAX_COUNT = 1 << 24
+MAX_COUNT = 1 << 24
 MAX_LAYERS = 4096
 
 REQUIRED = object()
@@ -53,7 +53,7 @@ class Keys:
             raise ValueError(f"{self.where}: {name} is {value!r}, not {what}")
         return value
 
-    def count(self, name: str, default: Any = REQUIRED, most: int = _MAX_COUNT) -> Any:
+    def count(self, name: str, default: Any = REQUIRED, most: int = MAX_COUNT) -> Any:
         """Takes an integer from 1 to `most`, or the default."""
         value = self._typed(name, default, (int,), "an integer")
         if value is not default and not 1 <= value <= most:

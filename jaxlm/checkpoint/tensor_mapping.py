@@ -63,6 +63,35 @@ def rule(name: str, paths: str | Sequence[str], pattern: str, offset=0.0) -> Rul
     return Rule(name, tuple((path, pattern) for path in paths), offset)
 
 
+def linear(*layers: tuple[str, str | Sequence[str], str]) -> tuple[Rule, ...]:
+    """Makes rules for the weights, and then for the biases, of linear layers.
+
+    Args:
+      layers: name in the file without `.weight`, paths and pattern of each weight.
+    """
+    rules = [rule(f"{name}.weight", paths, pattern) for name, paths, pattern in layers]
+    for (name, *_), weight in zip(layers, tuple(rules), strict=True):
+        parts = [(f"{path}_bias", _bias_pattern(x)) for path, x in weight.parts]
+        rules.append(Rule(f"{name}.bias", tuple(parts)))
+    return tuple(rules)
+
+
+def _bias_pattern(pattern: str) -> str:
+    """Drops the input axes; our weights are (in, out)."""
+    theirs, ours = pattern.split(" -> ")
+    if not ours.startswith("D "):
+        return "D -> D"
+    return f"{theirs.replace('D', '').strip()} -> {ours.removeprefix('D ')}"
+
+
+# Queries, keys and values that a file concatenates.
+QKV = (
+    ("layers/attn/q", "(N H) D -> D N H"),
+    ("layers/attn/k", "(K H) D -> D K H"),
+    ("layers/attn/v", "(K H) D -> D K H"),
+)
+
+
 def select(rules: Sequence[Rule], config: ModelConfig) -> list[Rule]:
     """Selects the rules for the parameters of this model: exactly one for each.
 

@@ -9,7 +9,7 @@ Each decoder takes blocks [n, bytes] uint8 and fills values [n, 32 or 256] float
 and products are in the order of llama.cpp, so the results are equal bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +22,56 @@ Blocks = np.ndarray
 Values = np.ndarray
 
 
-class BlockType(NamedTuple):
-    """A type of block and its decoder."""
+class TensorType(NamedTuple):
+    """A type of tensor in GGUF files."""
 
+    name: str
+    """Its name in llama.cpp."""
     values: int
     """Number of values in a block."""
     bytes: int
     """Size of a block."""
-    decode: Callable[[Blocks, Values], None]
+
+
+# By type number. Includes types that cannot be read, so that the size of their data can
+# be checked.
+TENSOR_TYPES = {
+    0: TensorType("F32", 1, 4),
+    1: TensorType("F16", 1, 2),
+    2: TensorType("Q4_0", 32, 18),
+    3: TensorType("Q4_1", 32, 20),
+    6: TensorType("Q5_0", 32, 22),
+    7: TensorType("Q5_1", 32, 24),
+    8: TensorType("Q8_0", 32, 34),
+    9: TensorType("Q8_1", 32, 40),
+    10: TensorType("Q2_K", 256, 84),
+    11: TensorType("Q3_K", 256, 110),
+    12: TensorType("Q4_K", 256, 144),
+    13: TensorType("Q5_K", 256, 176),
+    14: TensorType("Q6_K", 256, 210),
+    15: TensorType("Q8_K", 256, 292),
+    16: TensorType("IQ2_XXS", 256, 66),
+    17: TensorType("IQ2_XS", 256, 74),
+    18: TensorType("IQ3_XXS", 256, 98),
+    19: TensorType("IQ1_S", 256, 50),
+    20: TensorType("IQ4_NL", 32, 18),
+    21: TensorType("IQ3_S", 256, 110),
+    22: TensorType("IQ2_S", 256, 82),
+    23: TensorType("IQ4_XS", 256, 136),
+    24: TensorType("I8", 1, 1),
+    25: TensorType("I16", 1, 2),
+    26: TensorType("I32", 1, 4),
+    27: TensorType("I64", 1, 8),
+    28: TensorType("F64", 1, 8),
+    29: TensorType("IQ1_M", 256, 56),
+    30: TensorType("BF16", 1, 2),
+    34: TensorType("TQ1_0", 256, 54),
+    35: TensorType("TQ2_0", 256, 66),
+    39: TensorType("MXFP4", 32, 17),
+    40: TensorType("NVFP4", 64, 36),
+    41: TensorType("Q1_0", 128, 18),
+}
+SIZES = {t.name: (t.values, t.bytes) for t in TENSOR_TYPES.values()}
 
 
 def dequantize(
@@ -39,9 +81,9 @@ def dequantize(
 
     Args:
       data: whole blocks.
-      kind: a name in `BLOCK_TYPES`.
+      kind: a name in `DECODERS`.
     """
-    values, size, decode = BLOCK_TYPES[kind]
+    values, size = SIZES[kind]
     assert data.size % size == 0
     blocks = data.reshape(-1, size)
     out = np.empty((len(blocks), values), np.float32)
@@ -49,7 +91,7 @@ def dequantize(
     # A damaged file may have scales that are infinite or NaN.
     with np.errstate(over="ignore", invalid="ignore"):
         for at in range(0, len(blocks), step):
-            decode(blocks[at : at + step], out[at : at + step])
+            DECODERS[kind](blocks[at : at + step], out[at : at + step])
     return out.reshape(-1)
 
 
@@ -201,17 +243,17 @@ def _decode_q6_k(blocks: Blocks, out: Values) -> None:
     np.multiply(q.view(np.int8) - 32, factors[:, :, None], out=values)
 
 
-BLOCK_TYPES = {
-    "Q4_0": BlockType(32, 18, _decode_q4_0),
-    "Q4_1": BlockType(32, 20, _decode_q4_1),
-    "Q5_0": BlockType(32, 22, _decode_q5_0),
-    "Q5_1": BlockType(32, 24, _decode_q5_1),
-    "Q8_0": BlockType(32, 34, _decode_q8_0),
-    "Q2_K": BlockType(256, 84, _decode_q2_k),
-    "Q3_K": BlockType(256, 110, _decode_q3_k),
-    "Q4_K": BlockType(256, 144, _decode_q4_k),
-    "Q5_K": BlockType(256, 176, _decode_q5_k),
-    "Q6_K": BlockType(256, 210, _decode_q6_k),
+DECODERS: Mapping[str, Callable[[Blocks, Values], None]] = {
+    "Q4_0": _decode_q4_0,
+    "Q4_1": _decode_q4_1,
+    "Q5_0": _decode_q5_0,
+    "Q5_1": _decode_q5_1,
+    "Q8_0": _decode_q8_0,
+    "Q2_K": _decode_q2_k,
+    "Q3_K": _decode_q3_k,
+    "Q4_K": _decode_q4_k,
+    "Q5_K": _decode_q5_k,
+    "Q6_K": _decode_q6_k,
 }
 
 

@@ -163,17 +163,17 @@ def _read_experts(keys: Keys) -> dict[str, Any]:
     return {"num_experts": experts, "experts_per_token": used if experts else 0}
 
 
-def _read_llama(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+def _read_llama(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     if shared["rope_fraction"] != 1.0:
         # The files would pair other values than ours.
         raise ValueError(
             f"{keys.where}: rope.dimension_count is not the whole head, "
             f"{shared['head_dim']}"
         )
-    return {**shared, **_read_experts(keys)}
+    return _read_experts(keys)
 
 
-def _check_heads(keys: Keys, shared: dict[str, Any]) -> None:
+def _check_heads(keys: Keys, shared: Mapping[str, Any]) -> None:
     """Raises ValueError for a head size that llama.cpp rejects in this architecture."""
     if shared["num_heads"] * shared["head_dim"] != shared["model_dim"]:
         raise ValueError(
@@ -182,24 +182,18 @@ def _check_heads(keys: Keys, shared: dict[str, Any]) -> None:
         )
 
 
-def _read_qwen2(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+def _read_qwen2(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     _check_heads(keys, shared)
-    return {**shared, "attention_bias": True}
+    return {"attention_bias": True}
 
 
-def _read_qwen3(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
-    return {**shared, "qk_norm": "head"}
-
-
-def _read_qwen3moe(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+def _read_qwen3moe(keys: Keys, _: Mapping[str, Any]) -> dict[str, Any]:
     hidden = keys.count("expert_feed_forward_length")
-    fields = {**shared, **_read_experts(keys), "hidden_dim": hidden}
-    return {**fields, "qk_norm": "head"}
+    return {**_read_experts(keys), "hidden_dim": hidden, "qk_norm": "head"}
 
 
-def _read_gemma(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+def _read_gemma(_: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **shared,
         "activation": "gelu_tanh",
         "norm": "rms_unit_offset",
         "embedding_scale": math.sqrt(shared["model_dim"]),
@@ -213,7 +207,7 @@ def _large_scale(shared: Mapping[str, Any], layers_of_27b: int) -> float:
     return shared["head_dim"] ** -0.5
 
 
-def _read_gemma2(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+def _read_gemma2(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_read_gemma(keys, shared),
         **_local(keys, shared, ("local", "global"), 4096),
@@ -224,12 +218,12 @@ def _read_gemma2(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_gemma3(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+def _read_gemma3(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     pattern = ("local",) * 5 + ("global",)
     keys.must("attention.sliding_window_pattern", 6)
     return {
         **_read_gemma(keys, shared),
-        **_local(keys, shared, pattern[: max(shared["num_layers"], 1)], None),
+        **_local(keys, shared, pattern[: shared["num_layers"]]),
         "rope_local_theta": keys.number("rope.freq_base_swa", 10_000.0),
         "attention_scale": _large_scale(shared, 62),
         "final_soft_cap": keys.number("final_logit_softcapping", None),
@@ -242,7 +236,7 @@ def _local(
     keys: Keys,
     shared: Mapping[str, Any],
     pattern: tuple[str, ...],
-    default: int | None,
+    default: int | None = None,
 ) -> dict[str, Any]:
     window = keys.count("attention.sliding_window", default)
     if window is None or window >= shared["context_length"]:
@@ -250,15 +244,16 @@ def _local(
     return {"window": window, "layer_pattern": pattern}
 
 
-def _read_phi3(keys: Keys, shared: dict[str, Any]) -> dict[str, Any]:
+def _read_phi3(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
     _check_heads(keys, shared)
-    return {**shared, **_local(keys, shared, ("local",), None)}
+    return _local(keys, shared, ("local",))
 
 
-_READERS: Mapping[str, Callable[[Keys, dict[str, Any]], dict[str, Any]]] = {
+# Each returns the fields that an architecture has beside the shared ones.
+_READERS: Mapping[str, Callable[[Keys, Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _read_llama,
     "qwen2": _read_qwen2,
-    "qwen3": _read_qwen3,
+    "qwen3": lambda _keys, _shared: {"qk_norm": "head"},
     "qwen3moe": _read_qwen3moe,
     "gemma": _read_gemma,
     "gemma2": _read_gemma2,
@@ -298,14 +293,14 @@ def read_config(
     keys = Keys({**own, **floats}, f"{where}: {arch}")
     shared = _read_shared(keys, vocab_size, tied)
     fields = _READERS[arch](keys, shared)
-    fields["rope_scaling"] = scaling = _read_scaling(keys, shared, divisors)
+    scaling = _read_scaling(keys, shared, divisors)
     if arch != "phi3" and scaling is not None and ROPE_LONG in divisors:
         raise ValueError(f"{where}: this jaxlm does not know {arch} with {ROPE_LONG}")
     keys.done()
     others = [k for k in metadata if not k.startswith((prefix, "split.", *_OTHER))]
     if others:
         raise ValueError(f"{where}: this jaxlm does not know the key {others[0]}")
-    return ModelConfig(**fields)
+    return ModelConfig(**{**shared, **fields}, rope_scaling=scaling)
 
 
 def _write_keys(arch: str, c: ModelConfig) -> dict[str, Any]:
@@ -327,9 +322,8 @@ def _write_keys(arch: str, c: ModelConfig) -> dict[str, Any]:
     if c.num_experts:
         values["expert_count"] = c.num_experts
         values["expert_used_count"] = c.experts_per_token
-        values["expert_feed_forward_length"] = c.hidden_dim
-    if arch == "llama":
-        values.pop("expert_feed_forward_length", None)
+        if arch != "llama":
+            values["expert_feed_forward_length"] = c.hidden_dim
     if c.window is not None and arch in ("gemma2", "gemma3"):
         # llama.cpp runs the other architectures without a window.
         values["attention.sliding_window"] = c.window
@@ -357,11 +351,9 @@ def _write_keys(arch: str, c: ModelConfig) -> dict[str, Any]:
 def rope_tensors(c: ModelConfig) -> dict[str, np.ndarray]:
     """Returns divisors of the rotary frequencies by tensor name, each [H / 2] f64."""
     s = c.rope_scaling
-    if s is None:
-        return {}
-    if s.kind == "llama3":
+    if s is not None and s.kind == "llama3":
         return {ROPE_FREQS: _llama3_divisors(c.head_dim, c.rope_theta, s)}
-    if s.kind == "longrope":
+    if s is not None and s.kind == "longrope":
         short, long = np.asarray(s.short_factors), np.asarray(s.long_factors)
         return {ROPE_LONG: long, ROPE_SHORT: short}
     return {}

@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.checkpoint.gguf.gguf_blocks import BLOCK_TYPES, dequantize, quantize_q8_0
+from jaxlm.checkpoint.gguf.gguf_blocks import (
+    DECODERS,
+    TENSOR_TYPES,
+    TensorType,
+    dequantize,
+    quantize_q8_0,
+)
 from jaxlm.checkpoint.tensor_file import (
     BFLOAT16,
     FLOAT32,
@@ -64,52 +70,7 @@ _SCALARS = {
 _SCALAR_TYPES = {dtype: number for number, dtype in _SCALARS.items()}
 
 
-class _TensorType(NamedTuple):
-    name: str
-    values: int
-    """Number of values in a block."""
-    bytes: int
-    """Size of a block."""
-
-
-# Includes types that cannot be read, so that the size of their data can be checked.
-_TENSOR_TYPES = {
-    0: _TensorType("F32", 1, 4),
-    1: _TensorType("F16", 1, 2),
-    2: _TensorType("Q4_0", 32, 18),
-    3: _TensorType("Q4_1", 32, 20),
-    6: _TensorType("Q5_0", 32, 22),
-    7: _TensorType("Q5_1", 32, 24),
-    8: _TensorType("Q8_0", 32, 34),
-    9: _TensorType("Q8_1", 32, 40),
-    10: _TensorType("Q2_K", 256, 84),
-    11: _TensorType("Q3_K", 256, 110),
-    12: _TensorType("Q4_K", 256, 144),
-    13: _TensorType("Q5_K", 256, 176),
-    14: _TensorType("Q6_K", 256, 210),
-    15: _TensorType("Q8_K", 256, 292),
-    16: _TensorType("IQ2_XXS", 256, 66),
-    17: _TensorType("IQ2_XS", 256, 74),
-    18: _TensorType("IQ3_XXS", 256, 98),
-    19: _TensorType("IQ1_S", 256, 50),
-    20: _TensorType("IQ4_NL", 32, 18),
-    21: _TensorType("IQ3_S", 256, 110),
-    22: _TensorType("IQ2_S", 256, 82),
-    23: _TensorType("IQ4_XS", 256, 136),
-    24: _TensorType("I8", 1, 1),
-    25: _TensorType("I16", 1, 2),
-    26: _TensorType("I32", 1, 4),
-    27: _TensorType("I64", 1, 8),
-    28: _TensorType("F64", 1, 8),
-    29: _TensorType("IQ1_M", 256, 56),
-    30: _TensorType("BF16", 1, 2),
-    34: _TensorType("TQ1_0", 256, 54),
-    35: _TensorType("TQ2_0", 256, 66),
-    39: _TensorType("MXFP4", 32, 17),
-    40: _TensorType("NVFP4", 64, 36),
-    41: _TensorType("Q1_0", 128, 18),
-}
-_TYPE_NUMBERS = {t.name: number for number, t in _TENSOR_TYPES.items()}
+_TYPE_NUMBERS = {t.name: number for number, t in TENSOR_TYPES.items()}
 _PLAIN = {
     "F32": FLOAT32,
     "F16": np.dtype(np.float16),
@@ -188,7 +149,7 @@ class _Entry(NamedTuple):
     offset: int
     bytes: int
     shape: tuple[int, ...]
-    type: _TensorType
+    type: TensorType
     where: str
 
 
@@ -332,9 +293,9 @@ class _Header:
             raise ValueError(f"{where}: a dimension is 0")
         number = self._number(_U32, f"tensor {shown(name)}")
         offset = self._number(_U64, f"tensor {shown(name)}")
-        if number not in _TENSOR_TYPES:
+        if number not in TENSOR_TYPES:
             raise ValueError(f"{where}: unknown type {number} ({_readable()})")
-        kind = _TENSOR_TYPES[number]
+        kind = TENSOR_TYPES[number]
         shape = tuple(reversed(dims))
         count = number_of_values(shape, where)
         if (shape[-1] if shape else 1) % kind.values:
@@ -378,7 +339,7 @@ def _check_extents(entries: list[_Entry], size: int) -> None:
 
 def _stored(data: mmap.mmap, start: int, name: str, entry: _Entry) -> StoredTensor:
     kind = entry.type.name
-    dtype = _PLAIN.get(kind, FLOAT32 if kind in BLOCK_TYPES else _UNREADABLE)
+    dtype = _PLAIN.get(kind, FLOAT32 if kind in DECODERS else _UNREADABLE)
     return StoredTensor(
         name=name,
         shape=entry.shape,
@@ -393,7 +354,7 @@ def _read_values(data: mmap.mmap, offset: int, entry: _Entry) -> np.ndarray:
     kind = entry.type.name
     if kind in _PLAIN:
         return view(data, offset, entry.shape, _PLAIN[kind])
-    if kind not in BLOCK_TYPES:
+    if kind not in DECODERS:
         raise ValueError(
             f"{entry.where}: its type {kind} cannot be read ({_readable()})"
         )
@@ -402,7 +363,7 @@ def _read_values(data: mmap.mmap, offset: int, entry: _Entry) -> np.ndarray:
 
 
 def _readable() -> str:
-    return f"readable: {', '.join([*_PLAIN, *BLOCK_TYPES])}"
+    return f"readable: {', '.join([*_PLAIN, *DECODERS])}"
 
 
 def write_gguf(
@@ -529,7 +490,7 @@ def _written_bytes(where: str, name: str, shape: tuple[int, ...], kind: str) -> 
         raise ValueError(f"{where}: the name has more than {_MAX_WRITTEN_NAME} bytes")
     if not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1:
         raise ValueError(f"{where}: GGUF has no shape {list(shape)}")
-    block = _TENSOR_TYPES[_TYPE_NUMBERS[kind]]
+    block = TENSOR_TYPES[_TYPE_NUMBERS[kind]]
     if shape[-1] % block.values:
         raise ValueError(
             f"{where}: {kind} requires an innermost dimension that is a multiple of "

@@ -16,7 +16,7 @@ from jaxlm.checkpoint.gguf.gguf_config import (
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
 from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
-from jaxlm.checkpoint.tensor_mapping import Rule, TensorMapping, rule
+from jaxlm.checkpoint.tensor_mapping import QKV, Rule, TensorMapping, linear, rule
 from jaxlm.config import ModelConfig
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.gguf import gguf_metadata, tokenizer_from_gguf
@@ -33,11 +33,8 @@ TYPES = {
 
 
 def _common(offset: float = 0.0) -> tuple[Rule, ...]:
-    def norm(name: str, path: str) -> Rule:
-        return rule(f"{name}.weight", f"{path}/scale", "D -> D", offset)
-
-    def head_norm(name: str, path: str) -> Rule:
-        return rule(f"{name}.weight", f"{path}/scale", "H -> H", offset)
+    def norm(name: str, path: str, axis: str = "D") -> Rule:
+        return rule(f"{name}.weight", f"{path}/scale", f"{axis} -> {axis}", offset)
 
     return (
         rule("token_embd.weight", "embed/table", "V D -> V D"),
@@ -47,35 +44,27 @@ def _common(offset: float = 0.0) -> tuple[Rule, ...]:
         norm(_B + "ffn_norm", "layers/mlp_norm"),
         norm(_B + "post_attention_norm", "layers/attn_output_norm"),
         norm(_B + "post_ffw_norm", "layers/mlp_output_norm"),
-        head_norm(_B + "attn_q_norm", "layers/attn/q_norm"),
-        head_norm(_B + "attn_k_norm", "layers/attn/k_norm"),
-        rule(_B + "attn_output.weight", "layers/attn/o", "D (N H) -> N H D"),
-        rule(_B + "attn_output.bias", "layers/attn/o_bias", "D -> D"),
+        norm(_B + "attn_q_norm", "layers/attn/q_norm", "H"),
+        norm(_B + "attn_k_norm", "layers/attn/k_norm", "H"),
+        *linear((_B + "attn_output", "layers/attn/o", "D (N H) -> N H D")),
         rule(_B + "ffn_down.weight", "layers/mlp/down", "D F -> F D"),
     )
 
 
-_VALUE = (
-    rule(_B + "attn_v.weight", "layers/attn/v", "(K H) D -> D K H"),
-    rule(_B + "attn_v.bias", "layers/attn/v_bias", "(K H) -> K H"),
-)
+_VALUE = linear((_B + "attn_v", "layers/attn/v", "(K H) D -> D K H"))
 _GATE_UP = (
     rule(_B + "ffn_gate.weight", "layers/mlp/gate", "F D -> D F"),
     rule(_B + "ffn_up.weight", "layers/mlp/up", "F D -> D F"),
 )
-_HALVES = (
-    rule(_B + "attn_q.weight", "layers/attn/q", "(N H) D -> D N H"),
-    rule(_B + "attn_k.weight", "layers/attn/k", "(K H) D -> D K H"),
-    rule(_B + "attn_q.bias", "layers/attn/q_bias", "(N H) -> N H"),
-    rule(_B + "attn_k.bias", "layers/attn/k_bias", "(K H) -> K H"),
+_HALVES = linear(
+    (_B + "attn_q", "layers/attn/q", "(N H) D -> D N H"),
+    (_B + "attn_k", "layers/attn/k", "(K H) D -> D K H"),
 )
 # llama.cpp rotates adjacent values in this architecture, so its files order the rows of
 # each head as h pairs of p = 2 rows, where ours are p halves of h rows.
-_PAIRS = (
-    rule(_B + "attn_q.weight", "layers/attn/q", "(N h p) D -> D N (p h)"),
-    rule(_B + "attn_k.weight", "layers/attn/k", "(K h p) D -> D K (p h)"),
-    rule(_B + "attn_q.bias", "layers/attn/q_bias", "(N h p) -> N (p h)"),
-    rule(_B + "attn_k.bias", "layers/attn/k_bias", "(K h p) -> K (p h)"),
+_PAIRS = linear(
+    (_B + "attn_q", "layers/attn/q", "(N h p) D -> D N (p h)"),
+    (_B + "attn_k", "layers/attn/k", "(K h p) D -> D K (p h)"),
 )
 _EXPERTS = (
     rule(_B + "ffn_gate_inp.weight", "layers/moe/router", "E D -> D E"),
@@ -84,14 +73,7 @@ _EXPERTS = (
     rule(_B + "ffn_down_exps.weight", "layers/moe/down", "E D F -> E F D"),
 )
 _FUSED = (
-    Rule(
-        _B + "attn_qkv.weight",
-        (
-            ("layers/attn/q", "(N H) D -> D N H"),
-            ("layers/attn/k", "(K H) D -> D K H"),
-            ("layers/attn/v", "(K H) D -> D K H"),
-        ),
-    ),
+    Rule(_B + "attn_qkv.weight", QKV),
     rule(_B + "ffn_up.weight", ("layers/mlp/gate", "layers/mlp/up"), "(j F) D -> D F"),
 )
 _PLAIN = (*_common(), *_HALVES, *_VALUE, *_GATE_UP)

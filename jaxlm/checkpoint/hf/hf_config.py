@@ -58,11 +58,10 @@ _UNUSED: Mapping[str, tuple[Any, ...]] = {
 
 def _read_llama(keys: Keys) -> ModelConfig:
     """Reads Llama 1 to 3, SmolLM2 and other models of type llama."""
-    shared = hf_fields.shared(keys, max_position_embeddings=2048)
-    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
-    bias = keys.flag("mlp_bias", False)
     return ModelConfig(
-        **shared, **rope, **hf_fields.attention_biases(keys), feed_forward_bias=bias
+        **hf_fields.shared(keys, max_position_embeddings=2048),
+        **hf_fields.attention_biases(keys),
+        feed_forward_bias=keys.flag("mlp_bias", False),
     )
 
 
@@ -70,91 +69,63 @@ def _read_mistral(keys: Keys) -> ModelConfig:
     shared = hf_fields.shared(
         keys, num_key_value_heads=8, max_position_embeddings=131_072
     )
-    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
-    window = hf_fields.window(keys, shared["context_length"], 4096)
-    pattern = hf_fields.layer_pattern(
-        keys, shared["num_layers"], window, ["sliding_attention"] * shared["num_layers"]
-    )
-    return ModelConfig(**shared, **rope, **pattern)
+    return ModelConfig(**shared, **hf_fields.windows(keys, shared, 4096))
 
 
 def _read_mixtral(keys: Keys) -> ModelConfig:
     shared = hf_fields.shared(
         keys,
+        1e6,
         num_key_value_heads=8,
         max_position_embeddings=131_072,
         rms_norm_eps=1e-5,
     )
-    rope = hf_fields.rope(keys, shared["context_length"], 1e6)
-    layers = shared["num_layers"]
-    window = hf_fields.window(keys, shared["context_length"])
     return ModelConfig(
         **shared,
-        **rope,
-        **hf_fields.layer_pattern(keys, layers, window, ["sliding_attention"] * layers),
+        **hf_fields.windows(keys, shared),
         num_experts=keys.count("num_local_experts", 8),
         experts_per_token=keys.count("num_experts_per_tok", 2),
     )
 
 
-def _qwen_window(keys: Keys, shared: Mapping[str, Any]) -> dict[str, Any]:
-    layers = shared["num_layers"]
+def _qwen(keys: Keys, head_dim: int | None = None) -> dict[str, Any]:
+    shared = hf_fields.shared(keys, max_position_embeddings=32_768, head_dim=head_dim)
     # `use_sliding_window` false disables `sliding_window`.
     used = keys.flag("use_sliding_window", False)
-    window = hf_fields.window(keys, shared["context_length"], 4096)
     first = keys.index("max_window_layers", 28)
-    otherwise = [
-        "sliding_attention" if used and i >= first else "full_attention"
-        for i in range(layers)
-    ]
-    return hf_fields.layer_pattern(keys, layers, window if used else None, otherwise)
+    windows = hf_fields.windows(keys, shared, 4096, lambda i: i >= first, used)
+    return {**shared, **windows}
 
 
 def _read_qwen2(keys: Keys) -> ModelConfig:
     """Reads Qwen2 and Qwen2.5."""
-    shared = hf_fields.shared(keys, max_position_embeddings=32_768)
-    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
-    return ModelConfig(
-        **shared, **rope, **_qwen_window(keys, shared), attention_bias=True
-    )
-
-
-def _qwen3(keys: Keys, head_dim: int | None = 128) -> dict[str, Any]:
-    shared = hf_fields.shared(keys, max_position_embeddings=32_768, head_dim=head_dim)
-    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
-    window = _qwen_window(keys, shared)
-    return {
-        **shared,
-        **rope,
-        **window,
-        **hf_fields.attention_biases(keys),
-        "qk_norm": "head",
-    }
+    return ModelConfig(**_qwen(keys), attention_bias=True)
 
 
 def _read_qwen3(keys: Keys) -> ModelConfig:
-    return ModelConfig(**_qwen3(keys))
+    biases = hf_fields.attention_biases(keys)
+    return ModelConfig(**_qwen(keys, head_dim=128), **biases, qk_norm="head")
 
 
 def _read_qwen3_moe(keys: Keys) -> ModelConfig:
     keys.must("decoder_sparse_step", 1)
     # transformers 5 writes `num_local_experts`.
     experts = keys.count("num_experts", keys.count("num_local_experts", 128))
-    used = keys.count("num_experts_per_tok", 8)
-    normalize = keys.flag("norm_topk_prob", False)
-    hidden = keys.count("moe_intermediate_size", 768)
-    keys.put("intermediate_size", hidden)  # the file's value is for dense layers
-    # Without a head_dim, transformers divides the width by the heads, unlike for Qwen3.
-    fields = _qwen3(keys, head_dim=None)
+    # The file's `intermediate_size` is for dense layers.
+    keys.put("intermediate_size", keys.count("moe_intermediate_size", 768))
     return ModelConfig(
-        **fields,
+        # Without a head_dim, transformers divides the width by the heads, unlike for
+        # Qwen3.
+        **_qwen(keys),
+        **hf_fields.attention_biases(keys),
+        qk_norm="head",
         num_experts=experts,
-        experts_per_token=used,
-        router_normalize=normalize,
+        experts_per_token=keys.count("num_experts_per_tok", 8),
+        router_normalize=keys.flag("norm_topk_prob", False),
     )
 
 
-def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
+def _gemma(keys: Keys, theta: float = 10_000.0, **defaults: Any) -> dict[str, Any]:
     defaults = {
         "vocab_size": 256_000,
         "head_dim": 256,
@@ -169,7 +140,7 @@ def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
         # In Gemma 1's files this means the tanh approximation, as transformers notes.
         activation = "gelu_pytorch_tanh"
     keys.put("hidden_act", activation)
-    shared = hf_fields.shared(keys, **defaults)
+    shared = hf_fields.shared(keys, theta, **defaults)
     return {
         **shared,
         **hf_fields.attention_biases(keys),
@@ -179,36 +150,41 @@ def _gemma(keys: Keys, **defaults: Any) -> dict[str, Any]:
 
 
 def _read_gemma(keys: Keys) -> ModelConfig:
-    fields = _gemma(keys)
-    return ModelConfig(
-        **fields, **hf_fields.rope(keys, fields["context_length"], 10_000.0)
-    )
+    return ModelConfig(**_gemma(keys))
 
 
 def _read_gemma2(keys: Keys) -> ModelConfig:
     fields = _gemma(keys)
-    layers, context = fields["num_layers"], fields["context_length"]
     keys.drop("cache_implementation")
-    otherwise = [
-        "full_attention" if i % 2 else "sliding_attention" for i in range(layers)
-    ]
     return ModelConfig(
         **fields,
-        **hf_fields.rope(keys, context, 10_000.0),
-        **hf_fields.layer_pattern(
-            keys, layers, hf_fields.window(keys, context, 4096), otherwise
-        ),
-        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=hf_fields.soft_cap(keys, "attn_logit_softcapping", 50.0),
-        final_soft_cap=hf_fields.soft_cap(keys, "final_logit_softcapping", 30.0),
+        **hf_fields.windows(keys, fields, 4096, lambda i: i % 2 == 0),
+        **_gemma_scores(keys, 50.0, 30.0),
         norm_placement="both",
     )
 
 
+def _gemma_scores(keys: Keys, cap: float | None, final: float | None) -> dict[str, Any]:
+    """Reads the attention scale and the soft caps, with defaults for the caps."""
+    return {
+        "attention_scale": keys.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_soft_cap": hf_fields.soft_cap(keys, "attn_logit_softcapping", cap),
+        "final_soft_cap": hf_fields.soft_cap(keys, "final_logit_softcapping", final),
+    }
+
+
 def _read_gemma3_text(keys: Keys) -> ModelConfig:
     """Reads Gemma 3's text model, which is also part of the multimodal files."""
+    nested = keys.section("rope_parameters")
+    local, whole = nested.section("sliding_attention"), nested.values("full_attention")
+    nested.done()
+    keys.put("rope_parameters", whole)
+    local_theta = local.number("rope_theta", keys.number("rope_local_base_freq", 1e4))
+    local.must("rope_type", "default")
+    local.done()
     fields = _gemma(
         keys,
+        1e6,
         vocab_size=262_208,
         hidden_size=2304,
         intermediate_size=9216,
@@ -217,30 +193,13 @@ def _read_gemma3_text(keys: Keys) -> ModelConfig:
         num_key_value_heads=4,
         max_position_embeddings=131_072,
     )
-    layers, context = fields["num_layers"], fields["context_length"]
     keys.drop("cache_implementation", "_sliding_window_pattern")
     every = keys.count("sliding_window_pattern", 6)
-    otherwise = [
-        "sliding_attention" if (i + 1) % every else "full_attention"
-        for i in range(layers)
-    ]
-    nested = keys.section("rope_parameters")
-    local, whole = nested.section("sliding_attention"), nested.values("full_attention")
-    nested.done()
-    keys.put("rope_parameters", whole)
-    local_theta = local.number("rope_theta", keys.number("rope_local_base_freq", 1e4))
-    local.must("rope_type", "default")
-    local.done()
     return ModelConfig(
         **fields,
-        **hf_fields.rope(keys, context, 1e6),
-        **hf_fields.layer_pattern(
-            keys, layers, hf_fields.window(keys, context, 4096), otherwise
-        ),
+        **hf_fields.windows(keys, fields, 4096, lambda i: (i + 1) % every != 0),
+        **_gemma_scores(keys, None, None),
         rope_local_theta=local_theta,
-        attention_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_soft_cap=hf_fields.soft_cap(keys, "attn_logit_softcapping", None),
-        final_soft_cap=hf_fields.soft_cap(keys, "final_logit_softcapping", None),
         qk_norm="head",
         norm_placement="both",
     )
@@ -257,27 +216,18 @@ def _read_gemma3(keys: Keys) -> ModelConfig:
 def _read_phi3(keys: Keys) -> ModelConfig:
     """Reads Phi-3, Phi-4 and Phi-4-mini."""
     shared = hf_fields.shared(keys, max_position_embeddings=4096, rms_norm_eps=1e-5)
-    rope = hf_fields.rope(keys, shared["context_length"], 10_000.0)
-    layers = shared["num_layers"]
-    window = hf_fields.window(keys, shared["context_length"])
-    keys.must("attention_bias", False)
-    # Names from the code beside these files, for the same properties.
-    keys.must("lm_head_bias", False)
-    keys.must("mlp_bias", False)
+    # The last three are names from the code beside these files, for the same
+    # properties.
+    for name in ("attention_bias", "lm_head_bias", "mlp_bias"):
+        keys.must(name, False)
     keys.must("full_attn_mod", 1)
     keys.drop("interpolate_factor", "embd_layer")
-    return ModelConfig(
-        **shared,
-        **rope,
-        **hf_fields.layer_pattern(keys, layers, window, ["sliding_attention"] * layers),
-    )
+    return ModelConfig(**shared, **hf_fields.windows(keys, shared))
 
 
 def _read_olmo2(keys: Keys) -> ModelConfig:
-    shared = hf_fields.shared(keys, max_position_embeddings=2048, rms_norm_eps=1e-5)
     return ModelConfig(
-        **shared,
-        **hf_fields.rope(keys, shared["context_length"], 10_000.0),
+        **hf_fields.shared(keys, max_position_embeddings=2048, rms_norm_eps=1e-5),
         **hf_fields.attention_biases(keys),
         qk_norm="full",
         norm_placement="output",
@@ -287,6 +237,7 @@ def _read_olmo2(keys: Keys) -> ModelConfig:
 def _read_smollm3(keys: Keys) -> ModelConfig:
     shared = hf_fields.shared(
         keys,
+        2e6,
         num_key_value_heads=4,
         max_position_embeddings=32_768,
         tie_word_embeddings=True,
@@ -296,21 +247,16 @@ def _read_smollm3(keys: Keys) -> ModelConfig:
     otherwise = [int((i + 1) % every != 0) for i in range(layers)]
     # 1 marks a layer with RoPE, despite the name.
     rotated = keys.items("no_rope_layers", int, otherwise)
-    used = keys.flag("use_sliding_window", False)
-    window = hf_fields.window(keys, shared["context_length"])
-    keys.drop("max_window_layers")
-    kinds = [
-        "sliding_attention" if used and not r else "full_attention" for r in rotated
-    ]
     if len(rotated) < layers:
         raise ValueError(
             f"{keys.where}: no_rope_layers has {len(rotated)} entries for {layers} "
             "layers"
         )
+    used = keys.flag("use_sliding_window", False)
+    keys.drop("max_window_layers")
     return ModelConfig(
         **shared,
-        **hf_fields.rope(keys, shared["context_length"], 2e6),
-        **hf_fields.layer_pattern(keys, layers, window if used else None, kinds),
+        **hf_fields.windows(keys, shared, None, lambda i: not rotated[i], used),
         **hf_fields.attention_biases(keys),
         feed_forward_bias=keys.flag("mlp_bias", False),
         rope_pattern=hf_fields.period([bool(r) for r in rotated[:layers]]),
@@ -349,26 +295,25 @@ def _read_gpt2(keys: Keys) -> ModelConfig:
 
 def _read_gpt_neox(keys: Keys) -> ModelConfig:
     """Reads GPT-NeoX and Pythia."""
-    # GPT-NeoX's names for what `hf_fields.rope` reads.
+    # GPT-NeoX's names for what `hf_fields.shared` reads.
     theta = keys.number("rotary_emb_base", 10_000.0)
     fraction = keys.number("rotary_pct", 0.25)
     if "partial_rotary_factor" not in keys:
         keys.put("partial_rotary_factor", fraction)
-    epsilon = keys.number("layer_norm_eps", 1e-5)
     bias = keys.flag("attention_bias", True)
-    parallel = keys.flag("use_parallel_residual", True)
-    shared = hf_fields.shared(keys, max_position_embeddings=2048, hidden_act="gelu")
-    shared["norm_epsilon"] = epsilon
+    shared = hf_fields.shared(
+        keys, theta, max_position_embeddings=2048, hidden_act="gelu"
+    )
+    shared["norm_epsilon"] = keys.number("layer_norm_eps", 1e-5)
     return ModelConfig(
         **shared,
-        **hf_fields.rope(keys, shared["context_length"], theta),
         attention_bias=bias,
         attention_output_bias=bias,
         gated=False,
         feed_forward_bias=True,
         norm="layer",
         norm_bias=True,
-        parallel_block=parallel,
+        parallel_block=keys.flag("use_parallel_residual", True),
     )
 
 
@@ -393,22 +338,17 @@ def _read_gpt_oss(keys: Keys) -> ModelConfig:
     keys.must("hidden_act", "silu")
     shared = hf_fields.shared(
         keys,
+        150_000.0,
+        _GPT_OSS_ROPE,
         num_key_value_heads=8,
         head_dim=64,
         max_position_embeddings=131_072,
         rms_norm_eps=1e-5,
     )
     shared["activation"] = "swiglu_clamped"
-    layers, context = shared["num_layers"], shared["context_length"]
-    otherwise = [
-        "full_attention" if i % 2 else "sliding_attention" for i in range(layers)
-    ]
     return ModelConfig(
         **shared,
-        **hf_fields.rope(keys, context, 150_000.0, _GPT_OSS_ROPE),
-        **hf_fields.layer_pattern(
-            keys, layers, hf_fields.window(keys, context, 128), otherwise
-        ),
+        **hf_fields.windows(keys, shared, 128, lambda i: i % 2 == 0),
         attention_bias=True,
         attention_output_bias=True,
         attention_sinks=True,

@@ -4,7 +4,7 @@ It uses the older spelling (`rope_theta` beside `rope_scaling`), which transform
 and 5 and other readers of these files all understand.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -54,11 +54,17 @@ def _write_scaling(config: ModelConfig) -> dict[str, Any] | None:
     return values
 
 
-def _write_shared(config: ModelConfig) -> dict[str, Any]:
-    c = config
-    length = c.context_length
-    if c.rope_scaling is not None and c.rope_scaling.kind == "dynamic":
-        length = c.rope_scaling.original_context_length or length
+def _values(c: ModelConfig) -> dict[str, Any]:
+    """Returns the keys of all families; `_FAMILIES` has those of each."""
+    scaling = c.rope_scaling
+    length = original = c.context_length
+    if scaling is not None:
+        original = scaling.original_context_length or length
+        if scaling.kind == "dynamic":
+            length = original
+    scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+    rotated = [c.rope_pattern[i % len(c.rope_pattern)] for i in range(c.num_layers)]
+    activation = _ACTIVATION_NAMES.get(c.activation, "silu")
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.model_dim,
@@ -67,184 +73,104 @@ def _write_shared(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": _ACTIVATION_NAMES.get(c.activation, "silu"),
+        "hidden_act": activation,
+        "hidden_activation": activation,
         "max_position_embeddings": length,
         "rms_norm_eps": c.norm_epsilon,
+        "layer_norm_eps": c.norm_epsilon,
         "tie_word_embeddings": c.tied_embeddings,
         "rope_theta": c.rope_theta,
         "rope_scaling": _write_scaling(c),
-    }
-
-
-def _write_llama(c: ModelConfig) -> dict[str, Any]:
-    biases = {"attention_bias": c.attention_bias, "mlp_bias": c.feed_forward_bias}
-    return {**_write_shared(c), **biases}
-
-
-def _write_mistral(c: ModelConfig) -> dict[str, Any]:
-    return {**_write_shared(c), "sliding_window": c.window}
-
-
-def _write_mixtral(c: ModelConfig) -> dict[str, Any]:
-    return {
-        **_write_mistral(c),
-        "num_local_experts": c.num_experts,
-        "num_experts_per_tok": c.experts_per_token,
-    }
-
-
-def _write_qwen2(c: ModelConfig) -> dict[str, Any]:
-    return {
-        **_write_shared(c),
+        "rope_local_base_freq": c.rope_local_theta,
+        "rotary_emb_base": c.rope_theta,
+        "rotary_pct": c.rope_fraction,
+        "partial_rotary_factor": c.rope_fraction,
+        "original_max_position_embeddings": original,
+        "no_rope_layers": [int(r) for r in rotated],
+        "attention_bias": c.attention_bias,
+        "mlp_bias": c.feed_forward_bias,
         "use_sliding_window": c.window is not None,
-        "sliding_window": c.window,
-        "layer_types": _layer_types(c),
-    }
-
-
-def _write_qwen3(c: ModelConfig) -> dict[str, Any]:
-    return {**_write_qwen2(c), "attention_bias": c.attention_bias}
-
-
-def _write_qwen3_moe(c: ModelConfig) -> dict[str, Any]:
-    values = _write_qwen3(c)
-    del values["layer_types"]  # transformers' class has no such key
-    return {
-        **values,
-        "moe_intermediate_size": c.hidden_dim,
-        "num_experts": c.num_experts,
-        "num_experts_per_tok": c.experts_per_token,
-        "norm_topk_prob": c.router_normalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-
-
-def _write_gemma(c: ModelConfig) -> dict[str, Any]:
-    values = {**_write_shared(c), "attention_bias": c.attention_bias}
-    values["hidden_activation"] = values["hidden_act"]
-    return values
-
-
-def _write_gemma2(c: ModelConfig) -> dict[str, Any]:
-    values = _write_gemma(c)
-    del values["hidden_act"]
-    scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-    return {
-        **values,
         "sliding_window": c.window,
         "layer_types": _layer_types(c),
         "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": c.attention_soft_cap,
         "final_logit_softcapping": c.final_soft_cap,
-    }
-
-
-def _write_gemma3_text(c: ModelConfig) -> dict[str, Any]:
-    return {**_write_gemma2(c), "rope_local_base_freq": c.rope_local_theta}
-
-
-def _write_phi3(c: ModelConfig) -> dict[str, Any]:
-    values = _write_shared(c)
-    if c.rope_scaling is not None:
-        length = c.rope_scaling.original_context_length or c.context_length
-        values["original_max_position_embeddings"] = length
-    return {
-        **values,
-        "sliding_window": c.window,
-        "partial_rotary_factor": c.rope_fraction,
-    }
-
-
-def _write_olmo2(c: ModelConfig) -> dict[str, Any]:
-    return {**_write_shared(c), "attention_bias": c.attention_bias}
-
-
-def _write_smollm3(c: ModelConfig) -> dict[str, Any]:
-    rotated = [c.rope_pattern[i % len(c.rope_pattern)] for i in range(c.num_layers)]
-    return {
-        **_write_qwen3(c),
-        "mlp_bias": c.feed_forward_bias,
-        "no_rope_layers": [int(r) for r in rotated],
-    }
-
-
-def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
-    names = {"gelu_tanh": "gelu_new"}
-    return {
-        "vocab_size": c.vocab_size,
+        "use_parallel_residual": c.parallel_block,
+        "num_local_experts": c.num_experts,
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.experts_per_token,
+        "moe_intermediate_size": c.hidden_dim,
+        "norm_topk_prob": c.router_normalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "swiglu_limit": 7.0,
         "n_positions": c.context_length,
         "n_embd": c.model_dim,
         "n_layer": c.num_layers,
         "n_head": c.num_heads,
         "n_inner": c.hidden_dim,
-        "activation_function": names.get(c.activation, c.activation),
+        "activation_function": (
+            "gelu_new" if c.activation == "gelu_tanh" else c.activation
+        ),
         "layer_norm_epsilon": c.norm_epsilon,
-        "tie_word_embeddings": c.tied_embeddings,
     }
 
 
-def _write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
-    values = _write_shared(c)
-    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        del values[name]
-    return {
-        **values,
-        "layer_norm_eps": c.norm_epsilon,
-        "rotary_emb_base": c.rope_theta,
-        "rotary_pct": c.rope_fraction,
-        "use_parallel_residual": c.parallel_block,
-        "attention_bias": c.attention_bias,
-    }
+_SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers
+    num_attention_heads"""
+_HEADS = "num_key_value_heads head_dim"
+_LENGTH = "max_position_embeddings"
+_REST = "rms_norm_eps tie_word_embeddings rope_theta rope_scaling"
+_LLAMA = f"{_SIZES} {_HEADS} hidden_act {_LENGTH} {_REST}"
+_MISTRAL = f"{_LLAMA} sliding_window"
+_QWEN2 = f"{_LLAMA} use_sliding_window sliding_window layer_types"
+_QWEN3_MOE = f"{_LLAMA} use_sliding_window sliding_window attention_bias"
+_GEMMA2 = f"""{_SIZES} {_HEADS} {_LENGTH} {_REST} attention_bias hidden_activation
+    sliding_window layer_types query_pre_attn_scalar attn_logit_softcapping
+    final_logit_softcapping"""
+_EXPERTS = "num_local_experts num_experts_per_tok"
 
-
-def _write_gpt_oss(c: ModelConfig) -> dict[str, Any]:
-    return {
-        **_write_shared(c),
-        "attention_bias": True,
-        "sliding_window": c.window,
-        "layer_types": _layer_types(c),
-        "num_local_experts": c.num_experts,
-        "num_experts_per_tok": c.experts_per_token,
-        "swiglu_limit": 7.0,
-    }
-
-
-# In the order in which families are tried: the plain ones first.
-_WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, Any]]] = {
-    "llama": _write_llama,
-    "mistral": _write_mistral,
-    "qwen2": _write_qwen2,
-    "qwen3": _write_qwen3,
-    "gemma": _write_gemma,
-    "gemma2": _write_gemma2,
-    "gemma3_text": _write_gemma3_text,
-    "phi3": _write_phi3,
-    "olmo2": _write_olmo2,
-    "smollm3": _write_smollm3,
-    "gpt2": _write_gpt2,
-    "gpt_neox": _write_gpt_neox,
-    "mixtral": _write_mixtral,
-    "qwen3_moe": _write_qwen3_moe,
-    "gpt_oss": _write_gpt_oss,
-}
-
-_ARCHITECTURES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_neox": "GPTNeoXForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
+# Architecture and keys, in the order in which families are tried: plain ones first.
+_FAMILIES: Mapping[str, tuple[str, str]] = {
+    "llama": ("LlamaForCausalLM", f"{_LLAMA} attention_bias mlp_bias"),
+    "mistral": ("MistralForCausalLM", _MISTRAL),
+    "qwen2": ("Qwen2ForCausalLM", _QWEN2),
+    "qwen3": ("Qwen3ForCausalLM", f"{_QWEN2} attention_bias"),
+    "gemma": ("GemmaForCausalLM", f"{_LLAMA} attention_bias hidden_activation"),
+    "gemma2": ("Gemma2ForCausalLM", _GEMMA2),
+    "gemma3_text": ("Gemma3ForCausalLM", f"{_GEMMA2} rope_local_base_freq"),
+    "phi3": (
+        "Phi3ForCausalLM",
+        f"{_LLAMA} original_max_position_embeddings sliding_window "
+        "partial_rotary_factor",
+    ),
+    "olmo2": ("Olmo2ForCausalLM", f"{_LLAMA} attention_bias"),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        f"{_QWEN2} attention_bias mlp_bias no_rope_layers",
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "vocab_size n_positions n_embd n_layer n_head n_inner activation_function "
+        "layer_norm_epsilon tie_word_embeddings",
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        f"{_SIZES} hidden_act {_LENGTH} tie_word_embeddings rope_scaling "
+        "layer_norm_eps rotary_emb_base rotary_pct use_parallel_residual "
+        "attention_bias",
+    ),
+    "mixtral": ("MixtralForCausalLM", f"{_MISTRAL} {_EXPERTS}"),
+    # transformers' class has no layer_types.
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        f"{_QWEN3_MOE} moe_intermediate_size num_experts num_experts_per_tok "
+        "norm_topk_prob decoder_sparse_step mlp_only_layers",
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        f"{_LLAMA} attention_bias sliding_window layer_types {_EXPERTS} swiglu_limit",
+    ),
 }
 
 
@@ -254,11 +180,17 @@ def write(config: ModelConfig) -> dict[str, Any]:
     Raises:
       ValueError: if none fits; names the differences from the nearest family.
     """
+    every = _values(config)
 
     def attempt(model_type: str) -> tuple[dict[str, Any], ModelConfig]:
-        values = {"model_type": model_type, **_WRITERS[model_type](config)}
+        architecture, names = _FAMILIES[model_type]
+        values = {"architectures": [architecture], "model_type": model_type}
+        values |= {name: every[name] for name in names.split()}
+        if config.rope_scaling is None:
+            values.pop("original_max_position_embeddings", None)
+        if model_type == "gpt_oss":
+            values["attention_bias"] = True  # the only one that its reader accepts
         return values, read(Keys(values, "config.json"))
 
-    attempts = {name: partial(attempt, name) for name in _WRITERS}
-    model_type, values = choose(config, attempts, "family of Hugging Face")
-    return {"architectures": [_ARCHITECTURES[model_type]], **values}
+    attempts = {name: partial(attempt, name) for name in _FAMILIES}
+    return choose(config, attempts, "family of Hugging Face")[1]

@@ -5,10 +5,10 @@ raises ValueError, with the file and the key, for an impossible value.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.checkpoint.keys import MAX_LAYERS, REQUIRED, Keys
+from jaxlm.checkpoint.keys import MAX_COUNT, MAX_LAYERS, REQUIRED, Keys
 from jaxlm.config import RopeScaling
 
 ACTIVATIONS = {
@@ -24,18 +24,24 @@ ACTIVATIONS = {
 LAYER_KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 
-def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
-    """Reads sizes, activation, epsilon and tying, by the names of Llama's config.
+def shared(
+    keys: Keys,
+    theta: float = 10_000.0,
+    default_scaling: Mapping | None = None,
+    **defaults: Any,
+) -> dict[str, Any]:
+    """Reads sizes, activation, epsilon, tying and RoPE by the names of Llama's config.
 
     Args:
+      theta: default base of RoPE.
+      default_scaling: keys of the RoPE scaling if the file has none.
       defaults: default values by key; other keys are required.
     """
 
-    def default(name: str) -> Any:
-        return defaults.get(name, REQUIRED)
+    def count(name: str, most: int = MAX_COUNT) -> Any:
+        return keys.count(name, defaults.get(name, REQUIRED), most)
 
-    width = keys.count("hidden_size", default("hidden_size"))
-    heads = keys.count("num_attention_heads", default("num_attention_heads"))
+    width, heads = count("hidden_size"), count("num_attention_heads")
     kv_heads = keys.count("num_key_value_heads", defaults.get("num_key_value_heads"))
     head_dim = keys.count("head_dim", defaults.get("head_dim"))
     if head_dim is None:
@@ -45,17 +51,15 @@ def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
                 f"num_attention_heads {heads}, and head_dim is missing"
             )
         head_dim = width // heads
-    context = keys.count("max_position_embeddings", default("max_position_embeddings"))
+    context = count("max_position_embeddings")
     return {
-        "vocab_size": keys.count("vocab_size", default("vocab_size")),
-        "num_layers": keys.count(
-            "num_hidden_layers", default("num_hidden_layers"), MAX_LAYERS
-        ),
+        "vocab_size": count("vocab_size"),
+        "num_layers": count("num_hidden_layers", MAX_LAYERS),
         "model_dim": width,
         "num_heads": heads,
         "num_kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
-        "hidden_dim": keys.count("intermediate_size", default("intermediate_size")),
+        "hidden_dim": count("intermediate_size"),
         "context_length": context,
         "activation": keys.choice(
             "hidden_act", ACTIVATIONS, defaults.get("hidden_act", "silu")
@@ -64,19 +68,14 @@ def shared(keys: Keys, **defaults: Any) -> dict[str, Any]:
         "tied_embeddings": keys.flag(
             "tie_word_embeddings", defaults.get("tie_word_embeddings", False)
         ),
+        **_rope(keys, context, theta, default_scaling),
     }
 
 
-def rope(
-    keys: Keys, context: int, theta: float, default_scaling: Mapping | None = None
+def _rope(
+    keys: Keys, context: int, theta: float, default_scaling: Mapping | None
 ) -> dict[str, Any]:
-    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
-
-    Args:
-      context: the context length in tokens.
-      theta: default base.
-      default_scaling: keys of the scaling if the file has none.
-    """
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
     top_theta = keys.number("rope_theta", theta)
     top_fraction = keys.number("partial_rotary_factor", 1.0)
     original = keys.count("original_max_position_embeddings", None)
@@ -138,15 +137,6 @@ def _rope_scaling(rope: Keys, context: int, original: int | None) -> RopeScaling
     return RopeScaling(**fields)
 
 
-def window(keys: Keys, context: int, default: int | None = None) -> int | None:
-    """Reads the sliding window; None if it covers the whole context.
-
-    The default is for an absent key; null means no window.
-    """
-    window = keys.count("sliding_window", None if "sliding_window" in keys else default)
-    return None if window is None or window >= context else window
-
-
 def soft_cap(keys: Keys, name: str, default: float | None) -> float | None:
     """Reads a soft cap; the default is for an absent key, and null means none."""
     return keys.number(name, None if name in keys else default)
@@ -160,16 +150,26 @@ def period(values: list[Any]) -> tuple[Any, ...]:
     raise AssertionError("no values")
 
 
-def layer_pattern(
-    keys: Keys, layers: int, window: int | None, otherwise: list[str]
+def windows(
+    keys: Keys,
+    fields: Mapping[str, Any],
+    default: int | None = None,
+    is_local: Callable[[int], bool] = lambda _: True,
+    used: bool = True,
 ) -> dict[str, Any]:
-    """Reads `layer_types` as `layer_pattern` and `window`.
+    """Reads `sliding_window` and `layer_types` as `window` and `layer_pattern`.
 
     Args:
-      layers: number of layers.
-      window: the sliding window in tokens; None makes all layers global.
-      otherwise: the layer types of a file without this key.
+      fields: the result of `shared`.
+      default: the window in tokens of a file without this key; null means no window.
+      is_local: whether a layer uses the window, in a file without `layer_types`.
+      used: False makes all layers global.
     """
+    window = keys.count("sliding_window", None if "sliding_window" in keys else default)
+    layers = fields["num_layers"]
+    otherwise = [
+        "sliding_attention" if is_local(i) else "full_attention" for i in range(layers)
+    ]
     names = keys.items("layer_types", str, otherwise)
     if len(names) < layers:
         raise ValueError(
@@ -180,10 +180,9 @@ def layer_pattern(
             f"{keys.where}: layer_types has {name!r}, which this jaxlm cannot compute"
         )
     kinds = [LAYER_KINDS[name] for name in names[:layers]]
-    if window is None:
-        kinds = ["global"] * layers
-    elif "local" not in kinds:
-        window = None
+    reached = window is not None and window < fields["context_length"]
+    if not (used and reached and "local" in kinds):
+        return {"layer_pattern": ("global",), "window": None}
     return {"layer_pattern": period(kinds), "window": window}
 
 

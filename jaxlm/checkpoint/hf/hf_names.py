@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from jaxlm.checkpoint.tensor_mapping import Rule, rule
+from jaxlm.checkpoint.tensor_mapping import QKV, Rule, linear, rule
 
 _L = "model.layers.{layer}."
-_QKV = ("layers/attn/q", "layers/attn/k", "layers/attn/v")
+_QKV = [path for path, _ in QKV]
 _GATE_UP = ("layers/mlp/gate", "layers/mlp/up")
 
 # Norms of a block: our name -> theirs, by norm placement.
@@ -25,26 +25,19 @@ _TOP = (
     rule("model.norm.weight", "final_norm/scale", "D -> D"),
     rule("lm_head.weight", "lm_head/kernel", "V D -> D V"),
 )
-_OUT = (
-    rule(_L + "self_attn.o_proj.weight", "layers/attn/o", "D (N H) -> N H D"),
-    rule(_L + "self_attn.o_proj.bias", "layers/attn/o_bias", "D -> D"),
-)
+_OUT = linear((_L + "self_attn.o_proj", "layers/attn/o", "D (N H) -> N H D"))
 _ATTENTION = (
-    rule(_L + "self_attn.q_proj.weight", "layers/attn/q", "(N H) D -> D N H"),
-    rule(_L + "self_attn.k_proj.weight", "layers/attn/k", "(K H) D -> D K H"),
-    rule(_L + "self_attn.v_proj.weight", "layers/attn/v", "(K H) D -> D K H"),
-    rule(_L + "self_attn.q_proj.bias", "layers/attn/q_bias", "(N H) -> N H"),
-    rule(_L + "self_attn.k_proj.bias", "layers/attn/k_bias", "(K H) -> K H"),
-    rule(_L + "self_attn.v_proj.bias", "layers/attn/v_bias", "(K H) -> K H"),
+    *linear(
+        (_L + "self_attn.q_proj", "layers/attn/q", "(N H) D -> D N H"),
+        (_L + "self_attn.k_proj", "layers/attn/k", "(K H) D -> D K H"),
+        (_L + "self_attn.v_proj", "layers/attn/v", "(K H) D -> D K H"),
+    ),
     *_OUT,
 )
-_MLP = (
-    rule(_L + "mlp.gate_proj.weight", "layers/mlp/gate", "F D -> D F"),
-    rule(_L + "mlp.up_proj.weight", "layers/mlp/up", "F D -> D F"),
-    rule(_L + "mlp.down_proj.weight", "layers/mlp/down", "D F -> F D"),
-    rule(_L + "mlp.gate_proj.bias", "layers/mlp/gate_bias", "F -> F"),
-    rule(_L + "mlp.up_proj.bias", "layers/mlp/up_bias", "F -> F"),
-    rule(_L + "mlp.down_proj.bias", "layers/mlp/down_bias", "D -> D"),
+_MLP = linear(
+    (_L + "mlp.gate_proj", "layers/mlp/gate", "F D -> D F"),
+    (_L + "mlp.up_proj", "layers/mlp/up", "F D -> D F"),
+    (_L + "mlp.down_proj", "layers/mlp/down", "D F -> F D"),
 )
 _QK_NORM_HEAD = (
     rule(_L + "self_attn.q_norm.weight", "layers/attn/q_norm/scale", "H -> H"),
@@ -70,40 +63,24 @@ _PHI3 = (
     *_TOP,
     *_OUT,
     *_norms(_PRE),
-    Rule(
-        _L + "self_attn.qkv_proj.weight",
-        (
-            ("layers/attn/q", "(N H) D -> D N H"),
-            ("layers/attn/k", "(K H) D -> D K H"),
-            ("layers/attn/v", "(K H) D -> D K H"),
-        ),
-    ),
+    Rule(_L + "self_attn.qkv_proj.weight", QKV),
     rule(_L + "mlp.gate_up_proj.weight", _GATE_UP, "(j F) D -> D F"),
     rule(_L + "mlp.down_proj.weight", "layers/mlp/down", "D F -> F D"),
 )
 
 
-def _experts(gate: str, up: str, down: str, router: str) -> tuple[Rule, ...]:
+def _experts(moe: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    expert = f"{_L}{moe}.experts.{{expert}}"
     return (
-        rule(_L + router, "layers/moe/router", "E D -> D E"),
-        rule(_L + gate, "layers/moe/gate", "F D -> D F"),
-        rule(_L + up, "layers/moe/up", "F D -> D F"),
-        rule(_L + down, "layers/moe/down", "D F -> F D"),
+        rule(f"{_L}{moe}.gate.weight", "layers/moe/router", "E D -> D E"),
+        rule(f"{expert}.{gate}.weight", "layers/moe/gate", "F D -> D F"),
+        rule(f"{expert}.{up}.weight", "layers/moe/up", "F D -> D F"),
+        rule(f"{expert}.{down}.weight", "layers/moe/down", "D F -> F D"),
     )
 
 
-_MIXTRAL = _experts(
-    "block_sparse_moe.experts.{expert}.w1.weight",
-    "block_sparse_moe.experts.{expert}.w3.weight",
-    "block_sparse_moe.experts.{expert}.w2.weight",
-    "block_sparse_moe.gate.weight",
-)
-_QWEN3_MOE = _experts(
-    "mlp.experts.{expert}.gate_proj.weight",
-    "mlp.experts.{expert}.up_proj.weight",
-    "mlp.experts.{expert}.down_proj.weight",
-    "mlp.gate.weight",
-)
+_MIXTRAL = _experts("block_sparse_moe", "w1", "w3", "w2")
+_QWEN3_MOE = _experts("mlp", "gate_proj", "up_proj", "down_proj")
 
 # All experts in one tensor, (in, out); columns of gate and up alternate.
 _GPT_OSS = (
@@ -143,18 +120,10 @@ _GPT2 = (
     rule("lm_head.weight", "lm_head/kernel", "V D -> D V"),
     *_with_bias(_H + "ln_1", "layers/attn_norm"),
     *_with_bias(_H + "ln_2", "layers/mlp_norm"),
-    rule(_H + "attn.c_attn.weight", _QKV, "D (j N H) -> D N H"),
-    rule(
-        _H + "attn.c_attn.bias",
-        [f"{path}_bias" for path in _QKV],
-        "(j N H) -> N H",
-    ),
-    rule(_H + "attn.c_proj.weight", "layers/attn/o", "(N H) D -> N H D"),
-    rule(_H + "attn.c_proj.bias", "layers/attn/o_bias", "D -> D"),
-    rule(_H + "mlp.c_fc.weight", "layers/mlp/up", "D F -> D F"),
-    rule(_H + "mlp.c_fc.bias", "layers/mlp/up_bias", "F -> F"),
-    rule(_H + "mlp.c_proj.weight", "layers/mlp/down", "F D -> F D"),
-    rule(_H + "mlp.c_proj.bias", "layers/mlp/down_bias", "D -> D"),
+    *linear((_H + "attn.c_attn", _QKV, "D (j N H) -> D N H")),
+    *linear((_H + "attn.c_proj", "layers/attn/o", "(N H) D -> N H D")),
+    *linear((_H + "mlp.c_fc", "layers/mlp/up", "D F -> D F")),
+    *linear((_H + "mlp.c_proj", "layers/mlp/down", "F D -> F D")),
 )
 
 _X = "gpt_neox.layers.{layer}."
@@ -165,18 +134,10 @@ _GPT_NEOX = (
     rule("embed_out.weight", "lm_head/kernel", "V D -> D V"),
     *_with_bias(_X + "input_layernorm", "layers/attn_norm"),
     *_with_bias(_X + "post_attention_layernorm", "layers/mlp_norm"),
-    rule(_X + "attention.query_key_value.weight", _QKV, "(N j H) D -> D N H"),
-    rule(
-        _X + "attention.query_key_value.bias",
-        [f"{path}_bias" for path in _QKV],
-        "(N j H) -> N H",
-    ),
-    rule(_X + "attention.dense.weight", "layers/attn/o", "D (N H) -> N H D"),
-    rule(_X + "attention.dense.bias", "layers/attn/o_bias", "D -> D"),
-    rule(_X + "mlp.dense_h_to_4h.weight", "layers/mlp/up", "F D -> D F"),
-    rule(_X + "mlp.dense_h_to_4h.bias", "layers/mlp/up_bias", "F -> F"),
-    rule(_X + "mlp.dense_4h_to_h.weight", "layers/mlp/down", "D F -> F D"),
-    rule(_X + "mlp.dense_4h_to_h.bias", "layers/mlp/down_bias", "D -> D"),
+    *linear((_X + "attention.query_key_value", _QKV, "(N j H) D -> D N H")),
+    *linear((_X + "attention.dense", "layers/attn/o", "D (N H) -> N H D")),
+    *linear((_X + "mlp.dense_h_to_4h", "layers/mlp/up", "F D -> D F")),
+    *linear((_X + "mlp.dense_4h_to_h", "layers/mlp/down", "D F -> F D")),
 )
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
@@ -212,11 +173,9 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 # Tensors that may be present but are not used: regular expressions for full names.
 _BUFFERS = (r".*\.rotary_emb\.inv_freq", r".*\.attn(ention)?\.(masked_)?bias")
-UNUSED: Mapping[str, tuple[str, ...]] = {
-    "gemma3": (r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
-}
+_OTHER_PARTS = r"(model\.)?(vision_tower|multi_modal_projector)\..*"
 
 
 def unused(model_type: str) -> tuple[str, ...]:
     """Returns patterns for tensors that are recomputed, or belong to other parts."""
-    return (*_BUFFERS, *UNUSED.get(model_type, ()))
+    return (*_BUFFERS, _OTHER_PARTS) if model_type == "gemma3" else _BUFFERS

@@ -9,7 +9,7 @@ import pytest
 from gguf import quants
 
 from jaxlm.checkpoint.gguf import gguf_blocks
-from jaxlm.checkpoint.gguf.gguf_blocks import BLOCK_TYPES, dequantize, quantize_q8_0
+from jaxlm.checkpoint.gguf.gguf_blocks import DECODERS, SIZES, dequantize, quantize_q8_0
 from jaxlm.checkpoint.hf.mxfp4 import decode_mxfp4
 
 
@@ -17,10 +17,10 @@ def official(name):
     return gguf.GGMLQuantizationType[name]
 
 
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_decoding_equals_the_gguf_package(kind):
     """Random bytes: all codes, and scales of all sizes, including infinity and NaN."""
-    values, size, _ = BLOCK_TYPES[kind]
+    values, size = SIZES[kind]
     assert gguf.GGML_QUANT_SIZES[official(kind)] == (values, size)
     # More than one chunk, and not a multiple of it.
     count = gguf_blocks._CHUNK // values + 777
@@ -55,7 +55,7 @@ def test_no_blocks_are_no_values():
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
 def test_decoding_takes_little_memory_beside_the_result(kind):
-    values, size, _ = BLOCK_TYPES[kind]
+    values, size = SIZES[kind]
     blocks = np.zeros((1 << 22) // values * size, np.uint8)
     tracemalloc.start()
     out = dequantize(blocks, kind)

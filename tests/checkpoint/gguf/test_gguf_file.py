@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from gguf import quants
 
-from jaxlm.checkpoint.gguf.gguf_blocks import BLOCK_TYPES
-from jaxlm.checkpoint.gguf.gguf_file import _TENSOR_TYPES, read_gguf, write_gguf
+from jaxlm.checkpoint.gguf.gguf_blocks import DECODERS, TENSOR_TYPES
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
 
 RANDOM = np.random.default_rng(0)
 TENSORS = {
@@ -143,7 +143,7 @@ def test_version_2(tmp_path):
     check_tensors(read_gguf(tmp_path / "a.gguf").tensors)
 
 
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_quantized_tensors_have_their_rows_decoded(tmp_path, kind):
     number = gguf.GGMLQuantizationType[kind]
     values, size = gguf.GGML_QUANT_SIZES[number]
@@ -162,7 +162,7 @@ def test_quantized_tensors_have_their_rows_decoded(tmp_path, kind):
 
 def test_the_table_of_types_is_that_of_the_gguf_package():
     sizes = {n.value: (n.name, *s) for n, s in gguf.GGML_QUANT_SIZES.items()}
-    assert {n: tuple(t) for n, t in _TENSOR_TYPES.items()} == sizes
+    assert {n: tuple(t) for n, t in TENSOR_TYPES.items()} == sizes
 
 
 def test_plain_integers_and_doubles(tmp_path):
