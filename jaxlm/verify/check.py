@@ -48,6 +48,11 @@ def table(checks: Sequence[Check]) -> str:
     return "\n".join(lines)
 
 
+def at_most(name: str, value: float, limit: float, note: str = "") -> Check:
+    """Makes the row of a number that passes up to a limit; NaN does not pass."""
+    return Check(name, number(value), number(limit), value <= limit, note, value)
+
+
 def number(x: Any) -> str:
     """Formats a small number for comparison: 2.7e-05, 0."""
     return "0" if x == 0 else f"{float(x):.1e}"

@@ -23,7 +23,7 @@ from jaxlm.model.kv_cache import Cache, init_cache, unstack
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probe import Tap
 from jaxlm.types import Params
-from jaxlm.verify.check import Check, number
+from jaxlm.verify.check import Check, at_most, number
 from jaxlm.verify.expected import Expected, log_sum_exp
 
 # Names of the rows.
@@ -129,7 +129,7 @@ def compare_with(
     expected: Expected, config: ModelConfig, ours: FullPass
 ) -> list[Check]:
     """Compares layers, logits and KL divergence with those of a reference."""
-    checks, end = _compare_residual(expected, config, ours)
+    residual, end = _compare_residual(expected, config, ours)
     keep = expected.rows < end
     rows, logits = expected.rows[keep], expected.logits[keep]
     ids = None if expected.ids is None else expected.ids[keep]
@@ -138,26 +138,18 @@ def compare_with(
     picked = mine if ids is None else np.take_along_axis(mine, ids, axis=1)
     differences = (picked - logits, sums - expected.log_sums[keep])
     worst = float(np.max([np.abs(x).max() for x in differences]))
-    limit = gate(config, expected.logit_spread)
     what = "" if ids is None else f"the {ids.shape[1]} largest and the sum of "
-    checks.append(
-        Check(
-            LARGEST,
-            number(worst),
-            number(limit),
-            worst <= limit,
-            f"{what}all logits after {len(rows)} tokens; their deviation is "
-            f"{expected.logit_spread:.2f}",
-            worst,
-        )
+    note = (
+        f"{what}all logits after {len(rows)} tokens; their deviation is "
+        f"{expected.logit_spread:.2f}"
     )
+    largest = at_most(LARGEST, worst, gate(config, expected.logit_spread), note)
     pairs = zip(logits, expected.log_sums[keep], picked, sums, strict=True)
     kl = float(
         np.max([_divergence(a - s, b - t, whole=ids is None) for a, s, b, t in pairs])
     )
     note = "" if ids is None else "all other tokens taken as one"
-    checks.append(Check(DIVERGENCE, number(kl), number(KL), kl <= KL, note, kl))
-    return checks
+    return [residual, largest, at_most(DIVERGENCE, kl, KL, note)]
 
 
 def _divergence(
@@ -178,7 +170,7 @@ def _divergence(
 
 def _compare_residual(
     expected: Expected, config: ModelConfig, ours: FullPass
-) -> tuple[list[Check], int]:
+) -> tuple[Check, int]:
     """Returns the row about layers, and the number of tokens to compare."""
     places, theirs = expected.places, expected.residual
     # In some models a few numbers are thousands of times larger than the others: their
@@ -216,7 +208,7 @@ def _compare_residual(
         note,
         float(largest[stage]),
     )
-    return [check], end
+    return check, end
 
 
 def compare_greedy(expected: Expected, config: ModelConfig, params: Params) -> Check:
@@ -263,15 +255,7 @@ def check_decoding(
             errors, note = errors[:tie], f"up to token {tie}: a router's tie"
         worst = float(np.maximum(worst, errors.max()))  # keeps NaN, unlike max()
     prompts = ", ".join(str(first) for first, _ in sorted(splits))
-    note = note or f"prompts of {prompts} tokens"
-    return Check(
-        DECODING,
-        number(worst),
-        number(limit),
-        bool(worst <= limit),
-        note,
-        worst,
-    )
+    return at_most(DECODING, worst, limit, note or f"prompts of {prompts} tokens")
 
 
 @partial(jax.jit, static_argnums=0)

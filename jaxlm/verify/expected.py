@@ -7,8 +7,9 @@ with it too.
 
 import dataclasses
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -150,13 +151,15 @@ def from_json(values: Any) -> Expected:
     """
     if not isinstance(values, dict):
         raise ValueError("its reference is not a JSON object")
-    known = {f.name for f in dataclasses.fields(Expected)}
-    if missing := sorted(known - values.keys()):
+    if missing := sorted(_READERS.keys() - values.keys()):
         raise ValueError(f"its reference lacks {', '.join(missing)}")
-    x: dict[str, Any] = {
-        name: _array(values, name, dtype, ndim)
-        for name, (dtype, ndim) in _ARRAYS.items()
-    }
+    x: dict[str, Any] = {}
+    for name, read in _READERS.items():
+        try:
+            x[name] = read(values[name])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name} of its reference is broken") from None
+    arrays = [v for v in x.values() if isinstance(v, np.ndarray)]
     T, rows, places = len(x["tokens"]), x["rows"], x["places"]
     fits = (
         0 < T <= _MAX_TOKENS
@@ -172,88 +175,64 @@ def from_json(values: Any) -> Expected:
         and places[:, 1].max() < x["model_dim"]
         and max(x[n].max(initial=0) for n in ("tokens", "ids", "greedy"))
         < x["vocab_size"]
-        and min(v.min() for v in x.values() if v.dtype == np.int32 and v.size) >= 0
+        and min(v.min() for v in arrays if v.dtype == np.int32 and v.size) >= 0
     )
     if not fits:
         raise ValueError("the numbers of its reference do not match each other")
-    return Expected(
-        **{
-            **x,
-            "logit_spread": float(x["logit_spread"]),
-            **{n: int(x[n]) for n in ("model_dim", "vocab_size", "prompt_length")},
-            **{name: _text(values, name) for name in _TEXTS},
-            "versions": _versions(values["versions"]),
-            "texts": _text_ids(values["texts"]),
-            "first_ids": _first_ids(values["first_ids"]),
-        }
-    )
+    return Expected(**x)
 
 
-# Fields of a sample: dtype and number of axes.
-_ARRAYS: Mapping[str, tuple[Any, int]] = {
-    "model_dim": (np.int32, 0),
-    "vocab_size": (np.int32, 0),
-    "tokens": (np.int32, 1),
-    "rows": (np.int32, 1),
-    "ids": (np.int32, 2),
-    "logits": (np.float32, 2),
-    "log_sums": (np.float32, 1),
-    "logit_spread": (np.float32, 0),
-    "places": (np.int32, 2),
-    "residual": (np.float32, 2),
-    "spreads": (np.float32, 1),
-    "prompt_length": (np.int32, 0),
-    "greedy": (np.int32, 1),
-    "gaps": (np.float32, 1),
-}
-_TEXTS = ("name", "how", "made", "texts_how")
+def _array(values: Any, dtype: Any, ndim: int) -> np.ndarray:
+    x = np.asarray(values)
+    whole = np.issubdtype(x.dtype, np.integer)
+    good = whole or (dtype == np.float32 and np.issubdtype(x.dtype, np.floating))
+    if x.ndim != ndim or not good or x.size > _MAX_NUMBERS or not np.isfinite(x).all():
+        raise ValueError
+    if whole and x.size and max(-int(x.min()), int(x.max())) >= 1 << 31:
+        raise ValueError
+    return x.astype(dtype)
 
 
-def _array(values: dict[str, Any], name: str, dtype: Any, ndim: int) -> np.ndarray:
-    try:
-        x = np.asarray(values[name])
-        whole = np.issubdtype(x.dtype, np.integer)
-        good = whole or (dtype == np.float32 and np.issubdtype(x.dtype, np.floating))
-        if x.ndim != ndim or not good or x.size > _MAX_NUMBERS:
-            raise ValueError
-        if not np.isfinite(x).all():
-            raise ValueError
-        if whole and x.size and max(-int(x.min()), int(x.max())) >= 1 << 31:
-            raise ValueError
-        return x.astype(dtype)
-    except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{name} of its reference is broken") from None
-
-
-def _text(values: Mapping[str, Any], name: str) -> str:
-    text = values[name]
+def _text(text: Any) -> str:
     # It is printed on a terminal, and files come from strangers.
     if not isinstance(text, str) or not text.isprintable() or len(text) > 300:
-        raise ValueError(f"{name} of its reference is broken")
+        raise ValueError
     return text
 
 
 def _versions(values: Any) -> dict[str, str]:
     if not isinstance(values, dict) or len(values) > 50:
-        raise ValueError("versions of its reference is broken")
-    return {_text({"versions": k}, "versions"): _text(values, k) for k in values}
+        raise ValueError
+    return {_text(name): _text(version) for name, version in values.items()}
 
 
 def _text_ids(values: Any) -> tuple[TextIds, ...]:
-    try:
-        return tuple(
-            TextIds(str(v["text"]), tuple(map(int, v["ids"])), str(v["decoded"]))
-            for v in values
-        )
-    except (KeyError, TypeError, ValueError):
-        raise ValueError("texts of its reference is broken") from None
+    return tuple(
+        TextIds(str(v["text"]), tuple(map(int, v["ids"])), str(v["decoded"]))
+        for v in values
+    )
 
 
-def _first_ids(values: Any) -> tuple[int, ...] | None:
-    try:
-        return None if values is None else tuple(map(int, values))
-    except (TypeError, ValueError):
-        raise ValueError("first_ids of its reference is broken") from None
+# What reads each field of a sample; anything but the right kind of value raises.
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("name", "how", "made", "texts_how"), _text),
+    "versions": _versions,
+    **dict.fromkeys(
+        ("model_dim", "vocab_size", "prompt_length"),
+        lambda value: int(_array(value, np.int32, 0)),
+    ),
+    "logit_spread": lambda value: float(_array(value, np.float32, 0)),
+    **dict.fromkeys(
+        ("tokens", "rows", "greedy"), partial(_array, dtype=np.int32, ndim=1)
+    ),
+    **dict.fromkeys(("ids", "places"), partial(_array, dtype=np.int32, ndim=2)),
+    **dict.fromkeys(
+        ("log_sums", "spreads", "gaps"), partial(_array, dtype=np.float32, ndim=1)
+    ),
+    **dict.fromkeys(("logits", "residual"), partial(_array, dtype=np.float32, ndim=2)),
+    "texts": _text_ids,
+    "first_ids": lambda ids: None if ids is None else tuple(map(int, ids)),
+}
 
 
 def observe(
@@ -261,12 +240,7 @@ def observe(
     tokens: Int32[np.ndarray, "T"],
     prompt_length: int,
     num_greedy: int,
-    *,
-    how: str,
-    versions: Mapping[str, str],
-    texts: Sequence[TextIds] = (),
-    first_ids: tuple[int, ...] | None = None,
-    texts_how: str = "",
+    **about: Any,
 ) -> Expected:
     """Runs an implementation over a text, and greedily continues the beginning.
 
@@ -275,7 +249,7 @@ def observe(
       prompt_length: number of tokens to continue.
       num_greedy: number of tokens of the continuation. Each costs a whole pass: a cache
         could have bugs of its own.
-      how, versions, texts, first_ids, texts_how: as in `Expected`.
+      about: other fields of `Expected`: how, versions, and those about texts.
 
     Raises:
       ValueError: if its numbers are not finite.
@@ -293,9 +267,7 @@ def observe(
         raise ValueError(f"{engine.name} computes numbers that are not finite")
     return Expected(
         name=engine.name,
-        how=how,
         made=datetime.date.today().isoformat(),
-        versions=dict(versions),
         model_dim=residual.shape[2],
         vocab_size=logits.shape[1],
         tokens=tokens,
@@ -310,9 +282,7 @@ def observe(
         prompt_length=prompt_length,
         greedy=np.array(greedy, np.int32),
         gaps=np.array(gaps, np.float32),
-        texts=tuple(texts),
-        first_ids=first_ids,
-        texts_how=texts_how,
+        **about,
     )
 
 

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -103,8 +104,7 @@ def _live(
 ) -> Reference:
     """Runs transformers on files that it reads itself."""
     report(f"loading {path} with transformers")
-    engine = peer.TransformersModel(path)
-    return _observed(subject, engine, how, _texts(subject, path), report)
+    return _observed(subject, path, how, report)
 
 
 def _exported(subject: Subject, report: Callable[[str], None]) -> Reference:
@@ -123,28 +123,20 @@ def _exported(subject: Subject, report: Callable[[str], None]) -> Reference:
         report("writing the parameters for transformers")
         write_hf(folder, subject.config, subject.params, None)
         report("loading them with transformers")
-        engine = peer.TransformersModel(folder)
-        return _observed(subject, engine, how, _texts(subject, folder), report)
+        return _observed(subject, folder, how, report)
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The results of transformers' tokenizer."""
-
-    texts: tuple[TextIds, ...]
-    first_ids: tuple[int, ...] | None
-    how: str
-    """What it read, or why there are no results."""
-
-
-def _texts(subject: Subject, path: Path) -> _Texts:
+def _texts(subject: Subject, path: Path) -> dict[str, Any]:
     """Encodes the hard texts with the tokenizer of a folder, or with an export of ours.
 
     transformers can also convert the tokenizer of a GGUF file, but ignores how the file
     splits text; so it gets an export.
+
+    Returns:
+      Fields of `Expected`; only `texts_how`, with the reason, if there are no results.
     """
     if subject.tokenizer is None:
-        return _Texts((), None, "there is no tokenizer")
+        return {"texts_how": "there is no tokenizer"}
     try:
         if any((path / name).is_file() for name in peer.TOKENIZER_FILES):
             return _read_texts(path, "read the same files itself")
@@ -152,10 +144,10 @@ def _texts(subject: Subject, path: Path) -> _Texts:
             write_hugging_face(subject.tokenizer, name)
             return _read_texts(Path(name), "read what jaxlm wrote for it")
     except ValueError as error:
-        return _Texts((), None, shown(str(error)))
+        return {"texts_how": shown(str(error))}
 
 
-def _read_texts(folder: Path, how: str) -> _Texts:
+def _read_texts(folder: Path, how: str) -> dict[str, Any]:
     tokenizer = peer.TransformersTokenizer(folder)
     found = ((text, tokenizer.encode(text)) for text in HARD_TEXTS)
     texts = tuple(
@@ -163,16 +155,15 @@ def _read_texts(folder: Path, how: str) -> _Texts:
         for text, ids in found
         if ids is not None
     )
-    return _Texts(texts, tokenizer.first_ids(), how)
+    return {"texts": texts, "first_ids": tokenizer.first_ids(), "texts_how": how}
 
 
 def _observed(
-    subject: Subject,
-    engine: peer.TransformersModel,
-    how: str,
-    texts: _Texts,
-    report: Callable[[str], None],
+    subject: Subject, path: Path, how: str, report: Callable[[str], None]
 ) -> Reference:
+    """Runs transformers on the files at `path`."""
+    engine = peer.TransformersModel(path)
+    texts = _texts(subject, path)
     config, tokens = subject.config, subject.tokens
     # Within the length up to which rotations do not change.
     length = min(config.context_length, steady_length(config))
@@ -180,15 +171,7 @@ def _observed(
     prompt = max(1, min(_PROMPT, len(tokens), length - new))
     report(f"{engine.name}: {len(tokens)} tokens, then {new} greedy ones")
     expected = observe(
-        engine,
-        tokens,
-        prompt,
-        new,
-        how=how,
-        versions=peer.versions(),
-        texts=texts.texts,
-        first_ids=texts.first_ids,
-        texts_how=texts.how,
+        engine, tokens, prompt, new, how=how, versions=peer.versions(), **texts
     )
     _check_sizes(expected, config, engine.name)
     return Reference(expected, f"{expected.name}, which {how}")
@@ -197,14 +180,16 @@ def _observed(
 def _beside(subject: Subject, report: Callable[[str], None]) -> Reference:
     """Reads the certificate beside the model, if it matches and has a reference."""
     checkpoint = subject.checkpoint
-    missing = "torch and transformers are not installed (pip install 'jaxlm[parity]')"
+    missing = (
+        "no independent implementation: torch and transformers are not installed (pip "
+        "install 'jaxlm[parity]')"
+    )
     try:
         found = certificate.read(checkpoint)
     except ValueError as error:
-        return Reference(None, f"no independent implementation: {missing}; {error}")
+        return Reference(None, f"{missing}; {error}")
     if found is None or found.get("reference") is None:
-        why = "no certificate has its values"
-        return Reference(None, f"no independent implementation: {missing}, and {why}")
+        return Reference(None, f"{missing}, and no certificate has its values")
     return _from_certificate(
         subject, certificate.certificate_file(checkpoint.path), found, ""
     )

@@ -100,7 +100,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def expected(flat, tokens):
-    texts = [TextIds(t, tuple(t.encode()), t) for t in HARD_TEXTS]
+    texts = tuple(TextIds(t, tuple(t.encode()), t) for t in HARD_TEXTS)
     return observe(
         *(NumpyLlama(CONFIG, flat), tokens, 32, 24),
         how="read nothing",
