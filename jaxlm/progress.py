@@ -166,7 +166,6 @@ class ProgressLine:
         """Prepares the display; nothing is shown yet.
 
         Args:
-          steps: number of steps of the whole run.
           stream: output stream; None is stderr.
           every_s: seconds between plain lines.
           clock: returns the time in seconds.

@@ -44,7 +44,6 @@ def mask(tree: Any, patterns: Mapping[str, bool]) -> Any:
     """Returns for each leaf the boolean of the first pattern that matches its name.
 
     Args:
-      tree: any tree.
       patterns: regular expressions, searched for in path names, in order.
 
     Raises:

@@ -106,8 +106,6 @@ def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
 
     Args:
       root: the cache folder; created, for this user only, when missing.
-      key: name of the entry.
-      build: fills the folder that it is given.
 
     Raises:
       ValueError: when the cache folder cannot be written.

@@ -171,7 +171,6 @@ def open_dataset(
     """Opens the texts of a config; the first time, reads and tokenizes them.
 
     Args:
-      config: what to read and how.
       tokenizer: that of a resumed run or a checkpoint; None builds the config's.
       seed: determines the order.
 
@@ -183,25 +182,27 @@ def open_dataset(
     hashes = [content_hashes(source.files) for source in sources]
     if tokenizer is None:
         tokenizer = _tokenizer_of(config, sources, hashes)
-    train, held_out, contents = [], [], []
+    streams, contents = [], []
     for source, file_hashes in zip(sources, hashes, strict=True):
         cached = tokenize_source(source, file_hashes, tokenizer, config)
-        stream = TokenStream(
-            f"{source.name} ({cached.folder / 'tokens.bin'})",
-            cached.tokens,
-            cached.documents,
-            tokenizer.vocab_size,
-        )
-        train_part, held_out_part = split_stream(stream, config.holdout_fraction)
-        train.append(train_part)
-        held_out.append(held_out_part)
+        name = f"{source.name} ({cached.folder / 'tokens.bin'})"
+        ids = (cached.tokens, cached.documents, tokenizer.vocab_size)
+        streams.append(split_stream(TokenStream(name, *ids), config.holdout_fraction))
         contents.append(cached.content_hash)
+    train, held_out = zip(*streams, strict=True)
     length = config.sequence_length
-    shares = config.weights or tuple(float(s.num_rows(length)) for s in train)
+    num_rows = [stream.num_rows(length) for stream in train]
+    shares = config.weights or tuple(map(float, num_rows))
     for source, stream, share in zip(sources, train, shares, strict=True):
-        if share or not config.weights:
-            _check_length(source, stream, config)
-    order = RowOrder([s.num_rows(length) for s in train], list(shares), seed)
+        is_used = share or not config.weights
+        if is_used and len(stream.tokens) <= length:
+            raise ValueError(
+                f"{source.name}: {len(stream.tokens)} training tokens (the last "
+                f"{config.holdout_fraction:.0%} is held out) are too few for a row of "
+                f"data.sequence_length {length} + 1; add text or lower "
+                "data.sequence_length"
+            )
+    order = RowOrder(num_rows, shares, seed)
     # The first rows change the fingerprint, should Grain's shuffle ever change.
     probe = [values.tolist() for values in order.rows(np.arange(16, dtype=np.int64))]
     choices = [seed, length, config.holdout_fraction, config.segment_attention]
@@ -213,21 +214,10 @@ def open_dataset(
         seed,
         length,
         config.segment_attention,
-        tuple(train),
-        tuple(held_out),
+        train,
+        held_out,
         order,
         fingerprint,
-    )
-
-
-def _check_length(source: Source, stream: TokenStream, config: DataConfig) -> None:
-    if len(stream.tokens) > config.sequence_length:
-        return
-    raise ValueError(
-        f"{source.name}: {len(stream.tokens)} training tokens (the last "
-        f"{config.holdout_fraction:.0%} is held out) are too few for a row of "
-        f"data.sequence_length {config.sequence_length} + 1; add text or lower "
-        "data.sequence_length"
     )
 
 
@@ -315,7 +305,6 @@ def batches(
     """Yields the batches of steps `start_step`, `start_step + 1`, ... without end.
 
     Args:
-      dataset: an open dataset.
       batch_size: rows of a batch, over all processes.
       start_step: step of the first batch.
       sharding: see `place`.

@@ -145,7 +145,6 @@ def read_documents(
     ends are kept.
 
     Args:
-      file: the file to read.
       field: field of JSON lines, or column of Parquet, that holds the text.
       invalid_utf8: `error`, or `replace` bad bytes by U+FFFD and warn once per file.
 

@@ -77,9 +77,7 @@ def tokenize_source(
     """Returns the tokens of a source; encodes them, with progress, if not in the cache.
 
     Args:
-      source: files to read.
       hashes: their `content_hashes`.
-      tokenizer: turns text into ids.
       config: `field`, `invalid_utf8`, `cache_dir` and `workers`.
 
     Raises:

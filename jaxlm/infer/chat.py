@@ -195,8 +195,6 @@ def converse(
     stops an answer; the part already printed stays in the conversation.
 
     Args:
-      config: the model.
-      params: as for `generate`.
       tokenizer: with a chat template.
       sample: how to sample; its stop ids end an answer.
       key: a typed PRNG key, folded with the number of the turn.

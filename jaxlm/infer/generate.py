@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,6 @@ def generate(
     other rows or their lengths.
 
     Args:
-      config: the model.
       params: stacked over layers, as `init` and `load` return them.
       prompts: token ids, at least one each; lengths may differ.
       sample: how to sample, and when to stop.
@@ -211,15 +210,14 @@ class _Program:
         return self._compiled[structure, types](*arguments)
 
 
-@dataclass(frozen=True)
-class _Programs:
+class _Programs(NamedTuple):
     prefill: _Program
     unstack: _Program
     decode: _Program
 
     @property
     def compile_s(self) -> float:
-        return self.prefill.compile_s + self.unstack.compile_s + self.decode.compile_s
+        return sum(program.compile_s for program in self)
 
 
 class _Clock:
@@ -304,8 +302,4 @@ def _programs(
         params = cast_matrices(params, dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    return _Programs(
-        prefill=_Program(prefill),
-        unstack=_Program(split),
-        decode=_Program(decode, donate=(1,)),
-    )
+    return _Programs(_Program(prefill), _Program(split), _Program(decode, donate=(1,)))

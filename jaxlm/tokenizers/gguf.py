@@ -191,7 +191,6 @@ def gguf_metadata(
     One difference remains: its SentencePiece takes a typed U+2581 for a space.
 
     Args:
-      tokenizer: of any kind.
       vocab_size: that of the model: unused tokens fill the tables up to it; None adds
         none.
 

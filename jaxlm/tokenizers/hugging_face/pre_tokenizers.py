@@ -148,7 +148,6 @@ def byte_level_json(
       vocab: token, in GPT-2's alphabet of bytes -> id.
       merges: pairs of tokens, separated by a space, in order of priority. Pairs that do
         not make a token are left out, as they could not be used.
-      pre: the pre-tokenizer.
       added: entries of `added_tokens`.
     """
     used = [m for m in merges if m.replace(" ", "", 1) in vocab]

@@ -46,7 +46,6 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:
     `PreTrainedTokenizerFast.from_pretrained` does not.
 
     Args:
-      tokenizer: of any kind.
       folder: must exist; files of these names are replaced.
 
     Raises:

@@ -178,7 +178,6 @@ def literal(
     Padding, truncation, dropout and tokens added around a text are turned off.
 
     Args:
-      data: the original.
       hidden: text -> id of the tokens that must stay text.
       later: whether the text follows a special token; then nothing that is only for the
         first word of a text is added.

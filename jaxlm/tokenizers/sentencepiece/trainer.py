@@ -36,7 +36,6 @@ def train_sentencepiece(
       texts: documents. Beyond 100 million characters, only every second (fourth, ...)
         sentence is used.
       vocab_size: number of pieces, including the 256 bytes.
-      algorithm: `bpe` or `unigram`.
 
     Raises:
       ValueError: when there is no text, or too little for so many pieces.
