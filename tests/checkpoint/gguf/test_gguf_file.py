@@ -188,14 +188,17 @@ def test_plain_integers_and_doubles(tmp_path):
 
 
 def test_a_vocabulary_is_read_at_once(tmp_path):
-    """As large as SmolLM2's: 49152 tokens, 48900 merges; 0.05 s outside of tests."""
+    """As large as SmolLM2's: 49152 tokens, 48900 merges; 0.05 s outside of tests.
+
+    Reading that is quadratic in the entries would take minutes.
+    """
     tokens = [f"Ġtoken{i}" for i in range(49152)]
     merges = [f"Ġto ken{i}" for i in range(48900)]
     metadata = {"tokens": tokens, "merges": merges, "types": np.ones(49152, np.int32)}
     write(tmp_path / "a.gguf", metadata)
     start = time.perf_counter()
     found = read_gguf(tmp_path / "a.gguf").metadata
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10
     assert found["tokens"] == tokens and found["merges"] == merges
     assert found["types"].sum() == 49152
 
