@@ -9,18 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One property that was checked."""
+    """One property that was checked: the result, the limit and a remark, as text."""
 
     name: str
-    """What was compared."""
     measured: str
-    """The result, as text."""
     gate: str
-    """The limit, as text."""
     passed: bool | None
     """None: not checked."""
     note: str = ""
-    """A remark, as text."""
     value: float | None = None
     """The result, if it is a number."""
 

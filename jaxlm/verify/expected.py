@@ -40,14 +40,11 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class TextIds:
-    """A tokenizer's encoding of a text, without special tokens."""
+    """A text, its ids without special tokens, and the text that they decode to."""
 
     text: str
-    """The text."""
     ids: tuple[int, ...]
-    """Its token ids."""
     decoded: str
-    """The text of these ids."""
 
 
 @dataclass(frozen=True, eq=False)

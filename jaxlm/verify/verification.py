@@ -42,18 +42,13 @@ _CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """The result for a model."""
+    """The result for a model; `model` and `text` describe what was compared."""
 
     checkpoint: Checkpoint
-    """The model."""
     model: str
-    """A line that describes the model."""
     text: str
-    """A line that describes the text."""
     reference: Reference
-    """The reference it was compared with."""
     checks: tuple[Check, ...]
-    """The rows of the table."""
 
     @property
     def passed(self) -> bool:
@@ -64,11 +59,9 @@ class Verification:
     def summary(self) -> str:
         """One line for `load` to report."""
         expected = self.reference.expected
-        against = (
-            "without an independent implementation"
-            if expected is None
-            else f"against {expected.name}"
-        )
+        against = "without an independent implementation"
+        if expected is not None:
+            against = f"against {expected.name}"
         if failed := [c.name for c in self.checks if c.passed is False]:
             found = f"past the gate: {'; '.join(failed)}"
         else:
@@ -86,12 +79,8 @@ class Verification:
         if self.reference.expected is None:
             verdict += ", but without an independent implementation"
         against = "against " if self.reference.expected else ""
-        head = [
-            str(self.checkpoint.path),
-            self.model,
-            self.text,
-            against + self.reference.about,
-        ]
+        about = against + self.reference.about
+        head = [str(self.checkpoint.path), self.model, self.text, about]
         return "\n".join([*head, "", table(self.checks), "", verdict])
 
     def findings(self) -> dict[str, Any]:
@@ -244,16 +233,14 @@ def _check_model(
         tokens = expected.tokens
     phase(f"jaxlm: {len(tokens)} tokens")
     ours = comparing.full_pass(config, params, tokens)
-    finite = bool(np.isfinite(ours.logits).all() and np.isfinite(ours.residual).all())
-    if not finite:
+    if not (np.isfinite(ours.logits).all() and np.isfinite(ours.residual).all()):
         note = "the parameters hold NaN or infinities, or float32 overflows"
         return [Check("all numbers are finite", "no", "yes", False, note)]
-    checks = []
     if expected is None:
         names = (comparing.FIRST_LAYER, comparing.LARGEST, comparing.DIVERGENCE)
-        checks += [Check(n, "-", "", None) for n in (*names, comparing.GREEDY)]
+        checks = [Check(n, "-", "", None) for n in (*names, comparing.GREEDY)]
     else:
-        checks += comparing.compare_with(expected, config, ours)
+        checks = comparing.compare_with(expected, config, ours)
         phase("jaxlm: greedy tokens")
         checks.append(comparing.compare_greedy(expected, config, params))
     phase("jaxlm: decoding with a cache")
