@@ -99,25 +99,25 @@ def read_file(file: Path) -> dict[str, Any]:
     Raises:
       ValueError: if it is missing, broken or of another version.
     """
+    kinds = {"fingerprint": str, "passed": bool, "summary": str}
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError
         content = json.loads(file.read_bytes())
         known = content["format"] == FORMAT
+        if known and not (
+            all(isinstance(content.get(k), kind) for k, kind in kinds.items())
+            # It comes with other people's files, and is printed on a terminal.
+            and content["summary"].isprintable()
+            and len(content["summary"]) <= _LONGEST_SUMMARY
+        ):
+            raise ValueError
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError, KeyError, TypeError):
         raise ValueError(f"{file} is broken: delete it, or verify again") from None
     if not known:
         raise ValueError(f"{file} is of another version: verify again")
-    kinds = {"fingerprint": str, "passed": bool, "summary": str}
-    if not all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
-        raise ValueError(f"{file} is broken: delete it, or verify again")
-    # It comes with other people's files, and is printed on a terminal.
-    if not content["summary"].isprintable() or (
-        len(content["summary"]) > _LONGEST_SUMMARY
-    ):
-        raise ValueError(f"{file} is broken: delete it, or verify again")
     return content
 
 

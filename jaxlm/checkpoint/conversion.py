@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_checkpoint
@@ -55,12 +53,11 @@ def convert(
     if to == "jaxlm" and not with_tokenizer:
         raise ValueError("a jaxlm run contains its tokenizer: it cannot be left out")
     tokenizer = opened.tokenizer() if with_tokenizer else None
-    cast: np.dtype | None = None if dtype is None else gguf.TYPES[dtype]
     if to == "gguf":
         params = opened.params()
         gguf.write_model(dst, opened.config, params, tokenizer, dtype or "f16")
         return to
-    params = opened.params(dtype=cast)
+    params = opened.params(dtype=dtype and gguf.TYPES[dtype])
     if to == "hf":
         write_hf(dst, opened.config, params, tokenizer)
         return to

@@ -20,12 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
-from jaxlm.checkpoint.tensor_file import (
-    BFLOAT16,
-    ReadTensor,
-    StoredTensor,
-    TensorSpecs,
-)
+from jaxlm.checkpoint.tensor_file import BFLOAT16, ReadTensor, StoredTensor, TensorSpecs
 from jaxlm.config import ModelConfig, nearest
 from jaxlm.model.params import sizes, weights
 from jaxlm.types import Params
@@ -262,11 +257,10 @@ class TensorMapping:
         elsewhere the host holds one (stacked) parameter at a time.
 
         Args:
-          dtype: dtype of the parameters; None keeps each as it is stored. If layers
-            are stored in several dtypes, the stack takes one that holds them all.
-            float64, which JAX does not use by default, becomes float32.
-          shardings: tree of `jax.sharding.Sharding`s, structured as the parameters;
-            None puts them on the default device.
+          dtype: as `Checkpoint.params`. With None, if layers are stored in several
+            dtypes, the stack takes one that holds them all, and float64, which JAX does
+            not use by default, becomes float32.
+          shardings: as `Checkpoint.params`.
           report: gets a line for tensors with values that are not finite, and for
             float64.
         """
@@ -275,17 +269,40 @@ class TensorMapping:
         params, not_finite = {}, set()
         with ThreadPoolExecutor() as pool:
             for path, shape in self.shapes.items():
-                reader = _ParameterReader(self, path, tensors, dtype, pool, not_finite)
-                sharding = by_path.get(path, default)
-                params[path] = jax.make_array_from_callback(
-                    shape, sharding, reader.read
+                read = functools.partial(
+                    self._read_shard, path, tensors, dtype, pool, not_finite
                 )
+                sharding = by_path.get(path, default)
+                params[path] = jax.make_array_from_callback(shape, sharding, read)
         used = [name for rule in self.rules for name, _ in self.names(rule)]
         if dtype is None and any(tensors[n].dtype == np.float64 for n in used):
             report("float64 weights are read as float32")
         if not_finite:
             report(f"values that are not finite in {_some(sorted(not_finite))}")
         return tree.nest(params)
+
+    def _read_shard(self, path, tensors, dtype, pool, not_finite, index) -> np.ndarray:
+        """Reads the values at `index` (a slice for each dimension) of a parameter."""
+        rule, _ = self._rule_of[path]
+        if dtype is None:
+            dtype = _common_dtype([tensors[name].dtype for name, _ in self.names(rule)])
+        shape = self.shapes[path]
+        slices = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+        out = _aligned([len(s) for s in slices], np.dtype(dtype))
+        leading = len(self._leading(rule))
+        indices = list(itertools.product(*(enumerate(s) for s in slices[:leading])))
+
+        def read_one(index_pairs: tuple[tuple[int, int], ...]) -> None:
+            name = self._name(rule, tuple(g for _, g in index_pairs))
+            x = self.to_ours(path, tensors[name].read())
+            target = out[tuple(i for i, _ in index_pairs)]
+            _copy(target, x[tuple(index[leading:])])
+            if not _is_finite(target):
+                not_finite.add(name)
+
+        # Consuming the results raises the errors of the threads here.
+        list(pool.map(read_one, indices))
+        return out
 
     def write(
         self, params: Params, dtype: Any = None
@@ -318,38 +335,6 @@ class TensorMapping:
             return cast
 
         return specs, read
-
-
-class _ParameterReader:
-    """Reads one parameter, or one device's shard of it."""
-
-    def __init__(self, mapping, path, tensors, dtype, pool, not_finite):
-        self._mapping, self._path, self._tensors = mapping, path, tensors
-        self._pool, self._not_finite = pool, not_finite
-        self._rule, _ = mapping._rule_of[path]
-        names = [name for name, _ in mapping.names(self._rule)]
-        stored = _common_dtype([tensors[name].dtype for name in names])
-        self._dtype = stored if dtype is None else np.dtype(dtype)
-
-    def read(self, index: Any) -> np.ndarray:
-        """Reads the values at `index` (a slice for each dimension) of the parameter."""
-        shape = self._mapping.shapes[self._path]
-        slices = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-        out = _aligned([len(s) for s in slices], self._dtype)
-        leading = len(self._mapping._leading(self._rule))
-        indices = list(itertools.product(*(enumerate(s) for s in slices[:leading])))
-
-        def read_one(index_pairs: tuple[tuple[int, int], ...]) -> None:
-            name = self._mapping._name(self._rule, tuple(g for _, g in index_pairs))
-            x = self._mapping.to_ours(self._path, self._tensors[name].read())
-            target = out[tuple(i for i, _ in index_pairs)]
-            _copy(target, x[tuple(index[leading:])])
-            if not _is_finite(target):
-                self._not_finite.add(name)
-
-        # Consuming the results raises the errors of the threads here.
-        list(self._pool.map(read_one, indices))
-        return out
 
 
 def _concatenate(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:

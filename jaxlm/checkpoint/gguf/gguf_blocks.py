@@ -10,6 +10,7 @@ and products are in the order of llama.cpp, so the results are equal bit for bit
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -108,37 +109,28 @@ def _halves(qs: np.ndarray) -> np.ndarray:
     return out
 
 
-def _fifth_bits(qh: np.ndarray) -> np.ndarray:
-    """Expands bytes [n, 4] to [n, 32], 0 or 16: bit j of 32 belongs to value j."""
-    return np.unpackbits(qh, axis=1, bitorder="little") << 4
+def _bits(x: np.ndarray, width: int) -> np.ndarray:
+    """Splits bytes [n, k] into values [n, 8 / width, k]; the lowest bits come first."""
+    values = x[:, None] >> np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    values &= (1 << width) - 1
+    return values
 
 
-def _decode_q4_0(blocks: Blocks, out: Values) -> None:
-    """f16 d, 16 bytes of halves q: d * (q - 8)."""
-    q = _halves(blocks[:, 2:18]).reshape(out.shape)
-    np.subtract(q, 8, out=out, dtype=np.float32)
-    out *= _f16(blocks, 0)
+def _decode_32(blocks: Blocks, out: Values, *, fifth: bool, minimum: bool) -> None:
+    """f16 d, perhaps f16 m and 32 fifth bits, 16 bytes of halves q.
 
-
-def _decode_q4_1(blocks: Blocks, out: Values) -> None:
-    """f16 d, f16 m, 16 bytes of halves q: d * q + m."""
-    q = _halves(blocks[:, 4:20]).reshape(out.shape)
-    np.multiply(q, _f16(blocks, 0), out=out)
-    out += _f16(blocks, 2)
-
-
-def _decode_q5_0(blocks: Blocks, out: Values) -> None:
-    """f16 d, 32 fifth bits, 16 bytes of halves: d * (q - 16)."""
-    q = _halves(blocks[:, 6:22]).reshape(out.shape) | _fifth_bits(blocks[:, 2:6])
-    np.subtract(q, 16, out=out, dtype=np.float32)
-    out *= _f16(blocks, 0)
-
-
-def _decode_q5_1(blocks: Blocks, out: Values) -> None:
-    """f16 d, f16 m, 32 fifth bits, 16 bytes of halves: d * q + m."""
-    q = _halves(blocks[:, 8:24]).reshape(out.shape) | _fifth_bits(blocks[:, 4:8])
-    np.multiply(q, _f16(blocks, 0), out=out)
-    out += _f16(blocks, 2)
+    With m: d * q + m. Without: d * (q - 8), or d * (q - 16) with fifth bits, of which
+    bit j belongs to value j.
+    """
+    q = _halves(blocks[:, -16:]).reshape(out.shape)
+    if fifth:
+        q |= np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little") << 4
+    if minimum:
+        np.multiply(q, _f16(blocks, 0), out=out)
+        out += _f16(blocks, 2)
+    else:
+        np.subtract(q, 16 if fifth else 8, out=out, dtype=np.float32)
+        out *= _f16(blocks, 0)
 
 
 def _decode_q8_0(blocks: Blocks, out: Values) -> None:
@@ -151,9 +143,7 @@ def _two_bits(qs: np.ndarray) -> np.ndarray:
 
     32 bytes hold 128 values: first come the lowest two bits of all 32 bytes.
     """
-    q = qs.reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    q &= 3
-    return q.reshape(-1, 16, 16)
+    return _bits(qs.reshape(-1, 32), 2).reshape(-1, 16, 16)
 
 
 def _decode_q2_k(blocks: Blocks, out: Values) -> None:
@@ -176,13 +166,11 @@ def _decode_q3_k(blocks: Blocks, out: Values) -> None:
     32 * j + l. The 16 scales have 6 bits: the low four are halves of the first eight
     bytes, and the high two are in the last four bytes, laid out as in `_two_bits`.
     """
-    third = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]
-    third &= 1
+    third = _bits(blocks[:, :32], 1)
     third <<= 2
     q = _two_bits(blocks[:, 32:96]) | third.reshape(-1, 16, 16)
     low = _halves(blocks[:, 96:104]).reshape(-1, 16)
-    high = blocks[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    scales = low | (high & 3).reshape(-1, 16) << 4
+    scales = low | _bits(blocks[:, 104:108], 2).reshape(-1, 16) << 4
     # Scales are at most 63 and q at most 7, so the differences fit into int8.
     factors = _f16(blocks, 108) * (scales.view(np.int8) - 32)
     values = out.reshape(-1, 16, 16)
@@ -217,8 +205,7 @@ def _decode_q5_k(blocks: Blocks, out: Values) -> None:
     Bit s of byte l belongs to value 32 * s + l.
     """
     q = _halves(blocks[:, 48:176].reshape(-1, 32)).reshape(-1, 8, 32)
-    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]
-    fifth &= 1
+    fifth = _bits(blocks[:, 16:48], 1)
     fifth <<= 4
     q |= fifth
     _scale_sub_blocks(blocks, q, out)
@@ -244,10 +231,10 @@ def _decode_q6_k(blocks: Blocks, out: Values) -> None:
 
 
 DECODERS: Mapping[str, Callable[[Blocks, Values], None]] = {
-    "Q4_0": _decode_q4_0,
-    "Q4_1": _decode_q4_1,
-    "Q5_0": _decode_q5_0,
-    "Q5_1": _decode_q5_1,
+    "Q4_0": partial(_decode_32, fifth=False, minimum=False),
+    "Q4_1": partial(_decode_32, fifth=False, minimum=True),
+    "Q5_0": partial(_decode_32, fifth=True, minimum=False),
+    "Q5_1": partial(_decode_32, fifth=True, minimum=True),
     "Q8_0": _decode_q8_0,
     "Q2_K": _decode_q2_k,
     "Q3_K": _decode_q3_k,

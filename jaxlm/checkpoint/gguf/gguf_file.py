@@ -439,9 +439,7 @@ def _packed_value(where: str, value: Any) -> bytes:
         return start + b"".join(map(_packed_text, value))
     if isinstance(value, (list, tuple, np.ndarray)):
         kind, data = _packed_numbers(where, value, np.int32)
-        return b"".join(
-            [_U32.pack(_ARRAY), _U32.pack(kind), _U64.pack(len(value)), data]
-        )
+        return _U32.pack(_ARRAY) + _U32.pack(kind) + _U64.pack(len(value)) + data
     raise ValueError(f"{where}: GGUF has no type for a {type(value).__name__}")
 
 

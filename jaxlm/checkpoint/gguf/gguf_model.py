@@ -1,7 +1,6 @@
 """Reads and writes models in the GGUF files of llama.cpp."""
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +97,7 @@ class GGUFCheckpoint:
     kind: Kind = "gguf"
 
     def __init__(self, path: Path, report: Callable[[str], None]):
-        """Reads the keys of the file.
-
-        Args:
-          report: gets a line for values that are not finite.
-
-        Raises:
-          ValueError: if the file is broken, or describes a model that jaxlm does not
-            compute exactly.
-        """
+        """Reads the keys of the file; arguments and errors as `open_checkpoint`."""
         self.path, self._report = path, report
         file = read_gguf(path)
         self._metadata = file.metadata
@@ -114,8 +105,13 @@ class GGUFCheckpoint:
         table = self._tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise ValueError(f"{path} has no matrix token_embd.weight")
-        found = {name: self._divisors(name) for name in ROPE_TENSORS}
-        divisors = {name: x for name, x in found.items() if x is not None}
+        divisors: dict[str, np.ndarray] = {}
+        for name in ROPE_TENSORS:
+            if (tensor := self._tensors.pop(name, None)) is None:
+                continue
+            if len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
+                raise ValueError(f"{tensor.where} has shape {list(tensor.shape)}")
+            divisors[name] = tensor.read()
         tied = "output.weight" not in self._tensors
         try:
             self.config = read_config(
@@ -126,29 +122,11 @@ class GGUFCheckpoint:
             raise ValueError(f"{'' if known else f'{path}: '}{error}") from None
         self._arch = str(self._metadata["general.architecture"])
 
-    def _divisors(self, name: str) -> np.ndarray | None:
-        tensor = self._tensors.pop(name, None)
-        if tensor is None:
-            return None
-        if len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
-            raise ValueError(f"{tensor.where} has shape {list(tensor.shape)}")
-        return tensor.read()
-
-    @cached_property
-    def _mapping(self) -> TensorMapping:
-        return TensorMapping(self.config, RULES[self._arch])
-
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
-        """Reads the parameters; arguments as `TensorMapping.read`.
-
-        Quantized tensors are decoded to f32.
-
-        Raises:
-          ValueError: for missing, unknown and wrongly shaped tensors, and for types
-            that jaxlm cannot decode.
-        """
-        self._mapping.check(self._tensors, (), str(self.path))
-        return self._mapping.read(
+        """As `Checkpoint.params`."""
+        mapping = TensorMapping(self.config, RULES[self._arch])
+        mapping.check(self._tensors, (), str(self.path))
+        return mapping.read(
             self._tensors, dtype=dtype, shardings=shardings, report=self._report
         )
 
@@ -191,11 +169,9 @@ def write_model(
     specs, read = mapping.write(params, f32)
     divisors = rope_tensors(config)
 
-    def kind(shape: tuple[int, ...]) -> str:
-        return "F32" if len(shape) == 1 else dtype.upper()
-
     typed = {n: (x.shape, "F32") for n, x in divisors.items()}
-    typed |= {n: (shape, kind(shape)) for n, (shape, _) in specs.items()}
+    for name, (shape, _) in specs.items():
+        typed[name] = (shape, "F32" if len(shape) == 1 else dtype.upper())
 
     def values(name: str) -> np.ndarray:
         if name in divisors:

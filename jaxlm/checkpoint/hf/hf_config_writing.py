@@ -23,13 +23,6 @@ _ACTIVATION_NAMES = {
 }
 
 
-def _layer_types(config: ModelConfig) -> list[str]:
-    """Returns the `layer_types` of all layers."""
-    names = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
-    kinds = config.layer_pattern
-    return [names[kinds[i % len(kinds)]] for i in range(config.num_layers)]
-
-
 def _write_scaling(config: ModelConfig) -> dict[str, Any] | None:
     s = config.rope_scaling
     if s is None:
@@ -63,7 +56,10 @@ def _values(c: ModelConfig) -> dict[str, Any]:
         if scaling.kind == "dynamic":
             length = original
     scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-    rotated = [c.rope_pattern[i % len(c.rope_pattern)] for i in range(c.num_layers)]
+    kinds = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
+    layers = range(c.num_layers)
+    layer_types = [kinds[c.layer_pattern[i % len(c.layer_pattern)]] for i in layers]
+    rotated = [int(c.rope_pattern[i % len(c.rope_pattern)]) for i in layers]
     activation = _ACTIVATION_NAMES.get(c.activation, "silu")
     return {
         "vocab_size": c.vocab_size,
@@ -86,12 +82,12 @@ def _values(c: ModelConfig) -> dict[str, Any]:
         "rotary_pct": c.rope_fraction,
         "partial_rotary_factor": c.rope_fraction,
         "original_max_position_embeddings": original,
-        "no_rope_layers": [int(r) for r in rotated],
+        "no_rope_layers": rotated,
         "attention_bias": c.attention_bias,
         "mlp_bias": c.feed_forward_bias,
         "use_sliding_window": c.window is not None,
         "sliding_window": c.window,
-        "layer_types": _layer_types(c),
+        "layer_types": layer_types,
         "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": c.attention_soft_cap,
         "final_logit_softcapping": c.final_soft_cap,

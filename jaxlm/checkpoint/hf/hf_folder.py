@@ -7,7 +7,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +36,18 @@ class HFCheckpoint:
     kind: Kind = "hf"
 
     def __init__(self, folder: Path, report: Callable[[str], None]):
-        """Reads config.json.
-
-        Args:
-          report: gets a line for values that are not finite, and for float64.
-
-        Raises:
-          ValueError: if it is missing or broken, or describes a model that jaxlm does
-            not compute exactly.
-        """
+        """Reads config.json; arguments and errors as `open_checkpoint`."""
         self.path, self._report = folder, report
         values = read_json(folder / CONFIG)
         self.model_type = str(values.get("model_type"))
         self.config = hf_config.read(Keys(values, str(folder / CONFIG)))
 
-    @cached_property
-    def _tensors(self) -> Mapping[str, StoredTensor]:
+    def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
+        """As `Checkpoint.params`."""
+        mapping = TensorMapping(self.config, hf_names.RULES[self.model_type])
         tensors = _rename(read_folder(self.path), self.model_type)
         if self.model_type == "gpt_oss":
             tensors = _decode(tensors)
-        return tensors
-
-    def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
-        """Reads the parameters; arguments as `TensorMapping.read`.
-
-        Raises:
-          ValueError: for broken files, and missing, unknown or wrongly shaped tensors.
-        """
-        mapping = TensorMapping(self.config, hf_names.RULES[self.model_type])
-        tensors = dict(self._tensors)
         _drop_tied_head(tensors, self.model_type, self.config)
         ignored = hf_names.unused(self.model_type)
         mapping.check(tensors, ignored, str(self.path))
@@ -106,9 +88,8 @@ def write_hf(
     specs, read = mapping.write(params, dtype)
     stored = {d for _, d in specs.values()}
     values["dtype"] = stored.pop().name if len(stored) == 1 else "float32"
-    values["bos_token_id"] = None if tokenizer is None else tokenizer.bos_id
-    values["eos_token_id"] = None if tokenizer is None else tokenizer.eos_id
-    values["pad_token_id"] = None if tokenizer is None else tokenizer.pad_id
+    for token in ("bos", "eos", "pad"):
+        values[f"{token}_token_id"] = getattr(tokenizer, f"{token}_id", None)
     write_folder(folder, specs, read)
     if tokenizer is not None:
         write_hugging_face(tokenizer, folder)
@@ -163,16 +144,14 @@ def _drop_tied_head(
     table = tensors.get(names["embed/table"])
     if head is None or table is None:
         return
-    if not np.array_equal(_bits(head), _bits(table)):
+    head_bits, table_bits = (
+        np.ascontiguousarray(x.read()).view(np.uint8) for x in (head, table)
+    )
+    if not np.array_equal(head_bits, table_bits):
         raise ValueError(
             f"{head.where} differs from {table.name}, but config.json ties them "
             "(tie_word_embeddings): one of the two is wrong"
         )
-
-
-def _bits(tensor: StoredTensor) -> np.ndarray:
-    x = tensor.read()
-    return np.ascontiguousarray(x).view(np.uint8)
 
 
 def _decode(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -141,11 +141,7 @@ _GPT_NEOX = (
 )
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "gemma": _LLAMA,
-    "smollm3": _LLAMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma", "smollm3"), _LLAMA),
     "qwen3": (*_LLAMA, *_QK_NORM_HEAD),
     "gemma2": _GEMMA2,
     "gemma3_text": (*_GEMMA2, *_QK_NORM_HEAD),

@@ -52,32 +52,28 @@ def read_folder(folder: Path | str) -> dict[str, StoredTensor]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     try:
-        return _read_folder(folder)
+        if _exists(folder / SINGLE_FILE):
+            return read_safetensors(_inside(folder, SINGLE_FILE))[0]
+        if not _exists(folder / INDEX_FILE):
+            raise ValueError(_no_weights(folder))
+        index = folder / INDEX_FILE
+        shard_of = _read_index(index, _inside(folder, INDEX_FILE))
+        tensors: dict[str, StoredTensor] = {}
+        for shard in sorted(set(shard_of.values())):
+            found = read_safetensors(_inside(folder, shard))[0]
+            for name in found:
+                indexed = shard_of.get(name, "no shard")
+                if indexed != shard:
+                    raise ValueError(
+                        f"{index}: tensor {shown(name)} is in {shard}, but the index "
+                        f"has it in {indexed}"
+                    )
+            tensors |= found
+        for name, shard in shard_of.items():
+            if name not in tensors:
+                raise ValueError(f"{index}: tensor {shown(name)} is not in {shard}")
     except OSError as e:
         raise ValueError(f"{folder}: cannot be read: {e.strerror}") from e
-
-
-def _read_folder(folder: Path) -> dict[str, StoredTensor]:
-    if _exists(folder / SINGLE_FILE):
-        return read_safetensors(_inside(folder, SINGLE_FILE))[0]
-    if not _exists(folder / INDEX_FILE):
-        raise ValueError(_no_weights(folder))
-    index = folder / INDEX_FILE
-    shard_of = _read_index(index, _inside(folder, INDEX_FILE))
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(shard_of.values())):
-        found = read_safetensors(_inside(folder, shard))[0]
-        for name in found:
-            indexed = shard_of.get(name, "no shard")
-            if indexed != shard:
-                raise ValueError(
-                    f"{index}: tensor {shown(name)} is in {shard}, but the index has "
-                    f"it in {indexed}"
-                )
-        tensors |= found
-    for name, shard in shard_of.items():
-        if name not in tensors:
-            raise ValueError(f"{index}: tensor {shown(name)} is not in {shard}")
     return tensors
 
 

@@ -23,20 +23,14 @@ from jaxlm import tree
 Description = Mapping[str, Sequence[Any]]
 
 
-class _NoEcho(logging.Filter):
+def _is_no_echo(record: logging.LogRecord) -> bool:
     """Drops log records of errors that Orbax also raises in the caller."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Returns False for the record of a thread that ended with an exception."""
-        return "_SignalingThread.run() raised an exception" not in str(record.msg)
-
-
-_NO_ECHO = _NoEcho()
+    return "_SignalingThread.run() raised an exception" not in str(record.msg)
 
 
 def new_handler() -> ocp.PyTreeCheckpointHandler:
     """Makes the Orbax object that reads and writes one tree."""
-    logging.getLogger("absl").addFilter(_NO_ECHO)  # no effect if already added
+    logging.getLogger("absl").addFilter(_is_no_echo)  # no effect if already added
     return ocp.PyTreeCheckpointHandler()
 
 
@@ -113,9 +107,8 @@ def on_host(state: Any) -> Any | None:
     On CPU these are views. The jax arrays may still be donated or deleted: JAX does not
     reuse memory that has a view.
     """
-    if not all(
-        getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(state)
-    ):
+    leaves = jax.tree.leaves(state)
+    if not all(getattr(x, "is_fully_addressable", True) for x in leaves):
         return None
     return jax.tree.map(np.asarray, state)
 

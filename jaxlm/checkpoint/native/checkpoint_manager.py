@@ -7,6 +7,7 @@ step for reading only.
 """
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -186,7 +187,7 @@ class CheckpointManager:
         self._saves += 1
         self._thread = threading.Thread(
             target=self._save_in_background,
-            args=(step, state, meta, tokenizer),
+            args=(state, meta, tokenizer),
             name=f"checkpoint-{step}",
         )
         self._thread.start()
@@ -195,12 +196,9 @@ class CheckpointManager:
             self.wait()
 
     def _save_in_background(
-        self,
-        step: int,
-        state: dict[str, Any],
-        meta: dict[str, Any],
-        tokenizer: Tokenizer,
+        self, state: dict[str, Any], meta: dict[str, Any], tokenizer: Tokenizer
     ) -> None:
+        step = meta["step"]
         # The name is the same in each process; the lock makes it unique.
         temporary = self._folder(f"{run_folder.TEMPORARY}{step}-{self._saves}")
         needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
@@ -322,19 +320,16 @@ class CheckpointManager:
             return None
         if step is not None and step not in steps:
             raise ValueError(run_folder.no_such_step(self.run, step, steps))
+        read = functools.partial(
+            step_folder.read_state,
+            params=params,
+            opt_state=opt_state,
+            config=config,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            data_fingerprint=data_fingerprint,
+            report=self._report,
+        )
         candidates = reversed(steps) if step is None else [step]
-
-        def read(folder: Path) -> Restored:
-            return step_folder.read_state(
-                folder,
-                params,
-                opt_state,
-                config=config,
-                tokenizer_fingerprint=tokenizer_fingerprint,
-                data_fingerprint=data_fingerprint,
-                report=self._report,
-            )
-
         folders = [self._folder(number) for number in candidates]
         restored = step_folder.first_readable(folders, read, self._report)
         self._last = restored.step

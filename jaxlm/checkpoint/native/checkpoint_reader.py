@@ -28,13 +28,7 @@ class NativeCheckpoint:
     def __init__(self, path: Path, report: Callable[[str], None]):
         """Chooses the step: for a run folder, the newest that is intact.
 
-        Args:
-          path: a run folder or a step folder.
-          report: gets a line for damaged steps.
-
-        Raises:
-          NoUsableCheckpoint: if no step is intact.
-          ValueError: if `path` is neither a run nor a step.
+        Arguments and errors as `open_checkpoint`.
         """
         self.path = path
         self.step_folder, self._manifest, self._meta = step_folder.first_readable(

@@ -82,10 +82,7 @@ def environment(state: Any) -> dict[str, Any]:
     """
     devices = jax.devices()
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **_package_versions(),
-        },
+        "versions": {"python": platform.python_version(), **_package_versions()},
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
         "process_count": jax.process_count(),

@@ -7,7 +7,7 @@ Orbax restores flipped bits of float data without an error. So each step folder 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def write_manifest(folder: Path) -> None:
         durable.sync(Path(parent))
 
 
-def verify(folder: Path, parts: Iterable[str] | None = None) -> None:
+def verify(folder: Path, parts: Collection[str] | None = None) -> None:
     """Compares the files below `folder` with its manifest.
 
     Args:
@@ -55,27 +55,23 @@ def verify(folder: Path, parts: Iterable[str] | None = None) -> None:
     if not folder.is_dir():
         raise UnreadableStep("it is not a folder")
     try:
-        _verify(folder, None if parts is None else set(parts))
+        files = _read_manifest(folder / MANIFEST)
+        found = {n for n in _walk(folder) if not n.rpartition("/")[2].startswith(".")}
+        if missing := sorted(files.keys() - found):
+            raise UnreadableStep(f"{_some(missing)} missing")
+        if extra := sorted(found - files.keys()):
+            raise UnreadableStep(f"{_some(extra)} not in {MANIFEST}")
+        for name, entry in files.items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"]:
+                raise UnreadableStep(f"{name} has {size} bytes, not {entry['bytes']}")
+        for name, entry in files.items():
+            if parts is not None and name.partition("/")[0] not in parts:
+                continue
+            if _file_hash(folder / name) != entry["sha256"]:
+                raise UnreadableStep(f"the SHA-256 of {name} differs from {MANIFEST}")
     except OSError as e:
         raise UnreadableStep(f"{e.strerror}: {e.filename}") from e
-
-
-def _verify(folder: Path, parts: set[str] | None) -> None:
-    files = _read_manifest(folder / MANIFEST)
-    found = {n for n in _walk(folder) if not n.rpartition("/")[2].startswith(".")}
-    if missing := sorted(files.keys() - found):
-        raise UnreadableStep(f"{_some(missing)} missing")
-    if extra := sorted(found - files.keys()):
-        raise UnreadableStep(f"{_some(extra)} not in {MANIFEST}")
-    for name, entry in files.items():
-        size = (folder / name).stat().st_size
-        if size != entry["bytes"]:
-            raise UnreadableStep(f"{name} has {size} bytes, not {entry['bytes']}")
-    for name, entry in files.items():
-        if parts is not None and name.partition("/")[0] not in parts:
-            continue
-        if _file_hash(folder / name) != entry["sha256"]:
-            raise UnreadableStep(f"the SHA-256 of {name} differs from {MANIFEST}")
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ written or deleted, its name begins with `.tmp-`: a rename commits it, or takes 
 
 import difflib
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -67,7 +68,9 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
     Returns:
       The new folder. It is a run folder too: its checkpoints can be loaded.
     """
-    old = _new_folder(run)
+    folders = (run / f"old-{number}" for number in itertools.count(1))
+    old = next(folder for folder in folders if not folder.exists())
+    old.mkdir()
     if steps is None:
         for name in _RUN_FILES:
             if (run / name).exists():
@@ -78,15 +81,6 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
             name = f"{CHECKPOINTS}/{step}"
             durable.rename(run / name, old / name)
     return old
-
-
-def _new_folder(run: Path) -> Path:
-    number = 1
-    while (run / f"old-{number}").exists():
-        number += 1
-    folder = run / f"old-{number}"
-    folder.mkdir()
-    return folder
 
 
 def probe_writable(run: Path) -> None:
