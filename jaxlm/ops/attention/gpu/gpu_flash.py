@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlm.ops.attention import online_softmax
@@ -99,28 +98,17 @@ def backward(
 
 def _forward_program(run: Program) -> None:
     """Computes z and the log-sum-exp of one block of queries of one head."""
-    first, end = run.table.key_range(run.row, run.block)
-    queries = run.extent(run.kernel.resident, run.block)
-    key_head = lax.div(run.head, jnp.int32(run.kernel.group))
 
-    def step(index, slot, carry):
-        j = first + index
-        any_visible, all_visible = run.table.visibility(
-            queries, run.extent(run.kernel.streamed, j)
-        )
-
-        def attend(carry):
-            m, l, acc = carry
-            raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
-            _, s = run.scores(raw, all_visible, j, slot, 0)
-            m_new = jnp.maximum(m, jnp.max(s, axis=1))
-            alpha = jnp.exp(m - m_new)
-            p = jnp.exp(s - spread(m_new, s.shape, 0))
-            l = l * alpha + jnp.sum(p, axis=1)
-            acc = acc * spread(alpha, acc.shape, 0)
-            return m_new, l, run.warpgroup.accumulate(acc, p, run.tile("v", slot))
-
-        return lax.cond(any_visible, attend, lambda carry: carry, carry)
+    def attend(j, slot, all_visible, carry):
+        m, l, acc = carry
+        raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
+        _, s = run.scores(raw, all_visible, j, slot, 0)
+        m_new = jnp.maximum(m, jnp.max(s, axis=1))
+        alpha = jnp.exp(m - m_new)
+        p = jnp.exp(s - spread(m_new, s.shape, 0))
+        l = l * alpha + jnp.sum(p, axis=1)
+        acc = acc * spread(alpha, acc.shape, 0)
+        return m_new, l, run.warpgroup.accumulate(acc, p, run.tile("v", slot))
 
     row = (run.kernel.resident.block,)
     start = (
@@ -128,9 +116,7 @@ def _forward_program(run: Program) -> None:
         run.warpgroup.full(row, 0.0),
         run.zeros("z"),
     )
-    m, l, acc = run.stream(
-        end - first, lambda index: (first + index, key_head), step, start
-    )
+    m, l, acc = run.stream(attend, start)
     sink = run.ins["sinks"][run.head] if "sinks" in run.ins else None
     factor, lse = online_softmax.finish(m, l, sink)
     run.store({"z": acc * spread(factor, acc.shape, 0)}, lse)
@@ -148,30 +134,16 @@ def _probs(run: Program, raw, all_visible, other, slot, axis: int):
 
 def _query_program(run: Program) -> None:
     """Computes dq of one block of queries of one head."""
-    first, end = run.table.key_range(run.row, run.block)
-    queries = run.extent(run.kernel.resident, run.block)
-    key_head = lax.div(run.head, jnp.int32(run.kernel.group))
 
-    def step(index, slot, dq):
-        j = first + index
-        any_visible, all_visible = run.table.visibility(
-            queries, run.extent(run.kernel.streamed, j)
-        )
+    def add(j, slot, all_visible, dq):
+        raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
+        p, slope = _probs(run, raw, all_visible, j, slot, 0)
+        dp = run.warpgroup.dot(run.tile("dz"), run.tile("v", slot))
+        delta = run.warpgroup.load(run.tile("delta"), raw.shape, 0)
+        ds = online_softmax.dscores(p, dp, delta, slope)
+        return run.warpgroup.accumulate(dq, ds, run.tile("k", slot))
 
-        def add(dq):
-            raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
-            p, slope = _probs(run, raw, all_visible, j, slot, 0)
-            dp = run.warpgroup.dot(run.tile("dz"), run.tile("v", slot))
-            delta = run.warpgroup.load(run.tile("delta"), raw.shape, 0)
-            ds = online_softmax.dscores(p, dp, delta, slope)
-            return run.warpgroup.accumulate(dq, ds, run.tile("k", slot))
-
-        return lax.cond(any_visible, add, lambda dq: dq, dq)
-
-    dq = run.stream(
-        end - first, lambda index: (first + index, key_head), step, run.zeros("dq")
-    )
-    run.store({"dq": dq})
+    run.store({"dq": run.stream(add, run.zeros("dq"))})
 
 
 def _key_program(run: Program) -> None:
@@ -180,35 +152,19 @@ def _key_program(run: Program) -> None:
     Sums over the queries, and over the query heads that share the key head. Scores are
     [keys, queries].
     """
-    first, end = run.table.query_range(run.row, run.block)
-    keys, group = run.extent(run.kernel.resident, run.block), run.kernel.group
 
-    def locate(index):
-        """Returns the block and the head of the queries at this index."""
-        n = run.head * group + lax.div(index, end - first)
-        return first + lax.rem(index, end - first), n
+    def add(i, slot, all_visible, sums):
+        sums, dot = dict(sums), run.warpgroup.dot
+        accumulate = run.warpgroup.accumulate
+        raw = dot(run.tile("k"), run.tile("q", slot))
+        p, slope = _probs(run, raw, all_visible, i, slot, 1)
+        if "dv" in sums:
+            sums["dv"] = accumulate(sums["dv"], p, run.tile("dz", slot))
+        if "dk" in sums:
+            dp = dot(run.tile("v"), run.tile("dz", slot))
+            delta = run.warpgroup.load(run.tile("delta", slot), raw.shape, 1)
+            ds = online_softmax.dscores(p, dp, delta, slope)
+            sums["dk"] = accumulate(sums["dk"], ds, run.tile("q", slot))
+        return sums
 
-    def step(index, slot, sums):
-        i, _ = locate(index)
-        any_visible, all_visible = run.table.visibility(
-            run.extent(run.kernel.streamed, i), keys
-        )
-
-        def add(sums):
-            sums, dot = dict(sums), run.warpgroup.dot
-            accumulate = run.warpgroup.accumulate
-            raw = dot(run.tile("k"), run.tile("q", slot))
-            p, slope = _probs(run, raw, all_visible, i, slot, 1)
-            if "dv" in sums:
-                sums["dv"] = accumulate(sums["dv"], p, run.tile("dz", slot))
-            if "dk" in sums:
-                dp = dot(run.tile("v"), run.tile("dz", slot))
-                delta = run.warpgroup.load(run.tile("delta", slot), raw.shape, 1)
-                ds = online_softmax.dscores(p, dp, delta, slope)
-                sums["dk"] = accumulate(sums["dk"], ds, run.tile("q", slot))
-            return sums
-
-        return lax.cond(any_visible, add, lambda sums: sums, sums)
-
-    start = {name: run.zeros(name) for name in run.out}
-    run.store(run.stream((end - first) * group, locate, step, start))
+    run.store(run.stream(add, {name: run.zeros(name) for name in run.out}))

@@ -7,6 +7,7 @@ the next ones are copied to shared memory while it computes with the current one
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -162,7 +163,7 @@ class Program:
     def table(self) -> BlockTable:
         return self.ins["table"]
 
-    def extent(self, side: Side, block: Any) -> Extent:
+    def _extent(self, side: Side, block: Any) -> Extent:
         """Returns the range of positions and segments of a block."""
         keys = side.name == "key"
         read = self.table.key_extent if keys else self.table.query_extent
@@ -194,13 +195,33 @@ class Program:
         for name in side.integers(self.ins):
             copy(name, self.row, rows)
 
-    def stream(self, count: Any, locate: Callable, step: Callable, carry: Any) -> Any:
-        """Loops over streamed blocks: carry = step(index, slot, carry) `count` times.
+    def _visited(self) -> tuple[Any, Callable]:
+        """Returns the number of streamed blocks, and a map of index to (block, head).
 
-        At each step the resident block is in shared memory, and the slot holds the
-        block and head given by `locate(index)`. Returns the last carry.
+        A block of keys visits the queries of all heads that share its key head.
+        """
+        group = self.kernel.group
+        if self.kernel.resident.name == "query":
+            first, end = self.table.key_range(self.row, self.block)
+            key_head = lax.div(self.head, jnp.int32(group))
+            return end - first, lambda index: (first + index, key_head)
+        first, end = self.table.query_range(self.row, self.block)
+
+        def locate(index):
+            n = self.head * group + lax.div(index, end - first)
+            return first + lax.rem(index, end - first), n
+
+        return (end - first) * group, locate
+
+    def stream(self, step: Callable, carry: Any) -> Any:
+        """Loops over streamed blocks: carry = step(block, slot, all_visible, carry).
+
+        At each step the resident block is in shared memory, and so is the streamed one,
+        in the slot. Skips completely hidden pairs. Returns the last carry.
         """
         resident, streamed = self.kernel.resident, self.kernel.streamed
+        count, locate = self._visited()
+        extent = self._extent(resident, self.block)
         self.fetch(resident, None, self.block, self.head)
         for index in range(streamed.buffers):
             at = jnp.int32(index)
@@ -210,7 +231,13 @@ class Program:
         def body(index, carry):
             slot = lax.rem(index, jnp.int32(streamed.buffers))
             plgpu.barrier_wait(self.tile(streamed.ready, slot))
-            carry = step(index, slot, carry)
+            block, _ = locate(index)
+            pair = (extent, self._extent(streamed, block))
+            if resident.name == "key":
+                pair = pair[::-1]
+            any_visible, all_visible = self.table.visibility(*pair)
+            visit = partial(step, block, slot, all_visible)
+            carry = lax.cond(any_visible, visit, lambda carry: carry, carry)
             # Wait for all warps to read the slot before it is overwritten.
             plgpu.commit_smem()
             later = index + streamed.buffers

@@ -4,7 +4,6 @@ FlashAttention-2 (Dao 2023, arXiv:2307.08691): one kernel for the gradient of th
 queries, and one for those of keys and values. Each sums in a fixed order.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,16 +11,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxlm.ops.attention import online_softmax
-from jaxlm.ops.attention.block_skipping import BlockTable, Grid, bounds
+from jaxlm.ops.attention.block_skipping import BlockTable, bounds
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec
 from jaxlm.ops.attention.tpu.tpu_blocks import (
     TpuSettings,
-    add_mask_rows,
     allowed,
     cut_blocks,
     dot,
     fill_after,
     heads_first,
+    input_specs,
     key_block,
     query_block,
     run_kernel,
@@ -41,41 +40,6 @@ def backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: TpuSettings
     return tuple(heads_first(x) for x in (dq, dk, dv))
 
 
-def _backward_specs(
-    spec: AttentionSpec, grid: Grid, inputs, queries: Callable, keys: Callable
-):
-    """Adds the mask's arrays to the inputs, and returns them with their block specs.
-
-    Args:
-      queries, keys: map the grid indices to (b, head, block).
-    """
-    H = inputs["q"].shape[-1]
-
-    def block(at: Callable, size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, size, H), lambda *ids: (*at(*ids), 0))
-
-    def row(at: Callable, size: int) -> pl.BlockSpec:
-        def index(*ids):
-            b, n, i = at(*ids)
-            return b, n, 0, i
-
-        return pl.BlockSpec((1, 1, 1, size), index)
-
-    def all_heads(at: Callable) -> Callable:
-        def index(*ids):
-            b, _, i = at(*ids)
-            return b, 0, i
-
-        return index
-
-    inputs = dict(inputs)
-    specs = {name: block(queries, grid.block_queries) for name in ("q", "dz")}
-    specs |= {name: block(keys, grid.block_keys) for name in ("k", "v")}
-    specs |= {name: row(queries, grid.block_queries) for name in ("lse", "delta")}
-    add_mask_rows(inputs, specs, spec.mask, grid, all_heads(queries), all_heads(keys))
-    return inputs, specs
-
-
 def _query_gradient(
     spec: AttentionSpec, table: BlockTable, inputs, settings: TpuSettings
 ):
@@ -89,7 +53,7 @@ def _query_gradient(
         return b, n // group, key_block(table, b, i, j)
 
     grid = table.grid
-    inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
+    inputs, in_specs = input_specs(spec.mask, grid, inputs, queries, keys)
     limits = bounds(spec.mask, grid)
     return run_kernel(
         partial(_query_gradient_kernel, spec),
@@ -159,7 +123,7 @@ def _key_value_gradients(
         return b, n, j
 
     grid = table.grid
-    inputs, in_specs = _backward_specs(spec, grid, inputs, queries, keys)
+    inputs, in_specs = input_specs(spec.mask, grid, inputs, queries, keys)
     limits = bounds(spec.mask, grid)
     out = pl.BlockSpec((1, 1, grid.block_keys, H), lambda b, n, j, *_: (b, n, j, 0))
     shape = jax.ShapeDtypeStruct((B, K, S, H), inputs["k"].dtype)

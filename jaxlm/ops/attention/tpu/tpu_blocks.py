@@ -107,19 +107,44 @@ def fill_after(x: Any, start: Any, end: int, axis: int = 0, fill: float = 0.0) -
     return jnp.where(position < end, x, jnp.full_like(x, fill))
 
 
-def add_mask_rows(inputs, in_specs, mask: Mask, grid: Grid, query_row, key_row):
-    """Adds the mask's arrays to the inputs, as [B, 1, tokens], with their specs."""
-    rows = (
-        ("query_positions", grid.block_queries, query_row),
-        ("query_segments", grid.block_queries, query_row),
-        ("key_segments", grid.block_keys, key_row),
-    )
-    for name, block, index in rows:
+def input_specs(
+    mask: Mask, grid: Grid, inputs: dict[str, Array], queries: Callable, keys: Callable
+) -> tuple[dict[str, Array], dict[str, pl.BlockSpec]]:
+    """Adds the mask's arrays, as [B, 1, tokens], and returns inputs and block specs.
+
+    Args:
+      inputs: [B, heads, tokens, H] or [B, heads, 1, tokens].
+      queries, keys: map the grid indices to (b, head, block).
+    """
+    inputs = dict(inputs)
+    B, _, _, H = inputs["q"].shape
+    for name in ("query_positions", "query_segments", "key_segments"):
         x = getattr(mask, name)
         if x is not None:
-            x = jnp.broadcast_to(x, (inputs["q"].shape[0], x.shape[1]))
-            inputs[name] = x[:, None]
-            in_specs[name] = pl.BlockSpec((1, 1, block), index)
+            inputs[name] = jnp.broadcast_to(x, (B, x.shape[1]))[:, None]
+
+    def spec(name: str) -> pl.BlockSpec:
+        of_keys = name in ("k", "v", "value_scale") or name.startswith("key")
+        at, size = (keys, grid.block_keys) if of_keys else (queries, grid.block_queries)
+
+        def matrix(*ids):
+            return *at(*ids), 0
+
+        def vector(*ids):
+            b, n, block = at(*ids)
+            return b, n, 0, block
+
+        def mask_row(*ids):
+            b, _, block = at(*ids)
+            return b, 0, block
+
+        if name in ("q", "k", "v", "dz"):
+            return pl.BlockSpec((1, 1, size, H), matrix)
+        if inputs[name].ndim == 4:
+            return pl.BlockSpec((1, 1, 1, size), vector)
+        return pl.BlockSpec((1, 1, size), mask_row)
+
+    return inputs, {name: spec(name) for name in inputs}
 
 
 def allowed(table: BlockTable, refs, i, j, keys_first: bool = False) -> Any:

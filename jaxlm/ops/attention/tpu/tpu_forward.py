@@ -17,12 +17,12 @@ from jaxlm.ops.attention.spec import MASKED, AttentionSpec
 from jaxlm.ops.attention.tpu.tpu_blocks import (
     LANES,
     TpuSettings,
-    add_mask_rows,
     allowed,
     cut_blocks,
     dot,
     fill_after,
     heads_first,
+    input_specs,
     key_block,
     run_kernel,
 )
@@ -41,35 +41,20 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
     limits = bounds(spec.mask, grid)
 
     def queries(b, n, i, j, table):
-        return b // splits, n, i, 0
+        return b // splits, n, i
 
     def keys(b, n, i, j, table):
-        return b // splits, n // (N // K), key_block(table, b, i, j), 0
-
-    def query_row(b, n, i, j, table):
-        return b // splits, 0, i
-
-    def key_row(b, n, i, j, table):
-        return b // splits, 0, key_block(table, b, i, j)
-
-    def key_head_row(b, n, i, j, table):
-        return b // splits, n // (N // K), 0, key_block(table, b, i, j)
+        return b // splits, n // (N // K), key_block(table, b, i, j)
 
     inputs = {"q": heads_first(q), "k": heads_first(k), "v": heads_first(v)}
-    in_specs = {
-        "q": pl.BlockSpec((1, 1, grid.block_queries, H), queries),
-        "k": pl.BlockSpec((1, 1, grid.block_keys, H), keys),
-        "v": pl.BlockSpec((1, 1, grid.block_keys, H), keys),
-    }
-    add_mask_rows(inputs, in_specs, spec.mask, grid, query_row, key_row)
-    if spec.sinks is not None:
-        inputs["sinks"] = spec.sinks.astype(jnp.float32)
-        in_specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
     if spec.key_scale is not None:
         for name in ("key_scale", "value_scale"):
             scale_BKS = getattr(spec, name).transpose(0, 2, 1)
             inputs[name] = scale_BKS[:, :, None].astype(jnp.float32)
-            in_specs[name] = pl.BlockSpec((1, 1, 1, grid.block_keys), key_head_row)
+    inputs, in_specs = input_specs(spec.mask, grid, inputs, queries, keys)
+    if spec.sinks is not None:
+        inputs["sinks"] = spec.sinks.astype(jnp.float32)
+        in_specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
     z, lse = run_kernel(
         partial(_forward_kernel, spec),
         table,
