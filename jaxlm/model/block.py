@@ -7,7 +7,6 @@ letters of shapes.
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -142,12 +141,12 @@ class Attention(nn.Module):
             k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
         sinks = param(self, "layers/attn/sinks") if config.attention_sinks else None
         spec = attention_spec(config, kind, context, sinks)
-        attend = partial(attention, q, k, v, spec, implementation=implementation)
-        if "attn_lse" in probe:
-            z, lse = attend(return_lse=True)
+        tapped = "attn_lse" in probe
+        z, lse = attention(
+            q, k, v, spec, implementation=implementation, return_lse=tapped
+        )
+        if lse is not None:
             probe("attn_lse", lse)
-        else:
-            z = attend()
         y = linear(self, "BTNH,NHD->BTD", probe("z", z), "layers/attn/o")
         return probe("attn_out", y), cache
 

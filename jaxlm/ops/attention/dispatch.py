@@ -12,7 +12,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -204,30 +204,6 @@ def _log_once(level: int, line: str) -> None:
     logger.log(level, "%s", line)
 
 
-@overload
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    spec: AttentionSpec,
-    *,
-    implementation: str = ...,
-    return_lse: Literal[False] = ...,
-) -> Array: ...
-
-
-@overload
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    spec: AttentionSpec,
-    *,
-    implementation: str = ...,
-    return_lse: Literal[True],
-) -> tuple[Array, Array]: ...
-
-
 def attention(
     q: Float[Array, "B T N H"],
     k: Num[Array, "B S K H"],
@@ -236,15 +212,15 @@ def attention(
     *,
     implementation: str = "auto",
     return_lse: bool = False,
-) -> Float[Array, "B T N H"] | Result:
+) -> Result:
     """Computes grouped-query attention, in q's dtype; N is a multiple of K.
 
     In an Explicit mesh the batch and the heads may be sharded, but no other axis.
 
     Args:
       implementation: a name in `IMPLEMENTATIONS`, or "auto".
-      return_lse: also return the log-sum-exp of the scores, sinks included, [B N T] in
-        f32. It has a gradient too. Use it to recompute the probabilities, or to merge
+      return_lse: also return the log-sum-exp of the scores, sinks included, f32, else
+        None. It has a gradient too. Use it to recompute the probabilities, or to merge
         attention over parts of the keys.
 
     Raises:
@@ -265,7 +241,7 @@ def attention(
         z, lse = _on_each_device(chosen.run, q, k, v, spec, return_lse)
     else:
         z, lse = chosen.run(q, k, v, spec)
-    return (z, lse) if return_lse else z
+    return z, lse if return_lse else None
 
 
 def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Result:
@@ -304,14 +280,13 @@ def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Resu
     sharded = P(batch, None, heads, None)
     in_specs = (sharded, sharded, sharded, spec_partitions)
     arguments = jax.tree.map(jax.sharding.reshard, (q, k, v, spec), in_specs)
-    out_specs = (sharded, P(batch, heads, None)) if return_lse else sharded
+    out_specs = (sharded, P(batch, heads, None) if return_lse else None)
 
     def local(*arguments):
         z, lse = run(*arguments)
-        return (z, lse) if return_lse else z
+        return z, lse if return_lse else None
 
     sharded_run = jax.shard_map(
         local, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    out: Any = sharded_run(*arguments)
-    return out if return_lse else (out, None)
+    return sharded_run(*arguments)

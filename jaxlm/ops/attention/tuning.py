@@ -33,6 +33,17 @@ class Group:
     """What is timed: forward, backward (which includes forward), or decode."""
 
 
+def _flash_groups(
+    blocks: tuple[int, ...], decode: tuple[int, ...]
+) -> tuple[Group, ...]:
+    backward = ("backward_block_queries", "backward_block_keys")
+    return (
+        Group(("block_queries", "block_keys"), blocks),
+        Group(backward, blocks, "backward"),
+        Group(("decode_block_keys",), decode, "decode"),
+    )
+
+
 # Implementation -> (module with `settings_for`, groups in tuning order).
 TUNABLE: dict[str, tuple[str, tuple[Group, ...]]] = {
     "dense": (
@@ -42,23 +53,11 @@ TUNABLE: dict[str, tuple[str, tuple[Group, ...]]] = {
     "xla": ("jaxlm.ops.attention.blocked", (Group(("block",), BLOCKS, "backward"),)),
     "pallas_tpu": (
         "jaxlm.ops.attention.tpu.pallas_tpu",
-        (
-            Group(("block_queries", "block_keys"), BLOCKS),
-            Group(
-                ("backward_block_queries", "backward_block_keys"), BLOCKS, "backward"
-            ),
-            Group(("decode_block_keys",), (512, 1024, 2048), "decode"),
-        ),
+        _flash_groups(BLOCKS, (512, 1024, 2048)),
     ),
     "pallas_gpu": (
         "jaxlm.ops.attention.gpu.pallas_gpu",
-        (
-            Group(("block_queries", "block_keys"), (64, 128)),
-            Group(
-                ("backward_block_queries", "backward_block_keys"), (64, 128), "backward"
-            ),
-            Group(("decode_block_keys",), (64, 128, 256), "decode"),
-        ),
+        _flash_groups((64, 128), (64, 128, 256)),
     ),
 }
 

@@ -16,41 +16,31 @@ def declines(request: Request) -> str | None:
     capability = _capability()
     if not nvidia or (capability and capability < (8, 0)):
         return "needs an NVIDIA GPU, Ampere or later"
-    if request.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"no {request.dtype}"
-    spec, mask = request.spec, request.spec.mask
-    for requested, name in (
+    spec, mask, H = request.spec, request.spec.mask, request.head_dim
+    T, S = request.num_queries, request.num_keys
+    rules = (
+        (request.dtype not in (jnp.bfloat16, jnp.float16), f"no {request.dtype}"),
         # JAX rounds it to q's dtype and gives it no gradient.
-        (request.lse, "log-sum-exp with a gradient"),
-        (spec.soft_cap is not None, "soft cap"),
-        (spec.sinks is not None, "sinks"),
+        (request.lse, "no log-sum-exp with a gradient"),
+        (spec.soft_cap is not None, "no soft cap"),
+        (spec.sinks is not None, "no sinks"),
         # JAX takes these only as a [T, S] mask.
-        (mask.query_segments is not None, "segments"),
-        (mask.query_positions is not None, "query positions"),
-    ):
-        if requested:
-            return f"no {name}"
-    return _declines_sizes(request, capability)
-
-
-def _declines_sizes(request: Request, capability: tuple[int, int] | None) -> str | None:
-    if request.head_dim % 8:
-        return f"head_dim {request.head_dim} is not a multiple of 8"
-    if request.head_dim > 256:
-        return f"head_dim {request.head_dim} is over 256"
-    # JAX checks the GPU of this process, and raises without one. GPUs newer than Hopper
-    # have no backward pass for these.
-    if request.head_dim > 128 and (capability is None or capability[0] != 9):
-        return f"head_dim {request.head_dim} is over 128, which needs a Hopper GPU"
-    # cuDNN needs even lengths for a gradient, and rejects a single query.
-    if request.num_queries % 2 or request.num_keys % 2:
-        return "lengths must be even"
-    if request.spec.mask.window is not None:
-        if not request.spec.mask.causal:
-            return "no window without the causal mask"
-        if request.num_queries > request.num_keys:
-            return "no window with more queries than keys"
-    return None
+        (mask.query_segments is not None, "no segments"),
+        (mask.query_positions is not None, "no query positions"),
+        (H % 8, f"head_dim {H} is not a multiple of 8"),
+        (H > 256, f"head_dim {H} is over 256"),
+        # JAX checks the GPU of this process, and raises without one. GPUs newer than
+        # Hopper have no backward pass for these.
+        (
+            H > 128 and (capability is None or capability[0] != 9),
+            f"head_dim {H} is over 128, which needs a Hopper GPU",
+        ),
+        # cuDNN needs even lengths for a gradient, and rejects a single query.
+        (T % 2 or S % 2, "lengths must be even"),
+        (mask.window and not mask.causal, "no window without the causal mask"),
+        (mask.window and T > S, "no window with more queries than keys"),
+    )
+    return next((reason for applies, reason in rules if applies), None)
 
 
 def _capability() -> tuple[int, int] | None:
