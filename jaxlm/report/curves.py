@@ -40,14 +40,15 @@ class Run:
         return [row for row in self.rows if row["kind"] == kind]
 
 
-def load_runs(folders: Iterable[Path | str]) -> list[Run]:
-    """Reads run folders.
+def load_runs(folders: Path | str | Iterable[Path | str]) -> list[Run]:
+    """Reads one run folder or several.
 
     Raises:
       ValueError: if no folder is given, a folder has no metrics, or a file (named)
         cannot be parsed.
     """
-    paths = [Path(folder) for folder in folders]
+    several = not isinstance(folders, str | Path)
+    paths = [Path(folder) for folder in (folders if several else [folders])]
     if not paths:
         raise ValueError("no run folder was given: name at least one")
     names = _distinct_names([path.resolve() for path in paths])
@@ -199,36 +200,38 @@ def figures(run: Run) -> dict[str, str]:
     trains, evals = run.of_kind("train"), run.of_kind("eval")
     train, held_out = final_losses(run)
     shape, params = _model(run)
-    table = {"Model": shape, "Parameters": params}
     train_config = run.config.get("train")
     steps = train_config.get("steps") if isinstance(train_config, dict) else None
     done = str(run.rows[-1]["step"]) if run.rows else "0"
-    table["Steps"] = f"{done} of {steps}" if steps is not None else done
-    table["Tokens seen"] = _or_empty(format_count, _last(trains, "tokens"))
-    table["Time"] = _or_empty(format_seconds, _last(trains, "wall_s"))
-    table[f"Train loss (mean of the last {LAST_ROWS} rows)"] = (
-        "" if train is None else _number(train)
-    )
-    table["Held-out loss"] = "" if held_out is None else _number(held_out)
-    losses = column(evals, "loss")
+    losses, lowest = column(evals, "loss"), ""
     if np.isfinite(losses).any():
         best = int(np.nanargmin(np.where(np.isfinite(losses), losses, np.nan)))
-        where = evals[best]["step"]
-        table["Lowest held-out loss"] = f"{_number(losses[best])} at step {where}"
-    else:
-        table["Lowest held-out loss"] = ""
-    table["Bits per byte"] = _or_empty(_number, _last(evals, "bits_per_byte"))
-    table["Tokens per second (median)"] = _or_empty(
-        format_count, _median(trains, "tokens_per_s")
-    )
-    share = _median(trains, "mfu")
-    table["MFU (median)"] = f"{100 * share:.1f} %" if math.isfinite(share) else ""
+        lowest = f"{_number(losses[best])} at step {evals[best]['step']}"
     waits = np.nansum(column(trains, "data_wait_s"))
     total = np.nansum(column(trains, "step_s"))
-    table["Waiting for data"] = f"{100 * waits / total:.1f} %" if total > 0 else ""
     bad = int((~np.isfinite(column(trains, "loss"))).sum())
-    table["Rows with a non-finite loss"] = str(bad) if bad else ""
-    return table
+    tokens_per_s = _median(trains, "tokens_per_s")
+    return {
+        "Model": shape,
+        "Parameters": params,
+        "Steps": f"{done} of {steps}" if steps is not None else done,
+        "Tokens seen": _or_empty(format_count, _last(trains, "tokens")),
+        "Time": _or_empty(format_seconds, _last(trains, "wall_s")),
+        f"Train loss (mean of the last {LAST_ROWS} rows)": (
+            "" if train is None else _number(train)
+        ),
+        "Held-out loss": "" if held_out is None else _number(held_out),
+        "Lowest held-out loss": lowest,
+        "Bits per byte": _or_empty(_number, _last(evals, "bits_per_byte")),
+        "Tokens per second (median)": _or_empty(format_count, tokens_per_s),
+        "MFU (median)": _or_empty(_percent, _median(trains, "mfu")),
+        "Waiting for data": _percent(waits / total) if total > 0 else "",
+        "Rows with a non-finite loss": str(bad) if bad else "",
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _or_empty(form: Any, value: float) -> str:

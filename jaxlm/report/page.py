@@ -39,14 +39,12 @@ CURVES = {
 }
 
 
-def write_report(runs: Iterable[Path | str], out: Path | str) -> Path:
+def write_report(runs: Path | str | Iterable[Path | str], out: Path | str) -> Path:
     """Writes the report of `runs` (folders) to the file `out`, and returns its path.
 
     Raises:
       ValueError: if a folder has no metrics, or a file cannot be parsed.
     """
-    if isinstance(runs, str | Path):
-        runs = [runs]
     loaded = load_runs(runs)
     names = ", ".join(run.name for run in loaded)
     tables = [figures(run) for run in loaded]

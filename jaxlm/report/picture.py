@@ -40,7 +40,7 @@ def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> P
     Raises:
       ValueError: if a folder has no metrics, or a file cannot be parsed.
     """
-    figure = draw_losses(load_runs([runs] if isinstance(runs, str | Path) else runs))
+    figure = draw_losses(load_runs(runs))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:

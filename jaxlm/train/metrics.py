@@ -5,6 +5,7 @@ exactly. NaN and infinities are written as the strings "nan", "inf" and "-inf", 
 each line is valid JSON.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -117,7 +118,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return [row for _, row in _parse(path.read_bytes(), path)]
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Appends rows to `metrics.jsonl` in a run folder. Only one may be open per run.
 
     Each row is a single write, so a killed process loses no earlier row and leaves at
@@ -224,13 +225,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the file; no more rows can be written."""
-        if not self._file.closed:
-            self._file.close()
+        self._file.close()
         if self._board is not None:
             self._board.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, *_exception: object) -> None:
         self.close()

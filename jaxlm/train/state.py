@@ -42,11 +42,7 @@ def init_state(
 
 def state_from(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Makes a state at step 0 with these parameters (f32), sharded as they are."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=jax.jit(optimizer.init)(params),
-    )
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
 def abstract_state(
@@ -79,8 +75,4 @@ def _build(config, optimizer, key, mesh) -> TrainState:
     params = init(config, key)
     shardings = parameter_shardings(params, mesh)
     params = jax.tree.map(jax.sharding.reshard, params, shardings)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-    )
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -5,6 +5,7 @@ al. 2022, appendix B): the FLOPs that the model needs, divided by those that the
 could do at peak in the same time. Recomputation does not count.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -78,16 +79,12 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     Raises:
       ValueError: if model.vocab_size is 0.
     """
-    spans = [
-        min(sequence_length, config.window)
-        if kind == "local" and config.window is not None
-        else sequence_length
-        for kind in (
-            config.layer_pattern[i % len(config.layer_pattern)]
-            for i in range(config.num_layers)
-        )
-    ]
-    attention = 12 * config.num_heads * config.head_dim * sum(spans)
+    # Only local layers have a window.
+    spans = {"global": sequence_length}
+    spans["local"] = min(sequence_length, config.window or sequence_length)
+    kinds = itertools.islice(itertools.cycle(config.layer_pattern), config.num_layers)
+    span = sum(spans[kind] for kind in kinds)
+    attention = 12 * config.num_heads * config.head_dim * span
     return 6 * matrix_params(config) + attention
 
 
