@@ -303,16 +303,12 @@ def _blocks(
     return size, last[-1], block
 
 
-def _padded(x: Array, rows: int) -> Array:
-    """Pads x, because the last block may reach beyond the last row."""
-    return jnp.pad(x, ((0, rows), (0, 0)))
-
-
 # Jitted, so that outside of a jit the loop is not compiled again for each layer.
 @partial(jax.jit, static_argnames="axis")
 def _block_rows(x, w, sizes, axis):
     size, count, block = _blocks(sizes, len(x))
-    x = _padded(x, size)
+    # The last block may reach beyond the last row.
+    x = jnp.pad(x, ((0, size), (0, 0)))
 
     def one(i, y):
         group, first, _ = block(i)
@@ -334,7 +330,7 @@ def _block_rows(x, w, sizes, axis):
 @jax.jit
 def _block_matrices(x, g, sizes):
     size, count, block = _blocks(sizes, len(x))
-    x, g = _padded(x, size), _padded(g, size)
+    x, g = (jnp.pad(a, ((0, size), (0, 0))) for a in (x, g))
 
     def two(rows: Array) -> Array:
         """Splits the rows: XLA:CPU is fast in bfloat16 with two contracted axes."""

@@ -27,10 +27,8 @@ def target() -> tuple[str, str]:
 
 def _auto_mesh() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    return any(
-        kind == AxisType.Auto and size > 1
-        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    )
+    axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind == AxisType.Auto and size > 1 for kind, size in axes)
 
 
 @dataclass(frozen=True)

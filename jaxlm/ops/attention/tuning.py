@@ -122,9 +122,8 @@ def _tune_one(name: str, q, k, v, spec: AttentionSpec) -> Iterator[str]:
         candidates = list(itertools.product(group.values, repeat=len(group.fields)))
         times = {}
         for count, values in enumerate(candidates, 1):
-            settings = dataclasses.replace(
-                best, **dict(zip(group.fields, values, strict=True))
-            )
+            fields = dict(zip(group.fields, values, strict=True))
+            settings = dataclasses.replace(best, **fields)
             label = ", ".join(map("{} {}".format, group.fields, values))
             label = f"{name} {group.workload} [{count}/{len(candidates)}] {label}"
             try:

@@ -26,21 +26,19 @@ MAX_BLOCKS = 509 * 509
 
 def declines(request: Request) -> str | None:
     """Returns why splash attention cannot run the request; None: it can."""
-    T, S = request.num_queries, request.num_keys
+    T, S, H = request.num_queries, request.num_keys, request.head_dim
     mask = request.spec.mask
-    if request.platform != "tpu":
-        return "needs a TPU"
-    if request.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"no {request.dtype}"
-    if request.lse:
-        return "no log-sum-exp with a gradient"
-    if mask.query_positions is not None:
-        return "no query positions"
-    if T % LANES or S % LANES:
-        return f"lengths must be multiples of {LANES}"
-    if request.head_dim > 2 * WIDE:
-        return f"head_dim {request.head_dim} is over {2 * WIDE}"
-    rows, columns = (_block(n, request.head_dim) for n in (T, S))
+    for applies, reason in (
+        (request.platform != "tpu", "needs a TPU"),
+        (request.dtype not in (jnp.bfloat16, jnp.float32), f"no {request.dtype}"),
+        (request.lse, "no log-sum-exp with a gradient"),
+        (mask.query_positions is not None, "no query positions"),
+        (T % LANES or S % LANES, f"lengths must be multiples of {LANES}"),
+        (H > 2 * WIDE, f"head_dim {H} is over {2 * WIDE}"),
+    ):
+        if applies:
+            return reason
+    rows, columns = (_block(n, H) for n in (T, S))
     if (T // rows) * (S // columns) > MAX_BLOCKS:
         return f"too many blocks at lengths {T} and {S}"
     # The kernel would divide by an empty sum.

@@ -55,6 +55,9 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
     if spec.sinks is not None:
         inputs["sinks"] = spec.sinks.astype(jnp.float32)
         in_specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
+    rows = grid.block_queries
+    # Splits are rounded only after they are merged.
+    dtype = jnp.float32 if splits > 1 else q.dtype
     z, lse = run_kernel(
         partial(_forward_kernel, spec),
         table,
@@ -62,25 +65,14 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
         in_specs,
         grid=(B * splits, N, grid.query_blocks, limits.keys),
         out_specs=(
-            pl.BlockSpec(
-                (1, 1, grid.block_queries, H), lambda b, n, i, *_: (b, n, i, 0)
-            ),
-            pl.BlockSpec(
-                (1, 1, 1, grid.block_queries), lambda b, n, i, *_: (b, n, 0, i)
-            ),
+            pl.BlockSpec((1, 1, rows, H), lambda b, n, i, *_: (b, n, i, 0)),
+            pl.BlockSpec((1, 1, 1, rows), lambda b, n, i, *_: (b, n, 0, i)),
         ),
         out_shape=(
-            # Splits are rounded only after they are merged.
-            jax.ShapeDtypeStruct(
-                (B * splits, N, T, H), jnp.float32 if splits > 1 else q.dtype
-            ),
+            jax.ShapeDtypeStruct((B * splits, N, T, H), dtype),
             jax.ShapeDtypeStruct((B * splits, N, 1, T), jnp.float32),
         ),
-        scratch=[
-            (grid.block_queries, LANES),
-            (grid.block_queries, LANES),
-            (grid.block_queries, H),
-        ],
+        scratch=[(rows, width) for width in (LANES, LANES, H)],
         matmuls=2 * limits.pairs,
         settings=settings,
     )
