@@ -146,16 +146,14 @@ def _row(cells: Sequence[str], tag: str = "td", mark: bool = False) -> str:
 
 def _tiles(table: dict[str, str]) -> str:
     """Renders the most important figures as tiles in large type."""
-    tiles = []
-    for label in ("Held-out loss", "Train loss", "Bits per byte", "Parameters"):
-        value = next((v for k, v in table.items() if k.startswith(label)), "")
-        tiles.append((label, value.removesuffix(" in matmuls")))
-    tiles += [(label, table[label]) for label in ("Tokens seen", "Time")]
-    return "".join(
-        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>\n"
-        for label, value in tiles
-        if value
-    )
+    tiles = ""
+    labels = ("Held-out loss", "Train loss", "Bits per byte", "Parameters")
+    for label in (*labels, "Tokens seen", "Time"):
+        value = next(v for k, v in table.items() if k.startswith(label))
+        value = html.escape(value.removesuffix(" in matmuls"))
+        if value:
+            tiles += f"<div><dt>{label}</dt><dd>{value}</dd></div>\n"
+    return tiles
 
 
 def _figures_table(runs: Sequence[Run], tables: Sequence[dict[str, str]]) -> str:

@@ -153,7 +153,10 @@ def _add_legend(axes: "Axes", runs: Sequence[Run]) -> int:
 
     train = {"linewidth": 2.2}
     held_out = {"linewidth": 1.2, "marker": "o", "markerfacecolor": "white"}
-    last = [[_format_loss(loss) for loss in final_losses(run)] for run in runs]
+    last = [
+        ["-" if loss is None else f"{loss:.3f}" for loss in final_losses(run)]
+        for run in runs
+    ]
     if len(runs) == 1:
         entries = [
             (f"train {last[0][0]}", {"color": COLORS[0], **train}),
@@ -186,10 +189,6 @@ def _add_legend(axes: "Axes", runs: Sequence[Run]) -> int:
     for text in (legend.get_title(), *legend.get_texts()):
         text.set_parse_math(False)  # names may contain dollar signs
     return 1 if len(runs) == 1 else len(entries)
-
-
-def _format_loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
 
 
 def _drawable(text: str, length: int) -> str:
