@@ -35,7 +35,7 @@ from jaxlm.ops.attention.gpu.warpgroup import (
     pad_to_tiles,
     spread,
 )
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
+from jaxlm.ops.attention.spec import AttentionSpec, Tokens
 
 MAX_QUERIES = 8
 MULTIPROCESSORS = 132
@@ -243,11 +243,7 @@ class _DecodeProgram:
             pl.when(index + slots < count)(partial(fetch, index + slots, slot))
             return carry
 
-        init = (
-            warpgroup.full((ROWS,), MASKED),
-            warpgroup.full((ROWS,), 0.0),
-            warpgroup.full((ROWS, H), 0.0),
-        )
+        init = warpgroup.softmax_start(ROWS, H)
         m, l, acc = lax.fori_loop(0, count, step, init)
         factor, row_lse = online_softmax.finish(m, l)
         acc = acc * spread(factor, acc.shape, 0)

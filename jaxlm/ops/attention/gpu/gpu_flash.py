@@ -110,12 +110,7 @@ def _forward_program(run: Program) -> None:
         acc = acc * spread(alpha, acc.shape, 0)
         return m_new, l, run.warpgroup.accumulate(acc, p, run.tile("v", slot))
 
-    row = (run.kernel.resident.block,)
-    start = (
-        run.warpgroup.full(row, MASKED),
-        run.warpgroup.full(row, 0.0),
-        run.zeros("z"),
-    )
+    start = run.warpgroup.softmax_start(*run.tile("q").shape)
     m, l, acc = run.stream(attend, start)
     sink = run.ins["sinks"][run.head] if "sinks" in run.ins else None
     factor, lse = online_softmax.finish(m, l, sink)

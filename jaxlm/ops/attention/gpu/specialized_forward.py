@@ -30,7 +30,7 @@ from jaxlm.ops.attention.gpu.warpgroup import (
     pad_to_tiles,
     spread,
 )
-from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
+from jaxlm.ops.attention.spec import AttentionSpec, Tokens
 
 # Number of consumer warpgroups.
 CONSUMERS = 2
@@ -210,11 +210,7 @@ class _SpecializedProgram:
         # The second consumer is half a step behind the first.
         pl.when(consumer == 1)(take_turn)
         step = partial(self._step, memory, table, consumer, start, take_turn)
-        init = (
-            warpgroup.full((ROWS,), MASKED),
-            warpgroup.full((ROWS,), 0.0),
-            warpgroup.full((ROWS, H), 0.0),
-        )
+        init = warpgroup.softmax_start(ROWS, H)
         m, l, acc = lax.fori_loop(0, table.count, step, init)
         pl.when(consumer == 0)(take_turn)
 

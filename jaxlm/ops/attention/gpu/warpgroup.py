@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from jaxlm.ops.attention.spec import Mask
+from jaxlm.ops.attention.spec import MASKED, Mask
 
 # Accumulators of matrix instructions, in registers.
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -90,6 +90,11 @@ class Warpgroup:
         x = jnp.full(shape, value, jnp.float32)
         layout = plgpu.Layout.WGMMA
         return self._layout_cast(x, layout.reduce(1) if len(shape) == 1 else layout)
+
+    def softmax_start(self, rows: int, H: int) -> tuple[Any, Any, Any]:
+        """Returns m, l and acc of the online softmax before the first block."""
+        m, l = self.full((rows,), MASKED), self.full((rows,), 0.0)
+        return m, l, self.full((rows, H), 0.0)
 
     def iota(self, start: Any, shape: tuple[int, int], axis: int) -> Any:
         """Returns start, start + 1, ... along an axis of a matrix, int32."""
