@@ -131,7 +131,7 @@ def generate(
         if np.isnan(logprobs).any():
             raise ValueError(
                 "the model's logits are not finite: its parameters hold NaN or "
-                "infinities, or the compute dtype overflows (try --model.dtype float32)"
+                "infinities, or the compute dtype overflows (compute in float32)"
             )
         chunks.append((new, inside, logprobs))
         stopped = on_tokens is not None and on_tokens(new, inside) is True
