@@ -6,7 +6,7 @@ letters of shapes.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
@@ -43,8 +43,6 @@ class Context:
     """Index of each token in the cache; None without a cache."""
     lengths: Int[Array, " B"] | None
     """Tokens already in the cache."""
-    taps: tuple[Tap, ...] = field(default=(), metadata={"static": True})
-    """Sites inside the layers to read."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +67,18 @@ def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward on the residual stream."""
+    """Attention and feed-forward on the residual stream; returns its tapped sites."""
 
     config: ModelConfig
     kind: LayerKind
+    taps: tuple[Tap, ...] = ()
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array]]:
         """Returns the new residual stream, the new cache, and the tapped sites."""
-        config, probe = self.config, Probe(context.taps)
+        config, probe = self.config, Probe(self.taps)
         pre_norm = config.norm_placement in ("pre", "both")
         output_norm = config.norm_placement in ("output", "both")
         post_norm = config.norm_placement == "post"

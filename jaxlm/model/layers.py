@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, LayerKind, layer_kinds
 from jaxlm.model.kv_cache import LayerCache
-from jaxlm.ops.probe import Recorder
+from jaxlm.ops.probe import Recorder, Tap
 from jaxlm.types import Params
 
 Caches = LayerCache | tuple[LayerCache, ...] | None
@@ -53,7 +53,8 @@ def run_layers(
       The residual stream, the new caches, and the recorder with the tapped values.
     """
     stacked = not isinstance(layers, tuple)
-    blocks = [_block(config, kind, stacked) for kind in layer_kinds(config)]
+    kinds = layer_kinds(config)
+    blocks = [_block(config, kind, recorder.taps, stacked) for kind in kinds]
     period, depth = len(blocks), config.num_layers
 
     def group(carry, first, size):
@@ -78,14 +79,16 @@ def run_layers(
     return carry
 
 
-def _block(config: ModelConfig, kind: LayerKind, scanned: bool) -> Callable[..., Any]:
+def _block(
+    config: ModelConfig, kind: LayerKind, taps: tuple[Tap, ...], scanned: bool
+) -> Callable[..., Any]:
     """Returns `(layers, number, x, context, cache) -> (x, cache, tapped values)`.
 
     `layers` is the stack, or one layer when `number` is None. The layer is sliced out
     of the stack inside the checkpoint, so the backward pass slices it again and keeps
     no copy of the weights.
     """
-    apply: Callable[..., Any] = Block(config, kind, parent=None).apply
+    apply: Callable[..., Any] = Block(config, kind, taps, parent=None).apply
 
     def block(layers, number, x, context, cache):
         params = layers if number is None else _take(layers, number)

@@ -15,7 +15,8 @@ def rotations(
     """Returns cos and sin for global and for local layers; None, None without RoPE."""
     if config.position != "rope":
         return None, None
-    rotation = rope.rotation(positions, *_frequencies(config, positions))
+    frequencies, factor = _frequencies(config, positions)
+    rotation = rope.rotation(positions, frequencies, factor)
     if config.rope_local_theta is None:
         return rotation, rotation
     local = rope.frequencies(config.rotary_dim, config.rope_local_theta)

@@ -12,17 +12,18 @@ from operator import add
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Context, LayerKind, attention_spec, layer_kinds
 from jaxlm.model.layers import Caches
+from jaxlm.model.params import sizes
 from jaxlm.ops.attention.reference import attention_scores
 from jaxlm.ops.layout import reshape
-from jaxlm.ops.linear import einsum
+from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import route
 from jaxlm.ops.norm import divisor
-from jaxlm.ops.probe import SITES, Tap
+from jaxlm.ops.probe import SITES, Recorder, Tap, check_taps
 from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params, Trace
 
@@ -92,22 +93,44 @@ def recorded_taps(config: ModelConfig, taps: Sequence[Tap]) -> tuple[Tap, ...]:
     )
 
 
+def empty_recorder(
+    config: ModelConfig, tokens: Int[Array, "B T"], taps: Sequence[Tap]
+) -> Recorder:
+    """Returns a recorder with empty slots for what these taps need from the layers.
+
+    Raises:
+      ValueError: for taps that this model cannot have.
+    """
+    check_taps(taps, config.num_layers, absent_sites(config))
+    B, T = tokens.shape
+    return Recorder.empty(
+        recorded_taps(config, taps),
+        config.num_layers,
+        {**sizes(config), "B": B, "T": T},
+        compute_dtype(config.dtype),
+        activation_spec,
+    )
+
+
 def complete(
     config: ModelConfig,
     params: Params,
     taps: Sequence[Tap],
-    recorded: Mapping[str, Array],
+    recorder: Recorder,
+    outside: Mapping[str, Array],
     context: Context,
     caches: Caches,
 ) -> Trace:
     """Returns the trace of all taps.
 
     Args:
-      recorded: recorded sites; `context.taps` has the layers of each.
+      recorder: has the recorded sites inside the layers.
+      outside: recorded sites outside the layers.
       caches: of all layers, after the pass; None without a cache.
     """
     every_layer = tuple(range(config.num_layers))
-    layers_of = {tap.site: tap.layers or every_layer for tap in context.taps}
+    layers_of = {tap.site: tap.layers or every_layer for tap in recorder.taps}
+    recorded = recorder.read()
 
     def at(site: str, layers: Sequence[int]) -> Array:
         """Returns a recorded site at these layers, in this order."""
@@ -119,10 +142,13 @@ def complete(
     trace = {}
     for tap in taps:
         site, layers = tap.site, tap.layers or every_layer
-        if SITES[site].derived:
+        if site in outside:
+            trace[site] = outside[site]
+        elif SITES[site].outside_layers:  # derived from the last layer
+            last = every_layer[-1:]
+            trace[site] = _derive(config, params, site, last, at, context, caches)[0]
+        elif SITES[site].derived:
             trace[site] = _derive(config, params, site, layers, at, context, caches)
-        elif SITES[site].outside_layers:
-            trace[site] = recorded[site]
         else:
             trace[site] = at(site, layers)
     return trace
@@ -137,11 +163,9 @@ def _derive(
     context: Context,
     caches: Caches,
 ) -> Array:
-    if site == "final_norm_div":
-        last = at("resid_post", (config.num_layers - 1,))[0]
-        return divisor(last, config.norm_epsilon, config.norm)
+    """Computes a derived site at these layers."""
     values = [at(source, layers) for source in sources(config, site)]
-    if site in ("attn_norm_div", "mlp_norm_div"):
+    if site.endswith("_norm_div"):
         return divisor(reduce(add, values), config.norm_epsilon, config.norm)
     if site in ("expert_ids", "expert_weights"):
         weights, ids = route(

@@ -20,10 +20,10 @@ from jaxlm.model import trace
 from jaxlm.model.block import Context, Norm
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
-from jaxlm.model.params import param, sizes
+from jaxlm.model.params import param
 from jaxlm.model.positions import rotations
 from jaxlm.ops.linear import compute_dtype, einsum
-from jaxlm.ops.probe import Probe, Recorder, Tap, check_taps
+from jaxlm.ops.probe import Probe, Tap
 from jaxlm.ops.rope import sinusoids
 from jaxlm.sharding.rules import activation_spec, reshard
 from jaxlm.types import Params
@@ -77,8 +77,8 @@ def forward(
       ValueError: for taps that do not exist, or segments with a cache.
     """
     tokens = jnp.asarray(tokens)
-    positions, context = _context(config, tokens, positions, segment_ids, cache, taps)
-    probe, recorder = Probe(taps), _recorder(config, tokens, context.taps)
+    positions, context = _context(config, tokens, positions, segment_ids, cache)
+    probe, recorder = Probe(taps), trace.empty_recorder(config, tokens, taps)
 
     embed: Callable[..., Any] = Embedder(config, parent=None).apply
     x = embed({"params": params["embed"]}, tokens, positions, probe)
@@ -92,8 +92,9 @@ def forward(
     x = probe("final_norm", x)
     logits = probe("logits", unembed(config, params, x)) if head else None
 
-    recorded = {**recorder.read(), **probe.values}
-    tapped = trace.complete(config, params, taps, recorded, context, caches)
+    tapped = trace.complete(
+        config, params, taps, recorder, probe.values, context, caches
+    )
     if cache is not None:
         assert caches is not None
         cache = Cache(layers=caches, lengths=cache.lengths + tokens.shape[1])
@@ -148,12 +149,10 @@ def _context(
     positions: Int[Array, "B T"] | None,
     segment_ids: Int[Array, "B T"] | None,
     cache: Cache | None,
-    taps: Sequence[Tap],
 ) -> tuple[Int[Array, "B T"], Context]:
     """Returns the positions of the tokens, and what the layers share."""
     if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids: a cache holds one text in each row")
-    check_taps(taps, config.num_layers, trace.absent_sites(config))
     query_positions, lengths = None, None
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     default: Array = jnp.broadcast_to(index, tokens.shape)
@@ -162,22 +161,7 @@ def _context(
         default = query_positions = lengths[:, None] + index
     if positions is None:
         positions = default
-    recorded = trace.recorded_taps(config, taps)
     rotation, local_rotation = rotations(config, positions)
     return positions, Context(
-        rotation, local_rotation, segment_ids, query_positions, lengths, recorded
-    )
-
-
-def _recorder(
-    config: ModelConfig, tokens: Int[Array, "B T"], taps: Sequence[Tap]
-) -> Recorder:
-    """Returns empty slots for the recorded sites inside the layers."""
-    B, T = tokens.shape
-    return Recorder.empty(
-        taps,
-        config.num_layers,
-        {**sizes(config), "B": B, "T": T},
-        compute_dtype(config.dtype),
-        activation_spec,
+        rotation, local_rotation, segment_ids, query_positions, lengths
     )
