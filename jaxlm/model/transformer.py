@@ -74,8 +74,11 @@ def forward(
         only and call `unembed` themselves.
 
     Raises:
-      ValueError: for taps that do not exist, or segments with a cache.
+      ValueError: for taps that do not exist, `logits` with `head=False`, or segments
+        with a cache.
     """
+    if not head and any(tap.site == "logits" for tap in taps):
+        raise ValueError("site 'logits' cannot be tapped with head=False")
     tokens = jnp.asarray(tokens)
     positions, context = _context(config, tokens, positions, segment_ids, cache)
     probe, recorder = Probe(taps), trace.empty_recorder(config, tokens, taps)

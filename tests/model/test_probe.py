@@ -192,6 +192,12 @@ def test_the_output_is_the_last_sites():
     np.testing.assert_allclose(ours, logits, atol=1e-4)
 
 
+def test_logits_without_the_head_are_an_error():
+    config, params = model("plain")
+    with pytest.raises(ValueError, match="'logits' cannot be tapped with head=False"):
+        forward(config, params, ids(B, T), taps=(Tap("logits"),), head=False)
+
+
 SELECTION = (
     Tap("resid_post", layers=(4, 0, 3)),
     Tap("attn_probs", layers=(2,)),
