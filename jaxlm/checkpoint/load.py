@@ -82,7 +82,7 @@ def download(name: str) -> Path:
             name, allow_patterns=list(_HUB_FILES)
         )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{HUB}{name} cannot be downloaded ({reason}): is there a network, is the "
             "name right, and do you have access to the model?"
@@ -109,12 +109,12 @@ def load(
     Raises:
       ValueError: as `open_checkpoint` and `Checkpoint.params`.
     """
-    if isinstance(path, str | Path):
-        path = open_checkpoint(path, report=report)
-    params = path.params(dtype=dtype, shardings=shardings)
-    if line := certificate.summary(path):
+    opened = isinstance(path, Checkpoint)
+    checkpoint = path if opened else open_checkpoint(path, report=report)
+    params = checkpoint.params(dtype=dtype, shardings=shardings)
+    if line := certificate.summary(checkpoint):
         report(line)
-    return path.config, params
+    return checkpoint.config, params
 
 
 def load_tokenizer(

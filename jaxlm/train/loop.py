@@ -77,7 +77,7 @@ def fit(
         log.add(step, metrics)
         last = step == train.steps
 
-        # Read the metrics. Only here does the host wait for the device.
+        # Read the metrics, for which the host waits for the device.
         requested = stop.exit_code()
         save = last or requested is not None or _due(step, train.checkpoint_every)
         minutes = (time.monotonic() - saved_at) / 60

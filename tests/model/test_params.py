@@ -105,8 +105,11 @@ def test_spread_of_random_values(kind):
     wanted = {
         "embed/table": 0.05,
         "layers/attn/q": 0.05 if fixed else 128**-0.5,
+        "layers/attn/k": 0.05 if fixed else 128**-0.5,
+        "layers/attn/v": 0.05 if fixed else 128**-0.5,
         "layers/attn/o": (0.05 if fixed else (6 * 32) ** -0.5) * residual,
         "layers/mlp/gate": 0.05 if fixed else 128**-0.5,
+        "layers/mlp/up": 0.05 if fixed else 128**-0.5,
         "layers/mlp/down": (0.05 if fixed else 256**-0.5) * residual,
         "lm_head/kernel": 0.05 if fixed else 0.0,
     }
@@ -114,6 +117,24 @@ def test_spread_of_random_values(kind):
         # More than 20,000 values: the spread is within 2 % of the truth.
         assert np.std(params[path]) == pytest.approx(std, rel=0.02), path
     assert (params["layers/attn_norm/scale"] == 1).all()
+
+
+def test_a_seed_gives_the_same_values_in_every_version():
+    """The last two of each weight, as the code before the table made them."""
+    config = small(attention_bias=True, tied_embeddings=False)
+    params = tree.flatten(init(config, jax.random.key(0)))
+    wanted = {
+        "embed/table": [0.0164399, 0.00658871],
+        "layers/attn/q": [-0.00456022, 0.0205446],
+        "layers/attn/v": [0.0122617, 0.0206643],
+        "layers/attn/o": [0.00624162, -0.0164516],
+        "layers/mlp/gate": [0.0334979, -0.0138719],
+        "layers/mlp/down": [-0.00216296, 0.010502],
+        "lm_head/kernel": [-0.00988263, -0.00869676],
+    }
+    for path, values in wanted.items():
+        found = np.ravel(params[path])[-2:]
+        np.testing.assert_allclose(found, values, rtol=1e-5, err_msg=path)
 
 
 def test_random_values_depend_on_seed_layer_and_path_only():
