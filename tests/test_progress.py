@@ -1,18 +1,14 @@
 """Progress of long work on terminals and in logs."""
 
-import fcntl
 import io
 import math
 import os
-import pty
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
-import pyte
 import pytest
+from terminal_case import Terminal
 
 import jaxlm.progress
 from jaxlm.progress import ProgressLine, format_count, format_row, format_seconds
@@ -55,33 +51,13 @@ ROW = {
 FIGURES = "lr 1.0e-03 1.0k tok/s wait 0% eta 0:00"
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def on_terminal(program: str, *, columns: int = 80, **environment: str):
-    """Returns the final screen (30 rows) of a program, and all bytes that it wrote."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", **environment}
+    """Returns the lines on the terminal of a program, and all bytes that it wrote."""
     command = [sys.executable, "-c", program]
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    with subprocess.Popen(command, env=environment, **streams) as child:
-        os.close(theirs)
-        written = b""
-        try:
-            while data := os.read(ours, 65536):
-                written += data
-        except OSError:  # A pty raises it when the other side is closed.
-            pass
-    os.close(ours)
-    assert child.returncode == 0, written.decode()
-    screen = pyte.Screen(columns, 30)
-    pyte.ByteStream(screen).feed(written)
-    assert not screen.cursor.hidden
-    return [line.rstrip() for line in screen.display[: screen.cursor.y]], written
+    with Terminal(command, columns=columns, environment=environment) as terminal:
+        assert terminal.wait() == 0, terminal.lines()
+        assert not terminal.cursor_is_hidden
+        return terminal.lines(), terminal.written
 
 
 @pytest.mark.parametrize("columns", [100, 50])
