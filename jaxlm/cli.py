@@ -15,7 +15,8 @@ from jaxlm.train.stopping import EXIT_INTERRUPTED, EXIT_USAGE
 # `main(arguments, prog)` that returns an exit code.
 VERBS = {
     "train": "Train a language model: from a config to a run folder",
-    "sample": "Continue a text with a trained model, or hold a conversation with it",
+    "sample": "Continue a text with a trained model",
+    "chat": "Hold a conversation with a model that was trained to chat",
     "convert": "Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF",
     "verify": "Compare a model with an independent implementation, and with itself",
     "report": "Plot one run, or compare several: an HTML page and a PNG",

@@ -117,6 +117,7 @@ TRAINING = {"grain", "optax", "jaxlm.data", "jaxlm.train.loop"}
     "verb, left_out",
     [
         ("sample", {"jaxlm.verify", "jaxlm.data", "jaxlm.train.loop", *DRAWING}),
+        ("chat", {"jax", "prompt_toolkit", "jaxlm.infer"}),
         ("convert", {"jaxlm.verify", "jaxlm.data", "jaxlm.infer", *DRAWING}),
         ("verify", {"jaxlm.train.loop", *DRAWING}),
         ("report", {"orbax", "sentencepiece", "jaxlm.data"}),

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.gguf.gguf_model import GGUFCheckpoint
 from jaxlm.checkpoint.hf import hf_folder
@@ -11,6 +13,7 @@ from jaxlm.checkpoint.hf.hf_folder import HFCheckpoint
 from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
 from jaxlm.config import ModelConfig
+from jaxlm.model.params import init, parameter_shardings
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
@@ -115,6 +118,18 @@ def load(
     if line := certificate.summary(checkpoint):
         report(line)
     return checkpoint.config, params
+
+
+def load_onto_mesh(checkpoint: Checkpoint) -> Params:
+    """Reads the parameters directly onto the devices of the current mesh.
+
+    Raises:
+      ValueError: as `Checkpoint.params`.
+    """
+    shapes = jax.eval_shape(lambda: init(checkpoint.config, jax.random.key(0)))
+    shardings = parameter_shardings(shapes, jax.sharding.get_mesh())
+    _, params = load(checkpoint, shardings=shardings)
+    return params
 
 
 def load_tokenizer(

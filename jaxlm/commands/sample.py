@@ -1,8 +1,6 @@
-"""Continue a text with a trained model, or hold a conversation with it."""
+"""Continue a text with a trained model."""
 
 import dataclasses
-import logging
-import math
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,21 +12,18 @@ import numpy as np
 import tyro
 from jaxtyping import Bool, Int
 
-from jaxlm.checkpoint.load import load, open_checkpoint
-from jaxlm.checkpoint.native.run_folder import find_runs
+from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
+from jaxlm.checkpoint.native.run_folder import newest_run
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.commands.process import log_paused, use_compile_cache
+from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
 from jaxlm.flags import fail, parse
-from jaxlm.infer.chat import converse
 from jaxlm.infer.generate import Generation, generate
-from jaxlm.model.attention_choice import attention_choices
-from jaxlm.model.params import init, parameter_shardings
-from jaxlm.sharding.mesh import make_mesh
+from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
 
-logger = logging.getLogger(__name__)
+CHAT = "--chat"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +36,7 @@ class Arguments:
     prompt: str = "\n"
     """Text to continue."""
     chat: bool = False
-    """Hold a conversation: read lines until /exit or the end of the input."""
-    system: str | None = None
-    """With --chat, the content of the system message; None sends none."""
+    """Hold a conversation instead, with the flags of `jaxlm chat`."""
     num_samples: int = 1
     """Number of continuations, sampled as one batch."""
     seed: int = 0
@@ -62,6 +55,11 @@ class Arguments:
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """`[CHECKPOINT] [--prompt TEXT | --chat] ...`; returns the exit code."""
+    if CHAT in arguments:
+        from jaxlm.commands import chat
+
+        rest = [argument for argument in arguments if argument != CHAT]
+        return chat.main(rest, f"{prog} {CHAT}")
     chosen = read_arguments(arguments, prog)
     use_compile_cache()
     sample(open_checkpoint(chosen.run or newest_run()), chosen)
@@ -69,7 +67,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 
 def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
-    """Continues the prompt or holds the conversation, on the devices requested."""
+    """Continues the prompt on the devices requested."""
     model, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if chosen.dtype is not None:
         model = dataclasses.replace(model, dtype=chosen.dtype)
@@ -77,84 +75,17 @@ def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
     if not sample_config.stop_ids:
         sample_config = dataclasses.replace(sample_config, stop_ids=tokenizer.stop_ids)
     key = jax.random.key(chosen.seed)
-    with jax.set_mesh(mesh_of(chosen.mesh)):
-        params = read_params(checkpoint)
-        if not chosen.chat:
-            write_samples(model, params, tokenizer, sample_config, key, chosen)
-            return
-        log_attention(model)
-        with log_paused():
-            converse(
-                model,
-                params,
-                tokenizer,
-                sample_config,
-                key,
-                system=chosen.system,
-            )
+    with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
+        params = load_onto_mesh(checkpoint)
+        write_samples(model, params, tokenizer, sample_config, key, chosen)
 
 
 def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:
-    """Parses the flags; exits with code 2 if they contradict each other."""
+    """Parses the flags; exits with code 2 if one is wrong."""
     chosen = parse(Arguments, arguments, flat=("sample",), prog=prog)
     if chosen.num_samples < 1:
         fail(f"--num-samples is {chosen.num_samples}: it must be at least 1")
-    if chosen.system is not None and not chosen.chat:
-        fail("--system is for conversations: add --chat")
-    default = Arguments()
-    if chosen.chat and (chosen.num_samples, chosen.prompt) != (
-        default.num_samples,
-        default.prompt,
-    ):
-        fail(
-            "--chat reads its prompts from stdin: leave out --prompt and --num-samples"
-        )
     return chosen
-
-
-def newest_run() -> Path:
-    """Returns the run below runs/ that was saved last.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    runs = find_runs()
-    if not runs:
-        raise ValueError(
-            "no run with a checkpoint below runs/: train one with `python train.py` "
-            "(or `jaxlm train`), or name a run folder"
-        )
-    return runs[0]
-
-
-def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
-    """Makes a mesh of as many devices as the flags name.
-
-    Raises:
-      ValueError: if an axis has no size, or there are too few devices.
-    """
-    sizes = dataclasses.asdict(config)
-    if any(size < 1 for size in sizes.values()):
-        raise ValueError(f"mesh {sizes}: give each axis its number of devices")
-    return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
-
-
-def read_params(checkpoint: Checkpoint) -> Params:
-    """Loads the parameters directly onto their devices."""
-    shapes = jax.eval_shape(lambda: init(checkpoint.config, jax.random.key(0)))
-    shardings = parameter_shardings(shapes, jax.sharding.get_mesh())
-    _, params = load(checkpoint, shardings=shardings)
-    return params
-
-
-def log_attention(model: ModelConfig) -> None:
-    """Logs the attention choice before the chat starts, so it doesn't interrupt it."""
-    context = model.context_length
-    for name, num_queries in (("prefill", context), ("decode", 1)):
-        for kind, choice in attention_choices(model, 1, num_queries, context).items():
-            logger.info("attention of %s layers, %s: %s", kind, name, choice)
-            if choice.warning is not None:
-                logger.warning("attention, %s: %s", name, choice.warning)
 
 
 def write_samples(

@@ -1,5 +1,6 @@
 """The device mesh that everything runs in, with one device or many."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -38,3 +39,15 @@ def make_mesh(
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
     )
+
+
+def make_mesh_of_size(config: MeshConfig) -> Mesh:
+    """Makes a mesh of the first devices, as many as the sizes need.
+
+    Raises:
+      ValueError: if an axis has no size, or there are too few devices.
+    """
+    sizes = dataclasses.asdict(config)
+    if any(size < 1 for size in sizes.values()):
+        raise ValueError(f"mesh {sizes}: give each axis its number of devices")
+    return make_mesh(config, jax.devices()[: math.prod(sizes.values())])

@@ -158,6 +158,21 @@ def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:
     )
 
 
+def newest_run() -> Path:
+    """Returns the run below runs/ that was saved last.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    runs = find_runs()
+    if not runs:
+        raise ValueError(
+            "no run with a checkpoint below runs/: train one with `python train.py` "
+            "(or `jaxlm train`), or name a run folder"
+        )
+    return runs[0]
+
+
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
     if not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
         return

@@ -1,4 +1,4 @@
-"""Conversations: a chat template formats the messages, and the model answers.
+"""Messages of a conversation as token ids, formatted by the model's chat template.
 
 Only the template produces special tokens. During rendering, a Unicode noncharacter
 follows every character of a message with which a special token could start. So wherever
@@ -11,25 +11,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import count
 
-import jax
 import jinja2
 import markupsafe
 import numpy as np
-from jaxtyping import Array, Int32, Key
+from jaxtyping import Int32
 
-from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer import chat_template
 from jaxlm.infer.chat_template import (
     MAX_CPU_SECONDS,
     MAX_OUTPUT_BYTES,
     MAX_TEMPLATE_BYTES,
 )
-from jaxlm.infer.generate import generate
-from jaxlm.tokenizers.base import TextStream, Tokenizer
-from jaxlm.types import Params
+from jaxlm.tokenizers.base import Tokenizer
 
 # Wall-clock limit. It also stops a template that sleeps, and leaves a busy machine time
 # to start the process.
@@ -62,7 +56,7 @@ def chat_ids(
       ValueError: if there is no template; if it rejects the messages, fails, or exceeds
         a limit (size, output, time, memory); or if a message is malformed.
     """
-    template = _chat_template(tokenizer)
+    template = template_of(tokenizer)
     for i, message in enumerate(messages):
         if not {"role", "content"} <= message.keys():
             raise ValueError(f"message {i} has no role or no content")
@@ -86,11 +80,12 @@ def chat_ids(
     return ids
 
 
-def _chat_template(tokenizer: Tokenizer) -> str:
+def template_of(tokenizer: Tokenizer) -> str:
+    """Returns the chat template; raises ValueError if there is none."""
     if tokenizer.chat_template is None:
         raise ValueError(
             "this model has no chat template, which formats a conversation: take a "
-            "model that was trained to chat, or continue a text with --prompt"
+            "model that was trained to chat, or continue a text with `jaxlm sample`"
         )
     return tokenizer.chat_template
 
@@ -178,105 +173,3 @@ def _result(child: subprocess.CompletedProcess) -> str:
     if "error" in answer:
         raise ValueError(f"the chat template {answer['error']}")
     return answer["text"]
-
-
-def converse(
-    config: ModelConfig,
-    params: Params,
-    tokenizer: Tokenizer,
-    sample: SampleConfig,
-    key: Key[Array, ""],
-    *,
-    system: str | None = None,
-) -> None:
-    """Holds a conversation: reads lines from stdin, streams answers to stdout.
-
-    It ends at the end of the input, at `/exit`, or when the context is full. Ctrl-C
-    stops an answer; the part already printed stays in the conversation.
-
-    Args:
-      tokenizer: with a chat template.
-      sample: how to sample; its stop ids end an answer.
-      key: a typed PRNG key, folded with the number of the turn.
-      system: content of the system message; None sends none.
-
-    Raises:
-      ValueError: as `chat_ids` and `generate` do.
-    """
-    _chat_template(tokenizer)  # raises before the first line is typed
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for turn in count():
-        line = _next_line()
-        if line is None:
-            return
-        messages.append({"role": "user", "content": line})
-        ids = chat_ids(tokenizer, messages)
-        room = config.context_length - len(ids)
-        if room < 1:
-            _say(
-                f"the conversation has {len(ids)} tokens, and the model's context is "
-                f"{config.context_length}: it ends here"
-            )
-            return
-        limit = min(room, sample.max_new_tokens)
-        answer = _Answer(TextStream(tokenizer))
-        try:
-            result = generate(
-                config,
-                params,
-                [ids],
-                replace(sample, max_new_tokens=limit),
-                jax.random.fold_in(key, turn),
-                num_tokens=tokenizer.vocab_size,
-                on_tokens=answer.feed,
-            )
-            is_cut_off = result.lengths[0] == limit
-        except KeyboardInterrupt:
-            is_cut_off = False
-        messages.append({"role": "assistant", "content": answer.finish()})
-        if is_cut_off and limit == room:
-            _say(
-                f"the model's context of {config.context_length} tokens is full: the "
-                "conversation ends here"
-            )
-            return
-        if is_cut_off:
-            _say(f"stopped after {limit} tokens: --max-new-tokens allows more")
-
-
-class _Answer:
-    """Prints an answer as it arrives, and keeps its text."""
-
-    def __init__(self, stream: TextStream):
-        self._stream = stream
-        self._text = ""
-
-    def feed(self, new, inside) -> None:
-        self._add("".join(self._stream.feed(int(t)) for t in new[0][inside[0]]))
-
-    def finish(self) -> str:
-        self._add(self._stream.finish())
-        print(flush=True)
-        return self._text
-
-    def _add(self, text: str) -> None:
-        self._text += text
-        print(text, end="", flush=True)
-
-
-def _next_line() -> str | None:
-    """The user's next line that is not blank; None at the end of the conversation."""
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return None
-        if line.strip() == "/exit":
-            return None
-        if line.strip():
-            return line
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
