@@ -17,8 +17,10 @@ from jaxlm.model.params import matrix_params
 from jaxlm.progress import format_count, format_seconds
 from jaxlm.train.metrics import read_metrics
 
-# Rows at the end over which the last training loss is averaged.
-LAST_ROWS = 20
+# Points of a curve; longer ones are thinned.
+MAX_POINTS = 2000
+# The smoothing averages over one in so many rows on either side; page.js: the slider.
+SMOOTHING = 50
 
 # A JSON object, as in config.json.
 Json = dict[str, Any]
@@ -142,6 +144,20 @@ def smooth(values: Float[np.ndarray, " n"], half_width: int) -> Float[np.ndarray
     return values
 
 
+def smoothed_loss(
+    losses: Float[np.ndarray, " n"],
+) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """Returns indices and values of the smoothed curve of training losses.
+
+    The picture draws it, the page begins with it, and its end is the last training
+    loss. It is smoothed by 2 % of its length; with fewer than 50 rows not at all.
+    """
+    indices = np.arange(len(losses))
+    if len(losses) > MAX_POINTS:
+        indices, losses = bucket_means(losses, MAX_POINTS // 3)
+    return indices, smooth(losses, len(losses) // SMOOTHING)
+
+
 def flatten(config: Json, prefix: str = "") -> dict[str, str]:
     """Maps the dotted names of a nested config to values as JSON."""
     fields = {}
@@ -160,14 +176,14 @@ def _last(rows: Sequence[Json], name: str) -> float:
 
 
 def final_losses(run: Run) -> tuple[float | None, float | None]:
-    """Returns the last training loss (mean of `LAST_ROWS` rows) and held-out loss.
+    """Returns the last training loss (end of the smoothed curve) and held-out loss.
 
     In nats per token; None if there is no row.
     """
-    losses = column(run.of_kind("train")[-LAST_ROWS:], "loss")
+    _, losses = smoothed_loss(column(run.of_kind("train"), "loss"))
     evals = run.of_kind("eval")
     return (
-        float(losses.mean()) if len(losses) else None,
+        float(losses[-1]) if len(losses) else None,
         _last(evals, "loss") if evals else None,
     )
 
@@ -217,7 +233,7 @@ def figures(run: Run) -> dict[str, str]:
         "Steps": f"{done} of {steps}" if steps is not None else done,
         "Tokens seen": _or_empty(format_count, _last(trains, "tokens")),
         "Time": _or_empty(format_seconds, _last(trains, "wall_s")),
-        f"Train loss (mean of the last {LAST_ROWS} rows)": (
+        "Train loss (end of the smoothed curve)": (
             "" if train is None else _number(train)
         ),
         "Held-out loss": "" if held_out is None else _number(held_out),

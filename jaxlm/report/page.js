@@ -112,8 +112,8 @@ function seriesOf(chart) {
       label: several ? run.name + (chart.curves.length > 1 ? ", " + CURVE_NAMES[name] : "") : CURVE_NAMES[name] };
     if (chart.smooth && !isEval && state.smoothing > 0) {
       const base = curve.mean || curve;
-      const half = Math.ceil(state.smoothing / 1000 * base.y.length);
-      series.smooth = { x: base[state.axis], y: smoothed(base.y, half) };
+      const half = Math.floor(state.smoothing * base.y.length / 1000);
+      if (half) series.smooth = { x: base[state.axis], y: smoothed(base.y, half) };
     }
     found.push(series);
   }));

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlm.report.curves import (
+    MAX_POINTS,
     Json,
     Run,
     bucket_means,
@@ -23,8 +24,7 @@ from jaxlm.report.curves import (
     load_runs,
 )
 
-# Limits: points per curve, samples per run, characters per sample.
-MAX_POINTS = 2000
+# Limits: samples per run, characters per sample.
 MAX_SAMPLES = 200
 MAX_CHARACTERS = 20_000
 

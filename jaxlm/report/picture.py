@@ -1,6 +1,5 @@
 """`loss.png`: plots the losses of one run or several."""
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +9,14 @@ from jaxtyping import Float
 
 from jaxlm.durable import replacing
 from jaxlm.report.curves import (
+    MAX_POINTS,
+    SMOOTHING,
     Run,
-    bucket_means,
     column,
     downsample,
     final_losses,
     load_runs,
-    smooth,
+    smoothed_loss,
 )
 
 if TYPE_CHECKING:
@@ -77,13 +77,11 @@ def _draw_run(axes: "Axes", run: Run, train_color: str, eval_color: str) -> None
         clip_on=False,
         zorder=3,
     )
-    if len(losses) > 10:
-        kept = downsample(losses, 4000)
+    if len(losses) >= SMOOTHING:
+        kept = downsample(losses, 2 * MAX_POINTS)
         _plot(axes, steps[kept], losses[kept], train_color, linewidth=0.8, alpha=0.35)
-        means = smooth(losses, math.ceil(len(losses) / 50))
-        middles, losses = bucket_means(means, 1000)
-        steps = steps[middles]
-    _plot(axes, steps, losses, train_color, linewidth=2.2)
+    indices, means = smoothed_loss(losses)
+    _plot(axes, steps[indices], means, train_color, linewidth=2.2)
     rows = run.of_kind("eval")
     steps, losses = column(rows, "step"), column(rows, "loss")
     style: dict[str, Any] = {}

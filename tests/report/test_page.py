@@ -94,6 +94,8 @@ def test_page_code_is_small(tmp_path):
     run = make_run(tmp_path / "run", [], config=False)
     text, _ = report([run], tmp_path)
     assert len(text.encode()) < 60_000
+    # Text that cannot wrap overflows a narrow window (measured in test_browser.py).
+    assert "nowrap" not in text
 
 
 def test_hostile_text_is_inert(tmp_path):

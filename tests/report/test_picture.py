@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from report_case import make_run
 
-from jaxlm.report.curves import load_runs
+from jaxlm.report.curves import figures, load_runs
 from jaxlm.report.picture import COLORS, MAX_LEGEND_ROWS, draw_loss_png, draw_losses
 
 
@@ -63,11 +63,23 @@ def test_the_curves_of_one_run(tmp_path):
     line = points(axes, COLORS[0], marker=".")
     assert line[:, 0].tolist() == list(range(10, 1001, 10))
     np.testing.assert_allclose(line[:96, 1], losses[:96], rtol=1e-12)  # smoothed
+    assert line[-1, 1] == pytest.approx(2.03)
     assert points(axes, COLORS[1], marker="o").tolist() == [[500, 3.5], [1000, 3.0]]
     assert axes.get_xlim() == (0, 1000)
     low, high = axes.get_ylim()
     assert 1.8 < low < 2.0 and 3.98 < high < 4.2
-    assert words(axes) == ["run", "train 2.190", "held-out 3.000"]
+    assert words(axes) == ["run", "train 2.030", "held-out 3.000"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 49, 50, 2400])
+def test_the_legend_says_where_the_curve_ends(tmp_path, rows):
+    noise = np.random.default_rng(rows).normal(size=rows)
+    run = make_run(tmp_path / "run", 4 - np.linspace(0, 2, rows) + 0.2 * noise)
+    axes = axes_of(run)
+    end = points(axes, COLORS[0], marker=".")[-1, 1]
+    assert words(axes)[1] == f"train {end:.3f}"
+    figure = figures(load_runs([run])[0])["Train loss (end of the smoothed curve)"]
+    assert figure == f"{end:.4f}"
 
 
 def test_a_loss_between_gaps_is_a_dot(tmp_path):
@@ -85,9 +97,9 @@ def test_several_runs_have_a_colour_each(tmp_path):
         assert line.tolist() == [[10, 3.0 + number], [20, 2.0 + number]]
     assert words(axes) == [
         "r0, r1, r2",
-        "r0: train 2.500, held-out -",
-        "r1: train 3.500, held-out -",
-        "r2: train 4.500, held-out -",
+        "r0: train 2.000, held-out -",
+        "r1: train 3.000, held-out -",
+        "r2: train 4.000, held-out -",
         "held-out",
     ]
     assert words(axes_of(*runs))[-2:] == ["and 2 more", "held-out"]
