@@ -1,7 +1,8 @@
 """Generation: prefill the prompts, then decode in a `lax.scan` over a cache.
 
 Prompt lengths, cache lengths and decoding steps are rounded up to a few sizes, so that
-a prompt of another length reuses compiled programs. The engine knows token ids only;
+a prompt of another length reuses compiled programs. A call can go on from the cache of
+an earlier one, and then prefills only what is new. The engine knows token ids only;
 text is left to the caller.
 """
 
@@ -17,8 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.infer.resume import GenerationState
 from jaxlm.infer.sampling import NEVER, draw
-from jaxlm.model.kv_cache import Cache, init_cache, unstack
+from jaxlm.model.kv_cache import Cache, LayerCache, init_cache, unstack
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.linear import compute_dtype
@@ -47,6 +49,10 @@ class Generation:
     """Seconds for decoding, without compiling."""
     compile_s: float
     """Seconds of compiling; 0 if the programs were compiled before."""
+    prefill_tokens: Int[np.ndarray, " B"]
+    """Tokens of each prompt that were prefilled: all that `resume` did not hold."""
+    state: GenerationState | None
+    """What a next call can go on from; None unless `return_state`."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +88,17 @@ def generate(
     num_tokens: int | None = None,
     on_tokens: Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
     | None = None,
+    resume: GenerationState | None = None,
+    return_state: bool = False,
 ) -> Generation:
     """Continues each prompt.
 
     A row's result depends on its prompt, its index in the batch and the key, not on the
     other rows or their lengths.
+
+    With `resume`, each row keeps the longest prefix that its prompt shares with the
+    tokens of that row in the state, and the rest is prefilled. The result is that of a
+    call without it, up to the rounding of sums in another order.
 
     Args:
       params: stacked over layers, as `init` and `load` return them.
@@ -97,26 +109,36 @@ def generate(
         takes `config.vocab_size`.
       on_tokens: called with each chunk of new tokens and a mask of those that belong to
         the text; returning True ends the generation.
+      resume: the state of an earlier call with as many prompts and the same model. Its
+        memory is used for this call, so it cannot be used again.
+      return_state: keep the cache, as `state` of the result.
 
     Raises:
       ValueError: for an empty prompt, an id outside the vocabulary, a prompt that is
-        too long for the context with max_new_tokens, or logits that are not finite.
+        too long for the context with max_new_tokens, logits that are not finite, or a
+        state that was used or belongs to another model or number of prompts.
     """
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
     rows = _checked_rows(config, prompts, sample, num_tokens)
+    if resume is not None:
+        resume.check(config, len(rows))
     lengths = np.array([len(p) for p in rows], np.int32)
-    width = bucket(int(lengths.max()), config.context_length)
-    tokens = np.zeros((len(rows), width), np.int32)
-    for row, prompt in zip(tokens, rows, strict=True):
-        row[: len(prompt)] = prompt
     needed = int(lengths.max()) + sample.max_new_tokens
     max_length = bucket(needed, config.context_length)
+    if resume is not None:
+        max_length = max(max_length, resume.max_length)
+    tokens, kept = _tokens_to_prefill(rows, resume, max_length)
     # `max_new_tokens` does not change the programs.
     same = replace(sample, max_new_tokens=1)
     programs = _programs(config, max_length, same, num_tokens)
 
     clock = _Clock(programs)
-    state = programs.prefill(params, tokens, lengths)
+    layers = None if resume is None else resume.cache.layers
+    if resume is None or resume.max_length < max_length:
+        layers = programs.allocate(lengths, layers)
+        if resume is not None:
+            resume.delete()
+    state = programs.prefill(params, tokens, kept, lengths, layers)
     jax.block_until_ready(state.logits)
     prefill_s = clock.lap()
 
@@ -125,24 +147,29 @@ def generate(
     chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     clock.lap()
     for first in range(0, sample.max_new_tokens, CHUNK):
-        state, *chunk = programs.decode(layers, state, keys)
-        left = sample.max_new_tokens - first
-        new, inside, logprobs = (np.asarray(x)[: len(prompts), :left] for x in chunk)
+        state, *out = programs.decode(layers, state, keys)
+        new, inside, logprobs = map(np.asarray, out)
         if np.isnan(logprobs).any():
             raise ValueError(
                 "the model's logits are not finite: its parameters hold NaN or "
                 "infinities, or the compute dtype overflows (compute in float32)"
             )
         chunks.append((new, inside, logprobs))
-        stopped = on_tokens is not None and on_tokens(new, inside) is True
-        if stopped or not inside[:, -1].any():
+        # The last chunk may go beyond `max_new_tokens`.
+        text = np.s_[: len(prompts), : sample.max_new_tokens - first]
+        stopped = on_tokens is not None and on_tokens(new[text], inside[text]) is True
+        if stopped or not inside[text][:, -1].any():
             break
     decode_s = clock.lap()
 
-    new, inside, logprobs = (
+    drawn, inside, logprobs = (
         np.concatenate(c, axis=1) for c in zip(*chunks, strict=True)
     )
-    missing = ((0, 0), (0, sample.max_new_tokens - new.shape[1]))
+    held = [np.array([*row, *new]) for row, new in zip(rows, drawn, strict=True)]
+    count = min(drawn.shape[1], sample.max_new_tokens)
+    text = np.s_[: len(prompts), :count]
+    new, inside, logprobs = drawn[text], inside[text], logprobs[text]
+    missing = ((0, 0), (0, sample.max_new_tokens - count))
     return Generation(
         tokens=np.pad(np.where(inside, new, 0), missing).astype(np.int32),
         lengths=inside.sum(axis=1).astype(np.int32),
@@ -150,7 +177,24 @@ def generate(
         prefill_s=prefill_s,
         decode_s=decode_s,
         compile_s=clock.compile_s,
+        prefill_tokens=(lengths - kept)[: len(prompts)],
+        state=GenerationState(config, held, state.cache) if return_state else None,
     )
+
+
+def _tokens_to_prefill(
+    rows: list[list[int]], resume: GenerationState | None, max_length: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Returns the tokens that the cache lacks, and where each row starts in it."""
+    kept = [0] * len(rows) if resume is None else resume.shared_lengths(rows)
+    new = max(len(row) - n for row, n in zip(rows, kept, strict=True))
+    width = bucket(new, max_length)
+    # The cache must have room for the padding too.
+    kept = [min(n, max_length - width) for n in kept]
+    tokens = np.zeros((len(rows), width), np.int32)
+    for new, row, n in zip(tokens, rows, kept, strict=True):
+        new[: len(row) - n] = row[n:]
+    return tokens, np.array(kept, np.int32)
 
 
 def _checked_rows(
@@ -202,15 +246,16 @@ class _Program:
     def __call__(self, *arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         types = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
-        if (structure, types) not in self._compiled:
+        key = (jax.sharding.get_mesh(), structure, types)
+        if key not in self._compiled:
             start = time.perf_counter()
-            compiled = self._jitted.lower(*arguments).compile()
-            self._compiled[structure, types] = compiled
+            self._compiled[key] = self._jitted.lower(*arguments).compile()
             self.compile_s += time.perf_counter() - start
-        return self._compiled[structure, types](*arguments)
+        return self._compiled[key](*arguments)
 
 
 class _Programs(NamedTuple):
+    allocate: _Program
     prefill: _Program
     unstack: _Program
     decode: _Program
@@ -247,11 +292,24 @@ def _programs(
     """The compiled functions of a model and sampling config, for every batch shape."""
     dtype = compute_dtype(config.dtype)
 
-    def prefill(params, tokens, lengths) -> DecodeState:
-        tokens, lengths = reshard(tokens, "BT"), reshard(lengths, "B")
-        cache = init_cache(config, tokens.shape[0], max_length, dtype)
+    def allocate(lengths, old) -> tuple[LayerCache, ...]:
+        """An empty cache, or `old` with more room."""
+        stacked = init_cache(config, lengths.shape[0], max_length, dtype).layers
+        layers = unstack(stacked, config.num_layers)
+        if old is None:
+            return layers
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, 0, 0, 0)), layers, old
+        )
+
+    def prefill(params, tokens, kept, lengths, layers) -> DecodeState:
+        """Adds each row's tokens after the first `kept`, up to `lengths` in all."""
+        tokens = reshard(tokens, "BT")
+        kept, lengths = reshard(kept, "B"), reshard(lengths, "B")
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        cache = Cache(layers=stacked, lengths=kept)
         # Padding does not make a row longer: some rotations depend on its length.
-        index = jnp.arange(tokens.shape[1])
+        index = kept[:, None] + jnp.arange(tokens.shape[1])
         positions = jnp.minimum(index, lengths[:, None] - 1)
         out = forward(
             config, params, tokens, positions=positions, cache=cache, head=False
@@ -302,4 +360,9 @@ def _programs(
         params = cast_matrices(params, dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    return _Programs(_Program(prefill), _Program(split), _Program(decode, donate=(1,)))
+    return _Programs(
+        _Program(allocate),
+        _Program(prefill, donate=(4,)),
+        _Program(split),
+        _Program(decode, donate=(1,)),
+    )

@@ -23,6 +23,19 @@ def rotations(
     return rotation, rope.rotation(positions, local)
 
 
+def longest_equal_rotation(config: ModelConfig) -> int | None:
+    """Returns up to which length of a row its rotations do not depend on it.
+
+    None: at any length, as without dynamic or LongRoPE scaling.
+    """
+    scaling = config.rope_scaling
+    if config.position != "rope" or scaling is None:
+        return None
+    if scaling.kind not in ("dynamic", "longrope"):
+        return None
+    return scaling.original_context_length or config.context_length
+
+
 def _frequencies(
     config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[np.ndarray, " P"] | Float[Array, "B P"], float]:

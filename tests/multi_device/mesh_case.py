@@ -242,8 +242,15 @@ def case_generate(names):
             with jax.set_mesh(mesh):
                 params = make_params(MODEL, std=0.5)
                 params = jax.device_put(params, parameter_shardings(params, mesh))
-                out = generate(MODEL, params, prompts, sample, jax.random.key(0))
-            tokens[name] = out.tokens
+                call = (sample, jax.random.key(0))
+                out = generate(MODEL, params, prompts, *call, return_state=True)
+                more = [
+                    [*prompt, *new, 7]
+                    for prompt, new in zip(prompts, out.tokens.tolist(), strict=True)
+                ]
+                next_out = generate(MODEL, params, more, *call, resume=out.state)
+            assert next_out.prefill_tokens.tolist() == [1, 1, 1]
+            tokens[name] = np.concatenate([out.tokens, next_out.tokens], axis=1)
         for name in names:
             same = bool((tokens[name] == tokens["one"]).all())
             result[f"{name}_{temperature}"] = same

@@ -28,7 +28,9 @@ def run_case(case, folder):
         env={
             **os.environ,
             "XLA_FLAGS": FLAGS,
-            "PYTHONPATH": str(HERE.parent / "train"),
+            "PYTHONPATH": os.pathsep.join(
+                map(str, (HERE.parents[1], HERE.parent / "train"))
+            ),
         },
         capture_output=True,
         text=True,

@@ -1,0 +1,66 @@
+"""The state of a generation, which a later call can go on from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.kv_cache import Cache
+from jaxlm.model.positions import longest_equal_rotation
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationState:
+    """The tokens of a batch and their cache, on the devices. It can be used once."""
+
+    config: ModelConfig
+    tokens: list[Int[np.ndarray, " _"]]
+    """For each row the prompt and all tokens drawn after it, also those after the end
+    of its text; the last may be beyond the end of the cache."""
+    cache: Cache
+    """One layer each, `[B, S, K, H]`; overwritten by the call that goes on from it."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens for which each row has room."""
+        return self.cache.layers[0].keys.shape[1]
+
+    def check(self, config: ModelConfig, num_rows: int) -> None:
+        """Raises a ValueError if a call cannot go on from this state."""
+        if any(x.is_deleted() for x in jax.tree.leaves(self.cache.layers)):
+            raise ValueError(
+                "resume: this state was used before, and a state can be used once; "
+                "take the one that the later call returned"
+            )
+        if config != self.config:
+            raise ValueError("resume: this state belongs to a model of another config")
+        if num_rows != len(self.tokens):
+            raise ValueError(
+                f"resume: this state has {len(self.tokens)} rows, and there are "
+                f"{num_rows} prompts: give as many"
+            )
+
+    def delete(self) -> None:
+        """Frees the cache, also where the devices did not reuse its memory."""
+        for x in jax.tree.leaves(self.cache.layers):
+            x.delete()
+
+    def shared_lengths(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Returns how many tokens each row shares with the one in the cache.
+
+        At least the last token of a row is left, for its logits.
+        """
+        longest = longest_equal_rotation(self.config)
+        shared = []
+        for row, held in zip(rows, self.tokens, strict=True):
+            # A token that did not fit was written to the last index of the cache.
+            most = min(len(row) - 1, len(held), self.max_length - 1)
+            # Keys that a longer row would rotate differently must be computed again.
+            if longest is not None and max(len(row), len(held)) > longest:
+                most = 0
+            differs = np.asarray(row[:most]) != held[:most]
+            shared.append(int(differs.argmax()) if differs.any() else most)
+        return shared
