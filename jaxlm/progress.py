@@ -1,4 +1,4 @@
-"""Progress on standard error: bars, spinners and the line of a training run.
+"""Progress on standard error: bars, waits and the line of a training run.
 
 On a terminal, rich draws them below each other, and other output appears above them.
 Elsewhere (a pipe, a log, `TERM=dumb`) plain lines are printed.
@@ -10,26 +10,28 @@ import io
 import math
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
     ProgressColumn,
-    SpinnerColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
-# Shorter work shows no progress.
+# Shorter work shows no progress bar, a shorter wait no line.
 DELAY_SECONDS = 2.0
+WAIT_SECONDS = 1.0
 # Width of a training run's bar, in characters.
 BAR_WIDTH = 20
 # Control characters could move the cursor; newlines and tabs are harmless.
@@ -98,53 +100,90 @@ def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]
     Yields:
       A function to call with the number of bytes done so far.
     """
-    with _delayed_display(
-        title,
-        total_bytes,
+    bar = _display(
+        _console(sys.stderr),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-    ) as update:
-        yield lambda done: update(completed=min(done, total_bytes))
-
-
-@contextlib.contextmanager
-def spinner(title: str) -> Iterator[Callable[[], None]]:
-    """Shows that work of unknown length is running, and for how long.
-
-    Yields:
-      A function to call now and then; the spinner appears after two seconds.
-    """
-    with _delayed_display(
-        title,
-        None,
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-    ) as update:
-        yield update
-
-
-@contextlib.contextmanager
-def _delayed_display(
-    title: str, total: int | None, *columns: ProgressColumn
-) -> Iterator[Callable[..., None]]:
-    bar = _display(_console(sys.stderr), *columns)
-    task = bar.add_task(title, total=total)
+    )
+    task = bar.add_task(title, total=total_bytes)
     began = time.monotonic()
 
-    def update(**fields: Any) -> None:
+    def advance_to(done: int) -> None:
         if time.monotonic() - began > DELAY_SECONDS:
-            _start(bar)
-        bar.update(task, **fields)
+            _start(bar.live)
+        bar.update(task, completed=min(done, total_bytes))
 
     try:
-        yield update
+        yield advance_to
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+class Waiting(contextlib.AbstractContextManager):
+    """Says what a wait of unknown length is for: `compiling ... 3 s`.
+
+    It begins when this is made, and shows nothing at first. On a terminal, a line then
+    counts the seconds by itself, while the main thread computes or compiles, and is
+    gone at the end. Elsewhere a plain line is printed, and at the end one with the
+    seconds. Use it as a context manager, or call `finish`.
+    """
+
+    def __init__(self, title: str, *, delay_s: Number = WAIT_SECONDS):
+        """Begins to count the seconds.
+
+        Args:
+          title: what is done, without a period.
+          delay_s: seconds before anything is shown; 0 shows it at once.
+        """
+        self._title, self._began = title, time.monotonic()
+        self._console: Console = _console(sys.stderr)
+        self._live: Live | None = None
+        self._lock, self._is_shown, self._is_over = threading.Lock(), False, False
+        self._timer = threading.Timer(delay_s, self._show)
+        self._timer.daemon = True
+        if delay_s > 0:
+            self._timer.start()
+        else:
+            self._show()
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_shown = True
+            if not self._console.is_interactive:
+                _write(self._console, f"{self._title} ...")
+                return
+            self._live = Live(
+                console=self._console,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),
+                get_renderable=lambda: Text(self._line(0)),
+            )
+            _start(self._live)
+
+    def finish(self) -> None:
+        """Ends the wait, and removes its line; a second call does nothing."""
+        self._timer.cancel()
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+            if self._live is not None:
+                self._live.stop()
+            elif self._is_shown:
+                _write(self._console, self._line(1))
+
+    def _line(self, decimals: int) -> str:
+        seconds = time.monotonic() - self._began
+        return f"{self._title} ... {seconds:.{decimals}f} s"
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
 
 
 class ProgressLine:
@@ -202,7 +241,7 @@ class ProgressLine:
             self._bar.update(
                 self._task, completed=step, description=count, figures=figures
             )
-            _start(self._bar)
+            _start(self._bar.live)
             return
         filled = BAR_WIDTH * step // self._steps
         bar = "#" * filled + "-" * (BAR_WIDTH - filled)
@@ -216,7 +255,7 @@ class ProgressLine:
         if self._live:
             self._console.out(text, highlight=False)
         else:
-            self._write(text)
+            _write(self._console, text)
 
     def close(self) -> None:
         """Shows the last row if it is still pending, and ends the live line."""
@@ -239,18 +278,20 @@ class ProgressLine:
         return None if step_s is None else (self._steps - step) * step_s
 
     def _write_row(self, line: str, now: Number) -> None:
-        self._write(line)
+        _write(self._console, line)
         self._shown_at, self._pending = now, None
 
-    def _write(self, text: str) -> None:
-        self._console.file.write(text + "\n")
-        self._console.file.flush()
+
+class _Console(Console):
+    def show_cursor(self, show: bool = True) -> bool:
+        """Leaves the cursor: a second Ctrl-C ends the process without showing it."""
+        return False
 
 
 @functools.lru_cache(maxsize=1)
 def _console_of(stream: Any) -> Console:
     # With FORCE_COLOR, rich assumes a terminal, and fills a log with cursor movements.
-    return Console(file=stream, force_terminal=None if stream.isatty() else False)
+    return _Console(file=stream, force_terminal=None if stream.isatty() else False)
 
 
 def _console(stream: Any) -> Console:
@@ -264,9 +305,12 @@ def _display(console: Console, *columns: ProgressColumn) -> Progress:
     return Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty())
 
 
-def _start(bar: Progress) -> None:
-    if not bar.live.is_started:
-        bar.start()
-        # rich hides the cursor, and a second Ctrl-C would end the process without
-        # showing it again.
-        bar.console.show_cursor(True)
+def _write(console: Console, line: str) -> None:
+    """Writes a line as it is, without wrapping it."""
+    console.file.write(line + "\n")
+    console.file.flush()
+
+
+def _start(live: Live) -> None:
+    if not live.is_started:
+        live.start(refresh=True)

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxlm.progress import ProgressLine, format_count, format_row, format_second
 
 # A run whose bars, notes, warnings and output all reach the terminal at the same time.
 RUN = r"""
-import sys, warnings
+import sys, time, warnings
 sys.path.append("JAXLM")  # Imported alone, it does not import jax.
 import progress
 
@@ -32,8 +33,8 @@ for step in range(1, 1001):
         line.note("a sample\n\x1b[2J\rTo be\nor not " + "x" * 80)
         with progress.progress_bar("hashing [a/b]", 1000) as advance_to:
             advance_to(10)
-            with progress.spinner("learning") as tick:
-                tick()
+            with progress.Waiting("learning [a]", delay_s=0):
+                time.sleep(0.3)  # The display is drawn ten times a second.
                 line.note("a note under three lines")
             advance_to(1000)
 line.update({"step": 2000, **row, "loss": 1.0})
@@ -62,7 +63,7 @@ def on_terminal(program: str, *, columns: int = 80, **environment: str):
 
 @pytest.mark.parametrize("columns", [100, 50])
 def test_lines_on_a_terminal_do_not_overwrite_each_other(columns):
-    lines, _ = on_terminal(RUN, columns=columns)
+    lines, written = on_terminal(RUN, columns=columns)
     long = "or not " + "x" * 80
     assert lines[:3] == ["run: 12 parameters [bold]", "on stdout", "on stderr"]
     assert lines[3:6] == ["file.py:7: UserWarning: a warning", "a sample", "�[2J�To be"]
@@ -71,11 +72,12 @@ def test_lines_on_a_terminal_do_not_overwrite_each_other(columns):
     assert "".join(wrapped) == long
     rest = rest[len(wrapped) :]
     assert rest[0] == "a note under three lines"
-    assert "learning 0:00:00" in rest[1] and rest[2].startswith("hashing [a/b] ━━━━━")
+    assert rest[1].startswith("hashing [a/b] ━━━━━")
+    assert re.search(rb"learning \[a\] ... \d s", written)  # Gone when it is over.
     assert lines[-1] == "the end"
     if columns == 100:
         assert lines[-2] == f"step 2000/2000 {'━' * 20} loss 1.000 {FIGURES}"
-        assert len(rest) == 5
+        assert len(rest) == 4
     else:  # No bar, and truncated figures.
         assert lines[-2] == f"step 2000/2000 loss 1.000 {FIGURES}"[:50]
 
@@ -107,6 +109,8 @@ def test_a_pipe_gets_plain_lines_whatever_the_environment_says():
     assert lines[1].startswith(f"step    1/2000 [{'-' * 20}] loss 2.000 lr 1.0e-03")
     assert lines[-1].startswith(f"step 2000/2000 [{'#' * 20}] loss 1.000 lr 1.0e-03")
     assert any(line.startswith("hashing [a/b]") for line in lines)
+    assert "learning [a] ..." in lines
+    assert any(re.fullmatch(r"learning \[a\] ... \d\.\d s", line) for line in lines)
 
 
 def test_the_figures_of_a_row():
@@ -147,3 +151,45 @@ def test_a_log_gets_a_line_every_ten_seconds():
     assert shown == [1, 21, 41, 61, 81, 95]  # The first, one every 10 s, the last.
     # 0.5 s a step by the clock, which includes evaluations, not by the rows.
     assert lines[2].endswith("eta 0:30")
+
+
+# The main thread sits in compiled code, as it does while XLA compiles.
+WAITS = """
+import hashlib, sys, time
+sys.path.append("JAXLM")
+import progress
+
+def compute(seconds):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", round(rounds * seconds / took))
+
+rounds, began = 200_000, time.monotonic()
+hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+took = time.monotonic() - began
+with progress.Waiting("too short to be shown", delay_s=100):
+    compute(0.1)
+waiting = progress.Waiting("compiling [it]", delay_s=0.3)
+compute(3)
+waiting.finish()
+waiting.finish()
+print("first tokens")
+""".replace("JAXLM", str(Path(jaxlm.progress.__file__).parent))
+
+
+def test_a_wait_counts_its_seconds_by_itself_and_is_gone_when_it_is_over():
+    with Terminal([sys.executable, "-c", WAITS]) as terminal:
+        for seconds in (0, 1, 2):
+            shown = rf"\Acompiling \[it\] \.\.\. {seconds} s\Z"
+            terminal.wait_for(shown, timeout_s=20)
+            assert not terminal.cursor_is_hidden
+        assert terminal.wait() == 0
+        assert terminal.lines() == ["first tokens"]
+
+
+def test_a_log_gets_one_line_when_a_wait_is_long_and_one_with_its_seconds():
+    result = subprocess.run(
+        [sys.executable, "-c", WAITS], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "first tokens\n"
+    first, last = result.stderr.splitlines()
+    assert first == "compiling [it] ..."
+    assert re.fullmatch(r"compiling \[it\] \.\.\. [2-9]\.\d s", last)

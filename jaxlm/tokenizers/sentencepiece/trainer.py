@@ -8,7 +8,7 @@ from typing import Literal
 
 import sentencepiece
 
-from jaxlm.progress import spinner
+from jaxlm.progress import Waiting
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
 # SentencePiece learns from "sentences". Sentences of several lines let it learn pieces
@@ -41,11 +41,11 @@ def train_sentencepiece(
       ValueError: when there is no text, or too little for so many pieces.
     """
     title = f"training a SentencePiece tokenizer of {vocab_size} pieces ({algorithm})"
-    with spinner(title) as tick:
-        sentences = _thin_out(_sentences(texts), MAX_TRAINING_CHARACTERS, tick)
+    with Waiting(title):
+        sentences = _thin_out(_sentences(texts), MAX_TRAINING_CHARACTERS)
         if not sentences:
             raise ValueError("no text to train a SentencePiece tokenizer on")
-        return SentencePieceTokenizer(_train(sentences, vocab_size, algorithm, tick))
+        return SentencePieceTokenizer(_train(sentences, vocab_size, algorithm))
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -63,13 +63,12 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 start = end
 
 
-def _thin_out(sentences: Iterable[str], limit: int, tick) -> list[str]:
+def _thin_out(sentences: Iterable[str], limit: int) -> list[str]:
     """Keeps all sentences, or evenly spaced ones of at most `limit` characters."""
     kept, size, stride = [], 0, 1
     for number, sentence in enumerate(sentences):
         if number % stride:
             continue
-        tick()
         kept.append(sentence)
         size += len(sentence)
         if size > limit and len(kept) > 1:
@@ -78,8 +77,8 @@ def _thin_out(sentences: Iterable[str], limit: int, tick) -> list[str]:
     return kept
 
 
-def _train(sentences: list[str], vocab_size: int, algorithm: str, tick) -> bytes:
-    """Trains in a thread, to keep Ctrl-C and the spinner working."""
+def _train(sentences: list[str], vocab_size: int, algorithm: str) -> bytes:
+    """Trains in a thread, so that Ctrl-C works."""
     model = io.BytesIO()
     errors: list[Exception] = []
 
@@ -110,7 +109,6 @@ def _train(sentences: list[str], vocab_size: int, algorithm: str, tick) -> bytes
     thread.start()
     while thread.is_alive():
         thread.join(0.1)
-        tick()
     if errors:
         raise _explained(errors[0], vocab_size) from errors[0]
     return model.getvalue()
