@@ -78,7 +78,7 @@ def make_sparse(folder: Path, name: str) -> None:
     from jaxlm.model.presets import preset
 
     config = preset(name)
-    values = hf_config_writing.write(config)
+    values, _ = hf_config_writing.write(config)
     mapping = TensorMapping(config, hf_names.RULES[values["model_type"]])
     dtype = np.dtype(ml_dtypes.bfloat16)
     specs = {

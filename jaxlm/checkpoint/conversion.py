@@ -57,10 +57,11 @@ def convert(
         params = opened.params()
         gguf.write_model(dst, opened.config, params, tokenizer, dtype or "f16")
         return to
-    params = opened.params(dtype=dtype and gguf.TYPES[dtype])
+    stored = None if dtype is None else gguf.TYPES[dtype]
     if to == "hf":
-        write_hf(dst, opened.config, params, tokenizer)
+        write_hf(dst, opened.config, opened.params(), tokenizer, stored)
         return to
+    params = opened.params(dtype=stored)
     assert tokenizer is not None
     length = min(DataConfig().sequence_length, opened.config.context_length)
     config = Config(model=opened.config, data=DataConfig(sequence_length=length))

@@ -1,4 +1,8 @@
-"""Chooses the published family that can express a model: it must read back equal."""
+"""Chooses the published family that can express a model: it must read back equal.
+
+A table of embeddings that is not also the output head may be stored multiplied by a
+number, so it takes over an `embedding_scale` that the family does not have.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,8 +20,10 @@ def choose(
     config: ModelConfig,
     attempts: Mapping[str, Callable[[], tuple[T, ModelConfig]]],
     what: str,
-) -> tuple[str, T]:
+) -> tuple[str, T, float]:
     """Returns the first family whose description of the model reads back as the model.
+
+    The third value is the factor by which the file's table of embeddings is ours.
 
     Args:
       config: the model.
@@ -28,6 +34,7 @@ def choose(
     Raises:
       ValueError: if there is none; names the differences from the nearest family.
     """
+    folded = () if config.tied_embeddings else ("embedding_scale",)
     nearest: tuple[str, list[str]] | None = None
     reasons: list[str] = []
     for name, attempt in attempts.items():
@@ -36,9 +43,9 @@ def choose(
         except ValueError as error:
             reasons.append(f"{name}: {error}")
             continue
-        lines = diff(_explicit(config), _explicit(back), ignore=NOT_KEPT)
+        lines = diff(_explicit(config), _explicit(back), ignore=(*NOT_KEPT, *folded))
         if not lines:
-            return name, description
+            return name, description, config.embedding_scale / back.embedding_scale
         if nearest is None or len(lines) < len(nearest[1]):
             nearest = name, lines
     if nearest is None:

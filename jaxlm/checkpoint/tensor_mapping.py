@@ -305,12 +305,15 @@ class TensorMapping:
         return out
 
     def write(
-        self, params: Params, dtype: Any = None
+        self, params: Params, dtype: Any = None, table_factor: float = 1.0
     ) -> tuple[TensorSpecs, ReadTensor]:
         """Returns what writes a file: shapes and dtypes, and a function for the values.
 
         Args:
           dtype: dtype of the tensors; None keeps those of the parameters.
+          table_factor: the table of embeddings is multiplied by it, in f32, as the
+            model does when it computes in f32, so an f32 file has exactly its values.
+            Other dtypes round the product; with a power of two nothing is rounded.
         """
         flat = tree.flatten(params)
         specs, source = {}, {}
@@ -324,6 +327,8 @@ class TensorMapping:
         def read(name: str) -> np.ndarray:
             rule, index = source[name]
             parts = [np.asarray(flat[path])[index] for path, _ in rule.parts]
+            if table_factor != 1.0 and rule.parts[0][0] == "embed/table":
+                parts = [x.astype(np.float32) * np.float32(table_factor) for x in parts]
             x = self.to_theirs(rule, parts)
             with np.errstate(over="ignore"):
                 cast = x.astype(specs[name][1], copy=False)

@@ -1,18 +1,20 @@
 """Tokenizers of GGUF files: reads them from metadata, and writes them back.
 
 The keys begin with `tokenizer.ggml.`: `model` names the algorithm, `tokens`, `scores`,
-`token_type` and `merges` are its tables, the others are settings. Two algorithms are
-supported: "gpt2", a byte-level BPE, and "llama", the BPE of SentencePiece.
+`token_type` and `merges` are its tables, the others are settings. Three algorithms are
+supported: "gpt2", a byte-level BPE, "llama", the BPE of SentencePiece, and "rwkv", the
+longest token at each position, for vocabularies of characters.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face import pre_tokenizers
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
@@ -50,10 +52,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
       ValueError: for an unsupported kind, and for tables that do not fit together.
     """
     kind = _get(metadata, "model", str)
-    readers = {"gpt2": _byte_level, "llama": _sentence_piece}
+    readers = {"gpt2": _byte_level, "llama": _sentence_piece, "rwkv": _characters}
     if kind not in readers:
         raise ValueError(
-            f"{_PREFIX}model is {kind!r}: jaxlm reads {' and '.join(readers)}"
+            f"{_PREFIX}model is {kind!r}: jaxlm reads {', '.join(readers)}"
         )
     tokens = _get(metadata, "tokens", list)
     if len(set(tokens)) < len(tokens):
@@ -115,6 +117,37 @@ def _sentence_piece(
     )
     settings = _settings(metadata, tokens, types, adds_bos=True, bos=1, eos=2)
     return SentencePieceTokenizer(model, settings)
+
+
+def _characters(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> CharTokenizer:
+    used = [t for t, kind in zip(tokens, types, strict=True) if kind != UNUSED]
+    characters = "".join(map(_unescaped, used))
+    tokenizer = CharTokenizer(characters)
+    if [*map(_escaped, tokenizer.characters)] != [*tokens[: len(used)]]:
+        raise ValueError(
+            f"{_PREFIX}model is 'rwkv': of these jaxlm reads only its own, whose "
+            "tokens are characters, sorted"
+        )
+    return tokenizer
+
+
+def _escaped(character: str) -> str:
+    """Writes the UTF-8 bytes of a character as a literal of Python, as RWKV does."""
+    return repr(character.encode())[2:-1]
+
+
+def _unescaped(token: str) -> str:
+    """Inverse of `_escaped`; U+FFFD for what is not a character."""
+    named = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
+
+    def byte(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        return bytes.fromhex(code[1:].decode()) if code[1:] else named.get(code, code)
+
+    data = re.sub(rb"\\(x[0-9a-f]{2}|.)", byte, token.encode())
+    return data.decode(errors="replace")
 
 
 def _settings(
@@ -199,13 +232,15 @@ def gguf_metadata(
     """
     if isinstance(tokenizer, ByteTokenizer):
         tables = _bytes_tables(tokenizer)
+    elif isinstance(tokenizer, CharTokenizer):
+        tables = _character_tables(tokenizer)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         tables = _byte_level_tables(tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer):
         tables = _sentence_piece_tables(tokenizer)
     else:
-        raise ValueError(_refusal(tokenizer, "its tokens are characters"))
-    if tokenizer.eos_id is None:
+        raise ValueError(_refusal(tokenizer, "jaxlm does not write this kind"))
+    if tokenizer.eos_id is None and tables["model"] != "rwkv":
         # llama.cpp would use token 2 or 11.
         raise ValueError(_refusal(tokenizer, "it has no token that ends a text"))
     _fill_up(tables, tokenizer.vocab_size if vocab_size is None else vocab_size)
@@ -232,7 +267,10 @@ def _fill_up(tables: dict[str, Any], vocab_size: int) -> None:
             f"the tokenizer has {size} tokens, more than the {vocab_size} of the model"
         )
     more = vocab_size - size
-    tables["tokens"] = [*tables["tokens"], *(f"[PAD{size + i}]" for i in range(more))]
+    # RWKV's algorithm finds unused tokens in text too, but no text has the byte 255.
+    name = "\\xff{}" if tables["model"] == "rwkv" else "[PAD{}]"
+    padding = [name.format(i) for i in range(size, vocab_size)]
+    tables["tokens"] = [*tables["tokens"], *padding]
     for name, value in (("token_type", UNUSED), ("scores", -1e9)):
         if name in tables:
             tables[name] = np.pad(tables[name], (0, more), constant_values=value)
@@ -241,8 +279,8 @@ def _fill_up(tables: dict[str, Any], vocab_size: int) -> None:
 def _refusal(tokenizer: Tokenizer, why: str) -> str:
     return (
         f"llama.cpp cannot run the tokenizer of kind {tokenizer.kind!r}: {why}; export "
-        "the model as a Hugging Face folder, or train with data.tokenizer 'bytes' or "
-        "'sentencepiece' (bpe)"
+        "the model as a Hugging Face folder, or train with data.tokenizer 'chars', "
+        "'bytes' or 'sentencepiece' (bpe)"
     )
 
 
@@ -260,6 +298,19 @@ def _bytes_tables(tokenizer: ByteTokenizer) -> dict[str, Any]:
         "token_type": np.array([NORMAL] * 256 + [CONTROL], np.int32),
         "merges": ["0 0"],
         "add_space_prefix": False,
+    }
+
+
+def _character_tables(tokenizer: CharTokenizer) -> dict[str, Any]:
+    """Writes characters as a vocabulary of RWKV.
+
+    It finds the longest token at each position, and no character begins another. Unlike
+    the other algorithms it can do without a token that ends a text.
+    """
+    return {
+        "model": "rwkv",
+        "tokens": [*map(_escaped, tokenizer.characters)],
+        "token_type": np.full(tokenizer.vocab_size, NORMAL, np.int32),
     }
 
 

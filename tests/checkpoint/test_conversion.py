@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from default_case import TEXT as CHARACTERS
+from default_case import default_model, run_of
 from parity_case import nested, weights
 
 from jaxlm import tree
@@ -20,6 +22,7 @@ from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, diff
 from jaxlm.flags import read_config
 from jaxlm.model.presets import preset, toy
+from jaxlm.model.transformer import forward
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TEXT = "naïve 日本語\n  x = 12"
@@ -90,6 +93,32 @@ def test_dtypes(run, tmp_path, to):
     matrices = {x.dtype for x in jax.tree.leaves(params) if x.ndim > 2}
     assert matrices == {jnp.dtype(jnp.bfloat16)}
     assert jnp.dtype(jnp.float32 if to == "gguf" else jnp.bfloat16) in vectors
+
+
+@pytest.mark.parametrize(
+    "to, dtype, limit",
+    [
+        ("hf", "f32", 0.0),
+        ("hf", "bf16", 2e-2),
+        ("gguf", "f32", 0.0),
+        ("gguf", "f16", 3e-3),
+        ("gguf", "q8_0", 6e-2),
+    ],
+)
+def test_the_default_model(tmp_path, to, dtype, limit):
+    """What README's first command trains; f32 files give the same bits."""
+    config, params, tokenizer = default_model()
+    convert(run_of(tmp_path / "run"), tmp_path / "m", to=to, dtype=dtype)
+    back, found = load(tmp_path / "m")
+    assert back.embedding_scale == 1.0
+    again = load_tokenizer(tmp_path / "m")
+    ids = tokenizer.encode(CHARACTERS)
+    assert again.encode(CHARACTERS).tolist() == ids.tolist()
+    assert again.decode(ids) == CHARACTERS and again.stop_ids == ()
+    back = dataclasses.replace(back, dtype="float32")
+    logits = forward(config, params, ids[None]).logits
+    difference = jnp.abs(forward(back, found, ids[None]).logits - logits).max()
+    assert difference <= limit * jnp.std(logits)
 
 
 def test_without_a_tokenizer(folder, tmp_path):

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers as hf
+from default_case import TEXT, default_model
 from hf_case import build, run
 from parity_case import CASES, nested, weights
 
 from jaxlm.checkpoint.hf.hf_folder import write_hf
+from jaxlm.model.transformer import forward
 
 pytestmark = pytest.mark.parity
 
@@ -37,6 +40,23 @@ def test_an_export_is_loaded_and_computes_the_same(tmp_path, name, caplog, capfd
     np.testing.assert_array_equal(logits, expected)
     written = json.loads((tmp_path / "m" / "config.json").read_text())
     assert written["architectures"] == [type(model).__name__]
+
+
+def test_the_default_model_and_its_characters(tmp_path):
+    """What README's first command trains."""
+    config, params, tokenizer = default_model()
+    write_hf(tmp_path / "m", config, params, tokenizer)
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype="float32", attn_implementation="eager"
+    )
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "m")
+    ids = tokenizer.encode(TEXT)
+    assert theirs(TEXT).input_ids == ids.tolist()
+    assert theirs.decode(ids) == TEXT
+    with torch.no_grad():
+        found = model(torch.tensor(ids[None]).long()).logits.numpy()
+    expected = np.asarray(forward(config, params, ids[None]).logits)
+    assert np.abs(found - expected).max() <= 1e-5 * expected.std()
 
 
 def known(name: str, line: str) -> bool:

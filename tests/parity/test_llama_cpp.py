@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from default_case import default_model
 from gguf_case import NAMES, small
 from parity_case import nested, weights
 
@@ -31,14 +32,14 @@ SERVER = """
 import json, sys
 import xllamacpp
 
-path, prompt, new, ascii = json.loads(sys.argv[1])
+path, prompt, new, banned = json.loads(sys.argv[1])
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel = path, 128, 1
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 result = xllamacpp.Server(params).handle_completions({
     "prompt": prompt, "n_predict": new, "temperature": 0, "n_probs": 1,
-    "ignore_eos": True, "logit_bias": [[i, False] for i in range(ascii, 257)],
+    "ignore_eos": True, "logit_bias": [[i, False] for i in banned],
 })
 result = json.loads(result) if isinstance(result, (str, bytes)) else result
 print(json.dumps([c["id"] for c in result["choices"][0]["logprobs"]["content"]]))
@@ -49,8 +50,8 @@ def model(name):
     return dataclasses.replace(small(name), vocab_size=257, dtype="float32")
 
 
-def llama_cpp_tokens(path, prompt):
-    arguments = json.dumps([str(path), prompt, NEW, ASCII])
+def llama_cpp_tokens(path, prompt, banned=range(ASCII, 257)):
+    arguments = json.dumps([str(path), prompt, NEW, list(banned)])
     done = subprocess.run(
         [sys.executable, "-c", SERVER, arguments],
         capture_output=True,
@@ -78,6 +79,20 @@ def test_greedy_tokens(tmp_path, name):
         ).tokens[0]
     write_model(tmp_path / "m.gguf", config, params, ByteTokenizer(), "f32")
     assert llama_cpp_tokens(tmp_path / "m.gguf", prompt.tolist()) == ours.tolist()
+
+
+def test_the_default_model_continues_text(tmp_path):
+    """What README's first command trains: llama.cpp splits text into its characters."""
+    config, params, tokenizer = default_model()
+    text = 'We are citizens; naïve 漢字 😀 \\n "it\'s"\t{[]}:\n'
+    with jax.default_matmul_precision("highest"):
+        ours = generate(
+            *(config, params, [tokenizer.encode(text)]),
+            SampleConfig(temperature=0.0, max_new_tokens=NEW),
+            jax.random.key(0),
+        ).tokens[0]
+    write_model(tmp_path / "m.gguf", config, params, tokenizer, "f32")
+    assert llama_cpp_tokens(tmp_path / "m.gguf", text, range(0)) == ours.tolist()
 
 
 def test_rows_in_the_wrong_order_would_show(tmp_path):

@@ -355,8 +355,10 @@ def rope_tensors(c: ModelConfig) -> dict[str, np.ndarray]:
     return {}
 
 
-def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+def write_config(config: ModelConfig) -> tuple[str, dict[str, Any], float]:
     """Returns the architecture of llama.cpp that computes this model, and its metadata.
+
+    The third value is the factor of the file's table of embeddings.
 
     Raises:
       ValueError: if there is none; names the differences from the nearest.

@@ -155,28 +155,30 @@ def write_model(
       path: the .gguf file.
       tokenizer: None leaves it out.
       dtype: type of the matrices: f32, f16, bf16 or q8_0. Vectors are f32, as
-        llama.cpp requires.
+        llama.cpp requires. With q8_0, matrices whose rows are not whole blocks of 32
+        values are f16, as llama.cpp's own quantizer writes them.
 
     Raises:
       ValueError: if llama.cpp has no architecture for this model, or cannot run the
-        tokenizer, and for rows that Q8_0 cannot split into blocks of 32.
+        tokenizer.
     """
-    arch, metadata = write_config(config)
+    arch, metadata, table_factor = write_config(config)
     if tokenizer is not None:
         metadata |= gguf_metadata(tokenizer, config.vocab_size)
     mapping = TensorMapping(config, RULES[arch])
     f32 = np.dtype(np.float32)
-    specs, read = mapping.write(params, f32)
+    specs, read = mapping.write(params, f32, table_factor)
     divisors = rope_tensors(config)
 
     typed = {n: (x.shape, "F32") for n, x in divisors.items()}
     for name, (shape, _) in specs.items():
-        typed[name] = (shape, "F32" if len(shape) == 1 else dtype.upper())
+        kind = "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
+        typed[name] = (shape, "F32" if len(shape) == 1 else kind.upper())
 
     def values(name: str) -> np.ndarray:
         if name in divisors:
             return divisors[name].astype(f32)
         x = read(name)
-        return x if x.ndim == 1 else x.astype(TYPES[dtype], copy=False)
+        return x.astype(TYPES[typed[name][1].lower()], copy=False)
 
     write_gguf(path, metadata, typed, values)

@@ -170,8 +170,10 @@ _FAMILIES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
+def write(config: ModelConfig) -> tuple[dict[str, Any], float]:
     """Returns the keys of a `config.json`, for the first family that fits the model.
+
+    The second value is the factor of the file's table of embeddings.
 
     Raises:
       ValueError: if none fits; names the differences from the nearest family.
@@ -189,4 +191,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
         return values, read(Keys(values, "config.json"))
 
     attempts = {name: partial(attempt, name) for name in _FAMILIES}
-    return choose(config, attempts, "family of Hugging Face")[1]
+    _, values, table_factor = choose(config, attempts, "family of Hugging Face")
+    return values, table_factor

@@ -83,9 +83,9 @@ def write_hf(
       ValueError: if no family of transformers computes this model, or the tokenizer
         cannot be written in its format.
     """
-    values = hf_config_writing.write(config)
+    values, table_factor = hf_config_writing.write(config)
     mapping = TensorMapping(config, hf_names.RULES[values["model_type"]])
-    specs, read = mapping.write(params, dtype)
+    specs, read = mapping.write(params, dtype, table_factor)
     stored = {d for _, d in specs.values()}
     values["dtype"] = stored.pop().name if len(stored) == 1 else "float32"
     for token in ("bos", "eos", "pad"):

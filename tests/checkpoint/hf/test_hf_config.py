@@ -168,7 +168,7 @@ def test_each_preset_but_one_is_of_a_family(name):
         with pytest.raises(ValueError, match=r"the nearest, .*, differs in .*position"):
             hf_config_writing.write(config)
         return
-    values = json.loads(json.dumps(hf_config_writing.write(config)))
+    values = json.loads(json.dumps(hf_config_writing.write(config)[0]))
     assert values["architectures"]
     if config.rope_scaling is None:  # defaults are spelled out in scalings
         assert not diff(config, read(values), ignore=NOT_KEPT)
@@ -211,7 +211,7 @@ def test_use_sliding_window_false_wins_over_a_window():
 
 
 def test_null_is_none_where_an_absent_key_has_a_default():
-    gemma2 = hf_config_writing.write(preset("gemma2-2b"))
+    gemma2, _ = hf_config_writing.write(preset("gemma2-2b"))
     assert read(gemma2).attention_soft_cap == 50.0
     assert read(gemma2, attn_logit_softcapping=None).attention_soft_cap is None
     assert read(gemma2, final_logit_softcapping=None).final_soft_cap is None
@@ -287,6 +287,21 @@ def test_an_ignored_scaling_is_impossible():
         changed = {**scaling, name: scaling[name] * 2}
         assert read(LLAMA_3_2_1B, rope_scaling=changed) != whole, name
     assert read(LLAMA_3_2_1B, rope_scaling=None).rope_scaling is None
+
+
+def test_only_a_table_that_is_not_the_head_takes_over_its_scale():
+    tied = dataclasses.replace(preset("llama2-7b"), tied_embeddings=True)
+    with pytest.raises(ValueError, match=r"llama, differs in embedding_scale: 3\.0"):
+        hf_config_writing.write(dataclasses.replace(tied, embedding_scale=3.0))
+    untied = dataclasses.replace(tied, tied_embeddings=False, embedding_scale=3.0)
+    assert hf_config_writing.write(untied)[1] == 3.0
+    # Gemma's own scale stays in the model, whether or not the table is the head.
+    gemma = preset("gemma-2b")
+    assert hf_config_writing.write(gemma)[1] == 1.0
+    gemma = dataclasses.replace(gemma, tied_embeddings=False)
+    assert hf_config_writing.write(gemma)[1] == 1.0
+    half = dataclasses.replace(gemma, embedding_scale=gemma.embedding_scale / 2)
+    assert hf_config_writing.write(half)[1] == 0.5
 
 
 def test_a_model_of_no_family_is_refused_with_the_differences():

@@ -1,0 +1,50 @@
+"""A small model of the kind that README's first command trains, with its tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from parity_case import nested, weights
+
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.config import Config, DataConfig, ModelConfig
+from jaxlm.flags import DEFAULT_CONFIG, read_config
+from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
+
+TEXT = (
+    'First Citizen:\nWe are  accounted poor citizens; naïve 漢字 😀 \\n "it\'s"\t{[]}'
+)
+
+
+def default_model() -> tuple[ModelConfig, dict[str, Any], CharTokenizer]:
+    """Returns a config, random parameters and a tokenizer."""
+    config = read_config([], DEFAULT_CONFIG)[0].model
+    tokenizer = CharTokenizer(TEXT)
+    config = dataclasses.replace(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        num_layers=2,
+        model_dim=32,
+        head_dim=8,
+        hidden_dim=40,
+        context_length=128,
+        dtype="float32",
+    )
+    assert config.embedding_scale not in (0.0, 1.0) and not config.tied_embeddings
+    return config, jax.tree.map(jnp.asarray, nested(weights(config))), tokenizer
+
+
+def run_of(folder: Path) -> Path:
+    """Writes it as a run."""
+    config, params, tokenizer = default_model()
+    with CheckpointManager(folder) as checkpoints:
+        checkpoints.save(
+            *(1, params, {}),
+            config=Config(model=config, data=DataConfig(sequence_length=16)),
+            tokenizer=tokenizer,
+            data_fingerprint="data",
+            finite=True,
+        )
+    return folder
