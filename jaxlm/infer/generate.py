@@ -18,6 +18,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.infer.check_arguments import (
+    check_room,
+    check_state,
+    checked_key,
+    checked_num_tokens,
+    checked_rows,
+    checked_sample,
+)
 from jaxlm.infer.resume import GenerationState
 from jaxlm.infer.sampling import NEVER, draw
 from jaxlm.model.kv_cache import Cache, LayerCache, init_cache, unstack
@@ -81,9 +89,11 @@ def bucket(length: int, largest: int) -> int:
 def generate(
     config: ModelConfig,
     params: Params,
-    prompts: Sequence[Sequence[int] | Integer[np.ndarray, " _"]],
-    sample: SampleConfig,
-    key: Key[Array, ""],
+    prompts: Sequence[Sequence[int]]
+    | Sequence[Integer[np.ndarray, " _"]]
+    | Integer[np.ndarray | Array, "B _"],
+    sample: SampleConfig | None = None,
+    key: Key[Array, ""] | None = None,
     *,
     num_tokens: int | None = None,
     on_tokens: Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
@@ -102,9 +112,11 @@ def generate(
 
     Args:
       params: stacked over layers, as `init` and `load` return them.
-      prompts: token ids, at least one each; lengths may differ.
-      sample: how to sample, and when to stop.
-      key: a typed PRNG key.
+      prompts: rows of token ids, at least one each; lengths may differ.
+      sample: how to sample, and when to stop: `stop_ids` are usually the tokenizer's.
+        None takes the defaults, which stop at no token.
+      key: a typed PRNG key; None takes that of seed 0, which gives the same texts each
+        time.
       num_tokens: only ids below this are sampled: those that the tokenizer has. None
         takes `config.vocab_size`.
       on_tokens: called with each chunk of new tokens and a mask of those that belong to
@@ -114,14 +126,19 @@ def generate(
       return_state: keep the cache, as `state` of the result.
 
     Raises:
-      ValueError: for an empty prompt, an id outside the vocabulary, a prompt that is
-        too long for the context with max_new_tokens, logits that are not finite, or a
-        state that was used or belongs to another model or number of prompts.
+      ValueError: for arguments of another type, an empty prompt, an id outside the
+        vocabulary, a prompt that is too long for the context with max_new_tokens,
+        logits that are not finite, or a state that was used or belongs to another model
+        or number of prompts.
     """
-    num_tokens = config.vocab_size if num_tokens is None else num_tokens
-    rows = _checked_rows(config, prompts, sample, num_tokens)
+    num_tokens = checked_num_tokens(config, num_tokens)
+    sample, key = checked_sample(config, sample), checked_key(key)
+    rows = checked_rows(config, prompts, num_tokens)
+    check_room(config, rows, sample.max_new_tokens)
+    num_rows = len(rows)
+    rows += rows[:1] * (-num_rows % batch_parts())
     if resume is not None:
-        resume.check(config, len(rows))
+        check_state(resume, config, len(rows))
     lengths = np.array([len(p) for p in rows], np.int32)
     needed = int(lengths.max()) + sample.max_new_tokens
     max_length = bucket(needed, config.context_length)
@@ -156,7 +173,7 @@ def generate(
             )
         chunks.append((new, inside, logprobs))
         # The last chunk may go beyond `max_new_tokens`.
-        text = np.s_[: len(prompts), : sample.max_new_tokens - first]
+        text = np.s_[:num_rows, : sample.max_new_tokens - first]
         stopped = on_tokens is not None and on_tokens(new[text], inside[text]) is True
         if stopped or not inside[text][:, -1].any():
             break
@@ -165,9 +182,9 @@ def generate(
     drawn, inside, logprobs = (
         np.concatenate(c, axis=1) for c in zip(*chunks, strict=True)
     )
-    held = [np.array([*row, *new]) for row, new in zip(rows, drawn, strict=True)]
+    held = [np.concatenate([row, new]) for row, new in zip(rows, drawn, strict=True)]
     count = min(drawn.shape[1], sample.max_new_tokens)
-    text = np.s_[: len(prompts), :count]
+    text = np.s_[:num_rows, :count]
     new, inside, logprobs = drawn[text], inside[text], logprobs[text]
     missing = ((0, 0), (0, sample.max_new_tokens - count))
     return Generation(
@@ -177,13 +194,13 @@ def generate(
         prefill_s=prefill_s,
         decode_s=decode_s,
         compile_s=clock.compile_s,
-        prefill_tokens=(lengths - kept)[: len(prompts)],
+        prefill_tokens=(lengths - kept)[:num_rows],
         state=GenerationState(config, held, state.cache) if return_state else None,
     )
 
 
 def _tokens_to_prefill(
-    rows: list[list[int]], resume: GenerationState | None, max_length: int
+    rows: list[Int[np.ndarray, " _"]], resume: GenerationState | None, max_length: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Returns the tokens that the cache lacks, and where each row starts in it."""
     kept = [0] * len(rows) if resume is None else resume.shared_lengths(rows)
@@ -195,44 +212,6 @@ def _tokens_to_prefill(
     for new, row, n in zip(tokens, rows, kept, strict=True):
         new[: len(row) - n] = row[n:]
     return tokens, np.array(kept, np.int32)
-
-
-def _checked_rows(
-    config: ModelConfig,
-    prompts: Sequence[Sequence[int] | Integer[np.ndarray, " _"]],
-    sample: SampleConfig,
-    num_tokens: int,
-) -> list[list[int]]:
-    """The prompts, padded with copies of the first to a multiple of `batch_parts`."""
-    if not prompts:
-        raise ValueError("no prompts: give at least one")
-    if not 0 < num_tokens <= config.vocab_size:
-        raise ValueError(
-            f"num_tokens is {num_tokens}: it must be from 1 to model.vocab_size "
-            f"{config.vocab_size}"
-        )
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: give at least one token")
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= num_tokens:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"prompt {i} has the id {wrong}; ids are 0 to {num_tokens - 1}"
-            )
-        total = len(prompt) + sample.max_new_tokens
-        if total > config.context_length:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, with "
-                f"{sample.max_new_tokens} new ones {total}: more than the model's "
-                f"context of {config.context_length}; shorten the prompt or lower "
-                "max_new_tokens"
-            )
-    for stop in sample.stop_ids:
-        if not 0 <= stop < config.vocab_size:
-            raise ValueError(f"sample.stop_ids: {stop} is not in the vocabulary")
-    rows = [[int(t) for t in prompt] for prompt in prompts]
-    return rows + [rows[0]] * (-len(rows) % batch_parts())
 
 
 class _Program:

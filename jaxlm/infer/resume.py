@@ -1,6 +1,5 @@
 """The state of a generation, which a later call can go on from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -48,7 +47,7 @@ class GenerationState:
         for x in jax.tree.leaves(self.cache.layers):
             x.delete()
 
-    def shared_lengths(self, rows: Sequence[Sequence[int]]) -> list[int]:
+    def shared_lengths(self, rows: list[Int[np.ndarray, " _"]]) -> list[int]:
         """Returns how many tokens each row shares with the one in the cache.
 
         At least the last token of a row is left, for its logits.
@@ -61,6 +60,6 @@ class GenerationState:
             # Keys that a longer row would rotate differently must be computed again.
             if longest is not None and max(len(row), len(held)) > longest:
                 most = 0
-            differs = np.asarray(row[:most]) != held[:most]
+            differs = row[:most] != held[:most]
             shared.append(int(differs.argmax()) if differs.any() else most)
         return shared

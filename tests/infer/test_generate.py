@@ -1,5 +1,8 @@
 """Compares generation with a plain loop of full forward passes, row by row."""
 
+import inspect
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -224,12 +227,12 @@ def test_the_whole_context_can_be_used():
         ([[40]], GREEDY, {"num_tokens": 40}, r"the id 40; ids are 0 to 39"),
         ([[1]], GREEDY, {"num_tokens": 49}, r"num_tokens is 49: .* from 1 to .* 48"),
         ([[1]], GREEDY, {"num_tokens": 0}, r"num_tokens is 0"),
-        ([[1] * 97], GREEDY, {}, r"prompt 0 has 97 tokens.*shorten the prompt or low"),
+        ([[1] * 97], GREEDY, {}, r"prompt 0 has 97 tokens.*; shorten the prompt$"),
         (
             [[1]],
             SampleConfig(max_new_tokens=96),
             {},
-            r"with 96 new ones 97: more than the model's context of 96",
+            r"new ones 97: .* context of 96; shorten .* lower max_new_tokens to 95$",
         ),
         ([[1]], SampleConfig(stop_ids=(48,), max_new_tokens=2), {}, r"stop_ids: 48 is"),
     ],
@@ -253,3 +256,67 @@ def test_parameters_that_are_not_finite_are_refused(bad, sample):
     params = tree.replace(PARAMS, "final_norm/scale", scale)
     with pytest.raises(ValueError, match=r"logits are not finite: its parameters hold"):
         generate(CONFIG, params, RAGGED, sample, KEY)
+
+
+OLD_KEY = jax.random.PRNGKey(0)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (
+            {"prompts": [1, 2, 3]},
+            "prompts[0] is 1, not a row of token ids: a single pr",
+        ),
+        ({"prompts": np.arange(3)}, "prompts[0] is 0, not a row"),
+        ({"prompts": 5}, "prompts is 5: give a list of rows of token ids"),
+        (
+            {"prompts": "hello"},
+            "prompts is a str, not a list of rows of token ids: enc",
+        ),
+        (
+            {"prompts": ["hello"]},
+            "prompt 0 is text: encode it first, [tokenizer.encode",
+        ),
+        ({"prompts": [[1], [0.5, 1.0]]}, "prompt 1 is of float64: token ids are int"),
+        (
+            {"prompts": np.zeros((2, 3, 1), int)},
+            "prompt 0 has shape (3, 1): give a row",
+        ),
+        ({"prompts": [["hello"]]}, "prompt 0 is of <U5: token ids are integers"),
+        (
+            {"sample": 0.8},
+            "sample is a float, not a SampleConfig: the order is (config",
+        ),
+        ({"sample": KEY}, "sample is a "),
+        ({"key": 0}, "key is 0: make one with jax.random.key(seed)"),
+        (
+            {"key": OLD_KEY},
+            "key is an array of uint32: make one with jax.random.key(se",
+        ),
+        ({"key": jax.random.split(KEY)}, "key has shape (2,): give one key"),
+        ({"num_tokens": "all"}, "num_tokens is 'all': it must be from 1 to model.voc"),
+        ({"num_tokens": 10.0}, "num_tokens is 10.0: it must be from 1"),
+        ({"resume": [1]}, "resume is a list: give the `state` of an earlier result"),
+    ],
+)
+def test_wrong_calls_name_the_argument_and_the_remedy(changed, message):
+    call = {"prompts": RAGGED, "sample": GREEDY, "key": KEY} | changed
+    # Without the type checks of tests, as users call it.
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        inspect.unwrap(generate)(CONFIG, PARAMS, **call)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_may_be_an_array_and_the_rest_has_defaults(compilations):
+    """In a notebook: no mesh, no key, and the sampling of `SampleConfig()`."""
+    config = toy(num_layers=1, context_length=260)
+    params = make_params(config)
+    prompts = np.arange(6).reshape(2, 3)
+    first = generate(config, params, prompts)
+    assert first.tokens.shape == (2, 256) and first.lengths.tolist() == [256, 256]
+    before = len(compilations)
+    for same in (prompts.tolist(), jax.numpy.asarray(prompts), list(prompts)):
+        again = generate(config, params, same, SampleConfig(), jax.random.key(0))
+        np.testing.assert_array_equal(again.tokens, first.tokens)
+    assert "decode" not in compilations[before:]

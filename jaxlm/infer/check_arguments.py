@@ -1,0 +1,127 @@
+"""Checks what `generate` is given, before anything is compiled."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.infer.resume import GenerationState
+
+
+def checked_rows(
+    config: ModelConfig, prompts: Any, num_tokens: int
+) -> list[Int[np.ndarray, " _"]]:
+    """Returns the ids of each prompt.
+
+    Raises:
+      ValueError: if `prompts` is not at least one row of ids below `num_tokens`.
+    """
+    if isinstance(prompts, str) or hasattr(prompts, "keys"):
+        raise ValueError(
+            f"prompts is a {type(prompts).__name__}, not a list of rows of token ids: "
+            "encode text first, [tokenizer.encode(text)]"
+        )
+    try:
+        prompts = list(prompts)
+    except TypeError:
+        raise ValueError(
+            f"prompts is {prompts!r}: give a list of rows of token ids"
+        ) from None
+    if not prompts:
+        raise ValueError("no prompts: give at least one")
+    return [_row(i, prompt, num_tokens) for i, prompt in enumerate(prompts)]
+
+
+def _row(i: int, prompt: Any, num_tokens: int) -> Int[np.ndarray, " _"]:
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"prompt {i} is text: encode it first, [tokenizer.encode(text)]"
+        )
+    if np.ndim(prompt) == 0:
+        raise ValueError(
+            f"prompts[{i}] is {prompt}, not a row of token ids: a single prompt goes "
+            "into a list too, [[1, 2, 3]]"
+        )
+    if not len(prompt):
+        raise ValueError(f"prompt {i} is empty: give at least one token")
+    row = np.asarray(prompt)
+    if row.ndim > 1:
+        raise ValueError(f"prompt {i} has shape {row.shape}: give a row of token ids")
+    if row.dtype.kind not in "iu":
+        raise ValueError(f"prompt {i} is of {row.dtype}: token ids are integers")
+    low, high = row.min(), row.max()
+    if low < 0 or high >= num_tokens:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"prompt {i} has the id {wrong}; ids are 0 to {num_tokens - 1}"
+        )
+    return row.astype(np.int32)
+
+
+def check_room(
+    config: ModelConfig, rows: list[Int[np.ndarray, " _"]], max_new_tokens: int
+) -> None:
+    """Raises a ValueError for a row that leaves no room for as many new tokens."""
+    context = config.context_length
+    for i, row in enumerate(rows):
+        total, room = len(row) + max_new_tokens, context - len(row)
+        if total > context:
+            lower = f" or lower max_new_tokens to {room}" if room > 0 else ""
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens, with {max_new_tokens} new ones "
+                f"{total}: more than the model's context of {context}; shorten the "
+                f"prompt{lower}"
+            )
+
+
+def checked_num_tokens(config: ModelConfig, num_tokens: Any) -> int:
+    """Returns how many ids may be sampled; None takes the whole vocabulary."""
+    if num_tokens is None:
+        return config.vocab_size
+    is_integer = isinstance(num_tokens, int | np.integer)
+    if not is_integer or not 0 < num_tokens <= config.vocab_size:
+        raise ValueError(
+            f"num_tokens is {num_tokens!r}: it must be from 1 to model.vocab_size "
+            f"{config.vocab_size}"
+        )
+    return int(num_tokens)
+
+
+def checked_sample(config: ModelConfig, sample: Any) -> SampleConfig:
+    """Returns how to sample; None takes the defaults."""
+    if sample is None:
+        return SampleConfig()
+    if not isinstance(sample, SampleConfig):
+        raise ValueError(
+            f"sample is a {type(sample).__name__}, not a SampleConfig: the order is "
+            "(config, params, prompts, sample, key)"
+        )
+    for stop in sample.stop_ids:
+        if not 0 <= stop < config.vocab_size:
+            raise ValueError(f"sample.stop_ids: {stop} is not in the vocabulary")
+    return sample
+
+
+def checked_key(key: Any) -> Key[Array, ""]:
+    """Returns the key; None takes that of seed 0."""
+    if key is None:
+        return jax.random.key(0)
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        what = repr(key) if dtype is None else f"an array of {dtype}"
+        raise ValueError(f"key is {what}: make one with jax.random.key(seed)")
+    if key.shape:
+        raise ValueError(f"key has shape {key.shape}: give one key, each row folds it")
+    return key
+
+
+def check_state(state: Any, config: ModelConfig, num_rows: int) -> None:
+    """Raises a ValueError if a call cannot go on from `state`."""
+    if not isinstance(state, GenerationState):
+        raise ValueError(
+            f"resume is a {type(state).__name__}: give the `state` of an earlier result"
+        )
+    state.check(config, num_rows)
