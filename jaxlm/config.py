@@ -271,7 +271,7 @@ class DataConfig:
     """Where the text comes from and how it becomes rows of tokens."""
 
     path: tuple[str, ...] = (BUNDLED_TEXT,)
-    """Files (.txt, .jsonl, .parquet; .gz, .zst), folders or globs.
+    """Text files, .jsonl, .parquet (text also .gz, .zst), folders or globs.
     Each entry is a separate source of the mixture."""
     weights: tuple[float, ...] = ()
     """Relative share of rows from each entry of path; empty: proportional to size."""

@@ -22,6 +22,7 @@ from jaxlm.data.disk_cache import (
     content_hashes,
     key_of,
 )
+from jaxlm.data.documents import read_documents
 from jaxlm.data.order import RowOrder
 from jaxlm.data.packing import (
     TokenStream,
@@ -30,7 +31,7 @@ from jaxlm.data.packing import (
     split_stream,
     train_rows,
 )
-from jaxlm.data.sources import Source, find_source, read_documents
+from jaxlm.data.sources import Source, find_source
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer

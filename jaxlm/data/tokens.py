@@ -25,7 +25,8 @@ from jaxtyping import Int64, UInt
 
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import build_once, cache_root, check_unchanged, key_of
-from jaxlm.data.sources import Source, read_documents
+from jaxlm.data.documents import read_documents
+from jaxlm.data.sources import Source
 from jaxlm.progress import progress_bar
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer

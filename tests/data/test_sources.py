@@ -1,12 +1,9 @@
 import gzip
-import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 
-from jaxlm.data.sources import find_source, read_documents
+from jaxlm.data.documents import read_documents
+from jaxlm.data.sources import find_source
 
 
 def texts(entry, **options):
@@ -22,40 +19,61 @@ def test_bundled_text(shakespeare):
         find_source("bundled:shakespear.txt")
 
 
-def test_text_is_not_changed(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xef\xbb\xbf \xe2\x80\xa8\n\n")
-    assert texts(path) == ["one\r\ntwo\0\ufeff \u2028\n\n"]
-
-
-LINES = [{"text": "one\r\n\u2028two"}, {"id": 1, "text": "thrée"}, {"text": ""}]
-WANT = ["one\r\n\u2028two", "thrée"]
-
-
-def test_every_format(tmp_path):
-    data = "\n".join(json.dumps(x, ensure_ascii=False) for x in LINES).encode()
-    data = b"\xef\xbb\xbf" + data + b"\n\n"
-    (tmp_path / "a.jsonl").write_bytes(data)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data))
-    half = len(data) // 2
-    frames = [zstandard.compress(data[:half]), zstandard.compress(data[half:])]
-    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
-    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"text"))
-    (tmp_path / "e.TXT.zst").write_bytes(zstandard.compress(b"text"))
-    table = pyarrow.table({"id": [1, 2, 3], "text": [x["text"] for x in LINES]})
-    pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "f.parquet"):
-        assert texts(tmp_path / name) == WANT, name
-    assert texts(tmp_path / "d.txt.gz") == texts(tmp_path / "e.TXT.zst") == ["text"]
-
-
-def test_folder_and_glob_are_sorted(tmp_path):
+def test_folder_and_glob_are_sorted(tmp_path, caplog):
     (tmp_path / "z").mkdir()
-    for name in ("b.txt", "z/a.txt", "a.txt", "note.md"):
+    for name in ("b.txt", "z/a.txt", "a.txt", "note.MD", "run.py"):
         (tmp_path / name).write_text(name)
-    assert texts(tmp_path) == ["a.txt", "b.txt", "z/a.txt"]
+    assert texts(tmp_path) == ["a.txt", "b.txt", "note.MD", "run.py", "z/a.txt"]
     assert texts(tmp_path / "**/a.txt") == ["a.txt", "z/a.txt"]
     assert texts(tmp_path / "[ab].txt") == ["a.txt", "b.txt"]
+    assert not caplog.records
+
+
+def test_what_a_folder_does_not_give_is_said(tmp_path, caplog):
+    (tmp_path / ".git").mkdir()
+    names = ("a.txt", "b.md", "c.md", "d.csv", "e.png", "f.PNG", "LICENSE", "g.tar.gz")
+    for name in (*names, ".git/x.py", ".hidden.txt"):
+        (tmp_path / name).write_text(name)
+    for name in ("__init__.py", "empty.txt"):
+        (tmp_path / name).touch()
+    assert texts(tmp_path) == ["a.txt", "b.md", "c.md"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}: reads 2 .md and 1 .txt; skips 2 .png, 2 empty, 1 .csv, 1 .tar.gz "
+        "and 1 without a suffix (name a file, or use a glob, to read it whatever its "
+        "suffix)"
+    )
+    # A hidden folder that is named is not hidden.
+    assert texts(tmp_path / ".git") == [".git/x.py"]
+    # A glob names the files.
+    assert texts(tmp_path / "*.csv") == ["d.csv"]
+    assert texts(tmp_path / "*.txt") == ["a.txt"]
+    with pytest.raises(ValueError, match="only empty files match the glob"):
+        find_source(str(tmp_path / "*.py"))
+
+
+def test_any_named_file_is_text(tmp_path):
+    for name in ("a.md", "b", "c.csv", "d.py", "e.json", "f.txt.bz2", "g.f90"):
+        (tmp_path / name).write_text("naïve")
+        assert texts(tmp_path / name) == ["naïve"], name
+    (tmp_path / "h.csv.gz").write_bytes(gzip.compress(b"x"))
+    assert texts(tmp_path / "h.csv.gz") == ["x"]
+    (tmp_path / "a.parquet.gz").write_text("x")
+    with pytest.raises(ValueError, match=r"a\.parquet\.gz: a Parquet file inside \.gz"):
+        find_source(str(tmp_path / "a.parquet.gz"))
+
+
+def test_folders_without_text(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"no text in this folder, which holds nothing"
+    ):
+        find_source(str(tmp_path))
+    for name in ("a.png", "a.parquet.gz"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(
+        ValueError, match=r"holds 1 \.parquet\.gz and 1 \.png; name a file"
+    ):
+        find_source(str(tmp_path))
 
 
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
@@ -73,103 +91,3 @@ def test_missing_paths(tmp_path):
         find_source(str(tmp_path / "qqq" / "corpus.txt"))
     with pytest.raises(ValueError, match="no file matches the glob"):
         find_source(str(tmp_path / "*.jsonl"))
-
-
-@pytest.mark.parametrize("name", ["a.md", "a", "a.parquet.gz", "a.txt.bz2"])
-def test_unknown_extensions(name, tmp_path):
-    (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match=r"cannot be read: \.txt"):
-        find_source(str(tmp_path / name))
-    with pytest.raises(ValueError, match="no text files in this folder"):
-        find_source(str(tmp_path))
-
-
-def test_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"no text files .*nothing"):
-        find_source(str(tmp_path))
-
-
-def test_bad_utf8_is_located(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\ntwo \xff\n\xe2\x80")
-    with pytest.raises(ValueError, match=r"a\.txt: byte 0xff at offset 8 \(line 2\)"):
-        texts(path)
-    with pytest.warns(UserWarning, match=r"a\.txt: 2 byte seq") as caught:
-        assert texts(path, invalid_utf8="replace") == ["one\ntwo \ufffd\n\ufffd"]
-    assert len(caught) == 1
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"byte 0xff at offset 24 \(line 2\)"):
-        texts(path)
-
-
-def test_half_of_a_surrogate_pair(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "ok"}\n{"text": "a\\ud83d"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*\\ud83d"):
-        texts(path)
-    with pytest.warns(UserWarning, match="1 byte seq"):
-        assert texts(path, invalid_utf8="replace") == ["ok", "a\ufffd"]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{", "line 2: this line is not JSON"),
-        ("[" * 100_000, "line 2: this line is not JSON"),
-        ("[1]", "line 2: expected a JSON object .* found list"),
-        ('{"texts": "a"}', r"line 2: no field 'text' \(did you mean 'texts'\?\)"),
-        ('{"text": 3}', "line 2: the field 'text' holds int"),
-    ],
-)
-def test_bad_lines(line, message, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl, " + message):
-        texts(path)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-@pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf"])
-def test_empty_files(name, data, tmp_path):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match="the file is empty"):
-        texts(tmp_path / name)
-
-
-def test_damaged_archives(tmp_path):
-    data = bytes(range(256)) * 400
-    packed = {"gz": gzip.compress(data), "zst": zstandard.compress(data)}
-    for suffix, content in packed.items():
-        for number, bad in enumerate((content[:-9], b"nonsense" * 9)):
-            path = tmp_path / f"{number}.txt.{suffix}"
-            path.write_bytes(bad)
-            with pytest.raises(
-                ValueError, match=rf"{number}\.txt\.{suffix}: .*damaged"
-            ):
-                texts(path)
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"PAR1 nonsense")
-    with pytest.raises(ValueError, match="not a complete Parquet file"):
-        texts(path)
-
-
-def test_parquet_columns(tmp_path):
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({"body": ["a", None], "n": [1, 2]})
-    pyarrow.parquet.write_table(table, path)
-    with pytest.raises(ValueError, match="no column 'text'; the columns are body, n"):
-        texts(path)
-    with pytest.raises(ValueError, match="column 'n' holds int64"):
-        texts(path, field="n")
-    with pytest.raises(ValueError, match="row 2: the column 'body' is null"):
-        texts(path, field="body")
-
-
-def test_missing_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    for name, extra in (("a.txt.zst", "zst"), ("a.parquet", "parquet")):
-        (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(ValueError, match=rf"jaxlm\[{extra}\]"):
-            texts(tmp_path / name)

@@ -1,0 +1,301 @@
+"""Reads the documents of text, JSON lines and Parquet files.
+
+Files are read one document at a time. Anything wrong with a file is a `ValueError` that
+names the file, the line or byte, and the remedy.
+"""
+
+import gzip
+import io
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxlm.config import nearest
+from jaxlm.data.sources import TEXT_KINDS, TextFile, suffixes
+
+BOM = b"\xef\xbb\xbf"
+# A zero among the first bytes of a file means that it is not text, as for git and grep.
+_FIRST_BYTES = 8192
+_log = logging.getLogger(__name__)
+
+
+class Document(NamedTuple):
+    """A document and its origin."""
+
+    text: str
+    """Text, never empty once read by `read_documents`."""
+    where: str
+    """File and line (or row), for messages."""
+    done: int
+    """Bytes of the file read so far (compressed), for progress."""
+
+
+def read_documents(
+    file: TextFile, field: str = "text", invalid_utf8: str = "error"
+) -> Iterator[Document]:
+    """Yields the documents of a file, without empty ones.
+
+    A text file is one document. A byte order mark at the start is dropped; line ends
+    are kept.
+
+    Args:
+      field: field of JSON lines, or column of Parquet, that holds the text.
+      invalid_utf8: `error`, or `replace` bad bytes by U+FFFD and warn once per file.
+
+    Raises:
+      ValueError: for anything wrong in the file, with its line and the remedy.
+    """
+    count = 0
+    damage = _Damage(str(file.path), replace=invalid_utf8 == "replace")
+    if file.format == ".parquet":
+        documents = _read_parquet(file, field, damage)
+    else:
+        documents = _read_text(file, field, damage)
+    for document in documents:
+        if document.text:
+            count += 1
+            yield document
+    if not count:
+        raise ValueError(
+            f"{file.path}: the file is empty: it has no document with text; remove it "
+            "from data.path"
+        )
+    damage.warn()
+
+
+@dataclass
+class _Damage:
+    """Decodes the text of one file, and counts what was not valid UTF-8."""
+
+    path: str
+    replace: bool
+    count: int = 0
+
+    def decode(self, data: bytes, line: int, offset: int) -> str:
+        """Decodes `data`, which begins at a line number and byte offset of the file."""
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if not self.replace:
+                at = error.start
+                line += data.count(b"\n", 0, at)
+                raise ValueError(
+                    f"{self.path}: byte 0x{data[at]:02x} at offset {offset + at} (line "
+                    f"{line}) is not UTF-8: convert the file, or set data.invalid_utf8 "
+                    "to 'replace'"
+                ) from None
+        text = data.decode("utf-8", errors="replace")
+        self.count += text.count("\ufffd") - data.count("\ufffd".encode())
+        return text
+
+    def check_surrogates(self, text: str, line: int) -> str:
+        """Checks text from JSON, whose escapes can give half of a surrogate pair."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            if not self.replace:
+                raise ValueError(
+                    f"{self.path}, line {line}: the text has half of a surrogate pair "
+                    f"(\\u{ord(text[error.start]):04x}), which is not valid Unicode: "
+                    "repair it, or set data.invalid_utf8 to 'replace'"
+                ) from None
+            fixed = "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
+            self.count += fixed.count("\ufffd") - text.count("\ufffd")
+            return fixed
+        return text
+
+    def warn(self) -> None:
+        if self.count:
+            _log.warning(
+                "%s: %d byte sequences that were not UTF-8 became U+FFFD",
+                *(self.path, self.count),
+            )
+
+
+def _open(file: TextFile, raw: io.BufferedIOBase) -> io.BufferedIOBase:
+    if file.compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if file.compression == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(
+                f"{file.path}: reading .zst files needs an extra: pip install "
+                "'jaxlm[zst]'"
+            ) from None
+        frames = _ZstdFrames(raw, zstandard.ZstdDecompressor())
+        return io.BufferedReader(frames, 1 << 20)
+    return raw
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Decompresses consecutive Zstandard frames, as parallel compressors write them.
+
+    The library's own reader takes a truncated file for a complete one.
+    """
+
+    def __init__(self, raw: io.BufferedIOBase, decompressor: Any):
+        self._raw, self._decompressor = raw, decompressor
+        self._frame = decompressor.decompressobj()
+        self._begun = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = b""
+            if self._frame.eof:
+                data = self._frame.unused_data
+                self._frame = self._decompressor.decompressobj()
+                self._begun = False
+            data = data or self._raw.read(1 << 15)
+            if not data:
+                if self._begun:
+                    raise EOFError("the last frame is incomplete")
+                return 0
+            self._begun = True
+            self._ready = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _damaged_archive() -> tuple[type[Exception], ...]:
+    errors = (gzip.BadGzipFile, zlib.error, EOFError)
+    try:
+        import zstandard
+    except ImportError:
+        return errors
+    return (*errors, zstandard.ZstdError)
+
+
+def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Document]:
+    with open(file.path, "rb") as raw:
+        stream = _open(file, raw)
+        try:
+            if file.format == ".txt":
+                data = stream.read().removeprefix(BOM)
+                _check_is_text(file, data)
+                size = raw.tell()
+                text = damage.decode(data, 1, 0)
+                del data
+                yield Document(text, str(file.path), size)
+            else:
+                yield from _read_json_lines(file, stream, raw, field, damage)
+        except _damaged_archive() as error:
+            raise ValueError(
+                f"{file.path}: the compressed file is damaged or truncated at byte "
+                f"{raw.tell()} ({error}): get it again"
+            ) from None
+
+
+def _check_is_text(file: TextFile, data: bytes) -> None:
+    """Raises ValueError for what is not text, unless the file's suffix promises it."""
+    if suffixes(file.path)[0] in TEXT_KINDS:
+        return
+    if b"\0" in data[:_FIRST_BYTES] or data.startswith(b"%PDF-"):
+        raise ValueError(
+            f"{file.path}: this is a binary file, not text: remove it from data.path, "
+            "or convert it to UTF-8 text"
+        )
+
+
+def _read_json_lines(
+    file: TextFile,
+    stream: io.BufferedIOBase,
+    raw: io.BufferedIOBase,
+    field: str,
+    damage: _Damage,
+) -> Iterator[Document]:
+    offset = 0
+    for number, line in enumerate(stream, start=1):
+        start, offset = offset, offset + len(line)
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if not line.strip():
+            continue
+        where = f"{file.path}, line {number}"
+        text = damage.decode(line, number, start)
+        try:
+            value = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{where}: this line is not JSON ({error}): a .jsonl file has one JSON "
+                "object per line"
+            ) from None
+        document = _field_of(value, field, where)
+        yield Document(damage.check_surrogates(document, number), where, raw.tell())
+
+
+def _field_of(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{where}: expected a JSON object with the field {field!r}, found "
+            f"{type(value).__name__}"
+        )
+    if field not in value:
+        raise ValueError(
+            f"{where}: no field {field!r}{nearest(field, list(value))}; the fields are "
+            f"{', '.join(value) or 'none'}: set data.field"
+        )
+    if not isinstance(value[field], str):
+        raise ValueError(
+            f"{where}: the field {field!r} holds {type(value[field]).__name__}, not "
+            "text: set data.field to the field that holds the text"
+        )
+    return value[field]
+
+
+def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"{file.path}: reading .parquet files needs an extra: pip install "
+            "'jaxlm[parquet]'"
+        ) from None
+    size = file.path.stat().st_size
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(
+            f"{file.path}: not a complete Parquet file ({error}): get it again"
+        ) from None
+    with table:
+        _check_column(file, table.schema_arrow, field, pyarrow)
+        row, rows = 0, max(table.metadata.num_rows, 1)
+        for batch in table.iter_batches(batch_size=256, columns=[field]):
+            # As bytes: pyarrow does not promise that a string column is UTF-8.
+            for data in batch.column(0).cast(pyarrow.large_binary()):
+                row += 1
+                where = f"{file.path}, row {row}"
+                if not data.is_valid:
+                    raise ValueError(
+                        f"{where}: the column {field!r} is null: remove null rows"
+                    )
+                try:
+                    text = damage.decode(data.as_py(), 1, 0)
+                except ValueError as error:
+                    raise ValueError(f"row {row} of {error}") from None
+                yield Document(text, where, size * row // rows)
+
+
+def _check_column(file: TextFile, schema: Any, field: str, pyarrow: Any) -> None:
+    if field not in schema.names:
+        raise ValueError(
+            f"{file.path}: no column {field!r}{nearest(field, schema.names)}; the "
+            f"columns are {', '.join(schema.names)}: set data.field"
+        )
+    kind = schema.field(field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise ValueError(
+            f"{file.path}: the column {field!r} holds {kind}, not text: set data.field "
+            "to the column that holds the text"
+        )
