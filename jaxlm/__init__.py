@@ -44,9 +44,13 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name == "__version__":
+        # Imported here because it takes a while.
+        value = importlib.import_module("importlib.metadata").version("jaxlm")
+    elif name not in _MODULE_OF:
         raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"jaxlm.{_MODULE_OF[name]}"), name)
+    else:
+        value = getattr(importlib.import_module(f"jaxlm.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,14 +1,17 @@
-"""`jaxlm VERB ...`: runs the command of a verb, and imports no other."""
+"""`jaxlm VERB ...`: runs the command of a verb, and imports no other.
+
+Everything else is imported where it is needed: Ctrl-C ends the program without a
+traceback from the moment that `main` runs.
+"""
 
 import importlib
+import os
+import signal
 import sys
-import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
-from jaxlm.commands.process import log_on_stderr, restart_with_malloc_options
-from jaxlm.config import nearest
-from jaxlm.flags import fail
 from jaxlm.train.stopping import EXIT_INTERRUPTED, EXIT_USAGE
 
 # Verb -> what it does. Each is a module of `jaxlm.commands` with a function
@@ -26,28 +29,59 @@ VERBS = {
 # Never the value of another option: as with every flag, a value that begins with a dash
 # is joined to its option, as in `--prompt=-v`.
 _VERBOSE = ("-v", "--verbose")
+_VERSION = ("-V", "--version")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `jaxlm VERB ...` and returns its exit code; None takes `sys.argv`."""
-    if arguments is None and sys.argv[1:2] == ["train"]:
-        restart_with_malloc_options()
+    if arguments is None:
+        start(sys.argv[1:2] == ["train"])
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if verb in ("", "-h", "--help"):
-        print("usage: jaxlm VERB ...   (jaxlm VERB --help lists its options)\n")
+        print("usage: jaxlm VERB ...   (jaxlm VERB --help lists its flags)\n")
         for name, summary in VERBS.items():
             print(f"  {name:10} {summary}")
         print("\nWith -v or --verbose each also reports what it chose and why.")
         return 0 if verb else EXIT_USAGE
+    if verb in _VERSION:
+        from importlib.metadata import version
+
+        print(f"jaxlm {version('jaxlm')}")
+        return 0
     if verb not in VERBS:
-        fail(f"no verb {verb!r}{nearest(verb, list(VERBS))}; verbs: {', '.join(VERBS)}")
+        from jaxlm.config import nearest
+        from jaxlm.flags import fail
+
+        near, verbs = nearest(verb, list(VERBS)), ", ".join(VERBS)
+        fail(f"no verb {verb!r}{near}; verbs: {verbs}")
     return run(verb, rest, f"jaxlm {verb}")
+
+
+def start(trains: bool) -> None:
+    """Sets up the process of a program, before anything that takes time.
+
+    Until `run` calls the command, Ctrl-C ends the program at once.
+
+    Args:
+      trains: whether it is a training run, which sets options of malloc.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    if trains:
+        from jaxlm.commands.process import restart_with_malloc_options
+
+        restart_with_malloc_options()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(EXIT_INTERRUPTED)
 
 
 def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
     """Runs a verb and returns its exit code.
 
-    A ValueError becomes one line on stderr; with -v its traceback comes before it.
+    A ValueError becomes one line on stderr, in which fields of the config are named by
+    their flags; with -v its traceback comes before it.
 
     Args:
       verb: a name in `VERBS`.
@@ -55,16 +89,27 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
       prog: the program that the user called, for messages.
       options: passed to the verb's `main`.
     """
+    from jaxlm.commands.process import log_on_stderr
+    from jaxlm.config_file import ConfigFileError, RunArguments
+    from jaxlm.flags import fail, in_flags
+
     rest = [a for a in arguments if a not in _VERBOSE]
     verbose = len(rest) < len(arguments)
+    kind: type = RunArguments
     try:
         with log_on_stderr(verbose):
             command = importlib.import_module(f"jaxlm.commands.{verb}")
+            kind = getattr(command, "Arguments", RunArguments)
+            if signal.getsignal(signal.SIGINT) is _end:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             return command.main(rest, prog, **options)
     except ValueError as error:
         if verbose:
+            import traceback
+
             traceback.print_exc()
-        fail(error)
+        is_of_file = isinstance(error, ConfigFileError)
+        fail(error if is_of_file else in_flags(str(error), kind))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

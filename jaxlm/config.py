@@ -531,19 +531,50 @@ def _check(config: Any, where: str, rule: str, *names: str) -> None:
             raise ValueError(f"{where}.{name} is {value!r}: it must be {rule}")
 
 
-def _matches(value: Any, hint: Any) -> bool:
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
     if origin in (types.UnionType, typing.Union):
-        return any(_matches(value, a) for a in args)
+        return any(matches(value, a) for a in args)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_matches(v, args[0]) for v in value)
+        return isinstance(value, tuple) and all(matches(v, args[0]) for v in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    types.NoneType: "None",
+}
+
+
+def must_be(hint: Any, value: Any) -> str:
+    """Returns what a value must be to fit a field: `an integer`.
+
+    Args:
+      hint: the type of the field.
+      value: the wrong value; the nearest of several possible ones is suggested.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        names = [str(a) for a in args]
+        if len(names) == 1:
+            return repr(args[0])
+        options = ", ".join(repr(a) for a in args)
+        return f"one of {options}{nearest(str(value), names)}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(must_be(a, value) for a in args)
+    if origin is tuple:
+        return f"a tuple, and each of its values {must_be(args[0], value)}"
+    return _KINDS.get(hint, f"a {hint.__name__}")
 
 
 def check_types(config: Any, where: str) -> None:
@@ -554,19 +585,12 @@ def check_types(config: Any, where: str) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
             raise ValueError(f"{where}.{f.name} is {value!r}: it must be finite")
-        if _matches(value, hint):
-            if float in (hint, *get_args(hint)) and isinstance(value, int):
-                # Integers are valid floats, but 1 and 1.0 must give equal configs.
-                object.__setattr__(config, f.name, float(value))
-            continue
-        if get_origin(hint) is Literal:
-            options = ", ".join(repr(a) for a in get_args(hint))
-            near = nearest(str(value), [str(a) for a in get_args(hint)])
-            raise ValueError(
-                f"{where}.{f.name} is {value!r}: it must be one of {options}{near}"
-            )
-        expected = getattr(hint, "__name__", None) if not get_args(hint) else str(hint)
-        raise ValueError(f"{where}.{f.name} is {value!r}: expected {expected or hint}")
+        if not matches(value, hint):
+            kind = must_be(hint, value)
+            raise ValueError(f"{where}.{f.name} is {value!r}: it must be {kind}")
+        if float in (hint, *get_args(hint)) and isinstance(value, int):
+            # Integers are valid floats, but 1 and 1.0 must give equal configs.
+            object.__setattr__(config, f.name, float(value))
 
 
 def nearest(name: str, options: list[str]) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminal_case import Terminal
 
 from jaxlm import cli
 from jaxlm.cli import VERBS, main
@@ -33,7 +34,7 @@ def exit_of(capsys, *arguments):
             ["report", "/no/such/run"],
             r"error: /no/such/run/metrics\.jsonl: no such fil",
         ),
-        (["report", "x", "--uot", "y"], r"unknown option '--uot' .*mean '--out'"),
+        (["report", "x", "--uot", "y"], r"unknown flag '--uot' .*mean '--out'"),
     ],
 )
 def test_a_wrong_verb_ends_with_code_2(capsys, arguments, message):
@@ -48,9 +49,28 @@ def test_an_error_has_a_traceback_only_with_v(verbose, capsys):
     assert ("Traceback" in err) is verbose
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--train.steps many", "--train.steps is 'many': it must be an integer"),
+        (
+            "--lr 3",
+            "unknown flag '--lr' (did you mean '--optimizer.learning-rate'?); "
+            "--help lists the flags, the most useful first",
+        ),
+    ],
+)
+def test_a_terminal_shows_the_error_that_a_pipe_gets(line, message, repository):
+    command = [sys.executable, repository / "train.py", *line.split()]
+    with Terminal(command, columns=200) as terminal:
+        assert terminal.wait() == 2
+        assert terminal.lines() == [f"error: {message}"]
+        assert b"\x1b" not in terminal.written
+
+
 def test_v_is_never_the_value_of_another_option(capsys):
     code, _, err = exit_of(capsys, "report", "--out", "-v")
-    assert code == 2 and "Missing value for argument '--out'" in err
+    assert code == 2 and "--out needs a value" in err
     # Joined to its option it is one.
     code, _, err = exit_of(capsys, "report", "/no/such/run", "--out=-v")
     assert code == 2 and err.startswith("error: /no/such/run/metrics.jsonl")
@@ -100,8 +120,8 @@ def modules_after(program, repository):
         "from jaxlm.cli import main; main(['--help'])",
         "from jaxlm.cli import main\ntry: main(['reprot'])\nexcept SystemExit: pass",
         "from jaxlm.cli import main\n"
-        "from jaxlm.flags import read_config\n"
-        "try: read_config(['--train.step', '3'])\nexcept SystemExit: pass",
+        "from jaxlm.config_file import read_config\n"
+        "try: read_config(['--train.step', '3'])\nexcept ValueError: pass",
         "import jaxlm; jaxlm.Config",
     ],
 )

@@ -160,16 +160,28 @@ WRONG = [
         r"model\.qk_norm is 'heads': it must be one of 'none', 'head', 'full' "
         r"\(did you mean 'head'\?\)",
     ),
-    ("model", {"num_layers": 2.0}, r"model\.num_layers is 2\.0: expected int"),
-    ("model", {"num_layers": True}, r"model\.num_layers is True: expected int"),
-    ("model", {"rope_theta": "1e4"}, r"model\.rope_theta is '1e4': expected float"),
-    ("model", {"tied_embeddings": 1}, r"model\.tied_embeddings is 1: expected bool"),
-    ("model", {"window": "8"}, r"model\.window is '8': expected int \| None"),
+    ("model", {"num_layers": 2.0}, r"model\.num_layers is 2\.0: it must be an integer"),
+    (
+        "model",
+        {"num_layers": True},
+        r"model\.num_layers is True: it must be an integer",
+    ),
+    (
+        "model",
+        {"rope_theta": "1e4"},
+        r"model\.rope_theta is '1e4': it must be a number",
+    ),
+    (
+        "model",
+        {"tied_embeddings": 1},
+        r"model\.tied_embeddings is 1: it must be True or False",
+    ),
+    ("model", {"window": "8"}, r"model\.window is '8': it must be an integer or None"),
     ("rope_scaling", {"kind": "linear", "factor": 0.5}, r"factor is 0\.5.*at least 1"),
     ("rope_scaling", {"kind": "longrope"}, r"short_factors and long_factors are neede"),
     ("rope_scaling", {"kind": "yarm"}, r"model\.rope_scaling\.kind.*mean 'yarn'"),
     ("data", {"path": ()}, r"data\.path is \(\): it must be at least one path"),
-    ("data", {"path": "a.txt"}, r"data\.path is 'a\.txt': expected tuple"),
+    ("data", {"path": "a.txt"}, r"data\.path is 'a\.txt': it must be a tuple"),
     ("data", {"weights": (1.0, 2.0)}, r"data\.weights has 2 numbers for 1 entries"),
     ("data", {"weights": (-1.0,)}, r"data\.weights.*>= 0 and not all zero"),
     ("data", {"weights": (0.0,)}, r"data\.weights.*>= 0 and not all zero"),
@@ -241,7 +253,11 @@ WRONG = [
         )
         for x in (float("nan"), float("inf"))
     ),
-    ("sample", {"stop_ids": (1.5,)}, r"sample\.stop_ids is \(1\.5,\): expected tuple"),
+    (
+        "sample",
+        {"stop_ids": (1.5,)},
+        r"sample\.stop_ids is \(1\.5,\): it must be a tuple",
+    ),
 ]
 SECTIONS = {
     "model": model,
@@ -274,7 +290,9 @@ def test_sections_must_fit_together():
         Config(model=model(), data=short, train=balanced)
     experts = model(num_experts=4, experts_per_token=2)
     Config(model=experts, data=short, train=balanced)
-    with pytest.raises(ValueError, match=r"config\.model is 3: expected ModelConfig"):
+    with pytest.raises(
+        ValueError, match=r"config\.model is 3: it must be a ModelConfig"
+    ):
         Config(model=3)
 
 
@@ -310,7 +328,10 @@ def test_from_dict_names_the_wrong_field():
             ("model", "num_layer", 3),
             r"config\.model: unknown field 'num_layer' \(did y",
         ),
-        (("model", "num_layers", "3"), r"model\.num_layers is '3': expected int"),
+        (
+            ("model", "num_layers", "3"),
+            r"model\.num_layers is '3': it must be an integer",
+        ),
         (("data", "path", "x"), r"data\.path is 'x'"),
         (("train", "zzz", 0), r"config\.train: unknown field 'zzz'$"),
     ]

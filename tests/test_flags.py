@@ -1,175 +1,136 @@
-"""Config files and flags, and what is said of wrong ones."""
+"""Command lines: the flags of dataclasses, and what is said of wrong ones."""
 
-import re
-import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from jaxlm.config import Config
-from jaxlm.flags import flag_names, read_config
+from jaxlm.config import MeshConfig, SampleConfig
+from jaxlm.flags import Flat, Positional, flags_of, help_text, in_flags, parse
 
-CONFIG_FILE = """
-'''A tiny run.'''
-from jaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-def get_config():
-    return Config(
-        model=ModelConfig(num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2,
-                          head_dim=8, hidden_dim=64, context_length=64),
-        data=DataConfig(sequence_length=32),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(steps=10, batch_size=4),
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Does something.
+
+    Example: {prog} FILE --size 3
+    """
+
+    source: Positional[Path]
+    """What to read, 100% of it."""
+    more: Positional[tuple[str, ...]] = ()
+    """What else to read."""
+    size: int | None = 2
+    """Its size."""
+    ratios: tuple[float, ...] = (0.5,)
+    kind: Literal["small", "large"] | None = None
+    """Its kind."""
+    on: bool = True
+    """Whether it is on."""
+    end: str = "\n"
+    """Its end."""
+    sample: Flat[SampleConfig] = field(
+        default_factory=lambda: SampleConfig(temperature=0.8)
     )
-"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
-@pytest.fixture
-def default_file(tmp_path):
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    file = folder / "tiny.py"
-    file.write_text(CONFIG_FILE)
-    return file
+def read(*arguments):
+    return parse(Arguments, arguments, prog="program")
 
 
-def words(text):
-    """Output without the frames of boxes and without line breaks."""
-    return " ".join(re.sub(r"[╭╮╰╯│─]", " ", text).split())
-
-
-def exit_of(capsys, function, *arguments):
-    """Exit code and what was written."""
-    with pytest.raises(SystemExit) as caught:
-        function(*arguments)
-    out, err = capsys.readouterr()
-    return caught.value.code, words(out), words(err)
-
-
-def test_flags_change_the_config_file(default_file):
-    assert read_config([], default_file)[0].train.steps == 10
-    config, source = read_config(
-        [
-            *("--model.num-layers", "12", "--train.run-dir", "runs/x"),
-            *("--data.path", "a.txt", "b.txt", "--data.weights", "1", "2.5"),
-            *("--optimizer.clip-norm", "None", "--train.max-minutes", "3"),
-            *("--model.no-tied-embeddings", "--mesh.fsdp", "2", "--fresh"),
-            *("--model.layer-pattern", "local", "global"),
-            *("--model.window", "8", "--sample.stop-ids", "1", "2"),
-        ],
-        default_file,
+def test_values_have_the_types_of_their_fields():
+    assert read("x") == Arguments(source=Path("x"))
+    everything = read(
+        *("--size", "None", "--ratios", "1", "2.5", "--kind", "small", "--no-on"),
+        *("--top_k", "3", "--mesh.fsdp=-1", "--mesh.data", "1", "--end=-v", "x", "y"),
     )
-    assert isinstance(config, Config) and source is None
-    assert config.model.num_layers == 12 and config.train.run_dir == "runs/x"
-    assert config.data.path == ("a.txt", "b.txt")
-    assert config.data.weights == (1.0, 2.5)
-    assert config.optimizer.clip_norm is None and config.train.max_minutes == 3.0
-    assert not config.model.tied_embeddings and config.mesh.fsdp == 2
-    assert config.fresh
-    assert config.model.layer_pattern == ("local", "global")
-    assert config.sample.stop_ids == (1, 2)
-    # What no flag names stays as the file has it.
-    assert config.model.model_dim == 32 and config.optimizer.warmup_steps == 2
+    assert everything == Arguments(
+        source=Path("x"),
+        more=("y",),
+        size=None,
+        ratios=(1.0, 2.5),
+        kind="small",
+        on=False,
+        end="-v",
+        sample=SampleConfig(temperature=0.8, top_k=3),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+    # Arguments without flags may stand anywhere, and the last value counts.
+    assert read("--size", "-4", "x", "--on", "--size", "5", "y").more == ("y",)
+    base = Arguments(source=Path("x"), size=7)
+    assert parse(Arguments, ["--no-on"], prog="", default=base).size == 7
 
 
-def test_a_config_file_may_come_first(default_file, tmp_path):
-    other = tmp_path / "other.py"
-    other.write_text(CONFIG_FILE.replace("steps=10", "steps=7"))
-    flags = ["--train.batch-size", "8"]
-    config, _ = read_config([str(other), *flags], default_file)
-    assert (config.train.steps, config.train.batch_size) == (7, 8)
+WRONG = {
+    "--sizes 3": r"unknown flag '--sizes' \(did you mean '--size'\?\); --help lists",
+    "--top_kk=3": r"unknown flag '--top_kk=3' \(did you mean '--top-k'\?\)",
+    "--temp 3": r"unknown flag '--temp' \(did you mean '--temperature'\?\)",
+    "--fsdp 3": r"unknown flag '--fsdp' \(did you mean '--mesh\.fsdp'\?\)",
+    "--qwertyuiop": r"unknown flag '--qwertyuiop'; --help lists",
+    "-x": r"unknown flag '-x'; --help lists",
+    "--device cpu": r"unknown flag '--device' \(JAX_PLATFORMS=cpu in the environment",
+    "--size": r"--size needs a value",
+    "--size --on": r"--size needs a value",
+    "--size many": r"--size is 'many': it must be an integer or None",
+    "--size 2.5": r"--size is '2\.5': it must be an integer or None",
+    "--ratios 1 x": r"--ratios is 'x': it must be a number",
+    "--kind smal": r"--kind is 'smal': it must be one of .*mean 'small'\?\) or None",
+    "--on=False": r"--on takes no value: --no-on is its opposite",
+    "--no-on true": r"--on takes no value: --no-on is its opposite",
+    "--mesh.data 0": r"mesh\.data is 0: it must be >= 1, or -1",
+    "": r"SOURCE is missing; --help lists",
+}
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (
-            ["--train.step", "5"],
-            r"unknown option '--train.step' .*mean '--train.steps'",
-        ),
-        (["--train.step=5"], r"option '--train.step=5' \(did you mean '--train.steps'"),
-        (["--modl.num-layers", "5"], r"did you mean '--model.num-layers'\?\)"),
-        (["--model.rope-scaling", "x"], r"mean '--model.(?!rope-scaling)"),
-        (["--qwertyuiop"], r"unknown option '--qwertyuiop'; --help lists them all"),
-        (["--train.steps", "x"], r"--train.steps: .*'x'"),
-        (["--train.steps", "2.5"], r"--train.steps: .*'2.5'"),
-        (["--train.steps"], r"--train.steps"),
-        (["--train.steps", "-5"], r"train.steps is -5: it must be > 0"),
-        (["--model.qk-norm", "heads"], r"'heads'.*--model.qk-norm.*'none', 'head'"),
-        (["--model.num-kv-heads", "3"], r"num_heads is 4: it must be a multiple of"),
-        (["--data.sequence-length", "65"], r"sequence_length is 65, more than model.c"),
-        (["--fresh", "extra"], r"unknown option 'extra'"),
-    ],
-)
-def test_a_wrong_flag_ends_with_code_2(default_file, capsys, flags, message):
-    code, out, err = exit_of(capsys, read_config, flags, default_file)
-    assert code == 2
-    assert re.search(message, out + err), out + err
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_flag_is_named_with_its_remedy(line):
+    arguments = [*line.split(), *["x"] * ("--" in line)]
+    if line == "--size":
+        arguments.reverse()
+    with pytest.raises(ValueError, match=f"^{WRONG[line]}"):
+        read(*arguments)
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("x = 1", r"wrong\.py: no function get_config\(\)"),
-        ("def get_config(): return 3", r"get_config\(\) returns int, not a Config"),
-        (
-            CONFIG_FILE.replace("num_kv_heads=2", "num_kv_heads=3"),
-            r"wrong\.py: model\.num_heads is 4",
-        ),
-    ],
-)
-def test_a_wrong_config_file_ends_with_code_2(
-    default_file, capsys, tmp_path, text, message
-):
-    file = tmp_path / "wrong.py"
-    file.write_text(text)
-    code, out, err = exit_of(capsys, read_config, [str(file)], default_file)
-    assert code == 2 and not out
-    assert err.startswith("error: ") and re.search(message, err), err
+def test_messages_name_flags_instead_of_fields():
+    message = "sample.top_k is 3, not mesh.data 4 (see docs/mesh.data, x.mesh.data)."
+    assert in_flags(message, Arguments) == (
+        "--top-k is 3, not --mesh.data 4 (see docs/mesh.data, x.mesh.data)."
+    )
+    # What the command line already names stays, and so does what has no flag.
+    for same in ("--mesh.data is 0", "model.num_heads is 3", "mesh.database"):
+        assert in_flags(same, Arguments) == same
 
 
-def test_a_missing_config_file_names_the_nearest(default_file, capsys):
-    missing = str(default_file).replace("tiny", "tinny")
-    code, _, err = exit_of(capsys, read_config, [missing], default_file)
-    assert code == 2
-    assert f"no config file {missing!r} (did you mean {str(default_file)!r}?)" in err
-    folder = str(default_file.parent)
-    code, _, err = exit_of(capsys, read_config, [folder], default_file)
-    assert code == 2 and f"no config file {folder!r}" in err
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_tells_every_flag_within_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_text(Arguments, "program", first=["kind"])
+    assert text.startswith("usage: program SOURCE [MORE ...] [--flag VALUE ...]\n")
+    assert max(map(len, text.splitlines())) <= min(columns, 88)
+    assert "\nExample: program FILE --size 3\n" in text
+    words = " ".join(text.split())
+    for flag in flags_of(Arguments):
+        assert f" {flag.name} " in words.replace(",", " "), flag
+    assert "What to read, 100% of it." in words
+    assert "Its kind. (one of small, large; default: None)" in words
+    assert "--on, --no-on Whether it is on. (default: True)" in words
+    assert r"Its end. (default: '\n')" in words
+    order = [
+        "arguments:",
+        "matter most:",
+        "--kind NAME",
+        "flags:",
+        "--size INT",
+        "mesh:",
+    ]
+    assert sorted(order, key=words.index) == order
 
 
-def test_help_tells_every_flag_and_its_meaning(default_file, capsys):
-    code, out, _ = exit_of(capsys, read_config, ["--help"], default_file)
-    assert code == 0
-    for flag in flag_names(read_config([], default_file)[0]):
-        assert re.search(rf"{flag}(?![\w-])", out), flag
-    for text in ("A tiny run.", "Microbatches in a step", "Transformer block"):
-        assert text in out
-    assert f"defaults from {default_file}".replace(" ", "") in out.replace(" ", "")
-
-
-def test_an_error_is_one_line_where_stdout_shows_colours(
-    default_file, capsys, monkeypatch
-):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    flags = ["--train.steps", "x"]
-    code, _, err = exit_of(capsys, read_config, flags, default_file)
-    assert code == 2 and err.startswith("error: Error parsing --train.steps: invalid")
-    assert err.endswith("; --help tells more")
-    assert not re.search(r"\x1b|[|│]|----|────", err)
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--train.steps", "many"], "Error parsing --train.steps: invalid literal"),
-        (["--train.steps"], "Missing value for argument '--train.steps'"),
-        (["--optimizer.name", "sgd"], "invalid choice 'sgd' for argument '--optimiz"),
-    ],
-)
-def test_wrong_types_are_told_in_one_line(default_file, capsys, flags, message):
-    with pytest.raises(SystemExit) as caught:
-        read_config(flags, default_file)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+def test_help_ends_the_program(capsys):
+    for flag in ("-h", "--help"):
+        with pytest.raises(SystemExit) as end:
+            read(flag)
+        assert not end.value.code
+        assert capsys.readouterr().out == help_text(Arguments, "program")

@@ -18,6 +18,7 @@ ROWS = (
     ("train", "infer", "interp", "plan"),
     ("report", "serve", "verify"),
     ("flags",),
+    ("config_file",),
     ("commands",),
     # `jaxlm` itself: the public names, which nothing in the package takes from there.
     ("cli", "configs", "jaxlm"),

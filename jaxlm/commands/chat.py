@@ -8,12 +8,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import tyro
+from typing import Literal
 
 from jaxlm.commands.process import log_paused, use_compile_cache
 from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
-from jaxlm.flags import parse
+from jaxlm.flags import Flat, Positional, parse
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +21,16 @@ logger = logging.getLogger(__name__)
 class Arguments:
     """Hold a conversation with a model that was trained to chat."""
 
-    run: tyro.conf.Positional[Path | None] = None
+    run: Positional[Path | None] = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name;
     None takes the newest run below runs/."""
     system: str | None = None
     """Content of the system message; None sends none."""
     seed: int = 0
     """Seed of the sampling."""
-    dtype: str | None = None
-    """Compute dtype (float32, bfloat16); None keeps the run's."""
-    sample: tyro.conf.OmitArgPrefixes[SampleConfig] = field(
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Compute dtype; None keeps the run's."""
+    sample: Flat[SampleConfig] = field(
         default_factory=lambda: SampleConfig(temperature=0.8)
     )
     """How tokens are sampled."""
@@ -41,7 +40,7 @@ class Arguments:
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """`[CHECKPOINT] [--system TEXT] ...`; returns the exit code."""
-    chosen = parse(Arguments, arguments, flat=("sample",), prog=prog)
+    chosen = parse(Arguments, arguments, prog=prog)
     chat(chosen)
     return 0
 

@@ -5,19 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from jaxlm.checkpoint.conversion import convert
-from jaxlm.flags import parse
+from jaxlm.flags import Positional, parse
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF."""
 
-    src: tyro.conf.Positional[str]
+    src: Positional[str]
     """A run, a Hugging Face folder, a .gguf file, or hf:owner/name."""
-    dst: tyro.conf.Positional[Path]
+    dst: Positional[Path]
     """The new folder or .gguf file."""
     to: Literal["jaxlm", "hf", "gguf"] | None = None
     """The format; None: gguf if DST ends in .gguf, else hf for a run, else jaxlm."""

@@ -8,7 +8,7 @@ import jax
 
 from jaxlm.commands.process import compile_cache_folder
 from jaxlm.config import Config
-from jaxlm.flags import read_config
+from jaxlm.config_file import read_config
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.mesh import make_mesh

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from jaxlm.flags import parse
+from jaxlm.flags import Positional, parse
 from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
@@ -16,7 +14,7 @@ from jaxlm.report.picture import draw_loss_png
 class Arguments:
     """Plot one run, or compare several: an HTML page and a PNG."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    runs: Positional[tuple[Path, ...]] = ()
     """Run folders."""
     out: Path | None = None
     """HTML file; None: report.html in the run, or comparison.html for several."""

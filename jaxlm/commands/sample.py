@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 from jaxtyping import Bool, Int
 
 from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
@@ -17,7 +17,7 @@ from jaxlm.checkpoint.native.run_folder import newest_run
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
-from jaxlm.flags import fail, parse
+from jaxlm.flags import Flat, Positional, fail, parse
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.tokenizers.base import TextStream, Tokenizer
@@ -30,7 +30,7 @@ CHAT = "--chat"
 class Arguments:
     """Continue a text with a trained model."""
 
-    run: tyro.conf.Positional[Path | None] = None
+    run: Positional[Path | None] = None
     """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name;
     None takes the newest run below runs/."""
     prompt: str = "\n"
@@ -43,9 +43,9 @@ class Arguments:
     """Seed of the sampling."""
     stats: bool = False
     """Print the tokens per second of prefill and decoding to stderr."""
-    dtype: str | None = None
-    """Compute dtype (float32, bfloat16); None keeps the run's."""
-    sample: tyro.conf.OmitArgPrefixes[SampleConfig] = field(
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Compute dtype; None keeps the run's."""
+    sample: Flat[SampleConfig] = field(
         default_factory=lambda: SampleConfig(temperature=0.8)
     )
     """How tokens are sampled."""
@@ -82,7 +82,7 @@ def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
 
 def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:
     """Parses the flags; exits with code 2 if one is wrong."""
-    chosen = parse(Arguments, arguments, flat=("sample",), prog=prog)
+    chosen = parse(Arguments, arguments, prog=prog)
     if chosen.num_samples < 1:
         fail(f"--num-samples is {chosen.num_samples}: it must be at least 1")
     return chosen

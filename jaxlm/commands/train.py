@@ -24,8 +24,9 @@ from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import STARTED, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
+from jaxlm.config_file import read_config
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
-from jaxlm.flags import fail, read_config
+from jaxlm.flags import fail
 from jaxlm.infer.generate import generate
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
-
-from jaxlm.flags import parse
+from jaxlm.flags import Positional, parse
 from jaxlm.ops.attention.tuning import tune
 from jaxlm.ops.linear import compute_dtype
 
@@ -15,7 +13,7 @@ from jaxlm.ops.linear import compute_dtype
 class Arguments:
     """Measure block sizes of attention on this device, and save the best ones."""
 
-    what: tyro.conf.Positional[Literal["attention"]]
+    what: Positional[Literal["attention"]]
     """What to tune."""
     implementation: str | None = None
     """Name of one; None: all that have block sizes and run here."""

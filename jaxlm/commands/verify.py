@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from jaxlm.commands.process import use_compile_cache
-from jaxlm.flags import parse
+from jaxlm.flags import Positional, parse
 from jaxlm.verify.verification import NUM_TOKENS, verify, write_certificate
 
 EXIT_PASSED = 0
@@ -19,7 +17,7 @@ EXIT_FAILED = 1
 class Arguments:
     """Compare a model with transformers or its recorded values, and with itself."""
 
-    src: tyro.conf.Positional[str]
+    src: Positional[str]
     """A run, a Hugging Face folder, a .gguf file, or hf:owner/name."""
     against: str | None = None
     """A Hugging Face folder or .gguf file for transformers to read, or a certificate

@@ -189,8 +189,8 @@ def test_the_program(run, repository, model):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["sample", "--system", "x"], "unknown option '--system'"),
-        (["sample", "--chat", "--prompt", "x"], "unknown option '--prompt'"),
+        (["sample", "--system", "x"], "unknown flag '--system'"),
+        (["sample", "--chat", "--prompt", "x"], "unknown flag '--prompt'"),
         (["chat", "--seed", "x"], "--seed"),
     ],
 )
