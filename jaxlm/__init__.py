@@ -9,36 +9,60 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlm.checkpoint.load import load, load_tokenizer
+    from jaxlm.checkpoint.save import save
     from jaxlm.config import Config, ModelConfig, SampleConfig
+    from jaxlm.infer.chat import chat_ids
     from jaxlm.infer.generate import Generation, generate
+    from jaxlm.model.block import Block
+    from jaxlm.model.initialization import init
     from jaxlm.model.kv_cache import init_cache
-    from jaxlm.model.params import init
-    from jaxlm.model.transformer import Output, forward
-    from jaxlm.ops.probe import Tap
+    from jaxlm.model.presets import preset
+    from jaxlm.model.transformer import Output, forward, unembed
+    from jaxlm.ops.attention.dispatch import attention
+    from jaxlm.ops.attention.spec import AttentionSpec, Mask
+    from jaxlm.ops.loss import cross_entropy
+    from jaxlm.ops.probe import SITES, Tap
 
 __all__ = [
+    "SITES",
+    "AttentionSpec",
+    "Block",
     "Config",
     "Generation",
+    "Mask",
     "ModelConfig",
     "Output",
     "SampleConfig",
     "Tap",
+    "attention",
+    "chat_ids",
+    "cross_entropy",
     "forward",
     "generate",
     "init",
     "init_cache",
     "load",
     "load_tokenizer",
+    "preset",
+    "save",
+    "unembed",
 ]
 
 _MODULES = {
     "checkpoint.load": ("load", "load_tokenizer"),
+    "checkpoint.save": ("save",),
     "config": ("Config", "ModelConfig", "SampleConfig"),
+    "infer.chat": ("chat_ids",),
     "infer.generate": ("Generation", "generate"),
+    "model.block": ("Block",),
+    "model.initialization": ("init",),
     "model.kv_cache": ("init_cache",),
-    "model.params": ("init",),
-    "model.transformer": ("Output", "forward"),
-    "ops.probe": ("Tap",),
+    "model.presets": ("preset",),
+    "model.transformer": ("Output", "forward", "unembed"),
+    "ops.attention.dispatch": ("attention",),
+    "ops.attention.spec": ("AttentionSpec", "Mask"),
+    "ops.loss": ("cross_entropy",),
+    "ops.probe": ("SITES", "Tap"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,9 +7,8 @@ from typing import Literal
 from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_checkpoint
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.opened import Kind, print_to_stderr
-from jaxlm.config import Config, DataConfig
+from jaxlm.checkpoint.save import save
 
 DType = Literal["f32", "f16", "bf16", "q8_0"]
 
@@ -63,16 +62,5 @@ def convert(
         return to
     params = opened.params(dtype=stored)
     assert tokenizer is not None
-    length = min(DataConfig().sequence_length, opened.config.context_length)
-    config = Config(model=opened.config, data=DataConfig(sequence_length=length))
-    with CheckpointManager(dst, report=report) as checkpoints:
-        checkpoints.save(
-            0,
-            params,
-            {},
-            config=config,
-            tokenizer=tokenizer,
-            data_fingerprint="",
-            finite=True,
-        )
+    save(dst, opened.config, params, tokenizer, report=report)
     return to

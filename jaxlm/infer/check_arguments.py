@@ -3,12 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.resume import GenerationState
+from jaxlm.model.checks import check_key
 
 
 def checked_rows(
@@ -109,12 +109,7 @@ def checked_key(key: Any) -> Key[Array, ""]:
     """Returns the key; None takes that of seed 0."""
     if key is None:
         return jax.random.key(0)
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        what = repr(key) if dtype is None else f"an array of {dtype}"
-        raise ValueError(f"key is {what}: make one with jax.random.key(seed)")
-    if key.shape:
-        raise ValueError(f"key has shape {key.shape}: give one key, each row folds it")
+    check_key(key)
     return key
 
 

@@ -9,7 +9,7 @@ text is left to the caller.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ from jaxlm.infer.check_arguments import (
 )
 from jaxlm.infer.resume import GenerationState
 from jaxlm.infer.sampling import NEVER, draw
+from jaxlm.model.block import Block
+from jaxlm.model.checks import check_config, check_params
 from jaxlm.model.kv_cache import Cache, LayerCache, init_cache, unstack
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
@@ -100,6 +102,7 @@ def generate(
     | None = None,
     resume: GenerationState | None = None,
     return_state: bool = False,
+    block: type[Block] = Block,
 ) -> Generation:
     """Continues each prompt.
 
@@ -124,6 +127,7 @@ def generate(
       resume: the state of an earlier call with as many prompts and the same model. Its
         memory is used for this call, so it cannot be used again.
       return_state: keep the cache, as `state` of the result.
+      block: what computes a layer; see `Block`.
 
     Raises:
       ValueError: for arguments of another type, an empty prompt, an id outside the
@@ -131,6 +135,8 @@ def generate(
         logits that are not finite, or a state that was used or belongs to another model
         or number of prompts.
     """
+    check_config(config)
+    check_params(config, params, own_layers=block is not Block)
     num_tokens = checked_num_tokens(config, num_tokens)
     sample, key = checked_sample(config, sample), checked_key(key)
     rows = checked_rows(config, prompts, num_tokens)
@@ -147,7 +153,7 @@ def generate(
     tokens, kept = _tokens_to_prefill(rows, resume, max_length)
     # `max_new_tokens` does not change the programs.
     same = replace(sample, max_new_tokens=1)
-    programs = _programs(config, max_length, same, num_tokens)
+    programs = _programs(config, max_length, same, num_tokens, block)
 
     clock = _Clock(programs)
     layers = None if resume is None else resume.cache.layers
@@ -266,10 +272,15 @@ class _Clock:
 
 @lru_cache(maxsize=32)
 def _programs(
-    config: ModelConfig, max_length: int, sample: SampleConfig, num_tokens: int
+    config: ModelConfig,
+    max_length: int,
+    sample: SampleConfig,
+    num_tokens: int,
+    block: type[Block],
 ) -> _Programs:
     """The compiled functions of a model and sampling config, for every batch shape."""
     dtype = compute_dtype(config.dtype)
+    forward_block = partial(forward, config, block=block)
 
     def allocate(lengths, old) -> tuple[LayerCache, ...]:
         """An empty cache, or `old` with more room."""
@@ -290,8 +301,8 @@ def _programs(
         # Padding does not make a row longer: some rotations depend on its length.
         index = kept[:, None] + jnp.arange(tokens.shape[1])
         positions = jnp.minimum(index, lengths[:, None] - 1)
-        out = forward(
-            config, params, tokens, positions=positions, cache=cache, head=False
+        out = forward_block(
+            params, tokens, positions=positions, cache=cache, head=False
         )
         assert out.cache is not None
         # Only the last token of each prompt needs logits.
@@ -326,7 +337,7 @@ def _programs(
             for stop_id in sample.stop_ids:
                 stop |= token == stop_id
             inside = ~(state.done | stop)
-            out = forward(config, params, token[:, None], cache=state.cache)
+            out = forward_block(params, token[:, None], cache=state.cache)
             assert out.cache is not None and out.logits is not None
             new = DecodeState(out.cache, out.logits[:, 0], state.count + 1, ~inside)
             return new, (token, inside, logprob)

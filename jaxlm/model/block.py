@@ -11,22 +11,23 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.kv_cache import LayerCache, append
+from jaxlm.model.kv_cache import Cache, LayerCache, append
 from jaxlm.model.params import param, weights
-from jaxlm.model.positions import Rotation
+from jaxlm.model.positions import Rotation, rotations
 from jaxlm.ops.attention.dispatch import attention
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import reshape
-from jaxlm.ops.linear import einsum
+from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import mixture, route
 from jaxlm.ops.norm import normalize
-from jaxlm.ops.probe import Probe, Tap
+from jaxlm.ops.probe import Probe
 from jaxlm.ops.rope import rotate
-from jaxlm.sharding.rules import activation_spec, reshard
+from jaxlm.sharding.rules import activation_spec, batch_parts, reshard
+from jaxlm.types import Params
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +44,33 @@ class Context:
     """Index of each token in the cache; None without a cache."""
     lengths: Int[Array, " B"] | None
     """Tokens already in the cache."""
+
+
+def make_context(
+    config: ModelConfig,
+    tokens: Int[Array, "B T"] | jax.ShapeDtypeStruct,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+) -> tuple[Int[Array, "B T"], Context]:
+    """Returns the positions of the tokens, and what the layers share.
+
+    Arguments as in `forward`; of the tokens only the shape matters.
+    """
+    if cache is not None and segment_ids is not None:
+        raise ValueError("segment_ids: a cache holds one text in each row")
+    query_positions, lengths = None, None
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    default: Array = jnp.broadcast_to(index, tokens.shape)
+    if cache is not None:
+        lengths = cache.lengths
+        default = query_positions = lengths[:, None] + index
+    if positions is None:
+        positions = default
+    rotation, local_rotation = rotations(config, positions)
+    return positions, Context(
+        rotation, local_rotation, segment_ids, query_positions, lengths
+    )
 
 
 @dataclass(frozen=True)
@@ -67,18 +95,45 @@ def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward on the residual stream; returns its tapped sites."""
+    """Attention and feed-forward on the residual stream.
+
+    To replace the layers of a model, inherit from it and pass the class as `block` to
+    `init`, `forward` and `generate`. `__call__` may compute anything, and declare
+    parameters with `self.param`. It is traced once for each kind of layer, so what
+    differs between layers is a parameter, or depends on `kind`.
+    """
 
     config: ModelConfig
     kind: LayerKind
-    taps: tuple[Tap, ...] = ()
+
+    @classmethod
+    def init_layer(cls, config: ModelConfig, key: Key[Array, ""]) -> Params:
+        """Draws the parameters of one layer, without computing the layer."""
+        tokens = jax.ShapeDtypeStruct((batch_parts(), 1), jnp.int32)
+        _, context = make_context(config, tokens)
+        x = jax.ShapeDtypeStruct(
+            (*tokens.shape, config.model_dim), compute_dtype(config.dtype)
+        )
+        layer = cls(config, layer_kinds(config)[0], parent=None)
+        return layer.lazy_init(key, x, context, None, Probe())["params"]
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array]]:
-        """Returns the new residual stream, the new cache, and the tapped sites."""
-        config, probe = self.config, Probe(self.taps)
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        cache: LayerCache | None,
+        probe: Probe,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Returns the new residual stream, and the cache with the new tokens.
+
+        Args:
+          x: in the compute dtype.
+          context: what all layers share.
+          cache: of this layer; None without one.
+          probe: called as `x = probe(site, x)` at each site that can be tapped.
+        """
+        config = self.config
         pre_norm = config.norm_placement in ("pre", "both")
         output_norm = config.norm_placement in ("output", "both")
         post_norm = config.norm_placement == "post"
@@ -102,7 +157,7 @@ class Block(nn.Module):
             h = FeedForward(config, name="mlp")(h, probe)
         h = probe("mlp_out_post", norm("mlp_output_norm", h) if output_norm else h)
         x = norm("mlp_norm", mid + h) if post_norm else mid + h
-        return probe("resid_post", x), cache, probe.values
+        return probe("resid_post", x), cache
 
 
 class Attention(nn.Module):

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.block import Block, Context, LayerKind, layer_kinds
+from jaxlm.model.block import Block, Context, layer_kinds
 from jaxlm.model.kv_cache import LayerCache
-from jaxlm.ops.probe import Recorder, Tap
+from jaxlm.ops.probe import Probe, Recorder, Tap
 from jaxlm.types import Params
 
 Caches = LayerCache | tuple[LayerCache, ...] | None
@@ -42,19 +42,25 @@ def run_layers(
     context: Context,
     caches: Caches,
     recorder: Recorder,
+    block: type[Block] = Block,
 ) -> tuple[Float[Array, "B T D"], Caches, Recorder]:
     """Runs all blocks.
 
     Args:
       layers, caches: both stacked, or both a tuple with one entry per layer. Caches may
         be None.
+      block: what computes a layer.
 
     Returns:
       The residual stream, the new caches, and the recorder with the tapped values.
+
+    Raises:
+      ValueError: when the block does not record a site that is tapped.
     """
     stacked = not isinstance(layers, tuple)
     kinds = layer_kinds(config)
-    blocks = [_block(config, kind, recorder.taps, stacked) for kind in kinds]
+    modules = [block(config, kind, parent=None) for kind in kinds]
+    blocks = [_block(module, recorder.taps, stacked) for module in modules]
     period, depth = len(blocks), config.num_layers
 
     def group(carry, first, size):
@@ -79,23 +85,29 @@ def run_layers(
     return carry
 
 
-def _block(
-    config: ModelConfig, kind: LayerKind, taps: tuple[Tap, ...], scanned: bool
-) -> Callable[..., Any]:
+def _block(module: Block, taps: tuple[Tap, ...], scanned: bool) -> Callable[..., Any]:
     """Returns `(layers, number, x, context, cache) -> (x, cache, tapped values)`.
 
     `layers` is the stack, or one layer when `number` is None. The layer is sliced out
     of the stack inside the checkpoint, so the backward pass slices it again and keeps
     no copy of the weights.
     """
-    apply: Callable[..., Any] = Block(config, kind, taps, parent=None).apply
+    apply: Callable[..., Any] = module.apply
 
     def block(layers, number, x, context, cache):
         params = layers if number is None else _take(layers, number)
-        return apply({"params": params}, x, context, cache)
+        probe = Probe(taps)
+        x, cache = apply({"params": params}, x, context, cache, probe)
+        for tap in taps:
+            if tap.site not in probe.values:
+                raise ValueError(
+                    f"{type(module).__name__} does not record {tap.site!r}, which is "
+                    f"tapped: call probe({tap.site!r}, x) in it"
+                )
+        return x, cache, probe.values
 
     # Inside a scan XLA cannot merge the recomputation with the original.
-    policy = REMAT_POLICIES[config.remat]
+    policy = REMAT_POLICIES[module.config.remat]
     return jax.checkpoint(block, policy=policy, prevent_cse=not scanned)
 
 

@@ -13,14 +13,12 @@ from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
 from jaxlm.sharding import rules
-from jaxlm.types import Params
 
 Initializer = Callable[..., Array]
 
@@ -283,44 +281,6 @@ def param(module: nn.Module, path: str) -> Array:
     return module.param(weight.name, weight.initializer(config), one_layer)
 
 
-def init(config: ModelConfig, key: Key[Array, ""]) -> Params:
-    """Makes random parameters, f32, stacked over layers. Jit it to shard them.
-
-    Raises:
-      ValueError: when the vocabulary size is not set.
-    """
-    if not config.vocab_size:
-        raise ValueError("model.vocab_size is 0: set it to the tokenizer's size")
-    return _Parameters(config, "", parent=None).init(key)["params"]
-
-
-class _Parameters(nn.Module):
-    """Declares the weights below a folder of the tree, in the order of the table."""
-
-    config: ModelConfig
-    folder: str
-
-    @nn.compact
-    def __call__(self):
-        inside = [p for p in weights(self.config) if p.startswith(self.folder)]
-        names = dict.fromkeys(p[len(self.folder) :].partition("/")[0] for p in inside)
-        for name in names:
-            path = self.folder + name
-            if path in inside:
-                param(self, path)
-            elif path == "layers":
-                self.param(name, _init_layers, self.config)
-            else:
-                _Parameters(self.config, f"{path}/", name=name)()
-
-
-def _init_layers(key: Key[Array, ""], config: ModelConfig) -> Params:
-    """Makes all layers, stacked [L, ...]; layers of all kinds have the same shapes."""
-    layer = _Parameters(config, "layers/", parent=None)
-    keys = jax.random.split(key, config.num_layers)
-    return jax.vmap(lambda key: layer.init(key)["params"])(keys)
-
-
 def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns a tree of `NamedSharding` for stacked parameters (arrays or shapes).
 
@@ -337,16 +297,19 @@ def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 def cast_matrices(params: Any, dtype: Any) -> Any:
     """Casts to `dtype` the weights that the model would cast before use.
 
-    Norms, routers and sinks are used in f32; they and the biases stay as they are.
+    Norms, routers and sinks are used in f32; they and the biases stay as they are, and
+    so do parameters that a block of one's own adds.
 
     Args:
       params: stacked.
     """
-    cast = (Role.EMBEDDING, Role.MATRIX, Role.HEAD)
-    return tree.map_with_name(
-        lambda path, x: x.astype(dtype) if weight_of(path, x).role in cast else x,
-        params,
-    )
+    roles = (Role.EMBEDDING, Role.MATRIX, Role.HEAD)
+
+    def cast(path: str, x: Array) -> Array:
+        weight = _BY_PATH_AND_RANK.get((path, x.ndim))
+        return x.astype(dtype) if weight and weight.role in roles else x
+
+    return tree.map_with_name(cast, params)
 
 
 def matrix_params(config: ModelConfig) -> int:

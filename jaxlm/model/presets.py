@@ -408,8 +408,8 @@ def preset(name: str) -> ModelConfig:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"no preset {name!r}{nearest(name, list(PRESETS))}; presets: "
-            f"{', '.join(PRESETS)}"
+            f"no preset {name!r}{nearest(str(name), list(PRESETS))}: the names are "
+            "listed in jaxlm.model.presets.PRESETS"
         )
     return PRESETS[name]
 

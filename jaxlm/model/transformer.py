@@ -13,15 +13,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import trace
-from jaxlm.model.block import Context, Norm
+from jaxlm.model.block import Block, Norm, make_context
+from jaxlm.model.checks import (
+    check_block,
+    check_config,
+    check_params,
+    checked_tokens,
+)
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
 from jaxlm.model.params import param
-from jaxlm.model.positions import rotations
+from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.probe import Probe, Tap
 from jaxlm.ops.rope import sinusoids
@@ -55,6 +62,7 @@ def forward(
     cache: Cache | None = None,
     taps: Sequence[Tap] = (),
     head: bool = True,
+    block: type[Block] = Block,
 ) -> Output:
     """Computes next-token logits at every position. Pure: jit, grad and vmap apply.
 
@@ -72,27 +80,29 @@ def forward(
       taps: sites to read.
       head: False skips the output head, for callers that need the logits of some tokens
         only and call `unembed` themselves.
+      block: what computes a layer; see `Block`.
 
     Raises:
-      ValueError: for taps that do not exist, `logits` with `head=False`, or segments
-        with a cache.
+      ValueError: for arguments of the wrong type or shape, parameters of another model,
+        taps that do not exist, `logits` with `head=False`, or segments with a cache;
+        outside jit also for ids outside the vocabulary and a cache without room.
     """
+    check_config(config)
+    check_block(block, Block)
+    check_params(config, params, own_layers=block is not Block)
+    tokens = checked_tokens(config, tokens, cache)
+    positions, context = make_context(config, tokens, positions, segment_ids, cache)
+    recorder, probe = trace.empty_recorder(config, tokens, taps), Probe(taps)
     if not head and any(tap.site == "logits" for tap in taps):
         raise ValueError("site 'logits' cannot be tapped with head=False")
-    tokens = jnp.asarray(tokens)
-    positions, context = _context(config, tokens, positions, segment_ids, cache)
-    probe, recorder = Probe(taps), trace.empty_recorder(config, tokens, taps)
 
     embed: Callable[..., Any] = Embedder(config, parent=None).apply
     x = embed({"params": params["embed"]}, tokens, positions, probe)
     caches = None if cache is None else cache.layers
     x, caches, recorder = run_layers(
-        config, params["layers"], x, context, caches, recorder
+        config, params["layers"], x, context, caches, recorder, block
     )
-    if config.final_norm:
-        norm: Callable[..., Any] = Norm(config, "final_norm", parent=None).apply
-        x = norm({"params": params["final_norm"]}, x)
-    x = probe("final_norm", x)
+    x = probe("final_norm", _final_norm(config, params, x))
     logits = probe("logits", unembed(config, params, x)) if head else None
 
     tapped = trace.complete(
@@ -132,39 +142,41 @@ class Embedder(nn.Module):
         return x
 
 
+def _final_norm(
+    config: ModelConfig, params: Params, x: Float[Array, "*B D"]
+) -> Float[Array, "*B D"]:
+    if not config.final_norm:
+        return x
+    norm: Callable[..., Any] = Norm(config, "final_norm", parent=None).apply
+    return norm({"params": params["final_norm"]}, x)
+
+
 def unembed(
-    config: ModelConfig, params: Params, x: Float[Array, "B T D"]
-) -> Float[Array, "B T V"]:
-    """Computes logits (f32) from hidden states, by the tied table or the head."""
+    config: ModelConfig,
+    params: Params,
+    x: Float[Array, "*B D"],
+    *,
+    norm: bool = False,
+) -> Float[Array, "*B V"]:
+    """Computes logits (f32) from hidden states, by the tied table or the head.
+
+    Args:
+      x: with up to three leading axes, e.g. [B, T, D], or [L, B, T, D] from a tap.
+      norm: apply the final norm first, as for values of the residual stream (a logit
+        lens); `Output.hidden_states` is already normalized.
+    """
+    check_config(config)
+    if norm:
+        x = _final_norm(config, params, x)
+    leading = "LBT"[4 - x.ndim :]
     if config.tied_embeddings:
-        equation, w = "BTD,VD->BTV", params["embed"]["table"]
+        weight, w = "VD", params["embed"]["table"]
     else:
-        equation, w = "BTD,DV->BTV", params["lm_head"]["kernel"]
-    logits = einsum(equation, x, w, activation_spec("BTV"), jnp.float32)
+        weight, w = "DV", params["lm_head"]["kernel"]
+    vocab, sharding = activation_spec("V"), layout(x)
+    out = sharding and vocab and P(*sharding.spec[:-1], *vocab)
+    equation = f"{leading}D,{weight}->{leading}V"
+    logits = einsum(equation, x, w, out, jnp.float32)
     if config.final_soft_cap is not None:
         logits = config.final_soft_cap * jnp.tanh(logits / config.final_soft_cap)
     return logits
-
-
-def _context(
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    cache: Cache | None,
-) -> tuple[Int[Array, "B T"], Context]:
-    """Returns the positions of the tokens, and what the layers share."""
-    if cache is not None and segment_ids is not None:
-        raise ValueError("segment_ids: a cache holds one text in each row")
-    query_positions, lengths = None, None
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    default: Array = jnp.broadcast_to(index, tokens.shape)
-    if cache is not None:
-        lengths = cache.lengths
-        default = query_positions = lengths[:, None] + index
-    if positions is None:
-        positions = default
-    rotation, local_rotation = rotations(config, positions)
-    return positions, Context(
-        rotation, local_rotation, segment_ids, query_positions, lengths
-    )

@@ -10,6 +10,39 @@ from jaxlm.ops.layout import reshape
 
 
 def cross_entropy(
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """Computes -log p of each target, in nats, with an f32 softmax.
+
+    For a text: `cross_entropy(logits[:, :-1], tokens[:, 1:]).mean()`.
+
+    Args:
+      logits: any float dtype.
+      targets: ids below V.
+
+    Raises:
+      ValueError: when the shapes do not fit.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits {logits.shape} need targets of shape {logits.shape[:-1]}, not "
+            f"{targets.shape}: the logits of a token belong to the one after it, "
+            "logits[:, :-1] to tokens[:, 1:]"
+        )
+    return _nll_and_lse(logits.astype(jnp.float32), targets)[0]
+
+
+def _nll_and_lse(
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Returns -log p of the targets, and the log-sum-exp of the logits."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    # Compares instead of indexing, so that a sharded vocabulary needs no gather.
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return lse - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1), lse
+
+
+def cross_entropy_sums(
     logits: Float[Array, "B T V"],
     targets: Int[Array, "B T"],
     loss_weights: Float[Array, "B T"],
@@ -27,18 +60,14 @@ def cross_entropy(
       The objective (with the z-loss), and the sum of the cross-entropies alone. Divide
       both by the sum of the weights.
     """
-    logits = logits.astype(jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    # Compares instead of indexing, so that a sharded vocabulary needs no gather.
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    nll = lse - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    nll, lse = _nll_and_lse(logits.astype(jnp.float32), targets)
     entropy = jnp.sum(nll * loss_weights)
     if not z_loss:
         return entropy, entropy
     return entropy + z_loss * jnp.sum(jnp.square(lse) * loss_weights), entropy
 
 
-def chunked_cross_entropy(
+def chunked_cross_entropy_sums(
     unembed: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
     hidden_states: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
@@ -47,7 +76,7 @@ def chunked_cross_entropy(
     chunk: int,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Computes `cross_entropy(unembed(hidden_states), ...)` in chunks of each row.
+    """Computes `cross_entropy_sums` of `unembed(hidden_states)` in chunks of each row.
 
     The backward pass recomputes the logits of each chunk, so at most [B, chunk, V] are
     held. `T` need not be a multiple of `chunk`.
@@ -71,7 +100,7 @@ def chunked_cross_entropy(
     def one_chunk(sums, inputs):
         hidden_states, targets, loss_weights = inputs
         logits = unembed(hidden_states)
-        new = cross_entropy(logits, targets, loss_weights, z_loss=z_loss)
+        new = cross_entropy_sums(logits, targets, loss_weights, z_loss=z_loss)
         return (sums[0] + new[0], sums[1] + new[1]), None
 
     start = (jnp.zeros(()), jnp.zeros(()))

@@ -96,10 +96,15 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
       absent: sites that this model does not have.
 
     Raises:
-      ValueError: for an unknown, absent or duplicate site, or a layer out of range.
+      ValueError: for what is no tap, an unknown, absent or duplicate site, or a layer
+        out of range.
     """
+    if isinstance(taps, str | Tap):
+        raise ValueError(f"taps is {taps!r}: give a tuple of taps, (Tap(...),)")
     seen = set()
     for tap in taps:
+        if not isinstance(tap, Tap):
+            raise ValueError(f"taps has {tap!r}, which is no Tap: give Tap({tap!r})")
         if tap.site not in SITES or tap.site in absent:
             valid = [site for site in SITES if site not in absent]
             raise ValueError(
@@ -113,6 +118,11 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
             continue
         if SITES[tap.site].outside_layers:
             raise ValueError(f"site {tap.site!r} lies outside the layers: no layers=")
+        if not isinstance(tap.layers, tuple):
+            raise ValueError(
+                f"tap of {tap.site!r}: layers is {tap.layers!r}: give a tuple, such as "
+                "(0, 1)"
+            )
         if not tap.layers or len(set(tap.layers)) != len(tap.layers):
             raise ValueError(
                 f"tap of {tap.site!r}: layers {tap.layers} are empty or have duplicates"

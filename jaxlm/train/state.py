@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.params import init, parameter_shardings
+from jaxlm.model.initialization import init
+from jaxlm.model.params import parameter_shardings
 from jaxlm.types import Params
 
 

@@ -13,7 +13,7 @@ from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.layout import reshape
-from jaxlm.ops.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.probe import Tap
 from jaxlm.train.optimizer import make_schedule
@@ -59,7 +59,7 @@ def loss_sums(
     x = out.hidden_states
     targets, weights = batch.targets, batch.loss_weights
     if train.loss_chunk:
-        objective, entropy = chunked_cross_entropy(
+        objective, entropy = chunked_cross_entropy_sums(
             lambda x: unembed(config, params, x),
             x,
             targets,
@@ -69,7 +69,7 @@ def loss_sums(
         )
     else:
         logits = unembed(config, params, x)
-        objective, entropy = cross_entropy(
+        objective, entropy = cross_entropy_sums(
             logits, targets, weights, z_loss=train.z_loss
         )
     if balanced:

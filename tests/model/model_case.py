@@ -9,7 +9,7 @@ from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
-from jaxlm.model.params import init
+from jaxlm.model.initialization import init
 
 
 def small(**changes) -> ModelConfig:

@@ -11,11 +11,11 @@ from model_case import small
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
+from jaxlm.model.initialization import init
 from jaxlm.model.params import (
     WEIGHTS,
     Role,
     cast_matrices,
-    init,
     param,
     weight_of,
     weights,

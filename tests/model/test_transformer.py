@@ -12,8 +12,9 @@ from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import MeshConfig
+from jaxlm.model.initialization import init
 from jaxlm.model.kv_cache import unstack
-from jaxlm.model.params import init, parameter_shardings
+from jaxlm.model.params import parameter_shardings
 from jaxlm.model.transformer import forward
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import batch_sharding

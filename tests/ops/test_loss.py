@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ops_case import normal, quick_jit
 
-from jaxlm.ops.loss import chunked_cross_entropy, cross_entropy
+from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 
 B, T, D, V = 2, 11, 6, 23
 FEATURES, HEAD = jnp.asarray(normal(1, B, T, D)), jnp.asarray(normal(2, D, V))
@@ -34,13 +34,13 @@ def oracle_gradient(logits, z_loss):
 
 def plain(features, head, z_loss):
     logits = features @ head
-    return cross_entropy(
+    return cross_entropy_sums(
         logits, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS), z_loss=z_loss
     )
 
 
 def chunked(features, head, z_loss, chunk):
-    return chunked_cross_entropy(
+    return chunked_cross_entropy_sums(
         lambda x: x @ head,
         features,
         jnp.asarray(TARGETS),
@@ -56,7 +56,7 @@ def test_value_and_gradient(z_loss):
     targets, weights = jnp.asarray(TARGETS), jnp.asarray(WEIGHTS)
 
     def loss(logits):
-        return cross_entropy(logits, targets, weights, z_loss=z_loss)
+        return cross_entropy_sums(logits, targets, weights, z_loss=z_loss)
 
     (total, entropy), grad = jax.value_and_grad(loss, has_aux=True)(logits)
     np.testing.assert_allclose((total, entropy), oracle(logits, z_loss), rtol=1e-6)
@@ -65,7 +65,7 @@ def test_value_and_gradient(z_loss):
 
 def test_bfloat16_logits_are_summed_in_float32():
     logits = jnp.asarray(normal(5, B, T, V) * 3).astype(jnp.bfloat16)
-    ours = cross_entropy(logits, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
+    ours = cross_entropy_sums(logits, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
     assert ours[0].dtype == jnp.float32
     np.testing.assert_allclose(ours, oracle(logits, 0.0), rtol=1e-6)
 
@@ -75,13 +75,13 @@ def test_weight_zero_hides_a_token():
     spoiled = logits.at[0, :3].set(50 * logits[0, :3])
     targets, weights = jnp.asarray(TARGETS), jnp.asarray(WEIGHTS)
     for x in (logits, spoiled):
-        total, _ = cross_entropy(x, targets, weights, z_loss=0.1)
+        total, _ = cross_entropy_sums(x, targets, weights, z_loss=0.1)
         np.testing.assert_allclose(total, oracle(logits, 0.1)[0], rtol=1e-6)
 
 
 def test_large_logits_do_not_overflow():
     logits = jnp.asarray(normal(5, B, T, V) * 1e4)
-    total, _ = cross_entropy(logits, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
+    total, _ = cross_entropy_sums(logits, jnp.asarray(TARGETS), jnp.asarray(WEIGHTS))
     assert np.isfinite(total)
 
 

@@ -25,8 +25,8 @@ from parity_case import (
 
 from jaxlm import tree
 from jaxlm.model import block as block_module
+from jaxlm.model.initialization import init
 from jaxlm.model.kv_cache import unstack
-from jaxlm.model.params import init
 from jaxlm.model.transformer import forward
 from jaxlm.ops import feed_forward
 from jaxlm.ops.probe import Tap

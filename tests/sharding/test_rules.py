@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
-from jaxlm.model.params import init, parameter_shardings, weight_of
+from jaxlm.model.initialization import init
+from jaxlm.model.params import parameter_shardings, weight_of
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import AXES
 

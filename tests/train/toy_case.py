@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
-from jaxlm.model.params import init
+from jaxlm.model.initialization import init
 from jaxlm.types import Batch
 
 TOY = ModelConfig(

@@ -10,7 +10,7 @@ sequences without a kernel.
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +208,7 @@ def attention(
     q: Float[Array, "B T N H"],
     k: Num[Array, "B S K H"],
     v: Num[Array, "B S K H"],
-    spec: AttentionSpec,
+    spec: AttentionSpec | None = None,
     *,
     implementation: str = "auto",
     return_lse: bool = False,
@@ -218,15 +218,19 @@ def attention(
     In an Explicit mesh the batch and the heads may be sharded, but no other axis.
 
     Args:
+      spec: None is causal attention, with scores scaled by H ** -0.5.
       implementation: a name in `IMPLEMENTATIONS`, or "auto".
       return_lse: also return the log-sum-exp of the scores, sinks included, f32, else
         None. It has a gradient too. Use it to recompute the probabilities, or to merge
         attention over parts of the keys.
 
     Raises:
-      ValueError: for an unknown implementation, one that declines the call, or queries
-        that are sharded along another axis.
+      ValueError: for shapes that do not fit, an unknown implementation, one that
+        declines the call, or queries that are sharded along another axis.
     """
+    _check_shapes(q.shape, k.shape, v.shape)
+    if spec is None:
+        spec = AttentionSpec(q.shape[-1] ** -0.5)
     call = request(q, k, spec, lse=return_lse)
     choice = choose(implementation, call)
     if implementation == "auto":
@@ -242,6 +246,23 @@ def attention(
     else:
         z, lse = chosen.run(q, k, v, spec)
     return z, lse if return_lse else None
+
+
+def _check_shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
+    if len(q) != 4 or len(k) != 4 or k != v:
+        raise ValueError(
+            f"attention: q, k and v have shapes {q}, {k} and {v}: they must be "
+            "[B, T, N, H], and [B, S, K, H] for both k and v"
+        )
+    if (q[0], q[3]) != (k[0], k[3]):
+        raise ValueError(
+            f"attention: q {q} and k {k} must have the same batch and head dimension"
+        )
+    if q[2] % k[2]:
+        raise ValueError(
+            f"attention: {q[2]} query heads (axis 2 of q) are not a multiple of "
+            f"{k[2]} key/value heads (axis 2 of k)"
+        )
 
 
 def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Result:
