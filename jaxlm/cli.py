@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from jaxlm.interrupts import Interrupts
 from jaxlm.train.stopping import EXIT_INTERRUPTED, EXIT_USAGE
 
 # Verb -> what it does. Each is a module of `jaxlm.commands` with a function
@@ -100,9 +101,8 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
         with log_on_stderr(verbose):
             command = importlib.import_module(f"jaxlm.commands.{verb}")
             kind = getattr(command, "Arguments", RunArguments)
-            if signal.getsignal(signal.SIGINT) is _end:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            return command.main(rest, prog, **options)
+            with Interrupts({signal.SIGINT: EXIT_INTERRUPTED}):
+                return command.main(rest, prog, **options)
     except ValueError as error:
         if verbose:
             import traceback

@@ -1,0 +1,122 @@
+"""Ctrl-C and SIGTERM, answered even while the main thread sits in compiled code.
+
+Python runs the handler of a signal in the main thread, between two instructions of
+Python, and there is none for as long as a program compiles. Here a thread hears of the
+signal at once, acknowledges it, and ends the process at the second one.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+# A main thread that has not answered by then runs compiled code.
+_PATIENCE_SECONDS = 0.3
+
+
+class Interrupts(contextlib.AbstractContextManager):
+    """Answers signals, in the main thread; of nested ones the innermost does.
+
+    With `raises`, the main thread gets an exception: KeyboardInterrupt for SIGINT, and
+    SystemExit with the exit code for others. Without, the program reads `received`. A
+    signal that comes before an earlier one had its effect ends the process at once.
+
+    An event loop of asyncio that has run inside has switched the thread off: enter
+    another one after it.
+    """
+
+    def __init__(
+        self,
+        exit_codes: Mapping[int, int],
+        notice: str = "stopping as soon as possible; Ctrl-C again ends at once",
+        *,
+        raises: bool = True,
+    ):
+        """Changes nothing yet.
+
+        Args:
+          exit_codes: the signals to answer -> the exit code of the process.
+          notice: a line for stderr after the first signal: what happens now, and what
+            a second one does. With `raises`, only if the main thread cannot answer.
+          raises: raise an exception in the main thread.
+        """
+        self.received: int | None = None
+        """The first signal since this was entered, or None."""
+        self._exit_codes, self._notice, self._raises = exit_codes, notice, raises
+        self._is_unanswered = False
+        # The handler can interrupt itself.
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> "Interrupts":
+        # Each signal is a byte in here. Who takes it answers the signal: the handler,
+        # or after a while the thread.
+        self._heard, self._told = socket.socketpair()
+        for end in (self._heard, self._told):
+            end.setblocking(False)
+        self._old_handlers: dict[int, Any] = {
+            number: signal.signal(number, self._handle) for number in self._exit_codes
+        }
+        self._old_descriptor = signal.set_wakeup_fd(
+            self._told.fileno(), warn_on_full_buffer=False
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self._old_descriptor)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._told.close()  # ends the thread
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.received = self.received or number
+        if not self._raises:
+            return
+        with self._lock:
+            self._is_unanswered = False
+            self._take()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(self._exit_codes[number])
+
+    def _take(self) -> bytes:
+        """Takes the numbers of the signals that nobody has answered."""
+        with contextlib.suppress(BlockingIOError):  # There are none.
+            return self._heard.recv(64)
+        return b""
+
+    def _listen(self) -> None:
+        with self._heard:
+            while not self._is_over():
+                if self._raises and not self._is_unanswered:
+                    time.sleep(_PATIENCE_SECONDS)
+                with self._lock:
+                    numbers = [n for n in self._take() if n in self._exit_codes]
+                    if numbers and len(numbers) + self._is_unanswered > 1:
+                        _end(self._exit_codes[numbers[-1]])
+                    self._is_unanswered |= bool(numbers)
+                if numbers:
+                    # A terminal shows ^C at the start of the line.
+                    notice = "\r" * sys.stderr.isatty() + self._notice
+                    with contextlib.suppress(OSError):  # The terminal may be gone.
+                        print(notice, file=sys.stderr, flush=True)
+
+    def _is_over(self) -> bool:
+        """Waits for a signal, and returns False, or for the end."""
+        select.select([self._heard], [], [])
+        with contextlib.suppress(BlockingIOError):  # The handler was faster.
+            return not self._heard.recv(1, socket.MSG_PEEK)
+        return False
+
+
+def _end(code: int) -> None:
+    if os.isatty(2):  # The shell's prompt comes below the line of a display.
+        os.write(2, b"\n")
+    os._exit(code)

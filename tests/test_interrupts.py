@@ -1,0 +1,80 @@
+"""Ctrl-C while the main thread sits in compiled code, and while it does not."""
+
+import sys
+import time
+from pathlib import Path
+
+from terminal_case import CTRL_C, Terminal
+
+import jaxlm.interrupts
+
+# Stands for XLA: compiled code that holds no lock of Python and runs for a minute.
+PROGRAM = r"""
+import hashlib, signal, sys, time
+sys.path.append("JAXLM")  # Imported alone, it does not import jax.
+import interrupts, progress
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+raises = sys.argv[1] == "raises"
+line = progress.ProgressLine(10)
+line.update({"step": 1, "loss": 2.0})
+with interrupts.Interrupts(CODES, "NOTICE", raises=raises) as stop:
+    if raises:
+        try:
+            line.note("sleeping")
+            time.sleep(60)
+        except KeyboardInterrupt:
+            line.note("raised")
+    waiting = progress.Waiting("compiling", delay_s=0)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", ROUNDS)
+    waiting.finish()
+    line.note(f"received {stop.received}")
+line.close()
+sys.exit(CODES[stop.received])
+""".replace("JAXLM", str(Path(jaxlm.interrupts.__file__).parent))
+
+
+def program(mode, rounds=10**9):
+    source = PROGRAM.replace("ROUNDS", str(rounds))
+    return Terminal([sys.executable, "-c", source, mode])
+
+
+def seconds_until(terminal, pattern):
+    began = time.monotonic()
+    terminal.wait_for(pattern)
+    return time.monotonic() - began
+
+
+def test_the_first_signal_is_acknowledged_and_the_second_ends_the_process():
+    with program("keeps") as terminal:
+        terminal.wait_for(r"compiling \.\.\. [1-9]")
+        terminal.send(CTRL_C)
+        assert seconds_until(terminal, "(?m)^NOTICE$") < 0.5
+        terminal.wait_for(r"compiling \.\.\. [2-9]")  # It goes on.
+        terminal.send(CTRL_C)
+        began = time.monotonic()
+        assert terminal.wait() == 130
+        assert time.monotonic() - began < 1
+        assert not terminal.cursor_is_hidden
+
+
+def test_one_signal_is_kept_for_the_program():
+    with program("keeps", rounds=5_000_000) as terminal:
+        terminal.wait_for(r"compiling \.\.\. \d")
+        terminal.send(CTRL_C)
+        assert terminal.wait() == 130
+        lines = terminal.lines()
+        assert lines.index("NOTICE") < lines.index("received 2")
+
+
+def test_a_program_that_runs_python_is_interrupted_without_a_word():
+    with program("raises") as terminal:
+        terminal.wait_for("sleeping")
+        terminal.send(CTRL_C)
+        terminal.wait_for(r"compiling \.\.\. [1-9]")
+        assert "raised" in terminal.lines() and "NOTICE" not in terminal.lines()
+        # That one has had its effect, so the next is again a first one.
+        terminal.send(CTRL_C)
+        assert seconds_until(terminal, "(?m)^NOTICE$") < 0.5
+        terminal.send(CTRL_C)
+        assert terminal.wait() == 130
