@@ -421,8 +421,8 @@ class TrainConfig:
     """Never delete the checkpoints at multiples of this step; 0: none."""
     max_minutes: float = 0.0
     """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (extra `tensorboard`)."""
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Also send metrics and samples there; each needs the extra of its name."""
     compile_cache: bool = True
     """Keep compiled programs in jaxlm/xla in the user's cache folder."""
 
@@ -604,6 +604,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+# Fields of earlier versions that stored configs may have, by class.
+_RETIRED = {"TrainConfig": ("tensorboard",)}
+
+
 def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
     """Inverts `to_dict`.
 
@@ -612,6 +616,8 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> An
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
+    retired = _RETIRED.get(cls.__name__, ())
+    values = {name: value for name, value in values.items() if name not in retired}
     for name in values:
         if name not in known:
             raise ValueError(

@@ -258,6 +258,13 @@ WRONG = [
         {"stop_ids": (1.5,)},
         r"sample\.stop_ids is \(1\.5,\): it must be a tuple",
     ),
+    (
+        "train",
+        {"log_to": ("mlflow", "wandbb")},
+        r"train\.log_to is .*: it must be a tuple, and each of its values one of "
+        r"'tensorboard', 'wandb', 'mlflow'",
+    ),
+    ("train", {"log_to": "wand"}, r"train\.log_to is 'wand': it must be a tuple"),
 ]
 SECTIONS = {
     "model": model,

@@ -31,14 +31,14 @@ from jaxlm.infer.generate import generate
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.progress import ProgressLine
-from jaxlm.report.page import write_report
-from jaxlm.report.picture import draw_loss_png
+from jaxlm.report.live import REPORT, LiveReport
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.sinks import open_sinks
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 from jaxlm.train.stopping import (
     EXIT_DONE,
@@ -49,7 +49,6 @@ from jaxlm.train.stopping import (
 )
 from jaxlm.types import Batch, Params
 
-REPORT = "report.html"
 # Folded into the seed for the keys of samples; the parameters use the seed itself.
 SAMPLE_STREAM = 1
 
@@ -258,7 +257,7 @@ def run_outputs(
 ) -> Iterator[tuple[MetricsWriter, ProgressLine]]:
     """Writes the config, the metrics and the report of a run, and shows its progress.
 
-    The report is drawn at the end, however the run ends.
+    The report is written during the run, and at the end, however the run ends.
     """
     settings, run = config.train, Path(config.train.run_dir)
     step, params = int(state.step), tree.count(state.params)
@@ -266,17 +265,10 @@ def run_outputs(
         config.model, settings.batch_size, config.data.sequence_length
     )
     (run / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    resume_step = step if resumed else None
+    sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
     writer = MetricsWriter(
-        run,
-        resume_step=step if resumed else None,
-        tensorboard=settings.tensorboard,
-    )
-    writer.write(
-        "event",
-        step,
-        event="resume" if resumed else "start",
-        params=params,
-        attention={kind: choice.to_json() for kind, choice in choices.items()},
+        run, resume_step=resume_step, sinks=[LiveReport(run), *sinks]
     )
     progress = ProgressLine(settings.steps)
     progress.note(
@@ -284,10 +276,12 @@ def run_outputs(
         f"{settings.steps - step} steps on {jax.device_count()} "
         f"{jax.devices()[0].device_kind}, {compute_dtype(config.model.dtype).name}"
     )
-    try:
+    with writer, contextlib.closing(progress):
+        writer.write(
+            "event",
+            step,
+            event="resume" if resumed else "start",
+            params=params,
+            attention={kind: choice.to_json() for kind, choice in choices.items()},
+        )
         yield writer, progress
-    finally:
-        progress.close()
-        writer.close()
-        write_report([run], run / REPORT)
-        draw_loss_png(run, run / "loss.png")

@@ -232,16 +232,20 @@ def figures(run: Run) -> dict[str, str]:
         "Parameters": params,
         "Steps": f"{done} of {steps}" if steps is not None else done,
         "Tokens seen": _or_empty(format_count, _last(trains, "tokens")),
-        "Time": _or_empty(format_seconds, _last(trains, "wall_s")),
-        "Train loss (end of the smoothed curve)": (
+        "Training time": _or_empty(format_seconds, _last(trains, "wall_s")),
+        "Train loss (nats per token, end of the smoothed curve)": (
             "" if train is None else _number(train)
         ),
-        "Held-out loss": "" if held_out is None else _number(held_out),
+        "Held-out loss (nats per token)": "" if held_out is None else _number(held_out),
         "Lowest held-out loss": lowest,
-        "Bits per byte": _or_empty(_number, _last(evals, "bits_per_byte")),
+        "Bits per byte of held-out text": _or_empty(
+            _number, _last(evals, "bits_per_byte")
+        ),
         "Tokens per second (median)": _or_empty(format_count, tokens_per_s),
-        "MFU (median)": _or_empty(_percent, _median(trains, "mfu")),
-        "Waiting for data": _percent(waits / total) if total > 0 else "",
+        "MFU (share of the peak FLOP/s, median)": _or_empty(
+            _percent, _median(trains, "mfu")
+        ),
+        "Time spent waiting for data": _percent(waits / total) if total > 0 else "",
         "Rows with a non-finite loss": str(bad) if bad else "",
     }
 

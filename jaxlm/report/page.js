@@ -1,18 +1,20 @@
 "use strict";
 // Draws the curves and samples of the report. Text is inserted as text, never as HTML.
 (() => {
-const runs = JSON.parse(document.getElementById("data").textContent).runs;
+const { runs, live } = JSON.parse(document.getElementById("data").textContent);
 const SVG = document.getElementById("ns").namespaceURI;
 const byId = (id) => document.getElementById(id);
-const state = { axis: "step", log: false, smoothing: 20, range: null, hidden: new Set() };
+// What a person chose outlives the reloads of a page in progress.
+const kept = history.state || {};
+const state = { axis: "step", log: false, smoothing: 20, range: null, ...kept.state, hidden: new Set(kept.hidden) };
 const several = runs.length > 1;
 
 const CHARTS = [
   { title: "Loss (nats per token)", curves: ["train", "eval"], big: true, log: true, smooth: true },
   { title: "Learning rate", curves: ["lr"], form: short },
-  { title: "Gradient norm", curves: ["grad_norm"], log: true, smooth: true },
+  { title: "Gradient norm (before clipping)", curves: ["grad_norm"], log: true, smooth: true },
   { title: "Tokens per second", curves: ["tokens_per_s"], smooth: true, zero: true, form: count },
-  { title: "MFU (share of the peak FLOP/s)", curves: ["mfu"], smooth: true, zero: true,
+  { title: "MFU (model FLOPs utilization: share of the peak FLOP/s)", curves: ["mfu"], smooth: true, zero: true,
     form: (v) => short(100 * v) + " %" },
 ];
 const CURVE_NAMES = { train: "train", eval: "held-out", lr: "learning rate",
@@ -55,7 +57,7 @@ function clock(v) {
   return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`;
 }
 const AXIS_FORM = { step: (v) => String(Number(v.toPrecision(7))), tokens: count, time: clock };
-const AXIS_NAME = { step: "step", tokens: "tokens seen", time: "productive time" };
+const AXIS_NAME = { step: "step", tokens: "tokens seen", time: "training time" };
 
 // ---- Ticks ----
 function ticks(low, high, wanted, steps) {
@@ -323,7 +325,7 @@ function legend() {
   for (const [key, text, colour, dotted] of entries) {
     const button = element("button", "", byId("legend"));
     button.type = "button";
-    button.setAttribute("aria-pressed", "true");
+    button.setAttribute("aria-pressed", String(!state.hidden.has(key)));
     const sign = node("svg", { width: 24, height: 8, "aria-hidden": "true" }, button);
     node("path", { d: "M1 4h22", class: `curve s${colour} ${dotted ? "dotted" : ""}` }, sign);
     button.append(text);
@@ -336,8 +338,9 @@ function legend() {
   }
   if (several) element("span", "hint", byId("legend"), "solid: train, dashed: held-out");
 }
+const sampleSteps = () => [...new Set(runs.flatMap((run) => run.samples.map((s) => s.step)))].sort((a, b) => a - b);
 function samples() {
-  const steps = [...new Set(runs.flatMap((run) => run.samples.map((s) => s.step)))].sort((a, b) => a - b);
+  const steps = sampleSteps();
   if (!steps.length) return;
   byId("samples").hidden = false;
   byId("sample-control").hidden = steps.length < 2;
@@ -363,7 +366,8 @@ function samples() {
     }
   };
   slider.addEventListener("input", show);
-  slider.value = steps.length - 1;
+  const before = steps.indexOf(kept.sample);
+  slider.value = before < 0 ? steps.length - 1 : before;
   show();
 }
 function controls() {
@@ -379,6 +383,9 @@ function controls() {
   byId("differing").hidden = !several;
   byId("only-differing").addEventListener("change", (e) => byId("config").classList.toggle("only-differing", e.target.checked));
   byId("controls").reset();
+  document.querySelector(`input[name=axis][value=${state.axis}]`).checked = true;
+  byId("log").checked = state.log;
+  byId("smoothing").value = state.smoothing;
   let waiting = 0, width = innerWidth;
   addEventListener("resize", () => {
     if (innerWidth === width) return;  // phones hide their bar while scrolling
@@ -386,8 +393,36 @@ function controls() {
     cancelAnimationFrame(waiting); waiting = requestAnimationFrame(redraw);
   });
 }
+
+// ---- A run in progress ----
+// The longer the next page is overdue, the more rarely it is looked for, and after 40
+// times the expected wait no more: the run was killed, or its machine's clock differs.
+let touched = 0;
+for (const kind of ["pointermove", "pointerdown", "keydown"]) addEventListener(kind, () => { touched = Date.now(); });
+function follow() {
+  if (!live) return;
+  const age = Math.max(0, Date.now() / 1000 - live.written_s), at = new Date(1000 * live.written_s).toLocaleString();
+  if (age > 40 * live.next_s) {
+    byId("live").textContent = `Written at ${at}, while the run was in progress, and nothing came since: reload to look again.`;
+    return;
+  }
+  byId("live").textContent = `In progress: written at ${at}; this page reloads itself.`;
+  setTimeout(reload, 1000 * Math.max(live.next_s + 1 - age, age / 4, 1));
+}
+function reload() {
+  // Not while a person points, types or marks text.
+  if (Date.now() - touched < 5000 || !getSelection().isCollapsed) return setTimeout(reload, 1000);
+  const { hidden, ...rest } = state, slider = byId("sample-step");
+  history.replaceState({
+    state: rest, hidden: [...hidden], sample: slider.value === slider.max ? null : sampleSteps()[slider.value],
+    open: [...document.querySelectorAll("details")].map((d) => d.open),
+  }, "");
+  location.reload();
+}
 controls();
 legend();
 redraw();
 samples();
+document.querySelectorAll("details").forEach((d, i) => { d.open = Boolean(kept.open && kept.open[i]); });
+follow();
 })();

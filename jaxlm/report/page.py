@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxlm.durable import replacing
 from jaxlm.report.curves import (
     MAX_POINTS,
     Json,
@@ -39,38 +41,60 @@ CURVES = {
 }
 
 
-def write_report(runs: Path | str | Iterable[Path | str], out: Path | str) -> Path:
+def write_report(
+    runs: Path | str | Iterable[Path | str],
+    out: Path | str,
+    *,
+    next_s: float | None = None,
+) -> Path:
     """Writes the report of `runs` (folders) to the file `out`, and returns its path.
+
+    Args:
+      runs: one run folder or several, to compare them.
+      next_s: seconds until the next report of a run in progress: the page reloads
+        itself then, and ever more rarely if none comes. None: it does not.
 
     Raises:
       ValueError: if a folder has no metrics, or a file cannot be parsed.
+      OSError: if `out` cannot be written; a report that was there is left as it was.
     """
     loaded = load_runs(runs)
     names = ", ".join(run.name for run in loaded)
     tables = [figures(run) for run in loaded]
+    data: Json = {"runs": [_run_data(run) for run in loaded]}
+    if next_s is not None:
+        data["live"] = {"written_s": round(time.time(), 3), "next_s": next_s}
     page = {
         "title": html.escape(f"{names}: training report"),
         "style": _asset("page.css"),
         "script": _asset("page.js"),
         "heading": html.escape(names),
+        "status": _status(loaded, tables[0]["Steps"]),
         "tiles": _tiles(tables[0]) if len(loaded) == 1 else "",
         "figures": _figures_table(loaded, tables),
         "held_out": _held_out_table(loaded),
         "config": _config_table(loaded),
         "held_out_hidden": _hidden_unless(any(run.of_kind("eval") for run in loaded)),
         "config_hidden": _hidden_unless(any(run.config for run in loaded)),
-        "data": _script_json({"runs": [_run_data(run) for run in loaded]}),
+        "data": _script_json(data),
     }
     # In one pass, so that inserted text that looks like a placeholder stays text.
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _asset("page.html"))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    with replacing(out) as file:
+        file.write(text.encode())
     return out
 
 
 def _asset(name: str) -> str:
     return resources.files("jaxlm.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _status(runs: Sequence[Run], steps: str) -> str:
+    if len(runs) > 1:
+        return f"Comparison of {len(runs)} training runs."
+    return f"Training run, {html.escape(steps)} steps done."
 
 
 def _hidden_unless(shown: bool) -> str:
@@ -148,7 +172,7 @@ def _tiles(table: dict[str, str]) -> str:
     """Renders the most important figures as tiles in large type."""
     tiles = ""
     labels = ("Held-out loss", "Train loss", "Bits per byte", "Parameters")
-    for label in (*labels, "Tokens seen", "Time"):
+    for label in (*labels, "Tokens seen", "Training time"):
         value = next(v for k, v in table.items() if k.startswith(label))
         value = html.escape(value.removesuffix(" in matmuls"))
         if value:

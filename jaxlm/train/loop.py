@@ -212,7 +212,8 @@ class _Log:
                 "tokens": self._tokens_per_step * step,
                 "wall_s": self._wall,
             }
-            self._writer.write("train", step, **row)
+            with self.paused():  # sinks and the report take time too
+                self._writer.write("train", step, **row)
             self._progress.update({"step": step, **row})
 
     def _timing(

@@ -7,12 +7,12 @@ each line is valid JSON.
 
 import contextlib
 import json
+import logging
 import math
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxlm.durable import replacing
 
@@ -43,6 +43,25 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
 # Fields that are never read as numbers: a sample may be the text "nan".
 TEXT_FIELDS = ("kind", "text", "prompt", "event", "message")
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Receives the rows of a run after they were written to `metrics.jsonl`."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Takes a row; its numbers are plain and may be NaN or infinite."""
+
+    def close(self, failed: bool) -> None:
+        """Takes the end of this start of the run; `failed`: by an exception."""
+
+
+def one_line(error: Exception) -> str:
+    """Returns what an exception says in at most 300 characters without line breaks."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def _encode(value: Any) -> Any:
@@ -123,7 +142,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
     Each row is a single write, so a killed process loses no earlier row and leaves at
     most half of one, which the next start removes. If the file cannot be written (a
-    full disk), it warns once and the run continues.
+    full disk), it warns once and the run continues. The same holds for a sink that
+    fails, which gets no more rows.
     """
 
     def __init__(
@@ -131,7 +151,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         run_dir: Path | str,
         *,
         resume_step: int | None = None,
-        tensorboard: bool = False,
+        sinks: Sequence[Sink] = (),
     ):
         """Opens the file, and creates the folder if needed.
 
@@ -140,11 +160,10 @@ class MetricsWriter(contextlib.AbstractContextManager):
           resume_step: the step to resume after. Rows of later steps are dropped, since
             those steps will be repeated. None starts an empty file, and keeps the rows
             of an earlier run as `metrics.previous.jsonl`.
-          tensorboard: also write scalars and samples as TensorBoard events.
+          sinks: what also receives each row.
 
         Raises:
-          ValueError: if a line of the file (named in the message) is not a row, or
-            tensorboardX is not installed.
+          ValueError: if a line of the file (named in the message) is not a row.
           OSError: if the folder cannot be written.
         """
         self.path = Path(run_dir) / FILE_NAME
@@ -153,7 +172,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.lost_rows = 0
         """Number of rows that could not be written."""
         self._warned = False
-        self._board = _open_tensorboard(self.path, resume_step) if tensorboard else None
+        self._sinks = list(sinks)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             self._keep_up_to(resume_step)
@@ -200,8 +219,12 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
         if kind == "train":
             self.last_train = _decode(dict(row))
-        if self._board is not None:
-            _write_tensorboard(self._board, kind, row)
+        for sink in tuple(self._sinks):
+            try:
+                sink.write(_decode(dict(row)))
+            except Exception as error:
+                self._sinks.remove(sink)
+                _warn(sink, error)
 
     def _append(self, line: bytes) -> None:
         try:
@@ -216,41 +239,27 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self.lost_rows += 1
             if not self._warned:
                 self._warned = True
-                warnings.warn(
-                    f"{self.path} cannot be written ({error}): training goes on, rows "
-                    "are lost until it can",
-                    RuntimeWarning,
-                    stacklevel=3,
+                logger.warning(
+                    "%s cannot be written (%s): training goes on, rows are lost until "
+                    "it can",
+                    *(self.path, error),
                 )
 
-    def close(self) -> None:
-        """Closes the file; no more rows can be written."""
+    def close(self, failed: bool = False) -> None:
+        """Closes the file and the sinks; no more rows can be written."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            try:
+                sink.close(failed)
+            except Exception as error:
+                _warn(sink, error)
 
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
-
-
-def _open_tensorboard(path: Path, resume_step: int | None) -> Any:
-    try:
-        # An extra.
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            "train.tensorboard is on but tensorboardX is not installed: "
-            "pip install 'jaxlm[tensorboard]'"
-        ) from None
-    # Hides events of an earlier start for steps that will be repeated.
-    purge = 0 if resume_step is None else resume_step + 1
-    return SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        self.close(failed=kind is not None)
 
 
-def _write_tensorboard(board: Any, kind: str, row: Mapping[str, Any]) -> None:
-    if kind == "sample":
-        board.add_text("sample", row["prompt"] + row["text"], row["step"])
-    for name, value in _decode(dict(row)).items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind in ("train", "eval") and number and name != "step":
-            board.add_scalar(f"{kind}/{name}", value, row["step"])
+def _warn(sink: Sink, error: Exception) -> None:
+    logger.warning(
+        "%s failed and is turned off, training goes on: %s",
+        *(type(sink).__name__, one_line(error)),
+    )

@@ -1,5 +1,7 @@
 """The report in a browser, where there is one."""
 
+import time
+
 import pytest
 from browser_case import CHROMIUM, Browser
 from report_case import make_run
@@ -44,3 +46,55 @@ def test_the_curve_ends_at_the_figure_of_the_page(tmp_path, browser):
     shown = browser.evaluate("document.querySelector('.tiles dd').innerText")
     smoothed = float(tip.split("smoothed ")[1].split()[0])
     assert f"{smoothed:.4f}" == shown
+
+
+def test_a_page_in_progress_reloads_and_keeps_what_was_chosen(tmp_path, browser):
+    run = make_run(
+        tmp_path / "run",
+        [3.0, 2.0],
+        evals=[(20, 2.5)],
+        samples=[(10, "a"), (20, "b"), (30, "c\n" * 100)],
+    )
+    page = write_report(run, tmp_path / "report.html", next_s=0.5)
+    browser.resize(800, 500)
+    browser.goto(page)
+    live = "document.getElementById('live').textContent"
+    assert "this page reloads itself" in browser.evaluate(live)
+    browser.evaluate("""
+        const click = (selector) => document.querySelector(selector).click();
+        click("input[value=tokens]"); click("#log"); click("#legend button");
+        click("summary");
+        const slider = document.getElementById("sample-step");
+        slider.value = 1; slider.dispatchEvent(new Event("input"));
+        scrollTo(0, 321);
+    """)
+    write_report(run, page, next_s=0.5)
+    browser.wait_for_load()
+    time.sleep(0.3)  # the browser scrolls back after the load
+    chosen = browser.evaluate("""[
+        document.querySelector("input[name=axis]:checked").value,
+        document.getElementById("log").checked,
+        document.querySelector("#legend button").getAttribute("aria-pressed"),
+        document.querySelector("details").open,
+        document.getElementById("sample-value").textContent, scrollY,
+        document.querySelector("figure.big svg").textContent.includes("tokens seen"),
+    ]""")
+    assert chosen == ["tokens", True, "false", True, "20 (2 of 3)", 321, True]
+    write_report(run, page)  # the last one
+    browser.wait_for_load()
+    assert browser.evaluate(live) == ""
+    browser.evaluate("window.same = true; new Promise(done => setTimeout(done, 3000))")
+    assert browser.evaluate("window.same")
+
+
+def test_a_page_of_a_killed_run_stops_reloading(tmp_path, browser, monkeypatch):
+    run, began = make_run(tmp_path / "run", [3.0, 2.0]), time.time()
+    for age, said in ((30, "reloads itself"), (41, "nothing came since")):
+        monkeypatch.setattr(time, "time", lambda age=age: began - age)
+        browser.goto(write_report(run, tmp_path / "report.html", next_s=1.0))
+        assert said in browser.evaluate("document.getElementById('live').textContent")
+    # The page of 30 seconds looks again after a quarter of its age, this one never.
+    assert not browser.evaluate(
+        "new Promise(done => { addEventListener('pagehide', () => done(true));"
+        " setTimeout(() => done(false), 1500); })"
+    )

@@ -78,7 +78,8 @@ def test_the_legend_says_where_the_curve_ends(tmp_path, rows):
     axes = axes_of(run)
     end = points(axes, COLORS[0], marker=".")[-1, 1]
     assert words(axes)[1] == f"train {end:.3f}"
-    figure = figures(load_runs([run])[0])["Train loss (end of the smoothed curve)"]
+    table = figures(load_runs([run])[0])
+    figure = table["Train loss (nats per token, end of the smoothed curve)"]
     assert figure == f"{end:.4f}"
 
 

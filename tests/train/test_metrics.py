@@ -1,10 +1,8 @@
 """metrics.jsonl, and the rates in it."""
 
-import builtins
 import json
 import math
 import os
-import warnings
 from unittest import mock
 
 import jax
@@ -185,15 +183,14 @@ def test_rows_are_checked(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_warns_once_and_goes_on(tmp_path):
+def test_a_full_disk_warns_once_and_goes_on(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with MetricsWriter(tmp_path) as writer:
-        with pytest.warns(RuntimeWarning, match="No space left.*training goes on"):
-            writer.write("train", 1, **train_row(1))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            writer.write("train", 2, **train_row(2))
+        writer.write("train", 1, **train_row(1))
+        writer.write("train", 2, **train_row(2))
         assert writer.lost_rows == 2
+    (line,) = caplog.messages
+    assert "No space left" in line and "training goes on" in line
 
 
 def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
@@ -202,41 +199,49 @@ def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write("train", 1, **train_row(1))
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with pytest.warns(RuntimeWarning, match="training goes on"):
-            try:
-                limit = path.stat().st_size + 50
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-                writer.write("train", 2, **train_row(2))
-                writer.write("train", 3, **train_row(3))
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        try:
+            limit = path.stat().st_size + 50
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+            writer.write("train", 2, **train_row(2))
+            writer.write("train", 3, **train_row(3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
         writer.write("train", 4, **train_row(4))
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 4]
     assert rows[1]["lost_rows"] == 2
 
 
-def test_tensorboard_without_its_extra_names_it(tmp_path, monkeypatch):
-    real = builtins.__import__
+class Recorder:
+    """A sink that keeps rows, and fails at a step."""
 
-    def without(name, *args, **kwargs):
-        if name == "tensorboardX":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
+    def __init__(self, fails_at=None):
+        self.rows, self.ends, self._fails_at = [], [], fails_at
 
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"pip install 'jaxlm\[tensorboard\]'"):
-        MetricsWriter(tmp_path, tensorboard=True)
+    def write(self, row):
+        if row["step"] == self._fails_at:
+            raise OSError("no\nway")
+        self.rows.append(row)
+
+    def close(self, failed):
+        self.ends.append(failed)
 
 
-def test_tensorboard_gets_the_scalars(tmp_path):
-    pytest.importorskip("tensorboardX")
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
-        writer.write("train", 1, **train_row(1))
-        writer.write("eval", 1, loss=2.0, bits_per_byte=2.9, targets=10)
-        writer.write("sample", 1, text="b", prompt="a")
-    data = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
-    assert b"train/loss" in data and b"eval/bits_per_byte" in data and b"sample" in data
+def test_sinks_get_each_row_and_one_that_fails_no_more(tmp_path, caplog):
+    good, bad = Recorder(), Recorder(fails_at=2)
+    with MetricsWriter(tmp_path, sinks=[bad, good]) as writer:
+        for step in (1, 2, 3):
+            writer.write("train", step, **train_row(step, loss=math.nan))
+    assert [row["step"] for row in good.rows] == [1, 2, 3]
+    assert math.isnan(good.rows[0]["loss"])
+    assert [row["step"] for row in bad.rows] == [1]
+    assert (good.ends, bad.ends) == ([False], [])
+    (line,) = caplog.messages
+    assert line == "Recorder failed and is turned off, training goes on: no way"
+    assert steps_of(tmp_path) == [1, 2, 3]
+    with pytest.raises(KeyError), MetricsWriter(tmp_path, sinks=[good]):
+        raise KeyError
+    assert good.ends == [False, True]
 
 
 def small(**changes) -> ModelConfig:

@@ -22,7 +22,10 @@ META = "meta.json"
 TOKENIZER = "tokenizer"
 TEMPORARY = ".tmp-"
 # The files that a run writes and `move_aside` moves.
-_RUN_FILES = (CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png")
+_RUN_FILES = (
+    *(CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png"),
+    *("tensorboard", "wandb", "mlflow"),
+)
 
 
 def list_steps(run: Path) -> list[int]:
