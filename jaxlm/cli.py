@@ -15,8 +15,8 @@ from typing import Any
 from jaxlm.interrupts import Interrupts
 from jaxlm.train.stopping import EXIT_INTERRUPTED, EXIT_USAGE
 
-# Verb -> what it does. Each is a module of `jaxlm.commands` with a function
-# `main(arguments, prog)` that returns an exit code.
+# Verb -> what it does. Each is a module of `jaxlm.commands` with a function `main` that
+# takes what `read_arguments` returns, and returns an exit code.
 VERBS = {
     "train": "Train a language model: from a config to a run folder",
     "sample": "Continue a text with a trained model",
@@ -31,6 +31,8 @@ VERBS = {
 # is joined to its option, as in `--prompt=-v`.
 _VERBOSE = ("-v", "--verbose")
 _VERSION = ("-V", "--version")
+# `sample --chat` is `chat`.
+_CHAT = "--chat"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def start(trains: bool) -> None:
     """Sets up the process of a program, before anything that takes time.
 
-    Until `run` calls the command, Ctrl-C ends the program at once.
+    Outside of the command that `run` calls, Ctrl-C ends the program at once.
 
     Args:
       trains: whether it is a training run, which sets options of malloc.
@@ -90,26 +92,29 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
       prog: the program that the user called, for messages.
       options: passed to the verb's `main`.
     """
+    from jaxlm.commands.arguments import ARGUMENTS, read_arguments
     from jaxlm.commands.process import log_on_stderr
-    from jaxlm.config_file import ConfigFileError, RunArguments
+    from jaxlm.config_file import ConfigFileError
     from jaxlm.flags import fail, in_flags
 
     rest = [a for a in arguments if a not in _VERBOSE]
     verbose = len(rest) < len(arguments)
-    kind: type = RunArguments
+    if verb == "sample" and _CHAT in rest:
+        rest.remove(_CHAT)
+        verb, prog = "chat", f"{prog} {_CHAT}"
     try:
         with log_on_stderr(verbose):
+            chosen = read_arguments(verb, rest, prog)
             command = importlib.import_module(f"jaxlm.commands.{verb}")
-            kind = getattr(command, "Arguments", RunArguments)
             with Interrupts({signal.SIGINT: EXIT_INTERRUPTED}):
-                return command.main(rest, prog, **options)
+                return command.main(*chosen, **options)
     except ValueError as error:
         if verbose:
             import traceback
 
             traceback.print_exc()
         is_of_file = isinstance(error, ConfigFileError)
-        fail(error if is_of_file else in_flags(str(error), kind))
+        fail(error if is_of_file else in_flags(str(error), ARGUMENTS[verb]))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

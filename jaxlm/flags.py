@@ -121,22 +121,25 @@ class Flag:
 
 def flags_of(kind: type) -> list[Flag]:
     """Returns the flags of a dataclass, with those of the dataclasses in it."""
-    return list(_flags(kind, "", "--", ""))
+    return list(_flags(kind, None, "", "--", ""))
 
 
-def _flags(kind: type, path: str, prefix: str, section: str) -> Iterator[Flag]:
+def _flags(
+    kind: type, base: Any, path: str, prefix: str, section: str
+) -> Iterator[Flag]:
     hints = get_type_hints(kind, include_extras=True)
     for f in dataclasses.fields(kind):
         hint, *marks = _without_marks(hints[f.name])
         inner, name = _section(hint), f.name.replace("_", "-")
+        default = getattr(base, f.name, _default(f))
         if inner is not None and "flat" in marks:
-            yield from _flags(inner, f"{path}{f.name}.", prefix, section)
+            yield from _flags(inner, default, f"{path}{f.name}.", prefix, section)
         elif inner is not None:
             here = f"{path}{f.name}"
-            yield from _flags(inner, f"{here}.", f"{prefix}{name}.", here)
+            yield from _flags(inner, default, f"{here}.", f"{prefix}{name}.", here)
         else:
             name = f.name.upper() if "positional" in marks else prefix + name
-            yield Flag(path + f.name, name, hint, _default(f), kind, section)
+            yield Flag(path + f.name, name, hint, default, kind, section)
 
 
 def _without_marks(hint: Any) -> tuple[Any, ...]:
@@ -177,7 +180,7 @@ def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
 
 
 def parse(
-    kind: type[T], arguments: Sequence[str], *, prog: str, default: T | None = None
+    kind: type[T], arguments: Sequence[str], *, prog: str, first: Sequence[str] = ()
 ) -> T:
     """Parses a command line into a dataclass; `--help` prints and exits with code 0.
 
@@ -185,7 +188,7 @@ def parse(
       kind: the dataclass.
       arguments: the command line.
       prog: the program, for `--help`.
-      default: an instance whose fields are the defaults; None takes those of `kind`.
+      first: paths of the flags that `--help` begins with.
 
     Raises:
       ValueError: for an unknown flag (with the nearest known one), a missing argument
@@ -193,9 +196,9 @@ def parse(
     """
     values = read_flags(kind, arguments)
     if "help" in values:
-        print(help_text(kind, prog, default), end="")
+        print(help_text(kind, prog, first=first), end="")
         raise SystemExit(0)
-    return with_values(kind, default, values)
+    return with_values(kind, None, values)
 
 
 def read_flags(kind: type, arguments: Sequence[str]) -> dict[str, Any]:

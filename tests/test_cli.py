@@ -29,7 +29,7 @@ def exit_of(capsys, *arguments):
     "arguments, message",
     [
         (["reprot"], r"error: no verb 'reprot' \(did you mean 'report'\?\); verbs: "),
-        (["report"], r"error: name at least one run folder"),
+        (["report"], r"error: RUNS is missing: name at least one run folder"),
         (
             ["report", "/no/such/run"],
             r"error: /no/such/run/metrics\.jsonl: no such fil",
@@ -45,7 +45,9 @@ def test_a_wrong_verb_ends_with_code_2(capsys, arguments, message):
 @pytest.mark.parametrize("verbose", [False, True])
 def test_an_error_has_a_traceback_only_with_v(verbose, capsys):
     code, _, err = exit_of(capsys, "report", *["-v"] * verbose)
-    assert code == 2 and err.endswith("error: name at least one run folder\n")
+    assert code == 2 and err.endswith(
+        "error: RUNS is missing: name at least one run folder\n"
+    )
     assert ("Traceback" in err) is verbose
 
 
@@ -88,7 +90,7 @@ def test_help_lists_the_verbs(capsys):
 
 def test_each_verb_is_a_file_that_says_what_it_does():
     files = {file.stem for file in COMMANDS.glob("*.py")}
-    assert files - {"__init__", "process"} == set(VERBS)
+    assert files - {"__init__", "arguments", "process"} == set(VERBS)
     for verb, summary in VERBS.items():
         docstring = ast.get_docstring(ast.parse((COMMANDS / f"{verb}.py").read_text()))
         assert docstring.splitlines()[0] == f"{summary}."
@@ -122,7 +124,9 @@ def modules_after(program, repository):
         "from jaxlm.cli import main\n"
         "from jaxlm.config_file import read_config\n"
         "try: read_config(['--train.step', '3'])\nexcept ValueError: pass",
-        "import jaxlm; jaxlm.Config",
+        "from jaxlm.cli import main\ntry: main(['sample', '--modl', 'x'])\n"
+        "except SystemExit: pass",
+        "import jaxlm; jaxlm.Config; jaxlm.__version__",
     ],
 )
 def test_an_answer_that_needs_no_jax_does_not_wait_for_it(program, repository):
@@ -137,7 +141,7 @@ TRAINING = {"grain", "optax", "jaxlm.data", "jaxlm.train.loop"}
     "verb, left_out",
     [
         ("sample", {"jaxlm.verify", "jaxlm.data", "jaxlm.train.loop", *DRAWING}),
-        ("chat", {"jax", "prompt_toolkit", "jaxlm.infer"}),
+        ("chat", {"jaxlm.verify", "jaxlm.data", "jaxlm.train.loop", *DRAWING}),
         ("convert", {"jaxlm.verify", "jaxlm.data", "jaxlm.infer", *DRAWING}),
         ("verify", {"jaxlm.train.loop", *DRAWING}),
         ("report", {"orbax", "sentencepiece", "jaxlm.data"}),

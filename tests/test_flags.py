@@ -59,8 +59,6 @@ def test_values_have_the_types_of_their_fields():
     )
     # Arguments without flags may stand anywhere, and the last value counts.
     assert read("--size", "-4", "x", "--on", "--size", "5", "y").more == ("y",)
-    base = Arguments(source=Path("x"), size=7)
-    assert parse(Arguments, ["--no-on"], prog="", default=base).size == 7
 
 
 WRONG = {
@@ -116,6 +114,7 @@ def test_help_tells_every_flag_within_the_terminal(columns, monkeypatch):
     assert "What to read, 100% of it." in words
     assert "Its kind. (one of small, large; default: None)" in words
     assert "--on, --no-on Whether it is on. (default: True)" in words
+    assert "0 takes the most likely token. (default: 0.8)" in words
     assert r"Its end. (default: '\n')" in words
     order = [
         "arguments:",

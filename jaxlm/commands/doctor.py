@@ -1,14 +1,14 @@
 """Show versions and devices, and the attention that a config would use."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import jax
 
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import compile_cache_folder
 from jaxlm.config import Config
-from jaxlm.config_file import read_config
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.mesh import make_mesh
@@ -16,9 +16,8 @@ from jaxlm.sharding.mesh import make_mesh
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def main(arguments: Sequence[str], prog: str) -> int:
-    """`[CONFIG_FILE] [--section.field value ...]`, as for training: prints a table."""
-    config, _ = read_config(arguments, prog=prog)
+def main(config: Config, _initial: Checkpoint | None) -> int:
+    """Prints a table of what a run with this config would use."""
     with jax.set_mesh(make_mesh(config.mesh)):
         for name, value in [*machine(), *attention(config)]:
             print(f"{name:<20} {value}")

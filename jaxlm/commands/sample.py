@@ -3,10 +3,7 @@
 import dataclasses
 import signal
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -15,58 +12,23 @@ from jaxtyping import Bool, Int
 from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
 from jaxlm.checkpoint.opened import Checkpoint
+from jaxlm.commands.arguments import SampleArguments
 from jaxlm.commands.process import use_compile_cache
-from jaxlm.config import MeshConfig, ModelConfig, SampleConfig
-from jaxlm.flags import Flat, Positional, fail, parse
+from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
 
-CHAT = "--chat"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Continue a text with a trained model."""
-
-    run: Positional[Path | None] = None
-    """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name;
-    None takes the newest run below runs/."""
-    prompt: str = "\n"
-    """Text to continue."""
-    chat: bool = False
-    """Hold a conversation instead, with the flags of `jaxlm chat`."""
-    num_samples: int = 1
-    """Number of continuations, sampled as one batch."""
-    seed: int = 0
-    """Seed of the sampling."""
-    stats: bool = False
-    """Print the tokens per second of prefill and decoding to stderr."""
-    dtype: Literal["auto", "float32", "bfloat16"] | None = None
-    """Compute dtype; None keeps the run's."""
-    sample: Flat[SampleConfig] = field(
-        default_factory=lambda: SampleConfig(temperature=0.8)
-    )
-    """How tokens are sampled."""
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
-    """Devices to use."""
-
-
-def main(arguments: Sequence[str], prog: str) -> int:
-    """`[CHECKPOINT] [--prompt TEXT | --chat] ...`; returns the exit code."""
-    if CHAT in arguments:
-        from jaxlm.commands import chat
-
-        rest = [argument for argument in arguments if argument != CHAT]
-        return chat.main(rest, f"{prog} {CHAT}")
-    chosen = read_arguments(arguments, prog)
+def main(chosen: SampleArguments) -> int:
+    """Opens the checkpoint and continues the prompt; returns the exit code."""
     use_compile_cache()
     sample(open_checkpoint(chosen.run or newest_run()), chosen)
     return 0
 
 
-def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
+def sample(checkpoint: Checkpoint, chosen: SampleArguments) -> None:
     """Continues the prompt on the devices requested."""
     model, tokenizer = checkpoint.config, checkpoint.tokenizer()
     if chosen.dtype is not None:
@@ -80,21 +42,13 @@ def sample(checkpoint: Checkpoint, chosen: Arguments) -> None:
         write_samples(model, params, tokenizer, sample_config, key, chosen)
 
 
-def read_arguments(arguments: Sequence[str], prog: str) -> Arguments:
-    """Parses the flags; exits with code 2 if one is wrong."""
-    chosen = parse(Arguments, arguments, prog=prog)
-    if chosen.num_samples < 1:
-        fail(f"--num-samples is {chosen.num_samples}: it must be at least 1")
-    return chosen
-
-
 def write_samples(
     model: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
     sample_config: SampleConfig,
     key: jax.Array,
-    chosen: Arguments,
+    chosen: SampleArguments,
 ) -> None:
     """Samples the continuations and writes them to stdout, streaming the first."""
     prompt = tokenizer.encode(chosen.prompt)

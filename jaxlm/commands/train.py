@@ -8,7 +8,7 @@ each other.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import STARTED, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
-from jaxlm.config_file import read_config
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.flags import fail
 from jaxlm.infer.generate import generate
@@ -54,10 +53,12 @@ SAMPLE_STREAM = 1
 
 
 def main(
-    arguments: Sequence[str], prog: str, *, sample_command: str = "jaxlm sample"
+    config: Config,
+    initial: Checkpoint | None,
+    *,
+    sample_command: str = "jaxlm sample",
 ) -> int:
-    """`[CONFIG_FILE] [--section.field value ...]`; returns the exit code."""
-    config, initial = read_config(arguments, prog=prog)
+    """Calls `train` on the devices of the config's mesh; returns the exit code."""
     if config.train.compile_cache:
         use_compile_cache()
     try:

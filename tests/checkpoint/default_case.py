@@ -10,7 +10,7 @@ from parity_case import nested, weights
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import Config, DataConfig, ModelConfig
-from jaxlm.flags import DEFAULT_CONFIG, read_config
+from jaxlm.config_file import DEFAULT_CONFIG, read_config
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 
 TEXT = (

@@ -12,7 +12,7 @@ from jaxlm import tree
 from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
-from jaxlm.commands import sample
+from jaxlm.cli import main
 from jaxlm.commands.train import initial_state
 from jaxlm.config import Config, DataConfig
 from jaxlm.config_file import read_config
@@ -99,7 +99,7 @@ def live_run(tmp_path, monkeypatch):
 def test_sampling_opens_once(live_run, capsys):
     run, opened = live_run
     flags = [str(run), "--prompt", "abc", "--max-new-tokens", "6"]
-    assert sample.main(flags, "sample.py") == 0
+    assert main(["sample", *flags]) == 0
     assert opened == ["1"]
     text = capsys.readouterr().out.strip("\n")
     assert text.startswith("abc") and set(text) <= set("abcdefgh\n")

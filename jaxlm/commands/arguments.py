@@ -1,0 +1,186 @@
+"""The arguments of each verb: a dataclass whose fields are its flags.
+
+They are apart from the verbs, so that a wrong flag is reported before JAX is imported.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.config import MeshConfig, SampleConfig
+from jaxlm.config_file import RunArguments, read_config
+from jaxlm.flags import Flat, Positional, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationArguments:
+    """A model, and how tokens are sampled from it."""
+
+    run: Positional[str | None] = None
+    """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name;
+    without it the newest run below runs/."""
+    sample: Flat[SampleConfig] = field(
+        default_factory=lambda: SampleConfig(temperature=0.8)
+    )
+    seed: int = 0
+    """Seed of the sampling."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Compute dtype; None keeps the run's."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(GenerationArguments):
+    """Continue a text with a trained model.
+
+    Example: {prog} runs/shakespeare --prompt "ROMEO:"
+    """
+
+    prompt: str = "\n"
+    """Text to continue."""
+    num_samples: int = 1
+    """Number of continuations, sampled as one batch."""
+    stats: bool = False
+    """Print the tokens per second of prefill and decoding to stderr."""
+    chat: bool = False
+    """Hold a conversation instead, with the flags of `jaxlm chat`."""
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(
+                f"--num-samples is {self.num_samples}: it must be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArguments(GenerationArguments):
+    """Hold a conversation with a model that was trained to chat.
+
+    Example: {prog} model.gguf --system "Answer in one sentence."
+    """
+
+    system: str | None = None
+    """Content of the system message; None sends none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments:
+    """Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF.
+
+    Example: {prog} runs/shakespeare shakespeare.gguf
+    """
+
+    src: Positional[str]
+    """A run, a Hugging Face folder, a .gguf file, or hf:owner/name."""
+    dst: Positional[Path]
+    """The new folder or .gguf file."""
+    to: Literal["jaxlm", "hf", "gguf"] | None = None
+    """The format; None: gguf if DST ends in .gguf, else hf for a run, else jaxlm."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Dtype of the parameters; None keeps the stored one (f16 in GGUF)."""
+    tokenizer: bool = True
+    """Also write the tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """Compare a model with transformers or its recorded values, and with itself.
+
+    Example: {prog} runs/shakespeare
+    """
+
+    src: Positional[str]
+    """A run, a Hugging Face folder, a .gguf file, or hf:owner/name."""
+    against: str | None = None
+    """A Hugging Face folder or .gguf file for transformers to read, or a certificate
+    (.json) of another copy; None: SRC in transformers, else SRC's own certificate."""
+    tokens: int = 512
+    """Length of the text, at most the model's context."""
+    out: Path | None = None
+    """Path of the certificate; None: beside the checkpoint."""
+
+    def __post_init__(self):
+        if self.out is not None and not self.out.parent.is_dir():
+            raise ValueError(
+                f"--out {self.out}: {self.out.parent} is not a folder; make it first"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Plot one run, or compare several: an HTML page and a PNG.
+
+    Example: {prog} runs/first runs/second --out comparison.html
+    """
+
+    runs: Positional[tuple[Path, ...]] = ()
+    """Run folders."""
+    out: Path | None = None
+    """HTML file; None: report.html in the run, or comparison.html for several."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("RUNS is missing: name at least one run folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneArguments:
+    """Measure block sizes of attention on this device, and save the best ones.
+
+    Example: {prog} attention --length 4096 --head-dim 128
+    """
+
+    what: Positional[Literal["attention"]]
+    """What to tune: attention."""
+    implementation: str | None = None
+    """Name of one; None: all that have block sizes and run here."""
+    batch: int = 4
+    """Rows."""
+    length: int = 1024
+    """Tokens per row."""
+    heads: int = 8
+    """Query heads."""
+    kv_heads: int = 2
+    """Key/value heads."""
+    head_dim: int = 64
+    """Width of a head."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; auto is bfloat16 where the device multiplies it natively."""
+    window: int | None = None
+    """Tokens that a query attends to; None: all before it."""
+
+    def __post_init__(self):
+        for name in ("batch", "length", "heads", "kv_heads", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is {value}: it must be at least 1")
+
+
+ARGUMENTS = {
+    "train": RunArguments,
+    "sample": SampleArguments,
+    "chat": ChatArguments,
+    "convert": ConvertArguments,
+    "verify": VerifyArguments,
+    "report": ReportArguments,
+    "tune": TuneArguments,
+    "doctor": RunArguments,
+}
+_FIRST = (
+    *("prompt", "system", "sample.max_new_tokens", "sample.temperature"),
+    *("sample.top_k", "sample.top_p", "num_samples", "seed", "stats", "dtype", "chat"),
+)
+
+
+def read_arguments(verb: str, arguments: Sequence[str], prog: str) -> tuple[Any, ...]:
+    """Parses the command line of a verb into what its `main` is called with.
+
+    Raises:
+      ValueError: if an argument is wrong.
+    """
+    kind = ARGUMENTS[verb]
+    if kind is RunArguments:
+        return read_config(arguments, prog=prog)
+    return (parse(kind, arguments, prog=prog, first=_FIRST),)
