@@ -9,11 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
-
-from jaxlm.interrupts import Interrupts
-from jaxlm.train.stopping import EXIT_INTERRUPTED, EXIT_USAGE
 
 # Verb -> what it does. Each is a module of `jaxlm.commands` with a function `main` that
 # takes what `read_arguments` returns, and returns an exit code.
@@ -31,6 +27,8 @@ VERBS = {
 # is joined to its option, as in `--prompt=-v`.
 _VERBOSE = ("-v", "--verbose")
 _VERSION = ("-V", "--version")
+# EXIT_USAGE and EXIT_INTERRUPTED, without the import of their module.
+_USAGE, _INTERRUPTED = 2, 130
 # `sample --chat` is `chat`.
 _CHAT = "--chat"
 
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, summary in VERBS.items():
             print(f"  {name:10} {summary}")
         print("\nWith -v or --verbose each also reports what it chose and why.")
-        return 0 if verb else EXIT_USAGE
+        return 0 if verb else _USAGE
     if verb in _VERSION:
         from importlib.metadata import version
 
@@ -61,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def start(trains: bool) -> None:
-    """Sets up the process of a program, before anything that takes time.
+    """Sets up the process of a program, before anything that takes time is imported.
 
     Outside of the command that `run` calls, Ctrl-C ends the program at once.
 
@@ -76,8 +74,8 @@ def start(trains: bool) -> None:
         restart_with_malloc_options()
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    os._exit(EXIT_INTERRUPTED)
+def _end(_number: int, _frame: Any) -> None:
+    os._exit(_INTERRUPTED)
 
 
 def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
@@ -96,6 +94,7 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
     from jaxlm.commands.process import log_on_stderr
     from jaxlm.config_file import ConfigFileError
     from jaxlm.flags import fail, in_flags
+    from jaxlm.interrupts import Interrupts
 
     rest = [a for a in arguments if a not in _VERBOSE]
     verbose = len(rest) < len(arguments)
@@ -106,7 +105,7 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
         with log_on_stderr(verbose):
             chosen = read_arguments(verb, rest, prog)
             command = importlib.import_module(f"jaxlm.commands.{verb}")
-            with Interrupts({signal.SIGINT: EXIT_INTERRUPTED}):
+            with Interrupts({signal.SIGINT: _INTERRUPTED}):
                 return command.main(*chosen, **options)
     except ValueError as error:
         if verbose:
@@ -116,7 +115,7 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
         is_of_file = isinstance(error, ConfigFileError)
         fail(error if is_of_file else in_flags(str(error), ARGUMENTS[verb]))
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return _INTERRUPTED
 
 
 if __name__ == "__main__":

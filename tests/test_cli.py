@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,44 @@ def modules_after(program, repository):
 )
 def test_an_answer_that_needs_no_jax_does_not_wait_for_it(program, repository):
     assert "jax" not in modules_after(program, repository)
+
+
+# Presses Ctrl-C when a module is about to be imported, or when the program restarts.
+PRESS = """
+import os, signal, sys
+
+class Press:
+    def find_spec(name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press)
+if os.environ["AT"] == "the restart" and "GLIBC_TUNABLES" in os.environ:
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    "face, at",
+    [
+        (["train.py"], "jaxlm.commands.process"),
+        (["train.py"], "the restart"),
+        (["train.py"], "jax"),
+        (["sample.py"], "numpy"),
+        (["-m", "jaxlm.cli", "chat"], "jaxlm.infer.conversation"),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_ends_quietly(face, at, repository, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(PRESS)
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    paths = os.pathsep.join([str(tmp_path), str(repository)])
+    done = subprocess.run(
+        [sys.executable, *face],
+        cwd=repository,
+        env={**environment, "PYTHONPATH": paths, "AT": at},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 DRAWING = {"PIL", "matplotlib", "jaxlm.report"}

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +30,10 @@ def restart_with_malloc_options() -> None:
     if sys.platform != "linux" or any(map(os.path.exists, _ACCELERATORS)):
         return
     if "GLIBC_TUNABLES" in os.environ:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return
+    # A Ctrl-C waits until the restarted program can answer it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ["GLIBC_TUNABLES"] = MALLOC_OPTIONS
     os.execv(sys.executable, sys.orig_argv)
 
