@@ -87,7 +87,8 @@ def _einsum_backward(equation, out_sharding, out_dtype, precision, residuals, g)
     dx = f32_sums(
         f"{out},{w_axes}->{x_axes}", g, w.astype(x.dtype), out_sharding=layout(x)
     )
-    dw = f32_sums(f"{x_axes},{out}->{w_axes}", x, g, out_sharding=layout(w))
+    with jax.named_scope("weight_gradient"):
+        dw = f32_sums(f"{x_axes},{out}->{w_axes}", x, g, out_sharding=layout(w))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

@@ -58,20 +58,21 @@ def loss_sums(
     )
     x = out.hidden_states
     targets, weights = batch.targets, batch.loss_weights
-    if train.loss_chunk:
-        objective, entropy = chunked_cross_entropy_sums(
-            lambda x: unembed(config, params, x),
-            x,
-            targets,
-            weights,
-            chunk=max(train.loss_chunk // batch.tokens.shape[0], 1),
-            z_loss=train.z_loss,
-        )
-    else:
-        logits = unembed(config, params, x)
-        objective, entropy = cross_entropy_sums(
-            logits, targets, weights, z_loss=train.z_loss
-        )
+    with jax.named_scope("head"):
+        if train.loss_chunk:
+            objective, entropy = chunked_cross_entropy_sums(
+                lambda x: unembed(config, params, x),
+                x,
+                targets,
+                weights,
+                chunk=max(train.loss_chunk // batch.tokens.shape[0], 1),
+                z_loss=train.z_loss,
+            )
+        else:
+            logits = unembed(config, params, x)
+            objective, entropy = cross_entropy_sums(
+                logits, targets, weights, z_loss=train.z_loss
+            )
     if balanced:
         logits = out.trace["router_logits"]
         _, experts = route(logits, config.experts_per_token, config.router_normalize)
@@ -130,8 +131,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, grads, total = loss_and_grads(model, train, state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics = StepMetrics(loss, tree.global_norm(grads), total, rate)
         return TrainState(state.step + 1, params, opt_state), metrics
