@@ -89,6 +89,11 @@ def format_row(row: Mapping[str, Any], eta_s: Number | None = None) -> str:
     return " ".join(parts)
 
 
+def printable(text: str) -> str:
+    """Replaces control characters, which could move a terminal's cursor."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 @contextlib.contextmanager
 def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Shows rate and remaining time, once the work has taken two seconds.
@@ -251,7 +256,7 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """Prints text above the live line, without control characters."""
-        text = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+        text = printable(text)
         if self._live:
             self._console.out(text, highlight=False)
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 # nothing outside temporary folders.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLM_TEST_PLATFORM", "cpu")
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["XDG_CACHE_HOME"] = os.environ["XDG_STATE_HOME"] = _CACHE.name
 
 import pytest
 

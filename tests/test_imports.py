@@ -16,7 +16,7 @@ ROWS = (
     ("data", "model"),
     ("checkpoint",),
     ("train", "infer", "interp", "plan"),
-    ("report", "serve", "verify"),
+    ("report", "serve", "verify", "chat"),
     ("flags",),
     ("config_file",),
     ("commands",),

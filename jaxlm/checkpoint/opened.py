@@ -23,6 +23,8 @@ class Checkpoint(Protocol):
     path: Path
     """What was opened: a folder or a file."""
     config: ModelConfig
+    family: str
+    """What its files call the architecture: "llama"; "jaxlm" for a run."""
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
         """Reads the parameters.

@@ -2,17 +2,25 @@
 
 import dataclasses
 import logging
+import sys
 
 import jax
 
+from jaxlm import tree
+from jaxlm.chat.dialogue import Dialogue
+from jaxlm.chat.prompt import line_editor, read_line
 from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.arguments import ChatArguments
 from jaxlm.commands.process import log_paused, use_compile_cache
 from jaxlm.config import ModelConfig
-from jaxlm.infer.conversation import converse
+from jaxlm.infer.conversation import Conversation
+from jaxlm.infer.messages import template_of
 from jaxlm.model.attention_choice import attention_choices
+from jaxlm.progress import Waiting, format_count
 from jaxlm.sharding.mesh import make_mesh_of_size
+from jaxlm.types import Params
 
 logger = logging.getLogger(__name__)
 
@@ -20,26 +28,46 @@ logger = logging.getLogger(__name__)
 def main(chosen: ChatArguments) -> int:
     """Loads the model onto the devices requested and holds the conversation."""
     use_compile_cache()
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     checkpoint = open_checkpoint(chosen.run or newest_run())
+    with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
+        with Waiting("loading the model"):
+            conversation, params = begin(checkpoint, chosen)
+        log_attention(conversation.config)
+        if on_terminal:
+            print(describe(checkpoint, params))
+            print("/help lists commands and keys; /exit or Ctrl-D leaves\n")
+        read = line_editor() if on_terminal else read_line
+        with log_paused():
+            Dialogue(conversation, read, on_terminal=on_terminal).hold()
+    return 0
+
+
+def begin(checkpoint: Checkpoint, chosen: ChatArguments) -> tuple[Conversation, Params]:
+    """Reads the model, and begins a conversation with it."""
     model, tokenizer = checkpoint.config, checkpoint.tokenizer()
+    template_of(tokenizer)  # Raises before the weights are read.
     if chosen.dtype is not None:
         model = dataclasses.replace(model, dtype=chosen.dtype)
-    sample_config = chosen.sample
-    if not sample_config.stop_ids:
-        sample_config = dataclasses.replace(sample_config, stop_ids=tokenizer.stop_ids)
-    with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
-        params = load_onto_mesh(checkpoint)
-        log_attention(model)
-        with log_paused():
-            converse(
-                model,
-                params,
-                tokenizer,
-                sample_config,
-                jax.random.key(chosen.seed),
-                system=chosen.system,
-            )
-    return 0
+    sample = chosen.sample
+    if not sample.stop_ids:
+        sample = dataclasses.replace(sample, stop_ids=tokenizer.stop_ids)
+    params = load_onto_mesh(checkpoint)
+    key = jax.random.key(chosen.seed)
+    conversation = Conversation(
+        model, params, tokenizer, sample, key, system=chosen.system
+    )
+    return conversation, params
+
+
+def describe(checkpoint: Checkpoint, params: Params) -> str:
+    """Formats `name.gguf: llama, 135M parameters, context of 8192 tokens`."""
+    path = checkpoint.path
+    return (
+        f"{path.name if path.is_file() else path}: {checkpoint.family}, "
+        f"{format_count(tree.count(params))} parameters, "
+        f"context of {checkpoint.config.context_length} tokens"
+    )
 
 
 def log_attention(model: ModelConfig) -> None:

@@ -1,23 +1,18 @@
-"""Conversations held by a tiny model with a chat template."""
-
-import dataclasses
-import os
-import subprocess
-import sys
+"""Conversations with a tiny model, turn by turn, against single calls of `generate`."""
 
 import jax
 import pytest
 from hugging_face_case import golden_tokenizer
 from toy_case import make_params, toy
 
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
-from jaxlm.cli import main
-from jaxlm.config import Config, DataConfig, SampleConfig
-from jaxlm.infer import conversation
-from jaxlm.infer.conversation import converse
+from jaxlm.config import SampleConfig
+from jaxlm.infer import chat_template, conversation, messages
+from jaxlm.infer.conversation import ContextFull, Conversation
 from jaxlm.infer.generate import generate
-from jaxlm.infer.messages import chat_ids
-from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.infer.messages import chat_ids, render
+
+# Long enough for the first turns to have 129 to 256 tokens: one size is compiled.
+SYSTEM = "You are a kind king, and this is your castle in the north. " * 3
 
 
 def user(text):
@@ -28,19 +23,10 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-class Script:
-    """Replaces stdin: returns lines, and may interrupt the first answer."""
-
-    def __init__(self, monkeypatch, lines):
-        self.lines = iter(lines)
-        monkeypatch.setattr("builtins.input", self)
-
-    def __call__(self, prompt):
-        assert prompt == "> "
-        line = next(self.lines, None)
-        if line is None:
-            raise EOFError
-        return line
+@pytest.fixture(autouse=True)
+def rendered_here(monkeypatch):
+    """Renders without a child process: the same code, a hundred times as fast."""
+    monkeypatch.setattr(messages, "render", chat_template.render)
 
 
 @pytest.fixture(scope="module")
@@ -48,154 +34,148 @@ def model(tmp_path_factory):
     """Mostly samples letters of the byte-level vocabulary."""
     tokenizer = golden_tokenizer("byte_level", tmp_path_factory.mktemp("tokenizer"))
     config = toy(vocab_size=tokenizer.vocab_size, context_length=256)
-    params = make_params(config, std=0.5)
-    return config, params, tokenizer
+    return config, make_params(config, std=0.5), tokenizer
 
 
-# Long enough for both turns to have 129 to 256 tokens: one size is compiled.
-SYSTEM = "You are a kind king, and this is your castle in the north. " * 3
-
-
-def hold(monkeypatch, model, lines, sample=None, **options):
+def begin(model, new=12, temperature=0.0, **options):
     config, params, tokenizer = model
-    sample = sample or SampleConfig(max_new_tokens=12)
-    Script(monkeypatch, lines)
-    converse(
-        config,
-        params,
-        tokenizer,
-        dataclasses.replace(sample, stop_ids=tokenizer.stop_ids),
-        jax.random.key(5),
-        **options,
+    sample = SampleConfig(
+        max_new_tokens=new, temperature=temperature, stop_ids=tokenizer.stop_ids
+    )
+    key = jax.random.key(5)
+    return Conversation(config, params, tokenizer, sample, key, **options)
+
+
+def answer_alone(model, before, turn, new=12, temperature=0.0):
+    """What `generate` answers to messages, without the cache of earlier turns."""
+    config, params, tokenizer = model
+    sample = SampleConfig(
+        max_new_tokens=new, temperature=temperature, stop_ids=tokenizer.stop_ids
+    )
+    key = jax.random.fold_in(jax.random.key(5), turn)
+    ids = chat_ids(tokenizer, before)
+    result = generate(
+        *(config, params, [ids], sample, key), num_tokens=tokenizer.vocab_size
+    )
+    return tokenizer.decode(result.tokens[0][: result.lengths[0]])
+
+
+def test_later_turns_read_only_what_is_new(model):
+    """Greedy answers are those of calls that read everything."""
+    talk, seen = begin(model, system=SYSTEM), [{"role": "system", "content": SYSTEM}]
+    tokenizer = model[2]
+    held: list[int] = []
+    for turn, text in enumerate(["Hi <|im_end|>", "and?", "why?"]):
+        seen.append(user(text))
+        ids = chat_ids(tokenizer, seen).tolist()
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(ids, held, strict=False)) if a != b),
+            min(len(ids) - 1, len(held)),
+        )
+        parts = []
+        answer = talk.ask(text, parts.append)
+        assert answer.text == "".join(parts) == answer_alone(model, seen, turn)
+        assert answer.prompt_tokens == len(ids)
+        assert answer.prefill_tokens == len(ids) - shared
+        assert shared > 100 or not turn
+        seen.append(assistant(answer.text))
+        assert talk.messages == seen
+        held = ids
+    assert len({m["content"] for m in seen if m["role"] == "assistant"}) > 1
+    assert talk.num_tokens() == len(
+        chat_ids(tokenizer, seen, add_generation_prompt=False)
     )
 
 
-def answers(model, lines, new=12, system=None):
-    """Computes the conversation with `generate`, turn by turn."""
-    config, params, tokenizer = model
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    sample = SampleConfig(max_new_tokens=new, stop_ids=tokenizer.stop_ids)
-    for turn, line in enumerate(lines):
-        messages.append(user(line))
-        key = jax.random.fold_in(jax.random.key(5), turn)
-        ids = chat_ids(tokenizer, messages)
-        result = generate(
-            *(config, params, [ids], sample, key), num_tokens=tokenizer.vocab_size
-        )
-        messages.append(
-            assistant(tokenizer.decode(result.tokens[0][: result.lengths[0]]))
-        )
-    return [m["content"] for m in messages if m["role"] == "assistant"]
+def test_an_answer_again_has_another_key(model):
+    talk = begin(model, temperature=1.0)
+    first = talk.ask("Hi", str)
+    assert first.text == answer_alone(model, [user("Hi")], 0, temperature=1.0)
+    again = talk.retry(str)
+    assert again.text == answer_alone(model, [user("Hi")], 1, temperature=1.0)
+    assert talk.messages == [user("Hi"), assistant(again.text)]
+    assert first.text != again.text and again.prefill_tokens == 1
+    with pytest.raises(ValueError, match="no message to answer again"):
+        begin(model).retry(str)
 
 
-@pytest.mark.slow
-def test_a_conversation(model, monkeypatch, capsys):
-    lines = ["Hi <|im_end|>", "", "  ", "and?", "/exit", "not read"]
-    hold(monkeypatch, model, lines, system=SYSTEM)
-    out, err = capsys.readouterr()
-    expected = answers(model, [lines[0], lines[3]], system=SYSTEM)
-    assert out == "".join(f"{text}\n" for text in expected)
-    assert expected[0] and expected[0] != expected[1]
-    assert err.count("stopped after 12 tokens: --max-new-tokens allows more\n") <= 2
+def test_a_context_that_is_full(model):
+    talk = begin(model, new=1000, temperature=1.0, system=SYSTEM)
+    with pytest.raises(ContextFull, match=r"would have .* context is 256"):
+        talk.ask("x" * 600, str)
+    assert talk.messages == [{"role": "system", "content": SYSTEM}]
+    answer = talk.ask("Hi", str)
+    assert answer.ended == "at the context"
+    assert answer.prompt_tokens + answer.tokens == 256
+    talk = begin(model, new=2, temperature=1.0, system=SYSTEM)
+    assert talk.ask("Hi", str).ended == "at the limit"
 
 
-def test_the_end_of_the_input_ends_it(model, monkeypatch, capsys):
-    hold(monkeypatch, model, [])
-    assert capsys.readouterr().out == "\n"
-
-
-def test_a_context_that_is_full(model, monkeypatch, capsys):
-    config = model[0]
-    hold(monkeypatch, model, ["x" * 600, "y"])
-    out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1
-    assert f"the model's context is {config.context_length}: it ends here" in err
-    # In the middle of an answer.
-    long = SampleConfig(max_new_tokens=1000)
-    hold(monkeypatch, model, ["Hi", "y"], long, system=SYSTEM)
-    out, err = capsys.readouterr()
-    assert len(model[2].encode(out)) > 20
-    assert (
-        err == "the model's context of 256 tokens is full: the conversation ends here\n"
-    )
-
-
-def test_ctrl_c_stops_the_answer_only(model, monkeypatch, capsys):
-    calls = []
-
-    def interrupted(*arguments, on_tokens, **options):
-        calls.append(arguments[2][0].tolist())
-        if len(calls) == 1:
-            on_tokens(jax.numpy.array([[3, 4]]), jax.numpy.array([[True, True]]))
+@pytest.mark.parametrize("how", ["asked for", "Ctrl-C"])
+def test_the_part_of_a_stopped_answer_stays(model, how):
+    def stop(text):
+        if how == "Ctrl-C" and text:
             raise KeyboardInterrupt
-        return generate(*arguments, on_tokens=on_tokens, **options)
+        return True
 
-    monkeypatch.setattr(conversation, "generate", interrupted)
-    hold(monkeypatch, model, ["Hi", "again"], system=SYSTEM)
-    first = model[2].decode([3, 4])
-    assert capsys.readouterr().out.startswith(f"{first}\n")
-    messages = [{"role": "system", "content": SYSTEM}, user("Hi"), assistant(first)]
-    messages.append(user("again"))
-    assert calls[1] == chat_ids(model[2], messages).tolist()
-
-
-def test_a_model_without_a_template(model, monkeypatch):
-    with pytest.raises(ValueError, match="no chat template"):
-        hold(monkeypatch, (*model[:2], ByteTokenizer()), ["Hi"])
+    talk = begin(model, new=64, system=SYSTEM)
+    answer = talk.ask("Hi", stop)
+    assert answer.ended == "interrupted" and answer.tokens == 16
+    assert talk.messages[-1] == assistant(answer.text)
+    seen = [*talk.messages, user("again")]
+    next_one = talk.ask("again", str)
+    assert next_one.text == answer_alone(model, seen, 1, new=64)
+    # A generation that ended in order has left its cache.
+    assert (next_one.prefill_tokens < 64) is (how == "asked for")
 
 
-@pytest.fixture
-def run(model, tmp_path):
-    config, params, tokenizer = model
-    with CheckpointManager(tmp_path / "run") as checkpoints:
-        checkpoints.save(
-            *(1, params, {}),
-            config=Config(model=config, data=DataConfig(sequence_length=16)),
-            tokenizer=tokenizer,
-            data_fingerprint="data",
-            finite=True,
-        )
-    return tmp_path / "run"
+def test_a_blank_answer_is_not_kept(model, monkeypatch):
+    """The model ends its answer at once, or after a space."""
+    tokenizer = model[2]
+    talk = begin(model, system=SYSTEM)
+    kept = talk.ask("Hi", str)
+    before = list(talk.messages)
+
+    def blank(*arguments, on_tokens, **options):
+        tokens = jax.numpy.array([tokenizer.encode("  ")])
+        on_tokens(tokens, jax.numpy.ones(tokens.shape, bool))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation, "generate", blank)
+    assert not talk.ask("and?", str).text.strip()
+    assert not talk.retry(str).text.strip()
+    assert talk.messages == before and talk.last_answer == kept
 
 
-@pytest.mark.slow
-def test_the_program(run, repository, model):
-    """Runs with a pipe as stdin; the output of -v comes before the conversation."""
-    flags = ["--chat", "--system", SYSTEM, "--seed", "5", "--temperature", "1", "-v"]
-    child = subprocess.run(
-        [
-            sys.executable,
-            repository / "sample.py",
-            run,
-            *flags,
-            "--max-new-tokens",
-            "12",
-        ],
-        env={**os.environ, "PYTHONPATH": str(repository)},
-        input="Hé\nand?\n".encode(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=120,
+def test_the_system_message_changes_alone(model):
+    talk = begin(model)
+    talk.load([user("Hi"), assistant("Ho")])
+    talk.set_system("Be brief.")
+    assert talk.system == "Be brief." and talk.messages[1:] == [
+        *(user("Hi"), assistant("Ho"))
+    ]
+    talk.set_system("Be long.")
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Be long."}]
+    talk.set_system(None)
+    assert talk.system is None and talk.messages == []
+
+
+def test_what_the_template_rejects_changes_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(messages, "render", render)
+    template = (
+        "{% if messages[0].role == 'system' or messages[-1].role == 'cat' %}"
+        "{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
     )
-    out = child.stdout.decode()
-    assert child.returncode == 0, out
-    before, prompt, talk = out.partition("> ")
-    assert "attention of global layers, decode: auto took reference" in before
-    talk = talk.replace("stopped after 12 tokens: --max-new-tokens allows more\n", "")
-    expected = answers(model, ["Hé", "and?"], system=SYSTEM)
-    assert prompt + talk == f"> {expected[0]}\n> {expected[1]}\n> \n"
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["sample", "--system", "x"], "unknown flag '--system'"),
-        (["sample", "--chat", "--prompt", "x"], "unknown flag '--prompt'"),
-        (["chat", "--seed", "x"], "--seed"),
-    ],
-)
-def test_flags_that_are_wrong(arguments, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+    tokenizer = golden_tokenizer("byte_level", tmp_path, chat_template=template)
+    talk = begin((*model[:2], tokenizer))
+    talk.load([user("Hi")])
+    for change in (
+        lambda: talk.set_system("x"),
+        lambda: talk.load([user("x"), {"role": "cat", "content": "miau"}]),
+    ):
+        with pytest.raises(ValueError, match="TemplateError: no"):
+            change()
+    assert talk.messages == [user("Hi")]
+    with pytest.raises(ValueError, match="TemplateError: no"):
+        begin((*model[:2], tokenizer), system="x")

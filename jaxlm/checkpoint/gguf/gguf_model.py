@@ -120,11 +120,11 @@ class GGUFCheckpoint:
         except ValueError as error:
             known = str(error).startswith(str(path))
             raise ValueError(f"{'' if known else f'{path}: '}{error}") from None
-        self._arch = str(self._metadata["general.architecture"])
+        self.family = str(self._metadata["general.architecture"])
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
         """As `Checkpoint.params`."""
-        mapping = TensorMapping(self.config, RULES[self._arch])
+        mapping = TensorMapping(self.config, RULES[self.family])
         mapping.check(self._tensors, (), str(self.path))
         return mapping.read(
             self._tensors, dtype=dtype, shardings=shardings, report=self._report

@@ -39,17 +39,17 @@ class HFCheckpoint:
         """Reads config.json; arguments and errors as `open_checkpoint`."""
         self.path, self._report = folder, report
         values = read_json(folder / CONFIG)
-        self.model_type = str(values.get("model_type"))
+        self.family = str(values.get("model_type"))
         self.config = hf_config.read(Keys(values, str(folder / CONFIG)))
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
         """As `Checkpoint.params`."""
-        mapping = TensorMapping(self.config, hf_names.RULES[self.model_type])
-        tensors = _rename(read_folder(self.path), self.model_type)
-        if self.model_type == "gpt_oss":
+        mapping = TensorMapping(self.config, hf_names.RULES[self.family])
+        tensors = _rename(read_folder(self.path), self.family)
+        if self.family == "gpt_oss":
             tensors = _decode(tensors)
-        _drop_tied_head(tensors, self.model_type, self.config)
-        ignored = hf_names.unused(self.model_type)
+        _drop_tied_head(tensors, self.family, self.config)
+        ignored = hf_names.unused(self.family)
         mapping.check(tensors, ignored, str(self.path))
         return mapping.read(
             tensors, dtype=dtype, shardings=shardings, report=self._report

@@ -24,6 +24,7 @@ class NativeCheckpoint:
     """One step, opened for reading: nothing in its folder is locked or changed."""
 
     kind: Kind = "jaxlm"
+    family = "jaxlm"
 
     def __init__(self, path: Path, report: Callable[[str], None]):
         """Chooses the step: for a run folder, the newest that is intact.

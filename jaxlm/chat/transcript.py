@@ -1,0 +1,58 @@
+"""Conversations in files: a JSON list of messages, each with a role and a content."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlm import durable
+from jaxlm.infer.conversation import Message
+
+
+def save(messages: Sequence[Message], path: Path) -> None:
+    """Writes messages to a file, which replaces an earlier conversation.
+
+    Raises:
+      ValueError: if it cannot be written, or the file is something else.
+    """
+    if path.exists():
+        try:
+            load(path)
+        except ValueError:
+            raise ValueError(
+                f"{path} exists and is not a conversation: choose another name"
+            ) from None
+    text = json.dumps(list(messages), indent=1, ensure_ascii=False)
+    try:
+        with durable.replacing(path) as file:
+            file.write(text.encode("utf-8", "surrogatepass") + b"\n")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def load(path: Path) -> list[Message]:
+    """Reads the messages of a file.
+
+    Raises:
+      ValueError: if it cannot be read, or is no list of messages.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file")
+        messages = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(messages, list):
+        raise ValueError(f"{path} holds no list of messages")
+    for i, message in enumerate(messages):
+        if not (
+            isinstance(message, dict)
+            and message.keys() >= {"role", "content"}
+            and all(isinstance(value, str) for value in message.values())
+        ):
+            raise ValueError(
+                f"{path}: message {i} is not an object of strings with a role and a "
+                "content"
+            )
+    return messages
