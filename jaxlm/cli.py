@@ -95,6 +95,7 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
     from jaxlm.config_file import ConfigFileError
     from jaxlm.flags import fail, in_flags
     from jaxlm.interrupts import Interrupts
+    from jaxlm.progress import Waiting
 
     rest = [a for a in arguments if a not in _VERBOSE]
     verbose = len(rest) < len(arguments)
@@ -104,7 +105,8 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
     try:
         with log_on_stderr(verbose):
             chosen = read_arguments(verb, rest, prog)
-            command = importlib.import_module(f"jaxlm.commands.{verb}")
+            with Waiting("starting"):
+                command = importlib.import_module(f"jaxlm.commands.{verb}")
             with Interrupts({signal.SIGINT: _INTERRUPTED}):
                 return command.main(*chosen, **options)
     except ValueError as error:

@@ -11,61 +11,86 @@ from jaxtyping import Bool, Int
 
 from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
-from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.arguments import SampleArguments
 from jaxlm.commands.process import use_compile_cache
-from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.config import ModelConfig
 from jaxlm.infer.generate import Generation, generate
+from jaxlm.interrupts import Interrupts
+from jaxlm.progress import Waiting
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.tokenizers.base import TextStream, Tokenizer
+from jaxlm.train.stopping import EXIT_INTERRUPTED
 from jaxlm.types import Params
 
 
 def main(chosen: SampleArguments) -> int:
-    """Opens the checkpoint and continues the prompt; returns the exit code."""
+    """Loads the model onto the devices requested and continues the prompt."""
     use_compile_cache()
-    sample(open_checkpoint(chosen.run or newest_run()), chosen)
+    # A download shows its own progress.
+    checkpoint = open_checkpoint(chosen.run or newest_run())
+    model = checkpoint.config
+    if chosen.dtype is not None:
+        model = dataclasses.replace(model, dtype=chosen.dtype)
+    with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
+        with Waiting("loading the model"):
+            tokenizer = checkpoint.tokenizer()
+            prompt = prompt_ids(tokenizer, model, chosen.prompt)
+            params = load_onto_mesh(checkpoint)
+        write_samples(model, params, tokenizer, prompt, chosen)
     return 0
 
 
-def sample(checkpoint: Checkpoint, chosen: SampleArguments) -> None:
-    """Continues the prompt on the devices requested."""
-    model, tokenizer = checkpoint.config, checkpoint.tokenizer()
-    if chosen.dtype is not None:
-        model = dataclasses.replace(model, dtype=chosen.dtype)
-    sample_config = chosen.sample
-    if not sample_config.stop_ids:
-        sample_config = dataclasses.replace(sample_config, stop_ids=tokenizer.stop_ids)
-    key = jax.random.key(chosen.seed)
-    with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
-        params = load_onto_mesh(checkpoint)
-        write_samples(model, params, tokenizer, sample_config, key, chosen)
+def prompt_ids(
+    tokenizer: Tokenizer, model: ModelConfig, text: str
+) -> Int[np.ndarray, " n"]:
+    """Encodes the prompt, with a bos token where the tokenizer adds one.
+
+    Raises:
+      ValueError: if it leaves no room for a new token in the model's context.
+    """
+    ids = tokenizer.encode(text)
+    if tokenizer.bos_id is not None and (tokenizer.adds_bos or not len(ids)):
+        ids = np.array([tokenizer.bos_id, *ids])
+    if len(ids) >= model.context_length:
+        raise ValueError(
+            f"--prompt has {len(ids)} tokens, which leaves no room in the model's "
+            f"context of {model.context_length}: shorten it"
+        )
+    return ids
 
 
 def write_samples(
     model: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
-    sample_config: SampleConfig,
-    key: jax.Array,
+    prompt: Int[np.ndarray, " n"],
     chosen: SampleArguments,
 ) -> None:
     """Samples the continuations and writes them to stdout, streaming the first."""
-    prompt = tokenizer.encode(chosen.prompt)
-    if tokenizer.bos_id is not None and (tokenizer.adds_bos or not len(prompt)):
-        prompt = np.array([tokenizer.bos_id, *prompt])
+    room = model.context_length - len(prompt)
+    limit = min(room, chosen.sample.max_new_tokens)
     with Printer(tokenizer, chosen.prompt, chosen.num_samples) as printer:
         result = generate(
             model,
             params,
             [prompt] * chosen.num_samples,
-            sample_config,
-            key,
+            dataclasses.replace(
+                chosen.sample,
+                max_new_tokens=limit,
+                stop_ids=chosen.sample.stop_ids or tokenizer.stop_ids,
+            ),
+            jax.random.key(chosen.seed),
             num_tokens=tokenizer.vocab_size,
             on_tokens=printer.feed,
         )
+    if limit < chosen.sample.max_new_tokens and (result.lengths == limit).any():
+        print(
+            f"stopped after {limit} new tokens: the model's context of "
+            f"{model.context_length} tokens is full",
+            file=sys.stderr,
+        )
     if chosen.stats:
-        print_stats(result, len(prompt) * chosen.num_samples)
+        print_stats(result)
 
 
 class Printer:
@@ -79,32 +104,31 @@ class Printer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, num_samples: int):
-        self._interrupted = False
+        self._interrupts = Interrupts({signal.SIGINT: EXIT_INTERRUPTED})
         self._begun = False
         self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
         self._texts = [prompt] * num_samples
 
     def __enter__(self) -> "Printer":
-        self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._interrupts.__enter__()
+        self._waiting = Waiting("compiling and reading the prompt")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._old_handler)
+        self._interrupts.__exit__()
+        self._waiting.finish()
         if kind is None:
             self._finish()
         elif self._begun:
             print(flush=True)
 
-    def _interrupt(self, number, frame) -> None:
-        self._interrupted = True
-        raise KeyboardInterrupt
-
     def feed(
         self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]
     ) -> None:
         """Adds new tokens of each sample; `inside` masks those that are text."""
-        if self._interrupted:
+        if self._interrupts.received:
             raise KeyboardInterrupt
+        self._waiting.finish()
         self._add(
             "".join(stream.feed(int(t)) for t in row[mask])
             for stream, row, mask in zip(self._streams, new, inside, strict=True)
@@ -125,12 +149,12 @@ class Printer:
             print(f"--- sample {i}\n{text}")
 
 
-def print_stats(result: Generation, prompt_tokens: int) -> None:
+def print_stats(result: Generation) -> None:
     """Prints the tokens per second to stderr."""
-    new = int(result.lengths.sum())
+    old, new = int(result.prefill_tokens.sum()), int(result.lengths.sum())
     print(
-        f"prefill {prompt_tokens} tokens in {result.prefill_s:.2f} s "
-        f"({prompt_tokens / result.prefill_s:.0f} tokens/s), decode {new} tokens in "
+        f"prefill {old} tokens in {result.prefill_s:.2f} s "
+        f"({old / result.prefill_s:.0f} tokens/s), decode {new} tokens in "
         f"{result.decode_s:.2f} s ({new / result.decode_s:.0f} tokens/s), "
         f"compiling {result.compile_s:.1f} s",
         file=sys.stderr,

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -11,10 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from terminal_case import Terminal
 from toy_case import make_params, toy
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
-from jaxlm.commands.sample import Printer
+from jaxlm.commands.arguments import SampleArguments
+from jaxlm.commands.sample import Printer, prompt_ids, write_samples
 from jaxlm.config import Config, DataConfig, SampleConfig
 from jaxlm.infer.generate import generate
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -86,27 +87,67 @@ def test_the_text_is_that_of_generate(home, repository):
     assert "prefill 6 tokens in" in err and "decode 40 tokens in" in err
 
 
+# Runs sample.py with waits that are shown at once.
+IMPATIENT = """
+import sys
+from jaxlm import cli, progress
+progress.Waiting.__init__.__kwdefaults__["delay_s"] = 0.0
+sys.exit(cli.run("sample", sys.argv[1:], "sample.py"))
+"""
+
+
 @pytest.mark.parametrize("flags", [[], ["-v"]])
-def test_a_terminal_shows_nothing_between_the_prompt_and_its_text(
-    home, repository, flags
-):
-    """Both streams on one terminal; the output of -v comes before the prompt."""
-    ours, theirs = pty.openpty()
-    prompt = ["--prompt", "<abc>", "--max-new-tokens", "40"]
-    child = start(home[0], repository, *flags, *prompt, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # the end of a terminal, on Linux
-        while piece := os.read(ours, 4096):
-            shown += piece
-    os.close(ours)
-    assert child.wait(timeout=60) == 0, shown
-    before, prompt, text = shown.decode().partition("<abc>")
-    assert prompt and re.fullmatch(r"[^ ]{40}\r\n", text), shown
-    if flags:
-        assert before.startswith("attention on cpu: auto took ")
-    else:
-        assert before == ""
+def test_a_terminal_shows_each_wait_and_then_only_the_text(home, repository, flags):
+    """The output of -v comes before the prompt."""
+    arguments = ["runs/tiny", "--prompt", "<abc>", "--max-new-tokens", "40", *flags]
+    with Terminal(
+        [sys.executable, "-c", IMPATIENT, *arguments],
+        cwd=home[0],
+        environment={"PYTHONPATH": str(repository)},
+        columns=400,
+    ) as terminal:
+        assert terminal.wait() == 0, terminal.lines()
+        *before, text = terminal.lines()
+        assert re.fullmatch(r"<abc>[^ ]{40}", text)
+        if flags:
+            assert all(line.startswith("attention on cpu: auto") for line in before)
+        else:
+            assert before == []
+        waits = ("starting", "loading the model", "compiling and reading the prompt")
+        places = [terminal.written.find(f"{wait} ... 0 s".encode()) for wait in waits]
+        assert -1 < places[0] < places[1] < places[2] < terminal.written.find(b"<abc>")
+
+
+def sample_short(capsys, prompt, **options):
+    """The two streams for a model with a context of 64 tokens."""
+    model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64)
+    ids = prompt_ids(TOKENIZER, model, prompt)
+    arguments = SampleArguments(prompt=prompt, **options)
+    write_samples(model, make_params(model), TOKENIZER, ids, arguments)
+    return capsys.readouterr()
+
+
+def test_a_long_prompt_leaves_the_rest_of_the_context(capsys):
+    full = "stopped after 4 new tokens: the model's context of 64 tokens is full\n"
+    shown = sample_short(capsys, 60 * "a", num_samples=2)
+    parts = shown.out.split("a" * 60)
+    assert (len(parts), *parts[:1]) == (3, "--- sample 1\n")
+    # Before it may stand how long compiling took.
+    assert shown.err.endswith(full)
+    # What was asked for and fits is what comes, without a word.
+    for limit in (3, 4, 5):
+        sample = SampleConfig(max_new_tokens=limit)
+        shown = sample_short(capsys, 60 * "a", sample=sample)
+        assert shown.err.endswith(full) == (limit == 5)
+    # The text may end before the context does.
+    sample = SampleConfig(stop_ids=tuple(range(TOKENIZER.vocab_size)))
+    shown = sample_short(capsys, 60 * "a", sample=sample)
+    assert shown.out == 60 * "a" + "\n" and "stopped" not in shown.err
+    assert len(sample_short(capsys, 63 * "a").out) >= 64
+    with pytest.raises(
+        ValueError, match="--prompt has 64 tokens, which leaves no room"
+    ):
+        sample_short(capsys, 64 * "a")
 
 
 @pytest.mark.slow
@@ -119,8 +160,8 @@ def test_errors_are_one_line_with_a_remedy(home, repository, tmp_path):
         (folder, ["--num-samples", "0"], ["--num-samples is 0: it must be at least 1"]),
         (
             folder,
-            ["--prompt", "é", "--max-new-tokens", "8191"],
-            ["more than the model"],
+            ["--prompt", "é" * 4096],
+            ["--prompt has 8192 tokens", "context of 8192: shorten it"],
         ),
     ):
         code, out, err = run(where, repository, *arguments)
