@@ -105,7 +105,7 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
     try:
         with log_on_stderr(verbose):
             chosen = read_arguments(verb, rest, prog)
-            with Waiting("starting"):
+            with Waiting("starting", in_logs=False):
                 command = importlib.import_module(f"jaxlm.commands.{verb}")
             with Interrupts({signal.SIGINT: _INTERRUPTED}):
                 return command.main(*chosen, **options)

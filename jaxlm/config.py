@@ -366,7 +366,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Learning rate after warm-up; wsd is constant, then decays linearly at the end."""
     warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; if that is over half of the run, a tenth of it."""
     decay_fraction: float = 0.2
     """wsd: fraction of all steps, at the end, in which the learning rate decays."""
     final_fraction: float = 0.1
@@ -379,6 +379,20 @@ class OptimizerConfig:
         _check(self, "optimizer", "in [0, 1)", "b1", "b2", "momentum")
         _check(self, "optimizer", "in [0, 1]", "decay_fraction", "final_fraction")
         _check(self, "optimizer", ">= 0", "warmup_steps", "weight_decay")
+
+    def first_decayed(self, steps: int) -> int | None:
+        """Returns the first step, from 0, whose learning rate depends on `steps`.
+
+        None if there is none: under a constant schedule a run can always go on. Until
+        that step, runs of any length are the same.
+        """
+        if self.schedule == "constant":
+            return None
+        rest = max(steps - self.warmup_steps, 1)
+        decay = rest
+        if self.schedule == "wsd":
+            decay = min(max(round(self.decay_fraction * steps), 1), rest)
+        return self.warmup_steps + rest - decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,11 +512,6 @@ class Config:
             raise ValueError(
                 f"train.load_balance_loss is {self.train.load_balance_loss} but "
                 "model.num_experts is 0: set the number of experts or leave it out"
-            )
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than "
-                f"train.steps {self.train.steps}: shorten the warm-up"
             )
 
 

@@ -48,9 +48,7 @@ def prompt_ids(
     Raises:
       ValueError: if it leaves no room for a new token in the model's context.
     """
-    ids = tokenizer.encode(text)
-    if tokenizer.bos_id is not None and (tokenizer.adds_bos or not len(ids)):
-        ids = np.array([tokenizer.bos_id, *ids])
+    ids = tokenizer.encode_prompt(text)
     if len(ids) >= model.context_length:
         raise ValueError(
             f"--prompt has {len(ids)} tokens, which leaves no room in the model's "

@@ -8,6 +8,7 @@ each other.
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,10 @@ from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.flags import fail
 from jaxlm.infer.generate import generate
+from jaxlm.interrupts import Interrupts
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.progress import ProgressLine
+from jaxlm.progress import ProgressLine, Waiting
 from jaxlm.report.live import REPORT, LiveReport
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
@@ -43,6 +45,7 @@ from jaxlm.train.stopping import (
     EXIT_DONE,
     EXIT_NO_CHECKPOINT,
     EXIT_NOT_FINITE,
+    SIGNAL_CODES,
     NotFinite,
     StopRequest,
 )
@@ -92,14 +95,18 @@ def train(
         samples cannot be used.
       NotFinite: at the first step whose loss or gradient is not finite.
     """
+    given, config = config, with_fitting_warmup(config)
     settings = config.train
     checkpoints = CheckpointManager(
         settings.run_dir, settings.keep, settings.keep_every, fresh=config.fresh
     )
-    with checkpoints, StopRequest(settings.max_minutes) as stop:
+    stop = StopRequest(settings.max_minutes)
+    # Until the first step there is nothing to save, so a signal ends the run.
+    with checkpoints, Interrupts(SIGNAL_CODES):
         # Read the text.
         tokenizer = None if initial is None else initial.tokenizer()
-        dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
+        with Waiting("reading the text", in_logs=False):
+            dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
         config = with_vocabulary(config, dataset.tokenizer.vocab_size)
         hooks = make_hooks(config, dataset, checkpoints)
 
@@ -108,17 +115,23 @@ def train(
         state, resumed = initial_state(config, optimizer, checkpoints, dataset, initial)
         step = int(state.step)
         if resumed and step >= settings.steps:
-            done = f"{settings.run_dir}: all {step} steps are done"
-            print(f"{done}; raise --train.steps, or start over with --fresh")
+            print(how_to_go_on(given, config))
             return EXIT_DONE
+        warmup = config.optimizer.warmup_steps
+        if not resumed and warmup < given.optimizer.warmup_steps:
+            print(
+                f"warm-up of {warmup} step{'s' * (warmup > 1)}, a tenth of the run, "
+                f"instead of {given.optimizer.warmup_steps}",
+                file=sys.stderr,
+            )
 
         # Train.
         sharding = rules.batch_sharding(jax.sharding.get_mesh())
         rows = batches(
             dataset, settings.batch_size, step, sharding, config.data.prefetch
         )
-        with run_outputs(config, state, resumed, dataset) as (writer, progress):
-            _, code = fit(
+        with run_outputs(config, state, resumed, dataset) as (writer, progress), stop:
+            state, code = fit(
                 config,
                 optimizer,
                 state,
@@ -129,8 +142,40 @@ def train(
                 stop=stop,
                 started=STARTED,
             )
+            with Waiting("saving", in_logs=False):
+                checkpoints.wait()
+    step, again = int(state.step), "; the same command continues" if code else ""
+    print(f"saved at step {step}{again}", file=sys.stderr)
     print(f"{settings.run_dir}/{REPORT}\n{sample_command} {settings.run_dir}")
     return code
+
+
+def with_fitting_warmup(config: Config) -> Config:
+    """Shortens a warm-up of more than half of the run to a tenth of it."""
+    steps, optimizer = config.train.steps, config.optimizer
+    if 2 * optimizer.warmup_steps <= steps:
+        return config
+    optimizer = dataclasses.replace(optimizer, warmup_steps=max(steps // 10, 1))
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def how_to_go_on(given: Config, config: Config) -> str:
+    """Returns what can be done with a run whose steps are all done.
+
+    Args:
+      given: the config before `with_fitting_warmup`.
+      config: the config of the run.
+    """
+    run, steps, optimizer = config.train.run_dir, config.train.steps, config.optimizer
+    done = f"{run}: all {steps} steps are done"
+    if optimizer.first_decayed(steps) is None:
+        more = f"to train on: --train.steps {2 * steps}"
+        if optimizer.warmup_steps < given.optimizer.warmup_steps:
+            more += f" --optimizer.warmup-steps {optimizer.warmup_steps}"
+    else:
+        done += f", and the learning rate has decayed ({optimizer.schedule})"
+        more = f"to train its weights further: --init-from {run} --train.run-dir NEW"
+    return f"{done}\n{more}\nto start over: --fresh"
 
 
 def with_vocabulary(config: Config, size: int) -> Config:
@@ -156,23 +201,30 @@ def initial_state(
     """Returns the state to train from, and whether it continues this run."""
     mesh = jax.sharding.get_mesh()
     wanted = abstract_state(config.model, optimizer, mesh)
-    restored = checkpoints.restore(
-        wanted.params,
-        wanted.opt_state,
-        config=config,
-        tokenizer_fingerprint=dataset.tokenizer.fingerprint,
-        data_fingerprint=dataset.fingerprint,
-    )
+    with Waiting("reading the checkpoint"):
+        restored = checkpoints.restore(
+            wanted.params,
+            wanted.opt_state,
+            config=config,
+            tokenizer_fingerprint=dataset.tokenizer.fingerprint,
+            data_fingerprint=dataset.fingerprint,
+        )
     if restored is not None:
         step = jax.device_put(restored.step, wanted.step.sharding)
         return TrainState(step, restored.params, restored.opt_state), True
     if initial is None:
-        return init_state(config.model, optimizer, config.train.seed, mesh), False
+        with Waiting("initializing the parameters"):
+            state = init_state(config.model, optimizer, config.train.seed, mesh)
+            return jax.block_until_ready(state), False
     if lines := diff(initial.config, config.model, ignore=NOT_KEPT):
-        raise ValueError(f"--init-from {config.init_from}: {'; '.join(lines)}")
+        raise ValueError(
+            f"the model of --init-from {config.init_from} is another one "
+            f"({'; '.join(lines)}): leave out the --model flags that change it"
+        )
     shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
-    _, params = load(initial, dtype=jnp.float32, shardings=shardings)
-    return state_from(params, optimizer), False
+    with Waiting(f"loading the weights of {config.init_from}"):
+        _, params = load(initial, dtype=jnp.float32, shardings=shardings)
+        return jax.block_until_ready(state_from(params, optimizer)), False
 
 
 def make_hooks(
@@ -218,7 +270,7 @@ def make_sampler(config: Config, tokenizer: Tokenizer) -> Callable[[Params, int]
         the vocabulary. `generate` would raise it too, but only in the middle of a run.
     """
     settings, context = config.train, config.model.context_length
-    prompt = tokenizer.encode(settings.sample_prompt)
+    prompt = tokenizer.encode_prompt(settings.sample_prompt)
     if not len(prompt):
         raise ValueError(
             "--train.sample-prompt is empty: give at least one token, or turn samples "
@@ -229,12 +281,14 @@ def make_sampler(config: Config, tokenizer: Tokenizer) -> Callable[[Params, int]
             f"--train.sample-prompt has {len(prompt)} tokens, which leaves no room in "
             f"the model's context of {context}: shorten it"
         )
-    for stop in config.sample.stop_ids:
+    stop_ids = config.sample.stop_ids or tokenizer.stop_ids
+    for stop in stop_ids:
         if not 0 <= stop < config.model.vocab_size:
             raise ValueError(f"--sample.stop-ids: {stop} is not in the vocabulary")
     sample_config = dataclasses.replace(
         config.sample,
         max_new_tokens=min(settings.sample_tokens, context - len(prompt)),
+        stop_ids=stop_ids,
     )
 
     def sample(params: Params, step: int) -> str:
@@ -272,10 +326,12 @@ def run_outputs(
         run, resume_step=resume_step, sinks=[LiveReport(run), *sinks]
     )
     progress = ProgressLine(settings.steps)
+    begun = f"resumed at step {step} of" if resumed else "training for"
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    dtype = compute_dtype(config.model.dtype).name
     progress.note(
-        f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text, "
-        f"{settings.steps - step} steps on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind}, {compute_dtype(config.model.dtype).name}"
+        f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text\n"
+        f"{begun} {settings.steps} steps, on {devices} in {dtype}"
     )
     with writer, contextlib.closing(progress):
         writer.write(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlm.progress import Waiting
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
 from jaxlm.train.metrics import one_line
@@ -58,10 +59,11 @@ class LiveReport:
         self._update(next_s=None)
 
     def _update(self, next_s: float | None) -> None:
-        with self._failure_logged():
-            write_report(self._run, self._run / REPORT, next_s=next_s)
-        with self._failure_logged():
-            draw_loss_png(self._run, self._run / PICTURE)
+        with Waiting("drawing the report", in_logs=False):
+            with self._failure_logged():
+                write_report(self._run, self._run / REPORT, next_s=next_s)
+            with self._failure_logged():
+                draw_loss_png(self._run, self._run / PICTURE)
 
     @contextlib.contextmanager
     def _failure_logged(self) -> Iterator[None]:

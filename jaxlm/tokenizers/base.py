@@ -76,6 +76,19 @@ class Tokenizer(ABC):
           ValueError: for a lone surrogate, or a character that the vocabulary lacks.
         """
 
+    def encode_prompt(self, text: str) -> Int32[np.ndarray, "n"]:
+        """Encodes a text to continue, after a bos token where the model expects one.
+
+        An empty text becomes the bos token, if there is one.
+
+        Raises:
+          ValueError: as `encode` does.
+        """
+        ids = self.encode(text)
+        if self.bos_id is None or not (self.adds_bos or not len(ids)):
+            return ids
+        return np.array([self.bos_id, *ids], np.int32)
+
     def encode_trusted(self, text: str, barrier: str) -> Int32[np.ndarray, "n"]:
         """Encodes a text formatted by a chat template, with its special tokens.
 

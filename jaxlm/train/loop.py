@@ -7,17 +7,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import optax
+from jaxtyping import Float
 
 from jaxlm.config import Config
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.progress import ProgressLine
+from jaxlm.progress import ProgressLine, Waiting
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import StepMetrics, make_eval_step, make_train_step
 from jaxlm.train.stopping import EXIT_DONE, NotFinite, StopRequest
 from jaxlm.train.throughput import flops_per_token, peak_flops
 from jaxlm.types import Batch, Params
+
+# A run shows at least this often that it goes on.
+SHOW_SECONDS = 1.0
+# Steps that may wait for the device while it computes one.
+AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,12 @@ def fit(
     for step in range(first, train.steps + 1):
         # Step. JAX returns after dispatch, before the device has computed it.
         batch = log.timed_next(batches)
-        state, metrics = train_step(state, batch)
+        if step == first:
+            with Waiting("compiling the training step"):
+                state, metrics = jax.block_until_ready(train_step(state, batch))
+            log.first_step(step, time.monotonic() - started)
+        else:
+            state, metrics = train_step(state, batch)
         log.add(step, metrics)
         last = step == train.steps
 
@@ -82,24 +94,29 @@ def fit(
         save = last or requested is not None or _due(step, train.checkpoint_every)
         minutes = (time.monotonic() - saved_at) / 60
         save |= train.checkpoint_minutes > 0 and minutes >= train.checkpoint_minutes
-        if _due(step, train.log_every) or save or step == first:
+        evaluate = hooks.held_out and (last or _due(step, train.eval_every))
+        sample = hooks.sample and train.sample_every > 0
+        sample = sample and (last or _due(step, train.sample_every))
+        if save or evaluate or sample or step == first or log.is_due(step):
             log.read()
-        if step == first:
-            log.first_step(step, time.monotonic() - started)
 
         # Evaluate and sample, then save, even if sampling fails. The save comes last:
         # a run killed before it repeats the step and writes all its rows.
         with log.paused():
             try:
-                if hooks.held_out and (last or _due(step, train.eval_every)):
-                    sums = [eval_step(state.params, rows) for rows in hooks.held_out()]
+                if evaluate and hooks.held_out:
+                    with log.waiting("evaluating"):
+                        sums = [eval_step(state.params, b) for b in hooks.held_out()]
+                        sums = jax.device_get(sums)
                     log.evaluation(step, sums, hooks.bytes_per_token)
-                due = last or _due(step, train.sample_every)
-                if hooks.sample and train.sample_every > 0 and due:
-                    log.sample(step, hooks.sample(state.params, step))
+                if sample and hooks.sample:
+                    with log.waiting("sampling"):
+                        text = hooks.sample(state.params, step)
+                    log.sample(step, text)
             finally:
                 if save:
-                    hooks.save(state)
+                    with log.waiting("saving"):
+                        hooks.save(state)
                     saved_at = time.monotonic()
         if requested is not None:
             code = requested
@@ -114,7 +131,8 @@ def _due(step: int, every: int) -> bool:
 class _Log:
     """Writes metrics to `metrics.jsonl` and to the terminal, and measures time.
 
-    The metrics of a step stay on the device until they are read.
+    The metrics of a step stay on the device until they are read, at least once a
+    second.
     """
 
     def __init__(
@@ -125,14 +143,16 @@ class _Log:
         self._first = first
         self._pending: list[tuple[int, StepMetrics, float]] = []
         self._wait = 0.0
-        self._since = time.monotonic()
-        self._pause = 0.0
+        # Since the last row: seconds of training, and the wait of each step.
+        self._seconds, self._waits = 0.0, []
+        self._awaited: set[str] = set()
         last = writer.last_train or {}
         self._wall = last.get("wall_s", 0.0)
         length = config.data.sequence_length
         self._tokens_per_step = config.train.batch_size * length
         self._flops = flops_per_token(config.model, length)
         self._peak = peak_flops(jax.devices(), compute_dtype(config.model.dtype))
+        self._since, self._pause = time.monotonic(), 0.0
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
         """Returns the next batch, and measures the wait for the row of its step."""
@@ -142,8 +162,28 @@ class _Log:
         return batch
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        """Queues the metrics of a step that may still be running."""
+        """Queues the metrics of a step that may still be running.
+
+        Waits until few steps are: more would only delay what the terminal shows, and
+        the answer to Ctrl-C.
+        """
         self._pending.append((step, metrics, self._wait))
+        if len(self._pending) > AHEAD:
+            jax.block_until_ready(self._pending[-1 - AHEAD])
+
+    def is_due(self, step: int) -> bool:
+        """Whether the metrics should be read: for a row, or to show that it goes on."""
+        return (
+            _due(step, self._train.log_every)
+            or time.monotonic() - self._since - self._pause >= SHOW_SECONDS
+        )
+
+    def waiting(self, doing: str) -> Waiting:
+        """Shows what the loop does if that takes long; the first time it compiles."""
+        if doing in self._awaited or doing == "saving":
+            return Waiting(doing, in_logs=False)
+        self._awaited.add(doing)
+        return Waiting(f"compiling and {doing}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -155,18 +195,15 @@ class _Log:
     def first_step(self, step: int, seconds: float) -> None:
         """Records the time from process start to the end of the first step."""
         self._writer.write("event", step, event="first step", since_start_s=seconds)
-        self._progress.note(f"first step done {seconds:.1f} s after the start")
 
     def evaluation(
         self,
         step: int,
-        sums: Sequence[tuple[jax.Array, jax.Array]],
+        sums: Sequence[tuple[Float[np.ndarray, ""], Float[np.ndarray, ""]]],
         bytes_per_token: float | None,
     ) -> None:
         """Writes the held-out loss, from sums of cross-entropies and of weights."""
-        entropy, targets = (
-            math.fsum(s) for s in zip(*jax.device_get(sums), strict=True)
-        )
+        entropy, targets = (math.fsum(s) for s in zip(*sums, strict=True))
         loss, bits, shown = entropy / targets, None, ""
         if bytes_per_token is not None:
             bits = loss / math.log(2) / bytes_per_token
@@ -180,7 +217,8 @@ class _Log:
         """Writes a generated text."""
         prompt = self._train.sample_prompt
         self._writer.write("sample", step, text=text, prompt=prompt)
-        self._progress.note(f"step {step}: sample\n{prompt}{text}")
+        shown = (prompt + text).strip("\n")
+        self._progress.note(f"\n--- sample at step {step}\n{shown}\n")
 
     def read(self) -> None:
         """Waits for the pending steps, checks them, and writes the rows that are due.
@@ -196,37 +234,42 @@ class _Log:
         seconds = max(now - self._since - self._pause, 1e-9)
         self._pending, self._since, self._pause = [], now, 0.0
         self._wall += seconds
-        timing = self._timing(steps, waits, seconds)
+        self._seconds += seconds
+        self._waits += waits
         for step, m in zip(steps, metrics, strict=True):
             if not (math.isfinite(m.loss) and math.isfinite(m.grad_norm)):
                 raise NotFinite(
                     f"step {step}: loss {m.loss}, gradient norm {m.grad_norm}: not "
                     "finite, so nothing was saved since; lower "
-                    "optimizer.learning_rate or look at the batch"
+                    "--optimizer.learning-rate or look at the batch"
                 )
-            if not _due(step, self._train.log_every) and step != self._train.steps:
-                continue
-            row = {
-                **{"loss": m.loss, "lr": m.lr, "grad_norm": m.grad_norm},
-                **timing,
-                "tokens": self._tokens_per_step * step,
-                "wall_s": self._wall,
-            }
+        step, m = steps[-1], metrics[-1]  # Steps of a row are read at once.
+        row = {
+            **{"loss": m.loss, "lr": m.lr, "grad_norm": m.grad_norm},
+            **self._timing(step),
+            "tokens": self._tokens_per_step * step,
+            "wall_s": self._wall,
+        }
+        is_row = _due(step, self._train.log_every) or step == self._train.steps
+        if is_row:
             with self.paused():  # sinks and the report take time too
                 self._writer.write("train", step, **row)
-            self._progress.update({"step": step, **row})
+        if is_row or step == self._first:
+            self._seconds, self._waits = 0.0, []
+        if step == self._first:  # Its seconds are those of compiling.
+            row = {"loss": m.loss, "lr": m.lr}
+        self._progress.update({"step": step, **row})
 
-    def _timing(
-        self, steps: Sequence[int], waits: Sequence[float], seconds: float
-    ) -> dict[str, float | None]:
-        """Rates over the steps read together; None for the step that compiled."""
+    def _timing(self, step: int) -> dict[str, float | None]:
+        """Rates over the steps since the last row; None for the step that compiled."""
         rate = mfu = None
-        if tuple(steps) != (self._first,):
-            rate = self._tokens_per_step * len(steps) / seconds
+        count = len(self._waits)
+        if step != self._first:
+            rate = self._tokens_per_step * count / self._seconds
             mfu = rate * self._flops / self._peak if self._peak else None
         return {
             "tokens_per_s": rate,
             "mfu": mfu,
-            "data_wait_s": sum(waits) / len(waits),
-            "step_s": seconds / len(steps),
+            "data_wait_s": sum(self._waits) / count,
+            "step_s": self._seconds / count,
         }

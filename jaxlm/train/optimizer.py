@@ -20,17 +20,19 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
     """
     warmup, final = config.warmup_steps, config.final_fraction * peak
     rest = max(steps - warmup, 1)
-    if config.schedule == "cosine":
+    begin = config.first_decayed(steps)
+    if begin is None:
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, final, rest)
-    elif config.schedule == "wsd":
-        decay = min(max(round(config.decay_fraction * steps), 1), rest)
-        decaying = optax.linear_schedule(peak, final, decay)
-        stable = optax.constant_schedule(peak)
-        after = optax.join_schedules([stable, decaying], [rest - decay])
     else:
-        after = optax.constant_schedule(peak)
+        stable = begin - warmup
+        decaying = optax.linear_schedule(peak, final, rest - stable)
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), decaying], [stable]
+        )
     if not warmup:
         return after
     # The first step has the rate peak / warmup, not 0, so it learns too.

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
-from jaxlm.config import Config, ModelConfig
+from jaxlm.config import Config, ModelConfig, OptimizerConfig
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 CONFIG = Config(
@@ -24,7 +24,8 @@ CONFIG = Config(
         head_dim=8,
         hidden_dim=32,
         context_length=256,
-    )
+    ),
+    optimizer=OptimizerConfig(warmup_steps=3),
 )
 
 

@@ -1,13 +1,22 @@
-"""The samples of a run are checked before its first step."""
+"""What a person meets who trains: on the terminal, and before the first step."""
+
+import sys
+import time
+from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
+from terminal_case import CTRL_C, Terminal
 from toy_case import make_params, toy
 
-from jaxlm.commands.train import make_sampler, train
-from jaxlm.config import Config, DataConfig, SampleConfig, TrainConfig
+from jaxlm.commands import train as train_module
+from jaxlm.commands.train import make_sampler, train, with_fitting_warmup
+from jaxlm.config import Config, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+
+REPOSITORY = Path(__file__).parents[2]
 
 TOKENIZER = ByteTokenizer()
 MODEL = toy(vocab_size=TOKENIZER.vocab_size, context_length=40)
@@ -52,3 +61,108 @@ def test_a_sample_ends_with_the_context():
     sample = make_sampler(config, TOKENIZER)
     text = sample(make_params(MODEL), 1)
     assert 0 < len(text) <= 10
+
+
+def test_samples_begin_and_end_as_those_of_jaxlm_sample():
+    """After a bos token, for a model that expects one, until the tokenizer's stop."""
+    tokenizer = ByteTokenizer()
+    tokenizer.bos_id, tokenizer.adds_bos, tokenizer.stop_ids = 256, True, (5, 6)
+    settings = TrainConfig(sample_prompt="ab", sample_tokens=20)
+    config = Config(model=MODEL, data=DataConfig(sequence_length=16), train=settings)
+    sample = make_sampler(config, tokenizer)
+    with mock.patch.object(
+        train_module, "generate", side_effect=train_module.generate
+    ) as generate:
+        sample(make_params(MODEL), 1)
+    _, _, (prompt,), sample_config, _ = generate.call_args.args
+    assert list(prompt) == [256, 97, 98]
+    assert sample_config.stop_ids == (5, 6)
+    assert tokenizer.encode_prompt("").tolist() == [256]
+
+
+@pytest.mark.parametrize(
+    "steps, warmup, fitting",
+    [(200, 100, 100), (199, 100, 19), (50, 100, 5), (9, 10, 1), (1, 1, 1), (1, 0, 0)],
+)
+def test_a_warm_up_fits_a_short_run(steps, warmup, fitting):
+    config = Config(
+        model=MODEL,
+        data=DataConfig(sequence_length=16),
+        optimizer=OptimizerConfig(warmup_steps=warmup),
+        train=TrainConfig(steps=steps),
+    )
+    fitted = with_fitting_warmup(config)
+    assert fitted.optimizer.warmup_steps == fitting
+    assert with_fitting_warmup(fitted) == fitted
+
+
+FLAGS = (
+    *("--data.path", "text.txt", "--data.sequence-length", "32", "--data.workers=1"),
+    *("--data.cache-dir", "cache", "--model.num-layers", "2", "--train.steps", "12"),
+    *("--model.model-dim", "32", "--model.hidden-dim", "48", "--train.eval-every", "4"),
+    *("--train.sample-every", "4", "--train.sample-tokens", "90", "--train.run-dir"),
+)
+
+
+def start(folder, run, *flags, columns=80):
+    (folder / "text.txt").write_text("some words to train on\n" * 100)
+    program = [sys.executable, "-m", "jaxlm.cli", "train", *FLAGS, run, *flags]
+    # Without caches, the programs take seconds to compile.
+    environment = {"PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(folder)}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
+    return Terminal(program, columns=columns, cwd=folder, environment=environment)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_terminal_stopped_continued_and_started_once_more(tmp_path):
+    with start(tmp_path, "runs/a") as terminal:
+        terminal.wait_for("(?m)^training for 12 steps, on ")
+        terminal.send(CTRL_C)  # It compiles now.
+        began = time.monotonic()
+        terminal.wait_for("(?m)^stopping after this step and saving; Ctrl-C again ends")
+        assert time.monotonic() - began < 0.5
+        assert terminal.wait() == 130
+        lines = terminal.lines()
+        assert lines[0] == "warm-up of 1 step, a tenth of the run, instead of 100"
+        assert lines[1].startswith("runs/a: ") and "compiling" not in "".join(lines)
+        assert lines[-4].startswith("step  1/12 ━")
+        assert lines[-3:] == [
+            "saved at step 1; the same command continues",
+            "runs/a/report.html",
+            "jaxlm sample runs/a",
+        ]
+    with start(tmp_path, "runs/a") as terminal:
+        assert terminal.wait() == 0
+        lines = terminal.lines()
+        assert lines[1].startswith("resumed at step 1 of 12 steps, on ")
+        heads = [i for i, line in enumerate(lines) if line.startswith("--- sample at")]
+        assert [lines[i] for i in heads] == [
+            f"--- sample at step {step}" for step in (4, 8, 12)
+        ]
+        for i in heads:  # After the evaluation and a blank line; a text of two lines.
+            assert "held-out loss" in lines[i - 2] and not lines[i - 1]
+        assert lines[-3:] == [
+            "saved at step 12",
+            "runs/a/report.html",
+            "jaxlm sample runs/a",
+        ]
+    with start(tmp_path, "runs/a") as terminal:
+        assert terminal.wait() == 0
+        assert terminal.lines() == [
+            "runs/a: all 12 steps are done, and the learning rate has decayed (wsd)",
+            "to train its weights further: --init-from runs/a --train.run-dir NEW",
+            "to start over: --fresh",
+        ]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_that_compiles(tmp_path):
+    with start(tmp_path, "b", "--model.num-layers", "40") as terminal:
+        terminal.wait_for(r"(?m)^compiling the training step \.\.\. [1-9]\d* s")
+        terminal.send(CTRL_C)
+        terminal.wait_for("(?m)^stopping after this step and saving")
+        terminal.send(CTRL_C)
+        began = time.monotonic()
+        assert terminal.wait() == 130
+        assert time.monotonic() - began < 2
+        assert not terminal.cursor_is_hidden

@@ -71,9 +71,60 @@ def test_stopped_in_every_way_and_resumed_is_the_same(stopped, straight):
     assert code == 0, err
     assert "not be bit-identical" not in err
     assert differences(straight.course(), run.course()) == set()
-    # Another start has nothing to do, and reports it.
+    # Another start has nothing to do, and says what can be done.
     code, out, _ = run.train()
-    assert code == 0 and "all 12 steps are done; raise --train.steps, or start" in out
+    assert code == 0 and out.splitlines() == [
+        f"{run.path}: all 12 steps are done, and the learning rate has decayed (cosine)",
+        f"to train its weights further: --init-from {run.path} --train.run-dir NEW",
+        "to start over: --fresh",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule, steps", [("constant", 6), ("wsd", 10)])
+def test_a_run_made_longer_is_the_longer_run(folder, schedule, steps):
+    """Constant: after its end. wsd: stopped before the decay of its last fifth."""
+    config = CONFIG.replace(
+        "OptimizerConfig(", f"OptimizerConfig(schedule={schedule!r}, "
+    )
+    long, short = (
+        Run(folder, f"{schedule}1", config),
+        Run(folder, f"{schedule}2", config),
+    )
+    assert long.train()[0] == 0
+    if schedule == "wsd":
+        assert short.train("--train.steps", str(steps), fault="SIGTERM@7")[0] == 75
+        code, _, err = short.train("--train.steps", "7")
+        assert code == 2 and "--train.steps: 10 -> 7, on which the wsd" in err
+    else:
+        assert short.train("--train.steps", str(steps))[0] == 0
+        code, out, _ = short.train("--train.steps", str(steps))
+        assert out.splitlines()[1] == f"to train on: --train.steps {2 * steps}"
+    code, _, err = short.train()
+    assert code == 0, err
+    one, two = long.course(), short.course()
+    # The shorter run has evaluated and sampled at its own end too.
+    one["eval"] = [row for row in two["eval"] if row in one["eval"]]
+    one["sample"] = [row for row in two["sample"] if row in one["sample"]]
+    assert differences(one, two) <= {"eval", "sample"}
+    assert len(one["eval"]) == 3 and len(one["sample"]) == 3
+
+
+@pytest.mark.slow
+def test_a_short_run_shortens_its_warm_up_and_resumes(folder):
+    config = CONFIG.replace("warmup_steps=3", "warmup_steps=100")
+    one, two = Run(folder, "warm1", config), Run(folder, "warm2", config)
+    code, _, err = one.train()
+    assert code == 0, err
+    words = "warm-up of 1 step, a tenth of the run, instead of 100"
+    assert err.count(words) == 1
+    code, _, err = two.train(fault="SIGTERM@5")
+    assert code == 75 and err.count(words) == 1
+    assert "saved at step 5; the same command continues" in err
+    code, _, err = two.train()
+    assert code == 0 and words not in err, err
+    assert "resumed at step 5 of 12 steps" in err and "saved at step 12" in err
+    assert differences(one.course(), two.course()) == set()
 
 
 @pytest.mark.slow

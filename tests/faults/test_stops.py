@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_ends_with_4_and_saves_nothing(done):
     assert code == 4
     message = one_line(err)
     assert "step 5: loss nan, gradient norm nan: not finite" in message
-    assert "lower optimizer.learning_rate or look at the batch" in message
+    assert "lower --optimizer.learning-rate or look at the batch" in message
     assert run.steps() == [2, 4]
     _, params = load(run.path)
     assert all(np.isfinite(x).all() for x in tree.flatten(params).values())

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,18 @@ from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.probe import Tap
 from jaxlm.progress import ProgressLine
 from jaxlm.sharding.mesh import make_mesh
+from jaxlm.train import loop
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter, read_metrics
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.state import TrainState
-from jaxlm.train.step import loss_and_grads, loss_sums, make_eval_step, make_train_step
+from jaxlm.train.step import (
+    StepMetrics,
+    loss_and_grads,
+    loss_sums,
+    make_eval_step,
+    make_train_step,
+)
 from jaxlm.train.stopping import NotFinite, StopRequest
 
 MODEL = toy()
@@ -192,11 +200,18 @@ def test_a_batch_without_weights_is_no_division_by_zero():
     assert loss == 0 and all((g == 0).all() for g in grads.values())
 
 
+WITHOUT = Hooks(save=lambda state: None)
+
+
 class Trial:
     """Runs `fit` with everything around it replaced by lists."""
 
     def __init__(self, folder, config, batches, hooks=None, start=0):
         self.saved, self.folder, self.stream = [], folder, io.StringIO()
+        self.shown = []
+        progress = ProgressLine(config.train.steps, stream=self.stream)
+        update = progress.update
+        progress.update = lambda row: (self.shown.append(row["step"]), update(row))
         self.held_out = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in (50, 51, 52)]
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         params = jax.tree.map(jnp.copy, PARAMS)  # the step donates it
@@ -215,7 +230,7 @@ class Trial:
                 iter(batches),
                 hooks,
                 writer=writer,
-                progress=ProgressLine(config.train.steps, stream=self.stream),
+                progress=progress,
                 stop=stop,
             )
 
@@ -245,7 +260,7 @@ def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilation
     samples = [(r["step"], r["text"]) for r in rows if r["kind"] == "sample"]
     assert samples == [(6, "text 6")]
     shown = trial.stream.getvalue()
-    assert "\nstep 6: sample\n\ntext 6\n" in shown
+    assert "\n\n--- sample at step 6\ntext 6\n\n" in shown
     assert f"\nstep 4: held-out loss {evals[0]['loss']:.4f}\n" in shown
     # Steps 2, 3 and 4 compile nothing, nor does step 6; the evaluation after step 4
     # does.
@@ -255,6 +270,60 @@ def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilation
     leaves = jax.tree.leaves((trial.state.params, trial.state.opt_state))
     assert all(x.is_deleted() for x in leaves if x.ndim)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+class Later:
+    """A number that a device computes in so many seconds, after the one before it."""
+
+    device_is_free_at = 0.0
+
+    def __init__(self, value, seconds):
+        self._value = value
+        self._at = max(Later.device_is_free_at, time.monotonic()) + seconds
+        Later.device_is_free_at = self._at
+
+    def block_until_ready(self):
+        time.sleep(max(self._at - time.monotonic(), 0))
+        return self
+
+    def __array__(self, *_):
+        self.block_until_ready()
+        return np.array(self._value)
+
+
+def test_rates_hold_for_training_alone_whenever_the_run_is_evaluated(
+    tmp_path, monkeypatch
+):
+    """Also where the device has yet to do steps when the evaluation begins."""
+    step_s, pause_s = 0.05, 0.2
+
+    def train_step(state, batch):
+        metrics = StepMetrics(Later(1.0, step_s), 1.0, 1.0, 1.0)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def eval_step(params, batch):
+        return Later(1.0, pause_s), np.array(1.0)
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
+    monkeypatch.setattr(loop, "make_eval_step", lambda *_: eval_step)
+    config = config_of(log_every=4, eval_every=3, sample_every=3, steps=8)
+    Trial(tmp_path, config, 8 * [BATCH])
+    rows = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
+    assert [r["step"] for r in rows] == [4, 8]
+    for row in rows:
+        assert row["step_s"] == pytest.approx(step_s, rel=0.4)
+        assert row["tokens_per_s"] == pytest.approx(ROWS * LENGTH / row["step_s"])
+    assert rows[-1]["wall_s"] == pytest.approx(8 * step_s, rel=0.4)
+
+
+def test_a_slow_run_shows_every_step_and_writes_the_rows_that_are_due(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "SHOW_SECONDS", 0.0)
+    trial = Trial(tmp_path, config_of(log_every=4, steps=6), 6 * [BATCH], WITHOUT)
+    rows = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
+    assert [r["step"] for r in rows] == [4, 6]
+    assert trial.shown == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_sample_that_fails_does_not_lose_the_state_of_its_step(tmp_path):

@@ -23,8 +23,13 @@ _ROUNDING_TRAIN = ("accumulation_steps", "loss_chunk")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm")
 
 
-def check_config(old: Config, new: Config) -> list[str]:
+def check_config(old: Config, new: Config, step: int) -> list[str]:
     """Compares the config of a checkpoint with that of the run that continues from it.
+
+    Args:
+      old: the config of the checkpoint.
+      new: the config of the run.
+      step: the step of the checkpoint.
 
     Returns:
       Lines `field: old -> new` for differences that affect only rounding.
@@ -35,13 +40,12 @@ def check_config(old: Config, new: Config) -> list[str]:
     rounding = _ROUNDING_TRAIN
     if old.train.load_balance_loss:
         rounding = ("loss_chunk",)  # each part of a batch has its own balance loss
-    train = (*_FREE_TRAIN, *rounding)
-    if old.optimizer.schedule == new.optimizer.schedule == "constant":
-        train += ("steps",)  # other schedules depend on the number of steps
+    train = (*_FREE_TRAIN, *rounding, "steps")
     lines = [f"model.{line}" for line in diff(old.model, new.model, EXECUTION_FIELDS)]
     lines += [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
     lines += [f"optimizer.{line}" for line in diff(old.optimizer, new.optimizer)]
     lines += [f"train.{line}" for line in diff(old.train, new.train, train)]
+    lines += _steps_line(old, new, step)
     if lines:
         raise ValueError(
             "the config differs from that of the checkpoint in "
@@ -51,6 +55,19 @@ def check_config(old: Config, new: Config) -> list[str]:
     other_train = _all_but(old.train, rounding)
     lines = [f"model.{line}" for line in diff(old.model, new.model, other_model)]
     return lines + [f"train.{line}" for line in diff(old.train, new.train, other_train)]
+
+
+def _steps_line(old: Config, new: Config, step: int) -> list[str]:
+    """Returns a line if another number of steps would have given other steps so far."""
+    steps = old.train.steps, new.train.steps
+    begins = [old.optimizer.first_decayed(count) for count in steps]
+    begin = min((b for b in begins if b is not None), default=step)
+    if steps[0] == steps[1] or step <= begin:
+        return []
+    return [
+        f"train.steps: {steps[0]} -> {steps[1]}, on which the {old.optimizer.schedule} "
+        f"schedule has depended since step {begin}"
+    ]
 
 
 def check_fingerprint(what: str, old: str, new: str) -> None:

@@ -90,7 +90,7 @@ def read_state(
     integrity.verify(folder)
     meta = read_meta(folder)
     stored = from_dict(Config, meta["config"], f"config of {folder}")
-    notes = compatible.check_config(stored, config)
+    notes = compatible.check_config(stored, config, meta["step"])
     compatible.check_fingerprint(
         "tokenizer", meta["tokenizer_fingerprint"], tokenizer_fingerprint
     )

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 from checkpoint_case import CONFIG, restore, run_with_steps
 
 from jaxlm.checkpoint.native import compatible, integrity
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import Config, DataConfig, TrainConfig
+from jaxlm.train.optimizer import make_schedule
 
 
 def change(config=CONFIG, **sections):
@@ -34,7 +37,11 @@ REFUSED = [
     ({"data": {"sequence_length": 128}}, "data.sequence_length: 256 -> 128"),
     ({"train": {"seed": 1}}, "train.seed: 0 -> 1"),
     ({"train": {"batch_size": 8}}, "train.batch_size: 16 -> 8"),
-    ({"train": {"steps": 2000}}, "train.steps: 1000 -> 2000"),
+    (
+        {"train": {"steps": 2000}},
+        "train.steps: 1000 -> 2000, on which the cosine schedule has depended since "
+        "step 3",
+    ),
 ]
 
 
@@ -50,7 +57,7 @@ def test_another_run_is_refused_with_the_difference(run, sections, line):
 def test_several_differences_are_all_named():
     new = change(model={"num_layers": 3}, train={"seed": 7})
     with pytest.raises(ValueError, match=r"num_layers: 2 -> 3; train\.seed: 0 -> 7"):
-        compatible.check_config(CONFIG, new)
+        compatible.check_config(CONFIG, new, 5)
 
 
 def test_accumulation_steps_matter_with_a_balance_loss():
@@ -60,7 +67,7 @@ def test_accumulation_steps_matter_with_a_balance_loss():
     old = change(model=experts, train=train)
     new = change(model=experts, train={**train, "accumulation_steps": 4})
     with pytest.raises(ValueError, match=r"train\.accumulation_steps: 1 -> 4"):
-        compatible.check_config(old, new)
+        compatible.check_config(old, new, 5)
 
 
 def test_free_fields_change_silently(run):
@@ -87,10 +94,32 @@ def test_fields_that_only_affect_rounding_are_reported(run):
     assert "train.accumulation_steps: 1 -> 4" in reported[0]
 
 
-def test_steps_may_change_under_a_constant_schedule():
-    constant = change(optimizer={"schedule": "constant"})
-    longer = change(constant, train={"steps": 5000})
-    assert compatible.check_config(constant, longer) == []
+@pytest.mark.parametrize(
+    "optimizer, steps, until",
+    [
+        ({"schedule": "constant"}, 5000, 1000),
+        # The last fifth decays: of the run before, or of a shorter one.
+        ({"schedule": "wsd", "decay_fraction": 0.2}, 5000, 800),
+        ({"schedule": "wsd", "decay_fraction": 0.2}, 500, 400),
+        ({"schedule": "linear"}, 5000, 3),
+    ],
+)
+def test_the_number_of_steps_may_change_until_the_rate_depends_on_it(
+    optimizer, steps, until
+):
+    old = change(optimizer=optimizer)
+    new = change(old, train={"steps": steps})
+    assert compatible.check_config(old, new, until) == []
+    # Up to there, the rates of both runs are the same.
+    old_rate, new_rate = (
+        jax.vmap(make_schedule(c.optimizer, c.train.steps, 1.0))(np.arange(1000))
+        for c in (old, new)
+    )
+    assert (old_rate[:until] == new_rate[:until]).all()
+    if until < 1000:
+        assert (old_rate[until : until + 2] != new_rate[until : until + 2]).any()
+        with pytest.raises(ValueError, match=rf"train\.steps: 1000 -> {steps}, on whi"):
+            compatible.check_config(old, new, until + 1)
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "data"])
