@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 BUNDLED_TEXT = "bundled:shakespeare.txt"
+TOKENIZERS = ("chars", "bytes", "bpe", "sentencepiece")
+"""Values of `data.tokenizer`, beside `hf:PATH`."""
 
 # Fields of the model that change how it is computed, but not what it computes. They may
 # change when a run is resumed.
@@ -277,12 +279,14 @@ class DataConfig:
     """Relative share of rows from each entry of path; empty: proportional to size."""
     field: str = "text"
     """Field (.jsonl) or column (.parquet) that holds the text."""
-    tokenizer: Literal["chars", "bytes", "sentencepiece"] = "chars"
-    """chars: the distinct characters of the text. bytes: UTF-8 bytes."""
+    tokenizer: str = "chars"
+    """chars: the distinct characters of the text. bytes: UTF-8 bytes.
+    bpe, sentencepiece: subwords, learned from the text.
+    hf:PATH: a tokenizer.json, its folder, or hf:owner/name."""
     tokenizer_model: str | None = None
     """SentencePiece .model file; None trains one on the text."""
     tokenizer_vocab_size: int = 4096
-    """Vocabulary size of a SentencePiece model that is trained here."""
+    """Vocabulary size of a tokenizer that is trained here."""
     tokenizer_algorithm: Literal["bpe", "unigram"] = "bpe"
     """Algorithm of a SentencePiece model that is trained here."""
     sequence_length: int = 256
@@ -314,6 +318,13 @@ class DataConfig:
                     f"{len(self.path)} entries of data.path"
                 )
             _check(self, "data", ">= 0 and not all zero", "weights")
+        named = self.tokenizer.startswith("hf:") and self.tokenizer != "hf:"
+        if self.tokenizer not in TOKENIZERS and not named:
+            raise ValueError(
+                f"data.tokenizer is {self.tokenizer!r}"
+                f"{nearest(self.tokenizer, list(TOKENIZERS))}: it must be one of "
+                f"{', '.join(TOKENIZERS)}, or hf:PATH for a tokenizer of Hugging Face"
+            )
         if self.tokenizer_model is not None and self.tokenizer != "sentencepiece":
             raise ValueError(
                 "data.tokenizer_model is set but data.tokenizer is "

@@ -196,6 +196,7 @@ WRONG = [
         r"tokenizer_model is set but data\.tokenizer is 'chars'.*'sentencepiece'",
     ),
     ("data", {"tokenizer": "char"}, r"data\.tokenizer.*did you mean 'chars'"),
+    ("data", {"tokenizer": "hf:"}, r"data\.tokenizer is 'hf:'.*, or hf:PATH"),
     ("mesh", {"data": 0}, r"mesh\.data is 0: it must be >= 1, or -1"),
     ("mesh", {"tensor": -2}, r"mesh\.tensor is -2: it must be >= 1, or -1"),
     ("mesh", {"fsdp": -1}, r"mesh: only one axis can be -1"),

@@ -13,14 +13,14 @@ from jaxlm.checkpoint.hf.hf_folder import HFCheckpoint
 from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
 from jaxlm.config import ModelConfig
+from jaxlm.hub import HUB, download
 from jaxlm.model.initialization import init
 from jaxlm.model.params import parameter_shardings
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
-HUB = "hf:"
 # Files to download from the Hub: weights that are not pickled, and small text files.
-_HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -43,7 +43,7 @@ def open_checkpoint(
         run has steps but none can be read.
     """
     if str(path).startswith(HUB):
-        path = download(str(path).removeprefix(HUB))
+        path = download(str(path).removeprefix(HUB), HUB_FILES)
     path = Path(path).expanduser()
     if path.is_file():
         if path.suffix == ".safetensors":
@@ -67,31 +67,6 @@ def _is_hugging_face(path: Path) -> bool:
         return False
     values = hf_folder.read_json(path / hf_folder.CONFIG)
     return "model_type" in values or "architectures" in values
-
-
-def download(name: str) -> Path:
-    """Downloads a model from the Hugging Face Hub if needed, and returns its folder.
-
-    Raises:
-      ValueError: without the extra `hub`, without a network, and for unknown names.
-    """
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError(
-            f"{HUB}{name} needs the extra hub: pip install 'jaxlm[hub]'"
-        ) from None
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_HUB_FILES)
-        )
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{HUB}{name} cannot be downloaded ({reason}): is there a network, is the "
-            "name right, and do you have access to the model?"
-        ) from None
-    return Path(folder)
 
 
 def load(

@@ -34,7 +34,11 @@ from jaxlm.data.packing import (
 from jaxlm.data.sources import Source, find_source
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
+from jaxlm.tokenizers.kinds import (
+    build_tokenizer,
+    needs_text,
+    read_saved_tokenizer,
+)
 from jaxlm.types import Batch
 
 # Increase it whenever the same config and seed would give other batches than before.
@@ -226,11 +230,13 @@ def _tokenizer_of(
     config: DataConfig, sources: list[Source], hashes: list[list[str]]
 ) -> Tokenizer:
     """Returns the config's tokenizer; one made from the text is kept in the cache."""
-    if config.tokenizer == "bytes" or config.tokenizer_model is not None:
+    if not needs_text(config):
         return build_tokenizer(config, ())
-    choices = [config.tokenizer]
+    choices: list[str | int] = [config.tokenizer]
+    if config.tokenizer != "chars":
+        choices.append(config.tokenizer_vocab_size)
     if config.tokenizer == "sentencepiece":
-        choices += [config.tokenizer_vocab_size, config.tokenizer_algorithm]
+        choices.append(config.tokenizer_algorithm)
     kinds = [[f.format, f.compression] for s in sources for f in s.files]
     key = key_of(
         "tokenizer", 1, choices, kinds, hashes, config.field, config.invalid_utf8

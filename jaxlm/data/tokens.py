@@ -29,8 +29,8 @@ from jaxlm.data.documents import read_documents
 from jaxlm.data.sources import Source
 from jaxlm.progress import progress_bar
 from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
-from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
 FORMAT_VERSION = 1
 # Longer documents are encoded in parts, cut after a line: one call on a gigabyte would
@@ -206,7 +206,7 @@ def _build(
     total = sum(f.path.stat().st_size for f in source.files)
     starts, num_tokens = array("q"), 0
     dtype = _dtype(tokenizer.vocab_size)
-    title = f"tokenizing {source.name} into {folder.parent}"
+    title = f"tokenizing {source.name}"
     digest = hashlib.sha256()
     # Close the generator on any failure, so that no worker process outlives an error.
     encoded = contextlib.closing(_encode_parts(source, tokenizer, folder, config))
@@ -291,11 +291,13 @@ def _num_cores() -> int:
 
 def _is_slow(source: Source, tokenizer: Tokenizer) -> bool:
     """False for bytes and characters: encoding them costs less than sending them."""
+    if isinstance(tokenizer, ByteTokenizer | CharTokenizer):
+        return False
     size = 0
     for file in source.files:
         compressed = file.compression or file.format == ".parquet"
         size += file.path.stat().st_size * (4 if compressed else 1)
-    return isinstance(tokenizer, SentencePieceTokenizer) and size >= POOL_BYTES
+    return size >= POOL_BYTES
 
 
 _worker_tokenizer: Tokenizer | None = None

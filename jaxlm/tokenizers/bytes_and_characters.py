@@ -79,7 +79,7 @@ class CharTokenizer(Tokenizer):
             raise ValueError(
                 f"character {text[at]!r} (U+{ord(text[at]):04X}) at offset {at} of the "
                 f"text is not among the {self.vocab_size} characters of the tokenizer: "
-                "remove it, or train with data.tokenizer 'bytes' or 'sentencepiece'"
+                "remove it, or train with data.tokenizer 'bytes' or 'bpe'"
             )
         return ids
 

@@ -280,7 +280,7 @@ def _refusal(tokenizer: Tokenizer, why: str) -> str:
     return (
         f"llama.cpp cannot run the tokenizer of kind {tokenizer.kind!r}: {why}; export "
         "the model as a Hugging Face folder, or train with data.tokenizer 'chars', "
-        "'bytes' or 'sentencepiece' (bpe)"
+        "'bytes' or 'bpe'"
     )
 
 

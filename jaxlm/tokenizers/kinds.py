@@ -1,19 +1,35 @@
 """Tokenizers by kind: builds the one of a config, reads what `save` wrote."""
 
+import dataclasses
 import json
+import logging
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jaxlm.config import DataConfig, from_dict, nearest
+from jaxlm.hub import HUB, download
 from jaxlm.tokenizers.base import FORMAT_VERSION, TOKENIZER_FILE, Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
+from jaxlm.tokenizers.hugging_face.tokenizer_files import (
+    tokenizer_from_file,
+    tokenizer_from_folder,
+)
 from jaxlm.tokenizers.sentencepiece.processor import (
     MODEL_FILE,
     SentencePieceTokenizer,
 )
 from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
+
+# Files of a tokenizer on the Hub.
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "merges.txt")
+# Tokens that end a document in published tokenizers.
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_log = logging.getLogger(__name__)
 
 
 def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
@@ -69,6 +85,13 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
     return tokenizer
 
 
+def needs_text(config: DataConfig) -> bool:
+    """Whether the tokenizer of a config depends on the text."""
+    if config.tokenizer == "bytes" or config.tokenizer.startswith(HUB):
+        return False
+    return config.tokenizer_model is None
+
+
 def build_tokenizer(
     config: DataConfig, texts: Iterable[str] | Callable[[], Iterable[str]]
 ) -> Tokenizer:
@@ -77,14 +100,15 @@ def build_tokenizer(
     Args:
       config: `tokenizer`, `tokenizer_model`, `tokenizer_vocab_size` and
         `tokenizer_algorithm` choose it.
-      texts: the documents, or a function that returns them; only read for a character
-        vocabulary, or to train SentencePiece.
+      texts: the documents, or a function that returns them; only read if `needs_text`.
 
     Raises:
       ValueError: for a model that cannot be loaded or trained, and for no text.
     """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
+    if config.tokenizer.startswith(HUB):
+        return tokenizer_of_hugging_face(config.tokenizer.removeprefix(HUB))
     if config.tokenizer_model is not None:
         return SentencePieceTokenizer.from_file(Path(config.tokenizer_model))
     documents = texts() if callable(texts) else texts
@@ -93,6 +117,47 @@ def build_tokenizer(
         for text in documents:
             found.update(text)
         return CharTokenizer(found)
+    if config.tokenizer == "bpe":
+        return train_bpe(documents, config.tokenizer_vocab_size)
     return train_sentencepiece(
         documents, config.tokenizer_vocab_size, config.tokenizer_algorithm
     )
+
+
+def tokenizer_of_hugging_face(name: str) -> Tokenizer:
+    """Reads the tokenizer that `data.tokenizer hf:NAME` means.
+
+    Args:
+      name: a folder with a tokenizer.json (or tokenizer.model, or vocab.json and
+        merges.txt), a tokenizer.json by itself, or owner/name on the Hub.
+
+    Raises:
+      ValueError: if there is none, or it is of no known kind.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _with_end(tokenizer_from_file(path), name)
+    if path.is_dir():
+        return _with_end(tokenizer_from_folder(path), name)
+    missing = f"data.tokenizer: there is no file or folder {name!r}"
+    if not _ON_THE_HUB.fullmatch(name):
+        raise ValueError(missing)
+    try:
+        folder = download(name, TOKENIZER_FILES)
+    except ValueError as error:
+        raise ValueError(f"{missing}; on the Hub: {error}") from None
+    return _with_end(tokenizer_from_folder(folder), name)
+
+
+def _with_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """Looks for a token that ends a document, where the files name none."""
+    if tokenizer.eos_id is not None:
+        return tokenizer
+    ends = [text for text in _ENDS if text in tokenizer.special_ids]
+    if not ends or not isinstance(tokenizer, HuggingFaceTokenizer):
+        _log.warning("%s names no token that ends a document: none is added", name)
+        return tokenizer
+    _log.warning("%s names no token that ends a document: taking %s", name, ends[0])
+    eos_id = tokenizer.special_ids[ends[0]]
+    settings = dataclasses.replace(tokenizer.settings, eos_id=eos_id)
+    return HuggingFaceTokenizer(tokenizer.tokenizer_json, settings)

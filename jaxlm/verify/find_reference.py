@@ -13,10 +13,11 @@ from jaxtyping import Int32
 from jaxlm import tree
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.hf.hf_folder import write_hf
-from jaxlm.checkpoint.load import HUB, download
+from jaxlm.checkpoint.load import HUB_FILES
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.checkpoint.tensor_file import shown
 from jaxlm.config import ModelConfig
+from jaxlm.hub import HUB, download
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
 from jaxlm.types import Params
@@ -71,7 +72,7 @@ def find_reference(
     if against is not None:
         against = str(against)
         if against.startswith(HUB):
-            against = str(download(against.removeprefix(HUB)))
+            against = str(download(against.removeprefix(HUB), HUB_FILES))
         path = Path(against).expanduser()
         if path.suffix == ".json":
             return _stored(subject, path)

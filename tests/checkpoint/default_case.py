@@ -10,7 +10,8 @@ from parity_case import nested, weights
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import Config, DataConfig, ModelConfig
-from jaxlm.config_file import DEFAULT_CONFIG, read_config
+from jaxlm.config_file import read_config
+from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 
 TEXT = (
@@ -18,10 +19,12 @@ TEXT = (
 )
 
 
-def default_model() -> tuple[ModelConfig, dict[str, Any], CharTokenizer]:
-    """Returns a config, random parameters and a tokenizer."""
-    config = read_config([], DEFAULT_CONFIG)[0].model
-    tokenizer = CharTokenizer(TEXT)
+def default_model(
+    tokenizer: Tokenizer | None = None,
+) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
+    """Returns a config, random parameters and a tokenizer: by default, of characters."""
+    config = read_config([])[0].model
+    tokenizer = CharTokenizer(TEXT) if tokenizer is None else tokenizer
     config = dataclasses.replace(
         config,
         vocab_size=tokenizer.vocab_size,

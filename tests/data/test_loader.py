@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import threading
 
@@ -268,9 +269,10 @@ def test_a_source_shorter_than_a_row(tmp_path):
     assert dataset.train_batch(0, 4).tokens.shape == (4, 89)
 
 
-def test_sentencepiece_is_trained_once(tmp_path, monkeypatch, shakespeare):
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch, shakespeare, kind):
     (tmp_path / "a.txt").write_text(shakespeare[:50_000])
-    options = {"tokenizer": "sentencepiece", "tokenizer_vocab_size": 400}
+    options = {"tokenizer": kind, "tokenizer_vocab_size": 400}
     config = DataConfig(path=(str(tmp_path),), sequence_length=16, **options)
     first = open_dataset(config, seed=0)
     monkeypatch.setattr(loader, "build_tokenizer", None)
@@ -279,6 +281,9 @@ def test_sentencepiece_is_trained_once(tmp_path, monkeypatch, shakespeare):
     assert first.eval_bytes_per_token > 1.3
     text = first.tokenizer.decode(first.held_out[0].tokens[:-1])
     assert shakespeare[:50_000].endswith(text)
+    other = dataclasses.replace(config, tokenizer_vocab_size=399)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        open_dataset(other, seed=0)
 
 
 def test_a_given_tokenizer_is_used(tmp_path, dataset):

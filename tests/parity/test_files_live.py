@@ -14,6 +14,7 @@ from parity_case import CASES, nested, weights
 
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.model.transformer import forward
+from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe
 
 pytestmark = pytest.mark.parity
 
@@ -42,9 +43,11 @@ def test_an_export_is_loaded_and_computes_the_same(tmp_path, name, caplog, capfd
     assert written["architectures"] == [type(model).__name__]
 
 
-def test_the_default_model_and_its_characters(tmp_path):
+@pytest.mark.parametrize("kind", ["chars", "bpe"])
+def test_the_default_model_and_its_tokenizer(tmp_path, kind):
     """What README's first command trains."""
-    config, params, tokenizer = default_model()
+    trained = None if kind == "chars" else train_bpe([TEXT * 2], 280)
+    config, params, tokenizer = default_model(trained)
     write_hf(tmp_path / "m", config, params, tokenizer)
     model = hf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", dtype="float32", attn_implementation="eager"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from default_case import default_model
+from default_case import TEXT, default_model
 from gguf_case import NAMES, small
 from parity_case import nested, weights
 
@@ -20,6 +20,7 @@ from jaxlm.checkpoint.gguf.gguf_model import write_model
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe
 
 pytestmark = pytest.mark.slow
 
@@ -81,10 +82,22 @@ def test_greedy_tokens(tmp_path, name):
     assert llama_cpp_tokens(tmp_path / "m.gguf", prompt.tolist()) == ours.tolist()
 
 
-def test_the_default_model_continues_text(tmp_path):
-    """What README's first command trains: llama.cpp splits text into its characters."""
-    config, params, tokenizer = default_model()
+@pytest.mark.parametrize("kind", ["chars", "bpe"])
+def test_the_default_model_continues_text(tmp_path, kind):
+    """What README's first command trains: llama.cpp splits text as jaxlm does."""
+    trained = None if kind == "chars" else train_bpe([TEXT * 2], 280)
+    config, params, tokenizer = default_model(trained)
     text = 'We are citizens; naïve 漢字 😀 \\n "it\'s"\t{[]}:\n'
+    if trained is not None:
+        text += "IT'LL 12345 ²x \r\n\n <|x|>"
+        # Logits of 0: these, which are no whole characters, are never the largest.
+        parts = [
+            i
+            for i, b in enumerate(tokenizer.token_bytes)
+            if not 31 < max(b, default=0) < 127
+        ]
+        kernel = params["lm_head"]["kernel"]
+        params["lm_head"]["kernel"] = kernel.at[:, np.array(parts)].set(0.0)
     with jax.default_matmul_precision("highest"):
         ours = generate(
             *(config, params, [tokenizer.encode(text)]),

@@ -1,6 +1,7 @@
 """Every kind of tokenizer: round trips, streams, saving and building."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from sentencepiece_case import trained
 from jaxlm.config import DataConfig
 from jaxlm.tokenizers.base import TextStream
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe
+from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
 from jaxlm.tokenizers.kinds import build_tokenizer, read_saved_tokenizer
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
@@ -183,3 +186,58 @@ def test_build_tokenizer(tmp_path, models):
     config = DataConfig(tokenizer="sentencepiece", tokenizer_model=str(path))
     loaded = build_tokenizer(config, iter(()))
     assert loaded.fingerprint == models["bpe"].fingerprint
+    config = DataConfig(tokenizer="bpe", tokenizer_vocab_size=258)
+    assert build_tokenizer(config, ["ab ab"]).token_bytes[257] == b"ab"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder of Hugging Face."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    write_hugging_face(train_bpe(["ab ab ab"], 258), folder)
+    return folder
+
+
+def read(name):
+    return build_tokenizer(DataConfig(tokenizer=f"hf:{name}"), iter(()))
+
+
+def test_a_tokenizer_of_hugging_face(published, tmp_path, caplog):
+    file = published / "tokenizer.json"
+    expected = read(published)
+    assert expected.eos_id == 0 and expected.encode("ab").tolist() == [257]
+    assert read(file).fingerprint == expected.fingerprint
+    assert not caplog.records
+    # Without the files beside it: a well-known name ends a document.
+    (tmp_path / "my.json").write_bytes(file.read_bytes())
+    assert read(tmp_path / "my.json").fingerprint == expected.fingerprint
+    assert "names no token that ends a document: taking <|endoftext|>" in caplog.text
+    caplog.clear()
+    text = file.read_text().replace("<|endoftext|>", "<|mark|>")
+    (tmp_path / "my.json").write_text(text)
+    assert read(tmp_path / "my.json").eos_id is None
+    assert "my.json names no token that ends a document: none is added" in caplog.text
+    # A run stores it as it stores all others.
+    (tmp_path / "saved").mkdir()
+    expected.save(tmp_path / "saved")
+    again = read_saved_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == expected.fingerprint
+
+
+def test_a_tokenizer_of_hugging_face_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    CharTokenizer("abc").save(tmp_path)
+    for name, message in {
+        "nothing": "there is no file or folder 'nothing'$",
+        "./own/er": "there is no file or folder './own/er'$",
+        "owner/name": r"file or folder 'owner/name'; on the Hub: .*jaxlm\[hub\]",
+        tmp_path / "empty": "no tokenizer in this folder: neither tokenizer.json",
+        tmp_path / "m.gguf": "m.gguf: not a tokenizer.json",
+        tmp_path: "not a Hugging Face tokenizer.json: it has no model.vocab",
+    }.items():
+        with pytest.raises(ValueError, match=message) as raised:
+            read(name)
+        assert "\n" not in str(raised.value)

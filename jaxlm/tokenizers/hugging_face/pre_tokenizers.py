@@ -96,7 +96,7 @@ BYTES = PreTokenizer((_byte_level(False),))
 _GPT2 = PreTokenizer((_byte_level(True),))
 _SMOLLM = PreTokenizer((_DIGITS, _byte_level(True)))
 _LLAMA3 = _by_pattern(_words(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
-_GPT4 = _by_pattern(_words(r"\p{N}{1,3}"))
+GPT4 = _by_pattern(_words(r"\p{N}{1,3}"))
 _QWEN2 = _by_pattern(_words(r"\p{N}"), nfc=True)
 _GPT4O = _by_pattern(_cased_words(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"))
 
@@ -116,10 +116,10 @@ BY_NAME: dict[str, PreTokenizer] = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "dbrx": _GPT4,
-    "smaug-bpe": _GPT4,
-    "chatglm-bpe": _GPT4,
-    "glm4": _GPT4,
+    "dbrx": GPT4,
+    "smaug-bpe": GPT4,
+    "chatglm-bpe": GPT4,
+    "glm4": GPT4,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "tekken": _by_pattern(

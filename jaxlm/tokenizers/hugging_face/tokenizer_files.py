@@ -47,6 +47,21 @@ def tokenizer_from_folder(folder: Path | str) -> Tokenizer:
         return _read(files)
 
 
+def tokenizer_from_file(path: Path) -> Tokenizer:
+    """Reads a tokenizer.json, with the settings beside it if it has that name.
+
+    Raises:
+      ValueError: when it is something else, or damaged.
+    """
+    if path.name == "tokenizer.json":
+        return tokenizer_from_folder(path.parent)
+    contents = _Files(path.parent).read(path.name)
+    try:
+        return HuggingFaceTokenizer(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 @dataclass(frozen=True)
 class _Files:
     """The files of a folder, each read up to a maximum size."""

@@ -1,21 +1,17 @@
 """Trains SentencePiece models that decode every text exactly."""
 
+import functools
 import io
 import re
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import sentencepiece
 
 from jaxlm.progress import Waiting
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
+from jaxlm.tokenizers.training import PASSAGE_CHARACTERS, interruptible, passages
 
-# SentencePiece learns from "sentences". Sentences of several lines let it learn pieces
-# with newlines: the bundled text has 8% fewer tokens than with one line each.
-SENTENCE_CHARACTERS = 2000
-# More text hardly changes the pieces, and training needs many times its size in memory.
-MAX_TRAINING_CHARACTERS = 100_000_000
 # The library skips sentences with U+2585, which is reserved; NUL ends a sentence in
 # some versions; U+2581 would become a space. All three are encoded as bytes.
 _NOT_LEARNED = re.compile("[\0\u2581\u2585]")
@@ -33,8 +29,8 @@ def train_sentencepiece(
     used), 1 ends a document.
 
     Args:
-      texts: documents. Beyond 100 million characters, only every second (fourth, ...)
-        sentence is used.
+      texts: documents, of which at most 100 million characters are used, as evenly
+        spaced passages.
       vocab_size: number of pieces, including the 256 bytes.
 
     Raises:
@@ -42,75 +38,37 @@ def train_sentencepiece(
     """
     title = f"training a SentencePiece tokenizer of {vocab_size} pieces ({algorithm})"
     with Waiting(title):
-        sentences = _thin_out(_sentences(texts), MAX_TRAINING_CHARACTERS)
+        sentences = passages(part for x in texts for part in _NOT_LEARNED.split(x))
         if not sentences:
             raise ValueError("no text to train a SentencePiece tokenizer on")
         return SentencePieceTokenizer(_train(sentences, vocab_size, algorithm))
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for part in _NOT_LEARNED.split(text):
-            start = 0
-            while start < len(part):
-                end = start + SENTENCE_CHARACTERS
-                if end < len(part):
-                    # Cut after a line, else before a word, else anywhere.
-                    line = part.rfind("\n", start, end) + 1
-                    end = line or part.rfind(" ", start + 1, end)
-                    end = end if end > start else start + SENTENCE_CHARACTERS
-                yield part[start:end]
-                start = end
-
-
-def _thin_out(sentences: Iterable[str], limit: int) -> list[str]:
-    """Keeps all sentences, or evenly spaced ones of at most `limit` characters."""
-    kept, size, stride = [], 0, 1
-    for number, sentence in enumerate(sentences):
-        if number % stride:
-            continue
-        kept.append(sentence)
-        size += len(sentence)
-        if size > limit and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            size = sum(map(len, kept))
-    return kept
-
-
 def _train(sentences: list[str], vocab_size: int, algorithm: str) -> bytes:
-    """Trains in a thread, so that Ctrl-C works."""
     model = io.BytesIO()
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences),
-                model_writer=model,
-                vocab_size=vocab_size,
-                model_type=algorithm,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                byte_fallback=True,
-                max_sentence_length=8 * SENTENCE_CHARACTERS,
-                unk_id=0,
-                eos_id=1,
-                bos_id=-1,
-                pad_id=-1,
-                # Fixed, because sums over threads depend on the number of threads.
-                num_threads=4,
-                minloglevel=2,
-            )
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-    if errors:
-        raise _explained(errors[0], vocab_size) from errors[0]
+    train = functools.partial(
+        sentencepiece.SentencePieceTrainer.train,
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type=algorithm,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        byte_fallback=True,
+        max_sentence_length=8 * PASSAGE_CHARACTERS,
+        unk_id=0,
+        eos_id=1,
+        bos_id=-1,
+        pad_id=-1,
+        # Fixed, because sums over threads depend on the number of threads.
+        num_threads=4,
+        minloglevel=2,
+    )
+    try:
+        interruptible(train)
+    except Exception as error:
+        raise _explained(error, vocab_size) from error
     return model.getvalue()
 
 
