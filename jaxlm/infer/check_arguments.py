@@ -8,7 +8,9 @@ from jaxtyping import Array, Int, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.resume import GenerationState
+from jaxlm.model.block import Block
 from jaxlm.model.checks import check_key
+from jaxlm.types import Params
 
 
 def checked_rows(
@@ -113,10 +115,28 @@ def checked_key(key: Any) -> Key[Array, ""]:
     return key
 
 
-def check_state(state: Any, config: ModelConfig, num_rows: int) -> None:
-    """Raises a ValueError if a call cannot go on from `state`."""
+def check_state(
+    state: Any, config: ModelConfig, params: Params, block: type[Block], num_rows: int
+) -> None:
+    """Raises a ValueError if a call with these arguments cannot go on from `state`."""
     if not isinstance(state, GenerationState):
         raise ValueError(
             f"resume is a {type(state).__name__}: give the `state` of an earlier result"
         )
-    state.check(config, num_rows)
+    if any(x.is_deleted() for x in jax.tree.leaves(state.cache.layers)):
+        raise ValueError(
+            "resume: this state was used before, and a state can be used once; take "
+            "the one that the later call returned"
+        )
+    leaves = zip(*map(jax.tree.leaves, (params, state.params)), strict=False)
+    same_model = (config, block) == (state.config, state.block)
+    if not same_model or any(given is not own for given, own in leaves):
+        raise ValueError(
+            "resume: this state belongs to another config, other params or another "
+            "block: give the same, or resume=None"
+        )
+    if num_rows != len(state.tokens):
+        raise ValueError(
+            f"resume: this state has {len(state.tokens)} rows, and there are "
+            f"{num_rows} prompts: give as many"
+        )

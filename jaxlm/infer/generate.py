@@ -40,6 +40,7 @@ from jaxlm.types import Params
 # Tokens decoded by one call of the compiled program. Between calls a stream prints its
 # text, and generation can stop.
 CHUNK = 16
+OnTokens = Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
 SMALLEST_BUCKET = 32
 
 
@@ -98,8 +99,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     *,
     num_tokens: int | None = None,
-    on_tokens: Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
-    | None = None,
+    on_tokens: OnTokens | None = None,
     resume: GenerationState | None = None,
     return_state: bool = False,
     block: type[Block] = Block,
@@ -144,7 +144,7 @@ def generate(
     num_rows = len(rows)
     rows += rows[:1] * (-num_rows % batch_parts())
     if resume is not None:
-        check_state(resume, config, len(rows))
+        check_state(resume, config, params, block, len(rows))
     lengths = np.array([len(p) for p in rows], np.int32)
     needed = int(lengths.max()) + sample.max_new_tokens
     max_length = bucket(needed, config.context_length)
@@ -165,29 +165,19 @@ def generate(
     jax.block_until_ready(state.logits)
     prefill_s = clock.lap()
 
-    layers = jax.block_until_ready(programs.unstack(params))
+    split = programs.split(params) if resume is None else resume.split_params
+    jax.block_until_ready(split)  # not part of the time for decoding
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
-    chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     clock.lap()
-    for first in range(0, sample.max_new_tokens, CHUNK):
-        state, *out = programs.decode(layers, state, keys)
-        new, inside, logprobs = map(np.asarray, out)
-        if np.isnan(logprobs).any():
-            raise ValueError(
-                "the model's logits are not finite: its parameters hold NaN or "
-                "infinities, or the compute dtype overflows (compute in float32)"
-            )
-        chunks.append((new, inside, logprobs))
-        # The last chunk may go beyond `max_new_tokens`.
-        text = np.s_[:num_rows, : sample.max_new_tokens - first]
-        stopped = on_tokens is not None and on_tokens(new[text], inside[text]) is True
-        if stopped or not inside[text][:, -1].any():
-            break
+    state, drawn, inside, logprobs = _decode(
+        lambda state: programs.decode(split, state, keys),
+        state,
+        sample.max_new_tokens,
+        num_rows,
+        on_tokens,
+    )
     decode_s = clock.lap()
 
-    drawn, inside, logprobs = (
-        np.concatenate(c, axis=1) for c in zip(*chunks, strict=True)
-    )
     held = [np.concatenate([row, new]) for row, new in zip(rows, drawn, strict=True)]
     count = min(drawn.shape[1], sample.max_new_tokens)
     text = np.s_[:num_rows, :count]
@@ -201,7 +191,9 @@ def generate(
         decode_s=decode_s,
         compile_s=clock.compile_s,
         prefill_tokens=(lengths - kept)[:num_rows],
-        state=GenerationState(config, held, state.cache) if return_state else None,
+        state=GenerationState(config, params, block, split, held, state.cache)
+        if return_state
+        else None,
     )
 
 
@@ -218,6 +210,44 @@ def _tokens_to_prefill(
     for new, row, n in zip(tokens, rows, kept, strict=True):
         new[: len(row) - n] = row[n:]
     return tokens, np.array(kept, np.int32)
+
+
+def _decode(
+    step: Callable[[DecodeState], tuple[DecodeState, Array, Array, Array]],
+    state: DecodeState,
+    max_new_tokens: int,
+    num_rows: int,
+    on_tokens: OnTokens | None,
+) -> tuple[
+    DecodeState,
+    Int[np.ndarray, "B n"],
+    Bool[np.ndarray, "B n"],
+    Float[np.ndarray, "B n"],
+]:
+    """Calls `step` for one chunk after another, until the texts end.
+
+    Returns the new tokens, a mask of those before the end of each text, and their
+    log-probabilities: in whole chunks, and with the rows that pad the batch.
+    """
+    chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for first in range(0, max_new_tokens, CHUNK):
+        state, *out = step(state)
+        new, inside, logprobs = map(np.asarray, out)
+        if np.isnan(logprobs).any():
+            raise ValueError(
+                "the model's logits are not finite: its parameters hold NaN or "
+                "infinities, or the compute dtype overflows (compute in float32)"
+            )
+        chunks.append((new, inside, logprobs))
+        # The last chunk may go beyond `max_new_tokens`.
+        text = np.s_[:num_rows, : max_new_tokens - first]
+        stopped = on_tokens is not None and on_tokens(new[text], inside[text]) is True
+        if stopped or not inside[text][:, -1].any():
+            break
+    new, inside, logprobs = (
+        np.concatenate(c, axis=1) for c in zip(*chunks, strict=True)
+    )
+    return state, new, inside, logprobs
 
 
 class _Program:
@@ -242,7 +272,7 @@ class _Program:
 class _Programs(NamedTuple):
     allocate: _Program
     prefill: _Program
-    unstack: _Program
+    split: _Program
     decode: _Program
 
     @property

@@ -7,8 +7,10 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.block import Block
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.positions import longest_equal_rotation
+from jaxlm.types import Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +18,11 @@ class GenerationState:
     """The tokens of a batch and their cache, on the devices. It can be used once."""
 
     config: ModelConfig
+    params: Params
+    """As they were given: a state belongs to these very arrays."""
+    block: type[Block]
+    split_params: Params
+    """One tree for each layer, as decoding reads them."""
     tokens: list[Int[np.ndarray, " _"]]
     """For each row the prompt and all tokens drawn after it, also those after the end
     of its text; the last may be beyond the end of the cache."""
@@ -26,21 +33,6 @@ class GenerationState:
     def max_length(self) -> int:
         """Tokens for which each row has room."""
         return self.cache.layers[0].keys.shape[1]
-
-    def check(self, config: ModelConfig, num_rows: int) -> None:
-        """Raises a ValueError if a call cannot go on from this state."""
-        if any(x.is_deleted() for x in jax.tree.leaves(self.cache.layers)):
-            raise ValueError(
-                "resume: this state was used before, and a state can be used once; "
-                "take the one that the later call returned"
-            )
-        if config != self.config:
-            raise ValueError("resume: this state belongs to a model of another config")
-        if num_rows != len(self.tokens):
-            raise ValueError(
-                f"resume: this state has {len(self.tokens)} rows, and there are "
-                f"{num_rows} prompts: give as many"
-            )
 
     def delete(self) -> None:
         """Frees the cache, also where the devices did not reuse its memory."""

@@ -301,10 +301,11 @@ OLD_KEY = jax.random.PRNGKey(0)
     ],
 )
 def test_wrong_calls_name_the_argument_and_the_remedy(changed, message):
-    call = {"prompts": RAGGED, "sample": GREEDY, "key": KEY} | changed
+    call = {"config": CONFIG, "params": PARAMS, "prompts": RAGGED, "sample": GREEDY}
+    call |= {"key": KEY, **changed}
     # Without the type checks of tests, as users call it.
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        inspect.unwrap(generate)(CONFIG, PARAMS, **call)
+        inspect.unwrap(generate)(**call)
     assert "\n" not in str(error.value)
 
 

@@ -121,8 +121,12 @@ def test_a_state_is_used_once_by_the_same_model():
     state = generate(*call, return_state=True).state
     with pytest.raises(ValueError, match="state has 1 rows, and there are 2 prompts"):
         generate(config, params, [[1], [2]], GREEDY, KEY, resume=state)
-    with pytest.raises(ValueError, match="resume: this state belongs to a model of an"):
-        generate(toy(context_length=32), params, [[1]], GREEDY, KEY, resume=state)
+    other = (
+        "resume: this state belongs to another config, other params or another block"
+    )
+    for model in ((toy(context_length=32), params), (config, make_params(config))):
+        with pytest.raises(ValueError, match=other):
+            generate(*model, [[1]], GREEDY, KEY, resume=state)
     # Neither of them took it.
     for longer in (False, True):
         state = generate(*call, return_state=True).state
