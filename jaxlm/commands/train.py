@@ -331,7 +331,8 @@ def run_outputs(
     dtype = compute_dtype(config.model.dtype).name
     progress.note(
         f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text\n"
-        f"{begun} {settings.steps} steps, on {devices} in {dtype}"
+        f"{begun} {settings.steps} steps, on {devices} in {dtype}\n"
+        f"follow it in a browser: {run / REPORT}"
     )
     with writer, contextlib.closing(progress):
         writer.write(

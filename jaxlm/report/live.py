@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 class LiveReport:
     """Writes both files at evaluations, samples and now and then; a `metrics.Sink`.
 
-    They are replaced as a whole, so a reader never finds half of one. The page reloads
-    itself until the last one, which `close` writes. A failure is logged once, and the
-    next write tries again.
+    The page is there from the start. Both are replaced as a whole, so a reader never
+    finds half of one. The page reloads itself until the last one, which `close` writes.
+    A failure is logged once, and the next write tries again.
     """
 
     def __init__(
@@ -43,6 +43,9 @@ class LiveReport:
     def write(self, row: Mapping[str, Any]) -> None:
         """Takes a row that `metrics.jsonl` already has."""
         now = self._clock()
+        if row["kind"] == "event":  # such as the start: nothing new to draw
+            self._update(next_s=EVERY_S, draw=False)
+            return
         rare = row["kind"] in ("eval", "sample")
         if not (rare or now - self._written >= EVERY_S):
             return
@@ -58,12 +61,13 @@ class LiveReport:
         """Writes the files for the last time, however the run ended."""
         self._update(next_s=None)
 
-    def _update(self, next_s: float | None) -> None:
+    def _update(self, next_s: float | None, draw: bool = True) -> None:
         with Waiting("drawing the report", in_logs=False):
             with self._failure_logged():
                 write_report(self._run, self._run / REPORT, next_s=next_s)
-            with self._failure_logged():
-                draw_loss_png(self._run, self._run / PICTURE)
+            if draw:
+                with self._failure_logged():
+                    draw_loss_png(self._run, self._run / PICTURE)
 
     @contextlib.contextmanager
     def _failure_logged(self) -> Iterator[None]:

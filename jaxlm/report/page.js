@@ -192,7 +192,7 @@ class Chart {
     const frame = this.frame = extent(this.series, logarithmic, this.chart.zero);
     this.box = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
     if (!frame) {
-      node("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, this.svg, "no finite values here");
+      node("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, this.svg, this.series.length ? "no finite values here" : "nothing to draw yet");
       if (!this.series.length) return;
     }
     const box = this.box, scale = logarithmic ? Math.log : (v) => v;

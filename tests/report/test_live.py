@@ -26,16 +26,15 @@ def writes(monkeypatch):
     """Replaces the two writers by ones that take `seconds`; returns their calls."""
     calls = []
 
-    def write_report(run, out, next_s):
-        calls.append(next_s)
+    def draw(run, out):
         calls.clock.now += calls.seconds
 
     class Calls(list):
         clock, seconds = Clock(), 0.1
 
     calls = Calls()
-    monkeypatch.setattr(live, "write_report", write_report)
-    monkeypatch.setattr(live, "draw_loss_png", lambda run, out: None)
+    monkeypatch.setattr(live, "write_report", lambda *_, next_s: calls.append(next_s))
+    monkeypatch.setattr(live, "draw_loss_png", draw)
     return calls
 
 
@@ -43,17 +42,17 @@ def test_evaluations_are_shown_at_once_and_training_rows_now_and_then(tmp_path, 
     clock = writes.clock
     report = LiveReport(tmp_path, clock)
     for kind, seconds, count in (
-        *(("train", 1, 0), ("event", 1, 0), ("eval", 1, 1), ("train", 1, 1)),
-        *(("sample", 1, 2), ("train", 14, 2), ("train", 1, 3), ("train", 1, 3)),
-        ("eval", 100, 4),
+        *(("event", 0, 1), ("train", 1, 1), ("eval", 1, 2), ("train", 1, 2)),
+        *(("sample", 1, 3), ("train", 14, 3), ("train", 1, 4), ("train", 1, 4)),
+        ("eval", 100, 5),
     ):
         clock.now += seconds
         report.write({"kind": kind, "step": 1})
         assert len(writes) == count, (kind, seconds)
     # The page expects the next one after as long as the last one took to come.
-    assert writes[:3] == [15.0, 15.0, pytest.approx(15.0)] and writes[3] > 100
+    assert writes[:4] == [15.0] * 3 + [pytest.approx(15.0)] and writes[4] > 100
     report.close(failed=True)
-    assert writes[4] is None
+    assert writes[5] is None
 
 
 def test_writes_take_a_hundredth_of_the_run(tmp_path, writes):
@@ -118,7 +117,7 @@ def test_the_picture_is_drawn_even_if_the_page_cannot_be(tmp_path, caplog):
 def test_only_the_last_page_does_not_reload(tmp_path):
     run = make_run(tmp_path / "run", [3.0, 2.0], evals=[(20, 2.5)])
     report, found = LiveReport(run), []
-    report.write({"kind": "eval", "step": 20})
+    report.write({"kind": "event", "step": 0})  # a page from the start
     for _ in range(2):
         text = (run / "report.html").read_text()
         found.append(json.loads(re.search(r'id="data">(.*)</script>', text)[1]))
