@@ -225,12 +225,14 @@ def figures(run: Run) -> dict[str, str]:
         lowest = f"{_number(losses[best])} at step {evals[best]['step']}"
     waits = np.nansum(column(trains, "data_wait_s"))
     total = np.nansum(column(trains, "step_s"))
+    resumed = [str(r["step"]) for r in run.rows if r.get("event") == "resume"]
     bad = int((~np.isfinite(column(trains, "loss"))).sum())
     tokens_per_s = _median(trains, "tokens_per_s")
     return {
         "Model": shape,
         "Parameters": params,
         "Steps": f"{done} of {steps}" if steps is not None else done,
+        "Resumed after step": ", ".join(resumed),
         "Tokens seen": _or_empty(format_count, _last(trains, "tokens")),
         "Training time": _or_empty(format_seconds, _last(trains, "wall_s")),
         "Train loss (nats per token, end of the smoothed curve)": (

@@ -80,6 +80,36 @@ def test_samples_begin_and_end_as_those_of_jaxlm_sample():
     assert tokenizer.encode_prompt("").tolist() == [256]
 
 
+def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, caplog):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("some words to train on\n" * 50)
+    (run / "report.html").mkdir(parents=True)
+    config = Config(
+        model=MODEL,
+        data=DataConfig(
+            path=(str(text),),
+            cache_dir=str(tmp_path / "cache"),
+            tokenizer="bytes",
+            sequence_length=16,
+        ),
+        optimizer=OptimizerConfig(warmup_steps=0),
+        train=TrainConfig(
+            steps=2,
+            batch_size=2,
+            eval_every=1,
+            sample_every=0,
+            run_dir=str(run),
+            log_to=("tensorboard",),
+        ),
+    )
+    with jax.set_mesh(make_mesh(config.mesh)):
+        assert train(config) == 0
+    (line,) = caplog.messages
+    assert "the report cannot be written" in line and "report.html" in line
+    assert (run / "loss.png").is_file()
+    assert any((run / "tensorboard").iterdir())
+
+
 @pytest.mark.parametrize(
     "steps, warmup, fitting",
     [(200, 100, 100), (199, 100, 19), (50, 100, 5), (9, 10, 1), (1, 1, 1), (1, 0, 0)],
