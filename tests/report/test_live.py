@@ -10,6 +10,7 @@ from report_case import make_run
 
 from jaxlm.report import live
 from jaxlm.report.live import LiveReport
+from jaxlm.train.metrics import MetricsWriter
 
 
 class Clock:
@@ -125,3 +126,13 @@ def test_only_the_last_page_does_not_reload(tmp_path):
     assert found[0]["live"]["next_s"] == 15.0
     assert found[0]["live"]["written_s"] == pytest.approx(time.time(), abs=60)
     assert "live" not in found[1]
+
+
+def test_a_failure_does_not_hide_why_a_run_ended(tmp_path, caplog):
+    run = tmp_path / "run"
+    run.mkdir()
+    folder_in_the_way(run)
+    sinks = [LiveReport(run)]
+    with pytest.raises(KeyError), MetricsWriter(run, sinks=sinks):
+        raise KeyError
+    assert len(caplog.messages) == 1
