@@ -44,17 +44,21 @@ class RopeScaling:
     original_context_length: int = 0
     """Context length of training, in tokens; 0 takes model.context_length."""
     low_frequency_factor: float = 1.0
-    """llama3: wavelengths above original_context_length / this are stretched fully."""
+    """llama3: wavelengths above original_context_length / this are stretched by factor,
+    those between this and the next are stretched in part."""
     high_frequency_factor: float = 4.0
-    """llama3: wavelengths below original_context_length / this stay as they are."""
+    """llama3: wavelengths below original_context_length / this are kept."""
     beta_fast: float = 32.0
-    """yarn: pairs that turn more often than this in the original context stay."""
+    """yarn: frequencies that turn more often than this in the original context are
+    kept."""
     beta_slow: float = 1.0
-    """yarn: pairs that turn less often than this in it are stretched fully."""
+    """yarn: frequencies that turn less often than this in the original context are
+    stretched by factor, those between this and beta_fast in part."""
     truncate: bool = True
-    """yarn: round the ends of the ramp between the two to whole dimensions."""
+    """yarn: round the dimensions at which stretching begins and ends to integers."""
     attention_factor: float | None = None
-    """yarn, longrope: factor of cos and sin; None takes the paper's."""
+    """yarn, longrope: cos and sin are multiplied by this; None takes the formula of the
+    paper."""
     short_factors: tuple[float, ...] = ()
     """longrope: divisor of each frequency, up to the original context length."""
     long_factors: tuple[float, ...] = ()
@@ -62,11 +66,26 @@ class RopeScaling:
 
     def __post_init__(self):
         check_types(self, "model.rope_scaling")
-        _check(self, "model.rope_scaling", "at least 1", "factor")
+        where = "model.rope_scaling"
+        _check(self, where, "at least 1", "factor")
+        _check(self, where, ">= 0", "original_context_length")
+        positive = ("attention_factor", "low_frequency_factor", "beta_slow")
+        _check(self, where, "> 0", *positive)
+        _check(self, where, "all > 0", "short_factors", "long_factors")
+        for kind, low, high in (
+            ("llama3", "low_frequency_factor", "high_frequency_factor"),
+            ("yarn", "beta_slow", "beta_fast"),
+        ):
+            bounds = getattr(self, low), getattr(self, high)
+            if self.kind == kind and bounds[0] >= bounds[1]:
+                raise ValueError(
+                    f"{where}.{low} is {bounds[0]}: it must be less than "
+                    f"{where}.{high} {bounds[1]}"
+                )
         if self.kind == "longrope" and not (self.short_factors and self.long_factors):
             raise ValueError(
-                "model.rope_scaling.kind is longrope: short_factors and long_factors "
-                "are needed, one number for each rotated pair of dimensions"
+                f"{where}.kind is 'longrope': set {where}.short_factors and "
+                f"{where}.long_factors, one number for each rotated pair of dimensions"
             )
 
 
@@ -160,21 +179,24 @@ class ModelConfig:
     """Soft cap of the logits, cap * tanh(logits / cap); None: no cap."""
 
     init: Literal["normal", "fan_in"] = "normal"
-    """normal: weights of std init_std. fan_in: of std inputs ** -0.5, zero head.
-    Both divide projections into the residual stream by sqrt(2 * num_layers)."""
+    """How weights are drawn. normal: with the standard deviation init_std. fan_in: with
+    the inverse square root of a matrix's inputs, and an output head of zeros. In both,
+    projections into the residual stream are divided by sqrt(2 * num_layers)."""
     init_std: float = 0.02
     """Standard deviation of the embeddings, and of the weights with init=normal."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 where the device multiplies it natively."""
     remat: Literal["none", "full", "dots"] = "none"
-    """Recompute in the backward pass: nothing, whole blocks, or all but matmuls."""
+    """What the backward pass computes again, to save memory. none: nothing. full: each
+    block, from its input. dots: all but the products with weights, which are kept."""
     unroll_layers: int = 1
     """Layer groups in a scan step; more can run faster, but compile slower; 0: all."""
     attention: AttentionName = "auto"
     """Attention kernel; auto chooses by device and length (docs/attention.md)."""
     decode_attention: AttentionName = "auto"
-    """The same for decoding with a KV cache, which not every kernel can do."""
+    """Attention kernel for new tokens that read the KV cache, as when sampling; not
+    every kernel can do it (docs/attention.md)."""
 
     def __post_init__(self):
         check_types(self, "model")
@@ -196,7 +218,7 @@ class ModelConfig:
         elif self.rope_scaling is not None:
             raise ValueError(
                 f"model.rope_scaling is set but model.position is {self.position!r}: "
-                "set model.position to 'rope' or leave rope_scaling out"
+                "set model.position to 'rope' or leave the scaling out"
             )
         if "local" in self.layer_pattern and self.window is None:
             raise ValueError(
@@ -248,12 +270,22 @@ class ModelConfig:
     def _check_rope(self) -> None:
         _check(self, "model", "> 0", "rope_theta", "rope_local_theta")
         _check(self, "model", "in (0, 1]", "rope_fraction")
-        if self.rotary_dim % 2:
+        if self.rotary_dim % 2 or self.rotary_dim == 0:
             raise ValueError(
                 f"model.head_dim * model.rope_fraction is {self.rotary_dim}: it must "
-                "be even, as RoPE rotates pairs of dimensions"
+                "be even and at least 2, as RoPE rotates pairs of dimensions"
             )
         scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "dynamic" and self.rotary_dim < 4:
+            raise ValueError(
+                "model.rope_scaling.kind 'dynamic' needs 4 rotated dimensions or more: "
+                "raise model.head_dim or model.rope_fraction"
+            )
+        if scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(
+                f"model.rope_theta is {self.rope_theta}: with model.rope_scaling.kind "
+                "'yarn' it must be > 1"
+            )
         if scaling is not None and scaling.kind == "longrope":
             for name in ("short_factors", "long_factors"):
                 if len(getattr(scaling, name)) != self.rotary_dim // 2:
@@ -477,9 +509,11 @@ class SampleConfig:
     top_k: int = 0
     """Sample from the k most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Sample from the most likely tokens whose probabilities first sum to this."""
+    """Sample from the most likely tokens that together have this probability; 1: from
+    all."""
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end a text; they are not part of it."""
+    """Token ids that end a text and are not part of it; when empty, `sample` and `chat`
+    take those of the tokenizer."""
 
     def __post_init__(self):
         check_types(self, "sample")
@@ -537,6 +571,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "in [0, 1]": lambda x: 0 <= x <= 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
     "in [0, 100]": lambda x: 0 <= x <= 100,
+    "all > 0": lambda x: all(v > 0 for v in x),
     "at least one path": bool,
     "at least one value": bool,
     ">= 0 and not all zero": lambda x: min(x) >= 0 and sum(x) > 0,

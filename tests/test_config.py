@@ -178,7 +178,34 @@ WRONG = [
     ),
     ("model", {"window": "8"}, r"model\.window is '8': it must be an integer or None"),
     ("rope_scaling", {"kind": "linear", "factor": 0.5}, r"factor is 0\.5.*at least 1"),
-    ("rope_scaling", {"kind": "longrope"}, r"short_factors and long_factors are neede"),
+    (
+        "rope_scaling",
+        {"kind": "longrope"},
+        r"kind is 'longrope': set model\.rope_scaling\.short_factors and model\.rope_s",
+    ),
+    *(
+        ("rope_scaling", {"kind": "yarn", name: value}, rf"{name} is {value}: it must")
+        for name, value in (
+            *(("attention_factor", 0.0), ("original_context_length", -1)),
+            *(("beta_slow", 0.0), ("beta_slow", 32.0)),
+        )
+    ),
+    (
+        "rope_scaling",
+        {"kind": "llama3", "low_frequency_factor": 4.0},
+        r"low_frequency_factor is 4\.0: .*less than .*high_frequency_factor 4\.0",
+    ),
+    ("model", {"rope_fraction": 0.1}, r"rope_fraction is 0: .*even and at least 2"),
+    (
+        "model",
+        {"head_dim": 2, "rope_scaling": RopeScaling(kind="dynamic")},
+        r"'dynamic' needs 4 rotated dimensions or more: raise model\.head_dim",
+    ),
+    (
+        "model",
+        {"rope_theta": 1.0, "rope_scaling": RopeScaling(kind="yarn")},
+        r"rope_theta is 1\.0: with model\.rope_scaling\.kind 'yarn' it must be > 1",
+    ),
     ("rope_scaling", {"kind": "yarm"}, r"model\.rope_scaling\.kind.*mean 'yarn'"),
     ("data", {"path": ()}, r"data\.path is \(\): it must be at least one path"),
     ("data", {"path": "a.txt"}, r"data\.path is 'a\.txt': it must be a tuple"),
