@@ -378,8 +378,12 @@ class MeshConfig:
     def __post_init__(self):
         check_types(self, "mesh")
         _check(self, "mesh", ">= 1, or -1", "data", "fsdp", "tensor")
-        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
-            raise ValueError("mesh: only one axis can be -1 (all remaining devices)")
+        rest = [a for a in ("data", "fsdp", "tensor") if getattr(self, a) == -1]
+        if len(rest) > 1:
+            raise ValueError(
+                f"mesh.{' and mesh.'.join(rest)} are -1: only one axis can take all "
+                "remaining devices"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -640,6 +644,8 @@ def check_types(config: Any, where: str) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
             raise ValueError(f"{where}.{f.name} is {value!r}: it must be finite")
+        if any(isinstance(v, int) and abs(v) >= 2**63 for v in numbers):
+            raise ValueError(f"{where}.{f.name} is {value!r}: it must be below 2**63")
         if not matches(value, hint):
             kind = must_be(hint, value)
             raise ValueError(f"{where}.{f.name} is {value!r}: it must be {kind}")

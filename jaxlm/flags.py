@@ -79,6 +79,7 @@ _ADVICE = {
     "JAX_PLATFORMS=cpu in the environment selects the device": "device gpu cpu cuda",
 }
 _MORE = "--help lists the flags, the most useful first"
+_YES_AND_NO = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: "BOOL"}
 
 
@@ -219,7 +220,7 @@ def read_flags(kind: type, arguments: Sequence[str]) -> dict[str, Any]:
     switches = {name: f for f in flags.values() if f.off for name in (f.name, f.off)}
     words = [_with_hyphens(argument) for argument in arguments]
     for word, after in itertools.pairwise(words):
-        if word in switches and after.lower() in ("true", "false", "1", "0"):
+        if word in switches and after.lower() in _YES_AND_NO:
             _fail_on_value(switches[word])
     parser = argparse.ArgumentParser(
         add_help=False,

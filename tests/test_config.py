@@ -226,7 +226,7 @@ WRONG = [
     ("data", {"tokenizer": "hf:"}, r"data\.tokenizer is 'hf:'.*, or hf:PATH"),
     ("mesh", {"data": 0}, r"mesh\.data is 0: it must be >= 1, or -1"),
     ("mesh", {"tensor": -2}, r"mesh\.tensor is -2: it must be >= 1, or -1"),
-    ("mesh", {"fsdp": -1}, r"mesh: only one axis can be -1"),
+    ("mesh", {"fsdp": -1}, r"mesh\.data and mesh\.fsdp are -1: only one axis can"),
     ("optimizer", {"name": "adam"}, r"optimizer\.name.*did you mean 'adamw'"),
     *(
         ("optimizer", {name: 0.0}, rf"optimizer\.{name} is 0\.0: it must be > 0")

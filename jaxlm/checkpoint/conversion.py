@@ -54,6 +54,7 @@ def convert(
     tokenizer = opened.tokenizer() if with_tokenizer else None
     if to == "gguf":
         params = opened.params()
+        dst.parent.mkdir(parents=True, exist_ok=True)
         gguf.write_model(dst, opened.config, params, tokenizer, dtype or "f16")
         return to
     stored = None if dtype is None else gguf.TYPES[dtype]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.config import MeshConfig, SampleConfig
+from jaxlm.config import AttentionName, MeshConfig, SampleConfig
 from jaxlm.config_file import RunArguments, read_config
 from jaxlm.flags import Flat, Positional, parse
 
@@ -29,6 +29,10 @@ class GenerationArguments:
     """Compute dtype; None keeps the run's."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed is {self.seed}: it must be in [0, 2**32)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments(GenerationArguments):
@@ -47,6 +51,7 @@ class SampleArguments(GenerationArguments):
     """Hold a conversation instead, with the flags of `jaxlm chat`."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.num_samples < 1:
             raise ValueError(
                 f"--num-samples is {self.num_samples}: it must be at least 1"
@@ -133,7 +138,7 @@ class TuneArguments:
 
     what: Positional[Literal["attention"]]
     """What to tune: attention."""
-    implementation: str | None = None
+    implementation: AttentionName | None = None
     """Name of one; None: all that have block sizes and run here."""
     batch: int = 4
     """Rows."""

@@ -270,11 +270,14 @@ def make_sampler(config: Config, tokenizer: Tokenizer) -> Callable[[Params, int]
         the vocabulary. `generate` would raise it too, but only in the middle of a run.
     """
     settings, context = config.train, config.model.context_length
-    prompt = tokenizer.encode_prompt(settings.sample_prompt)
+    off = "or turn samples off with --train.sample-every 0"
+    try:
+        prompt = tokenizer.encode_prompt(settings.sample_prompt)
+    except ValueError as error:
+        raise ValueError(f"--train.sample-prompt: {error}; {off}") from error
     if not len(prompt):
         raise ValueError(
-            "--train.sample-prompt is empty: give at least one token, or turn samples "
-            "off with --train.sample-every 0"
+            f"--train.sample-prompt is empty: give at least one token, {off}"
         )
     if len(prompt) >= context:
         raise ValueError(

@@ -31,9 +31,9 @@ def make_mesh(
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
-        shape = " x ".join(f"{a} {getattr(config, a)}" for a in AXES)
+        shape = " x ".join(f"mesh.{a} {getattr(config, a)}" for a in AXES)
         raise ValueError(
-            f"mesh {shape} does not use the {len(devices)} devices exactly: choose "
+            f"{shape} does not use the {len(devices)} devices exactly: choose "
             "sizes whose product is their number, or -1 for one axis"
         )
     return jax.make_mesh(
@@ -48,6 +48,7 @@ def make_mesh_of_size(config: MeshConfig) -> Mesh:
       ValueError: if an axis has no size, or there are too few devices.
     """
     sizes = dataclasses.asdict(config)
-    if any(size < 1 for size in sizes.values()):
-        raise ValueError(f"mesh {sizes}: give each axis its number of devices")
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"mesh.{axis} is {size}: give its number of devices")
     return make_mesh(config, jax.devices()[: math.prod(sizes.values())])

@@ -110,7 +110,10 @@ def build_tokenizer(
     if config.tokenizer.startswith(HUB):
         return tokenizer_of_hugging_face(config.tokenizer.removeprefix(HUB))
     if config.tokenizer_model is not None:
-        return SentencePieceTokenizer.from_file(Path(config.tokenizer_model))
+        try:
+            return SentencePieceTokenizer.from_file(Path(config.tokenizer_model))
+        except ValueError as error:
+            raise ValueError(f"data.tokenizer_model: {error}") from error
     documents = texts() if callable(texts) else texts
     if config.tokenizer == "chars":
         found: set[str] = set()

@@ -175,7 +175,10 @@ def test_a_rate_far_too_large_ends_with_4(done):
 def test_impossible_flags_end_with_2(done):
     run = Run(done.folder, "flags", BASE)
     for flags, words in (
-        (("--mesh.tensor", "3"), "mesh data -1 x fsdp 1 x tensor 3 does not use the 1"),
+        (
+            ("--mesh.tensor", "3"),
+            "--mesh.data -1 x --mesh.fsdp 1 x --mesh.tensor 3 does not use the 1",
+        ),
         (("--model.vocab-size", "3"), "model.vocab_size is 3, but the tokenizer has"),
         (("--data.path", "/no/such.txt"), "/no/such.txt"),
     ):

@@ -59,7 +59,10 @@ def test_meshes_that_do_not_fit(tmp_path):
     assert "mesh.tensor is 8, which does not divide 4 in the shape" in errors["divide"]
     assert "'layers/attn/k'" in errors["divide"]
     assert "choose another mesh.tensor or another size" in errors["divide"]
-    assert "mesh data 3 x fsdp 1 x tensor 1 does not use the 8 devices" in errors["fit"]
+    assert (
+        "mesh.data 3 x mesh.fsdp 1 x mesh.tensor 1 does not use the 8 devices"
+        in errors["fit"]
+    )
     assert "fsdp 3" in errors["remain"] and "or -1 for one axis" in errors["remain"]
 
 
