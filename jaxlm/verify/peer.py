@@ -126,15 +126,19 @@ class TransformersTokenizer:
 
         Returns None for texts that cannot be compared: transformers always matches
         added tokens that are not special, treats U+2581 as a space after SentencePiece,
-        and `<0x41>` as a byte in a Unigram model.
+        and `<0x41>` as a byte in a Unigram model; and a vocabulary may lack characters.
         """
         if _SPACE_SIGN in text or any(word in text for word in self._matched):
             return None
-        return list(
-            self._tokenizer(
+        try:
+            encoding = self._tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True
-            ).input_ids
-        )
+            )
+        except Exception as error:
+            if type(error) is Exception:  # All that the library has for this.
+                return None
+            raise
+        return list(encoding.input_ids)
 
     def decode(self, ids: list[int]) -> str:
         """Decodes ids, without special tokens."""
@@ -145,8 +149,9 @@ class TransformersTokenizer:
     def first_ids(self) -> tuple[int, ...]:
         """Returns the ids that it puts before a text."""
         plain = self.encode("a")
+        if plain is None:
+            return tuple(self._tokenizer("").input_ids)
         whole = list(self._tokenizer("a").input_ids)
-        assert plain is not None
         for at in range(len(whole)):
             if whole[at : at + len(plain)] == plain:
                 return tuple(whole[:at])

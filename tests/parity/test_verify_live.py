@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from default_case import run_of
 from parity_case import CASES, nested, weights
 
 from jaxlm import load
@@ -51,6 +52,14 @@ def test_a_folder_and_then_its_certificate(model, capsys, monkeypatch):
     main(["verify", str(model)])
     out, _ = capsys.readouterr()
     assert out.count("passed") == 9 and "its values are kept in" in out, out
+
+
+def test_a_run_of_the_default_model(tmp_path, capsys):
+    """Its vocabulary lacks most characters, and its export has another scale."""
+    main(["verify", str(run_of(tmp_path / "run"))])
+    out, _ = capsys.readouterr()
+    assert "which read what jaxlm wrote for it" in out
+    assert out.count("passed") == 9 and "have characters that it lacks" in out, out
 
 
 @pytest.mark.parametrize("name", CASES)
