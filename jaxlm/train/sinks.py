@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.progress import Waiting
 from jaxlm.train.metrics import Sink, one_line
 
 # Sent together, as a request takes longer than a step.
@@ -51,7 +52,8 @@ def open_sinks(
                 f"--train.log-to {name}: {error}: pip install 'jaxlm[{name}]'"
             ) from None
         try:
-            sinks.append(make(package, Path(run_dir), config, resume_step))
+            with Waiting(f"opening {name}"):
+                sinks.append(make(package, Path(run_dir), config, resume_step))
         except Exception as error:
             # A service that does not answer must not keep a model from training.
             logger.warning("no rows go to %s: %s", name, one_line(error))
