@@ -29,6 +29,8 @@ _VERBOSE = ("-v", "--verbose")
 _VERSION = ("-V", "--version")
 # EXIT_USAGE and EXIT_INTERRUPTED, without the import of their module.
 _USAGE, _INTERRUPTED = 2, 130
+# As shells report a program that wrote to a closed pipe.
+_PIPE_CLOSED = 141
 # `sample --chat` is `chat`.
 _CHAT = "--chat"
 
@@ -118,6 +120,10 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
         fail(error if is_of_file else in_flags(str(error), ARGUMENTS[verb]))
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        # As in `| head`. At its end Python writes what is left, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
 
 
 if __name__ == "__main__":

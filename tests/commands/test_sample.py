@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from terminal_case import Terminal
+from terminal_case import CTRL_C, Terminal
 from toy_case import make_params, toy
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
@@ -187,6 +187,31 @@ def test_ctrl_c_ends_a_stream(home, repository):
         assert len((first + out).decode()) < CONTEXT // 2
     finally:
         child.kill()
+
+
+def test_ctrl_c_before_the_text_leaves_no_traceback(home, repository):
+    arguments = ["runs/tiny", "--max-new-tokens", str(CONTEXT - 1)]
+    with Terminal(
+        [sys.executable, "-c", IMPATIENT, *arguments],
+        cwd=home[0],
+        environment={"PYTHONPATH": str(repository)},
+    ) as terminal:
+        terminal.wait_for("compiling and reading the prompt")
+        terminal.send(CTRL_C)
+        assert terminal.wait() == 130
+        shown = "\n".join(terminal.lines())
+        assert "Traceback" not in shown and "compiling" not in shown
+
+
+def test_a_reader_that_leaves_ends_the_program_without_a_word(home, repository):
+    child = start(home[0], repository, "runs/tiny", "--max-new-tokens", "4000")
+    with child:
+        assert child.stdout.read(5)
+        child.stdout.close()
+        err = child.stderr.read().decode()
+    assert child.returncode == 141, err
+    # Only what it waited for.
+    assert [line for line in err.splitlines() if " ..." not in line] == []
 
 
 def test_an_interrupt_that_python_drops_is_raised_at_the_next_tokens():
