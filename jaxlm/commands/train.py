@@ -217,9 +217,10 @@ def initial_state(
             state = init_state(config.model, optimizer, config.train.seed, mesh)
             return jax.block_until_ready(state), False
     if lines := diff(initial.config, config.model, ignore=NOT_KEPT):
+        changes = "; ".join(f"model.{line}" for line in lines)
         raise ValueError(
-            f"the model of --init-from {config.init_from} is another one "
-            f"({'; '.join(lines)}): leave out the --model flags that change it"
+            f"the model of --init-from {config.init_from} is another one ({changes}): "
+            "leave out the --model flags that change it"
         )
     shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
     with Waiting(f"loading the weights of {config.init_from}"):

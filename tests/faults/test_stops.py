@@ -89,7 +89,7 @@ def test_another_model_is_refused_field_by_field(done):
     )
     assert code == 2
     message = one_line(err)
-    assert "model.num_layers: 2 -> 3; optimizer.b1: 0.9 -> 0.8" in message
+    assert "--model.num-layers: 2 -> 3; --optimizer.b1: 0.9 -> 0.8" in message
     assert "--fresh" in message and "--init-from" in message
     assert done.steps() == before
 
@@ -128,7 +128,10 @@ def test_init_from_refuses_another_shape(done):
         *("--init-from", str(done.path), "--model.hidden-dim", "64")
     )
     assert code == 2
-    assert f"--init-from {done.path}: hidden_dim: 48 -> 64" in one_line(err)
+    assert (
+        f"the model of --init-from {done.path} is another one (--model.hidden-dim: "
+        "48 -> 64): leave out the --model flags that change it"
+    ) in one_line(err)
     code, _, err = run.train("--init-from", str(done.folder / "no-such-run"))
     assert code == 2 and "no-such-run" in one_line(err)
 
@@ -179,7 +182,7 @@ def test_impossible_flags_end_with_2(done):
             ("--mesh.tensor", "3"),
             "--mesh.data -1 x --mesh.fsdp 1 x --mesh.tensor 3 does not use the 1",
         ),
-        (("--model.vocab-size", "3"), "model.vocab_size is 3, but the tokenizer has"),
+        (("--model.vocab-size", "3"), "--model.vocab-size is 3, but the tokenizer has"),
         (("--data.path", "/no/such.txt"), "/no/such.txt"),
     ):
         code, _, err = run.train(*flags)

@@ -7,6 +7,7 @@ step for reading only.
 """
 
 import asyncio
+import errno
 import functools
 import json
 import os
@@ -339,10 +340,16 @@ class CheckpointManager:
 def _save_failed(folder: Path, needed: int, error: Exception) -> str:
     text = " ".join(str(error).split())
     # TensorStore wraps the system error in a paragraph.
-    code = re.search(r"os_error_code='(\d+)'", text)
-    reason = os.strerror(int(code[1])) if code else text[-200:] or type(error).__name__
-    free = shutil.disk_usage(folder.parent).free
-    return (
-        f"{folder} cannot be written ({reason}): it needs up to {needed:,} bytes, and "
-        f"{free:,} are free; earlier steps are intact. Make room, or raise your quota"
-    )
+    found = re.search(r"os_error_code='(\d+)'", text)
+    code = int(found[1]) if found else getattr(error, "errno", None)
+    reason = text[-200:] or type(error).__name__
+    if code is not None:
+        reason = os.strerror(code)
+    message = f"{folder} cannot be written ({reason})"
+    if code == errno.ENOSPC:
+        # Beside its arrays a step has files of metadata, in whole blocks.
+        free = shutil.disk_usage(folder.parent).free
+        message += f": a step needs more than the {free:,} bytes that are free"
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        message += f"; its arrays have {needed:,} bytes. Make room, or raise your quota"
+    return f"{message}; earlier steps are intact"

@@ -1,9 +1,13 @@
 """Killed processes, full disks, and two processes in one run folder."""
 
+import errno
 import random
+import shutil
 import signal
 import socket
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from checkpoint_case import (
@@ -15,6 +19,7 @@ from checkpoint_case import (
 )
 
 from jaxlm.checkpoint.load import load
+from jaxlm.checkpoint.native import checkpoint_manager
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager, SaveError
 from jaxlm.checkpoint.native.run_folder import find_runs, list_steps, move_aside
 
@@ -102,6 +107,7 @@ FULL = """
 import resource, signal, sys
 import jax.numpy as jnp
 from checkpoint_case import abstract, restore, save, state_of_step
+from jaxlm.checkpoint.native import checkpoint_manager
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager, SaveError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import jax
@@ -135,10 +141,36 @@ def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path):
     first, second, steps, later = out.splitlines()
     for line, step in ((first, 2), (second, 3)):
         assert f"{tmp_path}/checkpoints/{step} cannot be written (" in line
-        assert "File too large" in line and "up to 360,000 bytes" in line
+        assert "File too large" in line and "its arrays have 360,000" in line
     assert (steps, later) == ("[1] 1", "[1, 5]")
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        # The arrays fit, but not with their metadata and in whole blocks.
+        (
+            OSError(errno.ENOSPC, "x"),
+            "run/3 cannot be written (No space left on device): a step needs more than "
+            "the 258,048 bytes that are free; its arrays have 215,708 bytes. Make "
+            "room, or raise your quota; earlier steps are intact",
+        ),
+        (
+            ValueError("a paragraph [source locations='x'] [os_error_code='122']"),
+            "run/3 cannot be written (Disk quota exceeded); its arrays have 215,708 "
+            "bytes. Make room, or raise your quota; earlier steps are intact",
+        ),
+        (
+            PermissionError(errno.EACCES, "x"),
+            "run/3 cannot be written (Permission denied); earlier steps are intact",
+        ),
+    ],
+)
+def test_what_a_save_that_failed_says_is_true(monkeypatch, error, words):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=258_048))
+    assert checkpoint_manager._save_failed(Path("run/3"), 215_708, error) == words
 
 
 HOLD = """
