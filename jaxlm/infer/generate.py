@@ -65,6 +65,12 @@ class Generation:
     state: GenerationState | None
     """What a next call can go on from; None unless `return_state`."""
 
+    @property
+    def rows(self) -> list[Int[np.ndarray, " _"]]:
+        """The new tokens of each row, without padding."""
+        pairs = zip(self.tokens, self.lengths, strict=True)
+        return [row[:length] for row, length in pairs]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from jaxtyping import Array, Int
 
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig
-from jaxlm.model.kv_cache import Cache
 from jaxlm.model.params import WEIGHTS, weights
 
 
@@ -73,14 +72,12 @@ def check_params(config: ModelConfig, params: Any, *, own_layers: bool) -> None:
             )
 
 
-def checked_tokens(
-    config: ModelConfig, tokens: Any, cache: Cache | None
-) -> Int[Array, "B T"]:
+def checked_tokens(config: ModelConfig, tokens: Any) -> Int[Array, "B T"]:
     """Returns the tokens as an array.
 
     Raises:
       ValueError: for tokens that are not rows of ids in the vocabulary, and for rows
-        that are longer than the context or than the room in the cache.
+        that are longer than the context.
     """
     if isinstance(tokens, str):
         raise ValueError("tokens is text: give ids, [B, T], from tokenizer.encode")
@@ -106,34 +103,21 @@ def checked_tokens(
             f"tokens has rows of {length}, more than model.context_length "
             f"{config.context_length}: cut them"
         )
-    if (ids := _values(array)) is not None and ids.size:
+    if (ids := concrete_values(array)) is not None and ids.size:
         low, high = ids.min(), ids.max()
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"tokens has the id {low if low < 0 else high}: ids are 0 to "
                 f"{config.vocab_size - 1}"
             )
-    if cache is not None:
-        _check_room(cache, length)
     return array
 
 
-def _values(array: Array) -> np.ndarray | None:
+def concrete_values(array: Array) -> np.ndarray | None:
     """Returns the values of an array; None while it is traced, or on other hosts."""
     if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
         return None
     return np.asarray(array)
-
-
-def _check_room(cache: Cache, length: int) -> None:
-    layers = cache.layers
-    keys = layers[0].keys if isinstance(layers, tuple) else layers.keys
-    room, lengths = keys.shape[-3], _values(cache.lengths)
-    if lengths is not None and lengths.max() + length > room:
-        raise ValueError(
-            f"the cache holds {lengths.max()} of {room} tokens, and {length} more do "
-            "not fit: make a longer one with init_cache"
-        )
 
 
 def check_key(key: Any) -> None:
@@ -149,6 +133,9 @@ def check_key(key: Any) -> None:
 def check_block(block: Any, base: type) -> None:
     """Raises ValueError for a block that is not a class derived from `base`."""
     if not (inspect.isclass(block) and issubclass(block, base)):
+        kind = block if inspect.isclass(block) else type(block)
+        what = "the class" if kind is block else "an object of class"
         raise ValueError(
-            f"block is {block!r}: give a class that inherits from jaxlm.{base.__name__}"
+            f"block is {what} {kind.__name__}: give a class that inherits from "
+            f"jaxlm.{base.__name__}"
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.checks import check_config, concrete_values
 from jaxlm.sharding.rules import activation_spec
 
 
@@ -43,6 +44,7 @@ def init_cache(
     Raises:
       ValueError: when `max_length` is more than the model's context.
     """
+    check_config(config)
     if max_length > config.context_length:
         raise ValueError(
             f"a cache of {max_length} tokens is longer than model.context_length "
@@ -57,6 +59,18 @@ def init_cache(
 
     lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation_spec("B"))
     return Cache(layers=LayerCache(zeros(), zeros()), lengths=lengths)
+
+
+def check_room(cache: Cache, num_tokens: int) -> None:
+    """Raises ValueError if a row has no room for more tokens, unless it is traced."""
+    layers = cache.layers
+    keys = layers[0].keys if isinstance(layers, tuple) else layers.keys
+    room, lengths = keys.shape[-3], concrete_values(cache.lengths)
+    if lengths is not None and lengths.max() + num_tokens > room:
+        raise ValueError(
+            f"the cache holds {lengths.max()} of {room} tokens, and {num_tokens} more "
+            "do not fit: make a longer one with init_cache"
+        )
 
 
 def append(

@@ -55,7 +55,8 @@ def run_layers(
       The residual stream, the new caches, and the recorder with the tapped values.
 
     Raises:
-      ValueError: when the block does not record a site that is tapped.
+      ValueError: when the block changes the shape or dtype of the residual stream, or
+        does not record a site that is tapped.
     """
     stacked = not isinstance(layers, tuple)
     kinds = layer_kinds(config)
@@ -97,14 +98,19 @@ def _block(module: Block, taps: tuple[Tap, ...], scanned: bool) -> Callable[...,
     def block(layers, number, x, context, cache):
         params = layers if number is None else _take(layers, number)
         probe = Probe(taps)
-        x, cache = apply({"params": params}, x, context, cache, probe)
+        y, cache = apply({"params": params}, x, context, cache, probe)
+        if (y.shape, y.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"{type(module).__name__} turns x of {x.dtype}{list(x.shape)} into "
+                f"{y.dtype}{list(y.shape)}: it must keep shape and dtype"
+            )
         for tap in taps:
             if tap.site not in probe.values:
                 raise ValueError(
                     f"{type(module).__name__} does not record {tap.site!r}, which is "
                     f"tapped: call probe({tap.site!r}, x) in it"
                 )
-        return x, cache, probe.values
+        return y, cache, probe.values
 
     # Inside a scan XLA cannot merge the recomputation with the original.
     policy = REMAT_POLICIES[module.config.remat]

@@ -25,7 +25,7 @@ from jaxlm.model.checks import (
     check_params,
     checked_tokens,
 )
-from jaxlm.model.kv_cache import Cache
+from jaxlm.model.kv_cache import Cache, check_room
 from jaxlm.model.layers import run_layers
 from jaxlm.model.params import param
 from jaxlm.ops.layout import layout
@@ -75,8 +75,8 @@ def forward(
         row, or from the end of the cache.
       segment_ids: attention stays inside a segment; None means one segment. Not with
         a cache.
-      cache: earlier keys and values, to which the tokens are added. The caller ensures
-        that they fit.
+      cache: earlier keys and values, to which the tokens are added. Inside jit the
+        caller ensures that they fit.
       taps: sites to read.
       head: False skips the output head, for callers that need the logits of some tokens
         only and call `unembed` themselves.
@@ -90,7 +90,9 @@ def forward(
     check_config(config)
     check_block(block, Block)
     check_params(config, params, own_layers=block is not Block)
-    tokens = checked_tokens(config, tokens, cache)
+    tokens = checked_tokens(config, tokens)
+    if cache is not None:
+        check_room(cache, tokens.shape[1])
     positions, context = make_context(config, tokens, positions, segment_ids, cache)
     recorder, probe = trace.empty_recorder(config, tokens, taps), Probe(taps)
     if not head and any(tap.site == "logits" for tap in taps):

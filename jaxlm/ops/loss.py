@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.layout import reshape
 
 
 def cross_entropy(
-    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+    logits: Float[Array, "*B V"], targets: Int[Array | np.ndarray, "*B"]
 ) -> Float[Array, "*B"]:
     """Computes -log p of each target, in nats, with an f32 softmax.
 
@@ -29,7 +30,7 @@ def cross_entropy(
             f"{targets.shape}: the logits of a token belong to the one after it, "
             "logits[:, :-1] to tokens[:, 1:]"
         )
-    return _nll_and_lse(logits.astype(jnp.float32), targets)[0]
+    return _nll_and_lse(logits.astype(jnp.float32), jnp.asarray(targets))[0]
 
 
 def _nll_and_lse(

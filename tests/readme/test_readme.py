@@ -102,16 +102,6 @@ def test_conversation_with_a_published_model(tmp_path):
     assert "France" in first and "Rome" in second
 
 
-def test_python_snippets(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    names: dict = {}
-    for code in blocks("python"):
-        exec(code.replace("max_new_tokens=100", "max_new_tokens=4"), names)
-    text, shape = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
-    assert len(text) >= 1
-    assert shape == "(4, 1, 4, 6, 6)"
-
-
 def test_flags_of_the_table_exist():
     default = ROOT / "configs" / "shakespeare.py"
     flags = re.findall(r"`(--(?:data|model|mesh|train)\.[^`]*?)(?: \.\.\.)?`", README)

@@ -1,0 +1,103 @@
+"""The Python of the README and of docs/python.md, run from top to bottom."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import jax
+import jaxtyping
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from hugging_face_case import golden_tokenizer
+
+import jaxlm
+from jaxlm.checkpoint.gguf import gguf_model
+from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
+
+ROOT = Path(__file__).parents[2]
+SIZES = dict(
+    num_layers=4,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    hidden_dim=64,
+    context_length=128,
+)
+
+
+def blocks(page: str) -> list[str]:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    # Fewer tokens are the same calls.
+    short = re.compile(r"max_new_tokens=\d+")
+    return [short.sub("max_new_tokens=4", block) for block in found]
+
+
+def random_model(vocab_size: int):
+    """A model in the dtype of the machine; its parameters are drawn without JAX."""
+    config = jaxlm.ModelConfig(vocab_size=vocab_size, **SIZES)
+    draw = np.random.default_rng(0).normal
+    shapes = jax.eval_shape(lambda: jaxlm.init(config, jax.random.key(0)))
+    return config, jax.tree.map(
+        lambda leaf: draw(size=leaf.shape).astype(leaf.dtype), shapes
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, shakespeare):
+    """The working folder of a reader who has trained, and downloaded a chat model."""
+    tokenizer = CharTokenizer(set(shakespeare))
+    model = random_model(tokenizer.vocab_size)
+    jaxlm.save(tmp_path / "runs" / "shakespeare", *model, tokenizer)
+
+    [path] = re.findall(r'path = "(.*\.gguf)"', (ROOT / "docs/python.md").read_text())
+    assert path in (ROOT / "README.md").read_text()
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / "files").mkdir()
+    tokenizer = golden_tokenizer("byte_level", tmp_path / "files")
+    model = random_model(tokenizer.vocab_size)
+    gguf_model.write_model(tmp_path / path, *model, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_blocks(folder, capsys, monkeypatch):
+    # As users run them, without the checks of types that only tests have.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    names: dict = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        for block in [*blocks("README.md"), *blocks("docs/python.md")]:
+            exec(block, names)
+        plt.close("all")
+    out = capsys.readouterr().out
+    assert "(4, 1, 4, 6, 6)\n" in out  # the README's attention
+    assert "1,235,814,400 parameters\n" in out
+    assert "(4, 32, 8)\n" in out  # the adapter
+    assert "layers/mlp/up" in out and out.count("nats") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of Jupyter
+def test_blocks_in_a_notebook(folder):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [
+        nbformat.v4.new_code_cell(block)
+        for block in [*blocks("README.md"), *blocks("docs/python.md")]
+    ]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+        client.execute(cwd=str(folder))
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    texts = [output.text for output in outputs if output.output_type == "stream"]
+    assert any("nats apart" in text for text in texts)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
