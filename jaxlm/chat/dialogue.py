@@ -16,6 +16,7 @@ from jaxlm.interrupts import Interrupts
 from jaxlm.progress import Waiting, printable
 from jaxlm.train.stopping import EXIT_INTERRUPTED
 
+WAIT = "compiling and reading the message"
 KEYS = """\
 //...         send a message that begins with a slash
 Alt-Enter, or a backslash at the end of a line, begins a new line; several
@@ -93,8 +94,8 @@ class Dialogue:
         name, *rest = text.strip().split(maxsplit=1)
         if name not in COMMANDS:
             raise ValueError(
-                f"no command {name!r}{nearest(name, list(COMMANDS))}; a message that "
-                "begins with a slash is sent with //"
+                f"no command {name!r}{nearest(name, list(COMMANDS))}; to send it, "
+                "begin with //"
             )
         usage, _, run = COMMANDS[name]
         if (rest and not usage) or (usage == "FILE" and not rest):
@@ -104,15 +105,18 @@ class Dialogue:
     def _answer(
         self, ask: Callable[[Callable[[str], bool]], Answer], if_blank: str
     ) -> None:
-        with _AnswerInterrupts() as interrupts, Waiting("reading") as waiting:
+        interrupts = _AnswerInterrupts()
+        with interrupts, Waiting(WAIT) as waiting:
 
             def show(text: str) -> bool:
+                if interrupts.received is not None:
+                    return True
                 if text:
                     waiting.finish()
                     interrupts.are_raised = False
                     shown = printable(text) if self._on_terminal else text
                     print(shown, end="", flush=True)
-                return interrupts.received is not None
+                return False
 
             try:
                 interrupts.are_raised = True
@@ -197,7 +201,9 @@ class _AnswerInterrupts(Interrupts):
     """
 
     def __init__(self) -> None:
-        super().__init__({signal.SIGINT: EXIT_INTERRUPTED})
+        # The notice comes below the text that has been shown.
+        notice = "\nstopping as soon as possible; Ctrl-C again ends the program"
+        super().__init__({signal.SIGINT: EXIT_INTERRUPTED}, notice)
         self.are_raised = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -65,6 +65,9 @@ class ChatArguments(GenerationArguments):
     Example: {prog} model.gguf --system "Answer in one sentence."
     """
 
+    sample: Flat[SampleConfig] = field(
+        default_factory=lambda: SampleConfig(temperature=0.8, max_new_tokens=1024)
+    )
     system: str | None = None
     """Content of the system message; None sends none."""
 

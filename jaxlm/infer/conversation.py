@@ -6,7 +6,8 @@ from itertools import count
 from typing import Any, Literal
 
 import jax
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.generate import generate
@@ -119,8 +120,8 @@ class Conversation:
 
         Args:
           text: the message.
-          on_text: called with each part of the answer; returning True ends it. A
-            KeyboardInterrupt ends it too, but the cache is lost then.
+          on_text: called with each part of the answer; returning True ends it before
+            this part. A KeyboardInterrupt ends it too, but the cache is lost then.
 
         Raises:
           ContextFull: if there is no room for an answer.
@@ -207,22 +208,25 @@ class Conversation:
 
 
 class _Reply:
-    """Turns the tokens of an answer into text as they come."""
+    """Turns the tokens of an answer into text as they come, until it is stopped."""
 
     def __init__(self, stream: TextStream, on_text: Callable[[str], Any]):
         self._stream, self._on_text = stream, on_text
         self._text = ""
         self.num_tokens, self.is_stopped = 0, False
 
-    def feed(self, new, inside) -> bool:
-        self.num_tokens += int(inside.sum())
+    def feed(
+        self, new: Int[np.ndarray, "1 n"], inside: Bool[np.ndarray, "1 n"]
+    ) -> bool:
         self._add("".join(self._stream.feed(int(t)) for t in new[0][inside[0]]))
+        self.num_tokens += 0 if self.is_stopped else int(inside.sum())
         return self.is_stopped
 
     def finish(self) -> str:
-        self._add(self._stream.finish())
+        if not self.is_stopped:
+            self._add(self._stream.finish())
         return self._text
 
     def _add(self, text: str) -> None:
-        self._text += text
         self.is_stopped = self._on_text(text) is True
+        self._text += "" if self.is_stopped else text

@@ -6,7 +6,9 @@ import signal
 import pytest
 from conversation_case import scripted
 
+from jaxlm.chat import dialogue
 from jaxlm.chat.dialogue import COMMANDS, Dialogue
+from jaxlm.progress import Waiting
 
 
 class Keyboard:
@@ -54,8 +56,11 @@ def test_a_message_may_begin_with_a_slash(hold):
 @pytest.mark.parametrize(
     "typed, words",
     [
-        ("/hepl", "no command '/hepl' (did you mean '/help'?); a message that begins"),
-        ("/usr/bin/env", "no command '/usr/bin/env'; a message that begins"),
+        (
+            "/hepl",
+            "no command '/hepl' (did you mean '/help'?); to send it, begin with //",
+        ),
+        ("/usr/bin/env", "no command '/usr/bin/env'; to send it, begin with //"),
         ("/", "no command '/'"),
         ("/save", "usage: /save FILE"),
         ("/load  ", "usage: /load FILE"),
@@ -196,6 +201,24 @@ def test_ctrl_c_after_the_first_words_lets_the_generation_end(hold, monkeypatch)
     _, _, talk = hold(["Hi", "Ho"], ["Once", "Two."])
     assert contents(talk) == ["Hi", "O", "Ho", "Two."]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_wait_is_over_before_the_first_words(hold, monkeypatch):
+    events = []
+
+    class Recorded(Waiting):
+        def finish(self):
+            events.append("over")
+            super().finish()
+
+    monkeypatch.setattr(dialogue, "Waiting", Recorded)
+    monkeypatch.setattr("builtins.print", lambda *texts, **_: events.extend(texts))
+    hold(["Hi"], ["Ho"])
+    assert events[:2] == ["over", "H"]
+    # Also when there are none.
+    events.clear()
+    hold(["x" * 600], context_length=100)
+    assert events[0] == "over" and events[1].startswith("error: ")
 
 
 def test_ctrl_c_at_the_prompt_asks_once(hold):
