@@ -27,7 +27,7 @@ from jaxlm.infer.check_arguments import (
     checked_sample,
 )
 from jaxlm.infer.resume import GenerationState
-from jaxlm.infer.sampling import NEVER, draw
+from jaxlm.infer.sampling import NEVER, sample_tokens
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_config, check_params
 from jaxlm.model.kv_cache import Cache, LayerCache, init_cache, unstack
@@ -362,7 +362,7 @@ def _programs(
             keys_now = jax.vmap(lambda k: jax.random.fold_in(k, state.count))(keys)
             exists = jnp.arange(config.vocab_size) < num_tokens
             logits = jnp.where(exists, reshard(state.logits, "B_"), NEVER)
-            token, logprob = draw(
+            token, logprob = sample_tokens(
                 logits,
                 keys_now,
                 temperature=sample.temperature,

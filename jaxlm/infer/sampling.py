@@ -31,7 +31,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     return jnp.where(logits < smallest_kept, NEVER, logits)
 
 
-def draw(
+def sample_tokens(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],
     *,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jaxlm import tree
@@ -115,7 +116,7 @@ def checked_tokens(config: ModelConfig, tokens: Any) -> Int[Array, "B T"]:
 
 def concrete_values(array: Array) -> np.ndarray | None:
     """Returns the values of an array; None while it is traced, or on other hosts."""
-    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+    if isinstance(array, Tracer) or not array.is_fully_addressable:
         return None
     return np.asarray(array)
 

@@ -312,7 +312,7 @@ def cast_matrices(params: Any, dtype: Any) -> Any:
     return tree.map_with_name(cast, params)
 
 
-def matrix_params(config: ModelConfig) -> int:
+def count_matmul_params(config: ModelConfig) -> int:
     """Counts the parameters that take part in a matmul for each token.
 
     These are the projections of attention and feed-forward and the output head (also

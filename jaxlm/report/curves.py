@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlm.config import ModelConfig, from_dict
-from jaxlm.model.params import matrix_params
+from jaxlm.model.params import count_matmul_params
 from jaxlm.progress import format_count, format_seconds
 from jaxlm.train.metrics import read_metrics
 
@@ -208,7 +208,7 @@ def _model(run: Run) -> tuple[str, str]:
         return shape, format_count(params)
     if not config.vocab_size:
         return shape, ""
-    return shape, f"{format_count(matrix_params(config))} in matmuls"
+    return shape, f"{format_count(count_matmul_params(config))} in matmuls"
 
 
 def figures(run: Run) -> dict[str, str]:

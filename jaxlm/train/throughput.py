@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.params import matrix_params
+from jaxlm.model.params import count_matmul_params
 
 # Peak bf16 FLOP/s without sparsity of one JAX device, by `device_kind`.
 # TPU: cloud.google.com/tpu/docs (system architecture), per chip. On v2, v3 and 7x each
@@ -69,8 +69,8 @@ _GPU_PEAKS = {
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Counts the FLOPs per token of a training step, forward and backward.
 
-    `6 * matrix_params + sum over layers of 12 * N * H * span`, where the span is the
-    sequence length T, or the window in local layers where that is shorter. This is
+    `6 * count_matmul_params + sum over layers of 12 * N * H * span`, where the span is
+    the sequence length T, or the window in local layers where that is shorter. This is
     PaLM's count (appendix B): 6 = 2 for multiply and add, times 1 forward and 2
     backward; 12 = 6 for each of the two einsums, with keys and with values. As in PaLM,
     the half that a causal mask hides is NOT subtracted; counts that subtract it are
@@ -85,7 +85,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     kinds = itertools.islice(itertools.cycle(config.layer_pattern), config.num_layers)
     span = sum(spans[kind] for kind in kinds)
     attention = 12 * config.num_heads * config.head_dim * span
-    return 6 * matrix_params(config) + attention
+    return 6 * count_matmul_params(config) + attention
 
 
 def published_peak_flops(device_kind: str) -> float | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxlm.infer.sampling import NEVER, draw, keep_top_k, keep_top_p
+from jaxlm.infer.sampling import NEVER, keep_top_k, keep_top_p, sample_tokens
 
 ROWS = 20_000
 
@@ -15,7 +15,7 @@ def draws(probs, *, temperature=1.0, top_k=0, top_p=1.0, seed=0):
     """Samples from one distribution. Not jitted: operations of one shape compile once."""
     logits = np.broadcast_to(np.log(probs).astype(np.float32), (ROWS, len(probs)))
     keys = jax.random.split(jax.random.key(seed), ROWS)
-    tokens, logprobs = draw(
+    tokens, logprobs = sample_tokens(
         jnp.asarray(logits), keys, temperature=temperature, top_k=top_k, top_p=top_p
     )
     return np.asarray(tokens), np.asarray(logprobs)
@@ -33,14 +33,16 @@ def logits_of(*rows):
 def test_temperature_0_and_next_to_0_take_the_largest(temperature):
     logits = logits_of([1.0, 3.0, 2.0, 2.999], [-5.0, -4.0, -6.0, -4.5], [9, 8, 7, 8.5])
     keys = jax.random.split(jax.random.key(0), 3)
-    tokens, _ = draw(logits, keys, temperature=temperature, top_k=0, top_p=1.0)
+    tokens, _ = sample_tokens(logits, keys, temperature=temperature, top_k=0, top_p=1.0)
     assert tokens.tolist() == [1, 1, 0]
 
 
 def test_of_equal_largest_logits_greedy_takes_the_first():
     logits = logits_of([1, 2, 2, 2])
     key = jax.random.split(jax.random.key(0), 1)
-    assert draw(logits, key, temperature=0.0, top_k=0, top_p=1.0)[0].tolist() == [1]
+    assert sample_tokens(logits, key, temperature=0.0, top_k=0, top_p=1.0)[
+        0
+    ].tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -152,5 +154,7 @@ def test_nan_logits_give_nan_logprobs():
     logits = logits_of([1.0, np.nan, 2.0], [1.0, 2.0, 3.0])
     keys = jax.random.split(jax.random.key(0), 2)
     for temperature in (0.0, 1.0):
-        _, logprobs = draw(logits, keys, temperature=temperature, top_k=0, top_p=1.0)
+        _, logprobs = sample_tokens(
+            logits, keys, temperature=temperature, top_k=0, top_p=1.0
+        )
         assert np.isnan(logprobs[0]) and np.isfinite(logprobs[1])

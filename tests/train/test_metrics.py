@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.params import matrix_params
+from jaxlm.model.params import count_matmul_params
 from jaxlm.train.metrics import MetricsWriter, read_metrics
 from jaxlm.train.throughput import (
     flops_per_token,
@@ -261,24 +261,24 @@ def small(**changes) -> ModelConfig:
 def test_flops_equal_a_count_by_hand():
     # q 8*4*6, k and v 8*2*6 each, o 4*6*8; gate, up and down 8*20 each; head 8*11.
     layer = 192 + 2 * 96 + 192 + 3 * 160
-    assert matrix_params(small()) == 3 * layer + 88
+    assert count_matmul_params(small()) == 3 * layer + 88
     # Each layer: scores and mix, 2 einsums * 6 * 4 heads * 6 dims * 16 keys.
     assert flops_per_token(small(), 16) == 6 * (3 * layer + 88) + 3 * 2 * 6 * 4 * 6 * 16
-    assert matrix_params(small(tied_embeddings=False)) == 3 * layer + 88
-    assert matrix_params(small(gated=False)) == 3 * (layer - 160) + 88
+    assert count_matmul_params(small(tied_embeddings=False)) == 3 * layer + 88
+    assert count_matmul_params(small(gated=False)) == 3 * (layer - 160) + 88
 
 
 def test_flops_count_the_experts_that_a_token_goes_through():
-    dense = matrix_params(small())
+    dense = count_matmul_params(small())
     # 2 of 7 experts, and a router of 8 x 7 in each of 3 layers.
     some = small(num_experts=7, experts_per_token=2)
-    assert matrix_params(some) == dense + 3 * (480 + 8 * 7)
+    assert count_matmul_params(some) == dense + 3 * (480 + 8 * 7)
 
 
 def test_flops_respect_sliding_windows():
     # local, local, global repeated over four layers: three local ones.
     local = small(num_layers=4, layer_pattern=("local", "local", "global"), window=5)
-    base = 6 * matrix_params(local)
+    base = 6 * count_matmul_params(local)
     assert flops_per_token(local, 16) - base == 12 * 4 * 6 * (5 + 5 + 16 + 5)
     assert flops_per_token(local, 3) - base == 12 * 4 * 6 * 4 * 3
 
