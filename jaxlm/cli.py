@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxlm {version('jaxlm')}")
         return 0
     if verb not in VERBS:
+        from jaxlm.commands.process import fail
         from jaxlm.config import nearest
-        from jaxlm.flags import fail
 
         near, verbs = nearest(verb, list(VERBS)), ", ".join(VERBS)
         fail(f"no verb {verb!r}{near}; verbs: {verbs}")
@@ -93,9 +93,9 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
       options: passed to the verb's `main`.
     """
     from jaxlm.commands.arguments import ARGUMENTS, read_arguments
-    from jaxlm.commands.process import log_on_stderr
-    from jaxlm.config_file import ConfigFileError
-    from jaxlm.flags import fail, in_flags
+    from jaxlm.commands.process import fail, log_on_stderr
+    from jaxlm.flags.config_file import ConfigFileError
+    from jaxlm.flags.flag_table import in_flags
     from jaxlm.interrupts import Interrupts
     from jaxlm.progress import Waiting
 

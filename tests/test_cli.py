@@ -123,7 +123,7 @@ def modules_after(program, repository):
         "from jaxlm.cli import main; main(['--help'])",
         "from jaxlm.cli import main\ntry: main(['reprot'])\nexcept SystemExit: pass",
         "from jaxlm.cli import main\n"
-        "from jaxlm.config_file import read_config\n"
+        "from jaxlm.flags.config_file import read_config\n"
         "try: read_config(['--train.step', '3'])\nexcept ValueError: pass",
         "from jaxlm.cli import main\ntry: main(['sample', '--modl', 'x'])\n"
         "except SystemExit: pass",

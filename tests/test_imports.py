@@ -18,7 +18,6 @@ ROWS = (
     ("train", "infer", "interp", "plan"),
     ("report", "serve", "verify", "chat"),
     ("flags",),
-    ("config_file",),
     ("commands",),
     # `jaxlm` itself: the public names, which nothing in the package takes from there.
     ("cli", "configs", "jaxlm"),

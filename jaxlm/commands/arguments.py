@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.config import AttentionName, MeshConfig, SampleConfig
-from jaxlm.config_file import RunArguments, read_config
-from jaxlm.flags import Flat, Positional, parse
+from jaxlm.flags.config_file import RunArguments, read_config
+from jaxlm.flags.flag_table import Flat, Positional
+from jaxlm.flags.parse import parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
+
+from jaxlm.train.stopping import EXIT_USAGE
 
 STARTED = time.monotonic()
 """About the start of the process: nothing slow is imported before this."""
@@ -36,6 +39,12 @@ def restart_with_malloc_options() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ["GLIBC_TUNABLES"] = MALLOC_OPTIONS
     os.execv(sys.executable, sys.orig_argv)
+
+
+def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
+    """Ends the program with one line on stderr."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 class _Stderr(logging.Handler):

@@ -23,10 +23,9 @@ from jaxlm.checkpoint.load import load
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.commands.process import STARTED, use_compile_cache
+from jaxlm.commands.process import STARTED, fail, use_compile_cache
 from jaxlm.config import Config, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
-from jaxlm.flags import fail
 from jaxlm.infer.generate import generate
 from jaxlm.interrupts import Interrupts
 from jaxlm.model.attention_choice import attention_choices

@@ -10,7 +10,7 @@ from parity_case import nested, weights
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import Config, DataConfig, ModelConfig
-from jaxlm.config_file import read_config
+from jaxlm.flags.config_file import read_config
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 

@@ -20,7 +20,7 @@ from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.cli import main
 from jaxlm.config import Config, DataConfig, diff
-from jaxlm.config_file import read_config
+from jaxlm.flags.config_file import read_config
 from jaxlm.model.presets import preset, toy
 from jaxlm.model.transformer import forward
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli import VERBS
-from jaxlm.config_file import read_config
+from jaxlm.flags.config_file import read_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

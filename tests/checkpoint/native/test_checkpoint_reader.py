@@ -15,8 +15,8 @@ from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.cli import main
 from jaxlm.commands.train import initial_state
 from jaxlm.config import Config, DataConfig
-from jaxlm.config_file import read_config
 from jaxlm.data.loader import open_dataset
+from jaxlm.flags.config_file import read_config
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 from jaxlm.train.optimizer import make_optimizer

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 import jaxlm.config
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.config import Config, nearest
-from jaxlm.flags import Positional, help_text, read_flags, with_values
+from jaxlm.flags.flag_table import Positional
+from jaxlm.flags.help_text import help_text
+from jaxlm.flags.parse import read_flags, with_values
 
 if TYPE_CHECKING:
     from jaxlm.checkpoint.opened import Checkpoint
 
 # `jaxlm/configs` is a symlink to `configs/`.
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "shakespeare.py"
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "shakespeare.py"
 FLAGS_THAT_MATTER = (
     *("data.path", "data.tokenizer", "model.num_layers", "model.model_dim"),
     *("optimizer.learning_rate", "train.steps", "train.batch_size", "train.run_dir"),

@@ -7,7 +7,9 @@ from typing import Literal
 import pytest
 
 from jaxlm.config import MeshConfig, SampleConfig
-from jaxlm.flags import Flat, Positional, flags_of, help_text, in_flags, parse
+from jaxlm.flags.flag_table import Flat, Positional, flags_of, in_flags
+from jaxlm.flags.help_text import help_text
+from jaxlm.flags.parse import parse
 
 
 @dataclass(frozen=True, kw_only=True)

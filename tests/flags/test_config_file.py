@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from jaxlm.config import Config
-from jaxlm.config_file import (
+from jaxlm.flags.config_file import (
     FLAGS_THAT_MATTER,
     RunArguments,
     read_config,
 )
-from jaxlm.flags import flags_of
+from jaxlm.flags.flag_table import flags_of
 
 CONFIG_FILE = """
 '''A tiny run.'''
@@ -132,7 +132,7 @@ MISTAKES = {
 
 READ_EACH = """
 import sys
-from jaxlm.config_file import ConfigFileError, read_config
+from jaxlm.flags.config_file import ConfigFileError, read_config
 for file in sys.argv[1:]:
     try: read_config([file, "--train.steps", "5"])
     except ConfigFileError as error: print(error)

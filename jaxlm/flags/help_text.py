@@ -1,0 +1,123 @@
+"""The text of `--help`: every flag, with its meaning, values and default."""
+
+import argparse
+import dataclasses
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from jaxlm.flags.flag_table import Flag, flags_of
+
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: "BOOL"}
+
+
+def help_text(
+    kind: type,
+    prog: str,
+    default: Any = None,
+    *,
+    about: str = "",
+    first: Sequence[str] = (),
+) -> str:
+    """Returns the text of `--help`.
+
+    Args:
+      kind: the dataclass; its docstring begins the text, where `{prog}` is the program.
+      prog: the program.
+      default: an instance whose fields are the defaults; None takes those of `kind`.
+      about: more text, below the docstring.
+      first: paths of the flags that come first.
+    """
+    flags = flags_of(kind)
+    if default is not None:
+        flags = [dataclasses.replace(f, default=_at(default, f)) for f in flags]
+    free = [flag for flag in flags if flag.is_positional]
+    usage = [f"{f.name} ..." if f.takes_many else f.name for f in free]
+    usage = [
+        name if flag.default is dataclasses.MISSING else f"[{name}]"
+        for name, flag in zip(usage, free, strict=True)
+    ]
+    columns = min(shutil.get_terminal_size().columns, 88) - 2
+    text = f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{about}".replace("{prog}", prog)
+    paragraphs = (
+        textwrap.fill(p, columns, break_on_hyphens=False) for p in text.split("\n\n")
+    )
+    parser = argparse.ArgumentParser(
+        usage=" ".join([prog, *usage, "[--flag VALUE ...]"]),
+        description="\n\n".join(paragraphs),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=6, width=columns
+        ),
+        add_help=False,
+    )
+    matter = [flag for path in first for flag in flags if flag.path == path]
+    groups = {"arguments": free, "the flags that matter most": matter}
+    for flag in flags:
+        if flag not in free and flag not in matter:
+            groups.setdefault(flag.section or "flags", []).append(flag)
+    for title, members in groups.items():
+        if members:
+            doc = (
+                inspect.getdoc(members[0].owner) if members[0].section == title else ""
+            )
+            add_flags(parser.add_argument_group(title, doc or None), members)
+    return parser.format_help()
+
+
+def _at(config: Any, flag: Flag) -> Any:
+    """Returns what an instance has in the field of a flag, else the flag's default."""
+    for name in flag.path.split("."):
+        config = getattr(config, name, flag.default)
+    return config
+
+
+def _metavar(hint: Any) -> str:
+    (first, *_) = get_args(hint) or (hint,)
+    return "NAME" if Literal in map(get_origin, (hint, first)) else _METAVARS[first]
+
+
+def _shown_default(flag: Flag) -> str:
+    """Returns what follows a flag's help: the possible values and the default."""
+    parts = []
+    for option in (flag.hint, *get_args(flag.hint)):
+        if get_origin(option) is Literal:
+            parts.append(f"one of {', '.join(map(str, get_args(option)))}")
+    value = flag.default
+    if value is not dataclasses.MISSING and not flag.is_positional:
+        texts = map(str, value) if isinstance(value, tuple) else [str(value)]
+        shown = " ".join(x if x.isprintable() else repr(x) for x in texts)
+        parts.append(f"default: {shown or 'none'}")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+class _Switch(argparse.Action):
+    """Sets a boolean field: `--fresh`, `--no-fresh`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+def add_flags(group: argparse._ActionsContainer, flags: Iterable[Flag]) -> None:
+    """Adds flags, whose values stay texts, to a parser or to a group of its help."""
+    for flag in flags:
+        about = flag.doc.replace("%", "%%") + _shown_default(flag).replace("%", "%%")
+        if flag.off is not None:
+            names = (flag.name, flag.off)
+            group.add_argument(
+                *names, dest=flag.path, nargs=0, action=_Switch, help=about
+            )
+            continue
+        options: dict[str, Any] = {"metavar": _metavar(flag.hint), "help": about}
+        if flag.takes_many:
+            options["nargs"] = "*"
+        if flag.is_positional:
+            # Whether it is missing is asked when the dataclass is made.
+            options = {"nargs": "?", **options, "metavar": flag.name}
+            group.add_argument(flag.path, **options)
+        else:
+            group.add_argument(flag.name, dest=flag.path, **options)
+    if isinstance(group, argparse.ArgumentParser):
+        group.add_argument("-h", "--help", dest="help", action="store_true")
