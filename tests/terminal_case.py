@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyte
@@ -41,7 +41,9 @@ class Terminal:
         rows: int = 30,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        on_output: Callable[[], None] = lambda: None,
     ):
+        self._on_output = on_output
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(
             theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0)
@@ -121,6 +123,7 @@ class Terminal:
             data = os.read(self._ours, 65536)
         except OSError:  # A pty raises it when the other side is closed.
             return False
+        self._on_output()
         self.written += data
         self._stream.feed(data)
         return bool(data)
