@@ -73,11 +73,16 @@ def play(step: Step, folder: Path) -> Seen:
     with Terminal(
         command, columns=COLUMNS, cwd=folder, environment=environment, on_output=heard
     ) as terminal:
-        for pattern, keys in step.keys:
-            terminal.wait_for(pattern, timeout_s=300)
-            terminal.send(keys)
-        code = terminal.wait(timeout_s=1800)
-        return Seen(step, terminal.lines(), code, time.monotonic() - start, silence)
+        code, missed = -1, []
+        try:
+            for pattern, keys in step.keys:
+                terminal.wait_for(pattern, timeout_s=90)
+                terminal.send(keys)
+            code = terminal.wait(timeout_s=1800)
+        except AssertionError as error:
+            missed = [f"MISSED: {str(error).splitlines()[0]}"]
+        seconds = time.monotonic() - start
+        return Seen(step, terminal.lines() + missed, code, seconds, silence)
 
 
 def student(size: str = "", few: str = "") -> list[Step]:
