@@ -95,7 +95,7 @@ def student(size: str = "", few: str = "") -> list[Step]:
     short = f"python train.py --train.run-dir runs/short {size}"
     default = f"python train.py {size} {few}"
     return [
-        Step("jaxlm"),
+        Step("jaxlm", code=2),
         Step("jaxlm --version"),
         Step("python train.py --help"),
         Step("python train.py --lr 0.01", code=2),
