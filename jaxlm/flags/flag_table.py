@@ -83,8 +83,8 @@ def _without_marks(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) is Annotated else (hint,)
 
 
-def section_of(hint: Any) -> type | None:
-    """Returns the dataclass of a field that holds one, or holds one or None."""
+def section_of(hint: Any) -> Any:
+    """Returns the dataclass that a field holds; None if it holds none."""
     options = (hint, *get_args(hint))
     return next((x for x in options if dataclasses.is_dataclass(x)), None)
 

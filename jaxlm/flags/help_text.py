@@ -60,10 +60,9 @@ def help_text(
             groups.setdefault(flag.section or "flags", []).append(flag)
     for title, members in groups.items():
         if members:
-            doc = (
-                inspect.getdoc(members[0].owner) if members[0].section == title else ""
-            )
-            add_flags(parser.add_argument_group(title, doc or None), members)
+            is_section = members[0].section == title
+            about_it = inspect.getdoc(members[0].owner) if is_section else None
+            add_flags(parser.add_argument_group(title, about_it), members)
     return parser.format_help()
 
 
@@ -76,7 +75,8 @@ def _at(config: Any, flag: Flag) -> Any:
 
 def _metavar(hint: Any) -> str:
     (first, *_) = get_args(hint) or (hint,)
-    return "NAME" if Literal in map(get_origin, (hint, first)) else _METAVARS[first]
+    is_choice = Literal in (get_origin(hint), get_origin(first))
+    return "NAME" if is_choice else _METAVARS[first]
 
 
 def _shown_default(flag: Flag) -> str:
@@ -103,7 +103,7 @@ class _Switch(argparse.Action):
 def add_flags(group: argparse._ActionsContainer, flags: Iterable[Flag]) -> None:
     """Adds flags, whose values stay texts, to a parser or to a group of its help."""
     for flag in flags:
-        about = flag.doc.replace("%", "%%") + _shown_default(flag).replace("%", "%%")
+        about = f"{flag.doc}{_shown_default(flag)}".replace("%", "%%")
         if flag.off is not None:
             names = (flag.name, flag.off)
             group.add_argument(

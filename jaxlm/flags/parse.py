@@ -147,8 +147,8 @@ def _convert(hint: Any, text: str) -> Any:
 
 
 def with_values(
-    kind: type[T], base: T | None, values: Mapping[str, Any], where: str = ""
-) -> T:
+    kind: type, base: Any, values: Mapping[str, Any], where: str = ""
+) -> Any:
     """Returns a dataclass with the values of the paths of fields.
 
     Args:
