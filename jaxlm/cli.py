@@ -20,8 +20,8 @@ VERBS = {
     "convert": "Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF",
     "verify": "Compare a model with an independent implementation, and with itself",
     "report": "Plot one run, or compare several: an HTML page and a PNG",
-    "tune": "Measure block sizes of attention on this device, and save the best ones",
-    "doctor": "Show versions and devices, and the attention that a config would use",
+    "tune": "Measure block sizes of attention on this device, and save the best",
+    "doctor": "Show versions, devices, and the attention that a config would use",
 }
 # Never the value of another option: as with every flag, a value that begins with a dash
 # is joined to its option, as in `--prompt=-v`.
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb in ("", "-h", "--help"):
         print("usage: jaxlm VERB ...   (jaxlm VERB --help lists its flags)\n")
         for name, summary in VERBS.items():
-            print(f"  {name:10} {summary}")
+            print(f"  {name:8} {summary}")
         print("\nWith -v or --verbose each also reports what it chose and why.")
         return 0 if verb else _USAGE
     if verb in _VERSION:

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from terminal_case import Terminal
 
+import jaxlm
 from jaxlm import cli
 from jaxlm.cli import VERBS, main
 
@@ -84,7 +86,11 @@ def test_help_lists_the_verbs(capsys):
     assert code == 0
     for name, summary in VERBS.items():
         assert re.search(rf"^  {name} +{re.escape(summary)}$", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) < 80
     assert exit_of(capsys)[0] == 2
+    for flag in ("-V", "--version"):
+        assert exit_of(capsys, flag) == (0, f"jaxlm {version('jaxlm')}\n", "")
+    assert jaxlm.__version__ == version("jaxlm")
     code, out, _ = exit_of(capsys, "report", "--help")
     assert code == 0 and "--out" in out
 

@@ -135,7 +135,7 @@ class ReportArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneArguments:
-    """Measure block sizes of attention on this device, and save the best ones.
+    """Measure block sizes of attention on this device, and save the best.
 
     Example: {prog} attention --length 4096 --head-dim 128
     """

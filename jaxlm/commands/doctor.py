@@ -1,4 +1,4 @@
-"""Show versions and devices, and the attention that a config would use."""
+"""Show versions, devices, and the attention that a config would use."""
 
 import platform
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Measure block sizes of attention on this device, and save the best ones."""
+"""Measure block sizes of attention on this device, and save the best."""
 
 from jaxlm.commands.arguments import TuneArguments
 from jaxlm.ops.attention.tuning import tune
