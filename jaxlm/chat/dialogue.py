@@ -125,7 +125,8 @@ class Dialogue:
                 used = bool(self._conversation.messages)
                 remedy = "/reset forgets it" if used else "send a shorter message"
                 raise ContextFull(f"{error}: {remedy}") from None
-        print(flush=True)
+        if answer.text or not self._on_terminal:
+            print(flush=True)
         if not answer.text.strip():
             was_stopped = answer.ended == "interrupted"
             reason = "stopped before the first word" if was_stopped else "no answer"
