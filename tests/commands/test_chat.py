@@ -57,16 +57,15 @@ class Chat(Terminal):
         """Sends a message, and stops its answer after a few characters."""
         self.send(keys)
         message = re.escape("\n".join(shown))
-        self.wait_for(rf"\n> {message}\n+(?!compiling).{{3}}")
+        self.wait_for(rf"\n> {message}\n+(?!compiling)[\s\S]{{3}}")
         self.send(CTRL_C)
         self.wait_for(rf"(?s)\n> {message}\n.*\n\n>\Z")
 
     def command(self, text):
         """Returns the lines that a command shows."""
-        before = len(self.lines())
         self.send(f"{text}\r")
-        self.wait_for(rf"(?s)\A(.*\n){{{before},}}>\Z")
-        return self.lines()[before:-1]
+        shown = self.wait_for(rf"(?s)\n> {re.escape(text)}\n(.*\n)>\Z")
+        return shown[1].splitlines()
 
 
 def test_a_conversation_on_a_terminal(home, repository, tmp_path):
