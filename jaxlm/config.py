@@ -466,6 +466,9 @@ class TrainConfig:
     """Steps between rows in metrics.jsonl."""
     eval_every: int = 500
     """Steps between evaluations on the held-out text; 0: only at the end."""
+    eval_batches: int | None = None
+    """Batches of held-out text in an evaluation; None: as many as take at most a tenth
+    of the training time since the last one, by count of operations; 0: all."""
     sample_every: int = 500
     """Steps between text samples; 0: none."""
     sample_prompt: str = "\n"
@@ -494,6 +497,7 @@ class TrainConfig:
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
+        not_negative += ("eval_batches",)
         _check(self, "train", ">= 0", *not_negative)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(

@@ -61,7 +61,9 @@ class Interrupts(contextlib.AbstractContextManager):
         for end in (self._heard, self._told):
             end.setblocking(False)
         self._old_handlers: dict[int, Any] = {
-            number: signal.signal(number, self._handle) for number in self._exit_codes
+            number: signal.signal(number, self._handle)
+            for number in self._exit_codes
+            if not _is_ignored(number)
         }
         self._old_descriptor = signal.set_wakeup_fd(
             self._told.fileno(), warn_on_full_buffer=False
@@ -116,7 +118,14 @@ class Interrupts(contextlib.AbstractContextManager):
         return False
 
 
+def _is_ignored(number: int) -> bool:
+    """Whether a signal stays ignored: SIGHUP under `nohup`."""
+    # Shells ignore SIGINT in whatever they start in the background.
+    return number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
+
+
 def _end(code: int) -> None:
-    if os.isatty(2):  # The shell's prompt comes below the line of a display.
-        os.write(2, b"\n")
+    with contextlib.suppress(OSError):  # The terminal may be gone.
+        if os.isatty(2):  # The shell's prompt comes below the line of a display.
+            os.write(2, b"\n")
     os._exit(code)

@@ -255,7 +255,7 @@ WRONG = [
         for name in (
             *("seed", "z_loss", "loss_chunk", "eval_every", "sample_every"),
             *("sample_tokens", "checkpoint_every", "checkpoint_minutes"),
-            *("keep_every", "max_minutes", "load_balance_loss"),
+            *("keep_every", "max_minutes", "load_balance_loss", "eval_batches"),
         )
     ),
     (

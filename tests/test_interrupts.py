@@ -1,5 +1,7 @@
 """Ctrl-C while the main thread sits in compiled code, and while it does not."""
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -78,3 +80,17 @@ def test_a_program_that_runs_python_is_interrupted_without_a_word():
         assert seconds_until(terminal, "(?m)^NOTICE$") < 0.5
         terminal.send(CTRL_C)
         assert terminal.wait() == 130
+
+
+def test_under_nohup_sighup_stays_ignored():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupts = jaxlm.interrupts.Interrupts
+    try:
+        with interrupts({signal.SIGHUP: 75, signal.SIGTERM: 75}, raises=False) as seen:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert seen.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)

@@ -24,7 +24,7 @@ from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import STARTED, fail, use_compile_cache
-from jaxlm.config import Config, diff, to_dict
+from jaxlm.config import Config, TrainConfig, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.infer.generate import generate
 from jaxlm.interrupts import Interrupts
@@ -35,8 +35,8 @@ from jaxlm.report.live import REPORT, LiveReport
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.train.loop import Hooks, fit
-from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.loop import Hooks, due_kinds, fit
+from jaxlm.train.metrics import MetricsWriter, kinds_at
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.sinks import open_sinks
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
@@ -52,6 +52,8 @@ from jaxlm.types import Batch, Params
 
 # Folded into the seed for the keys of samples; the parameters use the seed itself.
 SAMPLE_STREAM = 1
+# Share of the training time that evaluations may take by default.
+EVAL_SHARE = 0.1
 
 
 def main(
@@ -113,7 +115,10 @@ def train(
         optimizer = make_optimizer(config.optimizer, settings.steps)
         state, resumed = initial_state(config, optimizer, checkpoints, dataset, initial)
         step = int(state.step)
-        if resumed and step >= settings.steps:
+        # What a stop during the evaluation of this step has left out.
+        due = due_kinds(settings, hooks, step) if resumed else set()
+        missing = due - kinds_at(settings.run_dir, step)
+        if resumed and step >= settings.steps and not missing:
             print(how_to_go_on(given, config))
             return EXIT_DONE
         warmup = config.optimizer.warmup_steps
@@ -121,6 +126,15 @@ def train(
             print(
                 f"warm-up of {warmup} step{'s' * (warmup > 1)}, a tenth of the run, "
                 f"instead of {given.optimizer.warmup_steps}",
+                file=sys.stderr,
+            )
+
+        total = dataset.num_eval_batches(settings.batch_size)
+        taken = len(eval_batch_numbers(settings, total))
+        if not resumed and settings.eval_batches is None and taken < total:
+            print(
+                f"evaluations take {taken} of the {total} batches of held-out text, at "
+                "most a tenth of the training time; --train.eval-batches 0 takes all",
                 file=sys.stderr,
             )
 
@@ -139,6 +153,7 @@ def train(
                 writer=writer,
                 progress=progress,
                 stop=stop,
+                missing=missing,
                 started=STARTED,
             )
             with Waiting("saving", in_logs=False):
@@ -232,12 +247,13 @@ def make_hooks(
 ) -> Hooks:
     """Makes the functions that the loop calls: evaluation, samples and saves."""
     size = (config.train.batch_size, config.data.sequence_length)
+    numbers = eval_batch_numbers(config.train, dataset.num_eval_batches(size[0]))
     sharding = rules.batch_sharding(jax.sharding.get_mesh())
     tokenizer = dataset.tokenizer
     samples = config.train.sample_every > 0 and config.train.sample_tokens > 0
 
     def held_out() -> Iterator[Batch]:
-        for number in range(dataset.num_eval_batches(size[0])):
+        for number in numbers:
             yield place(partial(dataset.eval_batch, number, size[0]), size, sharding)
 
     def save(state: TrainState) -> None:
@@ -251,19 +267,35 @@ def make_hooks(
             finite=True,
         )
 
-    evaluates = dataset.num_eval_batches(size[0]) > 0
     return Hooks(
         save=save,
-        held_out=held_out if evaluates else None,
-        bytes_per_token=dataset.eval_bytes_per_token if evaluates else None,
+        held_out=held_out if numbers else None,
+        bytes_per_token=dataset.eval_bytes_per_token if numbers else None,
         sample=make_sampler(config, tokenizer) if samples else None,
     )
 
 
-def make_sampler(config: Config, tokenizer: Tokenizer) -> Callable[[Params, int], str]:
+def eval_batch_numbers(settings: TrainConfig, total: int) -> list[int]:
+    """Returns which of `total` batches of held-out text an evaluation takes, evenly.
+
+    The default counts operations and measures no time, so a resumed run takes the same.
+    A training step, forward and backward, has three times those of a batch here.
+    """
+    count = settings.eval_batches
+    if count is None:
+        steps = settings.eval_every or settings.steps
+        count = max(int(EVAL_SHARE * 3 * steps), 1)
+    count = min(count, total) if count else total
+    return [number * total // count for number in range(count)]
+
+
+def make_sampler(
+    config: Config, tokenizer: Tokenizer
+) -> Callable[[Params, int, Callable[[], bool]], str]:
     """Makes the function that generates a sample from the parameters at a step.
 
-    It generates `train.sample_tokens` tokens, or fewer where the context ends.
+    It generates `train.sample_tokens` tokens, or fewer where the context ends or where
+    the function that it is given returns True.
 
     Raises:
       ValueError: for an empty prompt, one that fills the context, and a stop id outside
@@ -294,7 +326,7 @@ def make_sampler(config: Config, tokenizer: Tokenizer) -> Callable[[Params, int]
         stop_ids=stop_ids,
     )
 
-    def sample(params: Params, step: int) -> str:
+    def sample(params: Params, step: int, is_over: Callable[[], bool]) -> str:
         key = jax.random.fold_in(jax.random.key(settings.seed), SAMPLE_STREAM)
         result = generate(
             config.model,
@@ -303,6 +335,7 @@ def make_sampler(config: Config, tokenizer: Tokenizer) -> Callable[[Params, int]
             sample_config,
             jax.random.fold_in(key, step),
             num_tokens=tokenizer.vocab_size,
+            on_tokens=lambda *_: is_over(),
         )
         return tokenizer.decode(result.tokens[0, : result.lengths[0]])
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from jaxlm.config import Config
+from jaxlm.config import Config, TrainConfig
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.progress import ProgressLine, Waiting
 from jaxlm.train.metrics import MetricsWriter
@@ -34,11 +34,12 @@ class Hooks:
     save: Callable[[TrainState], None]
     """Saves a state. The loop has checked that its loss and gradient are finite."""
     held_out: Callable[[], Iterable[Batch]] | None = None
-    """Returns the batches of one pass over the held-out text; None: no evaluation."""
+    """Returns the batches of one evaluation; None: no evaluation."""
     bytes_per_token: float | None = None
     """Mean UTF-8 bytes per held-out token, for bits per byte; None if unknown."""
-    sample: Callable[[Params, int], str] | None = None
-    """Generates text from the parameters at a step; None: no samples."""
+    sample: Callable[[Params, int, Callable[[], bool]], str] | None = None
+    """Generates text from the parameters at a step, until the function that it is given
+    returns True; None: no samples."""
 
 
 def fit(
@@ -51,6 +52,7 @@ def fit(
     writer: MetricsWriter,
     progress: ProgressLine,
     stop: StopRequest,
+    missing: Collection[str] = (),
     started: float | None = None,
 ) -> tuple[TrainState, int]:
     """Trains until step `config.train.steps`, or until `stop` requests an end.
@@ -60,7 +62,13 @@ def fit(
       state: donated to the first step; it must not be used afterwards.
       batches: one batch per step, the first for the step after that of `state`;
         already on the mesh.
+      missing: kinds of rows that the step of `state` should have and has not
+        (`due_kinds`).
       started: `time.monotonic()` when the process began; None takes now.
+
+    A state is saved before it is evaluated and sampled, which a stop ends between two
+    batches. What a stop or a kill left out is done when the run goes on from there, so
+    its rows are those of a run that was never stopped.
 
     Returns:
       The final state, which has been saved, and the exit code (`stopping.py`).
@@ -72,12 +80,38 @@ def fit(
     train = config.train
     train_step = make_train_step(config, optimizer)
     eval_step = make_eval_step(config.model, train)
-    first = int(state.step) + 1
+    step = saved_step = int(state.step)
+    first = step + 1
     started = time.monotonic() if started is None else started
     log = _Log(config, writer, progress, first)
-    saved_at, code = time.monotonic(), EXIT_DONE
+    saved_at = time.monotonic()
 
-    for step in range(first, train.steps + 1):
+    def look(kinds: Collection[str]) -> None:
+        """Evaluates and samples the current state, unless a stop is requested."""
+        if "eval" in kinds and hooks.held_out and not stop.is_requested():
+            with log.waiting("evaluating"):
+                sums = []
+                for batch in hooks.held_out():
+                    sums.append(eval_step(state.params, batch))
+                    if len(sums) > AHEAD:
+                        jax.block_until_ready(sums[-1 - AHEAD])
+                    if stop.is_requested():
+                        return
+                sums = jax.device_get(sums)
+            log.evaluation(step, sums, hooks.bytes_per_token)
+        if "sample" in kinds and hooks.sample and not stop.is_requested():
+            with log.waiting("sampling"):
+                text = hooks.sample(state.params, step, stop.is_requested)
+            if not stop.is_requested():  # Then the text is cut off.
+                log.sample(step, text)
+
+    if missing:
+        with log.paused():
+            look(missing)
+        if stop.received is not None:  # There is nothing new to save.
+            return state, stop.exit_code() or EXIT_DONE
+    while step < train.steps:
+        step += 1
         # Step. JAX returns after dispatch, before the device has computed it.
         batch = log.timed_next(batches)
         if step == first:
@@ -87,41 +121,40 @@ def fit(
         else:
             state, metrics = train_step(state, batch)
         log.add(step, metrics)
-        last = step == train.steps
 
         # Read the metrics, for which the host waits for the device.
-        requested = stop.exit_code()
-        save = last or requested is not None or _due(step, train.checkpoint_every)
+        kinds = due_kinds(train, hooks, step)
+        save = step == train.steps or _due(step, train.checkpoint_every)
         minutes = (time.monotonic() - saved_at) / 60
         save |= train.checkpoint_minutes > 0 and minutes >= train.checkpoint_minutes
-        evaluate = hooks.held_out and (last or _due(step, train.eval_every))
-        sample = hooks.sample and train.sample_every > 0
-        sample = sample and (last or _due(step, train.sample_every))
-        if save or evaluate or sample or step == first or log.is_due(step):
+        if save or kinds or step == first or log.is_due(step):
             log.read()
 
-        # Evaluate and sample, then save, even if sampling fails. The save comes last:
-        # a run killed before it repeats the step and writes all its rows.
+        # Save before evaluating and sampling, which may take long or fail.
         with log.paused():
-            try:
-                if evaluate and hooks.held_out:
-                    with log.waiting("evaluating"):
-                        sums = [eval_step(state.params, b) for b in hooks.held_out()]
-                        sums = jax.device_get(sums)
-                    log.evaluation(step, sums, hooks.bytes_per_token)
-                if sample and hooks.sample:
-                    with log.waiting("sampling"):
-                        text = hooks.sample(state.params, step)
-                    log.sample(step, text)
-            finally:
-                if save:
-                    with log.waiting("saving"):
-                        hooks.save(state)
-                    saved_at = time.monotonic()
-        if requested is not None:
-            code = requested
+            if save and not stop.is_requested():
+                with log.waiting("saving"):
+                    hooks.save(state)
+                saved_at, saved_step = time.monotonic(), step
+            look(kinds)
+        if stop.is_requested():
             break
-    return state, code
+    if saved_step < step:
+        log.read()
+        with log.waiting("saving"):
+            hooks.save(state)
+    code = stop.exit_code()
+    return state, EXIT_DONE if code is None else code
+
+
+def due_kinds(train: TrainConfig, hooks: Hooks, step: int) -> set[str]:
+    """Returns which of the rows "eval" and "sample" a step has."""
+    kinds, last = set(), step == train.steps
+    if hooks.held_out and (last or _due(step, train.eval_every)):
+        kinds.add("eval")
+    if hooks.sample and train.sample_every and (last or _due(step, train.sample_every)):
+        kinds.add("sample")
+    return kinds
 
 
 def _due(step: int, every: int) -> bool:

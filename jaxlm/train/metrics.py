@@ -2,21 +2,26 @@
 
 A row has `kind`, `step` and the fields of its kind (`FIELDS`). Floats read back
 exactly. NaN and infinities are written as the strings "nan", "inf" and "-inf", so that
-each line is valid JSON.
+each line is valid JSON. The last field of a row is the CRC-32 of the row without it, so
+that damage which leaves valid JSON is seen too; rows of earlier versions have none.
 """
 
 import contextlib
+import io
 import json
 import logging
 import math
 import os
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxlm.durable import replacing
 
 FILE_NAME = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"
 
 # The required fields of each kind of row; a row may have more.
 FIELDS: Mapping[str, Mapping[str, str]] = {
@@ -42,6 +47,7 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
 
 # Fields that are never read as numbers: a sample may be the text "nan".
 TEXT_FIELDS = ("kind", "text", "prompt", "event", "message")
+_CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"}$')
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 logger = logging.getLogger(__name__)
@@ -89,11 +95,24 @@ def _decode(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+def _to_line(row: dict[str, Any]) -> bytes:
+    text = json.dumps(row, allow_nan=False)
+    return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def _parse_line(line: bytes, where: str, checked: bool) -> tuple[dict[str, Any], bool]:
+    """Returns a row and whether it has a checksum, which it must have if `checked`."""
+    checksum = _CHECKSUM.search(line)
+    if checksum:
+        line = line[: checksum.start()] + b"}"
+        if zlib.crc32(line) != int(checksum[1], 16):
+            raise ValueError(f"{where}: it is damaged (its checksum is wrong)")
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
+    if checked and not checksum:
+        raise ValueError(f"{where}: it is damaged (it has no checksum)")
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a JSON object")
     if not isinstance(row.get("kind"), str):
@@ -101,12 +120,20 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     step = row.get("step")
     if not isinstance(step, int) or isinstance(step, bool):
         raise ValueError(f"{where}: no whole number 'step'")
-    return _decode(row)
+    return _decode(row), checksum is not None
 
 
-def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Returns lines and rows, without a last line that is only half written."""
-    parsed = []
+class _Log(NamedTuple):
+    """The lines of a file, without line ends."""
+
+    rows: list[tuple[bytes, dict[str, Any]]]
+    """Each line that is a row, and the row."""
+    damaged: list[tuple[bytes, ValueError]]
+    """Each line that is not, and why; but not a last one that is only half written."""
+
+
+def _parse(data: bytes, path: Path) -> _Log:
+    log, checked = _Log([], []), False
     lines = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -116,11 +143,12 @@ def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             b"\0" in line and not any(rest.strip() for rest in lines[number:])
         )
         try:
-            parsed.append((line, _parse_line(line, f"{path}, line {number}")))
-        except ValueError:
+            row, checked = _parse_line(line, f"{path}, line {number}", checked)
+            log.rows.append((line, row))
+        except ValueError as error:
             if not cut_off:
-                raise
-    return parsed
+                log.damaged.append((line, error))
+    return log
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
@@ -134,16 +162,30 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{path}: no such file; is {run_dir} the folder of a run?")
-    return [row for _, row in _parse(path.read_bytes(), path)]
+    log = _parse(path.read_bytes(), path)
+    if log.damaged:
+        raise log.damaged[0][1]
+    return [row for _, row in log.rows]
+
+
+def kinds_at(run_dir: Path | str, step: int) -> set[str]:
+    """Returns the kinds of the rows that a run has of a step; of none if unreadable."""
+    path = Path(run_dir) / FILE_NAME
+    try:
+        log = _parse(path.read_bytes(), path)
+    except OSError:
+        return set()
+    return {row["kind"] for _, row in log.rows if row["step"] == step}
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
     """Appends rows to `metrics.jsonl` in a run folder. Only one may be open per run.
 
     Each row is a single write, so a killed process loses no earlier row and leaves at
-    most half of one, which the next start removes. If the file cannot be written (a
-    full disk), it warns once and the run continues. The same holds for a sink that
-    fails, which gets no more rows.
+    most half of one, which the next start removes. Nothing here ends a run: damaged
+    lines are moved to `metrics.damaged.jsonl`; if the file cannot be written (a full
+    disk), it warns once and tries again with each row; a file that was deleted is begun
+    anew; and a sink that fails gets no more rows.
     """
 
     def __init__(
@@ -153,7 +195,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         resume_step: int | None = None,
         sinks: Sequence[Sink] = (),
     ):
-        """Opens the file, and creates the folder if needed.
+        """Opens the file, and creates the folder if needed; a failure is logged.
 
         Args:
           run_dir: folder of the run.
@@ -161,10 +203,6 @@ class MetricsWriter(contextlib.AbstractContextManager):
             those steps will be repeated. None starts an empty file, and keeps the rows
             of an earlier run as `metrics.previous.jsonl`.
           sinks: what also receives each row.
-
-        Raises:
-          ValueError: if a line of the file (named in the message) is not a row.
-          OSError: if the folder cannot be written.
         """
         self.path = Path(run_dir) / FILE_NAME
         self.last_train: dict[str, Any] | None = None
@@ -173,20 +211,31 @@ class MetricsWriter(contextlib.AbstractContextManager):
         """Number of rows that could not be written."""
         self._warned = False
         self._sinks = list(sinks)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            self._keep_up_to(resume_step)
-        elif self.path.exists() and self.path.stat().st_size:
-            os.replace(self.path, self.path.with_name("metrics.previous.jsonl"))
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        self._good_size = self._file.tell()
+        self._file: io.FileIO | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None:
+                self._keep_up_to(resume_step)
+            elif self.path.exists() and self.path.stat().st_size:
+                os.replace(self.path, self.path.with_name("metrics.previous.jsonl"))
+            self._open()
+        except OSError as error:
+            self._warn_of(error)
 
     def _keep_up_to(self, step: int) -> None:
-        """Drops later rows and a half-written last line, in one atomic replacement."""
+        """Drops later rows, damaged ones and a half-written last line, all at once."""
         if not self.path.exists():
             return
         data = self.path.read_bytes()
-        kept = [(ln, row) for ln, row in _parse(data, self.path) if row["step"] <= step]
+        log = _parse(data, self.path)
+        if log.damaged:
+            with open(self.path.with_name(DAMAGED), "ab") as file:
+                file.writelines(line + b"\n" for line, _ in log.damaged)
+            logger.warning(
+                "%s; moved to %s (%d damaged in all), and the log goes on",
+                *(log.damaged[0][1], DAMAGED, len(log.damaged)),
+            )
+        kept = [(line, row) for line, row in log.rows if row["step"] <= step]
         trains = [row for _, row in kept if row["kind"] == "train"]
         self.last_train = trains[-1] if trains else None
         text = b"".join(line + b"\n" for line, _ in kept)
@@ -216,7 +265,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         row = _encode({"kind": kind, "step": step, **values})
         if self.lost_rows:
             row["lost_rows"] = self.lost_rows  # makes the gap visible
-        self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._append(_to_line(row))
         if kind == "train":
             self.last_train = _decode(dict(row))
         for sink in tuple(self._sinks):
@@ -228,26 +277,47 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
     def _append(self, line: bytes) -> None:
         try:
-            if self._file.tell() != self._good_size:  # left by a failed write
-                self._file.truncate(self._good_size)
-                self._file.seek(self._good_size)
-            written = self._file.write(line)
+            file = self._file
+            if file is None or not self._is_there(file):
+                file = self._open()
+            if file.tell() != self._good_size:  # left by a failed write
+                file.truncate(self._good_size)
+                file.seek(self._good_size)
+            written = file.write(line)
             if written != len(line):
                 raise OSError(f"only {written} of {len(line)} bytes were written")
             self._good_size += len(line)
         except OSError as error:
             self.lost_rows += 1
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "%s cannot be written (%s): training goes on, rows are lost until "
-                    "it can",
-                    *(self.path, error),
-                )
+            self._warn_of(error)
+
+    def _open(self) -> io.FileIO:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._file = io.FileIO(self.path, "ab")
+        self._good_size = self._file.tell()
+        return self._file
+
+    def _is_there(self, file: io.FileIO) -> bool:
+        """Whether nobody has deleted or replaced the file."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        return False
+
+    def _warn_of(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s cannot be written (%s): training goes on, rows are lost until it "
+                "can",
+                *(self.path, error.strerror or error),
+            )
 
     def close(self, failed: bool = False) -> None:
         """Closes the file and the sinks; no more rows can be written."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for sink in self._sinks:
             try:
                 sink.close(failed)

@@ -11,7 +11,11 @@ EXIT_NO_CHECKPOINT = 3
 EXIT_NOT_FINITE = 4
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
-SIGNAL_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_PREEMPTED}
+SIGNAL_CODES = {
+    signal.SIGINT: EXIT_INTERRUPTED,
+    signal.SIGTERM: EXIT_PREEMPTED,
+    signal.SIGHUP: EXIT_PREEMPTED,
+}
 
 
 class NotFinite(ValueError):
@@ -19,7 +23,9 @@ class NotFinite(ValueError):
 
 
 class StopRequest(Interrupts):
-    """Turns Ctrl-C, SIGTERM and the time limit into a request that the loop reads.
+    """Turns signals and the time limit into a request that the loop reads.
+
+    The signals are Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed.
 
     After the first signal the loop finishes its step and saves the state. A second
     signal ends the process at once; earlier checkpoints stay. Use it as a context
@@ -34,6 +40,10 @@ class StopRequest(Interrupts):
             raises=False,
         )
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+
+    def is_requested(self) -> bool:
+        """Whether to stop."""
+        return self.exit_code() is not None
 
     def exit_code(self) -> int | None:
         """Returns the exit code to stop with; None to go on."""

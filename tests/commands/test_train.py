@@ -59,7 +59,7 @@ def test_a_sample_ends_with_the_context():
     settings = TrainConfig(sample_prompt="x" * 30, sample_tokens=200)
     config = Config(model=MODEL, data=DataConfig(sequence_length=16), train=settings)
     sample = make_sampler(config, TOKENIZER)
-    text = sample(make_params(MODEL), 1)
+    text = sample(make_params(MODEL), 1, lambda: False)
     assert 0 < len(text) <= 10
 
 
@@ -73,7 +73,7 @@ def test_samples_begin_and_end_as_those_of_jaxlm_sample():
     with mock.patch.object(
         train_module, "generate", side_effect=train_module.generate
     ) as generate:
-        sample(make_params(MODEL), 1)
+        sample(make_params(MODEL), 1, lambda: False)
     _, _, (prompt,), sample_config, _ = generate.call_args.args
     assert list(prompt) == [256, 97, 98]
     assert sample_config.stop_ids == (5, 6)

@@ -41,12 +41,13 @@ from jaxlm.commands import train
 
 action, _, at = os.environ.get("FAULT", "").partition("@")
 real_batches, real_initial_state = train.batches, train.initial_state
+real_make_hooks = train.make_hooks
 
 def batches(dataset, batch_size, start_step, *rest):
     record = open(os.environ["RECORD"], "a")
     for step, batch in enumerate(real_batches(dataset, batch_size, start_step, *rest)):
         step += start_step + 1
-        if at and step == int(at):
+        if at and step == int(at) and not action.startswith("evaluation"):
             if action in ("SIGKILL", "SIGTERM", "SIGINT"):
                 os.kill(os.getpid(), getattr(signal, action))
             elif action == "TWICE":
@@ -84,7 +85,22 @@ def initial_state(*arguments):
         state = train.dataclasses.replace(state, opt_state=opt_state)
     return state, resumed
 
+def make_hooks(*arguments):
+    "With `evaluation-SIGTERM@2`, the signal comes in this process's second evaluation."
+    real, count = real_make_hooks(*arguments), 0
+    def held_out():
+        nonlocal count
+        count += 1
+        for batch in real.held_out():
+            if count == int(at):
+                os.kill(os.getpid(), getattr(signal, action.partition("-")[2]))
+            yield batch
+    if not action.startswith("evaluation"):
+        return real
+    return train.dataclasses.replace(real, held_out=held_out)
+
 train.batches, train.initial_state = batches, initial_state
+train.make_hooks = make_hooks
 names = {"prog": "python train.py", "sample_command": "python sample.py"}
 sys.exit(cli.run("train", sys.argv[1:], **names))
 """

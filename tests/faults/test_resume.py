@@ -81,6 +81,23 @@ def test_stopped_in_every_way_and_resumed_is_the_same(stopped, straight):
 
 
 @pytest.mark.slow
+def test_stopped_in_evaluations_and_resumed_is_the_same(straight):
+    """Also in that of the last step, and by kill -9 and SIGHUP."""
+    run = Run(straight.folder, "evaluations")
+    code, _, err = run.train(fault="evaluation-SIGHUP@1")
+    assert code == 75 and "saved at step 5" in err, err
+    assert run.steps() == [3, 5]
+    code, _, err = run.train(fault="evaluation-SIGKILL@2")
+    assert code == -9
+    code, _, err = run.train(fault="evaluation-SIGTERM@2")
+    assert code == 75 and run.steps()[-1] == 12, err
+    code, _, err = run.train()
+    assert code == 0 and "held-out loss" in err, err
+    assert differences(straight.course(), run.course()) == set()
+    assert "all 12 steps are done" in run.train()[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule, steps", [("constant", 6), ("wsd", 10)])
 def test_a_run_made_longer_is_the_longer_run(folder, schedule, steps):
     """Constant: after its end. wsd: stopped before the decay of its last fifth."""

@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import io
+import itertools
 import math
+import os
+import signal
 import time
 
 import jax
@@ -219,7 +222,7 @@ class Trial:
         hooks = hooks or Hooks(
             save=self.save,
             held_out=lambda: self.held_out,
-            sample=lambda _params, step: f"text {step}",
+            sample=lambda _params, step, _is_over: f"text {step}",
         )
         with MetricsWriter(folder) as writer, StopRequest() as stop:
             self.stop = stop
@@ -327,7 +330,7 @@ def test_a_slow_run_shows_every_step_and_writes_the_rows_that_are_due(
 
 
 def test_a_sample_that_fails_does_not_lose_the_state_of_its_step(tmp_path):
-    def sample(params, step):
+    def sample(params, step, is_over):
         raise ValueError("no sample")
 
     saved = []
@@ -335,6 +338,55 @@ def test_a_sample_that_fails_does_not_lose_the_state_of_its_step(tmp_path):
     with pytest.raises(ValueError, match="no sample"):
         Trial(tmp_path, config_of(steps=1), [BATCH], hooks)
     assert saved == [1]
+
+
+def signal_at(number, values):
+    """Yields values; before the one of a number, SIGTERM arrives."""
+    for index, value in enumerate(values):
+        if index == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        yield value
+
+
+def test_a_stop_ends_an_evaluation_between_batches_and_saves(tmp_path):
+    taken, saved = [], []
+
+    def held_out():
+        for batch in signal_at(3, [BATCH] * 1000):
+            taken.append(batch)
+            yield batch
+
+    hooks = Hooks(
+        save=lambda state: saved.append((int(state.step), len(taken))),
+        held_out=held_out,
+        sample=lambda *_: pytest.fail("no sample after a stop"),
+    )
+    trial = Trial(tmp_path, config_of(eval_every=2), 9 * [BATCH], hooks)
+    assert trial.result[1] == 75 and saved == [(2, 4)]
+    assert not [r for r in read_metrics(tmp_path) if r["kind"] == "eval"]
+
+
+def test_a_stop_ends_a_sample_and_a_due_save_comes_before_it(tmp_path):
+    saved, chunks = [], []
+
+    def sample(params, step, is_over):
+        assert saved == [step]
+        chunks.extend(
+            itertools.takewhile(lambda _: not is_over(), signal_at(3, range(99)))
+        )
+        return "half a text"
+
+    hooks = Hooks(save=lambda state: saved.append(int(state.step)), sample=sample)
+    config = config_of(sample_every=2, checkpoint_every=2)
+    trial = Trial(tmp_path, config, 9 * [BATCH], hooks)
+    assert trial.result[1] == 75 and saved == [2] and chunks == [0, 1, 2]
+    assert not [r for r in read_metrics(tmp_path) if r["kind"] == "sample"]
+
+
+def test_a_stop_while_a_step_is_awaited_takes_no_other_step(tmp_path):
+    state = Trial(tmp_path, config_of(), signal_at(3, 9 * [BATCH]), WITHOUT).result[0]
+    assert int(state.step) == 4
 
 
 def test_a_step_gives_back_the_memory_of_the_old_state():

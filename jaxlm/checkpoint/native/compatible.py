@@ -15,7 +15,7 @@ _FREE_DATA = ("workers", "prefetch", "cache_dir")
 _FREE_TRAIN = (
     *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
     *("checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),
-    *("max_minutes", "run_dir", "log_to", "compile_cache"),
+    *("eval_batches", "max_minutes", "run_dir", "log_to", "compile_cache"),
 )
 # Fields that affect only the order of floating-point operations.
 _ROUNDING_TRAIN = ("accumulation_steps", "loss_chunk")
