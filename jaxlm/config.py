@@ -10,7 +10,6 @@ The line below a field is its help in `train.py --help`.
 import dataclasses
 import difflib
 import json
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -24,6 +23,8 @@ TOKENIZERS = ("chars", "bytes", "bpe", "sentencepiece")
 # Fields of the model that change how it is computed, but not what it computes. They may
 # change when a run is resumed.
 EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention", "decode_attention")
+# The largest number in float32, in which everything is computed or accumulated.
+MAX_FLOAT = 3.4028234663852886e38
 AttentionName = Literal[
     "auto", "reference", "dense", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn"
 ]
@@ -67,11 +68,11 @@ class RopeScaling:
     def __post_init__(self):
         check_types(self, "model.rope_scaling")
         where = "model.rope_scaling"
-        _check(self, where, "at least 1", "factor")
+        _check(self, where, "at least 1, at most a million", "factor")
         _check(self, where, ">= 0", "original_context_length")
         positive = ("attention_factor", "low_frequency_factor", "beta_slow")
         _check(self, where, "> 0", *positive)
-        _check(self, where, "all > 0", "short_factors", "long_factors")
+        _check(self, where, "all at least 0.001", "short_factors", "long_factors")
         for kind, low, high in (
             ("llama3", "low_frequency_factor", "high_frequency_factor"),
             ("yarn", "beta_slow", "beta_fast"),
@@ -268,7 +269,7 @@ class ModelConfig:
             )
 
     def _check_rope(self) -> None:
-        _check(self, "model", "> 0", "rope_theta", "rope_local_theta")
+        _check(self, "model", "at least 1", "rope_theta", "rope_local_theta")
         _check(self, "model", "in (0, 1]", "rope_fraction")
         if self.rotary_dim % 2 or self.rotary_dim == 0:
             raise ValueError(
@@ -287,6 +288,11 @@ class ModelConfig:
                 "'yarn' it must be > 1"
             )
         if scaling is not None and scaling.kind == "longrope":
+            if (scaling.original_context_length or self.context_length) < 2:
+                raise ValueError(
+                    "model.rope_scaling.original_context_length is 1: with "
+                    "model.rope_scaling.kind 'longrope' it must be at least 2"
+                )
             for name in ("short_factors", "long_factors"):
                 if len(getattr(scaling, name)) != self.rotary_dim // 2:
                     raise ValueError(
@@ -574,12 +580,13 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "> 3": lambda x: x > 3,
     ">= 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
+    "at least 1, at most a million": lambda x: 1 <= x <= 1e6,
     ">= 1, or -1": lambda x: x >= 1 or x == -1,
     "in [0, 1)": lambda x: 0 <= x < 1,
     "in [0, 1]": lambda x: 0 <= x <= 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
     "in [0, 100]": lambda x: 0 <= x <= 100,
-    "all > 0": lambda x: all(v > 0 for v in x),
+    "all at least 0.001": lambda x: all(v >= 0.001 for v in x),
     "at least one path": bool,
     "at least one value": bool,
     ">= 0 and not all zero": lambda x: min(x) >= 0 and sum(x) > 0,
@@ -646,8 +653,10 @@ def check_types(config: Any, where: str) -> None:
     for f in dataclasses.fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-            raise ValueError(f"{where}.{f.name} is {value!r}: it must be finite")
+        if any(isinstance(v, float) and not abs(v) <= MAX_FLOAT for v in numbers):
+            raise ValueError(
+                f"{where}.{f.name} is {value!r}: it must be finite in float32"
+            )
         if any(isinstance(v, int) and abs(v) >= 2**63 for v in numbers):
             raise ValueError(f"{where}.{f.name} is {value!r}: it must be below 2**63")
         if not matches(value, hint):

@@ -113,7 +113,11 @@ WRONG = [
         {"num_kv_heads": 3},
         r"num_heads is 4: .*a multiple of model\.num_kv_heads 3, as each key/value",
     ),
-    ("model", {"rope_theta": -1.0}, r"model\.rope_theta is -1\.0: it must be > 0"),
+    (
+        "model",
+        {"rope_theta": -1.0},
+        r"model\.rope_theta is -1\.0: it must be at least 1",
+    ),
     (
         "model",
         {"rope_fraction": 0.0},

@@ -11,7 +11,17 @@ REPOSITORY = Path(__file__).parents[1]
 # A folder imports from earlier rows only, never from its own row. `interp` and `serve`
 # are planned.
 ROWS = (
-    ("config", "types", "tree", "progress", "interrupts", "durable", "hub"),
+    ("printable",),
+    (
+        "config",
+        "types",
+        "tree",
+        "progress",
+        "interrupts",
+        "durable",
+        "hub",
+        "strict_json",
+    ),
     ("ops", "sharding", "tokenizers"),
     ("data", "model"),
     ("checkpoint",),

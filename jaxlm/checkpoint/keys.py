@@ -1,10 +1,10 @@
 """Strict reading of the keys with which a published file describes a model."""
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxlm.config import nearest
+from jaxlm.config import MAX_FLOAT, nearest
+from jaxlm.printable import shown, shown_value
 
 # No model is wider or deeper: larger numbers mean a broken or hostile file.
 MAX_COUNT = 1 << 24
@@ -50,14 +50,18 @@ class Keys:
         value = self.take(name, default)
         wrong = isinstance(value, bool) and bool not in kinds
         if value is not default and (wrong or not isinstance(value, kinds)):
-            raise ValueError(f"{self.where}: {name} is {value!r}, not {what}")
+            raise ValueError(
+                f"{self.where}: {name} is {shown_value(value)}, not {what}"
+            )
         return value
 
     def count(self, name: str, default: Any = REQUIRED, most: int = MAX_COUNT) -> Any:
         """Takes an integer from 1 to `most`, or the default."""
         value = self._typed(name, default, (int,), "an integer")
         if value is not default and not 1 <= value <= most:
-            raise ValueError(f"{self.where}: {name} is {value}, not from 1 to {most}")
+            raise ValueError(
+                f"{self.where}: {name} is {shown_value(value)}, not from 1 to {most}"
+            )
         return value
 
     def index(self, name: str, default: int) -> int:
@@ -70,9 +74,19 @@ class Keys:
     def number(self, name: str, default: Any = REQUIRED) -> Any:
         """Takes a finite number, or the default."""
         value = self._typed(name, default, (int, float), "a number")
-        if value is not default and not math.isfinite(value):
-            raise ValueError(f"{self.where}: {name} is {value}, not finite")
+        # Compared first: a longer integer has no float.
+        if value is not default and not abs(value) <= MAX_FLOAT:
+            raise ValueError(
+                f"{self.where}: {name} is {shown_value(value)}, not finite in float32"
+            )
         return value if value is None else float(value)
+
+    def positive(self, name: str, default: float) -> float:
+        """Takes a finite number above 0, or the default."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise ValueError(f"{self.where}: {name} is {value}, not above 0")
+        return value
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:
         """Takes true or false, or the default."""
@@ -83,7 +97,8 @@ class Keys:
         word = self.take(name, default)
         if not isinstance(word, str) or word not in choices:
             raise ValueError(
-                f"{self.where}: {name} is {word!r}{nearest(str(word), list(choices))}; "
+                f"{self.where}: {name} is {shown_value(word)}"
+                f"{nearest(str(word)[:100], list(choices))}; "
                 f"known are {', '.join(choices)}"
             )
         return choices[word]
@@ -95,6 +110,8 @@ class Keys:
             return values
         kinds = (int, float) if kind is float else (kind,)
         wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, kinds)]
+        if kind is float:
+            wrong = wrong or [v for v in values if not abs(v) <= MAX_FLOAT]
         if wrong or len(values) > MAX_LAYERS:
             raise ValueError(
                 f"{self.where}: {name} is not a list of at most {MAX_LAYERS} "
@@ -119,7 +136,8 @@ class Keys:
         value = self._values.pop(name, None)
         if value is not None and value not in allowed:
             raise ValueError(
-                f"{self.where}: {name} is {value!r}, which this jaxlm cannot compute "
+                f"{self.where}: {name} is {shown_value(value)}, which this jaxlm "
+                f"cannot compute "
                 f"(only {' or '.join(map(repr, allowed)) or 'null'})"
             )
 
@@ -131,9 +149,9 @@ class Keys:
     def done(self, no_effect: Collection[str] = ()) -> None:
         """Raises ValueError if a key that may have an effect was not taken."""
         left = sorted(n for n, v in self._values.items() if v is not None)
-        left = [name for name in left if name not in no_effect]
+        left = [shown(name) for name in left if name not in no_effect]
         if left:
             raise ValueError(
-                f"{self.where}: this jaxlm does not know {', '.join(left)}, which may "
-                "change what the model computes: the model is not read"
+                f"{self.where}: this jaxlm does not know {', '.join(left[:8])}, which "
+                "may change what the model computes: the model is not read"
             )

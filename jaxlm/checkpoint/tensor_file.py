@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -61,14 +61,6 @@ class StoredTensor:
 TensorSpecs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 # Returns the values of the tensor of this name.
 ReadTensor = Callable[[str], np.ndarray]
-
-
-def shown(name: Any) -> str:
-    """Formats a name from a file for a message: short, one line, quoted if odd."""
-    if not isinstance(name, str):
-        return f"of type {type(name).__name__}"
-    short = name if len(name) <= 120 else f"{name[:100]}..."
-    return short if short.isprintable() and " " not in short and short else repr(short)
 
 
 def map_file(path: Path) -> mmap.mmap:

@@ -16,6 +16,7 @@ from jaxlm.checkpoint.families import choose
 from jaxlm.checkpoint.keys import MAX_LAYERS, Keys
 from jaxlm.config import ModelConfig, RopeScaling
 from jaxlm.ops.rope import frequencies, llama3_frequencies, longrope_attention_factor
+from jaxlm.printable import shown
 
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_SHORT, ROPE_LONG = "rope_factors_short.weight", "rope_factors_long.weight"
@@ -51,7 +52,7 @@ def _read_shared(keys: Keys, vocab_size: int, tied: bool) -> dict[str, Any]:
         "hidden_dim": keys.count("feed_forward_length"),
         "context_length": keys.count("context_length"),
         "norm_epsilon": keys.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.number("rope.freq_base", 10_000.0),
+        "rope_theta": keys.positive("rope.freq_base", 10_000.0),
         "rope_fraction": rotary / head_dim,
         "tied_embeddings": tied,
     }
@@ -80,15 +81,17 @@ def _read_scaling(
         if set(divisors) != {ROPE_SHORT, ROPE_LONG}:
             raise ValueError(f"{keys.where}: {ROPE_SHORT} or {ROPE_LONG} is missing")
         length = original or shared["context_length"]
-        return RopeScaling(
+        scaling = RopeScaling(
             kind="longrope",
             original_context_length=length,
             short_factors=_shortest(divisors[ROPE_SHORT]),
             long_factors=_shortest(divisors[ROPE_LONG]),
-            attention_factor=_unless_default(
-                attention_factor, shared["context_length"] / length, length
-            ),
+            attention_factor=attention_factor,
         )
+        extension = shared["context_length"] / length
+        if _is_default(attention_factor, extension, length):
+            return dataclasses.replace(scaling, attention_factor=None)
+        return scaling
     if kind == "longrope":
         raise ValueError(f"{keys.where}: {ROPE_SHORT} or {ROPE_LONG} is missing")
     if attention_factor not in (None, 1.0):
@@ -112,16 +115,17 @@ def _read_scaling(
 def _shortest(x: Any) -> Any:
     """Rounds floats to the fewest digits that give the same f32."""
     if isinstance(x, float):
-        return float(str(np.float32(x)))
+        with np.errstate(over="ignore"):  # Keys refuses infinity.
+            return float(str(np.float32(x)))
     return tuple(float(str(v)) for v in np.asarray(x, np.float32))
 
 
-def _unless_default(given: float | None, factor: float, length: int) -> float | None:
-    """Returns LongRoPE's factor for cos and sin; None if the formula gives it."""
+def _is_default(given: float | None, factor: float, length: int) -> bool:
+    """Whether the formula gives this factor of LongRoPE for cos and sin."""
+    if given is None or length < 2:
+        return False
     formula = longrope_attention_factor(factor, length)
-    if given is None or math.isclose(given, formula, rel_tol=1e-5):
-        return None
-    return given
+    return math.isclose(given, formula, rel_tol=1e-5)
 
 
 def _from_divisors(
@@ -287,15 +291,32 @@ def read_config(
     # 1e-5 is stored as the nearest f32: take the number that was meant.
     floats = {k: _shortest(v) for k, v in own.items() if isinstance(v, float)}
     keys = Keys({**own, **floats}, f"{where}: {arch}")
+    try:
+        config = _read(arch, keys, vocab_size, tied, divisors)
+    except ValueError as error:
+        known = str(error).startswith(where)
+        raise ValueError(f"{'' if known else where + ': '}{error}") from None
+    others = [k for k in metadata if not k.startswith((prefix, "split.", *_OTHER))]
+    if others:
+        raise ValueError(
+            f"{where}: this jaxlm does not know the key {shown(others[0])}"
+        )
+    return config
+
+
+def _read(
+    arch: str,
+    keys: Keys,
+    vocab_size: int,
+    tied: bool,
+    divisors: Mapping[str, np.ndarray],
+) -> ModelConfig:
     shared = _read_shared(keys, vocab_size, tied)
     fields = _READERS[arch](keys, shared)
     scaling = _read_scaling(keys, shared, divisors)
     if arch != "phi3" and scaling is not None and ROPE_LONG in divisors:
-        raise ValueError(f"{where}: this jaxlm does not know {arch} with {ROPE_LONG}")
+        raise ValueError(f"this jaxlm does not know {arch} with {ROPE_LONG}")
     keys.done()
-    others = [k for k in metadata if not k.startswith((prefix, "split.", *_OTHER))]
-    if others:
-        raise ValueError(f"{where}: this jaxlm does not know the key {others[0]}")
     return ModelConfig(**{**shared, **fields}, rope_scaling=scaling)
 
 

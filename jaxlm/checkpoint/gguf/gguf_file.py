@@ -32,11 +32,11 @@ from jaxlm.checkpoint.tensor_file import (
     check_given,
     map_file,
     number_of_values,
-    shown,
     view,
     write_values,
 )
 from jaxlm.durable import replacing
+from jaxlm.printable import shown
 
 MAX_KEYS = 100_000
 MAX_DIMS = 4

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlm.checkpoint.hf import hf_fields
-from jaxlm.checkpoint.keys import MAX_LAYERS, Keys
+from jaxlm.checkpoint.keys import MAX_COUNT, MAX_LAYERS, Keys
 from jaxlm.config import ModelConfig
+from jaxlm.printable import shown_value
 
 # Keys that do not affect the logits: names, training, saving, generation, and code that
 # is never executed.
@@ -167,7 +168,7 @@ def _read_gemma2(keys: Keys) -> ModelConfig:
 def _gemma_scores(keys: Keys, cap: float | None, final: float | None) -> dict[str, Any]:
     """Reads the attention scale and the soft caps, with defaults for the caps."""
     return {
-        "attention_scale": keys.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_scale": keys.positive("query_pre_attn_scalar", 256.0) ** -0.5,
         "attention_soft_cap": hf_fields.soft_cap(keys, "attn_logit_softcapping", cap),
         "final_soft_cap": hf_fields.soft_cap(keys, "final_logit_softcapping", final),
     }
@@ -210,7 +211,13 @@ def _read_gemma3(keys: Keys) -> ModelConfig:
     keys.drop("vision_config", "mm_tokens_per_image", "image_token_index")
     keys.drop("image_token_id", "boi_token_index", "eoi_token_index")
     keys.must("tie_word_embeddings", True)
-    return read(keys.section("text_config"))
+    text = keys.section("text_config")
+    # Otherwise it could be another multimodal model, and so on.
+    if (kind := text.peek("model_type")) != "gemma3_text":
+        raise ValueError(
+            f"{text.where}: model_type is {shown_value(kind)}, not 'gemma3_text'"
+        )
+    return read(text)
 
 
 def _read_phi3(keys: Keys) -> ModelConfig:
@@ -399,5 +406,10 @@ def read(keys: Keys) -> ModelConfig:
     if scaling is not None and scaling.kind == "dynamic":
         # The file has the length before scaling.
         scaled = int(config.context_length * scaling.factor)
+        if scaled > MAX_COUNT:
+            raise ValueError(
+                f"{keys.where}: rope_scaling: factor {scaling.factor} makes a context "
+                f"of {scaled} tokens: at most {MAX_COUNT} are possible"
+            )
         config = dataclasses.replace(config, context_length=scaled)
     return config

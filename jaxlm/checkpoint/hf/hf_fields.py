@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxlm.checkpoint.keys import MAX_COUNT, MAX_LAYERS, REQUIRED, Keys
 from jaxlm.config import RopeScaling
+from jaxlm.printable import shown_value
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -177,7 +178,8 @@ def windows(
         )
     for name in set(names) - set(LAYER_KINDS):
         raise ValueError(
-            f"{keys.where}: layer_types has {name!r}, which this jaxlm cannot compute"
+            f"{keys.where}: layer_types has {shown_value(name)}, which this "
+            "jaxlm cannot compute"
         )
     kinds = [LAYER_KINDS[name] for name in names[:layers]]
     reached = window is not None and window < fields["context_length"]

@@ -20,6 +20,7 @@ from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.checkpoint.tensor_mapping import TensorMapping
 from jaxlm.config import ModelConfig
+from jaxlm.strict_json import parse_object
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
 from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
@@ -101,19 +102,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a small file.
 
     Raises:
-      ValueError: if it is missing, too large or not an object.
+      ValueError: if it is missing, too large, or not an object with unique names.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES} bytes")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is broken: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is broken: not a JSON object")
-    return values
+    return parse_object(path.read_bytes(), str(path))
 
 
 def _rename(

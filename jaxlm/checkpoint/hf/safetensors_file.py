@@ -24,11 +24,12 @@ from jaxlm.checkpoint.tensor_file import (
     check_given,
     map_file,
     number_of_values,
-    shown,
     view,
     write_values,
 )
 from jaxlm.durable import replacing
+from jaxlm.printable import shown
+from jaxlm.strict_json import parse_object
 
 MAX_HEADER_BYTES = 16 << 20
 # A tensor with four dimensions has 7. This bounds the number of JSON values: 16 MiB of
@@ -111,37 +112,15 @@ def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     text = mapped[8 : 8 + length]
     if not text.startswith(b"{"):
         raise ValueError(f"{path}: not a safetensors file: the header is not JSON")
-    return parse_object(text, f"{path}: the header"), 8 + length
+    where = f"{path}: the header"
+    check_values(text, where)
+    return parse_object(text, where, allow_nan=False), 8 + length
 
 
-def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parses a JSON object in UTF-8 with unique names and no NaN or Infinity."""
+def check_values(text: bytes, where: str) -> None:
+    """Raises ValueError for JSON of more values than any header or index has."""
     if text.count(b",") > _MAX_COMMAS:
         raise ValueError(f"{where} has more than {_MAX_COMMAS} values")
-    try:
-        value = json.loads(
-            text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply") from None
-    except ValueError as e:
-        raise ValueError(f"{where} is not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen = set()
-        duplicate = next(n for n, _ in pairs if n in seen or seen.add(n))
-        raise ValueError(f"the name {shown(duplicate)} appears twice")
-    return values
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _read_metadata(path: Path, metadata: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm.checkpoint.hf.safetensors_file import (
     MAX_HEADER_BYTES,
-    parse_object,
+    check_values,
     read_safetensors,
     write_safetensors,
 )
@@ -23,9 +23,10 @@ from jaxlm.checkpoint.tensor_file import (
     TensorSpecs,
     map_file,
     number_of_values,
-    shown,
 )
 from jaxlm.durable import replacing
+from jaxlm.printable import shown
+from jaxlm.strict_json import parse_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -97,7 +98,9 @@ def _read_index(index: Path, path: Path) -> dict[str, str]:
     mapped = map_file(path)
     if len(mapped) > MAX_HEADER_BYTES:
         raise ValueError(f"{index}: larger than {MAX_HEADER_BYTES} bytes")
-    shard_of = parse_object(mapped[:], f"{index}: the index").get("weight_map")
+    text, where = mapped[:], f"{index}: the index"
+    check_values(text, where)
+    shard_of = parse_object(text, where, allow_nan=False).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{index}: weight_map is not a JSON object with tensors")
     if len(shard_of) > MAX_TENSORS:
