@@ -467,7 +467,7 @@ class TrainConfig:
     load_balance_loss: float = 0.0
     """Weight of the load-balance loss of mixture-of-experts layers."""
     loss_chunk: int = 0
-    """Tokens whose logits are in memory at once; 0: all."""
+    """Tokens of a device whose logits are in memory at once; 0: all."""
     log_every: int = 10
     """Steps between rows in metrics.jsonl."""
     eval_every: int = 500

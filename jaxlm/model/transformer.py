@@ -153,6 +153,13 @@ def _final_norm(
     return norm({"params": params["final_norm"]}, x)
 
 
+def head_params(config: ModelConfig, params: Params) -> Params:
+    """Returns the part of the parameters that `unembed` multiplies by."""
+    if config.tied_embeddings:
+        return {"embed": {"table": params["embed"]["table"]}}
+    return {"lm_head": params["lm_head"]}
+
+
 def unembed(
     config: ModelConfig,
     params: Params,

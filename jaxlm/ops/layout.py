@@ -13,9 +13,10 @@ from jaxtyping import Array
 
 
 def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
-    """Returns the sharding in x's type; None outside an Explicit mesh.
+    """Returns the sharding in x's type; None where no mesh axis is Explicit.
 
-    An array made outside the current mesh counts as replicated in it.
+    An array made outside the current mesh counts as replicated in it. Inside a
+    `shard_map` of some axes, the sharding is that over the others.
     """
     abstract = isinstance(x, jax.ShapeDtypeStruct)
     sharding = x.sharding if abstract else jax.typeof(x).sharding
@@ -23,7 +24,8 @@ def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
         mesh = jax.sharding.get_abstract_mesh()
         sharding = NamedSharding(mesh, P(*(None,) * x.ndim))
     mesh = sharding.mesh
-    if mesh.empty or any(kind != AxisType.Explicit for kind in mesh.axis_types):
+    kinds = set(mesh.axis_types)
+    if AxisType.Explicit not in kinds or AxisType.Auto in kinds:
         return None
     return sharding
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
-from jaxlm.model.transformer import forward, unembed
+from jaxlm.model.transformer import forward, head_params, unembed
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
@@ -61,12 +62,13 @@ def loss_sums(
     with jax.named_scope("head"):
         if train.loss_chunk:
             objective, entropy = chunked_cross_entropy_sums(
-                lambda x: unembed(config, params, x),
+                partial(unembed, config),
+                head_params(config, params),
                 x,
                 targets,
                 weights,
-                chunk=max(train.loss_chunk // batch.tokens.shape[0], 1),
-                z_loss=train.z_loss,
+                train.loss_chunk,
+                train.z_loss,
             )
         else:
             logits = unembed(config, params, x)
