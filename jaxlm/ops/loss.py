@@ -129,6 +129,9 @@ def _on_each_device(run, head, x, targets, loss_weights, gradients=False):
     whole = jax.tree.map(lambda w: w.astype(x.dtype), head)
     if not axes:
         return run(whole, x, targets, loss_weights)
+    x, targets, loss_weights = jax.sharding.reshard(
+        (x, targets, loss_weights), (P(*rows, None, None), *[P(*rows, None)] * 2)
+    )
     cuts = jax.tree.map(lambda w: layout(w).spec, head)
     whole = jax.tree.map(lambda w, cut: all_gather(w, cut, axes), whole, cuts)
 
