@@ -35,6 +35,7 @@ from jax.experimental import topologies
 
 from jaxlm.config import Config, DataConfig, MeshConfig, TrainConfig
 from jaxlm.model.presets import preset
+from jaxlm.plan.traffic import by_part, traffic
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.optimizer import make_optimizer
@@ -107,7 +108,9 @@ def compile_step(
         lowered = make_train_step(config, optimizer).lower(state, batch)
         traced = time.monotonic()
         compiled = lowered.compile()
+    sent = by_part(traffic(compiled.as_text(), mesh.shape))
     return figures(compiled) | {
+        "gib_sent": {str(part): round(gib, 4) for part, gib in sent.items()},
         "trace_s": round(traced - started, 1),
         "compile_s": round(time.monotonic() - traced, 1),
     }

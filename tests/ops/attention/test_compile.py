@@ -70,4 +70,8 @@ def test_a_step_of_a_1b_model_on_8_gpus():
     found = run_case("h100:8", "step", "pallas_gpu")
     assert found["kernels"] == 4
     assert found["collectives"]["reduce-scatter"] > 0
+    # The tied head of 128,256 x 2,048 is gathered once in bf16, and its gradient is
+    # reduced once in f32, whatever the number of chunks.
+    once = 128_256 * 2_048 * 7 / 8 / 2**30
+    assert found["gib_sent"]["head"] < 1.05 * (2 + 4) * once
     assert found["arguments_mib"] + found["temporaries_mib"] < 60_000
