@@ -5,6 +5,7 @@ do not depend on the classes that hold the arrays: an optax state is restored in
 structure of the abstract state, including empty and masked nodes.
 """
 
+import asyncio
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,27 @@ def _is_no_echo(record: logging.LogRecord) -> bool:
 def new_handler() -> ocp.PyTreeCheckpointHandler:
     """Makes the Orbax object that reads and writes one tree."""
     logging.getLogger("absl").addFilter(_is_no_echo)  # no effect if already added
-    return ocp.PyTreeCheckpointHandler()
+    handlers = ocp.type_handlers
+    registry = handlers.create_type_handler_registry(
+        (np.ndarray, _NumpyHandler()),
+        (jax.Array, handlers.get_type_handler(jax.Array)),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+class _NumpyHandler(ocp.type_handlers.NumpyHandler):
+    async def _background_serialize(self, *args: Any, **kwargs: Any) -> None:
+        """Fails when all arrays are written or have failed, not at the first one.
+
+        Otherwise the event loop of the writes is closed when the others fail, and
+        TensorStore prints a traceback for each.
+        """
+        try:
+            await super()._background_serialize(*args, **kwargs)
+        except Exception:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*others, return_exceptions=True)
+            raise
 
 
 def flatten(state: Any, where: str) -> dict[str, Any]:

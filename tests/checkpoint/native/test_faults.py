@@ -112,7 +112,9 @@ from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager, SaveEr
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import jax
 small = state_of_step(1)
-big = ({"w": jax.random.normal(jax.random.key(0), (300, 300))}, ())
+keys = jax.random.split(jax.random.key(0), 9)
+# Each of them fails, and only one may be heard of.
+big = ({str(i): jax.random.normal(key, (100, 100)) for i, key in enumerate(keys)}, ())
 checkpoints = CheckpointManager(sys.argv[1], keep=2)
 save(checkpoints, 1, small)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
