@@ -297,6 +297,23 @@ class _Console(Console):
         """Leaves the cursor: a second Ctrl-C ends the process without showing it."""
         return False
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints while no thread redraws the live lines.
+
+        rich computes how far to move the cursor up before it writes. If a redraw of
+        fewer lines comes between, it erases lines above them.
+        """
+        with self._no_redraw():
+            super().print(*objects, **options)
+
+    def out(self, *objects: Any, **options: Any) -> None:
+        with self._no_redraw():
+            super().out(*objects, **options)
+
+    def _no_redraw(self) -> contextlib.AbstractContextManager:
+        lives = self._live_stack
+        return lives[0]._lock if lives else contextlib.nullcontext()
+
 
 @functools.lru_cache(maxsize=1)
 def _console_of(stream: Any) -> Console:

@@ -363,11 +363,14 @@ def run_outputs(
     )
     progress = ProgressLine(settings.steps)
     begun = f"resumed at step {step} of" if resumed else "training for"
+    weights = ""
+    if config.init_from is not None and not resumed:
+        weights = f" from the weights of {config.init_from}"
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     dtype = compute_dtype(config.model.dtype).name
     progress.note(
         f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text\n"
-        f"{begun} {settings.steps} steps, on {devices} in {dtype}\n"
+        f"{begun} {settings.steps} steps{weights}, on {devices} in {dtype}\n"
         f"follow it in a browser: {run / REPORT}"
     )
     with writer, contextlib.closing(progress):
