@@ -172,7 +172,9 @@ class Waiting(contextlib.AbstractContextManager):
                 console=self._console,
                 transient=True,
                 redirect_stdout=sys.stdout.isatty(),
-                get_renderable=lambda: Text(self._line(0)),
+                get_renderable=lambda: Text(
+                    f"{self._title} ... {int(self._seconds())} s"
+                ),
             )
             _start(self._live)
 
@@ -186,11 +188,10 @@ class Waiting(contextlib.AbstractContextManager):
             if self._live is not None:
                 self._live.stop()
             elif self._is_shown:
-                _write(self._console, self._line(1))
+                _write(self._console, f"{self._title} ... {self._seconds():.1f} s")
 
-    def _line(self, decimals: int) -> str:
-        seconds = time.monotonic() - self._began
-        return f"{self._title} ... {seconds:.{decimals}f} s"
+    def _seconds(self) -> float:
+        return time.monotonic() - self._began
 
     def __exit__(self, *exception: object) -> None:
         self.finish()
