@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from jaxlm.infer.generate import Generation, generate
     from jaxlm.infer.messages import chat_ids
     from jaxlm.model.block import Block
-    from jaxlm.model.initialization import init
-    from jaxlm.model.kv_cache import init_cache
+    from jaxlm.model.initialization import init, init_cache
     from jaxlm.model.presets import preset
     from jaxlm.model.transformer import Output, forward, unembed
     from jaxlm.ops.attention.dispatch import attention
@@ -55,8 +54,7 @@ _MODULES = {
     "infer.messages": ("chat_ids",),
     "infer.generate": ("Generation", "generate"),
     "model.block": ("Block",),
-    "model.initialization": ("init",),
-    "model.kv_cache": ("init_cache",),
+    "model.initialization": ("init", "init_cache"),
     "model.presets": ("preset",),
     "model.transformer": ("Output", "forward", "unembed"),
     "ops.attention.dispatch": ("attention",),

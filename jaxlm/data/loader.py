@@ -34,11 +34,7 @@ from jaxlm.data.packing import (
 from jaxlm.data.sources import Source, find_source
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.tokenizers.kinds import (
-    build_tokenizer,
-    needs_text,
-    read_saved_tokenizer,
-)
+from jaxlm.tokenizers.kinds import build_tokenizer, needs_text, read_saved_tokenizer
 from jaxlm.types import Batch
 
 # Increase it whenever the same config and seed would give other batches than before.
@@ -251,7 +247,7 @@ def _tokenizer_of(
     root = cache_root(config.cache_dir)
 
     def build(work: Path) -> None:
-        build_tokenizer(config, texts).save(work)
+        build_tokenizer(config, texts()).save(work)
         for source, file_hashes in zip(sources, hashes, strict=True):
             check_unchanged(source.files, file_hashes)
 

@@ -1,4 +1,4 @@
-"""A program that renders one chat template within limits, run by `chat` as a child.
+"""A program that renders one chat template within limits; `messages.py` runs it.
 
 A template comes with a model's files and may be hostile. Jinja's sandbox keeps it away
 from the machine, but does not stop it from running forever or filling the memory; the

@@ -4,18 +4,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Int
 
 from jaxlm.config import ModelConfig, SampleConfig
-from jaxlm.infer.resume import GenerationState
+from jaxlm.infer.generation_state import GenerationState
 from jaxlm.model.block import Block
-from jaxlm.model.checks import check_key
+from jaxlm.model.checks import check_ids, check_key
 from jaxlm.types import Params
 
 
-def checked_rows(
-    config: ModelConfig, prompts: Any, num_tokens: int
-) -> list[Int[np.ndarray, " _"]]:
+def row_ids(prompts: Any, num_tokens: int) -> list[Int[np.ndarray, " _"]]:
     """Returns the ids of each prompt.
 
     Raises:
@@ -54,12 +52,7 @@ def _row(i: int, prompt: Any, num_tokens: int) -> Int[np.ndarray, " _"]:
         raise ValueError(f"prompt {i} has shape {row.shape}: give a row of token ids")
     if row.dtype.kind not in "iu":
         raise ValueError(f"prompt {i} is of {row.dtype}: token ids are integers")
-    low, high = row.min(), row.max()
-    if low < 0 or high >= num_tokens:
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"prompt {i} has the id {wrong}; ids are 0 to {num_tokens - 1}"
-        )
+    check_ids(f"prompt {i}", row, num_tokens)
     return row.astype(np.int32)
 
 
@@ -79,23 +72,8 @@ def check_room(
             )
 
 
-def checked_num_tokens(config: ModelConfig, num_tokens: Any) -> int:
-    """Returns how many ids may be sampled; None takes the whole vocabulary."""
-    if num_tokens is None:
-        return config.vocab_size
-    is_integer = isinstance(num_tokens, int | np.integer)
-    if not is_integer or not 0 < num_tokens <= config.vocab_size:
-        raise ValueError(
-            f"num_tokens is {num_tokens!r}: it must be from 1 to model.vocab_size "
-            f"{config.vocab_size}"
-        )
-    return int(num_tokens)
-
-
-def checked_sample(config: ModelConfig, sample: Any) -> SampleConfig:
-    """Returns how to sample; None takes the defaults."""
-    if sample is None:
-        return SampleConfig()
+def check_sampling(config: ModelConfig, sample: Any, key: Any, num_tokens: Any) -> None:
+    """Raises a ValueError for wrong arguments of `generate` about sampling."""
     if not isinstance(sample, SampleConfig):
         raise ValueError(
             f"sample is a {type(sample).__name__}, not a SampleConfig: the order is "
@@ -104,15 +82,13 @@ def checked_sample(config: ModelConfig, sample: Any) -> SampleConfig:
     for stop in sample.stop_ids:
         if not 0 <= stop < config.vocab_size:
             raise ValueError(f"sample.stop_ids: {stop} is not in the vocabulary")
-    return sample
-
-
-def checked_key(key: Any) -> Key[Array, ""]:
-    """Returns the key; None takes that of seed 0."""
-    if key is None:
-        return jax.random.key(0)
     check_key(key)
-    return key
+    is_integer = isinstance(num_tokens, int | np.integer)
+    if not is_integer or not 0 < num_tokens <= config.vocab_size:
+        raise ValueError(
+            f"num_tokens is {num_tokens!r}: it must be from 1 to model.vocab_size "
+            f"{config.vocab_size}"
+        )
 
 
 def check_state(

@@ -18,19 +18,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
-from jaxlm.infer.check_arguments import (
-    check_room,
-    check_state,
-    checked_key,
-    checked_num_tokens,
-    checked_rows,
-    checked_sample,
-)
-from jaxlm.infer.resume import GenerationState
+from jaxlm.infer.check_arguments import check_room, check_sampling, check_state, row_ids
+from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.sampling import NEVER, sample_tokens
 from jaxlm.model.block import Block
-from jaxlm.model.checks import check_config, check_params
-from jaxlm.model.kv_cache import Cache, LayerCache, init_cache, unstack
+from jaxlm.model.checks import check_model
+from jaxlm.model.initialization import init_cache
+from jaxlm.model.kv_cache import Cache, LayerCache, unstack
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.linear import compute_dtype
@@ -141,11 +135,12 @@ def generate(
         logits that are not finite, or a state that was used or belongs to another model
         or number of prompts.
     """
-    check_config(config)
-    check_params(config, params, own_layers=block is not Block)
-    num_tokens = checked_num_tokens(config, num_tokens)
-    sample, key = checked_sample(config, sample), checked_key(key)
-    rows = checked_rows(config, prompts, num_tokens)
+    check_model(config, params, block)
+    sample = SampleConfig() if sample is None else sample
+    key = jax.random.key(0) if key is None else key
+    num_tokens = config.vocab_size if num_tokens is None else num_tokens
+    check_sampling(config, sample, key, num_tokens)
+    rows = row_ids(prompts, num_tokens)
     check_room(config, rows, sample.max_new_tokens)
     num_rows = len(rows)
     rows += rows[:1] * (-num_rows % batch_parts())
@@ -155,7 +150,7 @@ def generate(
     needed = int(lengths.max()) + sample.max_new_tokens
     max_length = bucket(needed, config.context_length)
     if resume is not None:
-        max_length = max(max_length, resume.max_length)
+        max_length = max(max_length, resume.cache.max_length)
     tokens, kept = _tokens_to_prefill(rows, resume, max_length)
     # `max_new_tokens` does not change the programs.
     same = replace(sample, max_new_tokens=1)
@@ -163,7 +158,7 @@ def generate(
 
     clock = _Clock(programs)
     layers = None if resume is None else resume.cache.layers
-    if resume is None or resume.max_length < max_length:
+    if resume is None or resume.cache.max_length < max_length:
         layers = programs.allocate(lengths, layers)
         if resume is not None:
             resume.delete()
@@ -320,7 +315,7 @@ def _programs(
 
     def allocate(lengths, old) -> tuple[LayerCache, ...]:
         """An empty cache, or `old` with more room."""
-        stacked = init_cache(config, lengths.shape[0], max_length, dtype).layers
+        stacked = init_cache(config, lengths.shape[0], max_length).layers
         layers = unstack(stacked, config.num_layers)
         if old is None:
             return layers

@@ -35,6 +35,8 @@ from jaxlm.types import Params
 class Context:
     """What all layers of one call share."""
 
+    positions: Int[Array, "B T"]
+    """Position of each token in its text."""
     rotation: Rotation | None
     """cos and sin of global layers."""
     local_rotation: Rotation | None
@@ -52,10 +54,13 @@ def make_context(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
-) -> tuple[Int[Array, "B T"], Context]:
-    """Returns the positions of the tokens, and what the layers share.
+) -> Context:
+    """Returns what the layers share.
 
     Arguments as in `forward`; of the tokens only the shape matters.
+
+    Raises:
+      ValueError: for segments with a cache.
     """
     if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids: a cache holds one text in each row")
@@ -68,8 +73,8 @@ def make_context(
     if positions is None:
         positions = default
     rotation, local_rotation = rotations(config, positions)
-    return positions, Context(
-        rotation, local_rotation, segment_ids, query_positions, lengths
+    return Context(
+        positions, rotation, local_rotation, segment_ids, query_positions, lengths
     )
 
 
@@ -110,7 +115,7 @@ class Block(nn.Module):
     def init_layer(cls, config: ModelConfig, key: Key[Array, ""]) -> Params:
         """Draws the parameters of one layer, without computing the layer."""
         tokens = jax.ShapeDtypeStruct((batch_parts(), 1), jnp.int32)
-        _, context = make_context(config, tokens)
+        context = make_context(config, tokens)
         x = jax.ShapeDtypeStruct(
             (*tokens.shape, config.model_dim), compute_dtype(config.dtype)
         )

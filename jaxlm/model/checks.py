@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig
+from jaxlm.model.block import Block
+from jaxlm.model.kv_cache import Cache
 from jaxlm.model.params import WEIGHTS, weights
 
 
@@ -28,6 +30,24 @@ def check_config(config: Any) -> None:
             f"config is a {type(config).__name__}, not a ModelConfig: the order is "
             "(config, params, ...), and jaxlm.preset has configs by name"
         )
+
+
+def check_block(block: Any) -> None:
+    """Raises ValueError for a block that is not a class derived from `Block`."""
+    if not (inspect.isclass(block) and issubclass(block, Block)):
+        kind = block if inspect.isclass(block) else type(block)
+        what = "the class" if kind is block else "an object of class"
+        raise ValueError(
+            f"block is {what} {kind.__name__}: give a class that inherits from "
+            "jaxlm.Block"
+        )
+
+
+def check_model(config: Any, params: Any, block: Any) -> None:
+    """Raises ValueError unless these are a config and parameters for this block."""
+    check_config(config)
+    check_block(block)
+    check_params(config, params, own_layers=block is not Block)
 
 
 def check_params(config: ModelConfig, params: Any, *, own_layers: bool) -> None:
@@ -73,12 +93,14 @@ def check_params(config: ModelConfig, params: Any, *, own_layers: bool) -> None:
             )
 
 
-def checked_tokens(config: ModelConfig, tokens: Any) -> Int[Array, "B T"]:
+def as_tokens(
+    config: ModelConfig, tokens: Any, cache: Cache | None
+) -> Int[Array, "B T"]:
     """Returns the tokens as an array.
 
     Raises:
       ValueError: for tokens that are not rows of ids in the vocabulary, and for rows
-        that are longer than the context.
+        that are longer than the context or the room in the cache.
     """
     if isinstance(tokens, str):
         raise ValueError("tokens is text: give ids, [B, T], from tokenizer.encode")
@@ -104,17 +126,30 @@ def checked_tokens(config: ModelConfig, tokens: Any) -> Int[Array, "B T"]:
             f"tokens has rows of {length}, more than model.context_length "
             f"{config.context_length}: cut them"
         )
-    if (ids := concrete_values(array)) is not None and ids.size:
-        low, high = ids.min(), ids.max()
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"tokens has the id {low if low < 0 else high}: ids are 0 to "
-                f"{config.vocab_size - 1}"
-            )
+    if (ids := _concrete_values(array)) is not None:
+        check_ids("tokens", ids, config.vocab_size)
+    if cache is not None:
+        _check_room(cache, length)
     return array
 
 
-def concrete_values(array: Array) -> np.ndarray | None:
+def check_ids(name: str, ids: Integer[np.ndarray, "..."], num_ids: int) -> None:
+    """Raises ValueError for ids that are not 0 to `num_ids` - 1."""
+    wrong = ids[(ids < 0) | (ids >= num_ids)]
+    if wrong.size:
+        raise ValueError(f"{name} has the id {wrong[0]}: ids are 0 to {num_ids - 1}")
+
+
+def _check_room(cache: Cache, num_tokens: int) -> None:
+    room, lengths = cache.max_length, _concrete_values(cache.lengths)
+    if lengths is not None and lengths.max() + num_tokens > room:
+        raise ValueError(
+            f"the cache holds {lengths.max()} of {room} tokens, and {num_tokens} more "
+            "do not fit: make a longer one with init_cache"
+        )
+
+
+def _concrete_values(array: Array) -> np.ndarray | None:
     """Returns the values of an array; None while it is traced, or on other hosts."""
     if isinstance(array, Tracer) or not array.is_fully_addressable:
         return None
@@ -129,14 +164,3 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key is {what}: make one with jax.random.key(seed)")
     if key.shape:
         raise ValueError(f"key has shape {key.shape}: give one key")
-
-
-def check_block(block: Any, base: type) -> None:
-    """Raises ValueError for a block that is not a class derived from `base`."""
-    if not (inspect.isclass(block) and issubclass(block, base)):
-        kind = block if inspect.isclass(block) else type(block)
-        what = "the class" if kind is block else "an object of class"
-        raise ValueError(
-            f"block is {what} {kind.__name__}: give a class that inherits from "
-            f"jaxlm.{base.__name__}"
-        )

@@ -1,20 +1,28 @@
-"""Random parameters, drawn from the table in `params.py`."""
+"""What a model starts from: random parameters, and an empty key/value cache."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_block, check_config, check_key
+from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import param, weights
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params
 
 
 def init(
     config: ModelConfig, key: Key[Array, ""], *, block: type[Block] = Block
 ) -> Params:
-    """Makes random parameters, f32, stacked over layers. Jit it to shard them.
+    """Draws parameters as the table in `params.py` says, f32, stacked over layers.
+
+    Jit it to shard them.
 
     Args:
       key: a typed PRNG key.
@@ -25,11 +33,41 @@ def init(
         type.
     """
     check_config(config)
-    check_block(block, Block)
+    check_block(block)
     check_key(key)
     if not config.vocab_size:
         raise ValueError("model.vocab_size is 0: set it to the tokenizer's size")
     return _Parameters(config, "", block, parent=None).init(key)["params"]
+
+
+def init_cache(
+    config: ModelConfig, batch_size: int, max_length: int, dtype: Any = None
+) -> Cache:
+    """Makes an empty cache, stacked over layers: [L, B, max_length, K, H].
+
+    Args:
+      dtype: of keys and values; None takes the compute dtype.
+
+    Raises:
+      ValueError: when `max_length` is more than the model's context.
+    """
+    check_config(config)
+    if max_length > config.context_length:
+        raise ValueError(
+            f"a cache of {max_length} tokens is longer than model.context_length "
+            f"{config.context_length}"
+        )
+    shape = (config.num_layers, batch_size, max_length)
+    shape += (config.num_kv_heads, config.head_dim)
+    partition = activation_spec("LBSKH")
+    if dtype is None:
+        dtype = compute_dtype(config.dtype)
+
+    def zeros() -> Float[Array, "L B S K H"]:
+        return jnp.zeros(shape, dtype, out_sharding=partition)
+
+    lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation_spec("B"))
+    return Cache(layers=LayerCache(zeros(), zeros()), lengths=lengths)
 
 
 class _Parameters(nn.Module):

@@ -5,12 +5,7 @@ from operator import itemgetter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-from jaxlm.config import ModelConfig
-from jaxlm.model.checks import check_config, concrete_values
-from jaxlm.sharding.rules import activation_spec
 
 
 @jax.tree_util.register_dataclass
@@ -35,42 +30,11 @@ class Cache:
     lengths: Any
     """[B] int32: tokens in the cache, also the index where the next one is written."""
 
-
-def init_cache(
-    config: ModelConfig, batch_size: int, max_length: int, dtype: Any
-) -> Cache:
-    """Makes an empty cache, stacked over layers: [L, B, max_length, K, H] in `dtype`.
-
-    Raises:
-      ValueError: when `max_length` is more than the model's context.
-    """
-    check_config(config)
-    if max_length > config.context_length:
-        raise ValueError(
-            f"a cache of {max_length} tokens is longer than model.context_length "
-            f"{config.context_length}"
-        )
-    shape = (config.num_layers, batch_size, max_length)
-    shape += (config.num_kv_heads, config.head_dim)
-    partition = activation_spec("LBSKH")
-
-    def zeros() -> Float[Array, "L B S K H"]:
-        return jnp.zeros(shape, dtype, out_sharding=partition)
-
-    lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation_spec("B"))
-    return Cache(layers=LayerCache(zeros(), zeros()), lengths=lengths)
-
-
-def check_room(cache: Cache, num_tokens: int) -> None:
-    """Raises ValueError if a row has no room for more tokens, unless it is traced."""
-    layers = cache.layers
-    keys = layers[0].keys if isinstance(layers, tuple) else layers.keys
-    room, lengths = keys.shape[-3], concrete_values(cache.lengths)
-    if lengths is not None and lengths.max() + num_tokens > room:
-        raise ValueError(
-            f"the cache holds {lengths.max()} of {room} tokens, and {num_tokens} more "
-            "do not fit: make a longer one with init_cache"
-        )
+    @property
+    def max_length(self) -> int:
+        """Tokens for which each row has room."""
+        layers = self.layers[0] if isinstance(self.layers, tuple) else self.layers
+        return layers.keys.shape[-3]
 
 
 def append(

@@ -19,13 +19,8 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.model import trace
 from jaxlm.model.block import Block, Norm, make_context
-from jaxlm.model.checks import (
-    check_block,
-    check_config,
-    check_params,
-    checked_tokens,
-)
-from jaxlm.model.kv_cache import Cache, check_room
+from jaxlm.model.checks import as_tokens, check_config, check_model
+from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
 from jaxlm.model.params import param
 from jaxlm.ops.layout import layout
@@ -87,19 +82,15 @@ def forward(
         taps that do not exist, `logits` with `head=False`, or segments with a cache;
         outside jit also for ids outside the vocabulary and a cache without room.
     """
-    check_config(config)
-    check_block(block, Block)
-    check_params(config, params, own_layers=block is not Block)
-    tokens = checked_tokens(config, tokens)
-    if cache is not None:
-        check_room(cache, tokens.shape[1])
-    positions, context = make_context(config, tokens, positions, segment_ids, cache)
+    check_model(config, params, block)
+    tokens = as_tokens(config, tokens, cache)
+    context = make_context(config, tokens, positions, segment_ids, cache)
     recorder, probe = trace.empty_recorder(config, tokens, taps), Probe(taps)
     if not head and any(tap.site == "logits" for tap in taps):
         raise ValueError("site 'logits' cannot be tapped with head=False")
 
     embed: Callable[..., Any] = Embedder(config, parent=None).apply
-    x = embed({"params": params["embed"]}, tokens, positions, probe)
+    x = embed({"params": params["embed"]}, tokens, context.positions, probe)
     caches = None if cache is None else cache.layers
     x, caches, recorder = run_layers(
         config, params["layers"], x, context, caches, recorder, block

@@ -1,10 +1,11 @@
 """Tokenizers by kind: builds the one of a config, reads what `save` wrote."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from jaxlm.config import DataConfig, from_dict, nearest
@@ -92,15 +93,13 @@ def needs_text(config: DataConfig) -> bool:
     return config.tokenizer_model is None
 
 
-def build_tokenizer(
-    config: DataConfig, texts: Iterable[str] | Callable[[], Iterable[str]]
-) -> Tokenizer:
+def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
     """Builds the tokenizer of a config.
 
     Args:
       config: `tokenizer`, `tokenizer_model`, `tokenizer_vocab_size` and
         `tokenizer_algorithm` choose it.
-      texts: the documents, or a function that returns them; only read if `needs_text`.
+      texts: the documents; only read if `needs_text`.
 
     Raises:
       ValueError: for a model that cannot be loaded or trained, and for no text.
@@ -114,16 +113,12 @@ def build_tokenizer(
             return SentencePieceTokenizer.from_file(Path(config.tokenizer_model))
         except ValueError as error:
             raise ValueError(f"data.tokenizer_model: {error}") from error
-    documents = texts() if callable(texts) else texts
     if config.tokenizer == "chars":
-        found: set[str] = set()
-        for text in documents:
-            found.update(text)
-        return CharTokenizer(found)
+        return CharTokenizer(set(itertools.chain.from_iterable(texts)))
     if config.tokenizer == "bpe":
-        return train_bpe(documents, config.tokenizer_vocab_size)
+        return train_bpe(texts, config.tokenizer_vocab_size)
     return train_sentencepiece(
-        documents, config.tokenizer_vocab_size, config.tokenizer_algorithm
+        texts, config.tokenizer_vocab_size, config.tokenizer_algorithm
     )
 
 
@@ -138,18 +133,16 @@ def tokenizer_of_hugging_face(name: str) -> Tokenizer:
       ValueError: if there is none, or it is of no known kind.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        return _with_end(tokenizer_from_file(path), name)
-    if path.is_dir():
-        return _with_end(tokenizer_from_folder(path), name)
-    missing = f"data.tokenizer: there is no file or folder {name!r}"
-    if not _ON_THE_HUB.fullmatch(name):
-        raise ValueError(missing)
-    try:
-        folder = download(name, TOKENIZER_FILES)
-    except ValueError as error:
-        raise ValueError(f"{missing}; on the Hub: {error}") from None
-    return _with_end(tokenizer_from_folder(folder), name)
+    if not path.exists():
+        missing = f"data.tokenizer: there is no file or folder {name!r}"
+        if not _ON_THE_HUB.fullmatch(name):
+            raise ValueError(missing)
+        try:
+            path = download(name, TOKENIZER_FILES)
+        except ValueError as error:
+            raise ValueError(f"{missing}; on the Hub: {error}") from None
+    read = tokenizer_from_folder if path.is_dir() else tokenizer_from_file
+    return _with_end(read(path), name)
 
 
 def _with_end(tokenizer: Tokenizer, name: str) -> Tokenizer:

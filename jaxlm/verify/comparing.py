@@ -19,7 +19,8 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.generate import Generation, bucket, generate
-from jaxlm.model.kv_cache import Cache, init_cache, unstack
+from jaxlm.model.initialization import init_cache
+from jaxlm.model.kv_cache import Cache, unstack
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probe import Tap
 from jaxlm.types import Params

@@ -222,9 +222,9 @@ def test_the_whole_context_can_be_used():
     [
         ([], GREEDY, {}, r"no prompts: give at least one"),
         ([[1], []], GREEDY, {}, r"prompt 1 is empty: give at least one token"),
-        ([[1], [2, 48]], GREEDY, {}, r"prompt 1 has the id 48; ids are 0 to 47"),
-        ([[-1, 2]], GREEDY, {}, r"prompt 0 has the id -1; ids are 0 to 47"),
-        ([[40]], GREEDY, {"num_tokens": 40}, r"the id 40; ids are 0 to 39"),
+        ([[1], [2, 48]], GREEDY, {}, r"prompt 1 has the id 48: ids are 0 to 47"),
+        ([[-1, 2]], GREEDY, {}, r"prompt 0 has the id -1: ids are 0 to 47"),
+        ([[40]], GREEDY, {"num_tokens": 40}, r"the id 40: ids are 0 to 39"),
         ([[1]], GREEDY, {"num_tokens": 49}, r"num_tokens is 49: .* from 1 to .* 48"),
         ([[1]], GREEDY, {"num_tokens": 0}, r"num_tokens is 0"),
         ([[1] * 97], GREEDY, {}, r"prompt 0 has 97 tokens.*; shorten the prompt$"),

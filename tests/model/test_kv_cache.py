@@ -9,7 +9,8 @@ import pytest
 from model_case import ids, make, small
 from ops_case import quick_jit
 
-from jaxlm.model.kv_cache import append, init_cache, unstack
+from jaxlm.model.initialization import init_cache
+from jaxlm.model.kv_cache import append, unstack
 from jaxlm.model.transformer import forward
 
 T = 16
@@ -71,6 +72,8 @@ def test_a_cache_in_bfloat16_is_close(model):
     rounded, keys = run(params, init_cache(config, 2, 8, jnp.bfloat16))
     assert keys.dtype == jnp.bfloat16
     assert 0 < np.abs(exact - rounded).max() < 0.1 * exact.std()
+    as_computed = init_cache(dataclasses.replace(config, dtype="bfloat16"), 2, 8)
+    assert as_computed.layers.keys.dtype == jnp.bfloat16
 
 
 def test_append_writes_each_row_at_its_length():

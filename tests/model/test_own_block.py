@@ -13,8 +13,8 @@ from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.model.block import Attention, Block, FeedForward, Norm
-from jaxlm.model.initialization import init
-from jaxlm.model.kv_cache import init_cache, unstack
+from jaxlm.model.initialization import init, init_cache
+from jaxlm.model.kv_cache import unstack
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probe import Tap
 

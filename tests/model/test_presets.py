@@ -12,8 +12,7 @@ from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import EXECUTION_FIELDS, ModelConfig
-from jaxlm.model.initialization import init
-from jaxlm.model.kv_cache import init_cache
+from jaxlm.model.initialization import init, init_cache
 from jaxlm.model.presets import PRESETS, preset, toy
 from jaxlm.model.transformer import forward
 from jaxlm.ops.loss import cross_entropy_sums

@@ -10,7 +10,8 @@ import pytest
 from model_case import ids, make, small
 from ops_case import quick_jit
 
-from jaxlm.model.kv_cache import init_cache, unstack
+from jaxlm.model.initialization import init_cache
+from jaxlm.model.kv_cache import unstack
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.moe import route

@@ -12,7 +12,7 @@ from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import MeshConfig
-from jaxlm.model.initialization import init
+from jaxlm.model.initialization import init, init_cache
 from jaxlm.model.kv_cache import unstack
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.transformer import forward
@@ -177,7 +177,6 @@ def test_soft_caps_bound_what_they_cap(model):
 
 
 def test_segments_and_a_cache_exclude_each_other(model):
-    from jaxlm.model.kv_cache import init_cache
 
     config, params = model
     cache = init_cache(config, B, 16, jnp.float32)

@@ -176,7 +176,7 @@ def test_damaged_folders(models, tmp_path):
 
 def test_build_tokenizer(tmp_path, models):
     texts = ["abca", "bcd"]
-    chars = build_tokenizer(DataConfig(), lambda: texts)
+    chars = build_tokenizer(DataConfig(), texts)
     assert chars.characters == "abcd"
     assert build_tokenizer(DataConfig(tokenizer="bytes"), []).vocab_size == 257
     with pytest.raises(ValueError, match="at least one character"):

@@ -29,11 +29,6 @@ class GenerationState:
     cache: Cache
     """One layer each, `[B, S, K, H]`; overwritten by the call that goes on from it."""
 
-    @property
-    def max_length(self) -> int:
-        """Tokens for which each row has room."""
-        return self.cache.layers[0].keys.shape[1]
-
     def delete(self) -> None:
         """Frees the cache, also where the devices did not reuse its memory."""
         for x in jax.tree.leaves(self.cache.layers):
@@ -48,7 +43,7 @@ class GenerationState:
         shared = []
         for row, held in zip(rows, self.tokens, strict=True):
             # A token that did not fit was written to the last index of the cache.
-            most = min(len(row) - 1, len(held), self.max_length - 1)
+            most = min(len(row) - 1, len(held), self.cache.max_length - 1)
             # Keys that a longer row would rotate differently must be computed again.
             if longest is not None and max(len(row), len(held)) > longest:
                 most = 0

@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 FIRST, SECOND = ([RNG.integers(0, 48, n).tolist() for n in (1, 7, 20)] for _ in "12")
 
 
-class Conversation:
+class Resumed:
     """Answers each batch of prompts twice: from the last state, and from the start."""
 
     def __init__(self, model):
@@ -60,7 +60,7 @@ def after(prompts, result, new):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_conversation_prefills_only_what_is_new(model):
-    conversation = Conversation(model)
+    conversation = Resumed(model)
     first = conversation.answer(FIRST)
     assert first.prefill_tokens.tolist() == [1, 7, 20]
     # The cache of the first call, of 32 tokens, has no room for the second.
@@ -87,7 +87,7 @@ def test_a_conversation_prefills_only_what_is_new(model):
 
 def test_the_end_of_the_context():
     """Padding and the steps of the last chunk would go beyond the cache."""
-    conversation = Conversation("window")
+    conversation = Resumed("window")
     prompt = RNG.integers(0, 48, 86).tolist()
     first = conversation.answer([prompt])
     full = [*prompt, *first.tokens[0, :-1].tolist()]
