@@ -678,6 +678,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def named_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of `to_dict` by dotted name, such as `train.steps`."""
+    named = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            named |= named_values(value, f"{prefix}{name}.")
+        else:
+            named[prefix + name] = value
+    return named
+
+
 # Fields of earlier versions that stored configs may have, by class.
 _RETIRED = {"TrainConfig": ("tensorboard",)}
 

@@ -53,10 +53,7 @@ class SampleArguments(GenerationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_samples < 1:
-            raise ValueError(
-                f"--num-samples is {self.num_samples}: it must be at least 1"
-            )
+        _check_at_least_1(self, "num_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +157,16 @@ class TuneArguments:
     """Tokens that a query attends to; None: all before it."""
 
     def __post_init__(self):
-        for name in ("batch", "length", "heads", "kv_heads", "head_dim", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {value}: it must be at least 1")
+        sizes = ("batch", "length", "heads", "kv_heads", "head_dim", "window")
+        _check_at_least_1(self, *sizes)
+
+
+def _check_at_least_1(arguments: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}: it must be at least 1")
 
 
 ARGUMENTS = {

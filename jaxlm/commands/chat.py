@@ -1,6 +1,5 @@
 """Hold a conversation with a model that was trained to chat."""
 
-import dataclasses
 import logging
 import sys
 
@@ -9,10 +8,10 @@ import jax
 from jaxlm import tree
 from jaxlm.chat.dialogue import Dialogue
 from jaxlm.chat.prompt import line_editor, read_line
-from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
-from jaxlm.checkpoint.native.run_folder import newest_run
+from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.arguments import ChatArguments
+from jaxlm.commands.generation import open_model, with_stop_ids
 from jaxlm.commands.process import log_paused, use_compile_cache
 from jaxlm.config import ModelConfig
 from jaxlm.infer.conversation import Conversation
@@ -29,11 +28,11 @@ def main(chosen: ChatArguments) -> int:
     """Loads the model onto the devices requested and holds the conversation."""
     use_compile_cache()
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    checkpoint = open_checkpoint(chosen.run or newest_run())
+    checkpoint, model = open_model(chosen)
     with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
         with Waiting("loading the model"):
-            conversation, params = begin(checkpoint, chosen)
-        log_attention(conversation.config)
+            conversation, params = begin(checkpoint, model, chosen)
+        log_attention(model)
         if on_terminal:
             print(describe(checkpoint, params))
             print("/help lists commands and keys; /exit or Ctrl-D leaves\n")
@@ -43,19 +42,17 @@ def main(chosen: ChatArguments) -> int:
     return 0
 
 
-def begin(checkpoint: Checkpoint, chosen: ChatArguments) -> tuple[Conversation, Params]:
-    """Reads the model, and begins a conversation with it."""
-    model, tokenizer = checkpoint.config, checkpoint.tokenizer()
+def begin(
+    checkpoint: Checkpoint, model: ModelConfig, chosen: ChatArguments
+) -> tuple[Conversation, Params]:
+    """Reads the tokenizer and the parameters, and begins a conversation."""
+    tokenizer = checkpoint.tokenizer()
     template_of(tokenizer)  # Raises before the weights are read.
-    if chosen.dtype is not None:
-        model = dataclasses.replace(model, dtype=chosen.dtype)
-    sample = chosen.sample
-    if not sample.stop_ids:
-        sample = dataclasses.replace(sample, stop_ids=tokenizer.stop_ids)
     params = load_onto_mesh(checkpoint)
-    key = jax.random.key(chosen.seed)
     conversation = Conversation(
-        model, params, tokenizer, sample, key, system=chosen.system
+        *(model, params, tokenizer, with_stop_ids(chosen.sample, tokenizer)),
+        jax.random.key(chosen.seed),
+        system=chosen.system,
     )
     return conversation, params
 

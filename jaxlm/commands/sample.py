@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
-from jaxlm.checkpoint.native.run_folder import newest_run
+from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.commands.arguments import SampleArguments
+from jaxlm.commands.generation import check_room, open_model, with_stop_ids
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import ModelConfig
 from jaxlm.infer.generate import Generation, generate
@@ -27,34 +27,15 @@ def main(chosen: SampleArguments) -> int:
     """Loads the model onto the devices requested and continues the prompt."""
     use_compile_cache()
     # A download shows its own progress.
-    checkpoint = open_checkpoint(chosen.run or newest_run())
-    model = checkpoint.config
-    if chosen.dtype is not None:
-        model = dataclasses.replace(model, dtype=chosen.dtype)
+    checkpoint, model = open_model(chosen)
     with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
         with Waiting("loading the model"):
             tokenizer = checkpoint.tokenizer()
-            prompt = prompt_ids(tokenizer, model, chosen.prompt)
+            prompt = tokenizer.encode_prompt(chosen.prompt)
+            check_room(prompt, model, "--prompt")
             params = load_onto_mesh(checkpoint)
         write_samples(model, params, tokenizer, prompt, chosen)
     return 0
-
-
-def prompt_ids(
-    tokenizer: Tokenizer, model: ModelConfig, text: str
-) -> Int[np.ndarray, " n"]:
-    """Encodes the prompt, with a bos token where the tokenizer adds one.
-
-    Raises:
-      ValueError: if it leaves no room for a new token in the model's context.
-    """
-    ids = tokenizer.encode_prompt(text)
-    if len(ids) >= model.context_length:
-        raise ValueError(
-            f"--prompt has {len(ids)} tokens, which leaves no room in the model's "
-            f"context of {model.context_length}: shorten it"
-        )
-    return ids
 
 
 def write_samples(
@@ -67,16 +48,13 @@ def write_samples(
     """Samples the continuations and writes them to stdout, streaming the first."""
     room = model.context_length - len(prompt)
     limit = min(room, chosen.sample.max_new_tokens)
+    sample = dataclasses.replace(chosen.sample, max_new_tokens=limit)
     with Printer(tokenizer, chosen.prompt, chosen.num_samples) as printer:
         result = generate(
             model,
             params,
             [prompt] * chosen.num_samples,
-            dataclasses.replace(
-                chosen.sample,
-                max_new_tokens=limit,
-                stop_ids=chosen.sample.stop_ids or tokenizer.stop_ids,
-            ),
+            with_stop_ids(sample, tokenizer),
             jax.random.key(chosen.seed),
             num_tokens=tokenizer.vocab_size,
             on_tokens=printer.feed,

@@ -23,9 +23,11 @@ from jaxlm.checkpoint.load import load
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint
+from jaxlm.commands.generation import check_room, with_stop_ids
 from jaxlm.commands.process import STARTED, fail, use_compile_cache
 from jaxlm.config import Config, TrainConfig, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
+from jaxlm.infer.check_arguments import checked_sample
 from jaxlm.infer.generate import generate
 from jaxlm.interrupts import Interrupts
 from jaxlm.model.attention_choice import attention_choices
@@ -67,12 +69,11 @@ def main(
         use_compile_cache()
     try:
         with jax.set_mesh(make_mesh(config.mesh)):
-            code = train(config, initial, sample_command)
+            return train(config, initial, sample_command)
     except NoUsableCheckpoint as error:
         fail(error, EXIT_NO_CHECKPOINT)
     except NotFinite as error:
         fail(error, EXIT_NOT_FINITE)
-    return code
 
 
 def train(
@@ -301,35 +302,25 @@ def make_sampler(
       ValueError: for an empty prompt, one that fills the context, and a stop id outside
         the vocabulary. `generate` would raise it too, but only in the middle of a run.
     """
-    settings, context = config.train, config.model.context_length
+    settings, model, flag = config.train, config.model, "--train.sample-prompt"
     off = "or turn samples off with --train.sample-every 0"
     try:
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
     except ValueError as error:
-        raise ValueError(f"--train.sample-prompt: {error}; {off}") from error
+        raise ValueError(f"{flag}: {error}; {off}") from error
     if not len(prompt):
-        raise ValueError(
-            f"--train.sample-prompt is empty: give at least one token, {off}"
-        )
-    if len(prompt) >= context:
-        raise ValueError(
-            f"--train.sample-prompt has {len(prompt)} tokens, which leaves no room in "
-            f"the model's context of {context}: shorten it"
-        )
-    stop_ids = config.sample.stop_ids or tokenizer.stop_ids
-    for stop in stop_ids:
-        if not 0 <= stop < config.model.vocab_size:
-            raise ValueError(f"--sample.stop-ids: {stop} is not in the vocabulary")
+        raise ValueError(f"{flag} is empty: give at least one token, {off}")
+    check_room(prompt, model, flag)
+    room = model.context_length - len(prompt)
     sample_config = dataclasses.replace(
-        config.sample,
-        max_new_tokens=min(settings.sample_tokens, context - len(prompt)),
-        stop_ids=stop_ids,
+        config.sample, max_new_tokens=min(settings.sample_tokens, room)
     )
+    sample_config = checked_sample(model, with_stop_ids(sample_config, tokenizer))
 
     def sample(params: Params, step: int, is_over: Callable[[], bool]) -> str:
         key = jax.random.fold_in(jax.random.key(settings.seed), SAMPLE_STREAM)
         result = generate(
-            config.model,
+            model,
             params,
             [prompt],
             sample_config,

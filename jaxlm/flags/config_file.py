@@ -132,14 +132,16 @@ def _run(file: Path) -> tuple[Config, str]:
     except ConfigFileError:
         raise
     except Exception as error:
-        raise ConfigFileError(f"{_place(file, error)}: {_words(error)}") from error
+        raise ConfigFileError(
+            f"{_location(file, error)}: {_explained(error)}"
+        ) from error
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise ConfigFileError(f"{file}: get_config() returns {kind}, not a Config")
     return config, module.get("__doc__") or ""
 
 
-def _place(file: Path, error: Exception) -> str:
+def _location(file: Path, error: Exception) -> str:
     """Returns the file and the line of a mistake."""
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f"{error.filename}:{error.lineno}"
@@ -148,14 +150,14 @@ def _place(file: Path, error: Exception) -> str:
     return f"{file}:{lines[-1]}" if lines else str(file)
 
 
-def _words(error: Exception) -> str:
-    """Returns what Python says about an error, with a suggestion where there is one."""
+def _explained(error: Exception) -> str:
+    """Returns the message of an error as one line, with a suggestion if possible."""
     if type(error) is ValueError:
         return str(error)
     text = "".join(
         traceback.TracebackException.from_exception(error).format_exception_only()
     )
-    if isinstance(error, SyntaxError):  # The line and a mark come before its words.
+    if isinstance(error, SyntaxError):  # Its lines and marks come before the message.
         text = f"SyntaxError: {error.msg}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", text)
     if unknown:

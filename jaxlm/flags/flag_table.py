@@ -29,7 +29,7 @@ class Flag:
     hint: Any
     """The type of the field."""
     default: Any
-    """Default of the field; MISSING without one."""
+    """The value without the flag; MISSING if it has to be given."""
     owner: type
     """The dataclass that the field belongs to."""
     section: str
@@ -55,19 +55,23 @@ class Flag:
         return f"--{section}{dot}no-{last}" if self.hint is bool else None
 
 
-def flags_of(kind: type) -> list[Flag]:
-    """Returns the flags of a dataclass, with those of the dataclasses in it."""
-    return list(_flags(kind, None, "", "--", ""))
+def flags_of(kind: type, defaults: Any = None) -> list[Flag]:
+    """Returns the flags of a dataclass, with those of the dataclasses in it.
+
+    Args:
+      defaults: an instance whose fields are the defaults; None takes those of `kind`.
+    """
+    return list(_flags(kind, defaults, "", "--", ""))
 
 
 def _flags(
-    kind: type, base: Any, path: str, prefix: str, section: str
+    kind: type, defaults: Any, path: str, prefix: str, section: str
 ) -> Iterator[Flag]:
     hints = get_type_hints(kind, include_extras=True)
     for f in dataclasses.fields(kind):
         hint, *marks = _without_marks(hints[f.name])
         inner, name = section_of(hint), f.name.replace("_", "-")
-        default = getattr(base, f.name, default_of(f))
+        default = getattr(defaults, f.name, default_of(f))
         if inner is not None and "flat" in marks:
             yield from _flags(inner, default, f"{path}{f.name}.", prefix, section)
         elif inner is not None:

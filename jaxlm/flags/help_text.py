@@ -17,7 +17,7 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", bool: "BOOL"
 def help_text(
     kind: type,
     prog: str,
-    default: Any = None,
+    defaults: Any = None,
     *,
     about: str = "",
     first: Sequence[str] = (),
@@ -27,26 +27,23 @@ def help_text(
     Args:
       kind: the dataclass; its docstring begins the text, where `{prog}` is the program.
       prog: the program.
-      default: an instance whose fields are the defaults; None takes those of `kind`.
+      defaults: as `flags_of` takes them.
       about: more text, below the docstring.
       first: paths of the flags that come first.
     """
-    flags = flags_of(kind)
-    if default is not None:
-        flags = [dataclasses.replace(f, default=_at(default, f)) for f in flags]
+    flags = flags_of(kind, defaults)
     free = [flag for flag in flags if flag.is_positional]
-    usage = [f"{f.name} ..." if f.takes_many else f.name for f in free]
-    usage = [
-        name if flag.default is dataclasses.MISSING else f"[{name}]"
-        for name, flag in zip(usage, free, strict=True)
-    ]
+    usage = [prog]
+    for flag in free:
+        name = f"{flag.name} ..." if flag.takes_many else flag.name
+        usage.append(name if flag.default is dataclasses.MISSING else f"[{name}]")
     columns = min(shutil.get_terminal_size().columns, 88) - 2
     text = f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{about}".replace("{prog}", prog)
     paragraphs = (
         textwrap.fill(p, columns, break_on_hyphens=False) for p in text.split("\n\n")
     )
     parser = argparse.ArgumentParser(
-        usage=" ".join([prog, *usage, "[--flag VALUE ...]"]),
+        usage=" ".join([*usage, "[--flag VALUE ...]"]),
         description="\n\n".join(paragraphs),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=6, width=columns
@@ -66,20 +63,13 @@ def help_text(
     return parser.format_help()
 
 
-def _at(config: Any, flag: Flag) -> Any:
-    """Returns what an instance has in the field of a flag, else the flag's default."""
-    for name in flag.path.split("."):
-        config = getattr(config, name, flag.default)
-    return config
-
-
 def _metavar(hint: Any) -> str:
     (first, *_) = get_args(hint) or (hint,)
     is_choice = Literal in (get_origin(hint), get_origin(first))
     return "NAME" if is_choice else _METAVARS[first]
 
 
-def _shown_default(flag: Flag) -> str:
+def _values_and_default(flag: Flag) -> str:
     """Returns what follows a flag's help: the possible values and the default."""
     parts = []
     for option in (flag.hint, *get_args(flag.hint)):
@@ -103,7 +93,7 @@ class _Switch(argparse.Action):
 def add_flags(group: argparse._ActionsContainer, flags: Iterable[Flag]) -> None:
     """Adds flags, whose values stay texts, to a parser or to a group of its help."""
     for flag in flags:
-        about = f"{flag.doc}{_shown_default(flag)}".replace("%", "%%")
+        about = f"{flag.doc}{_values_and_default(flag)}".replace("%", "%%")
         if flag.off is not None:
             names = (flag.name, flag.off)
             group.add_argument(
@@ -114,7 +104,7 @@ def add_flags(group: argparse._ActionsContainer, flags: Iterable[Flag]) -> None:
         if flag.takes_many:
             options["nargs"] = "*"
         if flag.is_positional:
-            # Whether it is missing is asked when the dataclass is made.
+            # `with_values` finds out whether it is missing.
             options = {"nargs": "?", **options, "metavar": flag.name}
             group.add_argument(flag.path, **options)
         else:

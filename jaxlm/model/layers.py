@@ -42,7 +42,7 @@ def run_layers(
     context: Context,
     caches: Caches,
     recorder: Recorder,
-    block: type[Block] = Block,
+    block: type[Block],
 ) -> tuple[Float[Array, "B T D"], Caches, Recorder]:
     """Runs all blocks.
 

@@ -158,17 +158,6 @@ def smoothed_loss(
     return indices, smooth(losses, len(losses) // SMOOTHING)
 
 
-def flatten(config: Json, prefix: str = "") -> dict[str, str]:
-    """Maps the dotted names of a nested config to values as JSON."""
-    fields = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            fields |= flatten(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = json.dumps(value, ensure_ascii=False)
-    return fields
-
-
 def _last(rows: Sequence[Json], name: str) -> float:
     """Returns the last number of a column, or NaN."""
     values = column(rows[-1:], name)

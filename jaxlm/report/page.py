@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxlm.config import named_values
 from jaxlm.durable import replacing
 from jaxlm.report.curves import (
     MAX_POINTS,
@@ -22,7 +23,6 @@ from jaxlm.report.curves import (
     column,
     downsample,
     figures,
-    flatten,
     load_runs,
 )
 
@@ -201,9 +201,12 @@ def _held_out_table(runs: Sequence[Run], limit: int = 500) -> str:
 
 
 def _config_table(runs: Sequence[Run]) -> str:
-    fields = [flatten(run.config) for run in runs]
+    fields = [named_values(run.config) for run in runs]
     rows = _row(["Field", *(run.name for run in runs)], "th")
     for name in dict.fromkeys(name for f in fields for name in f):
-        cells = [f.get(name, "–") for f in fields]
+        cells = [
+            json.dumps(f[name], ensure_ascii=False) if name in f else "–"
+            for f in fields
+        ]
         rows += _row([name, *cells], mark=len(set(cells)) > 1)
     return rows

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config import named_values
 from jaxlm.progress import Waiting
 from jaxlm.train.metrics import Sink, one_line
 
@@ -145,7 +146,7 @@ class MLflow:
         kept.write_text(self._id)
         params = [
             self._entities.Param(key, str(value)[:MLFLOW_CHARACTERS])
-            for key, value in _leaves(config)
+            for key, value in named_values(config).items()
         ]
         for start in range(0, len(params), MLFLOW_PARAMS):
             part = params[start : start + MLFLOW_PARAMS]
@@ -194,12 +195,3 @@ def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if row["kind"] in ("train", "eval") and number and name != "step":
             yield f"{row['kind']}/{name}", value
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the fields of a nested config by dotted name."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from parity_case import nested, weights
 
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
-from jaxlm.config import Config, DataConfig, ModelConfig
+from jaxlm.checkpoint.save import save
+from jaxlm.config import ModelConfig
 from jaxlm.flags.config_file import read_config
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
@@ -41,13 +41,5 @@ def default_model(
 
 def run_of(folder: Path) -> Path:
     """Writes it as a run."""
-    config, params, tokenizer = default_model()
-    with CheckpointManager(folder) as checkpoints:
-        checkpoints.save(
-            *(1, params, {}),
-            config=Config(model=config, data=DataConfig(sequence_length=16)),
-            tokenizer=tokenizer,
-            data_fingerprint="data",
-            finite=True,
-        )
+    save(folder, *default_model())
     return folder

@@ -14,11 +14,9 @@ from terminal_case import CTRL_C, CTRL_D, UP, Terminal
 from toy_case import make_params, toy
 
 from jaxlm.checkpoint.load import load, open_checkpoint
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
-from jaxlm.cli import main
-from jaxlm.config import Config, DataConfig, SampleConfig
+from jaxlm.checkpoint.save import save
+from jaxlm.config import SampleConfig
 from jaxlm.infer.conversation import Conversation
-from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 # Answers never end by themselves, and a long one takes seconds.
 CONTEXT = 8192
@@ -26,27 +24,16 @@ PASTE = "\x1b[200~one\n  two\x1b[201~"
 ALT_ENTER = "\x1b\r"
 
 
-def save_run(folder, tokenizer):
-    model = toy(vocab_size=tokenizer.vocab_size, context_length=CONTEXT)
-    params = make_params(model, std=0.5)
-    for i in tokenizer.stop_ids:
-        params["lm_head"]["kernel"][:, i] = 0
-    with CheckpointManager(folder) as checkpoints:
-        checkpoints.save(
-            *(1, params, {}),
-            config=Config(model=model, data=DataConfig(sequence_length=16)),
-            tokenizer=tokenizer,
-            data_fingerprint="data",
-            finite=True,
-        )
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with runs/tiny, which has a chat template."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = golden_tokenizer("byte_level", tmp_path_factory.mktemp("tokenizer"))
-    save_run(home / "runs" / "tiny", tokenizer)
+    model = toy(vocab_size=tokenizer.vocab_size, context_length=CONTEXT)
+    params = make_params(model, std=0.5)
+    for i in tokenizer.stop_ids:
+        params["lm_head"]["kernel"][:, i] = 0
+    save(home / "runs" / "tiny", model, params, tokenizer)
     return home
 
 
@@ -125,27 +112,3 @@ def test_in_a_pipe_each_line_is_a_message(home, repository):
     talk = Conversation(config, params, tokenizer, sample, jax.random.key(5))
     first, second = talk.ask("Hé", str).text, talk.ask("/and?", str).text
     assert done.stdout == f"> {first}\n> > > {second}\n> \n"
-
-
-def test_a_model_without_a_template(tmp_path, capsys):
-    save_run(tmp_path / "run", ByteTokenizer())
-    with pytest.raises(SystemExit, match="2"):
-        main(["chat", str(tmp_path / "run")])
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: this model has no chat template")
-    assert "`jaxlm sample`" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["sample", "--system", "x"], "unknown flag '--system'"),
-        (["sample", "--chat", "--prompt", "x"], "unknown flag '--prompt'"),
-        (["chat", "--seed", "x"], "--seed"),
-    ],
-)
-def test_flags_that_are_wrong(arguments, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and words in err and err.count("\n") == 1

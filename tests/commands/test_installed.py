@@ -12,8 +12,7 @@ from hugging_face_case import golden_tokenizer
 from packaging.requirements import Requirement
 from toy_case import make_params, toy
 
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
-from jaxlm.config import Config, DataConfig
+from jaxlm.checkpoint.save import save
 
 TINY = """--train.steps 2 --train.batch-size 2 --train.eval-every 0 --train.sample-every 0
     --data.sequence-length 32 --data.holdout-fraction 0.01 --model.num-layers 1
@@ -97,13 +96,6 @@ def test_a_wheel_trains_samples_and_chats(repository, tmp_path):
     # A run whose tokenizer has a chat template.
     tokenizer = golden_tokenizer("byte_level", tmp_path)
     model = toy(vocab_size=tokenizer.vocab_size, context_length=128)
-    with CheckpointManager(home / "runs" / "chat") as checkpoints:
-        checkpoints.save(
-            *(1, make_params(model), {}),
-            config=Config(model=model, data=DataConfig(sequence_length=16)),
-            tokenizer=tokenizer,
-            data_fingerprint="data",
-            finite=True,
-        )
+    save(home / "runs" / "chat", model, make_params(model), tokenizer)
     words = ("chat", "runs/chat", "--max-new-tokens", "4")
     assert "> " in run(command, *words, folder=home, input="Hello\n")

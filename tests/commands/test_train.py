@@ -31,7 +31,7 @@ MODEL = toy(vocab_size=TOKENIZER.vocab_size, context_length=40)
             {"sample_prompt": "x" * 40},
             r"^--train\.sample-prompt has 40 tokens, .* context of 40: shorten it$",
         ),
-        ({"stop_ids": (999,)}, {}, r"^--sample\.stop-ids: 999 is not in the vocab"),
+        ({"stop_ids": (999,)}, {}, r"^sample\.stop_ids: 999 is not in the vocab"),
     ],
 )
 def test_a_run_that_cannot_sample_is_refused_before_its_first_step(

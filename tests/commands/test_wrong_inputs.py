@@ -8,9 +8,8 @@ import pytest
 from terminal_case import Terminal
 from toy_case import make_params, toy
 
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
-from jaxlm.config import Config, DataConfig
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 CONFIG = """
@@ -64,14 +63,7 @@ def folder(tmp_path_factory):
             file.write_text(content)
     tokenizer = ByteTokenizer()
     model = toy(vocab_size=tokenizer.vocab_size, context_length=64)
-    with CheckpointManager(folder / "runs" / "tiny") as checkpoints:
-        checkpoints.save(
-            *(1, make_params(model), {}),
-            config=Config(model=model, data=DataConfig(sequence_length=16)),
-            tokenizer=tokenizer,
-            data_fingerprint="data",
-            finite=True,
-        )
+    save(folder / "runs" / "tiny", model, make_params(model), tokenizer)
     damaged = folder / "runs" / "damaged"
     shutil.copytree(folder / "runs" / "tiny", damaged)
     for file in (damaged / "checkpoints").glob("*/*.json"):
@@ -93,6 +85,10 @@ WRONG = {
     "train --train.steps --fresh": "--train.steps needs a value",
     "train --train.steps 0": "--train.steps is 0: it must be > 0",
     "train --train.steps 99999999999999999999": "it must be below 2**63",
+    "train --train.step=3": "'--train.step=3' (did you mean '--train.steps'?)" + FLAGS,
+    "train --modl.num-layers 3": "(did you mean '--model.num-layers'?)",
+    "train --model.rope-scaling x": "(did you mean '--model.rope-scaling.",
+    "train --data x": "unknown flag '--data' (did you mean '--data.path'?)",
     "train --train.step 3": "'--train.step' (did you mean '--train.steps'?)" + FLAGS,
     "train --lr 3": "(did you mean '--optimizer.learning-rate'?)" + FLAGS,
     "train --learning_rate 3": "'--learning_rate' (did you mean '--optimizer.learn",
@@ -163,6 +159,13 @@ WRONG = {
     "train --init-from unknown": "model_type is 'unheard-of'; known are llama,",
     # Samples and conversations.
     "sample nope": f"nope {NO_CHECKPOINT}",
+    "sample runs/tinny": "runs/tiny",
+    "sample --temprature 1": "'--temprature' (did you mean '--temperature'?)",
+    f"sample runs/tiny --prompt {'é' * 32}": (
+        "--prompt has 64 tokens, which leaves no room in the model's context of 64: "
+        "shorten it"
+    ),
+    "sample --system x": "unknown flag '--system'",
     "sample nothing": "it is empty; run folders nearby: ",
     "sample broken": "broken/config.json is not valid JSON",
     "sample broken.gguf": "broken.gguf: GGUF version 875770417, not 2 or 3",
@@ -183,7 +186,11 @@ WRONG = {
     "sample runs/tiny --stop-ids 999": "--stop-ids: 999 is not in the vocabulary",
     "sample --chat --prompt x": "unknown flag '--prompt'",
     "chat nope": f"nope {NO_CHECKPOINT}",
-    "chat runs/tiny": "this model has no chat template",
+    "chat runs/tiny": (
+        "this model has no chat template, which formats a conversation: take a model "
+        "that was trained to chat, or continue a text with `jaxlm sample`"
+    ),
+    "chat --seed x": "--seed is 'x': it must be an integer",
     "chat --num-samples 2": "unknown flag '--num-samples'",
     # Verbs for checkpoints and runs.
     "convert": "SRC is missing" + FLAGS,

@@ -25,15 +25,15 @@ class Clock:
 @pytest.fixture
 def writes(monkeypatch):
     """Replaces the two writers by ones that take `seconds`; returns their calls."""
-    calls = []
-
-    def draw(run, out):
-        calls.clock.now += calls.seconds
 
     class Calls(list):
         clock, seconds = Clock(), 0.1
 
     calls = Calls()
+
+    def draw(run, out):
+        calls.clock.now += calls.seconds
+
     monkeypatch.setattr(live, "write_report", lambda *_, next_s: calls.append(next_s))
     monkeypatch.setattr(live, "draw_loss_png", draw)
     return calls
