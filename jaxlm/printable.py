@@ -3,7 +3,10 @@
 import reprlib
 from typing import Any
 
-_REPR = reprlib.Repr(maxstring=100, maxother=100, maxlong=100, maxlist=8, maxdict=8)
+# Python 3.11 takes no limits as arguments.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxlist = _REPR.maxdict = 8
 
 
 def shown(name: Any) -> str:

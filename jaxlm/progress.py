@@ -137,28 +137,21 @@ class Waiting(contextlib.AbstractContextManager):
     seconds. Use it as a context manager, or call `finish`.
     """
 
-    def __init__(
-        self, title: str, *, delay_s: Number = WAIT_SECONDS, in_logs: bool = True
-    ):
+    def __init__(self, title: str, *, in_logs: bool = True):
         """Begins to count the seconds.
 
         Args:
           title: what is done, without a period.
-          delay_s: seconds before anything is shown; 0 shows it at once.
           in_logs: print the plain lines; False for a wait that comes again and again.
         """
         self._title, self._began = title, time.monotonic()
         self._console: Console = _console(sys.stderr)
         self._live: Live | None = None
         self._lock, self._is_shown, self._is_over = threading.Lock(), False, False
-        self._timer = threading.Timer(delay_s, self._show)
+        self._timer = threading.Timer(WAIT_SECONDS, self._show)
         self._timer.daemon = True
-        if not (in_logs or self._console.is_interactive):
-            return
-        if delay_s > 0:
+        if in_logs or self._console.is_interactive:
             self._timer.start()
-        else:
-            self._show()
 
     def _show(self) -> None:
         with self._lock:

@@ -19,7 +19,7 @@ def parse_object(
     Raises:
       ValueError: if it is anything else, or nested too deeply.
     """
-    constant = {} if allow_nan else {"parse_constant": _no_constant}
+    constant: dict[str, Any] = {} if allow_nan else {"parse_constant": _no_constant}
     try:
         if isinstance(text, bytes):
             text = text.decode()

@@ -27,7 +27,8 @@ with interrupts.Interrupts(CODES, "NOTICE", raises=raises) as stop:
             time.sleep(60)
         except KeyboardInterrupt:
             line.note("raised")
-    waiting = progress.Waiting("compiling", delay_s=0)
+    progress.WAIT_SECONDS = 0
+    waiting = progress.Waiting("compiling")
     hashlib.pbkdf2_hmac("sha256", b"", b"", ROUNDS)
     waiting.finish()
     line.note(f"received {stop.received}")

@@ -21,6 +21,7 @@ sys.path.append("JAXLM")  # Imported alone, it does not import jax.
 import progress
 
 progress.DELAY_SECONDS = -1.0  # Bars appear at once.
+progress.WAIT_SECONDS = 0.0
 line = progress.ProgressLine(2000)
 line.note("run: 12 parameters [bold]")
 row = {"loss": 2.0, "lr": 1e-3, "tokens_per_s": 1000.0, "data_wait_s": 0.0, "step_s": 0.1}
@@ -33,7 +34,7 @@ for step in range(1, 1001):
         line.note("a sample\n\x1b[2J\rTo be\nor not " + "x" * 80)
         with progress.progress_bar("hashing [a/b]", 1000) as advance_to:
             advance_to(10)
-            with progress.Waiting("learning [a]", delay_s=0):
+            with progress.Waiting("learning [a]"):
                 time.sleep(0.3)  # The display is drawn ten times a second.
                 line.note("a note under three lines")
             advance_to(1000)
@@ -164,9 +165,11 @@ def compute(seconds):
     while time.monotonic() < end:
         hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000)
 
-with progress.Waiting("too short to be shown", delay_s=100):
+progress.WAIT_SECONDS = 100
+with progress.Waiting("too short to be shown"):
     compute(0.1)
-waiting = progress.Waiting("compiling [it]", delay_s=0.3)
+progress.WAIT_SECONDS = 0.3
+waiting = progress.Waiting("compiling [it]")
 compute(3)
 waiting.finish()
 waiting.finish()

@@ -83,7 +83,7 @@ def test_the_text_is_that_of_generate(home, repository):
 IMPATIENT = """
 import sys
 from jaxlm import cli, progress
-progress.Waiting.__init__.__kwdefaults__["delay_s"] = 0.0
+progress.WAIT_SECONDS = 0.0
 sys.exit(cli.run("sample", sys.argv[1:], "sample.py"))
 """
 
