@@ -27,7 +27,7 @@ from jaxlm.commands.generation import check_room, with_stop_ids
 from jaxlm.commands.process import STARTED, fail, use_compile_cache
 from jaxlm.config import Config, TrainConfig, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
-from jaxlm.infer.check_arguments import checked_sample
+from jaxlm.infer.check_arguments import check_sampling
 from jaxlm.infer.generate import generate
 from jaxlm.interrupts import Interrupts
 from jaxlm.model.attention_choice import attention_choices
@@ -315,10 +315,11 @@ def make_sampler(
     sample_config = dataclasses.replace(
         config.sample, max_new_tokens=min(settings.sample_tokens, room)
     )
-    sample_config = checked_sample(model, with_stop_ids(sample_config, tokenizer))
+    sample_config = with_stop_ids(sample_config, tokenizer)
+    key = jax.random.fold_in(jax.random.key(settings.seed), SAMPLE_STREAM)
+    check_sampling(model, sample_config, key, tokenizer.vocab_size)
 
     def sample(params: Params, step: int, is_over: Callable[[], bool]) -> str:
-        key = jax.random.fold_in(jax.random.key(settings.seed), SAMPLE_STREAM)
         result = generate(
             model,
             params,
