@@ -4,6 +4,7 @@ Everything else is imported where it is needed: Ctrl-C ends the program without 
 traceback from the moment that `main` runs.
 """
 
+import errno
 import importlib
 import os
 import signal
@@ -70,9 +71,13 @@ def start(trains: bool) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
-    if trains:
-        from jaxlm.commands.process import restart_with_malloc_options
+    from jaxlm.commands.process import (
+        open_standard_streams,
+        restart_with_malloc_options,
+    )
 
+    open_standard_streams()
+    if trains:
         restart_with_malloc_options()
 
 
@@ -83,8 +88,9 @@ def _end(_number: int, _frame: Any) -> None:
 def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
     """Runs a verb and returns its exit code.
 
-    A ValueError becomes one line on stderr, in which fields of the config are named by
-    their flags; with -v its traceback comes before it.
+    A ValueError or an OSError becomes one line on stderr, in which fields of the config
+    are named by their flags; with -v its traceback comes before it. Training goes on
+    when nobody can read what it prints.
 
     Args:
       verb: a name in `VERBS`.
@@ -92,8 +98,15 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
       prog: the program that the user called, for messages.
       options: passed to the verb's `main`.
     """
+    from jaxlm.commands.process import lossy_output
+
+    with lossy_output(stdout=verb == "train"):
+        return _run(verb, arguments, prog, options)
+
+
+def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
     from jaxlm.commands.arguments import ARGUMENTS, read_arguments
-    from jaxlm.commands.process import fail, log_on_stderr
+    from jaxlm.commands.process import discard_stdout, fail, log_on_stderr
     from jaxlm.flags.config_file import ConfigFileError
     from jaxlm.flags.flag_table import in_flags
     from jaxlm.interrupts import Interrupts
@@ -110,7 +123,9 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
             with Waiting("starting", in_logs=False):
                 command = importlib.import_module(f"jaxlm.commands.{verb}")
             with Interrupts({signal.SIGINT: _INTERRUPTED}):
-                return command.main(*chosen, **options)
+                code = command.main(*chosen, **options)
+            sys.stdout.flush()
+            return code
     except ValueError as error:
         if verbose:
             import traceback
@@ -120,10 +135,20 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
         fail(error if is_of_file else in_flags(str(error), ARGUMENTS[verb]))
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:
-        # As in `| head`. At its end Python writes what is left, and would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # As in `| head`.
+        discard_stdout()
         return _PIPE_CLOSED
+    except OSError as error:
+        if verbose:
+            import traceback
+
+            traceback.print_exc()
+        if error.filename:
+            fail(f"{error.filename}: {error.strerror}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            discard_stdout()  # Files have names.
+            fail(f"the output cannot be written ({error.strerror})")
+        fail(error)
 
 
 if __name__ == "__main__":

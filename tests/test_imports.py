@@ -19,6 +19,7 @@ ROWS = (
         "progress",
         "interrupts",
         "durable",
+        "user_cache",
         "hub",
         "strict_json",
     ),

@@ -32,7 +32,10 @@ def machine() -> Iterator[tuple[str, str]]:
     devices = jax.devices()
     yield "devices", f"{len(devices)} {devices[0].device_kind} ({devices[0].platform})"
     yield "dtype auto", compute_dtype("auto").name
-    yield "compiled programs", str(compile_cache_folder())
+    try:
+        yield "compiled programs", str(compile_cache_folder())
+    except OSError as error:
+        yield "compiled programs", f"not kept ({error.strerror})"
 
 
 def attention(config: Config) -> Iterator[tuple[str, str]]:

@@ -1,16 +1,19 @@
 """Sets up the process of a command: malloc, logging, the compile cache."""
 
 import contextlib
+import io
 import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxlm.train.stopping import EXIT_USAGE
+from jaxlm.user_cache import user_cache
 
 STARTED = time.monotonic()
 """About the start of the process: nothing slow is imported before this."""
@@ -20,6 +23,8 @@ MALLOC_OPTIONS = (
     "glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=268435456"
 )
 """Value of GLIBC_TUNABLES that makes malloc keep freed memory, in huge pages."""
+
+logger = logging.getLogger(__name__)
 
 
 def restart_with_malloc_options() -> None:
@@ -39,6 +44,60 @@ def restart_with_malloc_options() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ["GLIBC_TUNABLES"] = MALLOC_OPTIONS
     os.execv(sys.executable, sys.orig_argv)
+
+
+class _Lossy(io.FileIO):
+    """Drops what cannot be written: nobody reads any more, or the disk is full."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
+
+
+def _lossy(stream: Any) -> Any:
+    # Tests and notebooks have streams of their own.
+    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream
+    with contextlib.suppress(OSError):
+        stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lossy(stream.fileno(), "w", closefd=False)),
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=True,
+    )
+
+
+@contextlib.contextmanager
+def lossy_output(*, stdout: bool) -> Iterator[None]:
+    """Loses what cannot be written to stderr, and to `stdout`, instead of failing."""
+    old = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _lossy(old[0]) if stdout else old[0], _lossy(old[1])
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = old
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null for each standard stream that was closed before the start.
+
+    Otherwise the next file would get its number, and messages would be written there.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.set_inheritable(number, True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def discard_stdout() -> None:
+    """Drops what is left for stdout; at its end Python would try to write it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
@@ -81,18 +140,29 @@ def log_paused() -> Iterator[None]:
 
 def compile_cache_folder() -> Path:
     """Returns the folder of compiled programs."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "jaxlm" / "xla"
+    return user_cache() / "xla"
 
 
 def use_compile_cache() -> None:
-    """Caches compiled programs in a folder of the user, mode 0700."""
+    """Caches compiled programs in a folder of the user, mode 0700.
+
+    Where that cannot be used, it warns, and nothing is cached.
+    """
     import jax
 
-    folder = compile_cache_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Cached programs run unchecked, so nobody else may write there.
-    folder.chmod(0o700)
+    try:
+        folder = compile_cache_folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Cached programs run unchecked, so nobody else may write there.
+        folder.chmod(0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        logger.warning(
+            "compiled programs are not kept: %s (%s); each start compiles again",
+            *(error.filename, error.strerror),
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -8,6 +8,7 @@ each other.
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +28,7 @@ from jaxlm.commands.generation import check_room, with_stop_ids
 from jaxlm.commands.process import STARTED, fail, use_compile_cache
 from jaxlm.config import Config, TrainConfig, diff, to_dict
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
+from jaxlm.durable import replacing
 from jaxlm.infer.check_arguments import check_sampling
 from jaxlm.infer.generate import generate
 from jaxlm.interrupts import Interrupts
@@ -56,6 +58,8 @@ from jaxlm.types import Batch, Params
 SAMPLE_STREAM = 1
 # Share of the training time that evaluations may take by default.
 EVAL_SHARE = 0.1
+
+logger = logging.getLogger(__name__)
 
 
 def main(
@@ -347,7 +351,11 @@ def run_outputs(
     choices = attention_choices(
         config.model, settings.batch_size, config.data.sequence_length
     )
-    (run / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    try:
+        with replacing(run / "config.json") as file:
+            file.write(json.dumps(to_dict(config), indent=2).encode())
+    except OSError as error:  # Only reports read it.
+        logger.warning("%s: %s", error.filename, error.strerror)
     resume_step = step if resumed else None
     sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
     writer = MetricsWriter(

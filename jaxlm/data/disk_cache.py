@@ -6,8 +6,10 @@ and therefore another key.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +21,7 @@ from typing import Any
 from jaxlm.data.sources import TextFile
 from jaxlm.durable import sync
 from jaxlm.progress import progress_bar
+from jaxlm.user_cache import user_cache
 
 # Up to this size, hashing all bytes at every start is fast enough.
 FULL_HASH_BYTES = 256 << 20
@@ -28,13 +31,28 @@ BLOCK_BYTES = 1 << 20
 ABANDONED_SECONDS = 2 * 24 * 3600.0
 _BUILDING = ".building-"
 
+logger = logging.getLogger(__name__)
 
-def cache_root(cache_dir: str | None) -> Path:
-    """Returns `cache_dir`, or by default jaxlm/tokens in the user's cache folder."""
+
+def cache_root(cache_dir: str | Path | None) -> Path:
+    """Returns `cache_dir`, or by default jaxlm/tokens in the user's cache folder.
+
+    Raises:
+      OSError: if the user has no home folder.
+    """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jaxlm" / "tokens"
+    return user_cache() / "tokens"
+
+
+@functools.cache
+def _temporary_root(path: str, reason: str) -> tempfile.TemporaryDirectory:
+    """The cache of this process alone, deleted at its end, as `path` cannot be used."""
+    logger.warning(
+        "tokens are not kept: %s (%s); the next start prepares the text again",
+        *(path, reason),
+    )
+    return tempfile.TemporaryDirectory(prefix="jaxlm-tokens-")
 
 
 def key_of(*values: Any) -> str:
@@ -98,28 +116,35 @@ def _sampled_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Returns the folder `root/key`, and builds it first if it is missing.
+def build_once(
+    cache_dir: str | Path | None, key: str, build: Callable[[Path], None]
+) -> Path:
+    """Returns the folder of a key in the cache, and builds it first if it is missing.
 
     `build` fills a temporary folder next to it, which is renamed once it is complete
     and on disk. When two processes build at once, both succeed and one result is kept.
 
     Args:
-      root: the cache folder; created, for this user only, when missing.
+      cache_dir: the cache folder; created, for this user only, when missing. None: that
+        of the user, or one of this process, with a warning, where that cannot be used.
 
     Raises:
-      ValueError: when the cache folder cannot be written.
+      ValueError: when the folder `cache_dir` cannot be written.
     """
-    folder = root / key
-    if folder.is_dir():
-        return folder
     try:
+        root = cache_root(cache_dir)
+        folder = root / key
+        if folder.is_dir():
+            return folder
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         # mkdtemp creates a folder that only this user can enter.
         work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
     except OSError as error:
+        if cache_dir is None:
+            temporary = _temporary_root(error.filename, error.strerror)
+            return build_once(temporary.name, key, build)
         raise ValueError(
-            f"the cache folder {root} cannot be written ({error.strerror}): set "
+            f"the cache folder {cache_dir} cannot be written ({error.strerror}): set "
             "data.cache_dir to a folder that you can write"
         ) from None
     try:

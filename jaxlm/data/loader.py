@@ -17,7 +17,6 @@ from jaxtyping import Int64
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import (
     build_once,
-    cache_root,
     check_unchanged,
     content_hashes,
     key_of,
@@ -244,14 +243,12 @@ def _tokenizer_of(
                 for document in read_documents(file, config.field, config.invalid_utf8):
                     yield document.text
 
-    root = cache_root(config.cache_dir)
-
     def build(work: Path) -> None:
         build_tokenizer(config, texts()).save(work)
         for source, file_hashes in zip(sources, hashes, strict=True):
             check_unchanged(source.files, file_hashes)
 
-    folder = build_once(root, key, build)
+    folder = build_once(config.cache_dir, key, build)
     try:
         return read_saved_tokenizer(folder)
     except ValueError as error:

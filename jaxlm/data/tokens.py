@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int64, UInt
 
 from jaxlm.config import DataConfig
-from jaxlm.data.disk_cache import build_once, cache_root, check_unchanged, key_of
+from jaxlm.data.disk_cache import build_once, check_unchanged, key_of
 from jaxlm.data.documents import read_documents
 from jaxlm.data.sources import Source
 from jaxlm.progress import progress_bar
@@ -101,7 +101,7 @@ def tokenize_source(
         _build(folder, source, tokenizer, config)
         check_unchanged(source.files, hashes)
 
-    folder = build_once(cache_root(config.cache_dir), key, build)
+    folder = build_once(config.cache_dir, key, build)
     return open_tokens(folder, tokenizer.vocab_size)
 
 

@@ -1,5 +1,6 @@
 """`loss.png`: plots the losses of one run or several."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> P
 def draw_losses(runs: Sequence[Run]) -> "Figure":
     """Plots the losses of all runs in one matplotlib figure."""
     # The import takes a third of a second, so it waits until something is drawn.
+    # Without a home folder it would warn that it keeps no list of fonts.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

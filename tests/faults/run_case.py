@@ -34,7 +34,7 @@ def get_config():
 # Runs `jaxlm train` with a recorder around its batches, which writes a line for each
 # batch, and raises a signal or a fault at a given step.
 CHILD = """
-import hashlib, os, signal, sys, time
+import hashlib, os, resource, shutil, signal, sys, time
 import jax, numpy as np
 from jaxlm import cli
 from jaxlm.commands import train
@@ -60,6 +60,10 @@ def batches(dataset, batch_size, start_step, *rest):
             elif action == "nan":
                 weights = batch.loss_weights * float("nan")
                 batch = train.dataclasses.replace(batch, loss_weights=weights)
+            elif action == "delete":
+                shutil.rmtree(os.environ["RUN"])
+            elif action == "fill":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             elif action == "wait":
                 print("waiting", flush=True)
                 time.sleep(60)
@@ -135,6 +139,7 @@ class Run:
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "RECORD": str(self.record),
+            "RUN": str(self.path),
             "FAULT": fault,
             # Otherwise train.py restarts itself, without the recorder.
             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),

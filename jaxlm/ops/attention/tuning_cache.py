@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxlm.ops.attention.request import target
+from jaxlm.user_cache import user_cache
 
 T = TypeVar("T", bound=Any)
 
 
 def settings_file() -> Path:
     """Returns the path of the file, in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jaxlm" / "attention.json"
+    return user_cache() / "attention.json"
 
 
 def settings_key(implementation: str, q: Array | jax.ShapeDtypeStruct) -> str:
@@ -37,11 +37,13 @@ def measured(key: str, default: T) -> T:
       ValueError: if the file is not JSON, names unknown fields, or has a size that is
         not a positive integer.
     """
-    path = settings_file()
-    if not path.is_file():
+    try:
+        path = settings_file()
+        text = path.read_text()
+    except OSError:  # Nothing was measured.
         return default
     try:
-        fields = json.loads(path.read_text()).get(key, {})
+        fields = json.loads(text).get(key, {})
         found = dataclasses.replace(default, **fields)
         if not all(type(size) is int and size > 0 for size in fields.values()):
             raise TypeError(f"{key!r} has a size that is not a whole number above 0")
