@@ -22,6 +22,7 @@ ROWS = (
         "user_cache",
         "hub",
         "strict_json",
+        "limited_process",
     ),
     ("ops", "sharding", "tokenizers"),
     ("data", "model"),

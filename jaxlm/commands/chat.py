@@ -15,7 +15,7 @@ from jaxlm.commands.generation import open_model, with_stop_ids
 from jaxlm.commands.process import log_paused, use_compile_cache
 from jaxlm.config import ModelConfig
 from jaxlm.infer.conversation import Conversation
-from jaxlm.infer.messages import template_of
+from jaxlm.infer.messages import turns_are_text
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.progress import Waiting, format_count
 from jaxlm.sharding.mesh import make_mesh_of_size
@@ -47,7 +47,12 @@ def begin(
 ) -> tuple[Conversation, Params]:
     """Reads the tokenizer and the parameters, and begins a conversation."""
     tokenizer = checkpoint.tokenizer()
-    template_of(tokenizer)  # Raises before the weights are read.
+    # Raises before the weights are read.
+    if turns_are_text(tokenizer):
+        logger.warning(
+            "this model's chat template ends a message by plain text, not by a special "
+            "token: a message can contain a forged turn"
+        )
     params = load_onto_mesh(checkpoint)
     conversation = Conversation(
         *(model, params, tokenizer, with_stop_ids(chosen.sample, tokenizer)),

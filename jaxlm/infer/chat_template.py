@@ -5,9 +5,9 @@ from the machine, but does not stop it from running forever or filling the memor
 separate process and its limits do. The file is run by path in isolated mode, so it
 imports neither jaxlm nor JAX.
 
-Reads {"template": ..., "variables": {...}} from stdin and writes {"text": ...} or
-{"error": ...} to stdout, both JSON. The arguments are folders to import from. On macOS
-the memory limit is not enforced; the other limits are.
+Reads {"template": ..., "variables": [{...}, ...]} from stdin and writes {"texts":
+[...]} or {"error": ...} to stdout, both JSON. The arguments are folders to import from.
+On macOS the memory limit is not enforced; the other limits are.
 """
 
 import datetime
@@ -110,15 +110,22 @@ def new_environment() -> Any:
     return environment
 
 
-def render(template: str, variables: dict[str, Any]) -> str:
-    """Renders a template; OverflowError if the text exceeds `MAX_OUTPUT_BYTES`."""
-    parts, size = [], 0
-    for part in new_environment().from_string(template).generate(**variables):
-        size += len(part.encode("utf-8", "surrogatepass"))
-        if size > MAX_OUTPUT_BYTES:
-            raise OverflowError(TOO_LONG)
-        parts.append(part)
-    return "".join(parts)
+def render(template: str, variables: list[dict[str, Any]]) -> list[str]:
+    """Renders a template with each of the variables.
+
+    Raises:
+      OverflowError: if a text exceeds `MAX_OUTPUT_BYTES`.
+    """
+    program, texts = new_environment().from_string(template), []
+    for values in variables:
+        parts, size = [], 0
+        for part in program.generate(**values):
+            size += len(part.encode("utf-8", "surrogatepass"))
+            if size > MAX_OUTPUT_BYTES:
+                raise OverflowError(TOO_LONG)
+            parts.append(part)
+        texts.append("".join(parts))
+    return texts
 
 
 def main() -> None:
@@ -127,7 +134,7 @@ def main() -> None:
     job = json.loads(sys.stdin.buffer.read())
     set_limits()
     try:
-        answer = {"text": render(job["template"], job["variables"])}
+        answer = {"texts": render(job["template"], job["variables"])}
     except MemoryError:
         answer = {"error": TOO_LARGE}
     except Exception as error:  # Any failure is reported to the parent.

@@ -2,15 +2,14 @@
 
 Only the template produces special tokens. During rendering, a Unicode noncharacter
 follows every character of a message with which a special token could start. So wherever
-the template moves a message's text, it stays text.
+the template moves a message's text, it stays text. A template that removes this
+character, or makes the first character of a token itself, is found out: the same
+conversation, of harmless words, must give the same special tokens.
 """
 
-import json
+import itertools
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jinja2
 import markupsafe
@@ -23,15 +22,14 @@ from jaxlm.infer.chat_template import (
     MAX_OUTPUT_BYTES,
     MAX_TEMPLATE_BYTES,
 )
+from jaxlm.limited_process import run_limited
 from jaxlm.tokenizers.base import Tokenizer
 
-# Wall-clock limit. It also stops a template that sleeps, and leaves a busy machine time
-# to start the process.
-MAX_SECONDS = 20
 # Unicode's noncharacters, which no text contains.
 _NONCHARACTERS = [*map(chr, range(0xFDD0, 0xFDF0)), "\ufffe", "\uffff"]
 # Marks of an assistant's reasoning: templates cut what is between out of the history.
 _THOUGHTS = ("<think>", "</think>")
+_WORD = re.compile(r"\w+")
 _ROLE = re.compile(r"\w[\w-]*")
 
 
@@ -53,8 +51,9 @@ def chat_ids(
       add_generation_prompt: append the start of the assistant's next answer.
 
     Raises:
-      ValueError: if there is no template; if it rejects the messages, fails, or exceeds
-        a limit (size, output, time, memory); or if a message is malformed.
+      ValueError: if there is no template; if it rejects the messages, fails, exceeds a
+        limit (size, output, time, memory), or turns text of a message into special
+        tokens; or if a message is malformed.
     """
     template = template_of(tokenizer)
     for i, message in enumerate(messages):
@@ -65,16 +64,14 @@ def chat_ids(
                 f"message {i} has the role {message['role']!r}: not a word"
             )
     barrier = _unused_character(template, messages)
-    texts = {i: text for text, i in tokenizer.special_ids.items()}
-    named = tokenizer.named_ids.items()
-    variables = {
-        "messages": [_guarded(tokenizer, m, barrier) for m in messages],
-        "add_generation_prompt": add_generation_prompt,
-        "tools": None,
-        "documents": None,
-        **{f"{name}_token": texts[i] for name, i in named if i in texts},
-    }
-    ids = tokenizer.encode_trusted(render(template, variables), barrier)
+    both = [messages, _harmless(tokenizer, template, messages)]
+    text, harmless = _rendered(tokenizer, both, barrier, add_generation_prompt)
+    if _structure(tokenizer, text) != _structure(tokenizer, harmless):
+        raise ValueError(
+            "the chat template would turn text of a message into special tokens, or "
+            "hide some: the message is not sent; write it in other words"
+        )
+    ids = tokenizer.encode_trusted(text, barrier)
     if not len(ids):
         raise ValueError("the chat template gives no text for these messages")
     return ids
@@ -88,6 +85,90 @@ def template_of(tokenizer: Tokenizer) -> str:
             "model that was trained to chat, or continue a text with `jaxlm sample`"
         )
     return tokenizer.chat_template
+
+
+def turns_are_text(tokenizer: Tokenizer) -> bool:
+    """Whether no special token ends a user's message, as in Llama 2's template.
+
+    Whoever writes a message can then imitate its end.
+
+    Raises:
+      ValueError: as `chat_ids`.
+    """
+    word = "zquestionz"
+    messages = [{"role": "user", "content": word}]
+    barrier = _unused_character(template_of(tokenizer), messages)
+    (text,) = _rendered(tokenizer, [messages], barrier, True)
+    after = tokenizer.split_special(text.partition(word)[2])
+    # Text up to the first special token, which ends the message if there is one.
+    texts = list(itertools.takewhile(lambda part: isinstance(part, str), after))
+    return len(texts) == len(after) or bool("".join(texts).strip())
+
+
+def _structure(tokenizer: Tokenizer, text: str) -> list[int | None]:
+    """Returns the special tokens of a text; None for text beside them."""
+    parts = tokenizer.split_special(text)
+    return [None if isinstance(part, str) else part for part in parts]
+
+
+def _rendered(
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    barrier: str,
+    add_generation_prompt: bool,
+) -> list[str]:
+    texts = {i: text for text, i in tokenizer.special_ids.items()}
+    named = tokenizer.named_ids.items()
+    variables = [
+        {
+            "messages": [_guarded(tokenizer, m, barrier) for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            **{f"{name}_token": texts[i] for name, i in named if i in texts},
+        }
+        for messages in conversations
+    ]
+    return render(template_of(tokenizer), variables)
+
+
+def _harmless(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Mapping[str, str]]
+) -> list[dict[str, str]]:
+    """Replaces the letters of messages, so that no special token can be in them.
+
+    Words of the template stay, as it may depend on them, if no special token has them;
+    thoughts stay as in `_guarded`.
+    """
+    specials = [text.casefold() for text in tokenizer.special_ids]
+    together = "\n".join(specials)
+    known = {word.casefold() for word in _WORD.findall(template)}
+    known = {word for word in known if word not in together}
+    # Signs of special tokens that have no letters.
+    signs = {c for text in specials if not _WORD.search(text) for c in text.strip()}
+    letters = {"".join(sorted(set("".join(_WORD.findall(t))))) for t in specials}
+    letter = next((c for c in "xzqjkvw" if c not in letters), "x")
+    thoughts = [t for t in _THOUGHTS if not _is_control(tokenizer, t)]
+    options = [*map(re.escape, thoughts), _WORD.pattern, *map(re.escape, sorted(signs))]
+    pattern = re.compile("|".join(options))
+
+    def calm(role: str) -> Callable[[re.Match[str]], str]:
+        kept = thoughts if role == "assistant" else ()
+        return lambda match: (
+            match[0]
+            if match[0] in kept or match[0].casefold() in known
+            else _WORD.sub(lambda word: letter * len(word[0]), match[0])
+            if _WORD.search(match[0])
+            else letter
+        )
+
+    return [
+        {
+            key: text if key == "role" else pattern.sub(calm(m["role"]), text)
+            for key, text in m.items()
+        }
+        for m in messages
+    ]
 
 
 def _unused_character(template: str, messages: Sequence[Mapping[str, str]]) -> str:
@@ -129,11 +210,11 @@ def _is_control(tokenizer: Tokenizer, text: str) -> bool:
     return token_id is not None and not tokenizer.token_bytes[token_id]
 
 
-def render(template: str, variables: Mapping[str, object]) -> str:
-    """Renders a template in a child process, within limits.
+def render(template: str, variables: Sequence[Mapping[str, object]]) -> list[str]:
+    """Renders a template with each of several variables, in a child process.
 
     Raises:
-      ValueError: when the template fails or exceeds a limit.
+      ValueError: when the template fails or exceeds a limit of `chat_template`.
     """
     size = len(template.encode("utf-8", "surrogatepass"))
     if size > MAX_TEMPLATE_BYTES:
@@ -141,35 +222,12 @@ def render(template: str, variables: Mapping[str, object]) -> str:
             f"the chat template has {size:,} bytes: at most {MAX_TEMPLATE_BYTES:,} are "
             "run"
         )
-    # Isolated mode (-I) ignores PYTHONPATH and the user's packages, so the child gets
-    # the folders of Jinja as arguments.
-    folders = {m.__path__[0].rpartition("/")[0] for m in (jinja2, markupsafe)}
-    command = [sys.executable, "-I", chat_template.__file__, *sorted(folders)]
-    job = json.dumps({"template": template, "variables": variables}).encode()
-    try:
-        child = subprocess.run(
-            command, input=job, capture_output=True, timeout=MAX_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"the chat template did not finish within {MAX_SECONDS} s"
-        ) from None
-    return _result(child)
-
-
-def _result(child: subprocess.CompletedProcess) -> str:
-    if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise ValueError(
-            f"the chat template ran for more than {MAX_CPU_SECONDS} s and was stopped"
-        )
-    try:
-        answer = json.loads(child.stdout[: 8 * MAX_OUTPUT_BYTES])
-    except ValueError:
-        lines = child.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(
-            f"the process that renders the chat template ended with status "
-            f"{child.returncode}: {lines[-1] if lines else 'no message'}"
-        ) from None
-    if "error" in answer:
-        raise ValueError(f"the chat template {answer['error']}")
-    return answer["text"]
+    answer = run_limited(
+        chat_template.__file__,
+        [jinja2, markupsafe],
+        {"template": template, "variables": variables},
+        "the chat template",
+        cpu_seconds=MAX_CPU_SECONDS,
+        most=8 * len(variables) * MAX_OUTPUT_BYTES,
+    )
+    return answer["texts"]

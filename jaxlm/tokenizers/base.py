@@ -104,6 +104,10 @@ class Tokenizer(ABC):
                 ids.append(part)
         return np.asarray(ids, np.int32)
 
+    def split_special(self, text: str) -> list[int | str]:
+        """Returns the ids of special tokens in a trusted text, and the text beside."""
+        return [part for _, part in self._specials.split(text)]
+
     def _encode_part(self, part: str, at_start: bool) -> Sequence[int]:
         """Encodes text between special tokens; `at_start`: it begins the whole text."""
         return self.encode(part).tolist()

@@ -70,16 +70,31 @@ class SpecialTokens:
 
     def __init__(self, tokens: Mapping[str, Special]):
         self.tokens = {text: tokens[text] for text in tokens if text}
-        longest_first = sorted(self.tokens, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first))
-        self._pattern = re.compile(pattern) if pattern else None
+        lengths: dict[str, set[int]] = {}
+        for text in self.tokens:
+            lengths.setdefault(text[0], set()).add(len(text))
+        # One pattern of all tokens would take seconds for 100,000 of them.
+        self._lengths = {c: sorted(n, reverse=True) for c, n in lengths.items()}
+        pattern = f"[{re.escape(''.join(lengths))}]"
+        self._first = re.compile(pattern) if lengths else None
+
+    def _found(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yields start and end of each token, which do not overlap."""
+        at = 0
+        while self._first and (first := self._first.search(text, at)):
+            start = first.start()
+            ends = (start + n for n in self._lengths[text[start]])
+            at = next((e for e in ends if text[start:e] in self.tokens), start)
+            if at > start:
+                yield start, at
+            else:
+                at = start + 1
 
     def split(self, text: str) -> Iterator[tuple[int, str | int]]:
         """Yields (offset, id of a special token or the text between two of them)."""
         at = 0
-        for match in self._pattern.finditer(text) if self._pattern else ():
-            special = self.tokens[match.group()]
-            start, end = match.span()
+        for start, end in self._found(text):
+            special = self.tokens[text[start:end]]
             if start < at:
                 continue  # The previous token absorbed these characters.
             if special.whole_word and _touches_a_word(text, start, end):

@@ -18,6 +18,11 @@ from jaxlm.tokenizers.base import (
     fingerprint_of,
     tile_bytes,
 )
+from jaxlm.tokenizers.hugging_face.limits import (
+    check_steps,
+    check_tokens,
+    try_patterns,
+)
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_tokens,
     damage_in,
@@ -62,6 +67,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """The contents of the file, unchanged."""
         self.data = parse(tokenizer_json)
         with damage_in("this tokenizer.json"):
+            check_tokens(self.data)
+            check_steps(self.data)
             self._vocabulary = vocabulary(self.data)
             self._added = added_tokens(self.data)
             self._decoding = decoding_of(self.data)
@@ -133,9 +140,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return SpecialTokens(found)
 
     def _load_literal(self, *, later: bool) -> tokenizers.Tokenizer:
-        data = literal(self.data, self.special_ids, later=later)
+        data = json.dumps(literal(self.data, self.special_ids, later=later))
+        if not later:
+            try_patterns(self.data, data)
         with _errors_of_the_library("not a Hugging Face tokenizer.json"):
-            library = tokenizers.Tokenizer.from_str(json.dumps(data))
+            library = tokenizers.Tokenizer.from_str(data)
         for t in self._added:
             if t.is_white and library.token_to_id(t.content) != t.id:
                 raise ValueError(

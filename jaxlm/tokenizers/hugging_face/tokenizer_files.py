@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlm.strict_json import parse_object
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import by_name, byte_level_json
@@ -93,16 +94,7 @@ class _Files:
         return self._parsed[name]
 
     def _parse(self, name: str) -> dict[str, Any]:
-        text = self.text(name)
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.folder / name} is damaged: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{self.folder / name} is damaged: it is not a JSON object"
-            )
-        return values
+        return parse_object(self.read(name), str(self.folder / name))
 
 
 def _read(files: _Files) -> Tokenizer:

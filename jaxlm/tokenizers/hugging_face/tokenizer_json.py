@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from jaxlm.printable import shown_value
 from jaxlm.tokenizers.sentencepiece.model_proto import SPACE_SIGN
 
 # The largest published files have 35 MB and 262,145 tokens.
@@ -105,7 +106,7 @@ def _check_id(text: Any, token_id: Any) -> None:
 
 def first_added(data: Mapping[str, Any]) -> str | None:
     """Returns the token that the post-processor adds before a text, or None."""
-    for step in _steps(data.get("post_processor"), "processors"):
+    for step in steps_of(data.get("post_processor"), "processors"):
         kind = step.get("type")
         if kind == "TemplateProcessing" and step.get("single"):
             token = step["single"][0].get("SpecialToken")
@@ -253,15 +254,15 @@ def _without_first_prefix(step: Any) -> Any:
     return step
 
 
-def _steps(step: Any, inner: str) -> Iterator[Mapping[str, Any]]:
+def steps_of(step: Any, inner: str) -> Iterator[Mapping[str, Any]]:
     """Yields the steps of a pipeline, with sequences flattened."""
     if step is None:
         return
     if not isinstance(step, dict):
-        raise ValueError(f"{step!r} is not a step of a tokenizer")
+        raise ValueError(f"{shown_value(step)} is not a step of a tokenizer")
     if step.get("type") == "Sequence":
         for part in step.get(inner) or []:
-            yield from _steps(part, inner)
+            yield from steps_of(part, inner)
     else:
         yield step
 
@@ -294,7 +295,7 @@ class Decoding:
 def decoding_of(data: Mapping[str, Any]) -> Decoding:
     """Reads the decoder; raises ValueError for an unsupported one."""
     out, fused = Decoding(), False
-    steps = list(_steps(data.get("decoder"), "decoders"))
+    steps = list(steps_of(data.get("decoder"), "decoders"))
     for step in steps:
         kind = step.get("type")
         if kind == "ByteLevel" and len(steps) == 1:

@@ -1,0 +1,287 @@
+"""What a tokenizer.json may ask for.
+
+The steps of a tokenizer.json are a small program: one that is 10 kB long can make a
+gigabyte of a letter, or take hours for a line, in a library that does not stop for
+Ctrl-C. So how much its steps can lengthen a text is computed before they are used. A
+file with a pattern that is not of a harmless shape is first tried in another process.
+"""
+
+import base64
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.limited_process import run_limited
+from jaxlm.printable import shown, shown_value
+from jaxlm.tokenizers.hugging_face import trial
+from jaxlm.tokenizers.hugging_face.tokenizer_json import steps_of
+
+# Published files have at most about 66,000 added tokens (units of speech), and 30
+# characters in one, except for white space.
+MAX_ADDED_TOKENS = 100_000
+MAX_ADDED_CHARACTERS = 256
+MAX_TOKEN_CHARACTERS = 16_384
+MAX_STEPS = 64
+# How many times as many bytes a text may have after the steps that the file defines.
+# Published ones need 3, for a space that becomes U+2581.
+MAX_GROWTH = 16
+# Bytes that may be added to a text, or replace a character.
+MAX_ADDED_BYTES = 256
+# Of a charsmap: published ones lengthen a text about so much at worst. Two are refused.
+_CHARSMAP_GROWTH = 5.0
+MAX_PATTERN_CHARACTERS = 4096
+# Repetitions without a bound in one alternative of a pattern: with k of them, matching
+# can take the k-th power of the length of a text. Published patterns have 2.
+_MAX_REPETITIONS = 3
+_MAX_COUNT = 1000
+
+_TRIAL_SECONDS = 2
+_TRIAL_BYTES = 512 << 20
+_TRIAL_SIGNS = ("a", " ", "0", "\n", "!", "é")
+_TRIAL_TEXTS = [c * 3000 for c in _TRIAL_SIGNS]
+_TRIAL_TEXTS += ["a" * 50 + "!", " " * 50 + "!", "0" * 50 + "a", "!" * 50 + "a"]
+_TRIAL_TEXTS += ["ab" * 1500, "a " * 1500, "a1" * 1500, "a\n" * 1500, "aA!" * 1000]
+
+
+def check_tokens(data: Mapping[str, Any]) -> None:
+    """Raises ValueError for too many added tokens, or a token that is too long."""
+    added, vocab = data.get("added_tokens") or [], data["model"]["vocab"]
+    if len(added) > MAX_ADDED_TOKENS:
+        raise ValueError(
+            f"added_tokens has {len(added)} tokens: at most {MAX_ADDED_TOKENS} are read"
+        )
+    # What is no token at all is found later.
+    contents = [entry.get("content") for entry in added if isinstance(entry, dict)]
+    pieces = [p[0] if isinstance(p, list) and p else p for p in vocab]
+    for found, most in (
+        (contents, MAX_ADDED_CHARACTERS),
+        (pieces, MAX_TOKEN_CHARACTERS),
+    ):
+        texts = [text for text in found if isinstance(text, str)]
+        _check_length("the token", max(texts, key=len, default=""), most)
+
+
+def check_steps(data: Mapping[str, Any]) -> None:
+    """Checks the steps of a tokenizer.json, before any of them is used.
+
+    Raises:
+      ValueError: for steps that can make a text more than `MAX_GROWTH` times as long,
+        too many of them, or patterns that are too large.
+    """
+    for part, inner in _PARTS.items():
+        steps = list(steps_of(data.get(part), inner))
+        if len(steps) > MAX_STEPS:
+            raise ValueError(
+                f"the {part} has {len(steps)} steps: at most {MAX_STEPS} are run"
+            )
+        growth = 1.0
+        for step in steps:
+            growth *= _growth(step, part)
+            if growth > MAX_GROWTH:
+                raise ValueError(
+                    f"the {part} can make a text {growth:,.0f} times as long: at most "
+                    f"{MAX_GROWTH} times is run"
+                )
+    model = data["model"]
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+        _check_length(f"model.{name}", model.get(name) or "", MAX_ADDED_BYTES)
+    count = model.get("max_input_chars_per_word")
+    if count is not None and not (type(count) is int and 0 <= count <= _MAX_COUNT):
+        raise ValueError(
+            f"model.max_input_chars_per_word is {shown_value(count)}: at most "
+            f"{_MAX_COUNT} is run"
+        )
+
+
+_PARTS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+}
+
+
+def _growth(step: Mapping[str, Any], part: str) -> float:
+    """Returns how many times as many bytes a step can make of a text."""
+    kind = step.get("type")
+    if kind == "Precompiled":
+        _check_charsmap(step.get("precompiled_charsmap"))
+        return _CHARSMAP_GROWTH
+    if kind == "ByteLevel" and part == "normalizer":
+        return 2.0
+    if kind == "Prepend":
+        _check_length("what Prepend adds", step["prepend"], MAX_ADDED_BYTES)
+    if kind == "Split":
+        _pattern_of(step)
+    if kind != "Replace":
+        return 1.0
+    pattern, content = _pattern_of(step), step["content"]
+    _check_length("what Replace puts in", content, MAX_ADDED_BYTES)
+    added = len(content.encode("utf-8", "surrogatepass"))
+    if "String" in step["pattern"]:
+        if not pattern:
+            raise ValueError("Replace has an empty pattern, which matches everywhere")
+        return max(1.0, added / len(pattern.encode("utf-8", "surrogatepass")))
+    # It may match single bytes, or nothing beside each of them.
+    return max(1.0, float(added)) if _takes_something(pattern) else 1.0 + added
+
+
+def _takes_something(pattern: str) -> bool:
+    """Whether a pattern is one character, or class of them, with + or a count."""
+    one = r"(?:\[[^\[\]]+\]|\\[sSdDwWnrt]|\\p\{\w+\}|[^\\\[\](){}|*+?.^$])"
+    return re.fullmatch(rf"{one}(?:\+|\{{[1-9]\d*,?\d*\}})?", pattern) is not None
+
+
+def _check_length(what: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise ValueError(
+            f"{what} {shown(text)} has {len(text)} characters: at most {most} are read"
+        )
+
+
+def _pattern_of(step: Mapping[str, Any]) -> str:
+    (pattern,) = step["pattern"].values()
+    _check_length("the pattern", pattern, MAX_PATTERN_CHARACTERS)
+    if "Regex" in step["pattern"]:
+        for count in re.findall(r"\d{4,}", pattern):
+            if int(count) > _MAX_COUNT:
+                raise ValueError(
+                    f"the pattern {shown(pattern)} repeats {shown(count)} times: at "
+                    f"most {_MAX_COUNT} are run"
+                )
+    return pattern
+
+
+def _check_charsmap(charsmap: Any) -> None:
+    """Checks that no character is replaced by a long text.
+
+    A charsmap is the size of a trie, the trie, and replacements that end with NUL.
+    """
+    try:
+        raw = base64.b64decode(charsmap or "", validate=True)
+    except (TypeError, ValueError):
+        raise ValueError("the precompiled_charsmap is not base64") from None
+    replacements = raw[4 + int.from_bytes(raw[:4], "little") :]
+    if max(map(len, replacements.split(b"\0"))) > MAX_ADDED_BYTES:
+        raise ValueError(
+            f"the precompiled_charsmap replaces a character by over {MAX_ADDED_BYTES} "
+            "bytes"
+        )
+
+
+def try_patterns(data: Mapping[str, Any], library_json: str) -> None:
+    """Loads and tries a tokenizer in another process, if a pattern may be harmful.
+
+    Args:
+      data: the file, whose steps were checked.
+      library_json: what the library is to load.
+
+    Raises:
+      ValueError: if that fails, or exceeds a limit.
+    """
+    patterns = [
+        step["pattern"]["Regex"]
+        for part, inner in _PARTS.items()
+        for step in steps_of(data.get(part), inner)
+        if "Regex" in (step.get("pattern") or {})
+    ]
+    odd = [p for p in patterns if not is_harmless(p)]
+    if not odd:
+        return
+    import tokenizers
+
+    # A pattern that needs a letter is not even tried on a text without it.
+    letters = [_letters(pattern) for pattern in odd]
+    texts = [*_TRIAL_TEXTS, *(x * 30 for x in letters)]
+    texts += [c * 50 + "?" + x for c in _TRIAL_SIGNS for x in letters]
+    size = len(library_json)
+    seconds = _TRIAL_SECONDS + size // 10_000_000
+    job = {"tokenizer": library_json, "texts": texts, "seconds": seconds}
+    job["bytes"] = _TRIAL_BYTES + 20 * size
+    what = f"a trial of the pattern {shown(odd[0])}"
+    run_limited(
+        trial.__file__, [tokenizers], job, what, cpu_seconds=seconds, most=1 << 16
+    )
+
+
+def _letters(pattern: str) -> str:
+    return "".join(re.findall(r"\w", re.sub(r"\\.", "", pattern)))[:100]
+
+
+_ATOM = re.compile(
+    r"\\[pP]\{\^?\w+\}|\\x\{[0-9A-Fa-f]+\}|\\[xu][0-9A-Fa-f]+|\\[^\dkgKRX]|[^\\]",
+    re.DOTALL,
+)
+_QUANTIFIER = re.compile(r"(?:([*+?])|\{(\d*)(,?)(\d*)\})[?+]?")
+_OPENING = re.compile(r"\((?:\?(?:[imsx-]*:|[=!]|<[=!])|(?!\?))")
+
+
+def is_harmless(pattern: str) -> bool:
+    """Whether a pattern is of a shape that takes little time for any text.
+
+    That is: what repeats has nothing inside that varies, so that there is one way to
+    match it; no part is matched again by reference; few repetitions follow each other.
+    """
+    try:
+        end, repetitions, _ = _alternatives(pattern, 0)
+    except (_Odd, RecursionError):
+        return False
+    return end == len(pattern) and repetitions <= _MAX_REPETITIONS
+
+
+class _Odd(Exception):
+    """A pattern has something that may take long."""
+
+
+def _alternatives(pattern: str, at: int) -> tuple[int, int, bool]:
+    """Reads a pattern up to its end or a closing parenthesis.
+
+    Returns:
+      The end; the repetitions without a bound in one alternative; whether there is more
+      than one way to match.
+    """
+    most, repetitions, varies = 0, 0, False
+    while at < len(pattern) and pattern[at] != ")":
+        if pattern[at] == "|":
+            most, repetitions, varies, at = max(most, repetitions), 0, True, at + 1
+            continue
+        at, inner, inner_varies = _atom(pattern, at)
+        if found := _QUANTIFIER.match(pattern, at):
+            sign, low, comma, high = found.groups()
+            count = _MAX_COUNT if sign in ("*", "+") or not (sign or high) else 1
+            count = int(high or low or 1) if not sign and (high or not comma) else count
+            if count > 1 and inner_varies:
+                raise _Odd
+            inner += count > 16 and (bool(sign) or bool(comma))
+            inner_varies = inner_varies or bool(sign or comma)
+            at = found.end()
+        repetitions += inner
+        varies = varies or inner_varies
+    return at, max(most, repetitions), varies
+
+
+def _atom(pattern: str, at: int) -> tuple[int, int, bool]:
+    """Reads what a quantifier may follow; as `_alternatives`."""
+    if pattern[at] == "(":
+        opening = _OPENING.match(pattern, at)
+        if opening is None:
+            raise _Odd
+        at, inner, varies = _alternatives(pattern, opening.end())
+        if pattern[at : at + 1] != ")":
+            raise _Odd
+        return at + 1, inner, varies
+    if pattern[at] == "[":
+        return _end_of_class(pattern, at), 0, False
+    atom = _ATOM.match(pattern, at)
+    if atom is None:
+        raise _Odd
+    return atom.end(), 0, False
+
+
+def _end_of_class(pattern: str, at: int) -> int:
+    depth = 0
+    while at < len(pattern):
+        depth += {"[": 1, "]": -1}.get(pattern[at], 0)
+        at += 2 if pattern[at] == "\\" else 1
+        if not depth:
+            return at
+    raise _Odd

@@ -1,0 +1,41 @@
+"""Programs in a process of their own: what they answer, and how they can fail."""
+
+import json
+
+import pytest
+
+from jaxlm import limited_process
+from jaxlm.limited_process import run_limited
+
+
+def run(path, source, job=None):
+    path.write_text(source)
+    return run_limited(str(path), [json], job, "the work", cpu_seconds=1, most=1000)
+
+
+def test_answers_and_failures(tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    echo = "import json, sys; print(json.dumps({'job': json.load(sys.stdin)}))"
+    assert run(program, echo, [1, "é"]) == {"job": [1, "é"]}
+    for source, message in (
+        ('print(\'{"error": "is wrong"}\')', "^the work is wrong$"),
+        (
+            "import no_such_module",
+            "process of the work ended with status 1: ModuleNotFound",
+        ),
+        ("print('{}' + ' ' * 2000)", None),
+        ("print(' ' * 2000 + '{}')", "ended with status 0: no message"),
+        (
+            "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\n"
+            "while True: pass",
+            "^the work ran for more than 1 s and was stopped$",
+        ),
+    ):
+        if message is None:
+            assert run(program, source) == {}
+            continue
+        with pytest.raises(ValueError, match=message):
+            run(program, source)
+    monkeypatch.setattr(limited_process, "MAX_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="did not finish within"):
+        run(program, "import time; time.sleep(100)")
