@@ -144,12 +144,11 @@ def generate(
     check_room(config, rows, sample.max_new_tokens)
     num_rows = len(rows)
     rows += rows[:1] * (-num_rows % batch_parts())
-    if resume is not None:
-        check_state(resume, config, params, block, len(rows))
-    lengths = np.array([len(p) for p in rows], np.int32)
+    lengths = np.array([len(row) for row in rows], np.int32)
     needed = int(lengths.max()) + sample.max_new_tokens
     max_length = bucket(needed, config.context_length)
     if resume is not None:
+        check_state(resume, config, params, block, len(rows))
         max_length = max(max_length, resume.cache.max_length)
     tokens, kept = _tokens_to_prefill(rows, resume, max_length)
     # `max_new_tokens` does not change the programs.

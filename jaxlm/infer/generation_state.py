@@ -9,7 +9,7 @@ from jaxtyping import Int
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.kv_cache import Cache
-from jaxlm.model.positions import longest_equal_rotation
+from jaxlm.model.positions import max_fixed_rotation_length
 from jaxlm.types import Params
 
 
@@ -39,7 +39,7 @@ class GenerationState:
 
         At least the last token of a row is left, for its logits.
         """
-        longest = longest_equal_rotation(self.config)
+        longest = max_fixed_rotation_length(self.config)
         shared = []
         for row, held in zip(rows, self.tokens, strict=True):
             # A token that did not fit was written to the last index of the cache.

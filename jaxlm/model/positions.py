@@ -23,10 +23,10 @@ def rotations(
     return rotation, rope.rotation(positions, local)
 
 
-def longest_equal_rotation(config: ModelConfig) -> int | None:
-    """Returns up to which length of a row its rotations do not depend on it.
+def max_fixed_rotation_length(config: ModelConfig) -> int | None:
+    """Returns the longest row whose rotations do not depend on its length.
 
-    None: at any length, as without dynamic or LongRoPE scaling.
+    None if they do not at any length: without dynamic or LongRoPE scaling.
     """
     scaling = config.rope_scaling
     if config.position != "rope" or scaling is None:

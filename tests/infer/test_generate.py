@@ -1,7 +1,6 @@
 """Compares generation with a plain loop of full forward passes, row by row."""
 
 import inspect
-import re
 
 import jax
 import numpy as np
@@ -217,35 +216,53 @@ def test_the_whole_context_can_be_used():
         generate(CONFIG, PARAMS, [[0, *prompt.tolist()]], GREEDY, KEY)
 
 
-@pytest.mark.parametrize(
-    "prompts, sample, options, message",
-    [
-        ([], GREEDY, {}, r"no prompts: give at least one"),
-        ([[1], []], GREEDY, {}, r"prompt 1 is empty: give at least one token"),
-        ([[1], [2, 48]], GREEDY, {}, r"prompt 1 has the id 48: ids are 0 to 47"),
-        ([[-1, 2]], GREEDY, {}, r"prompt 0 has the id -1: ids are 0 to 47"),
-        ([[40]], GREEDY, {"num_tokens": 40}, r"the id 40: ids are 0 to 39"),
-        ([[1]], GREEDY, {"num_tokens": 49}, r"num_tokens is 49: .* from 1 to .* 48"),
-        ([[1]], GREEDY, {"num_tokens": 0}, r"num_tokens is 0"),
-        ([[1] * 97], GREEDY, {}, r"prompt 0 has 97 tokens.*; shorten the prompt$"),
-        (
-            [[1]],
-            SampleConfig(max_new_tokens=96),
-            {},
-            r"new ones 97: .* context of 96; shorten .* lower max_new_tokens to 95$",
-        ),
-        ([[1]], SampleConfig(stop_ids=(48,), max_new_tokens=2), {}, r"stop_ids: 48 is"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_runs(
-    monkeypatch, prompts, sample, options, message
-):
+OLD_KEY = jax.random.PRNGKey(0)
+# Regular expressions: arguments of the call -> message.
+WRONG = [
+    ({"prompts": []}, r"no prompts: give at least one"),
+    ({"prompts": 5}, r"prompts is 5: give a list of rows of token ids"),
+    ({"prompts": "hello"}, r"prompts is a str, not a list of rows of token ids: enc"),
+    ({"prompts": [1, 2, 3]}, r"prompts\[0\] is 1, not a row of token ids: a single pr"),
+    ({"prompts": np.arange(3)}, r"prompts\[0\] is 0, not a row"),
+    ({"prompts": ["hello"]}, r"prompt 0 is text: encode it first, \[tokenizer.encode"),
+    ({"prompts": [[1], []]}, r"prompt 1 is empty: give at least one token"),
+    ({"prompts": np.zeros((2, 3, 1), int)}, r"prompt 0 has shape \(3, 1\): give a row"),
+    ({"prompts": [[1], [0.5, 1.0]]}, r"prompt 1 is of float64: token ids are int"),
+    ({"prompts": [["hello"]]}, r"prompt 0 is of <U5: token ids are integers"),
+    ({"prompts": [[1], [2, 48]]}, r"prompt 1 has the id 48: ids are 0 to 47"),
+    ({"prompts": [[-1, 2]]}, r"prompt 0 has the id -1: ids are 0 to 47"),
+    ({"prompts": [[40]], "num_tokens": 40}, r"the id 40: ids are 0 to 39"),
+    ({"prompts": [[1] * 97]}, r"prompt 0 has 97 tokens.*; shorten the prompt$"),
+    (
+        {"prompts": [[1]], "sample": SampleConfig(max_new_tokens=96)},
+        r"new ones 97: .* context of 96; shorten .* lower max_new_tokens to 95$",
+    ),
+    ({"num_tokens": 49}, r"num_tokens is 49: .* from 1 to model.vocab_size 48"),
+    ({"num_tokens": 0}, r"num_tokens is 0"),
+    ({"num_tokens": "all"}, r"num_tokens is 'all': it must be from 1 to model.voc"),
+    ({"num_tokens": 10.0}, r"num_tokens is 10.0: it must be from 1"),
+    ({"sample": SampleConfig(stop_ids=(48,), max_new_tokens=2)}, r"stop_ids: 48 is"),
+    ({"sample": 0.8}, r"sample is a float, not a SampleConfig: the order is \(config"),
+    ({"sample": KEY}, r"sample is a "),
+    ({"key": 0}, r"key is 0: make one with jax.random.key\(seed\)"),
+    ({"key": OLD_KEY}, r"key is an array of uint32: make one with jax.random.key\(se"),
+    ({"key": jax.random.split(KEY)}, r"key has shape \(2,\): give one key"),
+    ({"resume": [1]}, r"resume is a list: give the `state` of an earlier result"),
+]
+
+
+@pytest.mark.parametrize("changed, message", WRONG)
+def test_wrong_calls_are_answered_before_anything_runs(monkeypatch, changed, message):
     def no_programs(*_):
         raise AssertionError("the check came too late")
 
     monkeypatch.setattr(engine, "_programs", no_programs)
-    with pytest.raises(ValueError, match=message):
-        generate(CONFIG, PARAMS, prompts, sample, KEY, **options)
+    call = {"config": CONFIG, "params": PARAMS, "prompts": RAGGED, "sample": GREEDY}
+    call |= {"key": KEY, **changed}
+    # Without the type checks of tests, as users call it.
+    with pytest.raises(ValueError, match=message) as error:
+        inspect.unwrap(generate)(**call)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -256,57 +273,6 @@ def test_parameters_that_are_not_finite_are_refused(bad, sample):
     params = tree.replace(PARAMS, "final_norm/scale", scale)
     with pytest.raises(ValueError, match=r"logits are not finite: its parameters hold"):
         generate(CONFIG, params, RAGGED, sample, KEY)
-
-
-OLD_KEY = jax.random.PRNGKey(0)
-
-
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        (
-            {"prompts": [1, 2, 3]},
-            "prompts[0] is 1, not a row of token ids: a single pr",
-        ),
-        ({"prompts": np.arange(3)}, "prompts[0] is 0, not a row"),
-        ({"prompts": 5}, "prompts is 5: give a list of rows of token ids"),
-        (
-            {"prompts": "hello"},
-            "prompts is a str, not a list of rows of token ids: enc",
-        ),
-        (
-            {"prompts": ["hello"]},
-            "prompt 0 is text: encode it first, [tokenizer.encode",
-        ),
-        ({"prompts": [[1], [0.5, 1.0]]}, "prompt 1 is of float64: token ids are int"),
-        (
-            {"prompts": np.zeros((2, 3, 1), int)},
-            "prompt 0 has shape (3, 1): give a row",
-        ),
-        ({"prompts": [["hello"]]}, "prompt 0 is of <U5: token ids are integers"),
-        (
-            {"sample": 0.8},
-            "sample is a float, not a SampleConfig: the order is (config",
-        ),
-        ({"sample": KEY}, "sample is a "),
-        ({"key": 0}, "key is 0: make one with jax.random.key(seed)"),
-        (
-            {"key": OLD_KEY},
-            "key is an array of uint32: make one with jax.random.key(se",
-        ),
-        ({"key": jax.random.split(KEY)}, "key has shape (2,): give one key"),
-        ({"num_tokens": "all"}, "num_tokens is 'all': it must be from 1 to model.voc"),
-        ({"num_tokens": 10.0}, "num_tokens is 10.0: it must be from 1"),
-        ({"resume": [1]}, "resume is a list: give the `state` of an earlier result"),
-    ],
-)
-def test_wrong_calls_name_the_argument_and_the_remedy(changed, message):
-    call = {"config": CONFIG, "params": PARAMS, "prompts": RAGGED, "sample": GREEDY}
-    call |= {"key": KEY, **changed}
-    # Without the type checks of tests, as users call it.
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        inspect.unwrap(generate)(**call)
-    assert "\n" not in str(error.value)
 
 
 def test_prompts_may_be_an_array_and_the_rest_has_defaults(compilations):
