@@ -66,13 +66,14 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        # Imported here because it takes a while.
-        value = importlib.import_module("importlib.metadata").version("jaxlm")
-    elif name not in _MODULE_OF:
-        raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
-    else:
+    if name in _MODULE_OF:
         value = getattr(importlib.import_module(f"jaxlm.{_MODULE_OF[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("jaxlm")
+    else:
+        raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
     globals()[name] = value
     return value
 

@@ -17,9 +17,9 @@ from jaxlm import tree
 from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
-from jaxlm.config import Config, DataConfig, diff
+from jaxlm.config import diff
 from jaxlm.flags.config_file import read_config
 from jaxlm.model.presets import preset, toy
 from jaxlm.model.transformer import forward
@@ -38,14 +38,7 @@ def params_of(config):
 def run(tmp_path_factory):
     """A jaxlm run with a byte tokenizer."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    with CheckpointManager(run) as checkpoints:
-        checkpoints.save(
-            *(1, params_of(MODEL), {}),
-            config=Config(model=MODEL, data=DataConfig(sequence_length=16)),
-            tokenizer=ByteTokenizer(),
-            data_fingerprint="data",
-            finite=True,
-        )
+    save(run, MODEL, params_of(MODEL), ByteTokenizer())
     return run
 
 
