@@ -34,6 +34,7 @@ from jaxlm.infer.generate import generate
 from jaxlm.interrupts import Interrupts
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.plan.memory import available_memory, check_fits
 from jaxlm.progress import ProgressLine, Waiting
 from jaxlm.report.live import REPORT, LiveReport
 from jaxlm.sharding import rules
@@ -220,6 +221,7 @@ def initial_state(
     """Returns the state to train from, and whether it continues this run."""
     mesh = jax.sharding.get_mesh()
     wanted = abstract_state(config.model, optimizer, mesh)
+    check_fits(config, wanted.params, wanted.opt_state, available_memory())
     with Waiting("reading the checkpoint"):
         restored = checkpoints.restore(
             wanted.params,
