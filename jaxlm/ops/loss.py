@@ -118,13 +118,14 @@ def _backward(unembed, chunk, z_loss, gradients, cotangents):
 chunked_cross_entropy_sums.defvjp(_forward, _backward)
 
 
-def _on_each_device(run, head, x, targets, loss_weights, gradients=False):
+def _on_each_device(run, head, x, targets, loss_weights, gradients=False) -> Any:
     """Runs `run` on the tokens of each device, with the whole head; adds up the sums.
 
     With `gradients`, `run` also returns those of the head, which are added up as well,
     and of the hidden states.
     """
-    rows = P() if layout(x) is None else P(layout(x).spec[0])
+    spec = _spec(x)
+    rows = P() if spec is None else P(spec[0])
     axes = tuple(axis for entry in rows for axis in axes_of(entry))
     whole = jax.tree.map(lambda w: w.astype(x.dtype), head)
     if not axes:
@@ -132,7 +133,7 @@ def _on_each_device(run, head, x, targets, loss_weights, gradients=False):
     x, targets, loss_weights = jax.sharding.reshard(
         (x, targets, loss_weights), (P(*rows, None, None), *[P(*rows, None)] * 2)
     )
-    cuts = jax.tree.map(lambda w: layout(w).spec, head)
+    cuts: Any = jax.tree.map(_spec, head)
     whole = jax.tree.map(lambda w, cut: all_gather(w, cut, axes), whole, cuts)
 
     def local(whole, x, targets, loss_weights):
@@ -142,18 +143,25 @@ def _on_each_device(run, head, x, targets, loss_weights, gradients=False):
             results = jax.tree.map(lambda g: g[None], d_head), dx
         return jax.lax.psum(sums, axes), results
 
-    sums, results = jax.shard_map(
+    on_each: Any = jax.shard_map(
         local,
         in_specs=(P(), rows, rows, rows),
         out_specs=(P(), (rows, rows) if gradients else ()),
         axis_names=set(axes),
         check_vma=False,
-    )(whole, x, targets, loss_weights)
+    )
+    sums, results = on_each(whole, x, targets, loss_weights)
     if not gradients:
         return sums
     d_head, dx = results
     d_head = jax.tree.map(lambda g, cut: psum_scatter(g, cut, axes), d_head, cuts)
     return sums, (d_head, dx)
+
+
+def _spec(x: Array) -> P | None:
+    """Returns the partition of an array; None where no mesh axis is Explicit."""
+    sharding = layout(x)
+    return None if sharding is None else sharding.spec
 
 
 def _chunk_sums(unembed, chunk, z_loss, head, x, targets, loss_weights):
