@@ -28,8 +28,8 @@ from jaxlm.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    to_dict,
 )
+from jaxlm.fields import to_dict
 from jaxlm.model.presets import preset
 
 HERE = Path(__file__).parent

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         from jaxlm.commands.process import fail
-        from jaxlm.config import nearest
+        from jaxlm.fields import nearest
 
         near, verbs = nearest(verb, list(VERBS)), ", ".join(VERBS)
         fail(f"no verb {verb!r}{near}; verbs: {verbs}")

@@ -8,13 +8,10 @@ The line below a field is its help in `train.py --help`.
 """
 
 import dataclasses
-import difflib
-import json
-import types
-import typing
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal
+
+from jaxlm.fields import check, check_types, nearest
 
 BUNDLED_TEXT = "bundled:shakespeare.txt"
 TOKENIZERS = ("chars", "bytes", "bpe", "sentencepiece")
@@ -23,8 +20,6 @@ TOKENIZERS = ("chars", "bytes", "bpe", "sentencepiece")
 # Fields of the model that change how it is computed, but not what it computes. They may
 # change when a run is resumed.
 EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention", "decode_attention")
-# The largest number in float32, in which everything is computed or accumulated.
-MAX_FLOAT = 3.4028234663852886e38
 AttentionName = Literal[
     "auto", "reference", "dense", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn"
 ]
@@ -68,11 +63,11 @@ class RopeScaling:
     def __post_init__(self):
         check_types(self, "model.rope_scaling")
         where = "model.rope_scaling"
-        _check(self, where, "at least 1, at most a million", "factor")
-        _check(self, where, ">= 0", "original_context_length")
+        check(self, where, "at least 1, at most a million", "factor")
+        check(self, where, ">= 0", "original_context_length")
         positive = ("attention_factor", "low_frequency_factor", "beta_slow")
-        _check(self, where, "> 0", *positive)
-        _check(self, where, "all at least 0.001", "short_factors", "long_factors")
+        check(self, where, "> 0", *positive)
+        check(self, where, "all at least 0.001", "short_factors", "long_factors")
         for kind, low, high in (
             ("llama3", "low_frequency_factor", "high_frequency_factor"),
             ("yarn", "beta_slow", "beta_fast"),
@@ -204,10 +199,10 @@ class ModelConfig:
         positive = ("num_layers", "model_dim", "num_heads", "num_kv_heads")
         positive += ("head_dim", "hidden_dim", "context_length", "norm_epsilon")
         positive += ("attention_soft_cap", "final_soft_cap", "attention_scale")
-        _check(self, "model", "> 0", *positive)
-        _check(self, "model", ">= 0", "vocab_size", "init_std", "unroll_layers")
-        _check(self, "model", ">= 0", "num_experts")
-        _check(self, "model", "at least one value", "layer_pattern", "rope_pattern")
+        check(self, "model", "> 0", *positive)
+        check(self, "model", ">= 0", "vocab_size", "init_std", "unroll_layers")
+        check(self, "model", ">= 0", "num_experts")
+        check(self, "model", "at least one value", "layer_pattern", "rope_pattern")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads is {self.num_heads}: it must be a multiple of "
@@ -269,8 +264,8 @@ class ModelConfig:
             )
 
     def _check_rope(self) -> None:
-        _check(self, "model", "at least 1", "rope_theta", "rope_local_theta")
-        _check(self, "model", "in (0, 1]", "rope_fraction")
+        check(self, "model", "at least 1", "rope_theta", "rope_local_theta")
+        check(self, "model", "in (0, 1]", "rope_fraction")
         if self.rotary_dim % 2 or self.rotary_dim == 0:
             raise ValueError(
                 f"model.head_dim * model.rope_fraction is {self.rotary_dim}: it must "
@@ -344,18 +339,18 @@ class DataConfig:
 
     def __post_init__(self):
         check_types(self, "data")
-        _check(self, "data", "at least one path", "path")
-        _check(self, "data", "in [0, 1)", "holdout_fraction")
-        _check(self, "data", "> 0", "sequence_length")
-        _check(self, "data", "> 3", "tokenizer_vocab_size")
-        _check(self, "data", ">= 0", "workers", "prefetch")
+        check(self, "data", "at least one path", "path")
+        check(self, "data", "in [0, 1)", "holdout_fraction")
+        check(self, "data", "> 0", "sequence_length")
+        check(self, "data", "> 3", "tokenizer_vocab_size")
+        check(self, "data", ">= 0", "workers", "prefetch")
         if self.weights:
             if len(self.weights) != len(self.path):
                 raise ValueError(
                     f"data.weights has {len(self.weights)} numbers for "
                     f"{len(self.path)} entries of data.path"
                 )
-            _check(self, "data", ">= 0 and not all zero", "weights")
+            check(self, "data", ">= 0 and not all zero", "weights")
         named = self.tokenizer.startswith("hf:") and self.tokenizer != "hf:"
         if self.tokenizer not in TOKENIZERS and not named:
             raise ValueError(
@@ -383,7 +378,7 @@ class MeshConfig:
 
     def __post_init__(self):
         check_types(self, "mesh")
-        _check(self, "mesh", ">= 1, or -1", "data", "fsdp", "tensor")
+        check(self, "mesh", ">= 1, or -1", "data", "fsdp", "tensor")
         rest = [a for a in ("data", "fsdp", "tensor") if getattr(self, a) == -1]
         if len(rest) > 1:
             raise ValueError(
@@ -428,10 +423,10 @@ class OptimizerConfig:
     def __post_init__(self):
         check_types(self, "optimizer")
         positive = ("learning_rate", "epsilon", "clip_norm", "adam_learning_rate")
-        _check(self, "optimizer", "> 0", *positive)
-        _check(self, "optimizer", "in [0, 1)", "b1", "b2", "momentum")
-        _check(self, "optimizer", "in [0, 1]", "decay_fraction", "final_fraction")
-        _check(self, "optimizer", ">= 0", "warmup_steps", "weight_decay")
+        check(self, "optimizer", "> 0", *positive)
+        check(self, "optimizer", "in [0, 1)", "b1", "b2", "momentum")
+        check(self, "optimizer", "in [0, 1]", "decay_fraction", "final_fraction")
+        check(self, "optimizer", ">= 0", "warmup_steps", "weight_decay")
 
     def first_decayed(self, steps: int) -> int | None:
         """Returns the first step, from 0, whose learning rate depends on `steps`.
@@ -499,12 +494,12 @@ class TrainConfig:
     def __post_init__(self):
         check_types(self, "train")
         positive = ("steps", "batch_size", "accumulation_steps", "log_every", "keep")
-        _check(self, "train", "> 0", *positive)
+        check(self, "train", "> 0", *positive)
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
         not_negative += ("eval_batches",)
-        _check(self, "train", ">= 0", *not_negative)
+        check(self, "train", ">= 0", *not_negative)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size is {self.batch_size}: it must be a multiple of "
@@ -531,10 +526,10 @@ class SampleConfig:
 
     def __post_init__(self):
         check_types(self, "sample")
-        _check(self, "sample", "> 0", "max_new_tokens")
-        _check(self, "sample", ">= 0", "top_k")
-        _check(self, "sample", "in [0, 100]", "temperature")
-        _check(self, "sample", "in (0, 1]", "top_p")
+        check(self, "sample", "> 0", "max_new_tokens")
+        check(self, "sample", ">= 0", "top_k")
+        check(self, "sample", "in [0, 100]", "temperature")
+        check(self, "sample", "in (0, 1]", "top_p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -572,172 +567,3 @@ class Config:
                 f"train.load_balance_loss is {self.train.load_balance_loss} but "
                 "model.num_experts is 0: set the number of experts or leave it out"
             )
-
-
-# What a value must be, as messages say it.
-_RULES: dict[str, Callable[[Any], bool]] = {
-    "> 0": lambda x: x > 0,
-    "> 3": lambda x: x > 3,
-    ">= 0": lambda x: x >= 0,
-    "at least 1": lambda x: x >= 1,
-    "at least 1, at most a million": lambda x: 1 <= x <= 1e6,
-    ">= 1, or -1": lambda x: x >= 1 or x == -1,
-    "in [0, 1)": lambda x: 0 <= x < 1,
-    "in [0, 1]": lambda x: 0 <= x <= 1,
-    "in (0, 1]": lambda x: 0 < x <= 1,
-    "in [0, 100]": lambda x: 0 <= x <= 100,
-    "all at least 0.001": lambda x: all(v >= 0.001 for v in x),
-    "at least one path": bool,
-    "at least one value": bool,
-    ">= 0 and not all zero": lambda x: min(x) >= 0 and sum(x) > 0,
-}
-
-
-def _check(config: Any, where: str, rule: str, *names: str) -> None:
-    """Raises ValueError for a field, other than None, that breaks the rule."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not _RULES[rule](value):
-            raise ValueError(f"{where}.{name} is {value!r}: it must be {rule}")
-
-
-def matches(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a field."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(value == a and type(value) is type(a) for a in args)
-    if origin in (types.UnionType, typing.Union):
-        return any(matches(value, a) for a in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(matches(v, args[0]) for v in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-_KINDS = {
-    int: "an integer",
-    float: "a number",
-    bool: "True or False",
-    str: "a text",
-    types.NoneType: "None",
-}
-
-
-def must_be(hint: Any, value: Any) -> str:
-    """Returns what a value must be to fit a field: `an integer`.
-
-    Args:
-      hint: the type of the field.
-      value: the wrong value; the nearest of several possible ones is suggested.
-    """
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        names = [str(a) for a in args]
-        if len(names) == 1:
-            return repr(args[0])
-        options = ", ".join(repr(a) for a in args)
-        return f"one of {options}{nearest(str(value), names)}"
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(must_be(a, value) for a in args)
-    if origin is tuple:
-        return f"a tuple, and each of its values {must_be(args[0], value)}"
-    return _KINDS.get(hint, f"a {hint.__name__}")
-
-
-def check_types(config: Any, where: str) -> None:
-    """Raises ValueError for a field of the wrong type, infinite or not a number."""
-    hints = typing.get_type_hints(type(config))
-    for f in dataclasses.fields(config):
-        value, hint = getattr(config, f.name), hints[f.name]
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, float) and not abs(v) <= MAX_FLOAT for v in numbers):
-            raise ValueError(
-                f"{where}.{f.name} is {value!r}: it must be finite in float32"
-            )
-        if any(isinstance(v, int) and abs(v) >= 2**63 for v in numbers):
-            raise ValueError(f"{where}.{f.name} is {value!r}: it must be below 2**63")
-        if not matches(value, hint):
-            kind = must_be(hint, value)
-            raise ValueError(f"{where}.{f.name} is {value!r}: it must be {kind}")
-        if float in (hint, *get_args(hint)) and isinstance(value, int):
-            # Integers are valid floats, but 1 and 1.0 must give equal configs.
-            object.__setattr__(config, f.name, float(value))
-
-
-def nearest(name: str, options: list[str]) -> str:
-    """Returns ` (did you mean X?)` for the option most like `name`, else ""."""
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a config as plain values for JSON (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def named_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of `to_dict` by dotted name, such as `train.steps`."""
-    named = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            named |= named_values(value, f"{prefix}{name}.")
-        else:
-            named[prefix + name] = value
-    return named
-
-
-# Fields of earlier versions that stored configs may have, by class.
-_RETIRED = {"TrainConfig": ("tensorboard",)}
-
-
-def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
-    """Inverts `to_dict`.
-
-    Raises:
-      ValueError: for an unknown, missing or wrongly typed field, named by its path.
-    """
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    retired = _RETIRED.get(cls.__name__, ())
-    values = {name: value for name, value in values.items() if name not in retired}
-    for name in values:
-        if name not in known:
-            raise ValueError(
-                f"{where}: unknown field {name!r}{nearest(name, list(known))}"
-            )
-    kwargs = {
-        name: _value_from_json(value, hints[name], f"{where}.{name}")
-        for name, value in values.items()
-    }
-    for name, f in known.items():
-        is_required = f.default is f.default_factory is dataclasses.MISSING
-        if name not in kwargs and is_required:
-            raise ValueError(f"{where}: field {name!r} is missing")
-    return cls(**kwargs)
-
-
-def _value_from_json(value: Any, hint: Any, where: str) -> Any:
-    for option in get_args(hint) or (hint,):
-        is_config = isinstance(option, type) and dataclasses.is_dataclass(option)
-        if is_config and isinstance(value, Mapping):
-            return from_dict(option, value, where)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(value)
-    return value
-
-
-def diff(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Returns a line `field: old -> new` for each field that differs."""
-    lines = []
-    for f in dataclasses.fields(old):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        if f.name in ignore or a == b:
-            continue
-        if dataclasses.is_dataclass(a) and type(a) is type(b):
-            lines += [f"{f.name}.{line}" for line in diff(a, b, ignore)]
-        else:
-            lines.append(f"{f.name}: {a!r} -> {b!r}")
-    return lines

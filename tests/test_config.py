@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxlm.config
+from jaxlm.fields import diff, from_dict, nearest, to_dict
 
 # Under pytest, argument types are checked in all of jaxlm, before the config's own
 # checks run. This is a second copy of the module without those type checks.
@@ -20,7 +21,6 @@ Config, DataConfig, MeshConfig = plain.Config, plain.DataConfig, plain.MeshConfi
 ModelConfig, OptimizerConfig = plain.ModelConfig, plain.OptimizerConfig
 RopeScaling, SampleConfig = plain.RopeScaling, plain.SampleConfig
 TrainConfig = plain.TrainConfig
-diff, from_dict, to_dict = plain.diff, plain.from_dict, plain.to_dict
 
 CONFIG_FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SIZES = {
@@ -402,8 +402,8 @@ def test_diff():
 
 def test_nearest():
     options = ["num_layers", "num_heads", "model_dim"]
-    assert plain.nearest("num_layer", options) == " (did you mean 'num_layers'?)"
-    assert plain.nearest("xyz", options) == ""
+    assert nearest("num_layer", options) == " (did you mean 'num_layers'?)"
+    assert nearest("xyz", options) == ""
 
 
 @pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda p: p.stem)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from jaxlm.chat import transcript
-from jaxlm.config import nearest
+from jaxlm.fields import nearest
 from jaxlm.infer.conversation import Answer, ContextFull, Conversation
 from jaxlm.interrupts import Interrupts
 from jaxlm.progress import Waiting, printable

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from jaxlm.config import EXECUTION_FIELDS, ModelConfig, diff
+from jaxlm.config import EXECUTION_FIELDS, ModelConfig
+from jaxlm.fields import diff
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxlm.config import MAX_FLOAT, nearest
+from jaxlm.fields import MAX_FLOAT, nearest
 from jaxlm.printable import shown, shown_value
 
 # No model is wider or deeper: larger numbers mean a broken or hostile file.

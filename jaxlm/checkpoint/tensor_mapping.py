@@ -21,7 +21,8 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.checkpoint.tensor_file import BFLOAT16, ReadTensor, StoredTensor, TensorSpecs
-from jaxlm.config import ModelConfig, nearest
+from jaxlm.config import ModelConfig
+from jaxlm.fields import nearest
 from jaxlm.model.params import sizes, weights
 from jaxlm.types import Params
 

@@ -26,9 +26,10 @@ from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.generation import check_room, with_stop_ids
 from jaxlm.commands.process import STARTED, fail, use_compile_cache
-from jaxlm.config import Config, TrainConfig, diff, to_dict
+from jaxlm.config import Config, TrainConfig
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
 from jaxlm.durable import replacing
+from jaxlm.fields import diff, to_dict
 from jaxlm.infer.check_arguments import check_sampling
 from jaxlm.infer.generate import generate
 from jaxlm.interrupts import Interrupts

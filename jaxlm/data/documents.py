@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxlm.config import nearest
 from jaxlm.data.sources import TEXT_KINDS, TextFile, suffixes
+from jaxlm.fields import nearest
 
 BOM = b"\xef\xbb\xbf"
 # A zero among the first bytes of a file means that it is not text, as for git and grep.

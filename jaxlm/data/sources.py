@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlm.config import nearest
+from jaxlm.fields import nearest
 
 BUNDLED = "bundled:"
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import jaxlm.config
 from jaxlm.checkpoint.families import NOT_KEPT
-from jaxlm.config import Config, nearest
+from jaxlm.config import Config
+from jaxlm.fields import nearest
 from jaxlm.flags.flag_table import Positional
 from jaxlm.flags.help_text import help_text
 from jaxlm.flags.parse import read_flags, with_values

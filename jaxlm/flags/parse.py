@@ -13,7 +13,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from jaxlm.config import matches, must_be
+from jaxlm.fields import matches, must_be
 from jaxlm.flags.flag_table import Flag, default_of, flags_of, section_of
 from jaxlm.flags.help_text import add_flags, help_text
 from jaxlm.flags.suggestions import suggestion

@@ -10,7 +10,8 @@ import math
 from functools import partial
 from typing import Any
 
-from jaxlm.config import ModelConfig, RopeScaling, nearest
+from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.fields import nearest
 
 
 def original_transformer(**sizes: Any) -> ModelConfig:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxlm.config import nearest
+from jaxlm.fields import nearest
 from jaxlm.ops.layout import layout
 
 

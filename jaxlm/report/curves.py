@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxlm.config import ModelConfig, from_dict
+from jaxlm.config import ModelConfig
+from jaxlm.fields import from_dict
 from jaxlm.model.params import count_matmul_params
 from jaxlm.progress import format_count, format_seconds
 from jaxlm.train.metrics import read_metrics

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxlm.config import DataConfig, from_dict, nearest
+from jaxlm.config import DataConfig
+from jaxlm.fields import from_dict, nearest
 from jaxlm.hub import HUB, download
 from jaxlm.tokenizers.base import FORMAT_VERSION, TOKENIZER_FILE, Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import named_values
+from jaxlm.fields import named_values
 from jaxlm.progress import Waiting
 from jaxlm.train.metrics import Sink, one_line
 

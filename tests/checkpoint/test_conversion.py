@@ -19,7 +19,7 @@ from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
-from jaxlm.config import diff
+from jaxlm.fields import diff
 from jaxlm.flags.config_file import read_config
 from jaxlm.model.presets import preset, toy
 from jaxlm.model.transformer import forward

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from model_case import small
 
-from jaxlm.config import ModelConfig, from_dict
+from jaxlm.config import ModelConfig
+from jaxlm.fields import from_dict
 from jaxlm.model.positions import rotations
 
 GOLDENS = json.loads(Path(__file__).with_name("rope_goldens.json").read_text())

@@ -17,7 +17,7 @@ from jaxlm import tree
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import load
-from jaxlm.config import diff
+from jaxlm.fields import diff
 
 SAVED = json.loads(FILES.read_text())
 

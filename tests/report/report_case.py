@@ -2,7 +2,8 @@
 
 import json
 
-from jaxlm.config import Config, ModelConfig, OptimizerConfig, TrainConfig, to_dict
+from jaxlm.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.fields import to_dict
 from jaxlm.train.metrics import MetricsWriter
 
 

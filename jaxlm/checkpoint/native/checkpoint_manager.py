@@ -30,7 +30,8 @@ from jaxlm.checkpoint.native import (
 )
 from jaxlm.checkpoint.native.step_folder import Restored
 from jaxlm.checkpoint.opened import print_to_stderr
-from jaxlm.config import Config, to_dict
+from jaxlm.config import Config
+from jaxlm.fields import to_dict
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 

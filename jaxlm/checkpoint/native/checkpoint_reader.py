@@ -12,7 +12,8 @@ from jaxlm import tree
 from jaxlm.checkpoint.native import arrays, integrity, run_folder, step_folder
 from jaxlm.checkpoint.native.integrity import UnreadableStep
 from jaxlm.checkpoint.opened import Kind
-from jaxlm.config import ModelConfig, from_dict
+from jaxlm.config import ModelConfig
+from jaxlm.fields import from_dict
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
 from jaxlm.types import Params

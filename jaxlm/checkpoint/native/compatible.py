@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import EXECUTION_FIELDS, Config, diff
+from jaxlm.config import EXECUTION_FIELDS, Config
+from jaxlm.fields import diff
 
 # Fields that do not affect the numbers of a run.
 _FREE_DATA = ("workers", "prefetch", "cache_dir")

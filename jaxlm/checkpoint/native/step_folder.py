@@ -10,7 +10,8 @@ import jax
 
 from jaxlm.checkpoint.native import arrays, compatible, integrity, run_folder
 from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
-from jaxlm.config import Config, from_dict
+from jaxlm.config import Config
+from jaxlm.fields import from_dict
 
 META_FORMAT = 1
 T = TypeVar("T")

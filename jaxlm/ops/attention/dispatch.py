@@ -18,7 +18,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Num
 
-from jaxlm.config import nearest
+from jaxlm.fields import nearest
 from jaxlm.ops.attention import blocked, dense
 from jaxlm.ops.attention.reference import reference_attention
 from jaxlm.ops.attention.request import Request, request

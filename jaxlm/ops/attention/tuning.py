@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import nearest
+from jaxlm.fields import nearest
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
 from jaxlm.ops.attention.request import Request, request
 from jaxlm.ops.attention.spec import AttentionSpec, Mask

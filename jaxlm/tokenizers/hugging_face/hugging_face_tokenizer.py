@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from jaxlm.config import to_dict
+from jaxlm.fields import to_dict
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlm.config import nearest
+from jaxlm.fields import nearest
 from jaxlm.tokenizers.hugging_face.tokenizer_json import bpe_model, new_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

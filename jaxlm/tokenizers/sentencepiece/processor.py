@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from jaxtyping import Int32
 from sentencepiece import SentencePieceProcessor
 
-from jaxlm.config import to_dict
+from jaxlm.fields import to_dict
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,

@@ -24,7 +24,7 @@ from jaxlm.checkpoint.gguf.gguf_config import (
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
 from jaxlm.checkpoint.gguf.gguf_model import write_model
 from jaxlm.checkpoint.load import load, open_checkpoint
-from jaxlm.config import diff
+from jaxlm.fields import diff
 from jaxlm.model.presets import PRESETS, preset, toy
 
 LLAMA = toy(preset("smollm2-135m"))

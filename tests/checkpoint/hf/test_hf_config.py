@@ -8,7 +8,8 @@ import pytest
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.hf import hf_config, hf_config_writing
 from jaxlm.checkpoint.keys import Keys
-from jaxlm.config import ModelConfig, RopeScaling, diff
+from jaxlm.config import ModelConfig, RopeScaling
+from jaxlm.fields import diff
 from jaxlm.model.presets import PRESETS, preset
 
 # From repositories on the Hugging Face Hub; only lists of factors are shortened.

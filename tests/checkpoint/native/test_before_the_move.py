@@ -12,7 +12,8 @@ import pytest
 from jaxlm import forward
 from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.commands.train import train
-from jaxlm.config import Config, from_dict
+from jaxlm.config import Config
+from jaxlm.fields import from_dict
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.metrics import read_metrics
 
