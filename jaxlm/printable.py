@@ -17,6 +17,13 @@ def shown(name: Any) -> str:
     return short if short.isprintable() and " " not in short and short else repr(short)
 
 
+def one_line(message: str, most: int = 300) -> str:
+    """Returns a message as one line: signs that move a cursor escaped, a middle cut."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    end = most // 3
+    return line if len(line) <= most else f"{line[: most - end - 5]} ... {line[-end:]}"
+
+
 def shown_value(value: Any) -> str:
     """Formats a value for a message as `repr` does, but with at most a few parts."""
     return _REPR.repr(value)

@@ -23,6 +23,7 @@ ROWS = (
         "hub",
         "strict_json",
         "limited_process",
+        "folder_links",
     ),
     ("ops", "sharding", "tokenizers"),
     ("data", "model"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxlm.config import ModelConfig
+from jaxlm.printable import one_line
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
@@ -51,4 +52,4 @@ class Checkpoint(Protocol):
 
 def print_to_stderr(line: str) -> None:
     """Prints a warning to stderr: the default `report` of all readers."""
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxlm.printable import one_line
 from jaxlm.train.stopping import EXIT_USAGE
 from jaxlm.user_cache import user_cache
 
@@ -102,7 +103,7 @@ def discard_stdout() -> None:
 
 def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
     """Ends the program with one line on stderr."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {one_line(str(error))}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -110,7 +111,10 @@ class _Stderr(logging.Handler):
     """Writes plain lines to the current sys.stderr, which progress bars replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        line = self.format(record)
+        if record.levelno >= logging.WARNING and not record.exc_info:
+            line = one_line(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from jaxlm.report.live import REPORT, LiveReport
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 from jaxlm.train.loop import Hooks, due_kinds, fit
 from jaxlm.train.metrics import MetricsWriter, kinds_at
 from jaxlm.train.optimizer import make_optimizer
@@ -116,6 +117,7 @@ def train(
         with Waiting("reading the text", in_logs=False):
             dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
         config = with_vocabulary(config, dataset.tokenizer.vocab_size)
+        config = with_prompt(config, dataset.tokenizer)
         hooks = make_hooks(config, dataset, checkpoints)
 
         # Make or restore the state.
@@ -295,6 +297,18 @@ def eval_batch_numbers(settings: TrainConfig, total: int) -> list[int]:
         count = max(int(EVAL_SHARE * 3 * steps), 1)
     count = min(count, total) if count else total
     return [number * total // count for number in range(count)]
+
+
+def with_prompt(config: Config, tokenizer: Tokenizer) -> Config:
+    """Replaces the default prompt, a line end, for characters of a text without one."""
+    default, prompt = TrainConfig.sample_prompt, config.train.sample_prompt
+    is_known = not isinstance(tokenizer, CharTokenizer) or (
+        default in tokenizer.characters
+    )
+    if is_known or prompt != default:
+        return config
+    train = dataclasses.replace(config.train, sample_prompt=tokenizer.characters[0])
+    return dataclasses.replace(config, train=train)
 
 
 def make_sampler(

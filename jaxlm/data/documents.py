@@ -4,6 +4,7 @@ Files are read one document at a time. Anything wrong with a file is a `ValueErr
 names the file, the line or byte, and the remedy.
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -224,7 +225,7 @@ def _read_json_lines(
         text = damage.decode(line, number, start)
         try:
             value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{where}: this line is not JSON ({error}): a .jsonl file has one JSON "
                 "object per line"
@@ -262,18 +263,21 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Docum
             "'jaxlm[parquet]'"
         ) from None
     size = file.path.stat().st_size
-    try:
+    with _damaged_parquet(file, pyarrow):
         table = pyarrow.parquet.ParquetFile(file.path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(
-            f"{file.path}: not a complete Parquet file ({error}): get it again"
-        ) from None
+        schema = table.schema_arrow
     with table:
-        _check_column(file, table.schema_arrow, field, pyarrow)
+        _check_column(file, schema, field, pyarrow)
         row, rows = 0, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            # As bytes: pyarrow does not promise that a string column is UTF-8.
-            for data in batch.column(0).cast(pyarrow.large_binary()):
+        batches = table.iter_batches(batch_size=256, columns=[field])
+        while True:
+            with _damaged_parquet(file, pyarrow):
+                # As bytes: pyarrow does not promise that a string column is UTF-8.
+                batch = next(batches, None)
+                texts = batch and batch.column(0).cast(pyarrow.large_binary())
+            if texts is None:
+                return
+            for data in texts:
                 row += 1
                 where = f"{file.path}, row {row}"
                 if not data.is_valid:
@@ -285,6 +289,18 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Docum
                 except ValueError as error:
                     raise ValueError(f"row {row} of {error}") from None
                 yield Document(text, where, size * row // rows)
+
+
+@contextlib.contextmanager
+def _damaged_parquet(file: TextFile, pyarrow: Any) -> Iterator[None]:
+    """Converts what pyarrow raises for damaged bytes."""
+    try:
+        yield
+    except (OSError, UnicodeError, pyarrow.ArrowException) as error:
+        words = " ".join(str(error).split())[:150]
+        raise ValueError(
+            f"{file.path}: not a complete Parquet file ({words}): get it again"
+        ) from None
 
 
 def _check_column(file: TextFile, schema: Any, field: str, pyarrow: Any) -> None:

@@ -148,6 +148,10 @@ GGUF_CASES = {
         gguf([key("a", ARRAY, array(STRING, 2, text("x") + text("y", HUGE)))]),
         "key a: string 1 of 2 goes beyond",
     ),
+    "text of 60 MB in array": (
+        gguf([key("a", ARRAY, array(STRING, 1, text("x" * 60_000_000)))]),
+        "has more than 65535 bytes",
+    ),
     "text in array not UTF-8": (
         gguf([key("a", ARRAY, array(STRING, 2, text("x") + text(b"\xff")))]),
         "key a: string 1: not UTF-8",

@@ -9,7 +9,8 @@ import sys
 import jax
 import pytest
 
-from jaxlm.commands.process import log_on_stderr, use_compile_cache
+from jaxlm.checkpoint.opened import print_to_stderr
+from jaxlm.commands.process import fail, log_on_stderr, use_compile_cache
 
 
 def test_the_compile_cache_is_the_users_own(monkeypatch, tmp_path):
@@ -61,3 +62,15 @@ def test_malloc_is_set_up_before_jax_is_imported(face, repository, tmp_path):
     )
     assert done.stdout.splitlines() == ["start False False", "start True False"]
     assert done.returncode == 2 and "did you mean '--train.steps'" in done.stderr
+
+
+def test_messages_are_one_short_line_without_signs(capsys):
+    with pytest.raises(SystemExit):
+        fail("a.gguf: key \x1b[31mred\n\u202e" + "x" * 60_000 + ": remove it")
+    line = capsys.readouterr().err
+    assert line.startswith(r"error: a.gguf: key \x1b[31mred\n\u202exxx")
+    assert line.endswith(": remove it\n") and len(line) <= 310
+    with log_on_stderr(verbose=False):
+        logging.getLogger("jaxlm.any").warning("a\x1b[2Jb")
+    print_to_stderr("c\nd")
+    assert capsys.readouterr().err == "a\\x1b[2Jb\nc\\nd\n"

@@ -1,5 +1,6 @@
 """What a person meets who trains: on the terminal, and before the first step."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -11,10 +12,15 @@ from terminal_case import CTRL_C, Terminal
 from toy_case import make_params, toy
 
 from jaxlm.commands import train as train_module
-from jaxlm.commands.train import make_sampler, train, with_fitting_warmup
+from jaxlm.commands.train import (
+    make_sampler,
+    train,
+    with_fitting_warmup,
+    with_prompt,
+)
 from jaxlm.config import Config, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from jaxlm.sharding.mesh import make_mesh
-from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -196,3 +202,15 @@ def test_a_second_ctrl_c_ends_a_run_that_compiles(tmp_path):
         assert terminal.wait() == 130
         assert time.monotonic() - began < 2
         assert not terminal.cursor_is_hidden
+
+
+def test_a_text_without_a_line_end_gives_the_prompt():
+    """Its alphabet lacks the default prompt, which ended the run before its start."""
+    config = Config(model=MODEL, data=DataConfig(sequence_length=32))
+    assert with_prompt(config, CharTokenizer("ab\n")) == config
+    assert with_prompt(config, ByteTokenizer()) == config
+    assert with_prompt(config, CharTokenizer("ba")).train.sample_prompt == "a"
+    chosen = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, sample_prompt="b")
+    )
+    assert with_prompt(chosen, CharTokenizer("ba")) == chosen

@@ -148,7 +148,7 @@ WRONG = {
     ),
     "train --data.cache-dir text.txt": "set --data.cache-dir to a folder that you can",
     "train --model.vocab-size 3": "--model.vocab-size is 3, but the tokenizer has",
-    "train --data.path line.txt --train.sample-every 1": (
+    "train --data.path line.txt --train.sample-every 1 --train.sample-prompt é": (
         "or turn samples off with --train.sample-every 0"
     ),
     "train --train.sample-every 1 --sample.stop-ids 999": "--sample.stop-ids: 999 is",

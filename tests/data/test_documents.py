@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -137,3 +138,30 @@ def test_missing_extra(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(ValueError, match=rf"jaxlm\[{extra}\]"):
             texts(tmp_path / name)
+
+
+def test_an_integer_of_5000_digits_is_located(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "id": ' + "1" * 5000 + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: this line is not JSON"):
+        texts(path)
+
+
+def test_damaged_parquet_is_one_line_with_the_file(tmp_path):
+    rows = [f"document number {i} " * 20 for i in range(300)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
+    data, random, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(100):
+        changed = bytearray(data)
+        # Most of what can be damaged is in the footer.
+        for at in random.integers(len(data) - 400, len(data), 2):
+            changed[at] = random.integers(256)
+        path.write_bytes(changed)
+        try:
+            texts(path)
+        except ValueError as error:
+            refused += 1
+            message = str(error)
+            assert str(path) in message and "\n" not in message
+    assert refused > 50

@@ -44,7 +44,7 @@ MAX_STRING_BYTES = 64 << 20
 MAX_ALIGNMENT = 1 << 20
 # For keys, values and the list of tensors; the largest vocabularies take 20 MB.
 MAX_HEADER_BYTES = 256 << 20
-_MAX_NAME_BYTES = 65535  # the specification's limit for keys
+_MAX_NAME_BYTES = 65535  # the specification's limit for keys; tokens are shorter
 _ALIGNMENT = "general.alignment"
 _MAGIC = b"GGUF"
 _VERSION = 3
@@ -267,13 +267,13 @@ class _Header:
             for _ in range(count):
                 start = at + 8
                 at = start + unpack(data, at)[0]
-                if at > end or at - start > MAX_STRING_BYTES:
+                if at > end or at - start > _MAX_NAME_BYTES:
                     raise struct.error
                 texts.append(data[start:at].decode())
         except struct.error:
             raise ValueError(
                 f"{self.path}: {what}: string {len(texts)} of {count} goes beyond the "
-                f"header, or has more than {MAX_STRING_BYTES} bytes"
+                f"header, or has more than {_MAX_NAME_BYTES} bytes"
             ) from None
         except UnicodeDecodeError as e:
             raise ValueError(

@@ -4,7 +4,6 @@ The index `model.safetensors.index.json` maps each tensor to its shard.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from jaxlm.checkpoint.tensor_file import (
     number_of_values,
 )
 from jaxlm.durable import replacing
+from jaxlm.folder_links import path_inside
 from jaxlm.printable import shown
 from jaxlm.strict_json import parse_object
 
@@ -54,14 +54,14 @@ def read_folder(folder: Path | str) -> dict[str, StoredTensor]:
         raise ValueError(f"{folder}: no such folder")
     try:
         if _exists(folder / SINGLE_FILE):
-            return read_safetensors(_inside(folder, SINGLE_FILE))[0]
+            return read_safetensors(path_inside(folder, SINGLE_FILE))[0]
         if not _exists(folder / INDEX_FILE):
             raise ValueError(_no_weights(folder))
         index = folder / INDEX_FILE
-        shard_of = _read_index(index, _inside(folder, INDEX_FILE))
+        shard_of = _read_index(index, path_inside(folder, INDEX_FILE))
         tensors: dict[str, StoredTensor] = {}
         for shard in sorted(set(shard_of.values())):
-            found = read_safetensors(_inside(folder, shard))[0]
+            found = read_safetensors(path_inside(folder, shard))[0]
             for name in found:
                 indexed = shard_of.get(name, "no shard")
                 if indexed != shard:
@@ -117,31 +117,6 @@ def _read_index(index: Path, path: Path) -> dict[str, str]:
 def _is_shard_name(name: str) -> bool:
     plain = name.isprintable() and not set(name) & set("/\\:") and name[:1] != "."
     return plain and name.endswith(".safetensors") and len(name.encode()) < 256
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Returns the path of a file in a folder; checks that no link leads out of it.
-
-    Links of the hub cache are `MODEL/snapshots/REVISION/name -> ../../blobs/HASH`.
-    """
-    path = folder / name
-    if not path.is_symlink():
-        return path
-    home = folder.resolve()
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # a circle is RuntimeError in Python 3.11, 3.12
-        raise ValueError(f"{path}: a symbolic link to nothing") from None
-    if target.is_relative_to(home):
-        return path
-    is_blob = (
-        home.parent.name == "snapshots"
-        and target.parent == home.parent.parent / "blobs"
-        and re.fullmatch(r"[0-9a-f]+", target.name)
-    )
-    if not is_blob:
-        raise ValueError(f"{path}: a symbolic link that leads out of the folder")
-    return path
 
 
 def write_folder(

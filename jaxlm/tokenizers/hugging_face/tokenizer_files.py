@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlm.folder_links import path_inside
 from jaxlm.strict_json import parse_object
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
@@ -65,7 +66,7 @@ def tokenizer_from_file(path: Path) -> Tokenizer:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a folder, each read up to a maximum size."""
+    """The files of a folder, each up to a maximum size; no link leads out of it."""
 
     folder: Path
     _parsed: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class _Files:
         return (self.folder / name).is_file()
 
     def read(self, name: str) -> bytes:
-        path = self.folder / name
+        path = path_inside(self.folder, name)
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(
                 f"{path}: more than {MAX_JSON_BYTES} bytes: is it another file?"

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 # Protobuf creates these classes at import, where type checkers cannot see them.
 from sentencepiece.sentencepiece_model_pb2 import (
     ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
     NormalizerSpec,  # pyright: ignore[reportAttributeAccessIssue]
     TrainerSpec,  # pyright: ignore[reportAttributeAccessIssue]
 )
+
+from jaxlm.printable import shown
 
 # SentencePiece writes a space as this character, U+2581. A U+2581 in the text itself
 # would therefore be decoded as a space.
@@ -20,6 +24,7 @@ CONTROL = ModelProto.SentencePiece.CONTROL
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
 UNUSED = ModelProto.SentencePiece.UNUSED
 BYTE = ModelProto.SentencePiece.BYTE
+_TYPE_FIELD = ModelProto.SentencePiece.DESCRIPTOR.fields_by_name["type"].number
 # Algorithms.
 UNIGRAM, BPE = TrainerSpec.UNIGRAM, TrainerSpec.BPE
 
@@ -33,11 +38,13 @@ class ModelTable:
         Raises:
           google.protobuf.message.DecodeError: when it is not one.
           UnicodeDecodeError: for a piece that is not UTF-8.
+          ValueError: for a piece of an unknown type.
         """
         proto = ModelProto.FromString(model)
         self.pieces = [_text(p.piece) for p in proto.pieces]
         self.scores = [p.score for p in proto.pieces]
         self.types = [p.type for p in proto.pieces]
+        _check_types(proto)
         trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
         self.unknown_surface = _text(trainer.unk_surface).encode("utf-8")
         self.algorithm = trainer.model_type
@@ -57,6 +64,20 @@ class ModelTable:
         for i, (piece, kind) in enumerate(zip(self.pieces, self.types, strict=True)):
             if kind in (CONTROL, UNKNOWN, USER_DEFINED):
                 yield i, piece.replace(SPACE_SIGN, " "), kind
+
+
+def _check_types(proto: ModelProto) -> None:
+    """Raises ValueError for an unknown type, which would be taken for ordinary text."""
+    known = ModelProto()
+    known.CopyFrom(proto)
+    known.DiscardUnknownFields()
+    if known.ByteSize() == proto.ByteSize():
+        return
+    # Slow, so only where something is unknown at all.
+    for i, piece in enumerate(proto.pieces):
+        if any(f.field_number == _TYPE_FIELD for f in UnknownFieldSet(piece)):
+            name = shown(_text(piece.piece))
+            raise ValueError(f"piece {i}, {name}, has an unknown type")
 
 
 def _text(value: str | bytes) -> str:

@@ -70,11 +70,12 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
             self.table = ModelTable(model)
-        except (RuntimeError, DecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"not a SentencePiece model: {error}") from None
-        if USER_DEFINED in self.table.types:
-            model_proto = literal_model(model)
-            self._processor = SentencePieceProcessor(model_proto=model_proto)
+            if USER_DEFINED in self.table.types:
+                model_proto = literal_model(model)
+                self._processor = SentencePieceProcessor(model_proto=model_proto)
+        except (RuntimeError, DecodeError, ValueError) as error:
+            words = " ".join(str(error).split())
+            raise ValueError(f"not a SentencePiece model: {words}") from None
         self.vocab_size = len(self.table.types)
         ids = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))
         bos, eos, pad = (i if i >= 0 else None for i in ids)

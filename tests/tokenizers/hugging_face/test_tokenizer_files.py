@@ -219,3 +219,19 @@ def test_nothing_but_a_value_error_escapes(tmp_path):
         except ValueError:
             outcomes.add("refused")
     assert outcomes == {"read", "refused"}
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_links_do_not_lead_out_of_the_folder(name, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_folder(folder, "llama")
+    (tmp_path / "secret").write_text('{"chat_template": "secret"}')
+    (folder / "inside").write_text('{"chat_template": "inside"}')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("inside")
+    assert "inside" in tokenizer_from_folder(folder).chat_template
+    (folder / name).unlink()
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(ValueError, match=rf"{name}: a symbolic link that leads out"):
+        tokenizer_from_folder(folder)

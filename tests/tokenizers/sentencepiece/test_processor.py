@@ -5,7 +5,11 @@ import sentencepiece
 from sentencepiece_case import trained
 
 from jaxlm.tokenizers.sentencepiece import processor
-from jaxlm.tokenizers.sentencepiece.model_proto import literal_model
+from jaxlm.tokenizers.sentencepiece.model_proto import (
+    SPACE_SIGN,
+    build_model,
+    literal_model,
+)
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 
 
@@ -97,3 +101,25 @@ def test_model_of_absurd_size(tmp_path, monkeypatch):
     path.write_bytes(b"x" * 11)
     with pytest.raises(ValueError, match="11 bytes is too large"):
         SentencePieceTokenizer.from_file(path)
+
+
+@pytest.mark.parametrize("kind", [b"\x00", b"\x07", b"\x64", b"\xff\x01", b"\x83\x00"])
+def test_types_of_pieces_are_known_ones(kind):
+    """An unknown type would be taken for ordinary text, and `<turn>` matched in it."""
+    pieces = [SPACE_SIGN, "<turn>", *"abc", "<unk>"]
+    types = [1, 3, 1, 1, 1, 2]
+    model = build_model(pieces, [0.0] * 6, types, add_dummy_prefix=False,
+                        remove_extra_whitespaces=False)  # fmt: skip
+    assert SentencePieceTokenizer(model).special_ids["<turn>"] == 1
+    length = len(b"\n\x06<turn>\x15\0\0\0\0\x18\x03")
+    old = bytes([length]) + b"\n\x06<turn>\x15\0\0\0\0\x18\x03"
+    new = bytes([length - 1 + len(kind)]) + old[1:-1] + kind
+    assert model.count(old) == 1
+    changed = model.replace(old, new)
+    if kind == b"\x83\x00":  # 3 in two bytes: the same type.
+        tokenizer = SentencePieceTokenizer(changed)
+        assert tokenizer.special_ids["<turn>"] == 1
+        assert 1 not in tokenizer.encode("<turn>")
+    else:
+        with pytest.raises(ValueError, match=r"piece 1, <turn>, has an unknown type"):
+            SentencePieceTokenizer(changed)
