@@ -58,7 +58,8 @@ class _Lossy(io.FileIO):
 
 def _lossy(stream: Any) -> Any:
     # Tests and notebooks have streams of their own.
-    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+    own = stream is sys.__stdout__ or stream is sys.__stderr__
+    if stream is None or not own:
         return stream
     with contextlib.suppress(OSError):
         stream.flush()

@@ -102,7 +102,7 @@ def turns_are_text(tokenizer: Tokenizer) -> bool:
     after = tokenizer.split_special(text.partition(word)[2])
     # Text up to the first special token, which ends the message if there is one.
     texts = list(itertools.takewhile(lambda part: isinstance(part, str), after))
-    return len(texts) == len(after) or bool("".join(texts).strip())
+    return len(texts) == len(after) or bool("".join(map(str, texts)).strip())
 
 
 def _structure(tokenizer: Tokenizer, text: str) -> list[int | None]:

@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxlm.durable import replacing
 from jaxlm.ops.attention.request import target
 from jaxlm.user_cache import user_cache
 
@@ -60,7 +60,6 @@ def record(key: str, settings: Any, fields: tuple[str, ...]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if path.is_file() else {}
     old[key] = {**old.get(key, {}), **{f: getattr(settings, f) for f in fields}}
-    new = path.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps(old, indent=1))
-    new.replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps(old, indent=1).encode())
     return path
