@@ -170,7 +170,7 @@ with progress.Waiting("too short to be shown"):
     compute(0.1)
 progress.WAIT_SECONDS = 0.3
 waiting = progress.Waiting("compiling [it]")
-compute(3)
+compute(float(sys.argv[1]))
 waiting.finish()
 waiting.finish()
 print("first tokens")
@@ -178,8 +178,8 @@ print("first tokens")
 
 
 def test_a_wait_counts_its_seconds_by_itself_and_is_gone_when_it_is_over():
-    with Terminal([sys.executable, "-c", WAITS]) as terminal:
-        for seconds in (0, 1, 2):
+    with Terminal([sys.executable, "-c", WAITS, "2"]) as terminal:
+        for seconds in (0, 1):
             shown = rf"\Acompiling \[it\] \.\.\. {seconds} s\Z"
             terminal.wait_for(shown, timeout_s=20)
             assert not terminal.cursor_is_hidden
@@ -189,9 +189,9 @@ def test_a_wait_counts_its_seconds_by_itself_and_is_gone_when_it_is_over():
 
 def test_a_log_gets_one_line_when_a_wait_is_long_and_one_with_its_seconds():
     result = subprocess.run(
-        [sys.executable, "-c", WAITS], capture_output=True, text=True, check=True
+        [sys.executable, "-c", WAITS, "1"], capture_output=True, text=True, check=True
     )
     assert result.stdout == "first tokens\n"
     first, last = result.stderr.splitlines()
     assert first == "compiling [it] ..."
-    assert re.fullmatch(r"compiling \[it\] \.\.\. [2-9]\.\d s", last)
+    assert re.fullmatch(r"compiling \[it\] \.\.\. [1-9]\.\d s", last)

@@ -83,7 +83,7 @@ def test_a_page_in_progress_reloads_and_keeps_what_was_chosen(tmp_path, browser)
     write_report(run, page)  # the last one
     browser.wait_for_load()
     assert browser.evaluate(live) == ""
-    browser.evaluate("window.same = true; new Promise(done => setTimeout(done, 3000))")
+    browser.evaluate("window.same = true; new Promise(done => setTimeout(done, 1500))")
     assert browser.evaluate("window.same")
 
 
