@@ -302,10 +302,9 @@ def eval_batch_numbers(settings: TrainConfig, total: int) -> list[int]:
 def with_prompt(config: Config, tokenizer: Tokenizer) -> Config:
     """Replaces the default prompt, a line end, for characters of a text without one."""
     default, prompt = TrainConfig.sample_prompt, config.train.sample_prompt
-    is_known = not isinstance(tokenizer, CharTokenizer) or (
-        default in tokenizer.characters
-    )
-    if is_known or prompt != default:
+    if prompt != default or not isinstance(tokenizer, CharTokenizer):
+        return config
+    if default in tokenizer.characters:
         return config
     train = dataclasses.replace(config.train, sample_prompt=tokenizer.characters[0])
     return dataclasses.replace(config, train=train)
