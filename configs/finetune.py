@@ -12,12 +12,11 @@ The model and the tokenizer come from the checkpoint: a run, a Hugging Face fold
 """
 
 from jaxlm.config import Config, DataConfig, OptimizerConfig, TrainConfig
-from jaxlm.model.presets import preset
 
 
 def get_config() -> Config:
     return Config(
-        model=preset("smollm2-135m"),  # Replaced by the checkpoint's.
+        model=None,  # That of --init-from.
         data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=10),
         train=TrainConfig(

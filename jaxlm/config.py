@@ -536,8 +536,8 @@ class SampleConfig:
 class Config:
     """A training run."""
 
-    model: ModelConfig
-    """Architecture."""
+    model: ModelConfig | None
+    """Architecture; None in a config file whose model is that of --init-from."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text, tokenizer and rows."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -556,6 +556,8 @@ class Config:
 
     def __post_init__(self):
         check_types(self, "config")
+        if self.model is None:
+            return
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
                 f"data.sequence_length is {self.data.sequence_length}, more than "

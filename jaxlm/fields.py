@@ -175,5 +175,12 @@ def diff(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> list[str]:
         if dataclasses.is_dataclass(a) and type(a) is type(b):
             lines += [f"{f.name}.{line}" for line in diff(a, b, ignore)]
         else:
-            lines.append(f"{f.name}: {a!r} -> {b!r}")
+            lines.append(f"{f.name}: {_shown(a)} -> {_shown(b)}")
     return lines
+
+
+def _shown(value: Any) -> str:
+    """Returns a value in a message; those of a tuple as on the command line."""
+    if not isinstance(value, tuple):
+        return repr(value)
+    return " ".join(map(str, value)) or "none"

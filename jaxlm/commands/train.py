@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlm import tree
@@ -234,7 +235,8 @@ def initial_state(
             data_fingerprint=dataset.fingerprint,
         )
     if restored is not None:
-        step = jax.device_put(restored.step, wanted.step.sharding)
+        # A Python integer has a weak type, for which the step would compile again.
+        step = jax.device_put(np.int32(restored.step), wanted.step.sharding)
         return TrainState(step, restored.params, restored.opt_state), True
     if initial is None:
         with Waiting("initializing the parameters"):

@@ -41,7 +41,7 @@ class ConfigFileError(ValueError):
 class RunArguments(Config):
     """The settings of a training run: those of a config file, changed by flags.
 
-    Example: {prog} --data.path notes.txt --train.steps 500 --train.seed 1
+    Example: {prog} --data.path notes.txt --train.run-dir runs/notes
     """
 
     config: Positional[str | None] = None
@@ -79,6 +79,11 @@ def read_config(
         raise SystemExit(0)
     initial = None
     path = values.get("init_from", config.init_from)
+    if path is None and config.model is None:
+        raise ValueError(
+            f"{file.stem} needs --init-from CHECKPOINT, whose model it trains: a run, "
+            "a Hugging Face folder, a .gguf file, or hf:owner/name"
+        )
     if path is not None:
         # Imported here because it imports JAX.
         from jaxlm.checkpoint.load import open_checkpoint
@@ -178,8 +183,10 @@ def _with_model_of(
     It keeps this config's execution settings (dtype, remat, attention, ...), and
     shortens the rows to the model's context.
     """
-    settings = {name: getattr(config.model, name) for name in NOT_KEPT}
-    model = dataclasses.replace(checkpoint.config, **settings)
+    model = checkpoint.config
+    if config.model is not None:
+        settings = {name: getattr(config.model, name) for name in NOT_KEPT}
+        model = dataclasses.replace(model, **settings)
     data, length = config.data, model.context_length
     if data.sequence_length > length:
         data = dataclasses.replace(data, sequence_length=length)

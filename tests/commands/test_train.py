@@ -116,6 +116,42 @@ def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, caplog):
     assert any((run / "tensorboard").iterdir())
 
 
+def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path):
+    """A state of other types, if only weak ones, would be compiled for again."""
+    text, states = tmp_path / "text.txt", []
+    text.write_text("some words to train on\n" * 50)
+
+    def fit_and_record(config, optimizer, state, *arguments, **more):
+        states.append(jax.tree.map(jax.typeof, state))
+        return fit(config, optimizer, state, *arguments, **more)
+
+    fit = train_module.fit
+    for steps in (1, 2):
+        config = Config(
+            model=MODEL,
+            data=DataConfig(
+                path=(str(text),),
+                cache_dir=str(tmp_path / "cache"),
+                tokenizer="bytes",
+                sequence_length=16,
+            ),
+            optimizer=OptimizerConfig(warmup_steps=0, schedule="constant"),
+            train=TrainConfig(
+                steps=steps,
+                batch_size=2,
+                sample_every=0,
+                run_dir=str(tmp_path / "run"),
+            ),
+        )
+        with (
+            jax.set_mesh(make_mesh(config.mesh)),
+            mock.patch.object(train_module, "fit", fit_and_record),
+        ):
+            assert train(config) == 0
+    new, resumed = states
+    assert new == resumed
+
+
 @pytest.mark.parametrize(
     "steps, warmup, fitting",
     [(200, 100, 100), (199, 100, 19), (50, 100, 5), (9, 10, 1), (1, 1, 1), (1, 0, 0)],

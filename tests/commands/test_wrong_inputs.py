@@ -126,6 +126,8 @@ WRONG = {
     "train divides.py": "divides.py:2: ZeroDivisionError: division by zero",
     "train heads.py": "heads.py:6: model.num_heads is 2: it must be a multiple of model",
     "train none.py": "none.py: no function get_config(); define it",
+    "train finetune --fresh": "finetune needs --init-from CHECKPOINT, whose model it t",
+    "doctor finetune": "finetune needs --init-from CHECKPOINT, whose model it trains",
     "train three.py": "three.py: get_config() returns int, not a Config",
     "train text.txt": "is no config file, which is in Python: to train on a text, give -",
     "train runs/tiny": "is a folder, not a config file: a text is given by --data.path,",

@@ -1,11 +1,14 @@
 """The command line of a run: config files, names of them, and mistakes in them."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 
 import pytest
+from toy_case import make_params, toy
 
+from jaxlm.checkpoint.save import save
 from jaxlm.config import Config
 from jaxlm.flags.config_file import (
     FLAGS_THAT_MATTER,
@@ -13,6 +16,7 @@ from jaxlm.flags.config_file import (
     read_config,
 )
 from jaxlm.flags.flag_table import flags_of
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 CONFIG_FILE = """
 '''A tiny run.'''
@@ -126,6 +130,24 @@ for file in sys.argv[1:]:
     try: read_config([file, "--train.steps", "5"])
     except ConfigFileError as error: print(error)
 """
+
+
+def test_a_model_that_the_checkpoint_gives(default_file, tmp_path, capsys):
+    """`tests/commands/test_wrong_inputs.py` leaves out `--init-from`."""
+    model = toy(vocab_size=257, context_length=64, unroll_layers=0)
+    save(tmp_path / "run", model, make_params(model), ByteTokenizer())
+    file = default_file.with_name("none.py")
+    section = CONFIG_FILE[
+        CONFIG_FILE.index("ModelConfig(") : CONFIG_FILE.index(",\n        da")
+    ]
+    file.write_text(CONFIG_FILE.replace(section, "None"))
+    line = ["none", "--init-from", str(tmp_path / "run"), "--model.dtype", "bfloat16"]
+    config, initial = read_config(line, default_file)
+    assert config.model == dataclasses.replace(model, dtype="bfloat16")
+    assert initial is not None
+    with pytest.raises(SystemExit):
+        read_config(["none", "--help"], default_file)
+    assert "--model.num-layers INT" in capsys.readouterr().out
 
 
 def test_a_mistake_in_a_config_file_is_told_with_its_line(tmp_path, repository):

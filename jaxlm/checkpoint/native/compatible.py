@@ -42,15 +42,20 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
     if old.train.load_balance_loss:
         rounding = ("loss_chunk",)  # each part of a batch has its own balance loss
     train = (*_FREE_TRAIN, *rounding, "steps")
-    lines = [f"model.{line}" for line in diff(old.model, new.model, EXECUTION_FIELDS)]
-    lines += [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
-    lines += [f"optimizer.{line}" for line in diff(old.optimizer, new.optimizer)]
-    lines += [f"train.{line}" for line in diff(old.train, new.train, train)]
-    lines += _steps_line(old, new, step)
+    data = [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
+    steps = _steps_line(old, new, step)
+    # Of what follows from another setting, only the setting is named.
+    model = (*EXECUTION_FIELDS, *(["vocab_size"] if data else []))
+    optimizer = ("warmup_steps",) if steps else ()
+    lines = [f"model.{line}" for line in diff(old.model, new.model, model)] + data
+    lines += [
+        f"optimizer.{line}" for line in diff(old.optimizer, new.optimizer, optimizer)
+    ]
+    lines += [f"train.{line}" for line in diff(old.train, new.train, train)] + steps
     if lines:
         raise ValueError(
-            "the config differs from that of the checkpoint in "
-            f"{'; '.join(lines)}: {_remedy('set it back')}"
+            f"the run in {old.train.run_dir} has another config "
+            f"({'; '.join(lines)}): {_remedy('set it back')}"
         )
     other_model = _all_but(old.model, EXECUTION_FIELDS)
     other_train = _all_but(old.train, rounding)
@@ -63,12 +68,18 @@ def _steps_line(old: Config, new: Config, step: int) -> list[str]:
     steps = old.train.steps, new.train.steps
     begins = [old.optimizer.first_decayed(count) for count in steps]
     begin = min((b for b in begins if b is not None), default=step)
-    if steps[0] == steps[1] or step <= begin:
+    line = f"train.steps: {steps[0]} -> {steps[1]}"
+    if steps[0] == steps[1]:
         return []
-    return [
-        f"train.steps: {steps[0]} -> {steps[1]}, on which the {old.optimizer.schedule} "
-        f"schedule has depended since step {begin}"
-    ]
+    if step > begin:
+        return [
+            f"{line}, on which the {old.optimizer.schedule} schedule has depended "
+            f"since step {begin}"
+        ]
+    warmups = old.optimizer.warmup_steps, new.optimizer.warmup_steps
+    if warmups[0] != warmups[1]:
+        return [f"{line}, with a warm-up of {warmups[0]} -> {warmups[1]} steps"]
+    return []
 
 
 def check_fingerprint(what: str, old: str, new: str) -> None:
@@ -83,8 +94,9 @@ def check_fingerprint(what: str, old: str, new: str) -> None:
 
 def _remedy(undo: str) -> str:
     return (
-        f"{undo}, or start over with --fresh, or take only the weights into a new run "
-        "with --init-from"
+        f"start a new run with --train.run-dir NEW, or {undo}, or start over with "
+        "--fresh; a new run takes the weights of this one with --init-from RUN "
+        "--train.run-dir NEW"
     )
 
 

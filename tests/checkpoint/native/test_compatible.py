@@ -60,6 +60,31 @@ def test_several_differences_are_all_named():
         compatible.check_config(CONFIG, new, 5)
 
 
+def test_what_follows_from_another_setting_is_not_named():
+    new = change(model={"vocab_size": 97}, data={"path": ("notes", "b.txt")})
+    with pytest.raises(ValueError) as error:
+        compatible.check_config(CONFIG, new, 5)
+    assert "(data.path: bundled:shakespeare.txt -> notes b.txt): start a new" in str(
+        error.value
+    )
+    for old, step, why in (
+        (CONFIG, 200, ", on which the cosine schedule has depended since step 3"),
+        (change(optimizer={"schedule": "constant"}), 2, ", with a warm-up of 3 -> 5 s"),
+    ):
+        new = change(old, optimizer={"warmup_steps": 5}, train={"steps": 50})
+        with pytest.raises(ValueError, match=rf"\(train\.steps: 1000 -> 50{why}"):
+            compatible.check_config(old, new, step)
+
+
+def test_the_remedy_of_another_run_works_as_it_stands(run):
+    """A new run folder is the first remedy, and `--init-from` needs one too."""
+    with CheckpointManager(run) as checkpoints, pytest.raises(ValueError) as error:
+        restore(checkpoints, config=change(train={"seed": 1}))
+    first, _, last = str(error.value).partition("; a new run takes the weights")
+    assert ": start a new run with --train.run-dir NEW, or set it back, or" in first
+    assert last.endswith("--init-from RUN --train.run-dir NEW")
+
+
 def test_accumulation_steps_matter_with_a_balance_loss():
     """With a balance loss, splitting a batch changes more than rounding."""
     experts = {"num_experts": 4, "experts_per_token": 2}
