@@ -350,7 +350,7 @@ def mutate(content, edits):
 
 # About five seconds for each format.
 FUZZ = settings(
-    max_examples=1500,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 1500)),
     deadline=None,
     derandomize=True,  # a new example must not fail somebody else's change
     database=None,

@@ -11,6 +11,7 @@ import tokenizers
 from jaxtyping import Int32
 
 from jaxlm.fields import to_dict
+from jaxlm.printable import one_line
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,
@@ -234,7 +235,8 @@ def _errors_of_the_library(what: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{what}: {' '.join(str(error).split())}") from None
+            words = one_line(" ".join(str(error).split()))
+            raise ValueError(f"{what}: {words}") from None
         raise
 
 
