@@ -131,6 +131,7 @@ WRONG = {
     "attention(*q_and_k(2), *q_and_k(2, 2, batch=2))": "must have the same batch and head dimension",
     "preset('llama3.2-1B')": "no preset 'llama3.2-1B' (did you mean 'llama3.2-1b'?)",
     "preset(1)": "no preset 1",
+    "ByteTokenizer().decode(np.ones((2, 5), np.float32))": "ids are integers, not float32 of shape (2, 5): for logits",
     "load('runs/nope')": "runs/nope is not a checkpoint",
     "load_tokenizer('runs/nope')": "it does not exist",
     "save('.', CONFIG, params, ByteTokenizer())": ". already exists: choose another name",

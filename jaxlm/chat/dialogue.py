@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from jaxlm.chat import transcript
+from jaxlm.chat.prompt import DraftDropped
 from jaxlm.fields import nearest
 from jaxlm.infer.conversation import Answer, ContextFull, Conversation
 from jaxlm.interrupts import Interrupts
@@ -38,7 +39,8 @@ class Dialogue:
 
         Args:
           conversation: the model and its messages.
-          read: returns the next message; raises EOFError at the end.
+          read: returns the next message; raises EOFError at the end, DraftDropped for a
+            Ctrl-C that gives up a draft, and KeyboardInterrupt for another.
           on_terminal: an error is shown, and the dialogue goes on. Otherwise nobody
             might see it, so it is raised.
         """
@@ -58,9 +60,10 @@ class Dialogue:
             try:
                 text = self._read()
             except EOFError:
-                if not self._on_terminal:
-                    print()
                 return
+            except DraftDropped:
+                may_leave = False
+                continue
             except KeyboardInterrupt:
                 if may_leave or not self._on_terminal:
                     raise
@@ -173,7 +176,7 @@ class Dialogue:
             cached = last.prompt_tokens - last.prefill_tokens
             say(f"last answer  {rate(last.tokens, last.decode_s)}")
             say(f"read for it  {rate(last.prefill_tokens, last.prefill_s)}")
-            say(f"in the cache {cached} more tokens")
+            say(f"from cache   {rate(cached, 0.0)}")
         used, config = self._conversation.num_tokens(), self._conversation.config
         say(f"context      {used} of {config.context_length} tokens")
 

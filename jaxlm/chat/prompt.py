@@ -12,17 +12,16 @@ from pathlib import Path
 PROMPT = "> "
 
 
-def read_line() -> str:
-    """Returns the next line of the input; raises EOFError at its end."""
-    return input(PROMPT)
+class DraftDropped(KeyboardInterrupt):
+    """Ctrl-C after something was typed: only that is given up."""
 
 
 def line_editor() -> Callable[[], str]:
     """Returns a function that reads a message of one or more lines from the terminal.
 
     Enter sends the message. Alt-Enter, or Enter after a backslash, begins a new line; a
-    paste of several lines is one message. The function raises EOFError for Ctrl-D and
-    KeyboardInterrupt for Ctrl-C.
+    paste of several lines is one message. The function raises EOFError for Ctrl-D,
+    DraftDropped for Ctrl-C if something was typed, else KeyboardInterrupt.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -57,7 +56,25 @@ def line_editor() -> Callable[[], str]:
         key_bindings=keys,
         history=History(file) if file is not None else InMemoryHistory(),
     )
-    return lambda: session.prompt().strip("\n")
+    was_typed = False
+
+    def note(_: object) -> None:
+        nonlocal was_typed
+        was_typed = True
+
+    session.default_buffer.on_text_changed += note
+
+    def read() -> str:
+        nonlocal was_typed
+        was_typed = False
+        try:
+            return session.prompt().strip("\n")
+        except KeyboardInterrupt:
+            if was_typed:
+                raise DraftDropped from None
+            raise
+
+    return read
 
 
 def history_file() -> Path | None:

@@ -141,12 +141,15 @@ def read(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def summary(checkpoint: Checkpoint) -> str | None:
-    """Sums up the certificate of a checkpoint in one line; None if it has none."""
+    """Sums up the certificate of a checkpoint in one line; None if it says nothing.
+
+    It does if the verification failed, or there was an independent implementation.
+    """
     try:
         content = read(checkpoint)
     except ValueError as error:
         return f"warning: {error}"
-    if content is None:
+    if content is None or (content["passed"] and content.get("reference") is None):
         return None
     verdict = "verified" if content["passed"] else "FAILED verification"
     return f"{checkpoint.path}: {verdict} {content['summary']}".rstrip()

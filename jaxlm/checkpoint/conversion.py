@@ -9,6 +9,7 @@ from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.checkpoint.save import save
+from jaxlm.fields import nearest
 
 DType = Literal["f32", "f16", "bf16", "q8_0"]
 
@@ -39,10 +40,12 @@ def convert(
 
     Raises:
       ValueError: if the source cannot be read, the kind cannot express this model or
-        its tokenizer, or the destination already exists.
+        its tokenizer, or the destination already exists or has the name of another
+        kind.
     """
     if dst.exists():
         raise ValueError(f"{dst} already exists: choose another name, or remove it")
+    _check_name(dst, to)
     opened = open_checkpoint(src, report=report)
     if to is None:
         default: Kind = "hf" if opened.kind == "jaxlm" else "jaxlm"
@@ -65,3 +68,16 @@ def convert(
     assert tokenizer is not None
     save(dst, opened.config, params, tokenizer, report=report)
     return to
+
+
+def _check_name(dst: Path, to: Kind | None) -> None:
+    """Raises ValueError for a GGUF file, or what seems to be one, not named .gguf."""
+    if dst.suffix == ".gguf":
+        return
+    if to == "gguf":
+        raise ValueError(f"the name of a GGUF file ends in .gguf: write {dst}.gguf")
+    if to is None and nearest(dst.suffix.lower(), [".gguf"]):
+        raise ValueError(
+            f"{dst}: did you mean {dst.with_suffix('.gguf')}? --to hf or --to jaxlm "
+            "writes a folder of this name"
+        )

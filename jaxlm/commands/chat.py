@@ -7,7 +7,7 @@ import jax
 
 from jaxlm import tree
 from jaxlm.chat.dialogue import Dialogue
-from jaxlm.chat.prompt import line_editor, read_line
+from jaxlm.chat.prompt import line_editor
 from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.arguments import ChatArguments
@@ -36,7 +36,7 @@ def main(chosen: ChatArguments) -> int:
         if on_terminal:
             print(describe(checkpoint, params))
             print("/help lists commands and keys; /exit or Ctrl-D leaves\n")
-        read = line_editor() if on_terminal else read_line
+        read = line_editor() if on_terminal else input
         with log_paused():
             Dialogue(conversation, read, on_terminal=on_terminal).hold()
     return 0

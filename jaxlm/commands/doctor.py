@@ -1,6 +1,7 @@
 """Show versions, devices, and the attention that a config would use."""
 
 import platform
+import textwrap
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -51,8 +52,15 @@ def attention(config: Config) -> Iterator[tuple[str, str]]:
         try:
             choices = attention_choices(model, *sizes)
         except ValueError as error:
-            yield name, str(error)
+            yield name, _wrapped(str(error))
             continue
         for kind, choice in choices.items():
-            lines = f"{kind} layers: {choice}".split("; ")
-            yield name, f"\n{'':<20} ".join(lines)
+            yield name, _wrapped(f"{kind} layers: {choice}")
+
+
+def _wrapped(text: str) -> str:
+    """Begins a line after each semicolon, and where 80 columns end."""
+    lines: list[str] = []
+    for part in text.split("; "):
+        lines += textwrap.wrap(part, 80 - 21, subsequent_indent="  ")
+    return f"\n{'':<20} ".join(lines)

@@ -1,6 +1,7 @@
 """What commands that generate text share: the model, the prompt and the stop tokens."""
 
 import dataclasses
+import sys
 
 import numpy as np
 from jaxtyping import Int
@@ -15,7 +16,11 @@ from jaxlm.tokenizers.base import Tokenizer
 
 def open_model(chosen: GenerationArguments) -> tuple[Checkpoint, ModelConfig]:
     """Opens the checkpoint of RUN, or of the newest run, and applies `--dtype`."""
-    checkpoint = open_checkpoint(chosen.run or newest_run())
+    run = chosen.run
+    if run is None:
+        run = newest_run()
+        print(f"sampling from {run}, the newest run", file=sys.stderr, flush=True)
+    checkpoint = open_checkpoint(run)
     model = checkpoint.config
     if chosen.dtype is not None:
         model = dataclasses.replace(model, dtype=chosen.dtype)

@@ -1,6 +1,7 @@
 """Continue a text with a trained model."""
 
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxlm.checkpoint.load import load_onto_mesh
+from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.arguments import SampleArguments
 from jaxlm.commands.generation import check_room, open_model, with_stop_ids
 from jaxlm.commands.process import use_compile_cache
@@ -27,7 +29,7 @@ def main(chosen: SampleArguments) -> int:
     """Loads the model onto the devices requested and continues the prompt."""
     use_compile_cache()
     # A download shows its own progress.
-    checkpoint, model = open_model(chosen)
+    checkpoint, model = _open_model(chosen)
     with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
         with Waiting("loading the model"):
             tokenizer = checkpoint.tokenizer()
@@ -36,6 +38,16 @@ def main(chosen: SampleArguments) -> int:
             params = load_onto_mesh(checkpoint)
         write_samples(model, params, tokenizer, prompt, chosen)
     return 0
+
+
+def _open_model(chosen: SampleArguments) -> tuple[Checkpoint, ModelConfig]:
+    try:
+        return open_model(chosen)
+    except ValueError as error:
+        run = chosen.run
+        if run is None or run.startswith("hf:") or os.path.exists(run):
+            raise
+        raise ValueError(f"{error}; a text goes after --prompt") from None
 
 
 def write_samples(

@@ -134,7 +134,9 @@ def _from_text(flag: Flag, hint: Any, text: str) -> Any:
             continue
         if matches(value, option):
             return value
-    raise ValueError(f"{flag.name} is {text!r}: it must be {must_be(hint, text)}")
+    # A value None is that of a flag that is left out.
+    kinds = [must_be(x, text) for x in options if x is not types.NoneType]
+    raise ValueError(f"{flag.name} is {text!r}: it must be {' or '.join(kinds)}")
 
 
 def _convert(hint: Any, text: str) -> Any:

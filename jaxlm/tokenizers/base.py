@@ -116,9 +116,15 @@ class Tokenizer(ABC):
         """Decodes ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-          ValueError: for an id outside the vocabulary.
+          ValueError: for an id outside the vocabulary, or numbers that are no integers.
         """
-        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        given = np.asarray(ids)
+        if given.size and not np.issubdtype(given.dtype, np.integer):
+            raise ValueError(
+                f"ids are integers, not {given.dtype} of shape {given.shape}: for "
+                "logits, take their argmax(-1)"
+            )
+        array = given.astype(np.int64).reshape(-1)
         check_ids(array, self.vocab_size)
         table, rest = self.token_bytes, array.tolist()
         stream, head = TextStream(self), ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,18 +30,34 @@ class Check:
 
 
 def table(checks: Sequence[Check]) -> str:
-    """Formats the rows in columns, with notes below their rows."""
+    """Formats the rows in columns, of 80 characters with what `verify` measures.
+
+    What follows a comma in `measured` is below the row, with the notes.
+    """
     verdicts = {True: "passed", False: "FAILED", None: "not checked"}
     rows = [("", "measured", "gate", "")]
-    rows += [(c.name, c.measured, c.gate, verdicts[c.passed]) for c in checks]
+    parts = [c.measured.partition(", ") for c in checks]
+    rows += [
+        (c.name, head, c.gate, verdicts[c.passed])
+        for c, (head, _, _) in zip(checks, parts, strict=True)
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    notes = ["", *(c.note for c in checks)]
+    notes = [""]
+    for check, (_, _, rest) in zip(checks, parts, strict=True):
+        notes.append("; ".join(filter(None, (rest, check.note))))
     lines = []
     for row, note in zip(rows, notes, strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
         if note:
-            lines.append(f"  ({note})")
+            lines += textwrap.wrap(
+                f"({note})",
+                80,
+                initial_indent="  ",
+                subsequent_indent="   ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     return "\n".join(lines)
 
 

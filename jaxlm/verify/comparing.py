@@ -33,7 +33,7 @@ LARGEST = "logits, largest difference"
 DIVERGENCE = "KL divergence, nats"
 GREEDY = "greedy tokens"
 DECODING = "decoding with a cache"
-BATCH = "a row of a batch against it alone"
+BATCH = "a batch against its rows"
 
 LOGITS = 1e-4
 # The same program on other shapes: the order of addition changes in fewer sums.
@@ -200,7 +200,7 @@ def _compare_residual(
     stage = int(bad[0]) if bad.size else int(ratios.max(axis=1).argmax())
     name = f"layer {stage - 1}" if stage else "the embeddings"
     size = number(largest[stage])
-    measured = f"{name} ({size})" if bad.size else f"none (at most {size}, {name})"
+    measured = f"{name} ({size})" if bad.size else f"none, at most {size} in {name}"
     check = Check(
         FIRST_LAYER,
         measured,

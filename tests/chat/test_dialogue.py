@@ -8,6 +8,7 @@ from conversation_case import scripted
 
 from jaxlm.chat import dialogue
 from jaxlm.chat.dialogue import COMMANDS, Dialogue
+from jaxlm.chat.prompt import DraftDropped
 from jaxlm.progress import Waiting
 
 
@@ -45,7 +46,7 @@ def test_answers_go_to_stdout(hold):
     assert (out, err) == ("One.\n\nTwo.\n\n", "")
     assert contents(talk) == ["Hi", "One.", "and?", "Two."]
     out, err, _ = hold(["Hi", "and?"], ["One.", "Two."], on_terminal=False)
-    assert (out, err) == ("One.\nTwo.\n\n", "")
+    assert (out, err) == ("One.\nTwo.\n", "")
 
 
 def test_a_message_may_begin_with_a_slash(hold):
@@ -122,7 +123,7 @@ def test_stats(hold):
         f"context      0 of {size} tokens",
         f"last answer  {answer.tokens} tokens at {answer.tokens / 2:.1f} tokens/s",
         "read for it  7 tokens at 14.0 tokens/s",
-        f"in the cache {answer.prompt_tokens - 7} more tokens",
+        f"from cache   {answer.prompt_tokens - 7} tokens",
         f"context      {count} of {size} tokens",
     ]
 
@@ -231,9 +232,16 @@ def test_ctrl_c_at_the_prompt_asks_once(hold):
         hold([stop], on_terminal=False)
 
 
+def test_ctrl_c_in_a_draft_only_drops_the_draft(hold):
+    stop, drop = KeyboardInterrupt(), DraftDropped()
+    _, err, talk = hold([stop, drop, stop, drop, drop, "Hi"], ["Ho"])
+    assert err == "press Ctrl-C again or type /exit\n" * 2
+    assert contents(talk) == ["Hi", "Ho"]
+
+
 def test_an_answer_cannot_move_the_cursor(hold):
     text = "a\x1b[2Jb\tc\nd"
     out, _, talk = hold(["Hi"], [text])
     assert out == "a\N{REPLACEMENT CHARACTER}[2Jb\tc\nd\n\n"
     assert contents(talk)[1] == text
-    assert hold(["Hi"], [text], on_terminal=False)[0] == f"{text}\n\n"
+    assert hold(["Hi"], [text], on_terminal=False)[0] == f"{text}\n"

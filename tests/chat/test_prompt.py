@@ -1,8 +1,41 @@
-"""The file of earlier messages. The line editor is tested on a terminal."""
+"""The line editor: its keys and the file of earlier messages.
+
+`tests/commands/test_chat.py` has it on a terminal.
+"""
 
 import stat
 
-from jaxlm.chat.prompt import history_file
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from terminal_case import CTRL_C, UP
+
+from jaxlm.chat.prompt import DraftDropped, history_file, line_editor
+
+
+def test_ctrl_c_tells_a_draft_from_an_empty_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with (
+        create_pipe_input() as keys,
+        create_app_session(input=keys, output=DummyOutput()),
+    ):
+        read = line_editor()
+
+        def after(sent):
+            keys.send_text(sent)
+            with pytest.raises(KeyboardInterrupt) as stop:
+                read()
+            return stop.type
+
+        assert after(CTRL_C) is KeyboardInterrupt
+        assert after(f"x{CTRL_C}") is DraftDropped
+        assert after(f"x\x7f{CTRL_C}") is DraftDropped
+        assert after(CTRL_C) is KeyboardInterrupt
+        keys.send_text("Hi\r")
+        assert read() == "Hi"
+        assert after(f"{UP}{CTRL_C}") is DraftDropped
+        assert after(CTRL_C) is KeyboardInterrupt
 
 
 def test_the_history_is_the_users_own(monkeypatch, tmp_path):

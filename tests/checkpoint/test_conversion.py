@@ -26,6 +26,7 @@ from jaxlm.model.transformer import forward
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TEXT = "naïve 日本語\n  x = 12"
+NAMES = {"hf": "m", "jaxlm": "m", "gguf": "m.gguf"}
 MODEL = toy(preset("qwen3-0.6b"))
 MODEL = dataclasses.replace(MODEL, vocab_size=257)
 
@@ -80,8 +81,9 @@ def test_around_all_three_kinds(run, folder, tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "jaxlm", "gguf"])
 def test_dtypes(run, tmp_path, to):
-    convert(run, tmp_path / "m", to=to, dtype="bf16")
-    _, params = load(tmp_path / "m")
+    out = tmp_path / NAMES[to]
+    convert(run, out, to=to, dtype="bf16")
+    _, params = load(out)
     vectors = {x.dtype for x in jax.tree.leaves(params) if x.ndim == 2}
     matrices = {x.dtype for x in jax.tree.leaves(params) if x.ndim > 2}
     assert matrices == {jnp.dtype(jnp.bfloat16)}
@@ -101,10 +103,11 @@ def test_dtypes(run, tmp_path, to):
 def test_the_default_model(tmp_path, to, dtype, limit):
     """What README's first command trains; f32 files give the same bits."""
     config, params, tokenizer = default_model()
-    convert(run_of(tmp_path / "run"), tmp_path / "m", to=to, dtype=dtype)
-    back, found = load(tmp_path / "m")
+    out = tmp_path / NAMES[to]
+    convert(run_of(tmp_path / "run"), out, to=to, dtype=dtype)
+    back, found = load(out)
     assert back.embedding_scale == 1.0
-    again = load_tokenizer(tmp_path / "m")
+    again = load_tokenizer(out)
     ids = tokenizer.encode(CHARACTERS)
     assert again.encode(CHARACTERS).tolist() == ids.tolist()
     assert again.decode(ids) == CHARACTERS and again.stop_ids == ()

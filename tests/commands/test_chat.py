@@ -62,6 +62,7 @@ def test_a_conversation_on_a_terminal(home, repository, tmp_path):
     with Chat(program, cwd=home, environment=environment) as chat:
         chat.wait_for(r"\n\n>\Z")
         assert chat.lines() == [
+            "sampling from runs/tiny, the newest run",
             f"runs/tiny: jaxlm, 17.5k parameters, context of {CONTEXT} tokens",
             "/help lists commands and keys; /exit or Ctrl-D leaves",
             "",
@@ -102,6 +103,7 @@ def test_in_a_pipe_each_line_is_a_message(home, repository):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    assert "sampling from runs/tiny, the newest run\n" in done.stderr
     assert "attention of global layers, decode: auto took reference" in done.stderr
     opened = open_checkpoint(home / "runs" / "tiny")
     config, params = load(opened)
@@ -111,4 +113,4 @@ def test_in_a_pipe_each_line_is_a_message(home, repository):
     )
     talk = Conversation(config, params, tokenizer, sample, jax.random.key(5))
     first, second = talk.ask("Hé", str).text, talk.ask("/and?", str).text
-    assert done.stdout == f"> {first}\n> > > {second}\n> \n"
+    assert done.stdout == f"{first}\n{second}\n"

@@ -16,6 +16,7 @@ from toy_case import make_params, toy
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
 from jaxlm.commands.arguments import SampleArguments
+from jaxlm.commands.generation import open_model
 from jaxlm.commands.sample import Printer, write_samples
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
@@ -145,6 +146,15 @@ def test_without_a_run_the_way_to_one_is_told(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: no run with a checkpoint below runs/")
     assert "python train.py" in err and err.count("\n") == 1
+
+
+def test_the_run_that_it_takes_is_told(home, monkeypatch, capsys):
+    monkeypatch.chdir(home[0])
+    told = "sampling from runs/tiny, the newest run\n"
+    open_model(SampleArguments())
+    assert capsys.readouterr().err == told
+    open_model(SampleArguments(run="runs/tiny"))
+    assert told not in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_a_stream(home, repository):

@@ -167,6 +167,7 @@ WRONG = {
         "--prompt has 64 tokens, which leaves no room in the model's context of 64: "
         "shorten it"
     ),
+    "sample ROMEO:": "; a text goes after --prompt",
     "sample --system x": "unknown flag '--system'",
     "sample nothing": "it is empty; run folders nearby: ",
     "sample broken": "broken/config.json is not valid JSON",
@@ -199,7 +200,9 @@ WRONG = {
     "convert runs/tiny": "DST is missing" + FLAGS,
     "convert nope x": f"nope {NO_CHECKPOINT}",
     "convert runs/tiny nothing": "nothing already exists: choose another name",
-    "convert runs/tiny x.gguf --dtype q9": "one of 'f32', 'f16', 'bf16', 'q8_0' or",
+    "convert runs/tiny x.gguf --dtype q9": "of 'f32', 'f16', 'bf16', 'q8_0'\n",
+    "convert runs/tiny new/x.ggf": "new/x.ggf: did you mean new/x.gguf? --to hf or --to",
+    "convert runs/tiny x --to gguf": "a GGUF file ends in .gguf: write x.gguf",
     "convert runs/tiny x --format gguf": "'--format' (did you mean '--to'?)",
     "verify": "SRC is missing" + FLAGS,
     "verify nope": f"nope {NO_CHECKPOINT}",
