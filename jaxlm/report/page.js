@@ -60,12 +60,13 @@ const AXIS_FORM = { step: (v) => String(Number(v.toPrecision(7))), tokens: count
 const AXIS_NAME = { step: "step", tokens: "tokens seen", time: "training time" };
 
 // ---- Ticks ----
-function ticks(low, high, wanted, steps) {
+function ticks(low, high, wanted, steps, whole) {
   const rough = (high - low) / wanted;
   let step = steps && steps.find((s) => s >= rough);
   if (!step) {
     const power = 10 ** Math.floor(Math.log10(rough));
     step = power * [1, 2, 5, 10].find((m) => m * power >= rough * (1 - 1e-9));
+    if (whole) step = Math.max(step, 1);
   }
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
@@ -215,7 +216,7 @@ class Chart {
       node("text", { x: box.left - 6, y: this.py(y) + 4, "text-anchor": "end" }, this.svg, form(y));
     }
     const wanted = Math.max(2, Math.floor((box.right - box.left) / 110));
-    for (const x of ticks(frame.x0, frame.x1, wanted, state.axis === "time" ? TIME_STEPS : null)) {
+    for (const x of ticks(frame.x0, frame.x1, wanted, state.axis === "time" ? TIME_STEPS : null, state.axis === "step")) {
       node("line", { x1: this.px(x), x2: this.px(x), y1: box.bottom, y2: box.bottom + 4, class: "axis" }, this.svg);
       node("text", { x: this.px(x), y: box.bottom + 17, "text-anchor": "middle" }, this.svg, (state.axis === "step" && frame.x1 >= 1e4 ? count : AXIS_FORM[state.axis])(x));
     }
@@ -233,7 +234,7 @@ class Chart {
       if (y === null) {
         const b = this.box.bottom;
         node("title", {}, node("path", { d: `M${x} ${b - 9}l5 9h-10z`, class: "bad" }, area), "not finite");
-      } else if (s.points && s.y.length <= 100 && place(s.x[i], y))
+      } else if ((s.points || s.y.length === 1) && s.y.length <= 100 && place(s.x[i], y))
         node("circle", { cx: x, cy: this.py(y), r: 3.5, class: "point " + s.colour }, area);
     });
   }

@@ -114,6 +114,7 @@ def _plot(
         *(steps, _finite(losses)),
         color=color,
         marker=".",
+        markersize=9,
         markevery=alone.tolist(),
         **style,
     )

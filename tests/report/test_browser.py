@@ -98,3 +98,15 @@ def test_a_page_of_a_killed_run_stops_reloading(tmp_path, browser, monkeypatch):
         "new Promise(done => { addEventListener('pagehide', () => done(true));"
         " setTimeout(() => done(false), 1500); })"
     )
+
+
+def test_the_first_value_is_a_point_on_an_axis_of_whole_steps(tmp_path, browser):
+    page = write_report([make_run(tmp_path / "run", [3.0])], tmp_path / "report.html")
+    browser.goto(page)
+    svg = "document.querySelector('figure.big svg')"
+    assert browser.evaluate(f"{svg}.querySelectorAll('circle.point').length") == 1
+    labels = browser.evaluate(
+        f"[...{svg}.querySelectorAll('text[text-anchor=middle]')]"
+        ".map(x => x.textContent).join(' ')"
+    )
+    assert labels == "9 10 11 step"
