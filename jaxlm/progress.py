@@ -65,13 +65,13 @@ def format_seconds(seconds: Number) -> str:
     return f"{rest // 60}:{rest % 60:02d}"
 
 
-def format_row(row: Mapping[str, Any], eta_s: Number | None = None) -> str:
-    """Formats `loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% eta 3:12`.
+def format_row(row: Mapping[str, Any], left_s: Number | None = None) -> str:
+    """Formats `loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% 3:12 left`.
 
     Args:
       row: a training row (`metrics.FIELDS`); fields that are missing or None are left
         out.
-      eta_s: seconds left.
+      left_s: seconds left.
     """
     parts = []
     if (loss := row.get("loss")) is not None:
@@ -84,8 +84,8 @@ def format_row(row: Mapping[str, Any], eta_s: Number | None = None) -> str:
         parts.append(f"MFU {100 * mfu:.{1 if 0 < mfu < 0.0995 else 0}f}%")
     if row.get("step_s") and "data_wait_s" in row:
         parts.append(f"wait {100 * row['data_wait_s'] / row['step_s']:.0f}%")
-    if eta_s is not None:
-        parts.append(f"eta {format_seconds(eta_s)}")
+    if left_s is not None:
+        parts.append(f"{format_seconds(left_s)} left")
     return " ".join(parts)
 
 

@@ -50,7 +50,7 @@ ROW = {
     "data_wait_s": 0.0001,
     "step_s": 0.1,
 }
-FIGURES = "lr 1.0e-03 1.0k tok/s wait 0% eta 0:00"
+FIGURES = "lr 1.0e-03 1.0k tok/s wait 0% 0:00 left"
 
 
 def on_terminal(program: str, *, columns: int = 80, **environment: str):
@@ -115,10 +115,10 @@ def test_a_pipe_gets_plain_lines_whatever_the_environment_says():
 
 
 def test_the_figures_of_a_row():
-    figures = "loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% eta 3:12"
+    figures = "loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% 3:12 left"
     assert format_row(ROW, 192.0) == figures
     odd = {"loss": math.nan, "tokens_per_s": math.inf, "mfu": None, "lr": None}
-    assert format_row(odd, math.nan) == "loss nan - tok/s eta -"
+    assert format_row(odd, math.nan) == "loss nan - tok/s - left"
     assert format_row({"loss": 1e30, "mfu": 0.001}) == "loss 1.00e+30 MFU 0.1%"
 
 
@@ -151,7 +151,7 @@ def test_a_log_gets_a_line_every_ten_seconds():
     shown = [int(line.split()[1].split("/")[0]) for line in lines]
     assert shown == [1, 21, 41, 61, 81, 95]  # The first, one every 10 s, the last.
     # 0.5 s a step by the clock, which includes evaluations, not by the rows.
-    assert lines[2].endswith("eta 0:30")
+    assert lines[2].endswith("0:30 left")
 
 
 # The main thread sits in compiled code, as it does while XLA compiles.

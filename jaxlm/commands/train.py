@@ -369,13 +369,13 @@ def run_outputs(
     choices = attention_choices(
         config.model, settings.batch_size, config.data.sequence_length
     )
+    resume_step = step if resumed else None
+    sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
     try:
         with replacing(run / "config.json") as file:
             file.write(json.dumps(to_dict(config), indent=2).encode())
     except OSError as error:  # Only reports read it.
         logger.warning("%s: %s", error.filename, error.strerror)
-    resume_step = step if resumed else None
-    sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
     writer = MetricsWriter(
         run, resume_step=resume_step, sinks=[LiveReport(run), *sinks]
     )
@@ -384,7 +384,9 @@ def run_outputs(
     weights = ""
     if config.init_from is not None and not resumed:
         weights = f" from the weights of {config.init_from}"
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    kind = "CPU" if kind == "cpu" else kind
+    devices = f"{count} {kind} device{'s' * (count > 1)}"
     dtype = compute_dtype(config.model.dtype).name
     progress.note(
         f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text\n"

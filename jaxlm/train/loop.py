@@ -178,6 +178,7 @@ class _Log:
         self._wait = 0.0
         # Since the last row: seconds of training, and the wait of each step.
         self._seconds, self._waits = 0.0, []
+        self._step_s = 0.0  # of the steps that were read last
         self._awaited: set[str] = set()
         last = writer.last_train or {}
         self._wall = last.get("wall_s", 0.0)
@@ -205,9 +206,14 @@ class _Log:
             jax.block_until_ready(self._pending[-1 - AHEAD])
 
     def is_due(self, step: int) -> bool:
-        """Whether the metrics should be read: for a row, or to show that it goes on."""
+        """Whether the metrics should be read: for a row, or to show that it goes on.
+
+        Slow steps are read one by one, as the device need not be ahead of the host.
+        """
         return (
             _due(step, self._train.log_every)
+            or step == self._first + 1  # the first that tells how long one takes
+            or self._step_s >= SHOW_SECONDS
             or time.monotonic() - self._since - self._pause >= SHOW_SECONDS
         )
 
@@ -267,6 +273,7 @@ class _Log:
         seconds = max(now - self._since - self._pause, 1e-9)
         self._pending, self._since, self._pause = [], now, 0.0
         self._wall += seconds
+        self._step_s = seconds / len(steps)
         self._seconds += seconds
         self._waits += waits
         for step, m in zip(steps, metrics, strict=True):

@@ -146,6 +146,11 @@ def test_without_a_run_the_way_to_one_is_told(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: no run with a checkpoint below runs/")
     assert "python train.py" in err and err.count("\n") == 1
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample"])
+    _, err = capsys.readouterr()
+    assert err.startswith("error: runs/a has no checkpoint yet: a run saves its first")
 
 
 def test_the_run_that_it_takes_is_told(home, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """What a person meets who trains: on the terminal, and before the first step."""
 
 import dataclasses
+import re
 import sys
 import time
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, caplog):
     assert any((run / "tensorboard").iterdir())
 
 
-def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path):
+def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path, capsys):
     """A state of other types, if only weak ones, would be compiled for again."""
     text, states = tmp_path / "text.txt", []
     text.write_text("some words to train on\n" * 50)
@@ -150,6 +151,9 @@ def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path):
             assert train(config) == 0
     new, resumed = states
     assert new == resumed
+    assert re.search(
+        r"training for 1 steps, on \d+ CPU devices? in ", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ WRONG = {
     ),
     "train --train.sample-every 1 --sample.stop-ids 999": "--sample.stop-ids: 999 is",
     "train --train.run-dir text.txt": "choose another with --train.run-dir, or fix its",
-    "train --train.run-dir runs/tiny": "or start over with --fresh",
+    "train --train.run-dir runs/tiny": "start a new run with --train.run-dir NEW, or set it back",
     "train --init-from nope": f"--init-from: nope {NO_CHECKPOINT}",
     "train --init-from broken": "--init-from: broken/config.json is not valid JSON",
     "train --init-from unknown": "model_type is 'unheard-of'; known are llama,",
@@ -237,6 +237,7 @@ def test_a_wrong_input_is_one_line_with_a_remedy(line, folder, monkeypatch, caps
     assert end.value.code == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert WRONG[line] in err
+    assert not (folder / "run").exists()  # as the run was not begun
 
 
 def test_checkpoints_that_cannot_be_read_have_a_code_of_their_own(

@@ -1,5 +1,6 @@
 """The training step and the loop, on one device and without a text file."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -317,6 +318,22 @@ def test_rates_hold_for_training_alone_whenever_the_run_is_evaluated(
         assert row["step_s"] == pytest.approx(step_s, rel=0.4)
         assert row["tokens_per_s"] == pytest.approx(ROWS * LENGTH / row["step_s"])
     assert rows[-1]["wall_s"] == pytest.approx(8 * step_s, rel=0.4)
+
+
+def test_a_step_after_a_slow_one_is_read_at_once(tmp_path, monkeypatch):
+    """It would wait on the device with those dispatched after it."""
+    config = Config(model=MODEL, data=DataConfig(sequence_length=16))
+    with (
+        MetricsWriter(tmp_path) as writer,
+        contextlib.closing(ProgressLine(9, stream=io.StringIO())) as progress,
+    ):
+        log = loop._Log(config, writer, progress, 1)
+        assert log.is_due(2) and not log.is_due(3)
+        monkeypatch.setattr(loop, "SHOW_SECONDS", 0.1)
+        log.add(2, StepMetrics(*jnp.ones(4)))
+        time.sleep(0.1)
+        log.read()
+        assert log.is_due(3)
 
 
 def test_a_slow_run_shows_every_step_and_writes_the_rows_that_are_due(

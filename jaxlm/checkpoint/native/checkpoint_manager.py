@@ -106,6 +106,8 @@ class CheckpointManager:
     def close(self) -> None:
         """Waits for the save in progress and unlocks the run folder.
 
+        A folder in which nothing was written is removed.
+
         Raises:
           SaveError: as `wait`.
         """
@@ -113,6 +115,7 @@ class CheckpointManager:
             self.wait()
         finally:
             if self._lock is not None:
+                run_folder.remove_unused(self.run)
                 self._lock.release()
 
     def steps(self) -> list[int]:

@@ -54,7 +54,7 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
     lines += [f"train.{line}" for line in diff(old.train, new.train, train)] + steps
     if lines:
         raise ValueError(
-            f"the run in {old.train.run_dir} has another config "
+            f"the run in {new.train.run_dir} has another config "
             f"({'; '.join(lines)}): {_remedy('set it back')}"
         )
     other_model = _all_but(old.model, EXECUTION_FIELDS)

@@ -4,6 +4,7 @@
 written or deleted, its name begins with `.tmp-`: a rename commits it, or takes it away.
 """
 
+import contextlib
 import difflib
 import fcntl
 import itertools
@@ -21,6 +22,7 @@ CHECKPOINTS = "checkpoints"
 META = "meta.json"
 TOKENIZER = "tokenizer"
 TEMPORARY = ".tmp-"
+LOCK = ".lock"
 # The files that a run writes and `move_aside` moves.
 _RUN_FILES = (
     *(CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png"),
@@ -106,6 +108,16 @@ def probe_writable(run: Path) -> None:
         ) from e
 
 
+def remove_unused(run: Path) -> None:
+    """Removes a run folder that holds nothing but its lock and an empty folder."""
+    # It may be gone, or another process may begin to use it.
+    with contextlib.suppress(OSError):
+        if {path.name for path in run.iterdir()} == {LOCK, CHECKPOINTS}:
+            (run / CHECKPOINTS).rmdir()
+            (run / LOCK).unlink()
+            run.rmdir()
+
+
 class RunLock:
     """Keeps a second process from training in the same run folder.
 
@@ -120,7 +132,7 @@ class RunLock:
         Raises:
           ValueError: if another process holds it; names its process id and host.
         """
-        path = run / ".lock"
+        path = run / LOCK
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,6 +181,11 @@ def newest_run() -> Path:
     """
     runs = find_runs()
     if not runs:
+        if begun := sorted(Path("runs").glob(f"*/{CHECKPOINTS}")):
+            raise ValueError(
+                f"{begun[0].parent} has no checkpoint yet: a run saves its first after "
+                "--train.checkpoint-every steps, at its end, and when Ctrl-C stops it"
+            )
         raise ValueError(
             "no run with a checkpoint below runs/: train one with `python train.py` "
             "(or `jaxlm train`), or name a run folder"
