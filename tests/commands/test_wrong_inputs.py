@@ -155,7 +155,7 @@ WRONG = {
     ),
     "train --train.sample-every 1 --sample.stop-ids 999": "--sample.stop-ids: 999 is",
     "train --train.run-dir text.txt": "choose another with --train.run-dir, or fix its",
-    "train --train.run-dir runs/tiny": "start a new run with --train.run-dir NEW, or set it back",
+    "train --train.run-dir runs/tiny": "set it back, or start over with --fresh",
     "train --init-from nope": f"--init-from: nope {NO_CHECKPOINT}",
     "train --init-from broken": "--init-from: broken/config.json is not valid JSON",
     "train --init-from unknown": "model_type is 'unheard-of'; known are llama,",

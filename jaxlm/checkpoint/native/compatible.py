@@ -53,9 +53,10 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
     ]
     lines += [f"train.{line}" for line in diff(old.train, new.train, train)] + steps
     if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ValueError(
             f"the run in {new.train.run_dir} has another config "
-            f"({'; '.join(lines)}): {_remedy('set it back')}"
+            f"({'; '.join(lines[:3])}{more}): {_remedy('set it back')}"
         )
     other_model = _all_but(old.model, EXECUTION_FIELDS)
     other_train = _all_but(old.train, rounding)
@@ -94,9 +95,8 @@ def check_fingerprint(what: str, old: str, new: str) -> None:
 
 def _remedy(undo: str) -> str:
     return (
-        f"start a new run with --train.run-dir NEW, or {undo}, or start over with "
-        "--fresh; a new run takes the weights of this one with --init-from RUN "
-        "--train.run-dir NEW"
+        "start a new run with --train.run-dir NEW (--init-from RUN gives it these "
+        f"weights), {undo}, or start over with --fresh"
     )
 
 
