@@ -40,7 +40,8 @@ def help_text(
     columns = min(shutil.get_terminal_size().columns, 88) - 2
     text = f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{about}".replace("{prog}", prog)
     paragraphs = (
-        textwrap.fill(p, columns, break_on_hyphens=False) for p in text.split("\n\n")
+        textwrap.fill(p, columns, break_on_hyphens=False, break_long_words=False)
+        for p in text.split("\n\n")
     )
     parser = argparse.ArgumentParser(
         usage=" ".join([*usage, "[--flag VALUE ...]"]),
