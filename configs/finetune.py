@@ -11,12 +11,20 @@ The model and the tokenizer come from the checkpoint: a run, a Hugging Face fold
 .gguf file or hf:owner/name. Afterwards `jaxlm convert runs/finetune DST` exports it.
 """
 
-from jaxlm.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import (
+    NEEDS_INIT_FROM,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from jaxlm.model.presets import preset
 
 
 def get_config() -> Config:
     return Config(
-        model=None,  # That of --init-from.
+        init_from=NEEDS_INIT_FROM,
+        model=preset("smollm2-135m"),  # Replaced by the checkpoint's.
         data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=10),
         train=TrainConfig(

@@ -532,12 +532,16 @@ class SampleConfig:
         check(self, "sample", "in (0, 1]", "top_p")
 
 
+NEEDS_INIT_FROM = "CHECKPOINT"
+"""`init_from` of a config file whose user must give one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A training run."""
 
-    model: ModelConfig | None
-    """Architecture; None in a config file whose model is that of --init-from."""
+    model: ModelConfig
+    """Architecture."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text, tokenizer and rows."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -556,8 +560,6 @@ class Config:
 
     def __post_init__(self):
         check_types(self, "config")
-        if self.model is None:
-            return
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
                 f"data.sequence_length is {self.data.sequence_length}, more than "

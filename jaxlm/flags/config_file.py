@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import jaxlm.config
 from jaxlm.checkpoint.families import NOT_KEPT
-from jaxlm.config import Config
+from jaxlm.config import NEEDS_INIT_FROM, Config
 from jaxlm.fields import nearest
 from jaxlm.flags.flag_table import Positional
 from jaxlm.flags.help_text import help_text
@@ -79,7 +79,7 @@ def read_config(
         raise SystemExit(0)
     initial = None
     path = values.get("init_from", config.init_from)
-    if path is None and config.model is None:
+    if path == NEEDS_INIT_FROM:
         raise ValueError(
             f"{file.stem} needs --init-from CHECKPOINT, whose model it trains: a run, "
             "a Hugging Face folder, a .gguf file, or hf:owner/name"
@@ -183,10 +183,8 @@ def _with_model_of(
     It keeps this config's execution settings (dtype, remat, attention, ...), and
     shortens the rows to the model's context.
     """
-    model = checkpoint.config
-    if config.model is not None:
-        settings = {name: getattr(config.model, name) for name in NOT_KEPT}
-        model = dataclasses.replace(model, **settings)
+    settings = {name: getattr(config.model, name) for name in NOT_KEPT}
+    model = dataclasses.replace(checkpoint.config, **settings)
     data, length = config.data, model.context_length
     if data.sequence_length > length:
         data = dataclasses.replace(data, sequence_length=length)

@@ -132,22 +132,22 @@ for file in sys.argv[1:]:
 """
 
 
-def test_a_model_that_the_checkpoint_gives(default_file, tmp_path, capsys):
+def test_a_config_file_that_needs_a_checkpoint(default_file, tmp_path, capsys):
     """`tests/commands/test_wrong_inputs.py` leaves out `--init-from`."""
     model = toy(vocab_size=257, context_length=64, unroll_layers=0)
     save(tmp_path / "run", model, make_params(model), ByteTokenizer())
-    file = default_file.with_name("none.py")
-    section = CONFIG_FILE[
-        CONFIG_FILE.index("ModelConfig(") : CONFIG_FILE.index(",\n        da")
-    ]
-    file.write_text(CONFIG_FILE.replace(section, "None"))
-    line = ["none", "--init-from", str(tmp_path / "run"), "--model.dtype", "bfloat16"]
+    file = default_file.with_name("tuned.py")
+    start = "    return Config(\n"
+    file.write_text(CONFIG_FILE.replace(start, f"{start}init_from='CHECKPOINT',\n"))
+    with pytest.raises(ValueError, match="tuned needs --init-from CHECKPOINT, whose"):
+        read_config(["tuned"], default_file)
+    line = ["tuned", "--init-from", str(tmp_path / "run")]
     config, initial = read_config(line, default_file)
-    assert config.model == dataclasses.replace(model, dtype="bfloat16")
+    assert config.model == dataclasses.replace(model, dtype="auto", unroll_layers=1)
     assert initial is not None
     with pytest.raises(SystemExit):
-        read_config(["none", "--help"], default_file)
-    assert "--model.num-layers INT" in capsys.readouterr().out
+        read_config(["tuned", "--help"], default_file)
+    assert "(default: CHECKPOINT)" in capsys.readouterr().out
 
 
 def test_a_mistake_in_a_config_file_is_told_with_its_line(tmp_path, repository):
