@@ -98,10 +98,19 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
       prog: the program that the user called, for messages.
       options: passed to the verb's `main`.
     """
-    from jaxlm.commands.process import lossy_output
+    from jaxlm.commands.process import fail, lossy_output
 
     with lossy_output(stdout=verb == "train"):
-        return _run(verb, arguments, prog, options)
+        try:
+            return _run(verb, arguments, prog, options)
+        except ModuleNotFoundError as error:
+            if (error.name or "jaxlm").partition(".")[0] == "jaxlm":
+                raise
+            fail(
+                f"{sys.executable} has no package {error.name}: activate the "
+                "environment of jaxlm (source .venv/bin/activate), or install it "
+                "(pip install -e .)"
+            )
 
 
 def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:

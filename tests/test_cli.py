@@ -72,6 +72,19 @@ def test_the_installed_command():
     assert done.stderr.count("\n") == 1  # one line, no traceback
 
 
+def test_a_python_without_the_dependencies_is_told_in_one_line(repository):
+    """As after `python train.py` outside of the environment."""
+    program = (
+        "import sys; sys.path.append(sys.argv[1]); from jaxlm.cli import run, start"
+    )
+    program += "; start(trains=False); run('sample', [], 'sample.py')"
+    # Without site packages.
+    command = [sys.executable, "-S", "-c", program, repository]
+    done = subprocess.run(command, env={}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.match(r"error: \S+ has no package \w+: activate the env", done.stderr)
+
+
 def modules_after(program, repository):
     """Names of the modules that a program loads, in a fresh interpreter."""
     program += "\nimport sys; print(*sys.modules)"
