@@ -1,4 +1,9 @@
-"""Reads and writes models in the GGUF files of llama.cpp."""
+"""GGUF models of llama.cpp: how each tensor becomes a parameter, and back.
+
+The rules name a tensor, the path of the parameter, and the letters of both shapes.
+`tensor_mapping.py` applies them; `gguf_file.py` reads the file and `gguf_blocks.py`
+decodes its blocks.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
