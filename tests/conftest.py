@@ -1,6 +1,7 @@
 """What all tests share: where caches go, which device is used, and slow proofs."""
 
 import os
+import signal
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -11,6 +12,9 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLM_TEST_PLATFORM", "cpu")
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
 os.environ["XDG_CACHE_HOME"] = os.environ["XDG_STATE_HOME"] = _CACHE.name
+
+# What a shell runs in the background ignores Ctrl-C, and child processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
