@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 
 
 FLAGS = "; --help lists the flags, the most useful first"
-NO_CHECKPOINT = "is not a checkpoint (a run folder, a step of one, a Hugging Face"
+NO_CHECKPOINT = "is not a checkpoint: it "
 # Command line -> what the line on stderr contains; `error: ` begins it.
 WRONG = {
     # Verbs.

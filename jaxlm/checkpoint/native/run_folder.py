@@ -228,8 +228,8 @@ def candidates(path: str | Path) -> list[Path]:
     if (path / META).is_file() and (path / integrity.MANIFEST).is_file():
         return [path]
     raise ValueError(
-        f"{path} is not a checkpoint (a run folder, a step of one, a Hugging Face "
-        f"folder or a .gguf file): {_what_is_there(path)}{_runs_nearby(path)}"
+        f"{path} is not a checkpoint: {_what_is_there(path)}{_runs_nearby(path)}; give "
+        "a run folder, a step of one, a Hugging Face folder or a .gguf file"
     )
 
 
@@ -261,7 +261,7 @@ def _runs_nearby(path: Path) -> str:
         existing = existing.parent
     # Shallow: a mistyped path must not start a search of the whole disk.
     runs = find_runs(existing, depth=2) or find_runs(existing.parent, depth=2)
-    names = {os.path.relpath(run): run.name for run in runs}
+    names = {min(os.path.relpath(run), str(run), key=len): run.name for run in runs}
     if not names:
         return "; there is no run folder nearby"
     alike = difflib.get_close_matches(path.name, names.values(), n=3, cutoff=0.4)
