@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from jaxlm.checkpoint.load import load, load_tokenizer
     from jaxlm.checkpoint.save import save
     from jaxlm.config import Config, ModelConfig, SampleConfig
+    from jaxlm.infer.chat_ids import chat_ids
     from jaxlm.infer.generate import Generation, generate
-    from jaxlm.infer.messages import chat_ids
     from jaxlm.model.block import Block
     from jaxlm.model.initialization import init, init_cache
     from jaxlm.model.presets import preset
@@ -51,7 +51,7 @@ _MODULES = {
     "checkpoint.load": ("load", "load_tokenizer"),
     "checkpoint.save": ("save",),
     "config": ("Config", "ModelConfig", "SampleConfig"),
-    "infer.messages": ("chat_ids",),
+    "infer.chat_ids": ("chat_ids",),
     "infer.generate": ("Generation", "generate"),
     "model.block": ("Block",),
     "model.initialization": ("init", "init_cache"),

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, EXIT_USAGE
+
 # Verb -> what it does. Each is a module of `jaxlm.commands` with a function `main` that
 # takes what `read_arguments` returns, and returns an exit code.
 VERBS = {
@@ -28,10 +30,6 @@ VERBS = {
 # is joined to its option, as in `--prompt=-v`.
 _VERBOSE = ("-v", "--verbose")
 _VERSION = ("-V", "--version")
-# EXIT_USAGE and EXIT_INTERRUPTED, without the import of their module.
-_USAGE, _INTERRUPTED = 2, 130
-# As shells report a program that wrote to a closed pipe.
-_PIPE_CLOSED = 141
 # `sample --chat` is `chat`.
 _CHAT = "--chat"
 
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, summary in VERBS.items():
             print(f"  {name:8} {summary}")
         print("\nWith -v or --verbose each also reports what it chose and why.")
-        return 0 if verb else _USAGE
+        return 0 if verb else EXIT_USAGE
     if verb in _VERSION:
         from importlib.metadata import version
 
@@ -82,7 +80,7 @@ def start(trains: bool) -> None:
 
 
 def _end(_number: int, _frame: Any) -> None:
-    os._exit(_INTERRUPTED)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
@@ -118,8 +116,8 @@ def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
     from jaxlm.commands.process import discard_stdout, fail, log_on_stderr
     from jaxlm.flags.config_file import ConfigFileError
     from jaxlm.flags.flag_table import in_flags
-    from jaxlm.interrupts import Interrupts
-    from jaxlm.progress import Waiting
+    from jaxlm.terminal.interrupts import Interrupts
+    from jaxlm.terminal.progress import Waiting
 
     rest = [a for a in arguments if a not in _VERBOSE]
     verbose = len(rest) < len(arguments)
@@ -131,7 +129,7 @@ def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
             chosen = read_arguments(verb, rest, prog)
             with Waiting("starting", in_logs=False):
                 command = importlib.import_module(f"jaxlm.commands.{verb}")
-            with Interrupts({signal.SIGINT: _INTERRUPTED}):
+            with Interrupts({signal.SIGINT: EXIT_INTERRUPTED}):
                 code = command.main(*chosen, **options)
             sys.stdout.flush()
             return code
@@ -143,10 +141,10 @@ def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
         is_of_file = isinstance(error, ConfigFileError)
         fail(error if is_of_file else in_flags(str(error), ARGUMENTS[verb]))
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # As in `| head`.
         discard_stdout()
-        return _PIPE_CLOSED
+        return EXIT_PIPE_CLOSED
     except OSError as error:
         if verbose:
             import traceback

@@ -11,20 +11,8 @@ REPOSITORY = Path(__file__).parents[1]
 # A folder imports from earlier rows only, never from its own row. `interp` and `serve`
 # are planned.
 ROWS = (
-    ("printable", "fields"),
-    (
-        "config",
-        "types",
-        "tree",
-        "progress",
-        "interrupts",
-        "durable",
-        "user_cache",
-        "hub",
-        "strict_json",
-        "limited_process",
-        "folder_links",
-    ),
+    ("terminal", "fields"),
+    ("config", "types", "tree", "files"),
     ("ops", "sharding", "tokenizers"),
     ("data", "model"),
     ("checkpoint",),

@@ -13,9 +13,10 @@ from jaxlm.chat import transcript
 from jaxlm.chat.prompt import DraftDropped
 from jaxlm.fields import nearest
 from jaxlm.infer.conversation import Answer, ContextFull, Conversation
-from jaxlm.interrupts import Interrupts
-from jaxlm.progress import Waiting, printable
-from jaxlm.train.stopping import EXIT_INTERRUPTED
+from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
+from jaxlm.terminal.interrupts import Interrupts
+from jaxlm.terminal.printable import printable
+from jaxlm.terminal.progress import Waiting
 
 WAIT = "compiling and reading the message"
 KEYS = """\

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlm import durable
+from jaxlm.files import durable
 from jaxlm.infer.conversation import Message
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from jaxlm.checkpoint.native.integrity import MANIFEST
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.durable import replacing
-from jaxlm.progress import progress_bar
+from jaxlm.files.durable import replacing
+from jaxlm.terminal.progress import progress_bar
 
 FORMAT = 1
 NAME = "certificate.json"

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxlm.fields import MAX_FLOAT, nearest
-from jaxlm.printable import shown, shown_value
+from jaxlm.terminal.printable import shown, shown_value
 
 # No model is wider or deeper: larger numbers mean a broken or hostile file.
 MAX_COUNT = 1 << 24

@@ -13,7 +13,7 @@ from jaxlm.checkpoint.hf.hf_folder import HFCheckpoint
 from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
 from jaxlm.config import ModelConfig
-from jaxlm.hub import HUB, download
+from jaxlm.files.hub import HUB, download
 from jaxlm.model.initialization import init
 from jaxlm.model.params import parameter_shardings
 from jaxlm.tokenizers.base import Tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxlm.config import ModelConfig
-from jaxlm.printable import one_line
+from jaxlm.terminal.printable import one_line
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 

@@ -14,11 +14,11 @@ from jaxlm.commands.arguments import ChatArguments
 from jaxlm.commands.generation import open_model, with_stop_ids
 from jaxlm.commands.process import log_paused, use_compile_cache
 from jaxlm.config import ModelConfig
+from jaxlm.infer.chat_ids import turns_are_text
 from jaxlm.infer.conversation import Conversation
-from jaxlm.infer.messages import turns_are_text
 from jaxlm.model.attention_choice import attention_choices
-from jaxlm.progress import Waiting, format_count
 from jaxlm.sharding.mesh import make_mesh_of_size
+from jaxlm.terminal.progress import Waiting, format_count
 from jaxlm.types import Params
 
 logger = logging.getLogger(__name__)

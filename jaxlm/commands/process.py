@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.printable import one_line
-from jaxlm.train.stopping import EXIT_USAGE
-from jaxlm.user_cache import user_cache
+from jaxlm.files.user_cache import user_cache
+from jaxlm.terminal.exit_codes import EXIT_USAGE
+from jaxlm.terminal.printable import one_line
 
 STARTED = time.monotonic()
 """About the start of the process: nothing slow is imported before this."""

@@ -17,11 +17,11 @@ from jaxlm.commands.generation import check_room, open_model, with_stop_ids
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import ModelConfig
 from jaxlm.infer.generate import Generation, generate
-from jaxlm.interrupts import Interrupts
-from jaxlm.progress import Waiting
 from jaxlm.sharding.mesh import make_mesh_of_size
+from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
+from jaxlm.terminal.interrupts import Interrupts
+from jaxlm.terminal.progress import Waiting
 from jaxlm.tokenizers.base import TextStream, Tokenizer
-from jaxlm.train.stopping import EXIT_INTERRUPTED
 from jaxlm.types import Params
 
 

@@ -29,18 +29,23 @@ from jaxlm.commands.generation import check_room, with_stop_ids
 from jaxlm.commands.process import STARTED, fail, use_compile_cache
 from jaxlm.config import Config, TrainConfig
 from jaxlm.data.loader import Dataset, batches, open_dataset, place
-from jaxlm.durable import replacing
 from jaxlm.fields import diff, to_dict
+from jaxlm.files.durable import replacing
 from jaxlm.infer.check_arguments import check_sampling
 from jaxlm.infer.generate import generate
-from jaxlm.interrupts import Interrupts
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.plan.memory import available_memory, check_fits
-from jaxlm.progress import ProgressLine, Waiting
 from jaxlm.report.live import REPORT, LiveReport
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
+from jaxlm.terminal.exit_codes import (
+    EXIT_DONE,
+    EXIT_NO_CHECKPOINT,
+    EXIT_NOT_FINITE,
+)
+from jaxlm.terminal.interrupts import Interrupts
+from jaxlm.terminal.progress import ProgressLine, Waiting
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 from jaxlm.train.loop import Hooks, due_kinds, fit
@@ -49,9 +54,6 @@ from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.sinks import open_sinks
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 from jaxlm.train.stopping import (
-    EXIT_DONE,
-    EXIT_NO_CHECKPOINT,
-    EXIT_NOT_FINITE,
     SIGNAL_CODES,
     NotFinite,
     StopRequest,
@@ -98,7 +100,7 @@ def train(
       sample_command: the command printed at the end for sampling from the run.
 
     Returns:
-      The exit code (`train/stopping.py`).
+      The exit code (`terminal/exit_codes.py`).
 
     Raises:
       ValueError: if the text, the run folder, the checkpoint or the prompt of the

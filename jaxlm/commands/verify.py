@@ -2,11 +2,8 @@
 
 from jaxlm.commands.arguments import VerifyArguments
 from jaxlm.commands.process import use_compile_cache
+from jaxlm.terminal.exit_codes import EXIT_DONE, EXIT_FAILED
 from jaxlm.verify.verification import verify, write_certificate
-
-EXIT_PASSED = 0
-# A check exceeds its limit.
-EXIT_FAILED = 1
 
 
 def main(chosen: VerifyArguments) -> int:
@@ -15,4 +12,4 @@ def main(chosen: VerifyArguments) -> int:
     found = verify(chosen.src, against=chosen.against, num_tokens=chosen.tokens)
     print(found)
     print(write_certificate(found, chosen.out))
-    return EXIT_PASSED if found.passed else EXIT_FAILED
+    return EXIT_DONE if found.passed else EXIT_FAILED

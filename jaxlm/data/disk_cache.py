@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.data.sources import TextFile
-from jaxlm.durable import sync
-from jaxlm.progress import progress_bar
-from jaxlm.user_cache import user_cache
+from jaxlm.files.durable import sync
+from jaxlm.files.user_cache import user_cache
+from jaxlm.terminal.progress import progress_bar
 
 # Up to this size, hashing all bytes at every start is fast enough.
 FULL_HASH_BYTES = 256 << 20

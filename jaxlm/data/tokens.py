@@ -27,7 +27,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import build_once, check_unchanged, key_of
 from jaxlm.data.documents import read_documents
 from jaxlm.data.sources import Source
-from jaxlm.progress import progress_bar
+from jaxlm.terminal.progress import progress_bar
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer

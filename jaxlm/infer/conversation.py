@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.infer.chat_ids import chat_ids
 from jaxlm.infer.generate import generate
 from jaxlm.infer.generation_state import GenerationState
-from jaxlm.infer.messages import chat_ids
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
 

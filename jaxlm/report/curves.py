@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.fields import from_dict
 from jaxlm.model.params import count_matmul_params
-from jaxlm.progress import format_count, format_seconds
+from jaxlm.terminal.progress import format_count, format_seconds
 from jaxlm.train.metrics import read_metrics
 
 # Points of a curve; longer ones are thinned.

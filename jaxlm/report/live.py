@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.progress import Waiting
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
+from jaxlm.terminal.progress import Waiting
 from jaxlm.train.metrics import one_line
 
 REPORT = "report.html"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxlm.durable import replacing
 from jaxlm.fields import named_values
+from jaxlm.files.durable import replacing
 from jaxlm.report.curves import (
     MAX_POINTS,
     Json,

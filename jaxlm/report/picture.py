@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxlm.durable import replacing
+from jaxlm.files.durable import replacing
 from jaxlm.report.curves import (
     MAX_POINTS,
     SMOOTHING,

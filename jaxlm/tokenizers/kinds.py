@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxlm.config import DataConfig
 from jaxlm.fields import from_dict, nearest
-from jaxlm.hub import HUB, download
+from jaxlm.files.hub import HUB, download
 from jaxlm.tokenizers.base import FORMAT_VERSION, TOKENIZER_FILE, Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe

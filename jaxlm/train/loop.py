@@ -13,11 +13,12 @@ from jaxtyping import Float
 
 from jaxlm.config import Config, TrainConfig
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.progress import ProgressLine, Waiting
+from jaxlm.terminal.exit_codes import EXIT_DONE
+from jaxlm.terminal.progress import ProgressLine, Waiting
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import StepMetrics, make_eval_step, make_train_step
-from jaxlm.train.stopping import EXIT_DONE, NotFinite, StopRequest
+from jaxlm.train.stopping import NotFinite, StopRequest
 from jaxlm.train.throughput import flops_per_token, peak_flops
 from jaxlm.types import Batch, Params
 
@@ -71,7 +72,7 @@ def fit(
     its rows are those of a run that was never stopped.
 
     Returns:
-      The final state, which has been saved, and the exit code (`stopping.py`).
+      The final state, which has been saved, and the exit code (`exit_codes.py`).
 
     Raises:
       NotFinite: at the first step whose loss or gradient is not finite. Checkpoints

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxlm.durable import replacing
+from jaxlm.files.durable import replacing
 
 FILE_NAME = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"

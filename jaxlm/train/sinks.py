@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.fields import named_values
-from jaxlm.progress import Waiting
+from jaxlm.terminal.progress import Waiting
 from jaxlm.train.metrics import Sink, one_line
 
 # Sent together, as a request takes longer than a step.

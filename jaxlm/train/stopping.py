@@ -1,16 +1,11 @@
-"""Stopping a run early, and the exit codes that report how it ended."""
+"""Stopping a run early."""
 
 import signal
 import time
 
-from jaxlm.interrupts import Interrupts
+from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from jaxlm.terminal.interrupts import Interrupts
 
-EXIT_DONE = 0
-EXIT_USAGE = 2
-EXIT_NO_CHECKPOINT = 3
-EXIT_NOT_FINITE = 4
-EXIT_PREEMPTED = 75
-EXIT_INTERRUPTED = 130
 SIGNAL_CODES: dict[int, int] = {
     signal.SIGINT: EXIT_INTERRUPTED,
     signal.SIGTERM: EXIT_PREEMPTED,

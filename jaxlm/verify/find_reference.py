@@ -16,8 +16,8 @@ from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import HUB_FILES
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.config import ModelConfig
-from jaxlm.hub import HUB, download
-from jaxlm.printable import shown
+from jaxlm.files.hub import HUB, download
+from jaxlm.terminal.printable import shown
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
 from jaxlm.types import Params

@@ -8,13 +8,13 @@ from hugging_face_case import golden_tokenizer
 from toy_case import toy
 
 from jaxlm.config import SampleConfig
-from jaxlm.infer import chat_template, conversation, messages
+from jaxlm.infer import chat_ids, chat_template, conversation
 from jaxlm.infer.conversation import Conversation
 
 
 def scripted(monkeypatch, folder, answers, context_length=512, new=40):
     """Returns a conversation; an answer that is an exception is raised after a part."""
-    monkeypatch.setattr(messages, "render", chat_template.render)
+    monkeypatch.setattr(chat_ids, "render", chat_template.render)
     tokenizer = golden_tokenizer("byte_level", folder)
     left = iter(answers)
 

@@ -9,7 +9,7 @@ from conversation_case import scripted
 from jaxlm.chat import dialogue
 from jaxlm.chat.dialogue import COMMANDS, Dialogue
 from jaxlm.chat.prompt import DraftDropped
-from jaxlm.progress import Waiting
+from jaxlm.terminal.progress import Waiting
 
 
 class Keyboard:

@@ -83,7 +83,8 @@ def test_the_text_is_that_of_generate(home, repository):
 # Runs sample.py with waits that are shown at once.
 IMPATIENT = """
 import sys
-from jaxlm import cli, progress
+from jaxlm import cli
+from jaxlm.terminal import progress
 progress.WAIT_SECONDS = 0.0
 sys.exit(cli.run("sample", sys.argv[1:], "sample.py"))
 """

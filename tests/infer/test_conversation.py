@@ -7,10 +7,11 @@ from hugging_face_case import golden_tokenizer
 from toy_case import make_params, toy
 
 from jaxlm.config import SampleConfig
-from jaxlm.infer import chat_template, conversation, messages
+from jaxlm.infer import chat_ids as chat_ids_module
+from jaxlm.infer import chat_template, conversation
+from jaxlm.infer.chat_ids import chat_ids, render
 from jaxlm.infer.conversation import ContextFull, Conversation
 from jaxlm.infer.generate import generate
-from jaxlm.infer.messages import chat_ids, render
 
 # Long enough for the first turns to have 129 to 256 tokens: one size is compiled.
 SYSTEM = "You are a kind king, and this is your castle in the north. " * 3
@@ -27,7 +28,7 @@ def assistant(text):
 @pytest.fixture(autouse=True)
 def rendered_here(monkeypatch):
     """Renders without a child process: the same code, a hundred times as fast."""
-    monkeypatch.setattr(messages, "render", chat_template.render)
+    monkeypatch.setattr(chat_ids_module, "render", chat_template.render)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_the_system_message_changes_alone(model):
 
 
 def test_what_the_template_rejects_changes_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(messages, "render", render)
+    monkeypatch.setattr(chat_ids_module, "render", render)
     template = (
         "{% if messages[0].role == 'system' or messages[-1].role == 'cat' %}"
         "{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"

@@ -28,8 +28,8 @@ from jaxlm.config import (
 from jaxlm.model.transformer import forward
 from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.probe import Tap
-from jaxlm.progress import ProgressLine
 from jaxlm.sharding.mesh import make_mesh
+from jaxlm.terminal.progress import ProgressLine
 from jaxlm.train import loop
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import MetricsWriter, read_metrics

@@ -16,7 +16,7 @@ from jaxlm.checkpoint.families import choose
 from jaxlm.checkpoint.keys import MAX_LAYERS, Keys
 from jaxlm.config import ModelConfig, RopeScaling
 from jaxlm.ops.rope import frequencies, llama3_frequencies, longrope_attention_factor
-from jaxlm.printable import shown
+from jaxlm.terminal.printable import shown
 
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_SHORT, ROPE_LONG = "rope_factors_short.weight", "rope_factors_long.weight"

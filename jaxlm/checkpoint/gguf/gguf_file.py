@@ -35,8 +35,8 @@ from jaxlm.checkpoint.tensor_file import (
     view,
     write_values,
 )
-from jaxlm.durable import replacing
-from jaxlm.printable import shown
+from jaxlm.files.durable import replacing
+from jaxlm.terminal.printable import shown
 
 MAX_KEYS = 100_000
 MAX_DIMS = 4

@@ -14,7 +14,7 @@ from typing import Any
 from jaxlm.checkpoint.hf import hf_fields
 from jaxlm.checkpoint.keys import MAX_COUNT, MAX_LAYERS, Keys
 from jaxlm.config import ModelConfig
-from jaxlm.printable import shown_value
+from jaxlm.terminal.printable import shown_value
 
 # Keys that do not affect the logits: names, training, saving, generation, and code that
 # is never executed.

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlm.checkpoint.keys import MAX_COUNT, MAX_LAYERS, REQUIRED, Keys
 from jaxlm.config import RopeScaling
-from jaxlm.printable import shown_value
+from jaxlm.terminal.printable import shown_value
 
 ACTIVATIONS = {
     "silu": "silu",

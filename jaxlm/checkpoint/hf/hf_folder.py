@@ -20,7 +20,7 @@ from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.checkpoint.tensor_mapping import TensorMapping
 from jaxlm.config import ModelConfig
-from jaxlm.strict_json import parse_object
+from jaxlm.files.strict_json import parse_object
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
 from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder

@@ -27,9 +27,9 @@ from jaxlm.checkpoint.tensor_file import (
     view,
     write_values,
 )
-from jaxlm.durable import replacing
-from jaxlm.printable import shown
-from jaxlm.strict_json import parse_object
+from jaxlm.files.durable import replacing
+from jaxlm.files.strict_json import parse_object
+from jaxlm.terminal.printable import shown
 
 MAX_HEADER_BYTES = 16 << 20
 # A tensor with four dimensions has 7. This bounds the number of JSON values: 16 MiB of

@@ -23,10 +23,10 @@ from jaxlm.checkpoint.tensor_file import (
     map_file,
     number_of_values,
 )
-from jaxlm.durable import replacing
-from jaxlm.folder_links import path_inside
-from jaxlm.printable import shown
-from jaxlm.strict_json import parse_object
+from jaxlm.files.durable import replacing
+from jaxlm.files.folder_links import path_inside
+from jaxlm.files.strict_json import parse_object
+from jaxlm.terminal.printable import shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 
-from jaxlm import durable
 from jaxlm.checkpoint.native import (
     arrays,
     compatible,
@@ -32,6 +31,7 @@ from jaxlm.checkpoint.native.step_folder import Restored
 from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config
 from jaxlm.fields import to_dict
+from jaxlm.files import durable
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 

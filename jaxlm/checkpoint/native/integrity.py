@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import durable, tree
+from jaxlm import tree
+from jaxlm.files import durable
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

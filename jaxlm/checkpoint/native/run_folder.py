@@ -15,8 +15,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm import durable
 from jaxlm.checkpoint.native import integrity
+from jaxlm.files import durable
 
 CHECKPOINTS = "checkpoints"
 META = "meta.json"

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxlm.durable import replacing
+from jaxlm.files.durable import replacing
+from jaxlm.files.user_cache import user_cache
 from jaxlm.ops.attention.request import target
-from jaxlm.user_cache import user_cache
 
 T = TypeVar("T", bound=Any)
 

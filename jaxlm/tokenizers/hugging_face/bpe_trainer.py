@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import tokenizers
 
-from jaxlm.progress import Waiting
+from jaxlm.terminal.progress import Waiting
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import GPT4, byte_level_json
 from jaxlm.tokenizers.hugging_face.tokenizer_json import added_token, byte_of_character

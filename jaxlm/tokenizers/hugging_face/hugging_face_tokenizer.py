@@ -11,7 +11,7 @@ import tokenizers
 from jaxtyping import Int32
 
 from jaxlm.fields import to_dict
-from jaxlm.printable import one_line
+from jaxlm.terminal.printable import one_line
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.limited_process import run_limited
-from jaxlm.printable import shown, shown_value
+from jaxlm.files.limited_process import run_limited
+from jaxlm.terminal.printable import shown, shown_value
 from jaxlm.tokenizers.hugging_face import trial
 from jaxlm.tokenizers.hugging_face.tokenizer_json import steps_of
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxlm.folder_links import path_inside
-from jaxlm.strict_json import parse_object
+from jaxlm.files.folder_links import path_inside
+from jaxlm.files.strict_json import parse_object
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import by_name, byte_level_json

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from jaxlm.printable import shown_value
+from jaxlm.terminal.printable import shown_value
 from jaxlm.tokenizers.sentencepiece.model_proto import SPACE_SIGN
 
 # The largest published files have 35 MB and 262,145 tokens.

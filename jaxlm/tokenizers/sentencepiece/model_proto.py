@@ -11,7 +11,7 @@ from sentencepiece.sentencepiece_model_pb2 import (
     TrainerSpec,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from jaxlm.printable import shown
+from jaxlm.terminal.printable import shown
 
 # SentencePiece writes a space as this character, U+2581. A U+2581 in the text itself
 # would therefore be decoded as a space.

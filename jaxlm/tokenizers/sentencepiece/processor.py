@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from sentencepiece import SentencePieceProcessor
 
 from jaxlm.fields import to_dict
-from jaxlm.printable import one_line
+from jaxlm.terminal.printable import one_line
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,

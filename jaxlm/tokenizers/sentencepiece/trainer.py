@@ -8,7 +8,7 @@ from typing import Literal
 
 import sentencepiece
 
-from jaxlm.progress import Waiting
+from jaxlm.terminal.progress import Waiting
 from jaxlm.tokenizers.sentencepiece.processor import SentencePieceTokenizer
 from jaxlm.tokenizers.training import PASSAGE_CHARACTERS, interruptible, passages
 

@@ -26,7 +26,7 @@ from jaxlm.checkpoint.native.run_folder import find_runs, list_steps, move_aside
 DIE = """
 import os, sys
 from checkpoint_case import restore, save
-from jaxlm import durable
+from jaxlm.files import durable
 from jaxlm.checkpoint.native import integrity, run_folder
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 checkpoints = CheckpointManager(sys.argv[1], keep=1)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from jaxlm.printable import shown
+from jaxlm.terminal.printable import shown
 
 
 def parse_object(

@@ -1,5 +1,6 @@
-"""What files contain, as messages show it: short, in one line, nothing invisible."""
+"""Text of unknown origin, made safe to show on a terminal or in a message."""
 
+import re
 import reprlib
 from typing import Any
 
@@ -7,6 +8,13 @@ from typing import Any
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
 _REPR.maxlist = _REPR.maxdict = 8
+# Control characters could move the cursor; newlines and tabs are harmless.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Replaces control characters, which could move a terminal's cursor."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shown(name: Any) -> str:

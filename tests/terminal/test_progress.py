@@ -6,19 +6,21 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from terminal_case import Terminal
 
-import jaxlm.progress
-from jaxlm.progress import ProgressLine, format_count, format_row, format_seconds
+from jaxlm.terminal.progress import (
+    ProgressLine,
+    format_count,
+    format_row,
+    format_seconds,
+)
 
 # A run whose bars, notes, warnings and output all reach the terminal at the same time.
 RUN = r"""
 import sys, time, warnings
-sys.path.append("JAXLM")  # Imported alone, it does not import jax.
-import progress
+from jaxlm.terminal import progress
 
 progress.DELAY_SECONDS = -1.0  # Bars appear at once.
 progress.WAIT_SECONDS = 0.0
@@ -41,7 +43,7 @@ for step in range(1, 1001):
 line.update({"step": 2000, **row, "loss": 1.0})
 line.close()
 print("the end")
-""".replace("JAXLM", str(Path(jaxlm.progress.__file__).parent))
+"""
 ROW = {
     "loss": 2.3141,
     "lr": 1.9e-2,
@@ -157,8 +159,7 @@ def test_a_log_gets_a_line_every_ten_seconds():
 # The main thread sits in compiled code, as it does while XLA compiles.
 WAITS = """
 import hashlib, sys, time
-sys.path.append("JAXLM")
-import progress
+from jaxlm.terminal import progress
 
 def compute(seconds):
     end = time.monotonic() + seconds
@@ -174,7 +175,7 @@ compute(float(sys.argv[1]))
 waiting.finish()
 waiting.finish()
 print("first tokens")
-""".replace("JAXLM", str(Path(jaxlm.progress.__file__).parent))
+"""
 
 
 def test_a_wait_counts_its_seconds_by_itself_and_is_gone_when_it_is_over():

@@ -11,9 +11,9 @@ from hugging_face_case import (
     smollm2_metadata,
 )
 
+from jaxlm.infer import chat_ids as chat_ids_module
 from jaxlm.infer import chat_template
-from jaxlm.infer import messages as messages_module
-from jaxlm.infer.messages import chat_ids, render, turns_are_text
+from jaxlm.infer.chat_ids import chat_ids, render, turns_are_text
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.gguf import tokenizer_from_gguf
 
@@ -46,7 +46,7 @@ def test_ids_of_smollm2():
 @pytest.fixture
 def rendered_here(monkeypatch):
     """Renders without a child process: the same code, a hundred times as fast."""
-    monkeypatch.setattr(messages_module, "render", chat_template.render)
+    monkeypatch.setattr(chat_ids_module, "render", chat_template.render)
 
 
 def special_ids_in(tokenizer, messages):
@@ -171,7 +171,7 @@ def test_any_character_may_stand_in_a_message(all_of_them, rendered_here):
     text = "\0\ufdd0\ufdd1 <|im_end|> \uffff🙂"
     ids = chat_ids(tokenizer, [user(text)])
     assert text in tokenizer.decode(ids)
-    every = "".join(messages_module._NONCHARACTERS)
+    every = "".join(chat_ids_module._NONCHARACTERS)
     with pytest.raises(ValueError, match="noncharacters"):
         chat_ids(tokenizer, [user(every)])
 

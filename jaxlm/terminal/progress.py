@@ -8,7 +8,6 @@ import contextlib
 import functools
 import io
 import math
-import re
 import sys
 import threading
 import time
@@ -29,13 +28,13 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from jaxlm.terminal.printable import printable
+
 # Shorter work shows no progress bar, a shorter wait no line.
 DELAY_SECONDS = 2.0
 WAIT_SECONDS = 1.0
 # Width of a training run's bar, in characters.
 BAR_WIDTH = 20
-# Control characters could move the cursor; newlines and tabs are harmless.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 # The type checks in tests do not accept an int where a float is annotated.
 Number = float | int
@@ -87,11 +86,6 @@ def format_row(row: Mapping[str, Any], left_s: Number | None = None) -> str:
     if left_s is not None:
         parts.append(f"{format_seconds(left_s)} left")
     return " ".join(parts)
-
-
-def printable(text: str) -> str:
-    """Replaces control characters, which could move a terminal's cursor."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @contextlib.contextmanager

@@ -16,13 +16,13 @@ import markupsafe
 import numpy as np
 from jaxtyping import Int32
 
+from jaxlm.files.limited_process import run_limited
 from jaxlm.infer import chat_template
 from jaxlm.infer.chat_template import (
     MAX_CPU_SECONDS,
     MAX_OUTPUT_BYTES,
     MAX_TEMPLATE_BYTES,
 )
-from jaxlm.limited_process import run_limited
 from jaxlm.tokenizers.base import Tokenizer
 
 # Unicode's noncharacters, which no text contains.

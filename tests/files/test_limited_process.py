@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jaxlm import limited_process
-from jaxlm.limited_process import run_limited
+from jaxlm.files import limited_process
+from jaxlm.files.limited_process import run_limited
 
 
 def run(path, source, job=None):

@@ -4,17 +4,15 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from terminal_case import CTRL_C, Terminal
 
-import jaxlm.interrupts
+import jaxlm.terminal.interrupts
 
 # Stands for XLA: compiled code that holds no lock of Python and runs for a minute.
 PROGRAM = r"""
 import hashlib, signal, sys, time
-sys.path.append("JAXLM")  # Imported alone, it does not import jax.
-import interrupts, progress
+from jaxlm.terminal import interrupts, progress
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 raises = sys.argv[1] == "raises"
@@ -34,7 +32,7 @@ with interrupts.Interrupts(CODES, "NOTICE", raises=raises) as stop:
     line.note(f"received {stop.received}")
 line.close()
 sys.exit(CODES[stop.received])
-""".replace("JAXLM", str(Path(jaxlm.interrupts.__file__).parent))
+"""
 
 
 def program(mode, rounds=10**9):
@@ -85,7 +83,7 @@ def test_a_program_that_runs_python_is_interrupted_without_a_word():
 
 def test_under_nohup_sighup_stays_ignored():
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    interrupts = jaxlm.interrupts.Interrupts
+    interrupts = jaxlm.terminal.interrupts.Interrupts
     try:
         with interrupts({signal.SIGHUP: 75, signal.SIGTERM: 75}, raises=False) as seen:
             os.kill(os.getpid(), signal.SIGHUP)
