@@ -17,7 +17,7 @@ from jaxlm.terminal.exit_codes import EXIT_DONE
 from jaxlm.terminal.progress import ProgressLine, Waiting
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.state import TrainState
-from jaxlm.train.step import StepMetrics, make_eval_step, make_train_step
+from jaxlm.train.step import EvalStep, StepMetrics, make_eval_step, make_train_step
 from jaxlm.train.stopping import NotFinite, StopRequest
 from jaxlm.train.throughput import flops_per_token, peak_flops
 from jaxlm.types import Batch, Params
@@ -91,14 +91,10 @@ def fit(
         """Evaluates and samples the current state, unless a stop is requested."""
         if "eval" in kinds and hooks.held_out and not stop.is_requested():
             with log.waiting("evaluating"):
-                sums = []
-                for batch in hooks.held_out():
-                    sums.append(eval_step(state.params, batch))
-                    if len(sums) > AHEAD:
-                        jax.block_until_ready(sums[-1 - AHEAD])
-                    if stop.is_requested():
-                        return
-                sums = jax.device_get(sums)
+                batches = hooks.held_out()
+                sums = _evaluate(eval_step, state.params, batches, stop)
+            if stop.is_requested():
+                return
             log.evaluation(step, sums, hooks.bytes_per_token)
         if "sample" in kinds and hooks.sample and not stop.is_requested():
             with log.waiting("sampling"):
@@ -146,6 +142,23 @@ def fit(
             hooks.save(state)
     code = stop.exit_code()
     return state, EXIT_DONE if code is None else code
+
+
+def _evaluate(
+    eval_step: EvalStep, params: Params, batches: Iterable[Batch], stop: StopRequest
+) -> list[tuple[Float[np.ndarray, ""], Float[np.ndarray, ""]]]:
+    """Returns the sums of each batch, up to the one at which a stop is requested.
+
+    Few batches are in flight, and none at the end. More would fill the memory, and on
+    several CPU devices JAX 0.10 deadlocks when about 30 independent programs are.
+    """
+    sums = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        jax.block_until_ready(sums[-1 - AHEAD : -AHEAD])
+        if stop.is_requested():
+            break
+    return jax.device_get(sums)
 
 
 def due_kinds(train: TrainConfig, hooks: Hooks, step: int) -> set[str]:

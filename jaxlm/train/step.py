@@ -22,6 +22,9 @@ from jaxlm.train.state import TrainState
 from jaxlm.types import Batch, Params
 
 
+EvalStep = Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
@@ -143,9 +146,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(
-    config: ModelConfig, train: TrainConfig
-) -> Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+def make_eval_step(config: ModelConfig, train: TrainConfig) -> EvalStep:
     """Returns a jitted function: sums of the cross-entropy (nats) and loss weights."""
 
     def eval_step(params: Params, batch: Batch):

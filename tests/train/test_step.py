@@ -320,6 +320,48 @@ def test_rates_hold_for_training_alone_whenever_the_run_is_evaluated(
     assert rows[-1]["wall_s"] == pytest.approx(8 * step_s, rel=0.4)
 
 
+@pytest.mark.parametrize("stops_after", [5, 20])
+def test_an_evaluation_has_two_batches_in_flight(tmp_path, monkeypatch, stops_after):
+    """And none after it, also when a stop ends it."""
+    in_flight, most = set(), 0
+
+    class Sum:
+        def __init__(self):
+            in_flight.add(self)
+
+        def block_until_ready(self):
+            in_flight.discard(self)
+
+        def __array__(self, *_):
+            self.block_until_ready()
+            return np.array(1.0)
+
+    def held_out():
+        nonlocal most
+        for number in range(20):
+            most = max(most, len(in_flight))
+            if number == stops_after:
+                signal.raise_signal(signal.SIGTERM)
+            yield BATCH
+
+    def eval_step(params, batch):
+        return Sum(), np.array(1.0)
+
+    ended = []
+    monkeypatch.setattr(loop, "make_eval_step", lambda *_: eval_step)
+    hooks = Hooks(
+        save=lambda state: None,
+        held_out=held_out,
+        sample=lambda *_: ended.append(len(in_flight)) or "",
+    )
+    config = config_of(eval_every=2, sample_every=2, steps=2)
+    batches = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in range(2)]
+    Trial(tmp_path, config, batches, hooks)
+    assert most == loop.AHEAD == 2
+    assert not in_flight
+    assert ended == ([0] if stops_after == 20 else [])
+
+
 def test_a_step_after_a_slow_one_is_read_at_once(tmp_path, monkeypatch):
     """It would wait on the device with those dispatched after it."""
     config = Config(model=MODEL, data=DataConfig(sequence_length=16))
