@@ -21,7 +21,6 @@ from jaxlm.train.optimizer import make_schedule
 from jaxlm.train.state import TrainState
 from jaxlm.types import Batch, Params
 
-
 EvalStep = Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
