@@ -16,10 +16,11 @@ from jaxtyping import Int64
 
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import (
-    build_once,
+    DamagedEntry,
     check_unchanged,
     content_hashes,
     key_of,
+    read_or_build,
 )
 from jaxlm.data.documents import read_documents
 from jaxlm.data.order import RowOrder
@@ -39,6 +40,7 @@ from jaxlm.types import Batch
 # Increase it whenever the same config and seed would give other batches than before.
 ORDER_VERSION = 1
 _ALL_ROWS = slice(None)
+_BLOCK_TOKENS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,19 @@ class Dataset:
           ValueError: when nothing is held out.
         """
         sizes = np.asarray([len(b) for b in self.tokenizer.token_bytes], np.int64)
-        num_bytes = num_targets = 0
+        counts = np.zeros(len(sizes), np.int64)
         for stream in self.held_out:
-            counts = np.bincount(stream.tokens, minlength=len(sizes))
-            first = stream.documents if self.segment_attention else [0][: counts.sum()]
-            counts -= np.bincount(stream.tokens[first], minlength=len(sizes))
-            num_bytes += int(counts @ sizes)
-            num_targets += int(counts.sum())
+            size = len(stream.tokens)
+            first = stream.documents
+            if not self.segment_attention:
+                first = np.zeros(min(size, 1), np.int64)
+            for start in range(0, size, _BLOCK_TOKENS):
+                block = np.asarray(stream.tokens[start : start + _BLOCK_TOKENS])
+                low, high = np.searchsorted(first, [start, start + len(block)])
+                counts += np.bincount(block, minlength=len(sizes))
+                skipped = block[first[low:high] - start]
+                counts -= np.bincount(skipped, minlength=len(sizes))
+        num_bytes, num_targets = int(counts @ sizes), int(counts.sum())
         if not num_targets:
             raise ValueError(
                 "no text is held out for evaluation: set data.holdout_fraction above 0"
@@ -248,11 +256,13 @@ def _tokenizer_of(
         for source, file_hashes in zip(sources, hashes, strict=True):
             check_unchanged(source.files, file_hashes)
 
-    folder = build_once(config.cache_dir, key, build)
-    try:
-        return read_saved_tokenizer(folder)
-    except ValueError as error:
-        raise ValueError(f"{error}: delete the folder {folder}") from error
+    def read(folder: Path) -> Tokenizer:
+        try:
+            return read_saved_tokenizer(folder)
+        except ValueError as error:
+            raise DamagedEntry(folder, str(error)) from error
+
+    return read_or_build(config.cache_dir, key, build, read)
 
 
 def place(
