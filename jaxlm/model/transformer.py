@@ -23,6 +23,7 @@ from jaxlm.model.checks import as_tokens, check_config, check_model
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
 from jaxlm.model.params import param
+from jaxlm.ops.embedding import lookup
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.probe import Probe, Tap
@@ -117,17 +118,14 @@ class Embedder(nn.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], probe: Probe
     ) -> Float[Array, "B T D"]:
         config, dtype = self.config, compute_dtype(self.config.dtype)
-        # A lookup needs whole rows of the table on each device. Left alone, the
-        # compiler replicates far more, forward and backward.
-        table = reshard(param(self, "embed/table"), "VD")
-        x = table.at[probe("tokens", tokens)].get(out_sharding=activation_spec("BTD"))
+        tokens = reshard(probe("tokens", tokens), "BT")
+        x = lookup(param(self, "embed/table"), tokens, dtype)
         # The scale is rounded to the compute dtype, as the published Gemma models do.
-        x = x.astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
+        x *= jnp.asarray(config.embedding_scale, dtype)
         x = probe("embed", x)
         if config.position == "learned":
-            table = reshard(param(self, "embed/positions"), "CD")
-            learned = table.at[positions].get(out_sharding=activation_spec("BTD"))
-            x += probe("pos_embed", learned.astype(dtype))
+            table, positions = param(self, "embed/positions"), reshard(positions, "BT")
+            x += probe("pos_embed", lookup(table, positions, dtype))
         elif config.position == "sinusoidal":
             x += probe(
                 "pos_embed", sinusoids(positions, config.model_dim).astype(dtype)

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
@@ -27,6 +28,8 @@ from jaxlm.model.params import parameter_shardings
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
 from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
+from jaxlm.ops.embedding import lookup
+from jaxlm.plan.traffic import traffic
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -157,6 +160,46 @@ def shardings_of(state, mesh):
                 if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
                     wrong.append(name)
     return wrong, moments
+
+
+def case_embedding():
+    """Lookups, and gradients that two microbatches add up in a scan.
+
+    The cotangents are integers, so that sums are exact in any order. TPU compilers
+    have lost part of such sums (openxla/xla issue 49143).
+    """
+    random = np.random.default_rng(0)
+    table = random.integers(-8, 8, (16, 32)).astype(np.float32)
+    ids = random.integers(0, 16, (2, ROWS, 5), np.int32)
+    cotangents = random.integers(-8, 8, (*ids.shape, 32)).astype(np.float32)
+    wanted = np.zeros_like(table)
+    np.add.at(wanted, ids, cotangents)
+    result = {}
+
+    def accumulated(table, ids, cotangents):
+        def add(sums, microbatch):
+            ids, cotangents = microbatch
+            rows, backward = jax.vjp(lambda t: lookup(t, ids, jnp.bfloat16), table)
+            return sums + backward(cotangents.astype(rows.dtype))[0], rows
+
+        return jax.lax.scan(add, jnp.zeros_like(table), (ids, cotangents))
+
+    for name in MESHES:
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            arguments = jax.device_put(
+                (table, ids, cotangents),
+                (P("tensor", "fsdp"), *[P(None, ("data", "fsdp"))] * 2),
+            )
+            step = jax.jit(accumulated).lower(*arguments).compile()
+            gradient, rows = step(*arguments)
+        result[name] = {
+            "rows": bool((np.asarray(rows, np.float32) == table[ids]).all()),
+            "gradient": float(np.abs(np.asarray(gradient) - wanted).max()),
+            "sent": sum(t.bytes for t in traffic(step.as_text(), mesh.shape)),
+        }
+    result["largest"] = float(np.abs(wanted).max())
+    return result
 
 
 def case_losses(names, optimizer, changes=None, **train):
@@ -300,6 +343,7 @@ def main():
     case, folder = sys.argv[1:]
     all_meshes = list(MESHES)[1:]
     cases = {
+        "embedding": case_embedding,
         "errors": case_errors,
         "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),
         "gradients": lambda: case_gradients(all_meshes),

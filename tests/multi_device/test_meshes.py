@@ -66,6 +66,18 @@ def test_meshes_that_do_not_fit(tmp_path):
     assert "fsdp 3" in errors["remain"] and "or -1 for one axis" in errors["remain"]
 
 
+def test_rows_of_an_embedding_and_their_gradients_on_every_mesh(tmp_path):
+    result = run_case("embedding", tmp_path)
+    assert result.pop("largest") > 40
+    for mesh, found in result.items():
+        assert found["rows"] and found["gradient"] == 0, mesh
+    # Twice, 10 ids go to 7 others, and rows of 32 go there and back; in f32, as CPUs
+    # have no other. The table takes 4 * 448 * 4 bytes there and back.
+    rows = 10 * 32 * 7 / 8
+    assert result["one"]["sent"] == 0
+    assert result["fsdp8"]["sent"] <= 2 * (7 * 10 * 4 + 2 * rows * 4) < 4 * 448 * 4
+
+
 @pytest.mark.slow
 def test_gradients_on_every_mesh(tmp_path):
     result = run_case("gradients", tmp_path)
