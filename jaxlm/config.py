@@ -332,6 +332,8 @@ class DataConfig:
     """What to do with bytes that are not UTF-8; replace warns with their number."""
     cache_dir: str | None = None
     """Folder for tokenized text; None is jaxlm/tokens in the user's cache folder."""
+    old_tokens: bool = False
+    """Continue a run whose text has changed, with the tokens that it began with."""
     workers: int = 0
     """Processes that tokenize; 0 starts one for each CPU core."""
     prefetch: int = 2

@@ -19,6 +19,7 @@ from jaxlm.commands.training_run.initial_state import initial_state
 from jaxlm.commands.training_run.run_outputs import how_to_go_on, run_outputs
 from jaxlm.config import Config
 from jaxlm.data.loader import batches, open_dataset
+from jaxlm.data.text_record import read_record
 from jaxlm.report.live import REPORT
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
@@ -79,8 +80,11 @@ def train(
     with checkpoints, Interrupts(SIGNAL_CODES):
         # Read the text.
         tokenizer = None if initial is None else initial.tokenizer()
+        began = read_record(checkpoints.run) if checkpoints.steps() else None
         with Waiting("reading the text", in_logs=False):
-            dataset = open_dataset(config.data, tokenizer, seed=settings.seed)
+            dataset = open_dataset(
+                config.data, tokenizer, seed=settings.seed, began=began
+            )
         config = completed(given, dataset.tokenizer)
         hooks = make_hooks(config, dataset, checkpoints)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxlm.config import DataConfig
 from jaxlm.data.sources import TextFile
 from jaxlm.files.durable import sync
 from jaxlm.files.user_cache import user_cache
@@ -89,6 +90,15 @@ def content_hashes(files: Sequence[TextFile]) -> list[str]:
             done += min(size, FULL_HASH_BYTES)
             show(done)
     return hashes
+
+
+def check_may_build(config: DataConfig, what: str) -> None:
+    """Raises ValueError if the text is no longer what the tokens were made of."""
+    if config.old_tokens:
+        raise ValueError(
+            f"data.old_tokens: those of {what} are no longer in "
+            f"{cache_root(config.cache_dir)}: restore the text, or start a new run"
+        )
 
 
 def check_unchanged(files: Sequence[TextFile], hashes: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from jaxtyping import Int64
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import (
     DamagedEntry,
+    check_may_build,
     check_unchanged,
     key_of,
     read_or_build,
@@ -47,13 +49,14 @@ class CachedTokens:
 
 
 def tokenize_source(
-    source: Source, hashes: list[str], tokenizer: Tokenizer, config: DataConfig
+    source: Source, hashes: Sequence[str], tokenizer: Tokenizer, config: DataConfig
 ) -> CachedTokens:
     """Returns the tokens of a source; encodes them, with progress, if not in the cache.
 
     Args:
-      hashes: their `content_hashes`.
-      config: `field`, `invalid_utf8`, `cache_dir` and `workers`.
+      hashes: the `content_hashes` of its files.
+      config: `field`, `invalid_utf8`, `cache_dir`, `workers`, and `old_tokens`, with
+        which nothing is encoded.
 
     Raises:
       ValueError: for anything wrong in the files, and for a cache that cannot be used.
@@ -63,7 +66,7 @@ def tokenize_source(
         FORMAT_VERSION,
         PART_CHARACTERS,
         [[f.format, f.compression] for f in source.files],
-        hashes,
+        list(hashes),
         config.field,
         config.invalid_utf8,
         tokenizer.fingerprint,
@@ -72,6 +75,7 @@ def tokenize_source(
     )
 
     def build(folder: Path) -> None:
+        check_may_build(config, source.name)
         _build(folder, source, tokenizer, config)
         check_unchanged(source.files, hashes)
 

@@ -77,6 +77,7 @@ def fit(
     Raises:
       NotFinite: at the first step whose loss or gradient is not finite. Checkpoints
         saved before it are untouched.
+      ValueError: when `batches` raises it; the steps before are saved.
     """
     train = config.train
     train_step = make_train_step(config, optimizer)
@@ -102,6 +103,13 @@ def fit(
             if not stop.is_requested():  # Then the text is cut off.
                 log.sample(step, text)
 
+    def save_rest() -> None:
+        """Saves the steps since the last save."""
+        if saved_step < step:
+            log.read()
+            with log.waiting("saving"):
+                hooks.save(state)
+
     if missing:
         with log.paused():
             look(missing)
@@ -110,7 +118,12 @@ def fit(
     while step < train.steps:
         step += 1
         # Step. JAX returns after dispatch, before the device has computed it.
-        batch = log.timed_next(batches)
+        try:
+            batch = log.timed_next(batches)
+        except ValueError:  # The text cannot be read any more.
+            step -= 1
+            save_rest()
+            raise
         if step == first:
             with Waiting("compiling the training step"):
                 state, metrics = jax.block_until_ready(train_step(state, batch))
@@ -136,10 +149,7 @@ def fit(
             look(kinds)
         if stop.is_requested():
             break
-    if saved_step < step:
-        log.read()
-        with log.waiting("saving"):
-            hooks.save(state)
+    save_rest()
     code = stop.exit_code()
     return state, EXIT_DONE if code is None else code
 

@@ -104,6 +104,19 @@ def test_another_text_is_refused(done):
     )
     code, _, err = run.train("--train.steps", "4")
     assert code == 2 and "data.path" in one_line(err)
+    # The same file, longer than when the run began.
+    run = copy_of(done, "longer")
+    text = run.folder / "text.txt"
+    whole = text.read_text()
+    text.write_text(whole + "abc")
+    try:
+        code, _, err = run.train(*SHORT)
+        assert code == 2 and f"{text} (900 -> 903 bytes): " in one_line(err)
+        assert "--data.old-tokens goes on with the tokens" in err
+        code, out, err = run.train(*SHORT, "--data.old-tokens")
+        assert code == 0 and "all 4 steps are done" in out, err
+    finally:
+        text.write_text(whole)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from jaxlm.data import disk_cache, encoding
 from jaxlm.data.disk_cache import DamagedEntry, cache_root, content_hashes
 from jaxlm.data.loader import batches, open_dataset
 from jaxlm.data.sources import find_source
+from jaxlm.data.text_record import read_record, write_record
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 
@@ -216,3 +218,81 @@ def test_tokens_that_are_changed_in_place_are_seen_but_a_new_time_is_nothing(dat
         file.write(b"z")
     with pytest.raises(DamagedEntry, match=r"changed while it was in use.* the hash"):
         dataset.train_batch(1, 4)
+
+
+@pytest.fixture
+def folder_of_texts(tmp_path):
+    """Two files of which a run has begun; returns their folder and the run's."""
+    folder, run = tmp_path / "texts", tmp_path / "run"
+    for path in (folder, run):
+        path.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("some text\n" * 100)
+    return folder, run
+
+
+def append(folder):
+    with open(folder / "a.txt", "a") as file:
+        file.write("more")
+
+
+def edit(folder):
+    (folder / "b.txt").write_text("Some text\n" * 100)
+
+
+def rename(folder):
+    (folder / "b.txt").rename(folder / "c.txt")
+
+
+CHANGES = [
+    (append, r"a\.txt \(1,000 -> 1,004 bytes\)"),
+    (edit, r"b\.txt \(other contents\)"),
+    (rename, r"b\.txt \(removed\), \S+c\.txt \(new\)"),
+    (shutil.rmtree, "does not exist"),
+]
+
+
+@pytest.mark.parametrize("change, named", CHANGES)
+def test_text_that_changes_before_a_run_goes_on(folder_of_texts, change, named):
+    """It is refused with what has changed, before anything is encoded again."""
+    folder, run = folder_of_texts
+    options = {"path": (str(folder),), "sequence_length": 32, "tokenizer": "chars"}
+    first = open_dataset(DataConfig(**options), seed=0)
+    write_record(run, first.texts)
+    began = read_record(run)
+    assert began == first.texts
+    again = open_dataset(DataConfig(**options), seed=0, began=began)
+    assert again.fingerprint == first.fingerprint
+    entries = sorted(cache_root(None).iterdir())
+    change(folder)
+    with pytest.raises(ValueError, match=named) as error:
+        open_dataset(DataConfig(**options), seed=0, began=began)
+    assert "data.old_tokens goes on with the tokens" in str(error.value)
+    assert sorted(cache_root(None).iterdir()) == entries
+    # The tokens of the old text, also by a run that has its own.
+    config = DataConfig(**options, old_tokens=True)
+    again = open_dataset(config, seed=0, began=began)
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(
+        again.train_batch(3, 4).tokens, first.train_batch(3, 4).tokens
+    )
+    shutil.rmtree(cache_root(None))
+    with pytest.raises(ValueError, match=r"old_tokens: those of the tokenizer are no"):
+        open_dataset(config, seed=0, began=began)
+
+
+def test_old_tokens_need_a_run_that_began(folder_of_texts):
+    folder, _ = folder_of_texts
+    config = DataConfig(path=(str(folder),), old_tokens=True)
+    with pytest.raises(ValueError, match=r"a run that began with this data\.path"):
+        open_dataset(config, seed=0)
+
+
+def test_a_damaged_record_of_texts_is_one_line(folder_of_texts, caplog):
+    _, run = folder_of_texts
+    for text in ("", "{", "[1]", '[{"path": "a"}]', "\0", '{"a": 1}'):
+        caplog.clear()
+        (run / "texts.json").write_text(text)
+        assert read_record(run) is None
+        (line,) = caplog.messages
+        assert "texts.json cannot be read" in line and "\n" not in line

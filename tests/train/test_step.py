@@ -320,6 +320,25 @@ def test_rates_hold_for_training_alone_whenever_the_run_is_evaluated(
     assert rows[-1]["wall_s"] == pytest.approx(8 * step_s, rel=0.4)
 
 
+def test_the_steps_before_a_text_that_cannot_be_read_are_saved(tmp_path, monkeypatch):
+    def train_step(state, batch):
+        metrics = StepMetrics(1.0, 1.0, 1.0, 1.0)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def batches():
+        yield from 3 * [BATCH]
+        raise ValueError("tokens.bin is damaged")
+
+    saved = []
+    hooks = Hooks(save=lambda state: saved.append(int(state.step)))
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
+    with pytest.raises(ValueError, match="is damaged"):
+        Trial(tmp_path, config_of(log_every=2), batches(), hooks)
+    assert saved == [3]
+    rows = [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"]
+    assert rows == [2]
+
+
 @pytest.mark.parametrize("stops_after", [5, 20])
 def test_an_evaluation_has_two_batches_in_flight(tmp_path, monkeypatch, stops_after):
     """And none after it, also when a stop ends it."""

@@ -12,7 +12,7 @@ from jaxlm.config import EXECUTION_FIELDS, Config
 from jaxlm.fields import diff
 
 # Fields that do not affect the numbers of a run.
-_FREE_DATA = ("workers", "prefetch", "cache_dir")
+_FREE_DATA = ("workers", "prefetch", "cache_dir", "old_tokens")
 _FREE_TRAIN = (
     *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
     *("checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),

@@ -26,6 +26,7 @@ LOCK = ".lock"
 # The files that a run writes and `move_aside` moves.
 _RUN_FILES = (
     *(CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png"),
+    "texts.json",
     *("tensorboard", "wandb", "mlflow"),
 )
 

@@ -12,6 +12,7 @@ from jaxlm import tree
 from jaxlm.commands.training_run.hooks import eval_batch_numbers
 from jaxlm.config import Config
 from jaxlm.data.loader import Dataset
+from jaxlm.data.text_record import write_record
 from jaxlm.fields import to_dict
 from jaxlm.files.durable import replacing
 from jaxlm.model.attention_choice import attention_choices
@@ -47,11 +48,11 @@ def run_outputs(
         config.model, settings.batch_size, config.data.sequence_length
     )
     sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
-    try:
-        with replacing(run / "config.json") as file:
-            file.write(json.dumps(to_dict(config), indent=2).encode())
-    except OSError as error:  # Only reports read it.
-        logger.warning("%s: %s", error.filename, error.strerror)
+    # Only reports and messages need these.
+    with _or_warned(), replacing(run / "config.json") as file:
+        file.write(json.dumps(to_dict(config), indent=2).encode())
+    with _or_warned():
+        write_record(run, dataset.texts)
     writer = MetricsWriter(
         run, resume_step=resume_step, sinks=[LiveReport(run), *sinks]
     )
@@ -66,6 +67,14 @@ def run_outputs(
             attention={kind: choice.to_json() for kind, choice in choices.items()},
         )
         yield writer, progress
+
+
+@contextlib.contextmanager
+def _or_warned() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: %s", error.filename, error.strerror)
 
 
 def _opening(
