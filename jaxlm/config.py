@@ -463,6 +463,9 @@ class TrainConfig:
     """Weight of the loss log(Z)^2, which keeps logits from drifting (PaLM)."""
     load_balance_loss: float = 0.0
     """Weight of the load-balance loss of mixture-of-experts layers."""
+    skip_spikes: int = 0
+    """Do not apply steps whose loss or gradient is a spike or not finite, up to this
+    many in a row; 0: apply all, and stop at one that is not finite."""
     loss_chunk: int = 0
     """Tokens of a device whose logits are in memory at once; 0: all."""
     log_every: int = 10
@@ -500,7 +503,7 @@ class TrainConfig:
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
-        not_negative += ("eval_batches",)
+        not_negative += ("eval_batches", "skip_spikes")
         check(self, "train", ">= 0", *not_negative)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(

@@ -75,7 +75,8 @@ def fit(
       The final state, which has been saved, and the exit code (`exit_codes.py`).
 
     Raises:
-      NotFinite: at the first step whose loss or gradient is not finite. Checkpoints
+      NotFinite: at the first step whose loss or gradient is not finite; with
+        `train.skip_spikes`, at the first that is one too many in a row. Checkpoints
         saved before it are untouched.
       ValueError: when `batches` raises it; the steps before are saved.
     """
@@ -287,7 +288,8 @@ class _Log:
         """Waits for the pending steps, checks them, and writes the rows that are due.
 
         Raises:
-          NotFinite: if a loss or a gradient norm is not finite.
+          NotFinite: if a loss or a gradient norm is not finite, or too many steps in a
+            row were skipped.
         """
         if not self._pending:
             return
@@ -301,12 +303,7 @@ class _Log:
         self._seconds += seconds
         self._waits += waits
         for step, m in zip(steps, metrics, strict=True):
-            if not (math.isfinite(m.loss) and math.isfinite(m.grad_norm)):
-                raise NotFinite(
-                    f"step {step}: loss {m.loss}, gradient norm {m.grad_norm}: not "
-                    "finite, so nothing was saved since; lower "
-                    "--optimizer.learning-rate or look at the batch"
-                )
+            self._check(step, m)
         step, m = steps[-1], metrics[-1]  # Steps of a row are read at once.
         row = {
             **{"loss": m.loss, "lr": m.lr, "grad_norm": m.grad_norm},
@@ -323,6 +320,26 @@ class _Log:
         if step == self._first:  # Its seconds are those of compiling.
             row = {"loss": m.loss, "lr": m.lr}
         self._progress.update({"step": step, **row})
+
+    def _check(self, step: int, m: StepMetrics) -> None:
+        """Reports a step that was skipped, or raises NotFinite if it ends the run."""
+        finite = math.isfinite(m.loss) and math.isfinite(m.grad_norm)
+        what = f"step {step}: loss {m.loss:.4g}, gradient norm {m.grad_norm:.4g}"
+        kind = "a spike" if finite else "not finite"
+        advice = "lower --optimizer.learning-rate or look at the batch"
+        if m.skipped is None and not finite:
+            raise NotFinite(f"{what}: {kind}, so nothing was saved since; {advice}")
+        if not m.skipped:
+            return
+        values = {"loss": m.loss, "grad_norm": m.grad_norm}
+        with self.paused():
+            self._writer.write("event", step, event="step skipped", **values)
+        if m.skipped > self._train.skip_spikes:
+            raise NotFinite(
+                f"{what}: {kind}, after {self._train.skip_spikes} steps in a row that "
+                f"were skipped (--train.skip-spikes); {advice}"
+            )
+        self._progress.note(f"{what}: {kind}, so this step is not applied")
 
     def _timing(self, step: int) -> dict[str, float | None]:
         """Rates over the steps since the last row; None for the step that compiled."""

@@ -6,6 +6,7 @@ Usage: python mesh_case.py CASE FOLDER; prints one JSON object of differences.
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.config import (
     Config,
     DataConfig,
@@ -34,6 +36,7 @@ from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.spikes import new_history
 from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import loss_and_grads, make_train_step
 
@@ -274,6 +277,47 @@ def case_resume(folder, optimizer="adamw"):
     return result
 
 
+def case_skips(folder):
+    """NaN in one row, so on some devices: all of them skip the step."""
+    result, same = {}, {"data_fingerprint": "data"}
+    for name, optimizer in (("fsdp8", "adamw"), ("2x2x2", "muon")):
+        config, mesh = config_of(optimizer, skip_spikes=2), mesh_of(name)
+        with jax.set_mesh(mesh):
+            bad = make_batch(MODEL, ROWS, LENGTH, seed=9)
+            bad.loss_weights[1] = np.nan
+            bad = jax.device_put(bad, rules.batch_sharding(mesh))
+            good = [batch_of(step, mesh) for step in range(2)]
+            hashes = []
+            for batches in (good, [good[0], bad, bad, good[1]]):
+                state, train_step = state_on(config, mesh)
+                history = new_history(state.step.sharding)
+                state = dataclasses.replace(state, spikes=history)
+                for batch in batches:
+                    state, metrics = train_step(state, batch)
+                hashes.append(state_hash([state.params, state.opt_state]))
+            trees = (state.params, state.opt_state, state.spikes)
+            with CheckpointManager(Path(folder) / name) as checkpoints:
+                checkpoints.save(
+                    *(4, *trees),
+                    **{"config": config, "tokenizer": ByteTokenizer(), "finite": True},
+                    **same,
+                )
+                restored = checkpoints.restore(
+                    *trees,
+                    **{"config": config, **same},
+                    tokenizer_fingerprint=ByteTokenizer().fingerprint,
+                )
+        result[name] = {
+            "same": hashes[0] == hashes[1],
+            "skipped": int(restored.spikes.skipped),
+            "in_a_row": int(metrics.skipped),
+            "restored": state_hash([*trees])
+            == state_hash([*vars(restored).values()][1:]),
+            "devices": len(restored.spikes.losses.sharding.device_set),
+        }
+    return result
+
+
 def case_generate(names):
     prompts = [[1, 2, 3], [4] * 9, [5, 6]]  # 3 rows on 8 parts: padded inside
     result = {}
@@ -357,6 +401,7 @@ def main():
         "accumulation": lambda: case_losses(
             ["data8", "2x2x2"], "adamw", accumulation_steps=2, loss_chunk=64
         ),
+        "skips": lambda: case_skips(folder),
         "resume": lambda: case_resume(folder),
         "resume_muon": lambda: case_resume(folder, "muon"),
         "generate": lambda: case_generate(["data8", "fsdp2_tensor4", "2x2x2"]),

@@ -147,6 +147,16 @@ def test_a_checkpoint_resumes_on_another_mesh(tmp_path, case):
 
 
 @pytest.mark.slow
+def test_all_devices_skip_a_step_that_is_not_finite_on_some(tmp_path):
+    """And keep their parts bit for bit; a checkpoint holds what they compare with."""
+    for mesh in run_case("skips", tmp_path).values():
+        assert mesh == {
+            **{"same": True, "skipped": 2, "in_a_row": 0},
+            **{"restored": True, "devices": 8},
+        }
+
+
+@pytest.mark.slow
 def test_generation_is_equal_on_every_mesh(tmp_path):
     result = run_case("generate", tmp_path)
     for temperature in ("0.0", "1.0"):

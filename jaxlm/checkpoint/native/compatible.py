@@ -42,6 +42,8 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
     if old.train.load_balance_loss:
         rounding = ("loss_chunk",)  # each part of a batch has its own balance loss
     train = (*_FREE_TRAIN, *rounding, "steps")
+    if new.train.skip_spikes:  # Off, the count of skipped steps would be lost.
+        train += ("skip_spikes",)
     data = [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
     steps = _steps_line(old, new, step)
     # Of what follows from another setting, only the setting is named.

@@ -28,6 +28,7 @@ class Restored:
     step: int
     params: Any
     opt_state: Any
+    spikes: Any = None
 
 
 def first_readable(
@@ -81,6 +82,7 @@ def read_state(
     folder: Path,
     params: Any,
     opt_state: Any,
+    spikes: Any,
     *,
     config: Config,
     tokenizer_fingerprint: str,
@@ -96,9 +98,10 @@ def read_state(
         "tokenizer", meta["tokenizer_fingerprint"], tokenizer_fingerprint
     )
     compatible.check_fingerprint("data", meta["data_fingerprint"], data_fingerprint)
-    state = {}
-    for item, wanted in (("params", params), ("opt_state", opt_state)):
-        state[item] = read_item(folder, meta, item, wanted)
+    wanted = {"params": params, "opt_state": opt_state}
+    if "spikes" in meta["arrays"]:
+        wanted["spikes"] = spikes
+    state = {item: read_item(folder, meta, item, x) for item, x in wanted.items()}
     host = arrays.on_host(state)
     # The files match the manifest, so only Orbax or the memory can be at fault.
     if host and meta["state_hash"] not in (None, state_hash(host)):
@@ -110,4 +113,4 @@ def read_state(
             f"step {meta['step']} was saved under another configuration "
             f"({'; '.join(notes)}): results may not be bit-identical"
         )
-    return Restored(meta["step"], state["params"], state["opt_state"])
+    return Restored(meta["step"], **{"spikes": spikes, **state})

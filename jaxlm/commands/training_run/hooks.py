@@ -37,6 +37,7 @@ def make_hooks(
             int(state.step),
             state.params,
             state.opt_state,
+            state.spikes,
             config=config,
             tokenizer=tokenizer,
             data_fingerprint=dataset.fingerprint,

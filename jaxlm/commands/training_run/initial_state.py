@@ -1,5 +1,7 @@
 """The state that a training run starts from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jaxlm.data.loader import Dataset
 from jaxlm.fields import diff
 from jaxlm.plan.memory import available_memory, check_fits
 from jaxlm.terminal.progress import Waiting
+from jaxlm.train.spikes import new_history
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 
 
@@ -27,11 +30,15 @@ def initial_state(
     """Returns the state to train from, and whether it continues this run."""
     mesh = jax.sharding.get_mesh()
     wanted = abstract_state(config.model, optimizer, mesh)
+    spikes = None
+    if config.train.skip_spikes:
+        spikes = new_history(wanted.step.sharding)
     check_fits(config, wanted.params, wanted.opt_state, available_memory())
     with Waiting("reading the checkpoint"):
         restored = checkpoints.restore(
             wanted.params,
             wanted.opt_state,
+            spikes,
             config=config,
             tokenizer_fingerprint=dataset.tokenizer.fingerprint,
             data_fingerprint=dataset.fingerprint,
@@ -39,10 +46,12 @@ def initial_state(
     if restored is not None:
         # A Python integer has a weak type, for which the step would compile again.
         step = jax.device_put(np.int32(restored.step), wanted.step.sharding)
-        return TrainState(step, restored.params, restored.opt_state), True
+        state = TrainState(step, restored.params, restored.opt_state, restored.spikes)
+        return state, True
     if initial is None:
         with Waiting("initializing the parameters"):
             state = init_state(config.model, optimizer, config.train.seed, mesh)
+            state = dataclasses.replace(state, spikes=spikes)
             return jax.block_until_ready(state), False
     if lines := diff(initial.config, config.model, ignore=NOT_KEPT):
         changes = "; ".join(f"model.{line}" for line in lines)
@@ -53,4 +62,5 @@ def initial_state(
     shardings = jax.tree.map(lambda x: x.sharding, wanted.params)
     with Waiting(f"loading the weights of {config.init_from}"):
         _, params = load(initial, dtype=jnp.float32, shardings=shardings)
-        return jax.block_until_ready(state_from(params, optimizer)), False
+        state = dataclasses.replace(state_from(params, optimizer), spikes=spikes)
+        return jax.block_until_ready(state), False
