@@ -16,11 +16,11 @@ import numpy as np
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face import pre_tokenizers
+from jaxlm.tokenizers.hugging_face.decoder import byte_of_character
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
-    byte_of_character,
 )
 from jaxlm.tokenizers.sentencepiece.model_proto import (
     BPE,

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.hugging_face.decoder import byte_of_character
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import (
     BYTES,
@@ -17,7 +18,6 @@ from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
     bpe_model,
-    byte_of_character,
     new_json,
 )
 from jaxlm.tokenizers.sentencepiece.model_proto import (

@@ -156,15 +156,15 @@ def test_a_hostile_file_is_refused(name):
     parts, reason = HOSTILE[name]
     text = contents(**parts)
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError) as error:
         HuggingFaceTokenizer(text).encode("a" * 100)
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     message = str(error.value)
     assert reason in message and "\n" not in message and len(message) < 400
-    # Limits of the trial: 2 s of CPU time, on a machine that may do other work.
+    # CPU time of this process; that of a trial has a limit of its own.
     assert seconds < 10 and peak < 50_000_000 + 8 * len(text)
 
 
@@ -264,12 +264,15 @@ FILES = st.fixed_dictionaries(
 )
 @given(FILES)
 def test_a_file_made_at_random(parts):
-    start = time.monotonic()
+    text = "ab a"
     try:
         tokenizer = HuggingFaceTokenizer(contents(**parts))
-        tokenizer.decode(tokenizer.encode("ab a"))
+        ids = tokenizer.encode(text)
+        # The normalizer and the pre-tokenizer may each lengthen a text.
+        most = (len(text) + limits.MAX_ADDED_BYTES) * limits.MAX_GROWTH**2
+        assert len(ids) <= most
+        tokenizer.decode(ids)
         assert len(tokenizer.token_bytes) == tokenizer.vocab_size
     except ValueError as error:
         assert type(error) is ValueError
         assert "\n" not in str(error) and len(str(error)) < 1000
-    assert time.monotonic() - start < 5
