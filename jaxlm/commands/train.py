@@ -22,7 +22,7 @@ from jaxlm.data.loader import batches, open_dataset
 from jaxlm.data.text_record import read_record
 from jaxlm.report.live import REPORT
 from jaxlm.sharding import rules
-from jaxlm.sharding.mesh import make_mesh
+from jaxlm.sharding.mesh import check_batch, make_mesh
 from jaxlm.terminal.exit_codes import EXIT_DONE, EXIT_NO_CHECKPOINT, EXIT_NOT_FINITE
 from jaxlm.terminal.interrupts import Interrupts
 from jaxlm.terminal.progress import Waiting
@@ -67,11 +67,12 @@ def train(
       The exit code (`terminal/exit_codes.py`).
 
     Raises:
-      ValueError: if the text, the run folder, the checkpoint or the prompt of the
-        samples cannot be used.
+      ValueError: if the mesh, the text, the run folder, the checkpoint or the prompt of
+        the samples cannot be used.
       NotFinite: at the first step whose loss or gradient is not finite.
     """
     given, settings = config, config.train
+    check_batch(settings, jax.sharding.get_mesh())
     checkpoints = CheckpointManager(
         settings.run_dir, settings.keep, settings.keep_every, fresh=config.fresh
     )
