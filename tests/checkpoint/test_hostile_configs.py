@@ -12,7 +12,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from jaxlm.checkpoint.gguf import gguf_config
 from jaxlm.checkpoint.hf import hf_config, hf_config_writing
-from jaxlm.checkpoint.hf.hf_folder import read_json
+from jaxlm.checkpoint.hf.hf_folder import read_config
 from jaxlm.checkpoint.keys import Keys
 from jaxlm.model.positions import rotations
 from jaxlm.model.presets import PRESETS, preset
@@ -99,7 +99,7 @@ def test_a_file_that_is_not_a_config(tmp_path, text, reason):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(ValueError) as error:
-        read_json(path)
+        read_config(tmp_path)
     assert reason in one_line(error.value, str(path))
 
 

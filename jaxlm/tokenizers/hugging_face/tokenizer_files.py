@@ -177,7 +177,7 @@ def _gpt2_json(files: _Files) -> bytes:
 
 
 def _sentence_piece(files: _Files) -> SentencePieceTokenizer:
-    path = files.folder / "tokenizer.model"
+    path = path_inside(files.folder, "tokenizer.model")
     plain = SentencePieceTokenizer.from_file(path)
     try:
         model = _with_added_pieces(files, plain)
