@@ -11,6 +11,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import FULL_HASH_BYTES, content_hashes
 from jaxlm.data.sources import Source, TextFile, find_source
 from jaxlm.files.durable import replacing
+from jaxlm.files.strict_json import parse
 
 FILE_NAME = "texts.json"
 _REMEDY = (
@@ -128,11 +129,10 @@ def read_record(run: Path) -> tuple[TextRecord, ...] | None:
     """Reads the record of a run; None if there is none, or, with a warning, damaged."""
     path = run / FILE_NAME
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(map(_from_json, rows))
+        return tuple(map(_from_json, parse(path.read_bytes(), "its text")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         # The checkpoint has the fingerprint of the tokens, which is checked as well.
         logger.warning("%s cannot be read (%s): texts are not compared", path, error)
         return None

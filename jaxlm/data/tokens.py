@@ -27,6 +27,8 @@ from jaxlm.data.disk_cache import (
 from jaxlm.data.encoding import PART_CHARACTERS, encode_source
 from jaxlm.data.sources import Source
 from jaxlm.data.token_file import TokenFile
+from jaxlm.files.strict_json import parse_object
+from jaxlm.terminal.printable import shown
 from jaxlm.terminal.progress import progress_bar
 from jaxlm.tokenizers.base import Tokenizer
 
@@ -100,7 +102,7 @@ def open_tokens(folder: Path, vocab_size: int) -> CachedTokens:
     dtype, path = _dtype(vocab_size), folder / "tokens.bin"
     if meta["dtype"] != dtype.str:
         raise DamagedEntry(
-            folder / "meta.json", f"ids are {meta['dtype']}, not {dtype.str}"
+            folder / "meta.json", f"ids are {shown(meta['dtype'])}, not {dtype.str}"
         )
     tokens = TokenFile(path, dtype, meta["num_tokens"], meta["sha256"])
     documents = _read_documents(folder / "documents.npy", meta)
@@ -114,7 +116,7 @@ def _dtype(vocab_size: int) -> np.dtype:
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_object(path.read_bytes(), "its text")
         keys = {"num_tokens": int, "num_documents": int, "dtype": str}
         keys |= {"sha256": str, "content_hash": str}
         if any(not isinstance(meta[k], kind) for k, kind in keys.items()):

@@ -52,7 +52,7 @@ def test_errors(tmp_path, make):
         make([tmp_path / "gone"], out)
     run = make_run(tmp_path / "run", [2.0, 2.0])
     (run / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         make([run], out)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([lines[0], "rubbish", lines[1], ""]))

@@ -1,6 +1,5 @@
 """Reads a step folder: the whole state, or one of its trees."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from jaxlm.checkpoint.native import arrays, compatible, integrity, run_folder
 from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.config import Config
 from jaxlm.fields import from_dict
+from jaxlm.files.strict_json import parse_object
+from jaxlm.terminal.printable import one_line, shown_value
 
 META_FORMAT = 1
 T = TypeVar("T")
@@ -54,12 +55,19 @@ def first_readable(
 def read_meta(folder: Path) -> dict[str, Any]:
     """Reads `meta.json` of a verified step; raises ValueError for another format."""
     file = folder / run_folder.META
-    meta = json.loads(file.read_bytes())
+    meta = parse_object(file.read_bytes(), str(file))
     if meta.get("format") != META_FORMAT:
         raise ValueError(
-            f"{file} has format {meta.get('format')}, and this jaxlm reads format "
-            f"{META_FORMAT}: install the jaxlm that wrote it"
+            f"{file} has format {shown_value(meta.get('format'))}, and this jaxlm "
+            f"reads format {META_FORMAT}: install the jaxlm that wrote it"
         )
+    kinds = {"step": int, "config": dict, "arrays": dict, "environment": dict}
+    kinds |= {"tokenizer_fingerprint": str, "data_fingerprint": str}
+    for name, kind in kinds.items():
+        if not isinstance(meta.get(name), kind):
+            raise ValueError(f"{file}: {name} is {shown_value(meta.get(name))}")
+    for item in ("params", "opt_state"):
+        arrays.check_description(meta["arrays"].get(item), f"{file}: arrays.{item}")
     return meta
 
 
@@ -74,7 +82,12 @@ def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any
             f"the arrays of {folder} are not those of this run: "
             f"{'; '.join(f'{item}/{line}' for line in lines[:3])}{more}"
         )
-    read = arrays.read(folder / item, flat)
+    try:
+        read = arrays.read(folder / item, flat)
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        # Its files match the manifest, so whoever wrote that wrote these.
+        words = one_line(" ".join(str(error).split()))
+        raise UnreadableStep(f"Orbax cannot read {item}: {words}") from error
     return jax.tree.unflatten(jax.tree.structure(wanted), [read[n] for n in flat])
 
 
