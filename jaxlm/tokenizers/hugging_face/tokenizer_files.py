@@ -139,8 +139,8 @@ def _more_added_tokens(files: _Files, data: Mapping[str, Any]) -> list[dict[str,
             continue
         if owner.get(i, text) != text:
             raise ValueError(
-                f"tokenizer_config.json adds the token {shown_value(text)} with the id {i}, which "
-                f"is that of {shown_value(owner[i])}"
+                f"tokenizer_config.json adds the token {shown_value(text)} with the id "
+                f"{i}, which is that of {shown_value(owner[i])}"
             )
         more.append({**entry, "id": i})
     return more
@@ -251,7 +251,8 @@ def _named_id(
         text = _token(files, name)
         if text is not None and text not in ids and name != "pad":
             raise ValueError(
-                f"the {name} token {shown_value(text)} of {files.folder} is not in the vocabulary"
+                f"the {name} token {shown_value(text)} of {files.folder} is not in the "
+                "vocabulary"
             )
         return None if text is None else ids.get(text)
     if name in own:
