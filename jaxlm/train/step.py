@@ -17,7 +17,7 @@ from jaxlm.model.transformer import forward, head_params, unembed
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
-from jaxlm.ops.probe import Tap
+from jaxlm.ops.tap import Tap
 from jaxlm.train.optimizer import make_schedule
 from jaxlm.train.spikes import after_step
 from jaxlm.train.state import TrainState

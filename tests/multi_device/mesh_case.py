@@ -27,10 +27,15 @@ from jaxlm.config import (
 )
 from jaxlm.infer.generate import generate
 from jaxlm.model.params import parameter_shardings
+from jaxlm.model.trace import absent_sites
+from jaxlm.model.transformer import forward
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
 from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
+from jaxlm.ops.edit import Edit
 from jaxlm.ops.embedding import lookup
+from jaxlm.ops.sites import SITES
+from jaxlm.ops.tap import Tap
 from jaxlm.plan.traffic import traffic
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
@@ -345,6 +350,47 @@ def case_generate(names):
     return result
 
 
+def case_edits(names, changes=None):
+    """Every site edited at once: logits, every site as edited, and a gradient."""
+    model = dataclasses.replace(MODEL, **changes or {})
+    absent = absent_sites(model)
+    sites = [s for s in SITES if s not in absent and SITES[s].edit_instead is None]
+    sites.remove("tokens")
+    taps = tuple(Tap(site) for site in SITES if site not in absent)
+    vector = jnp.linspace(-1, 1, model.model_dim)
+
+    def run(params, tokens, amount):
+        edits = [
+            Edit(
+                site,
+                "add",
+                amount * vector if SITES[site].shape == "B T D" else amount,
+                layer=None if SITES[site].outside_layers else 1,
+                position=[3, 8],
+            )
+            for site in sites
+        ]
+        edits.append(Edit("resid_post", "project_out", vector))
+        edits.append(Edit("z", "scale", 0.5, layer=0, head=[1, 4]))
+        edits.append(Edit("mlp_out", "set", 0.0, layer=0, position=2))
+        out = forward(model, params, tokens, taps=taps, edits=edits)
+        loss = jnp.mean(jnp.square(out.logits))
+        return loss, (out.trace, out.hits)
+
+    values = {}
+    for name in ("one", *names):
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            params = make_params(model, std=0.3)
+            params = jax.device_put(params, parameter_shardings(params, mesh))
+            tokens = batch_of(0, mesh).tokens
+            call = jax.jit(jax.value_and_grad(run, argnums=2, has_aux=True))
+            (_, (trace, hits)), grad = call(params, tokens, 0.1)
+        assert min(map(int, hits)) > 0
+        values[name] = {**trace, "gradient": grad}
+    return {name: worst(values[name], values["one"]) for name in names}
+
+
 def case_errors():
     result = {}
     for sizes, model in (({"data": 1, "fsdp": 1, "tensor": 8}, MODEL),):
@@ -404,6 +450,8 @@ def main():
         "skips": lambda: case_skips(folder),
         "resume": lambda: case_resume(folder),
         "resume_muon": lambda: case_resume(folder, "muon"),
+        "edits": lambda: case_edits(["fsdp2_tensor4", "2x2x2"]),
+        "edits_experts": lambda: case_edits(["2x2x2"], EXPERTS),
         "generate": lambda: case_generate(["data8", "fsdp2_tensor4", "2x2x2"]),
     }
     print(json.dumps(cases[case]()))

@@ -157,6 +157,16 @@ def test_all_devices_skip_a_step_that_is_not_finite_on_some(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["edits", "edits_experts"])
+def test_every_site_is_read_and_edited_alike_on_every_mesh(tmp_path, case):
+    result = run_case(case, tmp_path)
+    for mesh, differences in result.items():
+        assert len(differences) > 20
+        # Sites of the last layers have been through sums in another order.
+        assert {n: d for n, d in differences.items() if d > 2e-5} == {}, mesh
+
+
+@pytest.mark.slow
 def test_generation_is_equal_on_every_mesh(tmp_path):
     result = run_case("generate", tmp_path)
     for temperature in ("0.0", "1.0"):

@@ -27,7 +27,7 @@ from jaxlm.config import (
 )
 from jaxlm.model.transformer import forward
 from jaxlm.ops.moe import load_balance_loss, route
-from jaxlm.ops.probe import Tap
+from jaxlm.ops.tap import Tap
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.terminal.progress import ProgressLine
 from jaxlm.train import loop
