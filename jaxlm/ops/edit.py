@@ -98,11 +98,8 @@ class Edit:
             mask &= _along(chosen.any(-1), (site.axis("NK"),), x.ndim)
         new = jnp.asarray(OPERATIONS[self.op](x, self._value_for(x, layer)), x.dtype)
         self._check_shape("result", new.shape, new.shape, x)
-        new = jnp.broadcast_to(new, x.shape)
-        out = layout(x)
-        if out is not None:
-            new = jax.sharding.reshard(new, out)
-        return jnp.where(mask, new, x), jnp.sum(mask, dtype=jnp.int32)
+        x = jnp.where(_like(x, mask), _like(x, new), x)
+        return x, jnp.sum(mask, dtype=jnp.int32)
 
     def _value_for(self, x: Array, layer: Any) -> Any:
         """Returns the value for this layer, laid out like x."""
@@ -132,6 +129,12 @@ class Edit:
                 f"edit of {self.site!r}: {name} has shape {given}, which does not "
                 f"broadcast to {x.shape}, the site's [{SITES[self.site].shape}]"
             )
+
+
+def _like(x: Array, y: Array) -> Array:
+    """Returns y broadcast to the shape of x, and laid out like it."""
+    y, out = jnp.broadcast_to(y, x.shape), layout(x)
+    return y if out is None else jax.sharding.reshard(y, out)
 
 
 def _along(mask: Array, axes: tuple[int, ...], ndim: int) -> Array:

@@ -387,7 +387,7 @@ def case_edits(names, changes=None):
             call = jax.jit(jax.value_and_grad(run, argnums=2, has_aux=True))
             (_, (trace, hits)), grad = call(params, tokens, 0.1)
         assert min(map(int, hits)) > 0
-        values[name] = {**trace, "gradient": grad}
+        values[name] = jax.tree.map(np.asarray, {**trace, "gradient": grad})
     return {name: worst(values[name], values["one"]) for name in names}
 
 
