@@ -12,7 +12,6 @@ import optax
 from jaxtyping import Float
 
 from jaxlm.config import Config, TrainConfig
-from jaxlm.ops.linear import compute_dtype
 from jaxlm.terminal.exit_codes import EXIT_DONE
 from jaxlm.terminal.progress import ProgressLine, Waiting
 from jaxlm.train.metrics import MetricsWriter
@@ -210,7 +209,7 @@ class _Log:
         length = config.data.sequence_length
         self._tokens_per_step = config.train.batch_size * length
         self._flops = flops_per_token(config.model, length)
-        self._peak = peak_flops(jax.devices(), compute_dtype(config.model.dtype))
+        self._peak = peak_flops(jax.devices())
         self._since, self._pause = time.monotonic(), 0.0
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
