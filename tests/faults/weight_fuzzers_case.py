@@ -22,7 +22,7 @@ from weights_case import (
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.gguf import gguf_config
 from jaxlm.checkpoint.hf import hf_config, hf_config_writing
-from jaxlm.checkpoint.hf.hf_folder import read_json
+from jaxlm.checkpoint.hf.hf_folder import read_config
 from jaxlm.checkpoint.hf.safetensors_folder import INDEX_FILE
 from jaxlm.checkpoint.keys import Keys
 from jaxlm.checkpoint.load import load, load_tokenizer
@@ -148,7 +148,7 @@ def config_json(folder):
     files += [changed(v).map(as_json) for v in families]
 
     def read(path):
-        check_computable(hf_config.read(Keys(read_json(path), str(path))))
+        check_computable(hf_config.read(Keys(read_config(path.parent), str(path))))
 
     return st.one_of(files), read_one_file(folder / "config.json", read)
 
@@ -177,7 +177,7 @@ def run_config(folder):
     good = to_dict(CONFIG)["model"]
 
     def read(path):
-        check_computable(from_dict(ModelConfig, read_json(path)))
+        check_computable(from_dict(ModelConfig, read_config(path.parent)))
 
     return json_files(good), read_one_file(path, read)
 
