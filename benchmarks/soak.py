@@ -18,7 +18,6 @@ import collections
 import json
 import os
 import random
-import resource
 import shlex
 import shutil
 import signal
@@ -55,7 +54,7 @@ ENDS = {
     signal.SIGTERM: {75, -15, 0},
     signal.SIGINT: {130, -2, 0},
 }
-FILE_BYTES = 20_000
+FILE_KIB = 20
 COMPARED = ("kind", "step", "loss", "grad_norm", "lr", "bits_per_byte", "text")
 FAULTS = ("newest step", "log", "full disk", "cache is a file", "compiled programs")
 
@@ -84,25 +83,21 @@ class Soak:
 
     def start(self, run: Path, fault: str | None = None) -> subprocess.Popen:
         """Starts training in the folder `run`."""
-        environment, prepare = dict(self.environment), None
+        environment = dict(self.environment)
         if fault == "cache is a file":
             environment["XDG_CACHE_HOME"] = str(self.folder / "a file")
-        if fault == "full disk":
-
-            def prepare() -> None:
-                limits = (FILE_BYTES, FILE_BYTES)
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
+        command = [sys.executable, str(REPOSITORY / "train.py"), *FLAGS]
+        if fault == "full disk":  # No file can be larger.
+            command = ["bash", "-c", f'ulimit -f {FILE_KIB}; exec "$@"', "-", *command]
         where = ["--data.path", str(self.folder / "text.txt")]
         where += ["--train.run-dir", str(run), "--train.steps", str(STEPS)]
         return subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "train.py"), *FLAGS, *where],
+            [*command, *where],
             env=environment,
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=prepare,
         )
 
     def straight(self) -> None:

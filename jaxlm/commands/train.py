@@ -103,7 +103,12 @@ def train(
         # Train.
         sharding = rules.batch_sharding(jax.sharding.get_mesh())
         rows = batches(
-            dataset, settings.batch_size, step, sharding, config.data.prefetch
+            dataset,
+            settings.batch_size,
+            step,
+            sharding,
+            config.data.prefetch,
+            settings.batch_of,
         )
         outputs = run_outputs(given, config, state, resumed, dataset)
         with outputs as (writer, progress), stop:
@@ -121,7 +126,16 @@ def train(
             )
             with Waiting("saving", in_logs=False):
                 checkpoints.wait()
-    step, again = int(state.step), "; the same command continues" if code else ""
-    print(f"saved at step {step}{again}", file=sys.stderr)
+    print(f"saved at step {int(state.step)}{_again(config, code)}", file=sys.stderr)
     print(f"{settings.run_dir}/{REPORT}\n{sample_command} {settings.run_dir}")
     return code
+
+
+def _again(config: Config, code: int) -> str:
+    """Returns how to continue a run that has ended with an exit code."""
+    if not code:
+        return ""
+    without = " without --fresh" if config.fresh else ""
+    if config.resume_step is not None:
+        without = " without --resume-step"
+    return f"; the same command{without} continues"

@@ -320,6 +320,7 @@ def batches(
     start_step: int = 0,
     sharding: Sharding | None = None,
     prefetch: int = 2,
+    batch_of: Callable[[int], int] | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of steps `start_step`, `start_step + 1`, ... without end.
 
@@ -329,6 +330,7 @@ def batches(
       sharding: see `place`.
       prefetch: batches that a thread prepares in advance; 0 builds each on demand. The
         batches are the same.
+      batch_of: returns the number of the batch of a step, both from 1; None: the same.
 
     Raises:
       ValueError: at the batch for which `Dataset.train_batch` raises it.
@@ -336,7 +338,8 @@ def batches(
     shape = (batch_size, dataset.sequence_length)
 
     def make(step: int) -> Batch:
-        build = partial(dataset.train_batch, step, batch_size)
+        number = step if batch_of is None else batch_of(step + 1) - 1
+        build = partial(dataset.train_batch, number, batch_size)
         return place(build, shape, sharding)
 
     if not prefetch:

@@ -323,14 +323,16 @@ class _Log:
     def _check(self, step: int, m: StepMetrics) -> None:
         """Reports a step that was skipped, or raises NotFinite if it ends the run."""
         finite = math.isfinite(m.loss) and math.isfinite(m.grad_norm)
-        what = f"step {step}: loss {m.loss:.4g}, gradient norm {m.grad_norm:.4g}"
+        batch = self._train.batch_of(step)
+        where = f"step {step}" if batch == step else f"step {step} (batch {batch})"
+        what = f"{where}: loss {m.loss:.4g}, gradient norm {m.grad_norm:.4g}"
         kind = "a spike" if finite else "not finite"
         advice = "lower --optimizer.learning-rate or look at the batch"
         if m.skipped is None and not finite:
             raise NotFinite(f"{what}: {kind}, so nothing was saved since; {advice}")
         if not m.skipped:
             return
-        values = {"loss": m.loss, "grad_norm": m.grad_norm}
+        values = {"batch": batch, "loss": m.loss, "grad_norm": m.grad_norm}
         with self.paused():
             self._writer.write("event", step, event="step skipped", **values)
         if m.skipped > self._train.skip_spikes:

@@ -101,6 +101,14 @@ def test_prefetch_changes_nothing(dataset):
         stream.close()
 
 
+def test_steps_may_have_other_batches_than_those_of_their_number(dataset):
+    for prefetch in (0, 2):
+        steps = batches(dataset, 4, 1, None, prefetch, lambda step: 10 * step)
+        for number in (20, 30):
+            assert same(next(steps), dataset.train_batch(number - 1, 4))
+        steps.close()
+
+
 def test_batches_on_a_mesh(dataset):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     sharding = NamedSharding(mesh, jax.P("data"))

@@ -83,7 +83,7 @@ def saving(manager, config):
 
 
 class InProcess:
-    """A run in a folder, whose starts train on `batches` (by step; else `batch_of`)."""
+    """A run in a folder that trains on `batches` (by number; others: `batch_of`)."""
 
     def __init__(self, folder, config, batches=None):
         self.folder, self.config, self.batches = folder, config, batches or {}
@@ -108,7 +108,8 @@ class InProcess:
                 for step in range(first + 1, STEPS + 1):
                     if step == stop_at:
                         os.kill(os.getpid(), signal.SIGTERM)
-                    yield self.batches.get(step) or batch_of(step)
+                    number = config.train.batch_of(step)
+                    yield self.batches.get(number) or batch_of(number)
 
             with MetricsWriter(self.folder, resume_step=first or None) as writer:
                 state, code = fit(
@@ -118,7 +119,10 @@ class InProcess:
                     progress=ProgressLine(STEPS, stream=self.shown),
                 )
             manager.wait()
-        self.final = {"state": state_hash(state)}
+        self.final = {
+            "state": state_hash(state),
+            "learned": state_hash({"params": state.params, "opt": state.opt_state}),
+        }
         return code
 
     def _restored(self, manager, **options):

@@ -262,12 +262,7 @@ class CheckpointManager:
         if jax.process_index() == 0:
             integrity.write_manifest(temporary)
             newest = step - 1 if self._last is None else min(self._last, step - 1)
-            if left := [s for s in self.steps() if s > newest]:
-                old = run_folder.move_aside(self.run, left)
-                names = ", ".join(map(str, left))
-                self._report(
-                    f"moved steps {names} to {old}: the run continues from {newest}"
-                )
+            self.move_aside_after(newest)
             durable.rename(temporary, self._folder(step))
         self._last = step
 
@@ -347,6 +342,20 @@ class CheckpointManager:
         restored = step_folder.first_readable(folders, read, self._report)
         self._last = restored.step
         return restored
+
+    def move_aside_after(self, step: int) -> Path | None:
+        """Moves later steps, of an abandoned continuation of the run, to `RUN/old-N/`.
+
+        Returns:
+          The new folder; None if there are no such steps.
+        """
+        later = [number for number in self.steps() if number > step]
+        if not later or jax.process_index() != 0:
+            return None
+        old = run_folder.move_aside(self.run, later)
+        names = ", ".join(map(str, later))
+        self._report(f"moved steps {names} to {old}: the run continues from {step}")
+        return old
 
 
 def _save_failed(folder: Path, needed: int, error: Exception) -> str:

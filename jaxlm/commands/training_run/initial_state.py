@@ -1,6 +1,7 @@
 """The state that a training run starts from."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxlm.data.loader import Dataset
 from jaxlm.fields import diff
 from jaxlm.plan.memory import available_memory, check_fits
 from jaxlm.terminal.progress import Waiting
+from jaxlm.train.metrics import FILE_NAME as METRICS
 from jaxlm.train.spikes import new_history
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 
@@ -42,7 +44,14 @@ def initial_state(
             config=config,
             tokenizer_fingerprint=dataset.tokenizer.fingerprint,
             data_fingerprint=dataset.fingerprint,
+            step=config.resume_step,
         )
+    if config.resume_step is not None:
+        # At once, as the rows of later steps are dropped when the metrics are opened.
+        old = checkpoints.move_aside_after(config.resume_step)
+        metrics = checkpoints.run / METRICS
+        if old is not None and metrics.is_file():
+            shutil.copy(metrics, old)
     if restored is not None:
         # A Python integer has a weak type, for which the step would compile again.
         step = jax.device_put(np.int32(restored.step), wanted.step.sharding)

@@ -99,6 +99,11 @@ def _opening(
             f"evaluations take {taken} of the {total} batches of held-out text, at "
             "most a tenth of the training time; --train.eval-batches 0 takes all"
         )
+    for skipped in settings.skipped_batches:
+        lines.append(
+            f"batches {skipped.start} to {skipped.stop - 1} are skipped "
+            "(--train.skip-batches)"
+        )
     begun = "training for" if is_new else f"resumed at step {resume_step} of"
     weights = ""
     if config.init_from is not None and is_new:
