@@ -8,7 +8,6 @@ The line below a field is its help in `train.py --help`.
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -333,8 +332,6 @@ class DataConfig:
     """What to do with bytes that are not UTF-8; replace warns with their number."""
     cache_dir: str | None = None
     """Folder for tokenized text; None is jaxlm/tokens in the user's cache folder."""
-    old_tokens: bool = False
-    """Continue a run whose text has changed, with the tokens that it began with."""
     workers: int = 0
     """Processes that tokenize; 0 starts one for each CPU core."""
     prefetch: int = 2
@@ -464,12 +461,6 @@ class TrainConfig:
     """Weight of the loss log(Z)^2, which keeps logits from drifting (PaLM)."""
     load_balance_loss: float = 0.0
     """Weight of the load-balance loss of mixture-of-experts layers."""
-    skip_spikes: int = 0
-    """Do not apply steps whose loss or gradient is a spike or not finite, up to this
-    many in a row; 0: apply all, and stop at one that is not finite."""
-    skip_batches: tuple[str, ...] = ()
-    """Ranges a:b of batches that no step trains on: a to b - 1.
-    Batches have the numbers of the steps that would train on them, from 1."""
     loss_chunk: int = 0
     """Tokens of a device whose logits are in memory at once; 0: all."""
     log_every: int = 10
@@ -507,50 +498,18 @@ class TrainConfig:
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
-        not_negative += ("eval_batches", "skip_spikes")
+        not_negative += ("eval_batches",)
         check(self, "train", ">= 0", *not_negative)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size is {self.batch_size}: it must be a multiple of "
                 f"train.accumulation_steps {self.accumulation_steps}"
             )
-        end = 0
-        for text in self.skip_batches:
-            if not re.fullmatch(r"[1-9][0-9]{0,17}:[1-9][0-9]{0,17}", text):
-                raise ValueError(
-                    f"train.skip_batches is {text!r}: it must be ranges such as "
-                    "305:320, of numbers from 1"
-                )
-            first, after = map(int, text.split(":"))
-            if after <= first:
-                raise ValueError(
-                    f"train.skip_batches is {text}: the second number must be the "
-                    "larger"
-                )
-            if first <= end:
-                raise ValueError(
-                    f"train.skip_batches is {' '.join(self.skip_batches)}: ranges must "
-                    "be in order and have other batches between them"
-                )
-            end = after
-
-    @property
-    def skipped_batches(self) -> list[range]:
-        """The ranges of `skip_batches`."""
-        return [range(*map(int, text.split(":"))) for text in self.skip_batches]
-
-    def batch_of(self, step: int) -> int:
-        """Returns the number of the batch that a step trains on, both from 1."""
-        batch = step
-        for skipped in self.skipped_batches:
-            if batch >= skipped.start:
-                batch += len(skipped)
-        return batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How tokens are sampled."""
+    """How tokens are sampled; `infer/sampling.py` gives the order of the rules."""
 
     max_new_tokens: int = 256
     """Largest number of new tokens."""
@@ -561,16 +520,69 @@ class SampleConfig:
     top_p: float = 1.0
     """Sample from the most likely tokens that together have this probability; 1: from
     all."""
+    min_p: float = 0.0
+    """Sample from tokens with at least this fraction of the largest probability; 0:
+    from all."""
+    typical_p: float = 1.0
+    """Sample from the tokens that together have this probability and whose surprisal is
+    nearest to the entropy; 1: from all."""
+    top_n_sigma: float = 0.0
+    """Sample from logits within this many standard deviations of the largest; 0: from
+    all."""
+    xtc_probability: float = 0.0
+    """How often XTC drops all tokens above the threshold but the least likely one."""
+    xtc_threshold: float = 0.1
+    """Probability from which on XTC may drop a token."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the text so far less likely; divides their positive logits and
+    multiplies their negative ones; 1: off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that are among the new ones."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token each time it is among the new ones."""
+    dry_multiplier: float = 0.0
+    """Strength of DRY, which makes tokens less likely that prolong a repetition; 0:
+    off."""
+    dry_base: float = 1.75
+    """Factor of DRY's penalty for each token that a repetition is longer."""
+    dry_allowed_length: int = 2
+    """Tokens of a repetition from which on DRY has an effect."""
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    """Texts that no repetition of DRY extends across."""
+    no_repeat_ngram: int = 0
+    """Never repeat so many tokens in a row; 0: off."""
+    bias_ids: tuple[int, ...] = ()
+    """Token ids whose logits are changed."""
+    biases: tuple[float, ...] = ()
+    """What is added to the logits of `bias_ids`, one number for each."""
+    forbidden_ids: tuple[int, ...] = ()
+    """Token ids that are never sampled."""
+    min_new_tokens: int = 0
+    """New tokens before which no token of `stop_ids` is sampled."""
     stop_ids: tuple[int, ...] = ()
     """Token ids that end a text and are not part of it; when empty, `sample` and `chat`
     take those of the tokenizer."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end the new text and are not part of it."""
 
     def __post_init__(self):
         check_types(self, "sample")
-        check(self, "sample", "> 0", "max_new_tokens")
-        check(self, "sample", ">= 0", "top_k")
+        check(self, "sample", "> 0", "max_new_tokens", "repetition_penalty")
+        check(self, "sample", ">= 0", "top_k", "top_n_sigma", "dry_multiplier")
+        check(self, "sample", ">= 0", "no_repeat_ngram", "min_new_tokens")
+        check(self, "sample", "at least 1", "dry_base", "dry_allowed_length")
         check(self, "sample", "in [0, 100]", "temperature")
-        check(self, "sample", "in (0, 1]", "top_p")
+        check(self, "sample", "in (0, 1]", "top_p", "typical_p")
+        probabilities = ("min_p", "xtc_probability", "xtc_threshold")
+        check(self, "sample", "in [0, 1]", *probabilities)
+        if len(self.bias_ids) != len(self.biases):
+            raise ValueError(
+                f"sample.bias_ids has {len(self.bias_ids)} ids and sample.biases "
+                f"{len(self.biases)} numbers: give one number for each id"
+            )
+        for name in ("stop_strings", "dry_breakers"):
+            if "" in getattr(self, name):
+                raise ValueError(f"sample.{name} has an empty text: leave it out")
 
 
 NEEDS_INIT_FROM = "CHECKPOINT"
@@ -595,16 +607,12 @@ class Config:
     """How the text samples during training are drawn."""
     fresh: bool = False
     """Start over in a run folder that has checkpoints, and move those aside."""
-    resume_step: int | None = None
-    """Continue from this saved step, not the newest, and move later ones aside."""
     init_from: str | None = None
     """Checkpoint whose model and parameters start the run, at step 0:
     a run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name."""
 
     def __post_init__(self):
         check_types(self, "config")
-        if self.resume_step is not None and self.fresh:
-            raise ValueError("--fresh starts over: leave it or --resume-step out")
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
                 f"data.sequence_length is {self.data.sequence_length}, more than "

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jaxlm.commands.generation import check_room, open_model, with_stop_ids
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import ModelConfig
 from jaxlm.infer.generate import Generation, generate
+from jaxlm.infer.rules.stop_strings import StopText
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
@@ -61,7 +62,8 @@ def write_samples(
     room = model.context_length - len(prompt)
     limit = min(room, chosen.sample.max_new_tokens)
     sample = dataclasses.replace(chosen.sample, max_new_tokens=limit)
-    with Printer(tokenizer, chosen.prompt, chosen.num_samples) as printer:
+    stops = sample.stop_strings
+    with Printer(tokenizer, chosen.prompt, chosen.num_samples, stops) as printer:
         result = generate(
             model,
             params,
@@ -69,6 +71,7 @@ def write_samples(
             with_stop_ids(sample, tokenizer),
             jax.random.key(chosen.seed),
             num_tokens=tokenizer.vocab_size,
+            token_bytes=tokenizer.token_bytes,
             on_tokens=printer.feed,
         )
     if limit < chosen.sample.max_new_tokens and (result.lengths == limit).any():
@@ -91,10 +94,17 @@ class Printer:
     collector, so it is raised again at the next tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, num_samples: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        num_samples: int,
+        stop_strings: Sequence[str] = (),
+    ):
         self._interrupts = Interrupts({signal.SIGINT: EXIT_INTERRUPTED})
         self._begun = False
         self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
+        self._stops = [StopText(stop_strings) for _ in range(num_samples)]
         self._texts = [prompt] * num_samples
 
     def __enter__(self) -> "Printer":
@@ -118,8 +128,10 @@ class Printer:
             raise KeyboardInterrupt
         self._waiting.finish()
         self._add(
-            "".join(stream.feed(int(t)) for t in row[mask])
-            for stream, row, mask in zip(self._streams, new, inside, strict=True)
+            stop.feed("".join(stream.feed(int(t)) for t in row[mask]))
+            for stop, stream, row, mask in zip(
+                *(self._stops, self._streams, new, inside), strict=True
+            )
         )
 
     def _add(self, texts: Iterable[str]) -> None:
@@ -131,7 +143,10 @@ class Printer:
         print(self._texts[0][shown:], end="", flush=True)
 
     def _finish(self) -> None:
-        self._add(stream.finish() for stream in self._streams)
+        self._add(
+            stop.feed(stream.finish()) + stop.finish()
+            for stop, stream in zip(self._stops, self._streams, strict=True)
+        )
         print()
         for i, text in enumerate(self._texts[1:], start=2):
             print(f"--- sample {i}\n{text}")

@@ -1,5 +1,6 @@
 """Checks what `generate` is given, before anything is compiled."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.fields import nearest
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_ids, check_key
@@ -56,38 +58,99 @@ def _row(i: int, prompt: Any, num_tokens: int) -> Int[np.ndarray, " _"]:
     return row.astype(np.int32)
 
 
-def check_room(
-    config: ModelConfig, rows: list[Int[np.ndarray, " _"]], max_new_tokens: int
-) -> None:
-    """Raises a ValueError for a row that leaves no room for as many new tokens."""
-    context = config.context_length
-    for i, row in enumerate(rows):
-        total, room = len(row) + max_new_tokens, context - len(row)
-        if total > context:
-            lower = f" or lower max_new_tokens to {room}" if room > 0 else ""
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens, with {max_new_tokens} new ones "
-                f"{total}: more than the model's context of {context}; shorten the "
-                f"prompt{lower}"
-            )
+def row_samples(sample: Any, num_rows: int) -> list[SampleConfig]:
+    """Returns the config of each row.
 
-
-def check_sampling(config: ModelConfig, sample: Any, key: Any, num_tokens: Any) -> None:
-    """Raises a ValueError for wrong arguments of `generate` about sampling."""
-    if not isinstance(sample, SampleConfig):
+    Raises:
+      ValueError: if `sample` is neither None, nor a config, nor one for each row.
+    """
+    if sample is None or isinstance(sample, SampleConfig):
+        return [sample or SampleConfig()] * num_rows
+    if not isinstance(sample, Sequence) or not all(
+        isinstance(s, SampleConfig) for s in sample
+    ):
         raise ValueError(
             f"sample is a {type(sample).__name__}, not a SampleConfig: the order is "
             "(config, params, prompts, sample, key)"
         )
-    for stop in sample.stop_ids:
-        if not 0 <= stop < config.vocab_size:
-            raise ValueError(f"sample.stop_ids: {stop} is not in the vocabulary")
-    check_key(key)
-    is_integer = isinstance(num_tokens, int | np.integer)
-    if not is_integer or not 0 < num_tokens <= config.vocab_size:
+    if len(sample) != num_rows:
         raise ValueError(
-            f"num_tokens is {num_tokens!r}: it must be from 1 to model.vocab_size "
-            f"{config.vocab_size}"
+            f"sample has {len(sample)} configs for {num_rows} prompts: give one for "
+            "each, or one for all"
+        )
+    return list(sample)
+
+
+def check_unknown(unknown: Mapping[str, Any]) -> None:
+    """Raises a TypeError for an argument that `generate` does not have."""
+    for name, value in unknown.items():
+        fields = list(SampleConfig.__dataclass_fields__)
+        if name in fields:
+            raise TypeError(
+                f"generate has no {name}: give sample=SampleConfig({name}={value!r})"
+            )
+        raise TypeError(f"generate has no {name}{nearest(name, fields)}")
+
+
+def check_room(
+    config: ModelConfig,
+    rows: list[Int[np.ndarray, " _"]],
+    samples: list[SampleConfig],
+) -> None:
+    """Raises a ValueError for a row that leaves no room for its new tokens."""
+    context = config.context_length
+    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        new, room = sample.max_new_tokens, context - len(row)
+        if new > room:
+            lower = f" or lower max_new_tokens to {room}" if room > 0 else ""
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens, with {new} new ones "
+                f"{len(row) + new}: more than the model's context of {context}; "
+                f"shorten the prompt{lower}"
+            )
+
+
+def check_numbers(
+    config: ModelConfig, key: Any, num_tokens: Any, top_logprobs: Any
+) -> None:
+    """Raises a ValueError for a wrong key or a number that is out of range."""
+    check_key(key)
+    for name, value, least in (
+        ("num_tokens", num_tokens, 1),
+        ("top_logprobs", top_logprobs, 0),
+    ):
+        is_integer = isinstance(value, int | np.integer)
+        if not is_integer or not least <= value <= config.vocab_size:
+            raise ValueError(
+                f"{name} is {value!r}: it must be from {least} to model.vocab_size "
+                f"{config.vocab_size}"
+            )
+
+
+def check_samples(
+    config: ModelConfig,
+    samples: list[SampleConfig],
+    num_tokens: int,
+    token_bytes: Sequence[bytes] | None,
+) -> None:
+    """Raises a ValueError for configs that do not fit the model and tokenizer."""
+    for sample in dict.fromkeys(samples):
+        for name in ("stop_ids", "bias_ids", "forbidden_ids"):
+            for i in getattr(sample, name):
+                if not 0 <= i < config.vocab_size:
+                    raise ValueError(f"sample.{name}: {i} is not in the vocabulary")
+        if len({i for i in sample.forbidden_ids if i < num_tokens}) == num_tokens:
+            raise ValueError("sample.forbidden_ids leaves no token: forbid fewer")
+        if token_bytes is None and (sample.stop_strings or sample.dry_multiplier):
+            name = "stop_strings" if sample.stop_strings else "dry_multiplier"
+            raise ValueError(
+                f"sample.{name} needs the text of the tokens: give "
+                "token_bytes=tokenizer.token_bytes"
+            )
+    if token_bytes is not None and len(token_bytes) > config.vocab_size:
+        raise ValueError(
+            f"token_bytes has {len(token_bytes)} texts for the {config.vocab_size} ids "
+            "of the model: it is of another tokenizer"
         )
 
 

@@ -13,6 +13,7 @@ from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.chat_ids import chat_ids
 from jaxlm.infer.generate import generate
 from jaxlm.infer.generation_state import GenerationState
+from jaxlm.infer.rules.stop_strings import StopText
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
 
@@ -156,7 +157,8 @@ class Conversation:
                 f"context is {self.config.context_length}"
             )
         limit = min(room, self._sample.max_new_tokens)
-        reply = _Reply(TextStream(self._tokenizer), on_text)
+        strings = self._sample.stop_strings
+        reply = _Reply(TextStream(self._tokenizer), StopText(strings), on_text)
         prefill_tokens, prefill_s, decode_s = len(ids), 0.0, 0.0
         # Generation takes over the memory of the state.
         state, self._state = self._state, None
@@ -168,6 +170,7 @@ class Conversation:
                 replace(self._sample, max_new_tokens=limit),
                 next(self._keys),
                 num_tokens=self._tokenizer.vocab_size,
+                token_bytes=self._tokenizer.token_bytes,
                 on_tokens=reply.feed,
                 resume=state,
                 return_state=True,
@@ -210,21 +213,24 @@ class Conversation:
 class _Reply:
     """Turns the tokens of an answer into text as they come, until it is stopped."""
 
-    def __init__(self, stream: TextStream, on_text: Callable[[str], Any]):
-        self._stream, self._on_text = stream, on_text
+    def __init__(
+        self, stream: TextStream, stop: StopText, on_text: Callable[[str], Any]
+    ):
+        self._stream, self._stop, self._on_text = stream, stop, on_text
         self._text = ""
         self.num_tokens, self.is_stopped = 0, False
 
     def feed(
         self, new: Int[np.ndarray, "1 n"], inside: Bool[np.ndarray, "1 n"]
     ) -> bool:
-        self._add("".join(self._stream.feed(int(t)) for t in new[0][inside[0]]))
+        text = "".join(self._stream.feed(int(t)) for t in new[0][inside[0]])
+        self._add(self._stop.feed(text))
         self.num_tokens += 0 if self.is_stopped else int(inside.sum())
         return self.is_stopped
 
     def finish(self) -> str:
         if not self.is_stopped:
-            self._add(self._stream.finish())
+            self._add(self._stop.feed(self._stream.finish()) + self._stop.finish())
         return self._text
 
     def _add(self, text: str) -> None:

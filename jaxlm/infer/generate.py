@@ -1,4 +1,4 @@
-"""Generation: prefill the prompts, then decode in a `lax.scan` over a cache.
+"""Generation: reads the prompts into a cache, then decodes token by token.
 
 Prompt lengths, cache lengths and decoding steps are rounded up to a few sizes, so that
 a prompt of another length reuses compiled programs. A call can go on from the cache of
@@ -8,9 +8,8 @@ text is left to the caller.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +17,31 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
-from jaxlm.infer.check_arguments import check_room, check_sampling, check_state, row_ids
+from jaxlm.infer.check_arguments import (
+    check_numbers,
+    check_room,
+    check_samples,
+    check_state,
+    check_unknown,
+    row_ids,
+    row_samples,
+)
+from jaxlm.infer.decoding import CHUNK, DecodeState, Drawn, Programs, Rows
+from jaxlm.infer.decoding import programs as programs_of
 from jaxlm.infer.generation_state import GenerationState
-from jaxlm.infer.sampling import NEVER, sample_tokens
+from jaxlm.infer.row_settings import row_settings
+from jaxlm.infer.rules.penalties import History
+from jaxlm.infer.rules.stop_strings import stop_table
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
-from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import Cache, LayerCache, unstack
-from jaxlm.model.params import cast_matrices
-from jaxlm.model.transformer import forward, unembed
-from jaxlm.ops.linear import compute_dtype
-from jaxlm.sharding.rules import batch_parts, reshard
+from jaxlm.model.kv_cache import Cache, LayerCache
+from jaxlm.sharding.rules import activation_spec, batch_parts
 from jaxlm.types import Params
 
-# Tokens decoded by one call of the compiled program. Between calls a stream prints its
-# text, and generation can stop.
-CHUNK = 16
 OnTokens = Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
 SMALLEST_BUCKET = 32
+# Tokens of all rows that prefill reads at once: a bound on its memory.
+PREFILL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,12 @@ class Generation:
     lengths: Int[np.ndarray, " B"]
     """Number of new tokens of each row, without the stop token."""
     logprobs: Float[np.ndarray, "B max_new_tokens"]
-    """Log-probability of each token among the tokenizer's ids, f32; 0 after the end."""
+    """Log-probability of each token among the tokenizer's ids, f32, before any rule or
+    temperature; 0 after the end."""
+    top_tokens: Int[np.ndarray, "B max_new_tokens n"]
+    """The `top_logprobs` most likely tokens in the place of each, the first first."""
+    top_logprobs: Float[np.ndarray, "B max_new_tokens n"]
+    """Their log-probabilities, as `logprobs`."""
     prefill_s: float
     """Seconds for the prompts, without compiling."""
     decode_s: float
@@ -66,21 +77,6 @@ class Generation:
         return [row[:length] for row, length in pairs]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeState:
-    """Everything that the decoding scan carries from token to token."""
-
-    # `Any`: see `jaxlm/types.py` on leaves.
-    cache: Cache
-    logits: Any
-    """[B, V] f32: logits of the next token."""
-    count: Any
-    """[] int32: new tokens so far."""
-    done: Any
-    """[B] bool: rows that have sampled a stop token."""
-
-
 def bucket(length: int, largest: int) -> int:
     """`length` rounded up to a power of two from `SMALLEST_BUCKET` to `largest`."""
     size = SMALLEST_BUCKET
@@ -95,19 +91,22 @@ def generate(
     prompts: Sequence[Sequence[int]]
     | Sequence[Integer[np.ndarray, " _"]]
     | Integer[np.ndarray | Array, "B _"],
-    sample: SampleConfig | None = None,
+    sample: SampleConfig | Sequence[SampleConfig] | None = None,
     key: Key[Array, ""] | None = None,
     *,
     num_tokens: int | None = None,
+    token_bytes: Sequence[bytes] | None = None,
+    top_logprobs: int = 0,
     on_tokens: OnTokens | None = None,
     resume: GenerationState | None = None,
     return_state: bool = False,
     block: type[Block] = Block,
+    **unknown: Any,
 ) -> Generation:
     """Continues each prompt.
 
-    A row's result depends on its prompt, its index in the batch and the key, not on the
-    other rows or their lengths.
+    A row's result depends on its prompt, its config, its index in the batch and the
+    key, not on the other rows or their lengths.
 
     With `resume`, each row keeps the longest prefix that its prompt shares with the
     tokens of that row in the state, and the rest is prefilled. The result is that of a
@@ -117,11 +116,16 @@ def generate(
       params: stacked over layers, as `init` and `load` return them.
       prompts: rows of token ids, at least one each; lengths may differ.
       sample: how to sample, and when to stop: `stop_ids` are usually the tokenizer's.
-        None takes the defaults, which stop at no token.
+        One for all rows, or one for each. None takes the defaults, which stop at no
+        token.
       key: a typed PRNG key; None takes that of seed 0, which gives the same texts each
         time.
       num_tokens: only ids below this are sampled: those that the tokenizer has. None
         takes `config.vocab_size`.
+      token_bytes: `tokenizer.token_bytes`, which stop strings and DRY need. The tokens
+        of a stop string are among the result's, since it may end inside a token;
+        `StopText` cuts it off the text.
+      top_logprobs: how many of the most likely tokens to report at each token.
       on_tokens: called with each chunk of new tokens and a mask of those that belong to
         the text; returning True ends the generation.
       resume: the state of an earlier call with as many prompts and the same model. Its
@@ -130,63 +134,70 @@ def generate(
       block: what computes a layer; see `Block`.
 
     Raises:
+      TypeError: for an argument that does not exist.
       ValueError: for arguments of another type, an empty prompt, an id outside the
         vocabulary, a prompt that is too long for the context with max_new_tokens,
         logits that are not finite, or a state that was used or belongs to another model
         or number of prompts.
     """
+    check_unknown(unknown)
     check_model(config, params, block)
-    sample = SampleConfig() if sample is None else sample
     key = jax.random.key(0) if key is None else key
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
-    check_sampling(config, sample, key, num_tokens)
+    check_numbers(config, key, num_tokens, top_logprobs)
     rows = row_ids(prompts, num_tokens)
-    check_room(config, rows, sample.max_new_tokens)
+    samples = row_samples(sample, len(rows))
+    check_samples(config, samples, num_tokens, token_bytes)
+    check_room(config, rows, samples)
+
     num_rows = len(rows)
-    rows += rows[:1] * (-num_rows % batch_parts())
-    lengths = np.array([len(row) for row in rows], np.int32)
-    needed = int(lengths.max()) + sample.max_new_tokens
+    padding = -num_rows % batch_parts()
+    rows, samples = rows + rows[:1] * padding, samples + samples[:1] * padding
+    needed = max(len(r) + s.max_new_tokens for r, s in zip(rows, samples, strict=True))
     max_length = bucket(needed, config.context_length)
     if resume is not None:
         check_state(resume, config, params, block, len(rows))
         max_length = max(max_length, resume.cache.max_length)
-    tokens, kept = _tokens_to_prefill(rows, resume, max_length)
-    # `max_new_tokens` does not change the programs.
-    same = replace(sample, max_new_tokens=1)
-    programs = _programs(config, max_length, same, num_tokens, block)
+    num_top = bucket(top_logprobs, config.vocab_size) if top_logprobs else 0
+    programs = programs_of(config, max_length, num_top, block)
 
     clock = _Clock(programs)
-    layers = None if resume is None else resume.cache.layers
-    if resume is None or resume.cache.max_length < max_length:
-        layers = programs.allocate(lengths, layers)
-        if resume is not None:
-            resume.delete()
-    state = programs.prefill(params, tokens, kept, lengths, layers)
-    jax.block_until_ready(state.logits)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    layers, logits, kept = _prefill(
+        config, programs, params, rows, lengths, max_length, resume
+    )
+    jax.block_until_ready(logits)
     prefill_s = clock.lap()
 
     split = programs.split(params) if resume is None else resume.split_params
-    jax.block_until_ready(split)  # not part of the time for decoding
+    settings = row_settings(samples, config.vocab_size, token_bytes or ())
+    stops = [s.stop_strings for s in samples]
+    table = stop_table(stops, token_bytes or (), config.vocab_size)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
+    history, is_done = _history(rows, max_length), np.zeros(len(rows), bool)
+    begun = Rows(history, table.start_states, is_done)
+    filled, begun, keys, settings = programs.place((lengths, begun, keys, settings))
+    state = DecodeState(Cache(layers, filled), logits, begun)
+    shared = jnp.asarray(table.next_states), jnp.int32(num_tokens)
+    # Not part of the time for decoding.
+    jax.block_until_ready((split, state, keys, settings, shared))
     clock.lap()
-    state, drawn, inside, logprobs = _decode(
-        lambda state: programs.decode(split, state, keys),
-        state,
-        sample.max_new_tokens,
-        num_rows,
-        on_tokens,
+    most = max(sample.max_new_tokens for sample in samples)
+    state, drawn = _decode(
+        lambda state: programs.decode(split, state, keys, settings, *shared),
+        *(state, most, num_rows, on_tokens),
     )
     decode_s = clock.lap()
 
-    held = [np.concatenate([row, new]) for row, new in zip(rows, drawn, strict=True)]
-    count = min(drawn.shape[1], sample.max_new_tokens)
-    text = np.s_[:num_rows, :count]
-    new, inside, logprobs = drawn[text], inside[text], logprobs[text]
-    missing = ((0, 0), (0, sample.max_new_tokens - count))
+    pairs = zip(rows, drawn.tokens, strict=True)
+    held = [np.concatenate(pair) for pair in pairs]
+    text = _texts(drawn, num_rows, most, top_logprobs)
     return Generation(
-        tokens=np.pad(np.where(inside, new, 0), missing).astype(np.int32),
-        lengths=inside.sum(axis=1).astype(np.int32),
-        logprobs=np.pad(np.where(inside, logprobs, 0), missing).astype(np.float32),
+        tokens=text.tokens,
+        lengths=text.inside.sum(axis=1).astype(np.int32),
+        logprobs=text.logprobs,
+        top_tokens=text.top_tokens,
+        top_logprobs=text.top_logprobs,
         prefill_s=prefill_s,
         decode_s=decode_s,
         compile_s=clock.compile_s,
@@ -197,93 +208,124 @@ def generate(
     )
 
 
-def _tokens_to_prefill(
-    rows: list[Int[np.ndarray, " _"]], resume: GenerationState | None, max_length: int
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """Returns the tokens that the cache lacks, and where each row starts in it."""
-    kept = [0] * len(rows) if resume is None else resume.shared_lengths(rows)
-    new = max(len(row) - n for row, n in zip(rows, kept, strict=True))
-    width = bucket(new, max_length)
+def _prefill(
+    config: ModelConfig,
+    programs: Programs,
+    params: Params,
+    rows: list[Int[np.ndarray, " _"]],
+    lengths: Int[np.ndarray, " B"],
+    max_length: int,
+    resume: GenerationState | None,
+) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"], Int[np.ndarray, " B"]]:
+    """Reads what the cache lacks, in chunks of a few sizes.
+
+    Returns the layers of the cache, the logits of each row's next token, and how many
+    tokens of each row the cache held before.
+    """
+    kept = np.zeros_like(lengths)
+    if resume is not None:
+        kept = np.array(resume.shared_lengths(rows), np.int32)
+    widths = _widths(int((lengths - kept).max()), len(rows), max_length)
     # The cache must have room for the padding too.
-    kept = [min(n, max_length - width) for n in kept]
-    tokens = np.zeros((len(rows), width), np.int32)
-    for new, row, n in zip(tokens, rows, kept, strict=True):
-        new[: len(row) - n] = row[n:]
-    return tokens, np.array(kept, np.int32)
+    kept = np.minimum(kept, max_length - sum(widths))
+    layers = logits = None
+    if resume is not None and kept.any():
+        layers = resume.cache.layers
+        shape, sharding = (len(rows), config.vocab_size), activation_spec("B_")
+        logits = jnp.zeros(shape, jnp.float32, out_sharding=sharding)
+        if resume.cache.max_length < max_length:
+            layers = programs.grow(layers)
+    if resume is not None and layers is not resume.cache.layers:
+        resume.delete()
+    start = kept
+    for width in widths:
+        tokens = np.zeros((len(rows), width), np.int32)
+        for new, row, first in zip(tokens, rows, start, strict=True):
+            part = row[first : first + width]
+            new[: len(part)] = part
+        if layers is None:
+            layers, logits = programs.begin(params, tokens, lengths)
+        else:
+            layers, logits = programs.extend(
+                *(params, tokens, start, lengths, layers, logits)
+            )
+        start = start + np.int32(width)
+    return layers, logits, kept
+
+
+def _widths(length: int, num_rows: int, max_length: int) -> list[int]:
+    """Splits a prompt into chunks: whole ones, and a power of two for the rest."""
+    whole = SMALLEST_BUCKET
+    while 2 * whole * num_rows <= PREFILL_TOKENS:
+        whole *= 2
+    widths = [whole] * ((length - 1) // whole)
+    done = sum(widths)
+    return [*widths, bucket(length - done, max_length - done)]
+
+
+def _history(rows: list[Int[np.ndarray, " _"]], max_length: int) -> History:
+    tokens = np.zeros((len(rows), max_length), np.int32)
+    for new, row in zip(tokens, rows, strict=True):
+        new[: len(row)] = row
+    lengths = np.array([len(row) for row in rows], np.int32)
+    return History(tokens, lengths, lengths.copy())
 
 
 def _decode(
-    step: Callable[[DecodeState], tuple[DecodeState, Array, Array, Array]],
+    step: Callable[[DecodeState], tuple[DecodeState, Drawn]],
     state: DecodeState,
     max_new_tokens: int,
     num_rows: int,
     on_tokens: OnTokens | None,
-) -> tuple[
-    DecodeState,
-    Int[np.ndarray, "B n"],
-    Bool[np.ndarray, "B n"],
-    Float[np.ndarray, "B n"],
-]:
+) -> tuple[DecodeState, Drawn]:
     """Calls `step` for one chunk after another, until the texts end.
 
-    Returns the new tokens, a mask of those before the end of each text, and their
-    log-probabilities: in whole chunks, and with the rows that pad the batch.
+    Returns what was drawn, in whole chunks and with the rows that pad the batch.
     """
-    chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    chunks = []
     for first in range(0, max_new_tokens, CHUNK):
-        state, *out = step(state)
-        new, inside, logprobs = map(np.asarray, out)
-        if np.isnan(logprobs).any():
+        state, drawn = step(state)
+        drawn = jax.tree.map(np.asarray, drawn)
+        if np.isnan(drawn.logprobs).any():
             raise ValueError(
                 "the model's logits are not finite: its parameters hold NaN or "
                 "infinities, or the compute dtype overflows (compute in float32)"
             )
-        chunks.append((new, inside, logprobs))
+        chunks.append(drawn)
         # The last chunk may go beyond `max_new_tokens`.
         text = np.s_[:num_rows, : max_new_tokens - first]
-        stopped = on_tokens is not None and on_tokens(new[text], inside[text]) is True
-        if stopped or not inside[text][:, -1].any():
+        new, inside = drawn.tokens[text], drawn.inside[text]
+        if on_tokens is not None and on_tokens(new, inside) is True:
             break
-    new, inside, logprobs = (
-        np.concatenate(c, axis=1) for c in zip(*chunks, strict=True)
+        if np.asarray(state.rows.is_done)[:num_rows].all():
+            break
+    return state, jax.tree.map(lambda *x: np.concatenate(x, axis=1), *chunks)
+
+
+def _texts(drawn: Drawn, num_rows: int, length: int, num_top: int) -> Drawn:
+    """Cuts what was drawn to rows of `length` tokens, with 0 after their ends."""
+    inside = drawn.inside[:num_rows, :length]
+
+    def text(x: np.ndarray) -> np.ndarray:
+        x = x[:num_rows, :length]
+        x = np.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), x, 0)
+        x = x.astype(np.int32 if x.dtype.kind == "i" else np.float32)
+        missing = (length - x.shape[1], *[0] * (x.ndim - 2))
+        return np.pad(x, [(0, 0), *((0, n) for n in missing)])
+
+    return Drawn(
+        text(drawn.tokens),
+        inside,
+        text(drawn.logprobs),
+        text(drawn.top_tokens[..., :num_top]),
+        text(drawn.top_logprobs[..., :num_top]),
     )
-    return state, new, inside, logprobs
-
-
-class _Program:
-    """A jitted function that measures its compile time."""
-
-    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...] = ()):
-        self._jitted = jax.jit(function, donate_argnums=donate)
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self.compile_s = 0.0
-
-    def __call__(self, *arguments: Any) -> Any:
-        leaves, structure = jax.tree.flatten(arguments)
-        types = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
-        key = (jax.sharding.get_mesh(), structure, types)
-        if key not in self._compiled:
-            start = time.perf_counter()
-            self._compiled[key] = self._jitted.lower(*arguments).compile()
-            self.compile_s += time.perf_counter() - start
-        return self._compiled[key](*arguments)
-
-
-class _Programs(NamedTuple):
-    allocate: _Program
-    prefill: _Program
-    split: _Program
-    decode: _Program
-
-    @property
-    def compile_s(self) -> float:
-        return sum(program.compile_s for program in self)
 
 
 class _Clock:
     """Measures the stages of a generation, without compiling."""
 
-    def __init__(self, programs: _Programs):
+    def __init__(self, programs: Programs):
         self._programs = programs
         self._compiled_before = programs.compile_s
         self._lap = time.perf_counter(), self._compiled_before
@@ -298,91 +340,3 @@ class _Clock:
         seconds = (now - self._lap[0]) - (compiled - self._lap[1])
         self._lap = now, compiled
         return seconds
-
-
-@lru_cache(maxsize=32)
-def _programs(
-    config: ModelConfig,
-    max_length: int,
-    sample: SampleConfig,
-    num_tokens: int,
-    block: type[Block],
-) -> _Programs:
-    """The compiled functions of a model and sampling config, for every batch shape."""
-    dtype = compute_dtype(config.dtype)
-    forward_block = partial(forward, config, block=block)
-
-    def allocate(lengths, old) -> tuple[LayerCache, ...]:
-        """An empty cache, or `old` with more room."""
-        stacked = init_cache(config, lengths.shape[0], max_length).layers
-        layers = unstack(stacked, config.num_layers)
-        if old is None:
-            return layers
-        return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, 0, 0, 0)), layers, old
-        )
-
-    def prefill(params, tokens, kept, lengths, layers) -> DecodeState:
-        """Adds each row's tokens after the first `kept`, up to `lengths` in all."""
-        tokens = reshard(tokens, "BT")
-        kept, lengths = reshard(kept, "B"), reshard(lengths, "B")
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-        cache = Cache(layers=stacked, lengths=kept)
-        # Padding does not make a row longer: some rotations depend on its length.
-        index = kept[:, None] + jnp.arange(tokens.shape[1])
-        positions = jnp.minimum(index, lengths[:, None] - 1)
-        out = forward_block(
-            params, tokens, positions=positions, cache=cache, head=False
-        )
-        assert out.cache is not None
-        # Only the last token of each prompt needs logits.
-        is_last = index == lengths[:, None] - 1
-        last = jnp.sum(
-            jnp.where(is_last[..., None], out.hidden_states, 0), axis=1, keepdims=True
-        )
-        logits = unembed(config, params, last)[:, 0]
-        layers = unstack(out.cache.layers, config.num_layers)
-        return DecodeState(
-            cache=Cache(layers=layers, lengths=lengths),
-            logits=logits,
-            count=jnp.zeros((), jnp.int32),
-            done=jnp.zeros_like(lengths, dtype=bool),
-        )
-
-    def decode(params, state: DecodeState, keys):
-        keys = reshard(keys, "B")
-
-        def one(state: DecodeState, _):
-            keys_now = jax.vmap(lambda k: jax.random.fold_in(k, state.count))(keys)
-            exists = jnp.arange(config.vocab_size) < num_tokens
-            logits = jnp.where(exists, reshard(state.logits, "B_"), NEVER)
-            token, logprob = sample_tokens(
-                logits,
-                keys_now,
-                temperature=sample.temperature,
-                top_k=sample.top_k,
-                top_p=sample.top_p,
-            )
-            stop = jnp.zeros_like(state.done)
-            for stop_id in sample.stop_ids:
-                stop |= token == stop_id
-            inside = ~(state.done | stop)
-            out = forward_block(params, token[:, None], cache=state.cache)
-            assert out.cache is not None and out.logits is not None
-            new = DecodeState(out.cache, out.logits[:, 0], state.count + 1, ~inside)
-            return new, (token, inside, logprob)
-
-        state, out = jax.lax.scan(one, state, length=CHUNK)
-        return state, *(x.swapaxes(0, 1) for x in out)
-
-    def split(params):
-        # Each einsum would round them, in every step anew.
-        params = cast_matrices(params, dtype)
-        return {**params, "layers": unstack(params["layers"], config.num_layers)}
-
-    return _Programs(
-        _Program(allocate),
-        _Program(prefill, donate=(4,)),
-        _Program(split),
-        _Program(decode, donate=(1,)),
-    )

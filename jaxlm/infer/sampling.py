@@ -1,68 +1,132 @@
-"""From logits to a token: the functions that a decoding step composes."""
+"""From logits to a token: the rules in the order in which they apply.
+
+1. logit bias and forbidden ids;
+2. repetition, presence and frequency penalty, DRY;
+3. what may not follow: repeated n-grams, and stop tokens before the minimum length;
+4. temperature; greedy rows take the largest logit here;
+5. top-n-sigma, top-k, top-p, min-p, typical-p, XTC, each on what the one before left.
+
+Settings are arrays, and a rule that no row uses is skipped while the program runs, so
+one compiled program serves them all.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-# The logit of a masked token. Finite, so that a fully masked row does not give NaN.
-NEVER = -1e30
+from jaxlm.infer.row_settings import RowSettings
+from jaxlm.infer.rules import filters, penalties
+from jaxlm.infer.rules.filters import NEVER
+from jaxlm.infer.rules.penalties import History
+
 # Below this temperature logits / temperature could fall below `NEVER`, and the largest
 # logit has all the probability anyway.
 GREEDY_BELOW = 1e-20
-
-
-def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Masks all but the k largest logits of a row; ties with the k-th are kept."""
-    smallest_kept = jax.lax.top_k(logits, k)[0][:, -1:]
-    return jnp.where(logits < smallest_kept, NEVER, logits)
-
-
-def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Nucleus filter (Holtzman et al. 2019, arXiv:1904.09751).
-
-    Keeps the fewest most likely tokens whose probabilities sum to at least `p`, and
-    always the most likely one.
-    """
-    descending = -jnp.sort(-logits, axis=-1)
-    probs = jax.nn.softmax(descending, axis=-1)
-    mass_before = jnp.cumsum(probs, axis=-1) - probs
-    kept = jnp.where(mass_before < p, descending, jnp.inf)
-    smallest_kept = kept.min(axis=-1, keepdims=True)
-    return jnp.where(logits < smallest_kept, NEVER, logits)
+# A scaled logit that is this much below the largest has no probability in f32.
+NEGLIGIBLE = -1e20
 
 
 def sample_tokens(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Samples a token for each row.
+    settings: RowSettings,
+    history: History,
+) -> Int[Array, " B"]:
+    """Samples a token (int32) for each row.
 
     Args:
-      logits: f32.
-      keys: one for each row, so that a row does not depend on its neighbours.
-      temperature: below `GREEDY_BELOW`, 0 included, takes the largest logit.
-      top_k: 0 keeps all.
-      top_p: 1 keeps all.
-
-    Returns:
-      Tokens (int32), and their log-probabilities (f32) under the given logits, before
-      temperature and filters.
+      logits: f32; `NEVER` for ids that do not exist.
+      keys: one for each row and index in it, so that a row does not depend on its
+        neighbours.
     """
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    if temperature < GREEDY_BELOW:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        scaled = logits / temperature
-        if 0 < top_k < logits.shape[-1]:
-            scaled = keep_top_k(scaled, top_k)
-        if top_p < 1:
-            scaled = keep_top_p(scaled, top_p)
-        tokens = jax.vmap(jax.random.categorical)(keys, scaled)
-    tokens = tokens.astype(jnp.int32)
-    # A comparison instead of a gather: it keeps the sharding of the batch.
-    is_token = jnp.arange(logits.shape[-1]) == tokens[:, None]
-    return tokens, jnp.sum(jnp.where(is_token, logprobs, 0.0), axis=-1)
+    logits = penalized(logits, settings, history)
+    greedy = settings.temperature < GREEDY_BELOW
+    largest = jnp.argmax(logits, axis=-1)
+
+    def draw() -> Int[Array, " B"]:
+        drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits, keys, settings))
+        return jnp.where(greedy, largest, drawn)
+
+    tokens = jax.lax.cond(greedy.all(), lambda: largest, draw)
+    return tokens.astype(jnp.int32)
+
+
+def penalized(
+    logits: Float[Array, "B V"], settings: RowSettings, history: History
+) -> Float[Array, "B V"]:
+    """Applies the rules that come before the temperature."""
+    s = settings
+    logits = logits + s.bias
+    logits = _where_used(
+        s.repetition_penalty != 1,
+        lambda x: penalties.repetition_penalty(x, history, s.repetition_penalty),
+        logits,
+    )
+    logits = _where_used(
+        (s.presence_penalty != 0) | (s.frequency_penalty != 0),
+        lambda x: penalties.presence_and_frequency_penalty(
+            x, history, s.presence_penalty, s.frequency_penalty
+        ),
+        logits,
+    )
+    logits = _where_used(
+        s.dry_multiplier > 0,
+        lambda x: penalties.dry_penalty(
+            *(x, history, s.dry_multiplier, s.dry_base, s.dry_allowed_length),
+            s.is_dry_breaker,
+        ),
+        logits,
+    )
+    logits = _where_used(
+        s.no_repeat_ngram > 0,
+        lambda x: penalties.forbid_repeated_ngrams(x, history, s.no_repeat_ngram),
+        logits,
+    )
+    return _where_used(
+        history.num_new < s.min_new_tokens,
+        lambda x: jnp.where(s.is_stop, NEVER, x),
+        logits,
+    )
+
+
+def filtered(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: RowSettings
+) -> Float[Array, "B V"]:
+    """Applies the temperature and the filters; greedy rows keep their temperature."""
+    s = settings
+    greedy = s.temperature < GREEDY_BELOW
+    temperature = jnp.where(greedy, 1.0, s.temperature)[:, None]
+    scaled, largest = logits / temperature, logits.max(axis=-1, keepdims=True)
+    # Forbidden ids stay at `NEVER`, by which filters know them.
+    logits = jnp.where(logits - largest < NEGLIGIBLE * temperature, NEVER, scaled)
+    for used, keep, setting in (
+        (s.top_n_sigma > 0, filters.keep_top_n_sigma, s.top_n_sigma),
+        (s.top_k > 0, filters.keep_top_k, s.top_k),
+        (s.top_p < 1, filters.keep_top_p, s.top_p),
+        (s.min_p > 0, filters.keep_min_p, s.min_p),
+        (s.typical_p < 1, filters.keep_typical, s.typical_p),
+    ):
+        logits = _where_used(
+            used & ~greedy, lambda x, k=keep, v=setting: k(x, v), logits
+        )
+
+    def drop_top_choices(x):
+        # The key itself draws the token.
+        own = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        return filters.drop_top_choices(x, own, s.xtc_probability, s.xtc_threshold)
+
+    return _where_used((s.xtc_probability > 0) & ~greedy, drop_top_choices, logits)
+
+
+def _where_used(
+    used: Bool[Array, " B"], rule: Callable[[Array], Array], logits: Array
+) -> Float[Array, "B V"]:
+    """Applies a rule to the rows that use it; without any it costs nothing."""
+    return jax.lax.cond(
+        used.any(),
+        lambda x: jnp.where(used[:, None], rule(x), x),
+        lambda x: x,
+        logits,
+    )

@@ -1,6 +1,6 @@
 """The key/value cache: a value that is passed in, returned, and never changed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -29,6 +29,9 @@ class Cache:
     """Stacked over layers, or one per layer, matching the layout of the parameters."""
     lengths: Any
     """[B] int32: tokens in the cache, also the index where the next one is written."""
+    is_empty: bool = field(default=False, metadata={"static": True})
+    """Promises that `lengths` are 0. The new tokens then attend to each other only, and
+    not to the whole of a cache of which they fill a part."""
 
     @property
     def max_length(self) -> int:

@@ -10,7 +10,8 @@ from toy_case import make_params, toy
 from jaxlm import tree
 from jaxlm.config import SampleConfig
 from jaxlm.infer import generate as engine
-from jaxlm.infer.generate import CHUNK, bucket, generate
+from jaxlm.infer.decoding import CHUNK
+from jaxlm.infer.generate import bucket, generate
 from jaxlm.model.transformer import forward
 
 CONFIG = toy()
@@ -197,6 +198,111 @@ def test_other_prompts_of_one_bucket_compile_nothing(greedy, compilations):
     assert len(compilations) > len(before)
 
 
+RULES = {
+    "top_k": 5,
+    "top_p": 0.9,
+    "min_p": 0.01,
+    "typical_p": 0.95,
+    "top_n_sigma": 2.0,
+    "xtc_probability": 0.5,
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.3,
+    "dry_multiplier": 0.8,
+    "no_repeat_ngram": 2,
+    "bias_ids": (4, 9),
+    "biases": (1.0, -2.0),
+    "forbidden_ids": (3,),
+    "min_new_tokens": 3,
+    "stop_ids": (7, 8, 9),
+    "stop_strings": ("zq", "xyz"),
+}
+# Tokens 0 to 25 are letters, and the others pairs of letters.
+LETTERS = [chr(97 + i % 26).encode() * (1 + i // 26) for i in range(CONFIG.vocab_size)]
+
+
+def test_other_settings_and_other_prompts_compile_nothing(greedy, compilations):
+    """Neither a rule that no row used before, nor a length of another row."""
+    before = list(compilations)
+    call = (CONFIG, PARAMS, [[1, 2, 3], [4] * 30, [5]])
+    texts = set()
+    for rule, value in RULES.items():
+        fields = {rule: value}
+        if rule == "bias_ids":
+            fields["biases"] = (1.0, -2.0)
+        if rule == "biases":
+            fields["bias_ids"] = (4, 9)
+        sample = SampleConfig(max_new_tokens=NEW, **fields)
+        result = generate(*call, sample, KEY, token_bytes=LETTERS)
+        texts.add(result.tokens.tobytes())
+        assert compilations == before, rule
+    assert len(texts) > len(RULES) // 2
+    # All in one row, none in the next, and other limits.
+    samples = [SampleConfig(max_new_tokens=NEW, **RULES), GREEDY]
+    samples.append(SampleConfig(max_new_tokens=3, temperature=0.2))
+    result = generate(*call, samples, KEY, token_bytes=LETTERS)
+    assert compilations == before
+    assert result.lengths[1:].tolist() == [NEW, 3]
+    alone = generate(*call, GREEDY, KEY)
+    np.testing.assert_array_equal(result.tokens[1], alone.tokens[1])
+
+
+def test_stop_strings_end_a_row_with_the_token_that_completes_them(greedy):
+    letters = [[LETTERS[t].decode() for t in row] for row in greedy.tokens]
+    # From inside a token to inside another, in the first row.
+    text = "".join(letters[0][:8])
+    stop = text[-4:]
+    sample = SampleConfig(
+        temperature=0.0, max_new_tokens=NEW, stop_strings=(stop, "?!")
+    )
+    result = generate(CONFIG, PARAMS, RAGGED, sample, KEY, token_bytes=LETTERS)
+    for row, length, pieces in zip(result.tokens, result.lengths, letters, strict=True):
+        texts = ["".join(pieces[: n + 1]) for n in range(NEW)]
+        ends = [n + 1 for n, t in enumerate(texts) if stop in t] or [NEW]
+        assert length == ends[0]
+        assert row[length:].tolist() == [0] * (NEW - length)
+    assert result.lengths[0] <= 8
+
+
+def test_the_most_likely_tokens_are_those_of_a_full_forward_pass(greedy):
+    result = generate(CONFIG, PARAMS, RAGGED, DRAWN, KEY, top_logprobs=5)
+    assert result.top_tokens.shape == result.top_logprobs.shape == (3, NEW, 5)
+    rows = [p + t.tolist() for p, t in zip(RAGGED, result.tokens, strict=True)]
+    full = logprobs_of(rows)
+    for i, prompt in enumerate(RAGGED):
+        at = full[i, len(prompt) - 1 + np.arange(NEW)]
+        order = np.argsort(-at, axis=1)[:, :5]
+        np.testing.assert_array_equal(result.top_tokens[i], order)
+        expected = np.take_along_axis(at, order, axis=1)
+        np.testing.assert_allclose(result.top_logprobs[i], expected, atol=1e-5)
+    assert greedy.top_tokens.shape == (3, NEW, 0)
+
+
+@pytest.mark.parametrize("sample", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_prompts_read_in_chunks_give_the_same(monkeypatch, sample):
+    """Rows that end in the first, a middle and the last chunk, of 32 tokens each."""
+    prompts = [RAGGED[2] * 2 + RAGGED[1], RAGGED[1], RAGGED[2] + RAGGED[1]]
+    whole = generate(CONFIG, PARAMS, prompts, sample, KEY)
+    assert engine._widths(71, 3, 96) == [96]
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 100)
+    assert engine._widths(71, 3, 96) == [32, 32, 32]
+    parts = generate(CONFIG, PARAMS, prompts, sample, KEY)
+    np.testing.assert_array_equal(parts.tokens, whole.tokens)
+    np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-5)
+    if sample is GREEDY:
+        np.testing.assert_array_equal(parts.tokens, naive_greedy(prompts, NEW))
+
+
+def test_chunks_fit_the_memory_and_the_cache():
+    for num_rows in (1, 3, 8, 64, 1000):
+        for length in (1, 31, 32, 33, 1000, 5000, 9999):
+            widths = engine._widths(length, num_rows, 10_000)
+            assert length <= sum(widths) <= 10_000
+            most = engine.PREFILL_TOKENS / num_rows
+            assert max(widths) <= max(most, engine.SMALLEST_BUCKET)
+            assert len(set(widths)) <= 2
+
+
 def test_bucket():
     assert [bucket(n, 1000) for n in (1, 32, 33, 64, 65, 512, 513, 1000)] == [
         *(32, 32, 64, 64, 128, 512, 1000, 1000)
@@ -247,6 +353,13 @@ WRONG = [
     ({"key": 0}, r"key is 0: make one with jax.random.key\(seed\)"),
     ({"key": OLD_KEY}, r"key is an array of uint32: make one with jax.random.key\(se"),
     ({"key": jax.random.split(KEY)}, r"key has shape \(2,\): give one key"),
+    ({"sample": [GREEDY] * 2}, r"sample has 2 configs for 3 prompts: give one for e"),
+    ({"sample": SampleConfig(bias_ids=(48,), biases=(1.0,))}, r"bias_ids: 48 is not"),
+    ({"sample": SampleConfig(forbidden_ids=tuple(range(48)))}, r"leaves no token"),
+    ({"sample": SampleConfig(stop_strings=("a",))}, r"needs the text of the tokens: g"),
+    ({"sample": SampleConfig(dry_multiplier=1.0)}, r"dry_multiplier needs the text"),
+    ({"token_bytes": [b""] * 49}, r"token_bytes has 49 texts for the 48 ids"),
+    ({"top_logprobs": 49}, r"top_logprobs is 49: it must be from 0 to model.vocab"),
     ({"resume": [1]}, r"resume is a list: give the `state` of an earlier result"),
 ]
 
@@ -256,13 +369,27 @@ def test_wrong_calls_are_answered_before_anything_runs(monkeypatch, changed, mes
     def no_programs(*_):
         raise AssertionError("the check came too late")
 
-    monkeypatch.setattr(engine, "_programs", no_programs)
+    monkeypatch.setattr(engine, "programs_of", no_programs)
     call = {"config": CONFIG, "params": PARAMS, "prompts": RAGGED, "sample": GREEDY}
     call |= {"key": KEY, **changed}
     # Without the type checks of tests, as users call it.
     with pytest.raises(ValueError, match=message) as error:
         inspect.unwrap(generate)(**call)
     assert "\n" not in str(error.value)
+
+
+def test_fields_of_the_config_are_no_arguments():
+    call = (CONFIG, PARAMS, RAGGED)
+    with pytest.raises(
+        TypeError,
+        match=r"^generate has no max_new_tokens: give sample=SampleConfig\(max_new_tok"
+        r"ens=5\)$",
+    ):
+        generate(*call, max_new_tokens=5)
+    with pytest.raises(
+        TypeError, match=r"no temprature \(did you mean 'temperature'\?"
+    ):
+        generate(*call, temprature=0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -1,6 +1,7 @@
 """Decoding with a cache: rows of other lengths, windows, stacked and unstacked."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from ops_case import quick_jit
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import append, unstack
 from jaxlm.model.transformer import forward
+from jaxlm.ops.probe import Tap
 
 T = 16
 CONFIG = small(num_layers=3, layer_pattern=("local", "global"), window=5)
@@ -98,3 +100,34 @@ def test_unstack_keeps_the_order():
 def test_a_cache_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match=r"65 tokens is longer than .* 64"):
         init_cache(CONFIG, 1, 65, jnp.float32)
+
+
+def test_an_empty_cache_changes_nothing_and_costs_nothing(model):
+    """The work does not grow with the capacity, only with the tokens."""
+    config, params = model
+    texts, capacity = ids(2, T), 37
+
+    def run(params, is_empty):
+        cache = init_cache(config, 2, capacity, jnp.float32)
+        cache = dataclasses.replace(cache, is_empty=is_empty)
+        return forward(config, params, texts, cache=cache, taps=(Tap("attn_probs"),))
+
+    empty, plain = (quick_jit(partial(run, is_empty=e))(params) for e in (True, False))
+    full = quick_jit(lambda p: forward(config, p, texts).logits)(params)
+    np.testing.assert_allclose(empty.logits, full, atol=1e-5)
+    np.testing.assert_allclose(empty.logits, plain.logits, atol=1e-4)
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (empty.cache, plain.cache)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert not empty.cache.is_empty
+    probs, all_probs = (x.trace["attn_probs"] for x in (empty, plain))
+    assert probs.shape[-1] == T and all_probs.shape[-1] == capacity
+    np.testing.assert_allclose(probs, all_probs[..., :T], atol=1e-5)
+
+    def scores(is_empty):
+        """Whether attention visits the whole cache."""
+        jaxpr = jax.make_jaxpr(partial(run, is_empty=is_empty))(params)
+        return f",{T},{capacity}]" in str(jaxpr)
+
+    assert scores(False) and not scores(True)

@@ -19,18 +19,17 @@ from jaxlm.tokenizers.base import (
     fingerprint_of,
     tile_bytes,
 )
-from jaxlm.tokenizers.hugging_face.decoder import decoding_of
 from jaxlm.tokenizers.hugging_face.limits import (
     check_steps,
     check_tokens,
     try_patterns,
 )
-from jaxlm.tokenizers.hugging_face.literal import literal
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_tokens,
     damage_in,
+    decoding_of,
+    literal,
     parse,
-    pipeline,
     vocabulary,
 )
 from jaxlm.tokenizers.special_tokens import Special, SpecialTokens, TokenizerSettings
@@ -69,12 +68,11 @@ class HuggingFaceTokenizer(Tokenizer):
         """The contents of the file, unchanged."""
         self.data = parse(tokenizer_json)
         with damage_in("this tokenizer.json"):
-            self._pipeline = pipeline(self.data)
+            check_tokens(self.data)
+            check_steps(self.data)
             self._vocabulary = vocabulary(self.data)
             self._added = added_tokens(self.data)
-            check_tokens(self._vocabulary, self._added)
-            check_steps(self._pipeline, self.data["model"])
-            self._decoding = decoding_of(self._pipeline["decoder"])
+            self._decoding = decoding_of(self.data)
             ids = [*self._vocabulary.values(), *(t.id for t in self._added)]
             self.vocab_size = max(ids, default=-1) + 1
             self._take(TokenizerSettings() if settings is None else settings)
@@ -143,10 +141,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return SpecialTokens(found)
 
     def _load_literal(self, *, later: bool) -> tokenizers.Tokenizer:
-        parts = (self.data, self._vocabulary, self._added, self.special_ids)
-        data = json.dumps(literal(*parts, later=later))
+        data = json.dumps(literal(self.data, self.special_ids, later=later))
         if not later:
-            try_patterns(self._pipeline, data)
+            try_patterns(self.data, data)
         with _errors_of_the_library("not a Hugging Face tokenizer.json"):
             library = tokenizers.Tokenizer.from_str(data)
         for t in self._added:

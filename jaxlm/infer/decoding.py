@@ -1,0 +1,250 @@
+"""The compiled programs of a generation: prefill, and decoding in a `lax.scan`."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Int16, Key
+
+from jaxlm.config import ModelConfig
+from jaxlm.infer.row_settings import RowSettings
+from jaxlm.infer.rules.filters import NEVER
+from jaxlm.infer.rules.penalties import History
+from jaxlm.infer.rules.stop_strings import STOPPED
+from jaxlm.infer.sampling import sample_tokens
+from jaxlm.model.block import Block
+from jaxlm.model.initialization import init_cache
+from jaxlm.model.kv_cache import Cache, LayerCache, unstack
+from jaxlm.model.params import cast_matrices
+from jaxlm.model.transformer import forward, unembed
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.sharding.rules import activation_spec, reshard
+from jaxlm.types import Params
+
+# Tokens decoded by one call of the compiled program. Between calls a stream prints its
+# text, and generation can stop.
+CHUNK = 16
+
+
+class Rows(NamedTuple):
+    """The texts of a batch while they grow; one row does not depend on another."""
+
+    history: History
+    """The tokens so far."""
+    stop_states: Any
+    """[B] int32: how much of a stop string each row ends with."""
+    is_done: Any
+    """[B] bool: rows whose text has ended."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Everything that the decoding scan carries from token to token."""
+
+    # `Any`: see `jaxlm/types.py` on leaves.
+    cache: Cache
+    logits: Any
+    """[B, V] f32: logits of the next token."""
+    rows: Rows
+
+
+class Drawn(NamedTuple):
+    """What one step draws for each row; a chunk has a second axis, of its steps."""
+
+    tokens: Any
+    """[B] int32."""
+    inside: Any
+    """[B] bool: whether the token belongs to the text."""
+    logprobs: Any
+    """[B] f32: of the token, among those that exist, before any rule."""
+    top_tokens: Any
+    """[B, n] int32: the n most likely ones, likewise."""
+    top_logprobs: Any
+    """[B, n] f32."""
+
+
+class Program:
+    """A jitted function that measures its compile time."""
+
+    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...] = ()):
+        self._jitted = jax.jit(function, donate_argnums=donate)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self.compile_s = 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        types = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        key = (jax.sharding.get_mesh(), structure, types)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = self._jitted.lower(*arguments).compile()
+            self.compile_s += time.perf_counter() - start
+        return self._compiled[key](*arguments)
+
+
+class Programs(NamedTuple):
+    """The programs of a model, each compiled for every shape it is called with."""
+
+    begin: Program
+    """(params, tokens, lengths) -> layers of a new cache, logits"""
+    extend: Program
+    """(params, tokens, kept, lengths, layers, logits) -> layers, logits"""
+    grow: Program
+    """(layers) -> layers of a longer cache"""
+    place: Program
+    """(arrays that begin with B) -> the same, each row on its device"""
+    split: Program
+    """(params) -> params as `decode` reads them"""
+    decode: Program
+    """(params, state, keys, settings, next_states, num_ids) -> state, `Drawn`: a key
+    and the `RowSettings` of each row, a table of `StopTable`, the number of ids"""
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent on compiling so far."""
+        return sum(program.compile_s for program in self)
+
+
+@lru_cache(maxsize=32)
+def programs(
+    config: ModelConfig, max_length: int, num_top: int, block: type[Block]
+) -> Programs:
+    """Returns the programs of a model.
+
+    Args:
+      max_length: tokens for which each row of the cache has room.
+      num_top: how many of the most likely tokens each step reports.
+    """
+    dtype = compute_dtype(config.dtype)
+
+    def begin(params, tokens, lengths):
+        """Reads the first tokens of each row, up to `lengths` in all."""
+        stacked = init_cache(config, len(lengths), max_length).layers
+        cache = Cache(stacked, reshard(jnp.zeros_like(lengths), "B"), is_empty=True)
+        none = jnp.zeros((len(lengths), config.vocab_size), jnp.float32)
+        return _prefill(config, block, params, tokens, lengths, cache, none)
+
+    def extend(params, tokens, kept, lengths, layers, logits):
+        """Adds each row's tokens after the first `kept`, up to `lengths` in all."""
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        cache = Cache(stacked, reshard(kept, "B"))
+        return _prefill(config, block, params, tokens, lengths, cache, logits)
+
+    def grow(layers):
+        def longer(x):
+            missing = max_length - x.shape[1]
+            return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+
+        return jax.tree.map(longer, layers)
+
+    def place(tree):
+        letters = ("B", "B_")
+        return jax.tree.map(lambda x: reshard(x, letters[x.ndim - 1]), tree)
+
+    def split(params):
+        # Each einsum would round them, in every step anew.
+        params = cast_matrices(params, dtype)
+        return {**params, "layers": unstack(params["layers"], config.num_layers)}
+
+    def decode(params, state, keys, settings, next_states, num_ids):
+        def step(state: DecodeState, _):
+            by_row = (state.logits, state.rows, keys, settings)
+            draw = partial(_draw, num_top)
+            rows, drawn = _on_each_device(draw, by_row, (next_states, num_ids))
+            out = forward(
+                *(config, params, drawn.tokens[:, None]), cache=state.cache, block=block
+            )
+            assert out.cache is not None and out.logits is not None
+            logits = reshard(out.logits[:, 0], "B_")
+            return DecodeState(out.cache, logits, rows), drawn
+
+        state, drawn = jax.lax.scan(step, state, length=CHUNK)
+        return state, jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
+
+    return Programs(
+        Program(begin),
+        Program(extend, donate=(4, 5)),
+        Program(grow),
+        Program(place),
+        Program(split),
+        Program(decode, donate=(1,)),
+    )
+
+
+def _prefill(
+    config: ModelConfig,
+    block: type[Block],
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    cache: Cache,
+    logits: Float[Array, "B V"],
+) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"]]:
+    """Returns the layers with more tokens, and logits of rows that end among these."""
+    tokens, lengths = reshard(tokens, "BT"), reshard(lengths, "B")
+    # Padding does not make a row longer: some rotations depend on its length.
+    index = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    positions = jnp.minimum(index, lengths[:, None] - 1)
+    out = forward(
+        *(config, params, tokens),
+        positions=positions,
+        cache=cache,
+        head=False,
+        block=block,
+    )
+    assert out.cache is not None
+    # Only the last token of each prompt needs logits.
+    is_last = index == lengths[:, None] - 1
+    last = jnp.sum(
+        jnp.where(is_last[..., None], out.hidden_states, 0), axis=1, keepdims=True
+    )
+    new = reshard(unembed(config, params, last)[:, 0], "B_")
+    ends = is_last.any(axis=1)[:, None]
+    logits = jnp.where(ends, new, reshard(logits, "B_"))
+    return unstack(out.cache.layers, config.num_layers), logits
+
+
+def _draw(
+    num_top: int,
+    by_row: tuple[Float[Array, "B V"], Rows, Key[Array, " B"], RowSettings],
+    shared: tuple[Int16[Array, "states V"], Int[Array, ""]],
+) -> tuple[Rows, Drawn]:
+    """Draws the next token of each row, and finds out whether its text ends."""
+    (logits, rows, keys, settings), (next_states, num_ids) = by_row, shared
+    history = rows.history
+    logits = jnp.where(jnp.arange(logits.shape[1]) < num_ids, logits, NEVER)
+    keys = jax.vmap(jax.random.fold_in)(keys, history.num_new)
+    tokens = sample_tokens(logits, keys, settings, history)
+
+    # Before any rule: what the model thinks of the token.
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, num_top)
+
+    is_stop = jnp.take_along_axis(settings.is_stop, tokens[:, None], axis=1)[:, 0]
+    inside = ~(rows.is_done | is_stop)
+    stop_states = next_states[rows.stop_states, tokens].astype(jnp.int32)
+    history = history.append(tokens)
+    is_full = history.num_new >= settings.max_new_tokens
+    is_done = ~inside | (stop_states == STOPPED) | is_full
+    return (
+        Rows(history, stop_states, is_done),
+        Drawn(tokens, inside, chosen, top_tokens, top_logprobs),
+    )
+
+
+def _on_each_device(function: Callable[..., Any], by_row: Any, shared: Any) -> Any:
+    """Calls `function(by_row, shared)` on each device of a mesh, on its rows."""
+    rows = activation_spec("B")
+    if rows is None:
+        return function(by_row, shared)
+    by_row = jax.tree.map(lambda x: jax.sharding.reshard(x, rows), by_row)
+    return jax.shard_map(
+        function, in_specs=(rows, P()), out_specs=rows, check_vma=False
+    )(by_row, shared)

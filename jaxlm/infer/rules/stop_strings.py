@@ -1,0 +1,128 @@
+"""Stop strings: in the decoding scan as an automaton over tokens, on the host as text.
+
+A stop string may begin and end inside a token. Each state of the automaton is a part of
+a stop string that the text ends with; each token leads from state to state by its
+bytes, so finding a stop string takes one lookup a token.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int16, Int32
+
+STOPPED = 0
+"""State of a row that contains a stop string, whatever follows."""
+_UNUSED = 1
+# So many states or twice, four times ... as many: another number of states compiles
+# another program.
+_SMALLEST_TABLE = 16
+
+
+class StopTable(NamedTuple):
+    """The automaton of some rows."""
+
+    next_states: Int16[np.ndarray, "states V"]
+    """The state after each state and token."""
+    start_states: Int32[np.ndarray, " B"]
+    """The state of each row before its first new token."""
+
+
+def stop_table(
+    rows: Sequence[tuple[str, ...]], token_bytes: Sequence[bytes], vocab_size: int
+) -> StopTable:
+    """Returns the automaton for the stop strings of each row.
+
+    Args:
+      token_bytes: UTF-8 bytes of each id; ids beyond have none.
+    """
+    parts, starts, used = [], {(): _UNUSED}, _UNUSED + 1
+    for strings in dict.fromkeys(rows):
+        if strings:
+            part = _token_transitions(strings, tuple(token_bytes), vocab_size)
+            parts.append(np.where(part == STOPPED, STOPPED, part + used - 1))
+            starts[strings] = used
+            used += len(part)
+    size = _SMALLEST_TABLE
+    while size < used:
+        size *= 2
+    if size > np.iinfo(np.int16).max:
+        raise ValueError("stop_strings: together they are too long")
+    table = np.broadcast_to(
+        np.arange(size, dtype=np.int16)[:, None], (size, vocab_size)
+    )
+    if parts:
+        table = table.copy()
+        table[_UNUSED + 1 : used] = np.concatenate(parts)
+    return StopTable(table, np.array([starts[row] for row in rows], np.int32))
+
+
+@lru_cache(maxsize=32)
+def _token_transitions(
+    strings: tuple[str, ...], token_bytes: tuple[bytes, ...], vocab_size: int
+) -> Int16[np.ndarray, "states V"]:
+    """Returns the state after each state and token; `STOPPED`, or from 1 on."""
+    by_byte = _byte_transitions([text.encode() for text in strings])
+    states = np.broadcast_to(
+        np.arange(1, len(by_byte), dtype=np.int16)[:, None],
+        (len(by_byte) - 1, vocab_size),
+    ).copy()
+    lengths = np.array([len(data) for data in token_bytes])
+    for i in range(lengths.max(initial=0)):
+        longer = np.flatnonzero(lengths > i)
+        column = np.array([token_bytes[token][i] for token in longer])
+        states[:, longer] = by_byte[states[:, longer], column]
+    return states
+
+
+def _byte_transitions(patterns: list[bytes]) -> Int16[np.ndarray, "states 256"]:
+    """The automaton of Aho and Corasick (1975); state 0 is `STOPPED`, 1 the start."""
+    parts = {b""} | {pattern[:n] for pattern in patterns for n in range(len(pattern))}
+    state_of = {part: i for i, part in enumerate(sorted(parts, key=len), start=1)}
+    table = np.zeros((len(parts) + 1, 256), np.int16)
+    for part, state in state_of.items():
+        for byte in range(256):
+            text = part + bytes([byte])
+            if not any(text.endswith(pattern) for pattern in patterns):
+                suffixes = (text[i:] for i in range(len(text) + 1))
+                table[state, byte] = next(state_of[s] for s in suffixes if s in parts)
+    return table
+
+
+class StopText:
+    """Cuts a text before the first stop string, as the text comes."""
+
+    def __init__(self, strings: Sequence[str]):
+        self._strings = strings
+        self._held = ""
+        self.is_stopped = False
+        """Whether a stop string has come."""
+
+    def feed(self, text: str) -> str:
+        """Returns what of the text so far is certain to come before a stop string."""
+        if self.is_stopped:
+            return ""
+        text = self._held + text
+        found = [at for s in self._strings if (at := text.find(s)) >= 0]
+        self.is_stopped = bool(found)
+        if found:
+            self._held = ""
+            return text[: min(found)]
+        longest = max(map(len, self._strings), default=0)
+        starts = range(max(0, len(text) - longest + 1), len(text))
+        held = (i for i in starts if any(s.startswith(text[i:]) for s in self._strings))
+        cut = next(held, len(text))
+        self._held = text[cut:]
+        return text[:cut]
+
+    def finish(self) -> str:
+        """Returns what was held back as the possible start of a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def until_stop(text: str, strings: Sequence[str]) -> str:
+    """Returns the text before the first stop string."""
+    stop = StopText(strings)
+    return stop.feed(text) + stop.finish()
