@@ -20,12 +20,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from train_step import measure_peak_flops
 
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
 from jaxlm.ops.attention.request import request
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.train.throughput import measure_peak_flops
 
 RESULTS = Path(__file__).parent / "results"
 PEER = "jax.nn"

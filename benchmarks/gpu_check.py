@@ -1,79 +1,429 @@
-"""Tests and times attention on this machine's accelerator.
+"""The gate of the attention kernels: tests and times them on this accelerator.
 
-python benchmarks/gpu_check.py [--quick] [--out FOLDER]
+python benchmarks/gpu_check.py [--out FOLDER] [--interpret] [--no-timings]
 
-Runs tests/ops/attention/test_attention.py with compiled kernels on the device, then
-benchmarks/attention.py at 1k to 16k tokens, head_dim 64 and 128. Writes
-attention_DEVICE.json (timings) and check_DEVICE.json, the record that `PROVEN` in
-jaxlm/ops/attention/dispatch.py and `PROVEN_SPECIALIZED` in its gpu/pallas_gpu.py ask
-for. Needs `pip install '.[test]'`.
+What `auto` may choose on a kind of device is licensed here: each kernel runs with the
+sizes and the default settings of real models (head_dim 64 and 128, 2,048 tokens), with
+each option of the mask, in value and gradient, against the reference in float32, and
+twice, to see that the bits are the same. Then `benchmarks/attention.py` times it beside
+its peers. Takes about eight minutes on an H100.
+
+Writes check_DEVICE.json, the record that `PROVEN` in jaxlm/ops/attention/dispatch.py
+and `PROVEN_SPECIALIZED` in its gpu/pallas_gpu.py ask for, and the timings, in
+attention_DEVICE.json.
+`--interpret` runs the same on a CPU, at small sizes, in Pallas' interpreters:
+it tests the gate, and licenses nothing.
+
+A kernel that waits forever is ended after `STALL_SECONDS` and counts as failed.
 """
 
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-TESTS = "tests/ops/attention/test_attention.py"
+STALL_SECONDS = 120
+# Processes that compile at the same time.
+WORKERS = 6
+
+# Errors allowed. The oracle has the same 16-bit inputs, in f32. Results, and the
+# probabilities and their gradients on the way, are rounded to 8 bits (2 ** -9 of each
+# number, at random). An off-by-one in a window of 300 keys would be an error of 0.06.
+MAX_ERROR = {"z": 5e-3, "lse": 1e-3, "dq": 1e-2, "dk": 1e-2, "dv": 1e-2, "dsinks": 1e-2}
+# The worst row, against the length of a mean row.
+MAX_ROW_ERROR = 8
+
+# What each implementation is tested with, by platform. The stock kernels are tested by
+# the same gate, to see what it makes of them; they need no license.
+IMPLEMENTATIONS = {
+    "gpu": ("pallas_gpu, plain", "pallas_gpu, specialized", "cudnn"),
+    "tpu": ("pallas_tpu", "splash"),
+}
+# Options of the mask and the scores; sizes are shares of the number of keys.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "all keys": {"causal": False},
+    "window": {"window": 300 / 2048},
+    "segments": {"segments": True},
+    "sinks": {"sinks": True},
+    "soft cap": {"soft_cap": 20.0},
+    "all options": {
+        "segments": True,
+        "sinks": True,
+        "soft_cap": 20.0,
+        "window": 300 / 2048,
+    },
+    "odd length": {"segments": True, "missing": 11},
+    "float16": {"dtype": "float16"},
+    # A part of a prompt, behind what the cache has already.
+    "chunk": {"queries": 1 / 4},
+    "decode": {"queries": 1},
+    "decode, window, sinks": {"queries": 1, "window": 300 / 2048, "sinks": True},
+    "decode, int8": {"queries": 1, "int8": True},
+}
 
 
-def run_tests(platform: str) -> dict:
-    """Runs the tests on the device; returns the result and pytest's summary."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rf", TESTS]
-    done = subprocess.run(
-        command,
-        cwd=HERE.parent,
-        env={**os.environ, "JAXLM_TEST_PLATFORM": platform},
-        capture_output=True,
-        text=True,
+@dataclass(frozen=True)
+class Case:
+    """One call of one implementation."""
+
+    implementation: str
+    head_dim: int
+    option: str
+    length: int = 2048
+    batch: int = 2
+    heads: int = 8
+    kv_heads: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.implementation}, head_dim {self.head_dim}: {self.option}"
+
+
+def cases(platform: str, interpret: bool) -> list[Case]:
+    """Returns all cases of a platform; small ones for the interpreters."""
+    # The interpreters take seconds for a few blocks.
+    sizes = {"length": 192, "batch": 1, "heads": 2, "kv_heads": 1} if interpret else {}
+    found = [
+        Case(name, head_dim, option, **sizes)
+        for name in IMPLEMENTATIONS[platform]
+        for head_dim in ((32,) if interpret else (64, 128))
+        for option in OPTIONS
+    ]
+    if not interpret:
+        found += [Case(n, 256, "causal") for n in IMPLEMENTATIONS[platform]]
+    return found
+
+
+def attention_of(name: str, q: Any, interpret: bool) -> Callable:
+    """Returns an implementation with default settings: (q, k, v, spec) -> z, lse."""
+    from dataclasses import replace
+    from functools import partial
+
+    from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS as FOUND
+
+    name, _, forward = name.partition(", ")
+    if name == "pallas_gpu":
+        from jaxlm.ops.attention.gpu.pallas_gpu import attention, default_settings
+
+        settings = replace(default_settings(q, forward), interpret=interpret)
+        return partial(attention, settings=settings)
+    if interpret:
+        from jaxlm.ops.attention.tpu.pallas_tpu import attention
+        from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
+
+        return partial(attention, settings=TpuSettings(*(64,) * 5, interpret=True))
+    return FOUND[name].run
+
+
+def inputs(case: Case):
+    """Returns q, k, v and the spec of a case."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
+
+    options = OPTIONS[case.option]
+    rng = np.random.default_rng(0)
+    S = case.length - options.get("missing", 0)
+    share = options.get("queries")
+    T = S if share is None else int(share * S) if share < 1 else share
+    dtype = jnp.dtype(options.get("dtype", "bfloat16"))
+
+    def draw(*shape):
+        # Scores of about one: neither flat nor a single peak.
+        x = rng.normal(size=shape) * case.head_dim**-0.25
+        return jnp.asarray(x, dtype)
+
+    q = draw(case.batch, T, case.heads, case.head_dim)
+    k, v = (draw(case.batch, S, case.kv_heads, case.head_dim) for _ in range(2))
+    mask: dict[str, Any] = {"causal": options.get("causal", True)}
+    if "window" in options:
+        mask["window"] = int(options["window"] * case.length)
+    if "segments" in options:
+        ends = np.sort(rng.integers(1, S, (case.batch, 6)), axis=1)
+        ids = (np.arange(S)[None, :, None] >= ends[:, None]).sum(-1) + 1
+        ids = jnp.asarray(ids, jnp.int32)
+        mask |= {"query_segments": ids, "key_segments": ids}
+    if share is not None:
+        start = np.array([[S - T], [(S - T) // 2]])[: case.batch]
+        mask["query_positions"] = jnp.asarray(start + np.arange(T), jnp.int32)
+    others: dict[str, Any] = {"soft_cap": options.get("soft_cap")}
+    if "sinks" in options:
+        others["sinks"] = jnp.asarray(rng.normal(size=case.heads), jnp.float32)
+    if "int8" in options:
+        (k, key_scale), (v, value_scale) = quantize(k), quantize(v)
+        others |= {"key_scale": key_scale, "value_scale": value_scale}
+    return q, k, v, AttentionSpec(1.0, Mask(**mask), **others)
+
+
+def check(case: Case, interpret: bool = False, wrong: Callable | None = None) -> dict:
+    """Runs one case; returns its errors and whether it passed.
+
+    Args:
+      wrong: changes the spec that the implementation gets, to see that the gate fails.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS as FOUND
+    from jaxlm.ops.attention.reference import reference_attention
+    from jaxlm.ops.attention.request import request
+    from jaxlm.ops.attention.spec import dequantize
+
+    q, k, v, spec = inputs(case)
+    name = case.implementation.partition(",")[0]
+    if not interpret:
+        reason = FOUND[name].declines(request(q, k, spec, lse=name != "cudnn"))
+        if reason is not None:
+            return {"declined": reason}
+    run = attention_of(case.implementation, q, interpret)
+    gradient = spec.key_scale is None and not case.option.startswith("decode")
+    weight, lse_weight = (
+        jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+        for shape in (q.shape, (q.shape[0], q.shape[2], q.shape[1]))
     )
-    print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", flush=True)
-    failed = [x for x in done.stdout.splitlines() if x.startswith("FAILED")]
+
+    def results(attend, q, k, v, spec):
+        def total(q, k, v, spec):
+            z, lse = attend(q, k, v, spec)
+            sum_ = jnp.sum(z.astype(jnp.float32) * weight)
+            return sum_ + (0 if lse is None else jnp.sum(lse * lse_weight)), (z, lse)
+
+        if not gradient:
+            z, lse = attend(q, k, v, spec)
+            return {"z": z, "lse": lse}
+        grads, (z, lse) = jax.grad(total, (0, 1, 2, 3), has_aux=True, allow_int=True)(
+            q, k, v, spec
+        )
+        found = dict(zip(("dq", "dk", "dv"), grads, strict=False))
+        if spec.sinks is not None:
+            found["dsinks"] = grads[3].sinks
+        return found | {"z": z, "lse": lse}
+
+    def compiled(attend, *arguments):
+        return jax.jit(lambda *given: results(attend, *given)).lower(*arguments)
+
+    started = time.perf_counter()
+    given = (q, k, v, spec if wrong is None else wrong(spec))
+    program = compiled(run, *given).compile()
+    seconds = time.perf_counter() - started
+    ours, again = (jax.tree.map(np.asarray, program(*given)) for _ in range(2))
+    k32, v32, plain = dequantize(k, v, spec, jnp.dtype("float32"))
+    with jax.default_matmul_precision("highest"):
+        exact = (q.astype(jnp.float32), *(x.astype(jnp.float32) for x in (k32, v32)))
+        if ours["lse"] is None:
+            # Its gradient is not part of what was asked for.
+            lse_weight = jnp.zeros_like(lse_weight)
+        right = compiled(reference_attention, *exact, plain).compile()(*exact, plain)
+    errors, rows, passed = {}, {}, True
+    for key, x in ours.items():
+        if x is None:
+            continue
+        x, y = (np.asarray(a, np.float64) for a in (x, right[key]))
+        if key == "lse":
+            # An absolute error: it is a relative error of the probabilities.
+            errors[key] = float(np.abs(x - y).max())
+        else:
+            errors[key] = float(np.linalg.norm(x - y) / np.linalg.norm(y))
+            length = np.linalg.norm(y, axis=-1)
+            bound = np.maximum(length, np.sqrt(np.mean(length**2)))
+            worst = np.linalg.norm(x - y, axis=-1) / bound
+            rows[key] = float(np.max(worst))
+        within = errors[key] <= MAX_ERROR[key]
+        within &= rows.get(key, 0) <= MAX_ROW_ERROR * MAX_ERROR[key]
+        # A NaN is not within anything.
+        passed &= bool(within)
+    same = all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again), strict=True)
+    )
     return {
-        "tests_passed": done.returncode == 0,
-        "summary": done.stdout.splitlines()[-1] if done.stdout else "",
-        "failed": failed,
+        # cuDNN's gradients need not be the same twice.
+        "passed": passed and (same or name == "cudnn"),
+        "same_twice": same,
+        "errors": errors,
+        "worst_rows": rows,
+        "compile_s": round(seconds, 1),
     }
+
+
+def work(interpret: bool) -> None:
+    """Checks the cases that come in on standard input; writes a line for each."""
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        try:
+            found = check(case, interpret)
+        except Exception as error:  # compilers and kernels raise no common class
+            found = {"passed": False, "failure": f"{type(error).__name__}: {error}"}
+            found["failure"] = found["failure"][:2000]
+        print(json.dumps(found), flush=True)
+
+
+class Worker:
+    """A process that checks cases; replaced when one stalls or kills it."""
+
+    def __init__(self, options: list[str]):
+        self._command = [sys.executable, __file__, "--worker", *options]
+        self._process: subprocess.Popen | None = None
+
+    def check(self, case: Case) -> dict:
+        if self._process is None:
+            environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            self._process = subprocess.Popen(
+                self._command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self._lines: queue.Queue[str] = queue.Queue()
+            threading.Thread(
+                target=self._read, args=(self._process, self._lines), daemon=True
+            ).start()
+        process = self._process
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(asdict(case)) + "\n")
+        process.stdin.flush()
+        try:
+            line = self._lines.get(timeout=STALL_SECONDS)
+        except queue.Empty:
+            self.close()
+            return {"passed": False, "failure": f"no result in {STALL_SECONDS} s"}
+        if not line:
+            code = process.wait()
+            self._process = None
+            return {"passed": False, "failure": f"the process ended with {code}"}
+        return json.loads(line)
+
+    @staticmethod
+    def _read(process: subprocess.Popen, lines: queue.Queue) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                lines.put(line)
+        lines.put("")
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def check_all(found: list[Case], options: list[str], workers: int) -> Iterator:
+    """Checks cases in several processes; yields (case, result) as they come."""
+    free: queue.Queue[Worker] = queue.Queue()
+    every = [Worker(options) for _ in range(workers)]
+    for worker in every:
+        free.put(worker)
+
+    def run(case: Case) -> dict:
+        worker = free.get()
+        try:
+            return worker.check(case)
+        finally:
+            free.put(worker)
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from zip(found, pool.map(run, found), strict=True)
+    for worker in every:
+        worker.close()
+
+
+def licensed(results: dict[str, dict[str, dict]]) -> list[str]:
+    """Returns the implementations that ran and passed every case not declined."""
+    return [
+        name
+        for name, cases in results.items()
+        if all(r.get("passed", "declined" in r) for r in cases.values())
+        and any("passed" in r for r in cases.values())
+    ]
+
+
+def described() -> dict[str, str]:
+    """Returns the platform, kind and versions, asked in a process of its own.
+
+    This one must not occupy the device.
+    """
+    program = (
+        "import jax, json; d = jax.devices()[0]; print(json.dumps({'platform': "
+        "d.platform, 'device': d.device_kind, 'jax': jax.__version__, 'runtime': "
+        "d.client.platform_version}))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two lengths, one width")
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--interpret", choices=list(IMPLEMENTATIONS))
+    parser.add_argument("--no-timings", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # In a separate process: this one must not occupy the device.
-    program = (
-        "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='\\n')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True
-    )
-    platform, device = done.stdout.splitlines()[-2:]
-    if platform == "cpu":
+    if options.worker:
+        work(options.interpret is not None)
+        return
+    device = described()
+    platform = options.interpret or device["platform"]
+    if platform not in IMPLEMENTATIONS:
         raise SystemExit(
-            "error: no accelerator found; on a CPU the tests run in the interpreter"
+            "error: no accelerator found; --interpret gpu or tpu tests the gate itself"
         )
+    flags, workers = [], WORKERS
+    if options.interpret:
+        flags, workers = ["--interpret", platform], 2
+        device["device"] = f"interpreter of {platform} kernels"
     options.out.mkdir(parents=True, exist_ok=True)
-    name = device.replace(" ", "_")
-    record = {"device": device, **run_tests("cuda" if platform == "gpu" else platform)}
-    check = options.out / f"check_{name}.json"
-    check.write_text(json.dumps(record, indent=1) + "\n")
-    lengths = ["1024", "4096"] if options.quick else ["1024", "2048", "4096", "16384"]
-    timings = options.out / f"attention_{name}.json"
-    subprocess.run(
-        [
-            *(sys.executable, HERE / "attention.py", "--out", timings),
-            *("--lengths", *lengths),
-            *("--head-dims", *(["64"] if options.quick else ["64", "128"])),
-        ],
-        check=True,
-    )
-    record["timings"] = timings.name
-    check.write_text(json.dumps(record, indent=1) + "\n")
-    print(check)
+    name = device["device"].replace(" ", "_")
+    check_file = options.out / f"check_{name}.json"
+    todo = cases(platform, bool(options.interpret))
+    if options.interpret:
+        # The stock kernels have no interpreter.
+        todo = [case for case in todo if case.implementation.startswith("pallas")]
+    results: dict[str, dict[str, dict]] = {}
+    started = time.monotonic()
+    for case, result in check_all(todo, flags, workers):
+        label = f"head_dim {case.head_dim}: {case.option}"
+        results.setdefault(case.implementation, {})[label] = result
+        verdict = result.get("declined") or ("ok" if result["passed"] else "FAILED")
+        print(
+            f"[{time.monotonic() - started:.0f} s] {case}: {verdict} "
+            f"{json.dumps(result) if verdict == 'FAILED' else ''}",
+            flush=True,
+        )
+    record: dict[str, Any] = {
+        **device,
+        # Nothing that was interpreted is licensed.
+        "licensed": [] if options.interpret else licensed(results),
+        "passed": licensed(results),
+        "seconds": round(time.monotonic() - started),
+        "results": results,
+    }
+    check_file.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"passed: {', '.join(record['passed']) or 'none'} -> {check_file}")
+    if not (options.interpret or options.no_timings):
+        timings = options.out / f"attention_{name}.json"
+        subprocess.run(
+            [
+                *(sys.executable, HERE / "attention.py", "--out", timings),
+                *("--lengths", "1024", "2048", "4096", "16384"),
+                *("--head-dims", "64", "128"),
+            ],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

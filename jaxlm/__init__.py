@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from jaxlm.model.transformer import Output, forward, unembed
     from jaxlm.ops.attention.dispatch import attention
     from jaxlm.ops.attention.spec import AttentionSpec, Mask
+    from jaxlm.ops.edit import Edit, check_hits
     from jaxlm.ops.loss import cross_entropy
-    from jaxlm.ops.probe import SITES, Tap
+    from jaxlm.ops.sites import SITES
+    from jaxlm.ops.tap import Tap
 
 __all__ = [
     "SITES",
     "AttentionSpec",
     "Block",
     "Config",
+    "Edit",
     "Generation",
     "Mask",
     "ModelConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "Tap",
     "attention",
     "chat_ids",
+    "check_hits",
     "cross_entropy",
     "forward",
     "generate",
@@ -60,7 +64,9 @@ _MODULES = {
     "ops.attention.dispatch": ("attention",),
     "ops.attention.spec": ("AttentionSpec", "Mask"),
     "ops.loss": ("cross_entropy",),
-    "ops.probe": ("SITES", "Tap"),
+    "ops.edit": ("Edit", "check_hits"),
+    "ops.sites": ("SITES",),
+    "ops.tap": ("Tap",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

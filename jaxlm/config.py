@@ -8,6 +8,7 @@ The line below a field is its help in `train.py --help`.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -332,6 +333,8 @@ class DataConfig:
     """What to do with bytes that are not UTF-8; replace warns with their number."""
     cache_dir: str | None = None
     """Folder for tokenized text; None is jaxlm/tokens in the user's cache folder."""
+    old_tokens: bool = False
+    """Continue a run whose text has changed, with the tokens that it began with."""
     workers: int = 0
     """Processes that tokenize; 0 starts one for each CPU core."""
     prefetch: int = 2
@@ -461,6 +464,12 @@ class TrainConfig:
     """Weight of the loss log(Z)^2, which keeps logits from drifting (PaLM)."""
     load_balance_loss: float = 0.0
     """Weight of the load-balance loss of mixture-of-experts layers."""
+    skip_spikes: int = 0
+    """Do not apply steps whose loss or gradient is a spike or not finite, up to this
+    many in a row; 0: apply all, and stop at one that is not finite."""
+    skip_batches: tuple[str, ...] = ()
+    """Ranges a:b of batches that no step trains on: a to b - 1.
+    Batches have the numbers of the steps that would train on them, from 1."""
     loss_chunk: int = 0
     """Tokens of a device whose logits are in memory at once; 0: all."""
     log_every: int = 10
@@ -498,13 +507,45 @@ class TrainConfig:
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
-        not_negative += ("eval_batches",)
+        not_negative += ("eval_batches", "skip_spikes")
         check(self, "train", ">= 0", *not_negative)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size is {self.batch_size}: it must be a multiple of "
                 f"train.accumulation_steps {self.accumulation_steps}"
             )
+        end = 0
+        for text in self.skip_batches:
+            if not re.fullmatch(r"[1-9][0-9]{0,17}:[1-9][0-9]{0,17}", text):
+                raise ValueError(
+                    f"train.skip_batches is {text!r}: it must be ranges such as "
+                    "305:320, of numbers from 1"
+                )
+            first, after = map(int, text.split(":"))
+            if after <= first:
+                raise ValueError(
+                    f"train.skip_batches is {text}: the second number must be the "
+                    "larger"
+                )
+            if first <= end:
+                raise ValueError(
+                    f"train.skip_batches is {' '.join(self.skip_batches)}: ranges must "
+                    "be in order and have other batches between them"
+                )
+            end = after
+
+    @property
+    def skipped_batches(self) -> list[range]:
+        """The ranges of `skip_batches`."""
+        return [range(*map(int, text.split(":"))) for text in self.skip_batches]
+
+    def batch_of(self, step: int) -> int:
+        """Returns the number of the batch that a step trains on, both from 1."""
+        batch = step
+        for skipped in self.skipped_batches:
+            if batch >= skipped.start:
+                batch += len(skipped)
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -607,12 +648,16 @@ class Config:
     """How the text samples during training are drawn."""
     fresh: bool = False
     """Start over in a run folder that has checkpoints, and move those aside."""
+    resume_step: int | None = None
+    """Continue from this saved step, not the newest, and move later ones aside."""
     init_from: str | None = None
     """Checkpoint whose model and parameters start the run, at step 0:
     a run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name."""
 
     def __post_init__(self):
         check_types(self, "config")
+        if self.resume_step is not None and self.fresh:
+            raise ValueError("--fresh starts over: leave it or --resume-step out")
         if self.data.sequence_length > self.model.context_length:
             raise ValueError(
                 f"data.sequence_length is {self.data.sequence_length}, more than "

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
+from jaxlm.terminal.printable import shown_value
+
 # The largest number in float32, in which everything is computed or accumulated.
 MAX_FLOAT = 3.4028234663852886e38
 # What a value must be, as messages say it.
@@ -34,7 +36,9 @@ def check(config: Any, where: str, rule: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not _RULES[rule](value):
-            raise ValueError(f"{where}.{name} is {value!r}: it must be {rule}")
+            raise ValueError(
+                f"{where}.{name} is {shown_value(value)}: it must be {rule}"
+            )
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -75,7 +79,7 @@ def must_be(hint: Any, value: Any) -> str:
         if len(names) == 1:
             return repr(args[0])
         options = ", ".join(repr(a) for a in args)
-        return f"one of {options}{nearest(str(value), names)}"
+        return f"one of {options}{nearest(str(value)[:100], names)}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(must_be(a, value) for a in args)
     if origin is tuple:
@@ -91,13 +95,18 @@ def check_types(config: Any, where: str) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, float) and not abs(v) <= MAX_FLOAT for v in numbers):
             raise ValueError(
-                f"{where}.{f.name} is {value!r}: it must be finite in float32"
+                f"{where}.{f.name} is {shown_value(value)}: it must be finite in "
+                "float32"
             )
         if any(isinstance(v, int) and abs(v) >= 2**63 for v in numbers):
-            raise ValueError(f"{where}.{f.name} is {value!r}: it must be below 2**63")
+            raise ValueError(
+                f"{where}.{f.name} is {shown_value(value)}: it must be below 2**63"
+            )
         if not matches(value, hint):
             kind = must_be(hint, value)
-            raise ValueError(f"{where}.{f.name} is {value!r}: it must be {kind}")
+            raise ValueError(
+                f"{where}.{f.name} is {shown_value(value)}: it must be {kind}"
+            )
         if float in (hint, *get_args(hint)) and isinstance(value, int):
             # Integers are valid floats, but 1 and 1.0 must give equal configs.
             object.__setattr__(config, f.name, float(value))
@@ -142,7 +151,8 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> An
     for name in values:
         if name not in known:
             raise ValueError(
-                f"{where}: unknown field {name!r}{nearest(name, list(known))}"
+                f"{where}: unknown field {shown_value(name)}"
+                f"{nearest(name[:100], list(known))}"
             )
     kwargs = {
         name: _value_from_json(value, hints[name], f"{where}.{name}")

@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).parents[1]
 # A folder imports from earlier rows only, never from its own row. `interp` and `serve`
 # are planned.
 ROWS = (
-    ("terminal", "fields"),
+    ("terminal",),
+    ("fields",),
     ("config", "types", "tree", "files"),
     ("ops", "sharding", "tokenizers"),
     ("data", "model"),

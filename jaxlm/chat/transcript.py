@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.files import durable
+from jaxlm.files.strict_json import parse
 from jaxlm.infer.conversation import Message
 
 
@@ -38,11 +39,9 @@ def load(path: Path) -> list[Message]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is not a file")
-        messages = json.loads(path.read_text(encoding="utf-8"))
+        messages = parse(path.read_bytes(), str(path))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(messages, list):
         raise ValueError(f"{path} holds no list of messages")
     for i, message in enumerate(messages):

@@ -65,7 +65,7 @@ def _is_hugging_face(path: Path) -> bool:
     """Tells the config.json of a Hugging Face model from that of a run."""
     if not (path / hf_folder.CONFIG).is_file():
         return False
-    values = hf_folder.read_json(path / hf_folder.CONFIG)
+    values = hf_folder.read_config(path)
     return "model_type" in values or "architectures" in values
 
 

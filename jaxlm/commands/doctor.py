@@ -6,21 +6,25 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 import jax
+import numpy as np
 
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import compile_cache_folder
 from jaxlm.config import Config
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
-from jaxlm.sharding.mesh import make_mesh
+from jaxlm.sharding.mesh import AXES, check_batch, make_mesh, num_slices, ring_hops
 
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def main(config: Config, _initial: Checkpoint | None) -> int:
     """Prints a table of what a run with this config would use."""
-    with jax.set_mesh(make_mesh(config.mesh)):
-        for name, value in [*machine(), *attention(config)]:
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train, mesh)
+    with jax.set_mesh(mesh):
+        layout = ("mesh", _wrapped(mesh_layout(mesh.devices)))
+        for name, value in [*machine(), layout, *attention(config)]:
             print(f"{name:<20} {value}")
     return 0
 
@@ -37,6 +41,24 @@ def machine() -> Iterator[tuple[str, str]]:
         yield "compiled programs", str(compile_cache_folder())
     except OSError as error:
         yield "compiled programs", f"not kept ({error.strerror})"
+
+
+def mesh_layout(grid: np.ndarray) -> str:
+    """Describes a mesh: its axes, and how far apart the devices along each are.
+
+    Args:
+      grid: `Mesh.devices`.
+    """
+    sizes = dict(zip(AXES, grid.shape, strict=True))
+    text = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    slices = num_slices(grid.flat)
+    if slices > 1:
+        text += f"; data goes over {slices} slices"
+    hops = ring_hops(grid)
+    known = [f"{axis} {n}" for axis, n in hops.items() if n and sizes[axis] > 1]
+    if known:
+        text += f"; links that a step around an axis takes: {', '.join(known)}"
+    return text
 
 
 def attention(config: Config) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ and therefore another key.
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -14,10 +15,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from jaxlm.config import DataConfig
 from jaxlm.data.sources import TextFile
 from jaxlm.files.durable import sync
 from jaxlm.files.user_cache import user_cache
@@ -27,11 +29,21 @@ from jaxlm.terminal.progress import progress_bar
 FULL_HASH_BYTES = 256 << 20
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 1 << 20
-# A folder that has been under construction for longer was left by a dead process.
-ABANDONED_SECONDS = 2 * 24 * 3600.0
-_BUILDING = ".building-"
+# A folder is locked while it is built, soon after it was made.
+UNLOCKED_SECONDS = 60.0
+_BUILDING, _LOCK = ".building-", ".lock"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+class DamagedEntry(ValueError):
+    """A file of the cache is not as it was built."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"{path} is damaged: {what}")
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
@@ -80,6 +92,15 @@ def content_hashes(files: Sequence[TextFile]) -> list[str]:
     return hashes
 
 
+def check_may_build(config: DataConfig, what: str) -> None:
+    """Raises ValueError if the text is no longer what the tokens were made of."""
+    if config.old_tokens:
+        raise ValueError(
+            f"data.old_tokens: those of {what} are no longer in "
+            f"{cache_root(config.cache_dir)}: restore the text, or start a new run"
+        )
+
+
 def check_unchanged(files: Sequence[TextFile], hashes: Sequence[str]) -> None:
     """Raises ValueError for a file that has changed since it was hashed.
 
@@ -116,6 +137,37 @@ def _sampled_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_or_build(
+    cache_dir: str | Path | None,
+    key: str,
+    build: Callable[[Path], None],
+    read: Callable[[Path], T],
+) -> T:
+    """Returns what `read` makes of the folder of a key, and builds it if it is missing.
+
+    An entry that is damaged is built again, with a warning.
+
+    Args:
+      read: raises DamagedEntry.
+
+    Raises:
+      ValueError: as `build_once`, and if a new entry is damaged too.
+    """
+    folder = build_once(cache_dir, key, build)
+    try:
+        return read(folder)
+    except DamagedEntry as error:
+        logger.warning("%s: it is made again", error)
+        try:
+            _remove(folder)
+        except OSError as failed:
+            raise ValueError(
+                f"{error}, and it cannot be replaced ({failed.strerror}): delete "
+                f"{folder}, or set data.cache_dir"
+            ) from None
+    return read(build_once(cache_dir, key, build))
+
+
 def build_once(
     cache_dir: str | Path | None, key: str, build: Callable[[Path], None]
 ) -> Path:
@@ -129,7 +181,7 @@ def build_once(
         of the user, or one of this process, with a warning, where that cannot be used.
 
     Raises:
-      ValueError: when the folder `cache_dir` cannot be written.
+      ValueError: when the folder `cache_dir` cannot be written, or the disk is full.
     """
     try:
         root = cache_root(cache_dir)
@@ -137,6 +189,7 @@ def build_once(
         if folder.is_dir():
             return folder
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_abandoned(root)
         # mkdtemp creates a folder that only this user can enter.
         work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
     except OSError as error:
@@ -148,16 +201,44 @@ def build_once(
             "data.cache_dir to a folder that you can write"
         ) from None
     try:
-        _remove_abandoned(root)
-        build(work)
-        for file in work.rglob("*"):
-            sync(file)
+        with _locked(work), _disk_may_be_full(root):
+            build(work)
+            for file in work.rglob("*"):
+                sync(file)
         sync(work)
         _publish(work, folder)
         sync(root)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Shows that a folder is being built; the system ends it with the process."""
+    lock = work / _LOCK
+    with open(lock, "wb") as file:
+        # Without locks, nobody takes it for abandoned.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        lock.unlink()
+
+
+@contextlib.contextmanager
+def _disk_may_be_full(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # NumPy gives no number when it cannot write all of an array.
+        if error.errno is not None and error.errno not in _DISK_FULL:
+            raise
+        free = shutil.disk_usage(root).free
+        raise ValueError(
+            f"the cache folder {root} cannot be written ({error.strerror or error}; "
+            f"{free:,} bytes are free): make room, or set data.cache_dir to a folder "
+            "on another disk; tokens need 2 or 4 bytes each"
+        ) from None
 
 
 def _publish(work: Path, folder: Path) -> None:
@@ -169,10 +250,33 @@ def _publish(work: Path, folder: Path) -> None:
             raise
 
 
+def _remove(folder: Path) -> None:
+    """Removes an entry, by a rename first: a name never holds half an entry."""
+    doomed = tempfile.mkdtemp(prefix=_BUILDING, dir=folder.parent)
+    try:
+        # Another process may do the same.
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, doomed)
+    finally:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def _remove_abandoned(root: Path) -> None:
+    """Removes what processes that were killed have left half built."""
     for folder in root.glob(_BUILDING + "*"):
         # Another process may rename or remove its folder at any moment.
-        with contextlib.suppress(FileNotFoundError):
-            newest = max(p.stat().st_mtime for p in (folder, *folder.iterdir()))
-            if time.time() - newest > ABANDONED_SECONDS:
+        with contextlib.suppress(OSError):
+            is_old = time.time() - folder.stat().st_mtime > UNLOCKED_SECONDS
+            if is_old and not _is_locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_locked(folder: Path) -> bool:
+    if not (folder / _LOCK).exists():
+        return False
+    with open(folder / _LOCK, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

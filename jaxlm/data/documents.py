@@ -7,15 +7,17 @@ names the file, the line or byte, and the remedy.
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxlm.data.sources import TEXT_KINDS, TextFile, suffixes
 from jaxlm.fields import nearest
+from jaxlm.terminal.printable import one_line, shown
 
 BOM = b"\xef\xbb\xbf"
 # A zero among the first bytes of a file means that it is not text, as for git and grep.
@@ -242,8 +244,8 @@ def _field_of(value: Any, field: str, where: str) -> str:
         )
     if field not in value:
         raise ValueError(
-            f"{where}: no field {field!r}{nearest(field, list(value))}; the fields are "
-            f"{', '.join(value) or 'none'}: set data.field"
+            f"{where}: no field {field!r}{_which(field, 'field', value)}: set "
+            "data.field"
         )
     if not isinstance(value[field], str):
         raise ValueError(
@@ -251,6 +253,13 @@ def _field_of(value: Any, field: str, where: str) -> str:
             "text: set data.field to the field that holds the text"
         )
     return value[field]
+
+
+def _which(field: str, what: str, names: Iterable[str]) -> str:
+    """Names the fields or columns that there are, and that which may be meant."""
+    names = [shown(name) for name in itertools.islice(names, 100)]
+    there = f"the {what}s are {', '.join(names[:8])}" if names else f"it has no {what}"
+    return f"{nearest(field, names)}; {there}"
 
 
 def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Document]:
@@ -297,7 +306,7 @@ def _damaged_parquet(file: TextFile, pyarrow: Any) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeError, pyarrow.ArrowException) as error:
-        words = " ".join(str(error).split())[:150]
+        words = one_line(" ".join(str(error).split()), 150)
         raise ValueError(
             f"{file.path}: not a complete Parquet file ({words}): get it again"
         ) from None
@@ -306,8 +315,8 @@ def _damaged_parquet(file: TextFile, pyarrow: Any) -> Iterator[None]:
 def _check_column(file: TextFile, schema: Any, field: str, pyarrow: Any) -> None:
     if field not in schema.names:
         raise ValueError(
-            f"{file.path}: no column {field!r}{nearest(field, schema.names)}; the "
-            f"columns are {', '.join(schema.names)}: set data.field"
+            f"{file.path}: no column {field!r}{_which(field, 'column', schema.names)}: "
+            "set data.field"
         )
     kind = schema.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

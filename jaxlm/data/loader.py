@@ -3,7 +3,7 @@
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from jaxtyping import Int64
 
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import (
-    build_once,
+    DamagedEntry,
+    check_may_build,
     check_unchanged,
-    content_hashes,
     key_of,
+    read_or_build,
 )
 from jaxlm.data.documents import read_documents
 from jaxlm.data.order import RowOrder
@@ -30,7 +31,7 @@ from jaxlm.data.packing import (
     split_stream,
     train_rows,
 )
-from jaxlm.data.sources import Source, find_source
+from jaxlm.data.text_record import TextRecord, current_texts
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.kinds import build_tokenizer, needs_text, read_saved_tokenizer
@@ -39,6 +40,7 @@ from jaxlm.types import Batch
 # Increase it whenever the same config and seed would give other batches than before.
 ORDER_VERSION = 1
 _ALL_ROWS = slice(None)
+_BLOCK_TOKENS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Dataset:
     """Order of the rows."""
     fingerprint: str
     """SHA-256 (hex) of everything that determines contents and order."""
+    texts: tuple[TextRecord, ...]
+    """The files that the tokens were made of, one record for each entry of data.path.
+    """
 
     @property
     def num_train_tokens(self) -> int:
@@ -126,13 +131,19 @@ class Dataset:
           ValueError: when nothing is held out.
         """
         sizes = np.asarray([len(b) for b in self.tokenizer.token_bytes], np.int64)
-        num_bytes = num_targets = 0
+        counts = np.zeros(len(sizes), np.int64)
         for stream in self.held_out:
-            counts = np.bincount(stream.tokens, minlength=len(sizes))
-            first = stream.documents if self.segment_attention else [0][: counts.sum()]
-            counts -= np.bincount(stream.tokens[first], minlength=len(sizes))
-            num_bytes += int(counts @ sizes)
-            num_targets += int(counts.sum())
+            size = len(stream.tokens)
+            first = stream.documents
+            if not self.segment_attention:
+                first = np.zeros(min(size, 1), np.int64)
+            for start in range(0, size, _BLOCK_TOKENS):
+                block = np.asarray(stream.tokens[start : start + _BLOCK_TOKENS])
+                low, high = np.searchsorted(first, [start, start + len(block)])
+                counts += np.bincount(block, minlength=len(sizes))
+                skipped = block[first[low:high] - start]
+                counts -= np.bincount(skipped, minlength=len(sizes))
+        num_bytes, num_targets = int(counts @ sizes), int(counts.sum())
         if not num_targets:
             raise ValueError(
                 "no text is held out for evaluation: set data.holdout_fraction above 0"
@@ -166,25 +177,30 @@ class Dataset:
 
 
 def open_dataset(
-    config: DataConfig, tokenizer: Tokenizer | None = None, *, seed: int
+    config: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    seed: int,
+    began: Sequence[TextRecord] | None = None,
 ) -> Dataset:
     """Opens the texts of a config; the first time, reads and tokenizes them.
 
     Args:
       tokenizer: that of a resumed run or a checkpoint; None builds the config's.
       seed: determines the order.
+      began: the texts when the run began, of which none may have changed.
 
     Raises:
       ValueError: for anything wrong with the texts, the tokenizer or the cache, and
         for a source that is shorter than a row.
     """
-    sources = [find_source(entry) for entry in config.path]
-    hashes = [content_hashes(source.files) for source in sources]
+    texts = current_texts(config, began)
+    sources = [text.source for text in texts]
     if tokenizer is None:
-        tokenizer = _tokenizer_of(config, sources, hashes)
+        tokenizer = _tokenizer_of(config, texts)
     streams, contents = [], []
-    for source, file_hashes in zip(sources, hashes, strict=True):
-        cached = tokenize_source(source, file_hashes, tokenizer, config)
+    for source, text in zip(sources, texts, strict=True):
+        cached = tokenize_source(source, text.hashes, tokenizer, config)
         name = f"{source.name} ({cached.folder / 'tokens.bin'})"
         ids = (cached.tokens, cached.documents, tokenizer.vocab_size)
         streams.append(split_stream(TokenStream(name, *ids), config.holdout_fraction))
@@ -218,12 +234,11 @@ def open_dataset(
         held_out,
         order,
         fingerprint,
+        texts,
     )
 
 
-def _tokenizer_of(
-    config: DataConfig, sources: list[Source], hashes: list[list[str]]
-) -> Tokenizer:
+def _tokenizer_of(config: DataConfig, texts: Sequence[TextRecord]) -> Tokenizer:
     """Returns the config's tokenizer; one made from the text is kept in the cache."""
     if not needs_text(config):
         return build_tokenizer(config, ())
@@ -232,27 +247,31 @@ def _tokenizer_of(
         choices.append(config.tokenizer_vocab_size)
     if config.tokenizer == "sentencepiece":
         choices.append(config.tokenizer_algorithm)
-    kinds = [[f.format, f.compression] for s in sources for f in s.files]
+    kinds = [[f.format, f.compression] for t in texts for f in t.source.files]
+    hashes = [list(text.hashes) for text in texts]
     key = key_of(
         "tokenizer", 1, choices, kinds, hashes, config.field, config.invalid_utf8
     )
 
-    def texts() -> Iterator[str]:
-        for source in sources:
-            for file in source.files:
+    def documents() -> Iterator[str]:
+        for text in texts:
+            for file in text.source.files:
                 for document in read_documents(file, config.field, config.invalid_utf8):
                     yield document.text
 
     def build(work: Path) -> None:
-        build_tokenizer(config, texts()).save(work)
-        for source, file_hashes in zip(sources, hashes, strict=True):
-            check_unchanged(source.files, file_hashes)
+        check_may_build(config, "the tokenizer")
+        build_tokenizer(config, documents()).save(work)
+        for text in texts:
+            check_unchanged(text.source.files, text.hashes)
 
-    folder = build_once(config.cache_dir, key, build)
-    try:
-        return read_saved_tokenizer(folder)
-    except ValueError as error:
-        raise ValueError(f"{error}: delete the folder {folder}") from error
+    def read(folder: Path) -> Tokenizer:
+        try:
+            return read_saved_tokenizer(folder)
+        except ValueError as error:
+            raise DamagedEntry(folder, str(error)) from error
+
+    return read_or_build(config.cache_dir, key, build, read)
 
 
 def place(
@@ -301,6 +320,7 @@ def batches(
     start_step: int = 0,
     sharding: Sharding | None = None,
     prefetch: int = 2,
+    batch_of: Callable[[int], int] | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of steps `start_step`, `start_step + 1`, ... without end.
 
@@ -310,6 +330,7 @@ def batches(
       sharding: see `place`.
       prefetch: batches that a thread prepares in advance; 0 builds each on demand. The
         batches are the same.
+      batch_of: returns the number of the batch of a step, both from 1; None: the same.
 
     Raises:
       ValueError: at the batch for which `Dataset.train_batch` raises it.
@@ -317,7 +338,8 @@ def batches(
     shape = (batch_size, dataset.sequence_length)
 
     def make(step: int) -> Batch:
-        build = partial(dataset.train_batch, step, batch_size)
+        number = step if batch_of is None else batch_of(step + 1) - 1
+        build = partial(dataset.train_batch, number, batch_size)
         return place(build, shape, sharding)
 
     if not prefetch:

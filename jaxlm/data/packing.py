@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt, UInt64
 
+from jaxlm.data.token_file import TokenFile
 from jaxlm.types import Batch
 
 
@@ -20,8 +21,8 @@ class TokenStream:
 
     name: str
     """Entry of data.path and file of its tokens, for messages."""
-    tokens: UInt[np.ndarray, "n"]
-    """Token ids (mapped from disk)."""
+    tokens: TokenFile | UInt[np.ndarray, "n"]
+    """Token ids."""
     documents: Int64[np.ndarray, "documents"]
     """Offset of each document's first token; the first is 0."""
     vocab_size: int

@@ -1,4 +1,4 @@
-"""JSON objects from files that may be damaged or hostile."""
+"""JSON from files that may be damaged or hostile."""
 
 import json
 from typing import Any
@@ -6,10 +6,8 @@ from typing import Any
 from jaxlm.terminal.printable import shown
 
 
-def parse_object(
-    text: str | bytes, where: str, *, allow_nan: bool = True
-) -> dict[str, Any]:
-    """Parses a JSON object with unique names.
+def parse(text: str | bytes, where: str, *, allow_nan: bool = True) -> Any:
+    """Parses JSON whose objects have unique names.
 
     Args:
       text: bytes are UTF-8.
@@ -23,11 +21,18 @@ def parse_object(
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        value = json.loads(text, object_pairs_hook=_unique, **constant)
+        return json.loads(text, object_pairs_hook=_unique, **constant)
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from None
+
+
+def parse_object(
+    text: str | bytes, where: str, *, allow_nan: bool = True
+) -> dict[str, Any]:
+    """Parses a JSON object; arguments and errors as `parse`."""
+    value = parse(text, where, allow_nan=allow_nan)
     if not isinstance(value, dict):
         raise ValueError(f"{where} is not a JSON object")
     return value

@@ -18,14 +18,16 @@ from jaxlm.model.kv_cache import Cache, LayerCache, append
 from jaxlm.model.params import param, weights
 from jaxlm.model.positions import Rotation, rotations
 from jaxlm.ops.attention.dispatch import attention
+from jaxlm.ops.attention.reference import probed_attention
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import mixture, route
-from jaxlm.ops.norm import normalize
+from jaxlm.ops.norm import divisor, normalize, normalize_by
 from jaxlm.ops.probe import Probe
 from jaxlm.ops.rope import rotate
+from jaxlm.ops.sites import ATTENTION_SITES
 from jaxlm.sharding.rules import activation_spec, batch_parts, reshard
 from jaxlm.types import Params
 
@@ -137,7 +139,8 @@ class Block(nn.Module):
           x: in the compute dtype.
           context: what all layers share.
           cache: of this layer; None without one.
-          probe: called as `x = probe(site, x)` at each site that can be tapped.
+          probe: called as `x = probe(site, x)` at each site that can be tapped or
+            edited.
         """
         config = self.config
         pre_norm = config.norm_placement in ("pre", "both")
@@ -145,7 +148,7 @@ class Block(nn.Module):
         post_norm = config.norm_placement == "post"
 
         def norm(name: str, x: Array) -> Array:
-            return Norm(config, f"layers/{name}", name=name)(x)
+            return Norm(config, f"layers/{name}", name=name)(x, probe)
 
         x = probe("resid_pre", x)
         h = probe("attn_in", norm("attn_norm", x) if pre_norm else x)
@@ -202,12 +205,15 @@ class Attention(nn.Module):
                 k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
         sinks = param(self, "layers/attn/sinks") if config.attention_sinks else None
         spec = attention_spec(config, kind, context, sinks)
-        tapped = "attn_lse" in probe
-        z, lse = attention(
-            q, k, v, spec, implementation=implementation, return_lse=tapped
-        )
-        if lse is not None:
-            probe("attn_lse", lse)
+        if probe.edits(*ATTENTION_SITES):
+            z = probed_attention(q, k, v, spec, probe)
+        else:
+            tapped = "attn_lse" in probe
+            z, lse = attention(
+                q, k, v, spec, implementation=implementation, return_lse=tapped
+            )
+            if lse is not None:
+                probe("attn_lse", lse)
         y = linear(self, "BTNH,NHD->BTD", probe("z", z), "layers/attn/o")
         return probe("attn_out", y), cache
 
@@ -263,18 +269,25 @@ class MixtureOfExperts(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis; its weights are below `folder`."""
+    """RMSNorm or LayerNorm over the last axis; its weights are below `folder`.
+
+    Given a probe, it divides by what an edit makes of its divisor.
+    """
 
     config: ModelConfig
     folder: str
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, probe: Probe | None = None) -> Array:
         config = self.config
         scale = param(self, f"{self.folder}/scale").reshape(-1)
         bias = None
         if config.norm_bias:
             bias = param(self, f"{self.folder}/bias").reshape(-1)
+        site = f"{self.folder.rpartition('/')[2]}_div"
+        if probe is not None and probe.edits(site):
+            div = probe(site, divisor(x, config.norm_epsilon, config.norm))
+            return normalize_by(x, div, scale, bias, config.norm)
         return normalize(x, scale, bias, config.norm_epsilon, config.norm)
 
 

@@ -6,7 +6,7 @@ and groups of 6) follow in a loop. A tuple of layers, as decoding uses, runs in 
 throughout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,10 @@ from jaxtyping import Array, Float
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, layer_kinds
 from jaxlm.model.kv_cache import LayerCache
-from jaxlm.ops.probe import Probe, Recorder, Tap
+from jaxlm.ops.edit import Edit
+from jaxlm.ops.probe import Probe
+from jaxlm.ops.sites import SITES
+from jaxlm.ops.tap import Recorder, Tap
 from jaxlm.types import Params
 
 Caches = LayerCache | tuple[LayerCache, ...] | None
@@ -42,6 +45,7 @@ def run_layers(
     context: Context,
     caches: Caches,
     recorder: Recorder,
+    edits: Sequence[Edit],
     block: type[Block],
 ) -> tuple[Float[Array, "B T D"], Caches, Recorder]:
     """Runs all blocks.
@@ -49,6 +53,7 @@ def run_layers(
     Args:
       layers, caches: both stacked, or both a tuple with one entry per layer. Caches may
         be None.
+      recorder: of the taps and edits.
       block: what computes a layer.
 
     Returns:
@@ -56,7 +61,7 @@ def run_layers(
 
     Raises:
       ValueError: when the block changes the shape or dtype of the residual stream, or
-        does not record a site that is tapped.
+        does not call its probe at a site that is tapped or edited.
     """
     stacked = not isinstance(layers, tuple)
     kinds = layer_kinds(config)
@@ -69,10 +74,13 @@ def run_layers(
         for i in range(size):
             x, caches, recorder = carry
             number = first + i
-            layer = (layers, number) if stacked else (layers[number], None)
+            given = layers if stacked else layers[number]
             cache = _take(caches, number)
-            x, cache, values = blocks[i % period](*layer, x, context, cache)
-            carry = x, _put(caches, number, cache), recorder.write(number, values)
+            x, cache, values, hits = blocks[i % period](
+                given, number, x, context, cache, edits
+            )
+            recorder = recorder.write(number, values, hits)
+            carry = x, _put(caches, number, cache), recorder
         return carry, None
 
     carry, done = (x, caches, recorder), 0
@@ -87,30 +95,31 @@ def run_layers(
 
 
 def _block(module: Block, taps: tuple[Tap, ...], scanned: bool) -> Callable[..., Any]:
-    """Returns `(layers, number, x, context, cache) -> (x, cache, tapped values)`.
+    """Returns `(layers, number, x, context, cache, edits) -> (x, cache, values, hits)`.
 
-    `layers` is the stack, or one layer when `number` is None. The layer is sliced out
-    of the stack inside the checkpoint, so the backward pass slices it again and keeps
-    no copy of the weights.
+    `layers` is the stack if it is scanned, else one layer. The layer is sliced out of
+    the stack inside the checkpoint, so the backward pass slices it again and keeps no
+    copy of the weights. `values` are those tapped.
     """
     apply: Callable[..., Any] = module.apply
 
-    def block(layers, number, x, context, cache):
-        params = layers if number is None else _take(layers, number)
-        probe = Probe(taps)
+    def block(layers, number, x, context, cache, edits):
+        params = _take(layers, number) if scanned else layers
+        probe = Probe(taps, edits, context.positions, number)
         y, cache = apply({"params": params}, x, context, cache, probe)
         if (y.shape, y.dtype) != (x.shape, x.dtype):
             raise ValueError(
                 f"{type(module).__name__} turns x of {x.dtype}{list(x.shape)} into "
                 f"{y.dtype}{list(y.shape)}: it must keep shape and dtype"
             )
-        for tap in taps:
-            if tap.site not in probe.values:
+        edited = [edit for edit in edits if not SITES[edit.site].outside_layers]
+        for chosen, how in ((taps, "tapped"), (edited, "edited")):
+            for site in {one.site for one in chosen} - probe.called:
                 raise ValueError(
-                    f"{type(module).__name__} does not record {tap.site!r}, which is "
-                    f"tapped: call probe({tap.site!r}, x) in it"
+                    f"{type(module).__name__} does not record {site!r}, which is "
+                    f"{how}: call probe({site!r}, x) in it"
                 )
-        return y, cache, probe.values
+        return y, cache, probe.values, probe.hits
 
     # Inside a scan XLA cannot merge the recomputation with the original.
     policy = REMAT_POLICIES[module.config.remat]

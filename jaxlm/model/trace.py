@@ -2,7 +2,7 @@
 
 A derived site (scores, probabilities, single heads, divisors of norms, chosen experts)
 is computed from recorded ones, for the tapped layers only. The table of sites is in
-`ops/probe.py`.
+`ops/sites.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,17 @@ from jaxtyping import Array, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Context, LayerKind, attention_spec, layer_kinds
+from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import Caches
 from jaxlm.model.params import sizes
 from jaxlm.ops.attention.reference import attention_scores
+from jaxlm.ops.edit import Edit, check_edits
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import route
 from jaxlm.ops.norm import divisor
-from jaxlm.ops.probe import SITES, Recorder, Tap, check_taps
+from jaxlm.ops.sites import SITES, computed_aside
+from jaxlm.ops.tap import Recorder, Tap, check_taps
 from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params, Trace
 
@@ -50,9 +53,13 @@ def absent_sites(config: ModelConfig) -> frozenset[str]:
     return frozenset(absent)
 
 
-def sources(config: ModelConfig, site: str) -> tuple[str, ...]:
-    """Returns the recorded sites that `site` is computed from (itself if recorded)."""
-    if not SITES[site].derived:
+def sources(config: ModelConfig, site: str, derived: frozenset[str]) -> tuple[str, ...]:
+    """Returns the recorded sites that `site` is computed from (itself if recorded).
+
+    Args:
+      derived: sites that are computed after the pass.
+    """
+    if site not in derived:
         return (site,)
     if site in ("attn_norm_div", "mlp_norm_div"):
         return _norm_inputs(config, site)
@@ -76,14 +83,17 @@ def _norm_inputs(config: ModelConfig, site: str) -> tuple[str, ...]:
     return (mid, "mlp_out_post")
 
 
-def recorded_taps(config: ModelConfig, taps: Sequence[Tap]) -> tuple[Tap, ...]:
+def recorded_taps(
+    config: ModelConfig, taps: Sequence[Tap], edits: Sequence[Edit] = ()
+) -> tuple[Tap, ...]:
     """Returns the sites inside the layers to record for these taps, each once."""
+    derived = _derived(edits)
     chosen: dict[str, dict[int, None]] = {}
     for tap in taps:
         layers = tap.layers or range(config.num_layers)
         if SITES[tap.site].outside_layers:
             layers = (config.num_layers - 1,)
-        for source in sources(config, tap.site):
+        for source in sources(config, tap.site, derived):
             if not SITES[source].outside_layers:
                 chosen.setdefault(source, {}).update(dict.fromkeys(layers))
     every = set(range(config.num_layers))
@@ -93,22 +103,39 @@ def recorded_taps(config: ModelConfig, taps: Sequence[Tap]) -> tuple[Tap, ...]:
     )
 
 
+def _derived(edits: Sequence[Edit]) -> frozenset[str]:
+    """Returns the sites that are computed after the pass."""
+    return computed_aside(frozenset(edit.site for edit in edits))
+
+
 def empty_recorder(
-    config: ModelConfig, tokens: Int[Array, "B T"], taps: Sequence[Tap]
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    cache: Cache | None,
+    taps: Sequence[Tap],
+    edits: Sequence[Edit],
+    head: bool,
 ) -> Recorder:
     """Returns a recorder with empty slots for what these taps need from the layers.
 
     Raises:
-      ValueError: for taps that this model cannot have.
+      ValueError: for taps and edits that this call cannot have.
     """
-    check_taps(taps, config.num_layers, absent_sites(config))
+    absent = absent_sites(config)
+    check_taps(taps, config.num_layers, absent)
+    check_edits(edits, sizes(config), absent)
+    for chosen, how in ((taps, "tapped"), (edits, "edited")):
+        if not head and any(one.site == "logits" for one in chosen):
+            raise ValueError(f"site 'logits' cannot be {how} with head=False")
     B, T = tokens.shape
+    S = T if cache is None else cache.max_length
     return Recorder.empty(
-        recorded_taps(config, taps),
+        recorded_taps(config, taps, edits),
         config.num_layers,
-        {**sizes(config), "B": B, "T": T},
+        {**sizes(config), "B": B, "T": T, "S": S, "1": 1},
         compute_dtype(config.dtype),
         activation_spec,
+        len(edits),
     )
 
 
@@ -120,6 +147,7 @@ def complete(
     outside: Mapping[str, Array],
     context: Context,
     caches: Caches,
+    edits: Sequence[Edit],
 ) -> Trace:
     """Returns the trace of all taps.
 
@@ -130,7 +158,7 @@ def complete(
     """
     every_layer = tuple(range(config.num_layers))
     layers_of = {tap.site: tap.layers or every_layer for tap in recorder.taps}
-    recorded = recorder.read()
+    recorded, derived = recorder.read(), _derived(edits)
 
     def at(site: str, layers: Sequence[int]) -> Array:
         """Returns a recorded site at these layers, in this order."""
@@ -147,7 +175,7 @@ def complete(
         elif SITES[site].outside_layers:  # derived from the last layer
             last = every_layer[-1:]
             trace[site] = _derive(config, params, site, last, at, context, caches)[0]
-        elif SITES[site].derived:
+        elif site in derived:
             trace[site] = _derive(config, params, site, layers, at, context, caches)
         else:
             trace[site] = at(site, layers)
@@ -164,7 +192,8 @@ def _derive(
     caches: Caches,
 ) -> Array:
     """Computes a derived site at these layers."""
-    values = [at(source, layers) for source in sources(config, site)]
+    aside = frozenset({site})
+    values = [at(source, layers) for source in sources(config, site, aside)]
     if site.endswith("_norm_div"):
         return divisor(reduce(add, values), config.norm_epsilon, config.norm)
     if site in ("expert_ids", "expert_weights"):

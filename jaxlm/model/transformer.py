@@ -23,10 +23,13 @@ from jaxlm.model.checks import as_tokens, check_config, check_model
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
 from jaxlm.model.params import param
+from jaxlm.ops.edit import Edit, total_hits
+from jaxlm.ops.embedding import lookup
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype, einsum
-from jaxlm.ops.probe import Probe, Tap
+from jaxlm.ops.probe import Probe
 from jaxlm.ops.rope import sinusoids
+from jaxlm.ops.tap import Tap
 from jaxlm.sharding.rules import activation_spec, reshard
 from jaxlm.types import Params
 
@@ -45,6 +48,8 @@ class Output:
     """The given cache with the new tokens; None when none was given."""
     trace: Mapping[str, Any]
     """A `Trace`: tapped sites; sites inside the layers have a leading layer axis."""
+    hits: tuple[Any, ...]
+    """How often each edit has fired, int32, for `check_hits`."""
 
 
 def forward(
@@ -56,6 +61,7 @@ def forward(
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
     taps: Sequence[Tap] = (),
+    edits: Sequence[Edit] = (),
     head: bool = True,
     block: type[Block] = Block,
 ) -> Output:
@@ -73,38 +79,39 @@ def forward(
       cache: earlier keys and values, to which the tokens are added. Inside jit the
         caller ensures that they fit.
       taps: sites to read.
+      edits: changes of sites, made in this order.
       head: False skips the output head, for callers that need the logits of some tokens
         only and call `unembed` themselves.
       block: what computes a layer; see `Block`.
 
     Raises:
       ValueError: for arguments of the wrong type or shape, parameters of another model,
-        taps that do not exist, `logits` with `head=False`, or segments with a cache;
-        outside jit also for ids outside the vocabulary and a cache without room.
+        taps or edits that cannot be, or segments with a cache; outside jit also for ids
+        outside the vocabulary, a cache without room, and an edit that changes nothing.
     """
     check_model(config, params, block)
     tokens = as_tokens(config, tokens, cache)
     context = make_context(config, tokens, positions, segment_ids, cache)
-    recorder, probe = trace.empty_recorder(config, tokens, taps), Probe(taps)
-    if not head and any(tap.site == "logits" for tap in taps):
-        raise ValueError("site 'logits' cannot be tapped with head=False")
+    recorder = trace.empty_recorder(config, tokens, cache, taps, edits, head)
+    probe = Probe(taps, edits, context.positions)
 
     embed: Callable[..., Any] = Embedder(config, parent=None).apply
     x = embed({"params": params["embed"]}, tokens, context.positions, probe)
     caches = None if cache is None else cache.layers
     x, caches, recorder = run_layers(
-        config, params["layers"], x, context, caches, recorder, block
+        config, params["layers"], x, context, caches, recorder, edits, block
     )
-    x = probe("final_norm", _final_norm(config, params, x))
+    x = probe("final_norm", _final_norm(config, params, x, probe))
     logits = probe("logits", unembed(config, params, x)) if head else None
 
     tapped = trace.complete(
-        config, params, taps, recorder, probe.values, context, caches
+        config, params, taps, recorder, probe.values, context, caches, edits
     )
+    hits = total_hits(edits, recorder.hits, probe.hits)
     if cache is not None:
         assert caches is not None
         cache = Cache(layers=caches, lengths=cache.lengths + tokens.shape[1])
-    return Output(x, logits, cache, tapped)
+    return Output(x, logits, cache, tapped, hits)
 
 
 class Embedder(nn.Module):
@@ -117,17 +124,14 @@ class Embedder(nn.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], probe: Probe
     ) -> Float[Array, "B T D"]:
         config, dtype = self.config, compute_dtype(self.config.dtype)
-        # A lookup needs whole rows of the table on each device. Left alone, the
-        # compiler replicates far more, forward and backward.
-        table = reshard(param(self, "embed/table"), "VD")
-        x = table.at[probe("tokens", tokens)].get(out_sharding=activation_spec("BTD"))
+        tokens = reshard(probe("tokens", tokens), "BT")
+        x = lookup(param(self, "embed/table"), tokens, dtype)
         # The scale is rounded to the compute dtype, as the published Gemma models do.
-        x = x.astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
+        x *= jnp.asarray(config.embedding_scale, dtype)
         x = probe("embed", x)
         if config.position == "learned":
-            table = reshard(param(self, "embed/positions"), "CD")
-            learned = table.at[positions].get(out_sharding=activation_spec("BTD"))
-            x += probe("pos_embed", learned.astype(dtype))
+            table, positions = param(self, "embed/positions"), reshard(positions, "BT")
+            x += probe("pos_embed", lookup(table, positions, dtype))
         elif config.position == "sinusoidal":
             x += probe(
                 "pos_embed", sinusoids(positions, config.model_dim).astype(dtype)
@@ -136,12 +140,15 @@ class Embedder(nn.Module):
 
 
 def _final_norm(
-    config: ModelConfig, params: Params, x: Float[Array, "*B D"]
+    config: ModelConfig,
+    params: Params,
+    x: Float[Array, "*B D"],
+    probe: Probe | None = None,
 ) -> Float[Array, "*B D"]:
     if not config.final_norm:
         return x
     norm: Callable[..., Any] = Norm(config, "final_norm", parent=None).apply
-    return norm({"params": params["final_norm"]}, x)
+    return norm({"params": params["final_norm"]}, x, probe)
 
 
 def head_params(config: ModelConfig, params: Params) -> Params:

@@ -80,4 +80,18 @@ def _normalize_backward(epsilon, kind, residuals, g):
     return dx.astype(unit.dtype), dscale.astype(scale.dtype), dbias
 
 
+def normalize_by(
+    x: Float[Array, "*B D"],
+    divisor: Float[Array, "*B 1"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    kind: str,
+) -> Float[Array, "*B D"]:
+    """`normalize` with a given divisor, such as one that is frozen; in x's dtype."""
+    y = _centered_f32(x, kind) / divisor * _factor(scale, kind)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
 normalize.defvjp(_normalize_forward, _normalize_backward)

@@ -1,7 +1,6 @@
 """Reads runs, and computes curves and figures for the report and the picture."""
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.fields import from_dict
+from jaxlm.files.strict_json import parse_object
 from jaxlm.model.params import count_matmul_params
 from jaxlm.terminal.progress import format_count, format_seconds
 from jaxlm.train.metrics import read_metrics
@@ -73,13 +73,7 @@ def _read_config(folder: Path) -> Json:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return config
+    return parse_object(path.read_bytes(), str(path))
 
 
 def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:

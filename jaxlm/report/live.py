@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
 from jaxlm.terminal.progress import Waiting
@@ -62,12 +63,12 @@ class LiveReport:
         self._update(next_s=None)
 
     def _update(self, next_s: float | None, draw: bool = True) -> None:
-        with Waiting("drawing the report", in_logs=False):
+        with Waiting("drawing the report", in_logs=False), self._failure_logged():
+            runs = load_runs(self._run)
             with self._failure_logged():
-                write_report(self._run, self._run / REPORT, next_s=next_s)
+                write_report(runs, self._run / REPORT, next_s=next_s)
             if draw:
-                with self._failure_logged():
-                    draw_loss_png(self._run, self._run / PICTURE)
+                draw_loss_png(runs, self._run / PICTURE)
 
     @contextlib.contextmanager
     def _failure_logged(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from jaxlm.report.curves import (
     column,
     downsample,
     figures,
-    load_runs,
 )
 
 # Limits: samples per run, characters per sample.
@@ -42,26 +41,21 @@ CURVES = {
 
 
 def write_report(
-    runs: Path | str | Iterable[Path | str],
-    out: Path | str,
-    *,
-    next_s: float | None = None,
+    runs: Sequence[Run], out: Path | str, *, next_s: float | None = None
 ) -> Path:
-    """Writes the report of `runs` (folders) to the file `out`, and returns its path.
+    """Writes the report of `runs` to the file `out`, and returns its path.
 
     Args:
-      runs: one run folder or several, to compare them.
+      runs: one run, or several, to compare them.
       next_s: seconds until the next report of a run in progress: the page reloads
         itself then, and ever more rarely if none comes. None: it does not.
 
     Raises:
-      ValueError: if a folder has no metrics, or a file cannot be parsed.
       OSError: if `out` cannot be written; a report that was there is left as it was.
     """
-    loaded = load_runs(runs)
-    names = ", ".join(run.name for run in loaded)
-    tables = [figures(run) for run in loaded]
-    data: Json = {"runs": [_run_data(run) for run in loaded]}
+    names = ", ".join(run.name for run in runs)
+    tables = [figures(run) for run in runs]
+    data: Json = {"runs": [_run_data(run) for run in runs]}
     if next_s is not None:
         data["live"] = {"written_s": round(time.time(), 3), "next_s": next_s}
     page = {
@@ -69,13 +63,13 @@ def write_report(
         "style": _asset("page.css"),
         "script": _asset("page.js"),
         "heading": html.escape(names),
-        "status": _status(loaded, tables[0]["Steps"]),
-        "tiles": _tiles(tables[0]) if len(loaded) == 1 else "",
-        "figures": _figures_table(loaded, tables),
-        "held_out": _held_out_table(loaded),
-        "config": _config_table(loaded),
-        "held_out_hidden": _hidden_unless(any(run.of_kind("eval") for run in loaded)),
-        "config_hidden": _hidden_unless(any(run.config for run in loaded)),
+        "status": _status(runs, tables[0]["Steps"]),
+        "tiles": _tiles(tables[0]) if len(runs) == 1 else "",
+        "figures": _figures_table(runs, tables),
+        "held_out": _held_out_table(runs),
+        "config": _config_table(runs),
+        "held_out_hidden": _hidden_unless(any(run.of_kind("eval") for run in runs)),
+        "config_hidden": _hidden_unless(any(run.config for run in runs)),
         "data": _script_json(data),
     }
     # In one pass, so that inserted text that looks like a placeholder stays text.

@@ -1,7 +1,7 @@
 """`loss.png`: plots the losses of one run or several."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from jaxlm.report.curves import (
     column,
     downsample,
     final_losses,
-    load_runs,
     smoothed_loss,
 )
 
@@ -32,16 +31,16 @@ MAX_LEGEND_ROWS = 10
 LOG_SPAN = 20
 
 
-def draw_loss_png(runs: Path | str | Iterable[Path | str], out: Path | str) -> Path:
+def draw_loss_png(runs: Sequence[Run], out: Path | str) -> Path:
     """Plots train and held-out loss over steps, 1200 x 750 pixels, and returns `out`.
 
     Red triangles on the axis mark training losses that are not finite. The vertical
     axis is logarithmic if the losses span more than a factor of 20.
 
     Raises:
-      ValueError: if a folder has no metrics, or a file cannot be parsed.
+      OSError: if `out` cannot be written; a picture that was there is left as it was.
     """
-    figure = draw_losses(load_runs(runs))
+    figure = draw_losses(runs)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxlm.config import MeshConfig
+from jaxlm.config import MeshConfig, TrainConfig
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -23,22 +26,11 @@ def make_mesh(
     trace time, even on one device.
 
     Raises:
-      ValueError: if the product of the axis sizes is not the number of devices.
+      ValueError: if the product of the axis sizes is not the number of devices, or the
+        data axis cannot hold the slices of a TPU.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices):
-        shape = " x ".join(f"mesh.{a} {getattr(config, a)}" for a in AXES)
-        raise ValueError(
-            f"{shape} does not use the {len(devices)} devices exactly: choose "
-            "sizes whose product is their number, or -1 for one axis"
-        )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
-    )
+    return Mesh(device_grid(config, devices), AXES, (AxisType.Explicit,) * len(AXES))
 
 
 def make_mesh_of_size(config: MeshConfig) -> Mesh:
@@ -52,3 +44,101 @@ def make_mesh_of_size(config: MeshConfig) -> Mesh:
         if size < 1:
             raise ValueError(f"mesh.{axis} is {size}: give its number of devices")
     return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
+
+
+def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Arranges devices in an array [data, fsdp, tensor], by the topology of a TPU.
+
+    Neighbors along `tensor` are close to each other, those along `data` may be far
+    apart. The slices of a TPU, between which the network is slow, are parts of `data`.
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    shape = " x ".join(f"mesh.{a} {getattr(config, a)}" for a in AXES)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"{shape} does not use the {len(devices)} devices exactly: choose "
+            "sizes whose product is their number, or -1 for one axis"
+        )
+    slices = num_slices(devices)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    data, *inside = sizes
+    if data % slices:
+        raise ValueError(
+            f"{shape} does not fit {slices} slices of {len(devices) // slices} "
+            f"devices: mesh.data must be a multiple of {slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inside),
+        (slices,) + (1,) * len(inside),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
+def num_slices(devices: Iterable[Any]) -> int:
+    """Number of TPU slices that the devices are of; 1 on other platforms."""
+    # Topologies of one slice that are only compiled for do not number it.
+    on_torus = (device for device in devices if _is_on_torus(device))
+    return len({getattr(device, "slice_index", 0) for device in on_torus}) or 1
+
+
+def ring_hops(grid: np.ndarray) -> dict[str, int | None]:
+    """Counts the links between chips that a step around each axis takes, at most.
+
+    A collective operation along an axis sends data around rings of its devices. With 1
+    hop it has the links for itself; with more, rings share them. On the `data` axis
+    only the steps within a slice are counted. None on platforms whose topology JAX does
+    not know.
+
+    Args:
+      grid: `Mesh.devices`.
+    """
+    devices = list(grid.flat)
+    if not all(_is_on_torus(device) for device in devices):
+        return dict.fromkeys(AXES)
+    coords = np.array([device.coords for device in devices]).reshape(*grid.shape, -1)
+    chips = coords.reshape(-1, coords.shape[-1]).max(axis=0) + 1
+    # Links close a ring where a slice is as long as the machine (TPU v5e and v6e, 16 x
+    # 16), or a multiple of its cubes of 4 (the others). cloud.google.com/tpu/docs
+    unit = 16 if devices[0].device_kind.endswith("lite") else 4
+    closed = chips % unit == 0
+    slices = num_slices(devices)
+    hops = {}
+    for number, axis in enumerate(AXES):
+        per_slice = coords
+        if axis == "data":
+            per_slice = coords[: len(coords) // slices]
+        steps = np.abs(per_slice - np.roll(per_slice, -1, axis=number))
+        steps = np.where(closed, np.minimum(steps, chips - steps), steps)
+        hops[axis] = int(steps.sum(axis=-1).max())
+    return hops
+
+
+def _is_on_torus(device: Any) -> bool:
+    return device.platform == "tpu" and hasattr(device, "coords")
+
+
+def check_batch(train: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that the rows of a batch can be cut into equal parts on this mesh.
+
+    Raises:
+      ValueError: if they cannot.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.batch_size % (parts * train.accumulation_steps):
+        once = train.accumulation_steps == 1
+        raise ValueError(
+            f"train.batch_size is {train.batch_size}, which does not divide into equal "
+            f"parts on mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']}"
+            + (f" in train.accumulation_steps {train.accumulation_steps}" * (not once))
+            + f": make it a multiple of {parts * train.accumulation_steps}"
+        )

@@ -64,28 +64,36 @@ def format_seconds(seconds: Number) -> str:
     return f"{rest // 60}:{rest % 60:02d}"
 
 
-def format_row(row: Mapping[str, Any], left_s: Number | None = None) -> str:
+def format_row(
+    row: Mapping[str, Any], left_s: Number | None = None, width: int | None = None
+) -> str:
     """Formats `loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% wait 0% 3:12 left`.
 
     Args:
       row: a training row (`metrics.FIELDS`); fields that are missing or None are left
         out.
       left_s: seconds left.
+      width: characters that there is room for: without room for all figures, the less
+        important ones are left out. None: any number.
     """
-    parts = []
+    parts = {}
     if (loss := row.get("loss")) is not None:
-        parts.append(f"loss {loss:.3f}" if abs(loss) < 1e4 else f"loss {loss:.2e}")
+        parts["loss"] = f"loss {loss:.3f}" if abs(loss) < 1e4 else f"loss {loss:.2e}"
     if (lr := row.get("lr")) is not None:
-        parts.append(f"lr {lr:.1e}")
+        parts["lr"] = f"lr {lr:.1e}"
     if (rate := row.get("tokens_per_s")) is not None:
-        parts.append(f"{format_count(rate)} tok/s")
+        parts["rate"] = f"{format_count(rate)} tok/s"
     if (mfu := row.get("mfu")) is not None and math.isfinite(mfu):
-        parts.append(f"MFU {100 * mfu:.{1 if 0 < mfu < 0.0995 else 0}f}%")
+        parts["mfu"] = f"MFU {100 * mfu:.{1 if 0 < mfu < 0.0995 else 0}f}%"
     if row.get("step_s") and "data_wait_s" in row:
-        parts.append(f"wait {100 * row['data_wait_s'] / row['step_s']:.0f}%")
+        parts["wait"] = f"wait {100 * row['data_wait_s'] / row['step_s']:.0f}%"
     if left_s is not None:
-        parts.append(f"{format_seconds(left_s)} left")
-    return " ".join(parts)
+        parts["left"] = f"{format_seconds(left_s)} left"
+    for name in ("wait", "mfu", "lr", "rate", "left", "loss"):
+        if width is None or len(" ".join(parts.values())) <= width:
+            break
+        parts.pop(name, None)
+    return " ".join(parts.values())
 
 
 @contextlib.contextmanager
@@ -217,7 +225,7 @@ class ProgressLine:
         self._pending: str | None = None
         self._bar = _display(
             self._console,
-            # On a narrow terminal the bar shrinks first, then the figures are cut.
+            # On a narrow terminal the bar shrinks; `format_row` chooses the figures.
             TextColumn(
                 "{task.description}",
                 markup=False,
@@ -233,9 +241,9 @@ class ProgressLine:
         now, step = self._clock(), row["step"]
         if self._first is None:
             self._first = (step, now)
-        figures = format_row(row, self._time_left(step, now, row.get("step_s")))
-        count = self._count(step)
+        left, count = self._time_left(step, now, row.get("step_s")), self._count(step)
         if self._live:
+            figures = format_row(row, left, self._console.width - len(count) - 1)
             self._bar.update(
                 self._task, completed=step, description=count, figures=figures
             )
@@ -243,7 +251,7 @@ class ProgressLine:
             return
         filled = BAR_WIDTH * step // self._steps
         bar = "#" * filled + "-" * (BAR_WIDTH - filled)
-        self._pending = f"{count} [{bar}] {figures}"
+        self._pending = f"{count} [{bar}] {format_row(row, left)}"
         if now - self._shown_at >= self._every_s or step >= self._steps:
             self._write_row(self._pending, now)
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.terminal.printable import shown_value
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face import pre_tokenizers
+from jaxlm.tokenizers.hugging_face.decoder import byte_of_character
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
-    byte_of_character,
 )
 from jaxlm.tokenizers.sentencepiece.model_proto import (
     BPE,
@@ -55,7 +56,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     readers = {"gpt2": _byte_level, "llama": _sentence_piece, "rwkv": _characters}
     if kind not in readers:
         raise ValueError(
-            f"{_PREFIX}model is {kind!r}: jaxlm reads {', '.join(readers)}"
+            f"{_PREFIX}model is {shown_value(kind)}: jaxlm reads {', '.join(readers)}"
         )
     tokens = _get(metadata, "tokens", list)
     if len(set(tokens)) < len(tokens):
@@ -212,7 +213,7 @@ def _id(
     if value is None or value in (-1, 0xFFFFFFFF):
         return None
     if not isinstance(value, int | np.integer) or not 0 <= value < size:
-        raise ValueError(f"{key} is {value!r}: there are {size} tokens")
+        raise ValueError(f"{key} is {shown_value(value)}: there are {size} tokens")
     return int(value)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -11,6 +10,8 @@ from pathlib import Path
 from jaxlm.config import DataConfig
 from jaxlm.fields import from_dict, nearest
 from jaxlm.files.hub import HUB, download
+from jaxlm.files.strict_json import parse_object
+from jaxlm.terminal.printable import shown_value
 from jaxlm.tokenizers.base import FORMAT_VERSION, TOKENIZER_FILE, Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe
@@ -43,12 +44,7 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing: no tokenizer was saved in this folder")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(description, dict):
-        raise ValueError(f"{path} is damaged: it is not a JSON object")
+    description = parse_object(path.read_bytes(), str(path))
     kind, version = description.get("kind"), description.get("version")
     folder = Path(folder)
     readers = {
@@ -64,14 +60,14 @@ def read_saved_tokenizer(folder: Path | str) -> Tokenizer:
             f"{path} is Hugging Face's own, not saved by jaxlm: read it with "
             "`jaxlm.tokenizers.hugging_face.tokenizer_files.tokenizer_from_folder`"
         )
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise ValueError(
-            f"{path}: unknown kind of tokenizer {kind!r}"
-            f"{nearest(str(kind), list(readers))}: known are {', '.join(readers)}"
+            f"{path}: unknown kind of tokenizer {shown_value(kind)}"
+            f"{nearest(str(kind)[:100], list(readers))}: known are {', '.join(readers)}"
         )
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {version!r}, but this jaxlm reads "
+            f"{path}: format version {shown_value(version)}, but this jaxlm reads "
             f"{FORMAT_VERSION}: update jaxlm"
         )
     try:

@@ -12,12 +12,11 @@ import optax
 from jaxtyping import Float
 
 from jaxlm.config import Config, TrainConfig
-from jaxlm.ops.linear import compute_dtype
 from jaxlm.terminal.exit_codes import EXIT_DONE
 from jaxlm.terminal.progress import ProgressLine, Waiting
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.state import TrainState
-from jaxlm.train.step import StepMetrics, make_eval_step, make_train_step
+from jaxlm.train.step import EvalStep, StepMetrics, make_eval_step, make_train_step
 from jaxlm.train.stopping import NotFinite, StopRequest
 from jaxlm.train.throughput import flops_per_token, peak_flops
 from jaxlm.types import Batch, Params
@@ -75,8 +74,10 @@ def fit(
       The final state, which has been saved, and the exit code (`exit_codes.py`).
 
     Raises:
-      NotFinite: at the first step whose loss or gradient is not finite. Checkpoints
+      NotFinite: at the first step whose loss or gradient is not finite; with
+        `train.skip_spikes`, at the first that is one too many in a row. Checkpoints
         saved before it are untouched.
+      ValueError: when `batches` raises it; the steps before are saved.
     """
     train = config.train
     train_step = make_train_step(config, optimizer)
@@ -91,20 +92,23 @@ def fit(
         """Evaluates and samples the current state, unless a stop is requested."""
         if "eval" in kinds and hooks.held_out and not stop.is_requested():
             with log.waiting("evaluating"):
-                sums = []
-                for batch in hooks.held_out():
-                    sums.append(eval_step(state.params, batch))
-                    if len(sums) > AHEAD:
-                        jax.block_until_ready(sums[-1 - AHEAD])
-                    if stop.is_requested():
-                        return
-                sums = jax.device_get(sums)
+                batches = hooks.held_out()
+                sums = _evaluate(eval_step, state.params, batches, stop)
+            if stop.is_requested():
+                return
             log.evaluation(step, sums, hooks.bytes_per_token)
         if "sample" in kinds and hooks.sample and not stop.is_requested():
             with log.waiting("sampling"):
                 text = hooks.sample(state.params, step, stop.is_requested)
             if not stop.is_requested():  # Then the text is cut off.
                 log.sample(step, text)
+
+    def save_rest() -> None:
+        """Saves the steps since the last save."""
+        if saved_step < step:
+            log.read()
+            with log.waiting("saving"):
+                hooks.save(state)
 
     if missing:
         with log.paused():
@@ -114,7 +118,12 @@ def fit(
     while step < train.steps:
         step += 1
         # Step. JAX returns after dispatch, before the device has computed it.
-        batch = log.timed_next(batches)
+        try:
+            batch = log.timed_next(batches)
+        except ValueError:  # The text cannot be read any more.
+            step -= 1
+            save_rest()
+            raise
         if step == first:
             with Waiting("compiling the training step"):
                 state, metrics = jax.block_until_ready(train_step(state, batch))
@@ -140,12 +149,26 @@ def fit(
             look(kinds)
         if stop.is_requested():
             break
-    if saved_step < step:
-        log.read()
-        with log.waiting("saving"):
-            hooks.save(state)
+    save_rest()
     code = stop.exit_code()
     return state, EXIT_DONE if code is None else code
+
+
+def _evaluate(
+    eval_step: EvalStep, params: Params, batches: Iterable[Batch], stop: StopRequest
+) -> list[tuple[Float[np.ndarray, ""], Float[np.ndarray, ""]]]:
+    """Returns the sums of each batch, up to the one at which a stop is requested.
+
+    Few batches are in flight, and none at the end. More would fill the memory, and on
+    several CPU devices JAX 0.10 deadlocks when about 30 independent programs are.
+    """
+    sums = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        jax.block_until_ready(sums[-1 - AHEAD : -AHEAD])
+        if stop.is_requested():
+            break
+    return jax.device_get(sums)
 
 
 def due_kinds(train: TrainConfig, hooks: Hooks, step: int) -> set[str]:
@@ -186,7 +209,7 @@ class _Log:
         length = config.data.sequence_length
         self._tokens_per_step = config.train.batch_size * length
         self._flops = flops_per_token(config.model, length)
-        self._peak = peak_flops(jax.devices(), compute_dtype(config.model.dtype))
+        self._peak = peak_flops(jax.devices())
         self._since, self._pause = time.monotonic(), 0.0
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
@@ -264,7 +287,8 @@ class _Log:
         """Waits for the pending steps, checks them, and writes the rows that are due.
 
         Raises:
-          NotFinite: if a loss or a gradient norm is not finite.
+          NotFinite: if a loss or a gradient norm is not finite, or too many steps in a
+            row were skipped.
         """
         if not self._pending:
             return
@@ -278,12 +302,7 @@ class _Log:
         self._seconds += seconds
         self._waits += waits
         for step, m in zip(steps, metrics, strict=True):
-            if not (math.isfinite(m.loss) and math.isfinite(m.grad_norm)):
-                raise NotFinite(
-                    f"step {step}: loss {m.loss}, gradient norm {m.grad_norm}: not "
-                    "finite, so nothing was saved since; lower "
-                    "--optimizer.learning-rate or look at the batch"
-                )
+            self._check(step, m)
         step, m = steps[-1], metrics[-1]  # Steps of a row are read at once.
         row = {
             **{"loss": m.loss, "lr": m.lr, "grad_norm": m.grad_norm},
@@ -300,6 +319,28 @@ class _Log:
         if step == self._first:  # Its seconds are those of compiling.
             row = {"loss": m.loss, "lr": m.lr}
         self._progress.update({"step": step, **row})
+
+    def _check(self, step: int, m: StepMetrics) -> None:
+        """Reports a step that was skipped, or raises NotFinite if it ends the run."""
+        finite = math.isfinite(m.loss) and math.isfinite(m.grad_norm)
+        batch = self._train.batch_of(step)
+        where = f"step {step}" if batch == step else f"step {step} (batch {batch})"
+        what = f"{where}: loss {m.loss:.4g}, gradient norm {m.grad_norm:.4g}"
+        kind = "a spike" if finite else "not finite"
+        advice = "lower --optimizer.learning-rate or look at the batch"
+        if m.skipped is None and not finite:
+            raise NotFinite(f"{what}: {kind}, so nothing was saved since; {advice}")
+        if not m.skipped:
+            return
+        values = {"batch": batch, "loss": m.loss, "grad_norm": m.grad_norm}
+        with self.paused():
+            self._writer.write("event", step, event="step skipped", **values)
+        if m.skipped > self._train.skip_spikes:
+            raise NotFinite(
+                f"{what}: {kind}, after {self._train.skip_spikes} steps in a row that "
+                f"were skipped (--train.skip-spikes); {advice}"
+            )
+        self._progress.note(f"{what}: {kind}, so this step is not applied")
 
     def _timing(self, step: int) -> dict[str, float | None]:
         """Rates over the steps since the last row; None for the step that compiled."""

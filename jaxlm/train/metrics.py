@@ -239,7 +239,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         trains = [row for _, row in kept if row["kind"] == "train"]
         self.last_train = trains[-1] if trains else None
         text = b"".join(line + b"\n" for line, _ in kept)
-        if text == data:
+        # A link is replaced by a file: its target is not this run's.
+        if text == data and not self.path.is_symlink():
             return
         with replacing(self.path) as file:
             file.write(text)

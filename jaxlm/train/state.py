@@ -22,11 +22,13 @@ class TrainState:
 
     # `Any`: leaves are arrays, or in `abstract_state` shapes.
     step: Any
-    """Number of optimizer steps done, an int32 scalar."""
+    """Number of steps done, also skipped ones, an int32 scalar."""
     params: Any
     """`Params`: the master weights, f32."""
     opt_state: Any
     """The state of the optax transformation."""
+    spikes: Any = None
+    """`SpikeHistory`; None if spikes are not skipped (`train.skip_spikes`)."""
 
 
 def init_state(

@@ -1,5 +1,6 @@
 """The training step and the evaluation step: pure, jitted functions."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,13 @@ from jaxlm.model.transformer import forward, head_params, unembed
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
-from jaxlm.ops.probe import Tap
+from jaxlm.ops.tap import Tap
 from jaxlm.train.optimizer import make_schedule
+from jaxlm.train.spikes import after_step
 from jaxlm.train.state import TrainState
 from jaxlm.types import Batch, Params
+
+EvalStep = Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +40,9 @@ class StepMetrics:
     """Sum of the loss weights, at least 1."""
     lr: Any
     """Learning rate of the update."""
+    skipped: Any = None
+    """How many steps in a row, up to this one, were skipped, an int32; None if spikes
+    are not skipped."""
 
 
 def loss_sums(
@@ -126,7 +133,12 @@ def loss_and_grads(
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns a jitted step; it donates its input state."""
+    """Returns a jitted step; it donates its input state.
+
+    If the state has a history of spikes, a step that is one changes nothing but `step`
+    and that history: parameters and optimizer state, with the counts from which the
+    optimizer takes its learning rate, stay as they were, bit for bit.
+    """
     model, train = config.model, config.train
     peak = config.optimizer.learning_rate
     schedule = make_schedule(config.optimizer, train.steps, peak)
@@ -136,16 +148,22 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        spikes = state.spikes
+        updates_done = state.step if spikes is None else state.step - spikes.skipped
+        rate = jnp.asarray(schedule(updates_done), jnp.float32)
         metrics = StepMetrics(loss, tree.global_norm(grads), total, rate)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        if spikes is not None:
+            spikes = after_step(spikes, loss, metrics.grad_norm)
+            old, new = (state.params, state.opt_state), (params, opt_state)
+            choose = partial(jax.lax.select, spikes.in_a_row > 0)
+            params, opt_state = jax.tree.map(choose, old, new)
+            metrics = dataclasses.replace(metrics, skipped=spikes.in_a_row)
+        return TrainState(state.step + 1, params, opt_state, spikes), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(
-    config: ModelConfig, train: TrainConfig
-) -> Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+def make_eval_step(config: ModelConfig, train: TrainConfig) -> EvalStep:
     """Returns a jitted function: sums of the cross-entropy (nats) and loss weights."""
 
     def eval_step(params: Params, batch: Batch):

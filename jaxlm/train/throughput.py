@@ -6,12 +6,9 @@ could do at peak in the same time. Recomputation does not count.
 """
 
 import itertools
-import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.params import count_matmul_params
@@ -99,50 +96,14 @@ def published_peak_flops(device_kind: str) -> float | None:
     return None
 
 
-def measure_peak_flops(
-    dtype: jax.typing.DTypeLike, seconds: float | int = 0.2
-) -> float:
-    """Measures FLOP/s: the best of several 1024 x 1024 x 1024 matmuls, first device.
-
-    For CPUs, whose vendors publish no such figure. A matmul uses all cores of the
-    process, so this is the figure of all its CPU devices. Accumulates in f32.
-    """
-    # A mesh of one device: the caller may have set a larger one.
-    mesh = jax.make_mesh(
-        (1,),
-        ("data",),
-        axis_types=(jax.sharding.AxisType.Explicit,),
-        devices=jax.local_devices()[:1],
-    )
-    best = float("inf")
-    with jax.set_mesh(mesh):
-        x = jnp.asarray(np.ones((1024, 1024), np.float32)).astype(dtype)
-        matmul = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
-        matmul(x, x).block_until_ready()  # compiles
-        end = time.perf_counter() + seconds
-        for _ in range(1000):
-            start = time.perf_counter()
-            matmul(x, x).block_until_ready()
-            now = time.perf_counter()
-            best = min(best, now - start)
-            if now > end:
-                break
-    return 2 * 1024**3 / best
-
-
 def peak_flops(
     # Type checkers take the alias jax.Device for a variable.
     devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
-    dtype: jax.typing.DTypeLike,
 ) -> float | None:
-    """Returns the peak FLOP/s of all `devices` together; None if a kind is unknown.
+    """Returns the peak bf16 FLOP/s of all `devices` together; None if one is unknown.
 
-    Accelerators: the published bf16 figure, whatever `dtype` is, so that runs can be
-    compared. CPUs: measured here in `dtype` (about 0.3 s), times the number of
-    processes.
+    It is the published figure, whatever the dtype of a run is, so that runs can be
+    compared. For CPUs none is published.
     """
-    if all(device.platform == "cpu" for device in devices):
-        processes = {device.process_index for device in devices}
-        return measure_peak_flops(dtype) * len(processes)
     peaks = [published_peak_flops(device.device_kind) for device in devices]
     return None if None in peaks else float(sum(p for p in peaks if p is not None))

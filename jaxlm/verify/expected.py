@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 
+from jaxlm.fields import MAX_FLOAT
+
 # A sample keeps the logits of the TOP likeliest tokens after each of ROWS tokens of the
 # text, and DIMS numbers of the residual stream at each of these tokens and stages.
 ROWS = 16
@@ -183,7 +185,9 @@ def _array(values: Any, dtype: Any, ndim: int) -> np.ndarray:
     x = np.asarray(values)
     whole = np.issubdtype(x.dtype, np.integer)
     good = whole or (dtype == np.float32 and np.issubdtype(x.dtype, np.floating))
-    if x.ndim != ndim or not good or x.size > _MAX_NUMBERS or not np.isfinite(x).all():
+    if x.ndim != ndim or not good or x.size > _MAX_NUMBERS:
+        raise ValueError
+    if not (np.abs(x) <= MAX_FLOAT).all():
         raise ValueError
     if whole and x.size and max(-int(x.min()), int(x.max())) >= 1 << 31:
         raise ValueError

@@ -142,7 +142,7 @@ def test_a_conversation_goes_on_from_a_file(hold, tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("[", "is not JSON"),
+        ("[", "is not valid JSON"),
         ("{}", "holds no list"),
         ('[{"role": "user"}]', "message 0 is not an object of strings"),
         ('[{"role": "user", "content": 1}]', "message 0 is not"),

@@ -1,24 +1,12 @@
 """Damaged and hostile configs: each is read, or raises one clear ValueError."""
 
-import copy
-import json
-import os
-
-import jax.numpy as jnp
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 
 from jaxlm.checkpoint.gguf import gguf_config
 from jaxlm.checkpoint.hf import hf_config, hf_config_writing
-from jaxlm.checkpoint.hf.hf_folder import read_json
+from jaxlm.checkpoint.hf.hf_folder import read_config
 from jaxlm.checkpoint.keys import Keys
-from jaxlm.model.positions import rotations
 from jaxlm.model.presets import PRESETS, preset
-
-# Otherwise hypothesis makes a folder in the working directory, even with no database.
-set_hypothesis_home_dir(os.path.join(os.environ["XDG_CACHE_HOME"], "hypothesis"))
 
 HUGE = 10**400
 """An integer that no float can hold."""
@@ -99,7 +87,7 @@ def test_a_file_that_is_not_a_config(tmp_path, text, reason):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(ValueError) as error:
-        read_json(path)
+        read_config(tmp_path)
     assert reason in one_line(error.value, str(path))
 
 
@@ -141,84 +129,3 @@ def test_longrope_over_one_token_is_refused():
     with pytest.raises(ValueError) as error:
         read_gguf_config(name, gguf(name, **changes))
     assert "must be at least 2" in one_line(error.value, "a.gguf")
-
-
-VALUES = st.one_of(
-    st.sampled_from([None, True, "", "x", [], {}, 0, 1, -1, 2, 3, 0.5, 1e-300, 1e308]),
-    st.sampled_from([1 << 24, 1 << 31, 1 << 63, HUGE, float("inf"), float("nan")]),
-    st.floats(allow_nan=True),
-    st.integers(-10, 1 << 70),
-    st.text(max_size=8),
-    st.lists(st.floats(), max_size=4),
-    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
-)
-FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 150)),
-    deadline=None,
-    derandomize=True,  # a new example must not fail somebody else's change
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-
-
-def places(values, path=()):
-    """Paths of all values of a nested dictionary."""
-    for name, value in values.items():
-        yield (*path, name)
-        if isinstance(value, dict):
-            yield from places(value, (*path, name))
-
-
-def change(values, data):
-    values = copy.deepcopy(values)
-    for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(sorted(places(values))))
-        inner = values
-        for name in path[:-1]:
-            inner = inner[name]
-        inner[path[-1]] = data.draw(VALUES)
-    return values
-
-
-def check_computable(config):
-    """What is read can be computed: its rotations are finite."""
-    rows = jnp.arange(3)[None] * (config.context_length // 4)
-    for rotation in rotations(config, rows):
-        if rotation is not None:
-            assert all(jnp.isfinite(x).all() for x in rotation), config
-
-
-def published(name):
-    return json.loads(json.dumps(hf_config_writing.write(preset(name))[0]))
-
-
-@pytest.fixture(scope="module")
-def families():
-    """A config of each of nine families."""
-    names = ("gpt2-124m", "llama3.2-1b", "qwen2-0.5b", "qwen3-30b-a3b", "gemma2-2b")
-    names += ("gemma3-1b", "phi3-mini-128k", "olmo2-7b", "gpt-oss-20b")
-    return {name: published(name) for name in names}
-
-
-@FUZZ
-@given(st.data())
-def test_a_config_changed_at_random(families, data):
-    values = families[data.draw(st.sampled_from(sorted(families)))]
-    try:
-        config = hf_config.read(Keys(change(values, data), "config.json"))
-    except ValueError as error:
-        one_line(error, "config.json")
-    else:
-        check_computable(config)
-
-
-@FUZZ
-@given(st.data())
-def test_a_gguf_config_changed_at_random(data):
-    name = data.draw(st.sampled_from(["llama3.2-1b", "qwen2.5-0.5b", "gemma2-2b"]))
-    try:
-        config = read_gguf_config(name, change(gguf(name), data))
-    except ValueError as error:
-        one_line(error, "a.gguf")
-    else:
-        check_computable(config)

@@ -5,38 +5,37 @@ the folder.
 """
 
 import json
-import os
 import struct
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
+from weights_case import (
+    ARRAY,
+    BOOL,
+    F32,
+    HUGE,
+    IQ2_XXS,
+    Q4_1,
+    STRING,
+    U8,
+    U32,
+    array,
+    entry,
+    gguf,
+    good_gguf,
+    good_safetensors,
+    key,
+    read_all,
+    safe,
+    tensor,
+    text,
+)
 
-from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
-from jaxlm.checkpoint.hf.safetensors_file import read_safetensors, write_safetensors
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf
+from jaxlm.checkpoint.hf.safetensors_file import write_safetensors
 from jaxlm.checkpoint.hf.safetensors_folder import INDEX_FILE, read_folder
-
-# Otherwise hypothesis makes a folder in the working directory, even with no database.
-set_hypothesis_home_dir(os.path.join(os.environ["XDG_CACHE_HOME"], "hypothesis"))
-
-HUGE = (1 << 64) - 1
-U8, STRING, ARRAY, U32, BOOL = 0, 8, 9, 4, 7
-F32, Q4_1, IQ2_XXS = 0, 3, 16
-
-
-def read_all(path):
-    """Opens a file or folder of weights and reads every tensor."""
-    if path.is_dir():
-        tensors = read_folder(path)
-    elif path.suffix == ".gguf":
-        tensors = read_gguf(path).tensors
-    else:
-        tensors = read_safetensors(path)[0]
-    return {name: tensor.read() for name, tensor in tensors.items()}
 
 
 def expect_refusal(path, reason="", file=None):
@@ -61,34 +60,6 @@ def expect_refusal(path, reason="", file=None):
 
 
 # GGUF.
-
-
-def text(value, length=None):
-    content = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(content) if length is None else length) + content
-
-
-def key(name, kind, payload=b""):
-    return text(name) + struct.pack("<I", kind) + payload
-
-
-def array(kind, count, payload=b""):
-    return struct.pack("<IQ", kind, count) + payload
-
-
-def tensor(name, dims, kind=F32, offset=0, num_dims=None):
-    num_dims = len(dims) if num_dims is None else num_dims
-    sizes = struct.pack(f"<I{len(dims)}Q", num_dims, *dims)
-    return text(name) + sizes + struct.pack("<IQ", kind, offset)
-
-
-def gguf(keys=(), tensors=(), data=b"", num_keys=None, num_tensors=None, start=None):
-    num_tensors = len(tensors) if num_tensors is None else num_tensors
-    num_keys = len(keys) if num_keys is None else num_keys
-    start = b"GGUF" + struct.pack("<I", 3) if start is None else start
-    header = start + struct.pack("<QQ", num_tensors, num_keys)
-    header += b"".join([*keys, *tensors])
-    return header + bytes(-len(header) % 32) + data
 
 
 ONE = key("a", U8, b"\1")
@@ -264,33 +235,6 @@ def test_the_parts_make_a_good_gguf_file(tmp_path):
     assert shapes == {"a": (8,), "b": (2, 32), "c": ()}
 
 
-def good_gguf(path):
-    metadata = {
-        "general.architecture": "llama",
-        "texts": [f"token {i}" for i in range(20)],
-        "numbers": np.arange(40, dtype=np.int16),
-        "flag": True,
-    }
-    layout = {"a": ((4, 32), "Q8_0"), "b": ((8, 16), "F32"), "c": ((8, 16), "BF16")}
-    arrays = {
-        "a": np.ones((4, 32), np.float32),
-        "b": np.ones((8, 16), np.float32),
-        "c": np.ones((8, 16), np.dtype("bfloat16")),
-    }
-    write_gguf(path, metadata, layout, arrays.__getitem__)
-
-
-def good_safetensors(path):
-    arrays = {
-        "a": np.ones((16, 16), np.float32),
-        "b": np.zeros((16, 3), np.bool_),
-        "c": np.ones((), np.int64),
-        "d": np.ones((16, 16), np.dtype("bfloat16")),
-    }
-    layout = {n: (a.shape, a.dtype) for n, a in arrays.items()}
-    write_safetensors(path, layout, arrays.__getitem__)
-
-
 GOOD = {"good.gguf": good_gguf, "good.safetensors": good_safetensors}
 
 
@@ -317,85 +261,7 @@ def test_a_file_cut_at_any_byte(good, tmp_path):
         assert str(path) in message and "\n" not in message
 
 
-NUMBERS = [0, 1, 2, 3, 31, 32, 33, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 63, HUGE]
-OFFSETS = st.integers(0, 2500)
-EDITS = st.one_of(
-    st.tuples(st.just("bytes"), OFFSETS, st.binary(min_size=1, max_size=8)),
-    st.tuples(
-        st.just("bytes"),
-        OFFSETS,
-        st.sampled_from(NUMBERS).map(lambda n: n.to_bytes(8, "little")),
-    ),
-    st.tuples(st.just("insert"), OFFSETS, st.binary(min_size=1, max_size=40)),
-    st.tuples(st.just("delete"), OFFSETS, st.integers(1, 40)),
-    st.tuples(st.just("copy"), OFFSETS, OFFSETS),
-)
-
-
-def mutate(content, edits):
-    content = bytearray(content)
-    for kind, offset, what in edits:
-        # Most fields of a header come early.
-        offset = offset * offset // 2500 % max(len(content), 1)
-        if kind == "bytes":
-            content[offset : offset + len(what)] = what
-        elif kind == "insert":
-            content[offset:offset] = what
-        elif kind == "delete":
-            del content[offset : offset + what]
-        else:
-            content[offset : offset + 30] = content[what : what + 30]
-    return content
-
-
-# About five seconds for each format.
-FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 1500)),
-    deadline=None,
-    derandomize=True,  # a new example must not fail somebody else's change
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-
-
-def refusal_of(path):
-    """Returns the message of the ValueError for a file; None if it is read.
-
-    Any other exception fails the test.
-    """
-    try:
-        read_all(path)
-    except ValueError as error:
-        assert type(error) is ValueError
-        return str(error)
-    return None
-
-
-def is_one_line_about(path, message):
-    return str(path) in message and "\n" not in message
-
-
-@FUZZ
-@given(st.lists(EDITS, min_size=1, max_size=6))
-def test_a_file_changed_at_random(good, edits):
-    path = good.with_name(f"changed-{good.name}")
-    path.write_bytes(mutate(good.read_bytes(), edits))
-    message = refusal_of(path)
-    assert message is None or is_one_line_about(path, message)
-
-
 # safetensors.
-
-
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def safe(header, data=bytes(8), length=None):
-    content = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (
-        struct.pack("<Q", len(content) if length is None else length) + content + data
-    )
 
 
 ENTRY = json.dumps(entry()).encode()
@@ -520,43 +386,6 @@ def test_hostile_safetensors(tmp_path, name):
             read_all(path)
     else:
         expect_refusal(path, reason)
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 70), 1 << 70)
-    | st.floats()
-    | st.sampled_from(["F32", "BOOL", "I64", "F8_E4M3", "", "x", "\ud800"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from("ab"), inner, max_size=2)
-    ),
-    max_leaves=6,
-)
-ENTRIES = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(["F32", "U8", "BOOL", "F4"]) | JSON,
-        "shape": st.lists(st.integers(0, 9), max_size=3) | JSON,
-        "data_offsets": st.lists(st.integers(0, 40), min_size=2, max_size=2) | JSON,
-    }
-)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("random")
-
-
-@settings(FUZZ, max_examples=700)
-@given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), ENTRIES | JSON))
-def test_random_headers(folder, header):
-    path = folder / "random.safetensors"
-    path.write_bytes(safe(header, bytes(40)))
-    message = refusal_of(path)
-    # The file has 40 bytes of data, so a header without tensors is rejected too.
-    assert message is None or is_one_line_about(path, message)
-    assert message is not None or {"a", "b"} & header.keys()
 
 
 # Paths.

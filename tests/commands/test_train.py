@@ -13,12 +13,13 @@ from terminal_case import CTRL_C, Terminal
 from toy_case import make_params, toy
 
 from jaxlm.commands import train as train_module
-from jaxlm.commands.train import (
-    make_sampler,
-    train,
+from jaxlm.commands.train import train
+from jaxlm.commands.training_run import sampler
+from jaxlm.commands.training_run.completed_config import (
     with_fitting_warmup,
     with_prompt,
 )
+from jaxlm.commands.training_run.sampler import make_sampler
 from jaxlm.config import Config, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
@@ -78,7 +79,7 @@ def test_samples_begin_and_end_as_those_of_jaxlm_sample():
     config = Config(model=MODEL, data=DataConfig(sequence_length=16), train=settings)
     sample = make_sampler(config, tokenizer)
     with mock.patch.object(
-        train_module, "generate", side_effect=train_module.generate
+        sampler, "generate", side_effect=sampler.generate
     ) as generate:
         sample(make_params(MODEL), 1, lambda: False)
     _, _, (prompt,), sample_config, _ = generate.call_args.args

@@ -101,6 +101,14 @@ def test_prefetch_changes_nothing(dataset):
         stream.close()
 
 
+def test_steps_may_have_other_batches_than_those_of_their_number(dataset):
+    for prefetch in (0, 2):
+        steps = batches(dataset, 4, 1, None, prefetch, lambda step: 10 * step)
+        for number in (20, 30):
+            assert same(next(steps), dataset.train_batch(number - 1, 4))
+        steps.close()
+
+
 def test_batches_on_a_mesh(dataset):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     sharding = NamedSharding(mesh, jax.P("data"))
@@ -279,7 +287,7 @@ def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch, shakespeare, kind):
     again = open_dataset(config, seed=0)
     assert again.fingerprint == first.fingerprint
     assert first.eval_bytes_per_token > 1.3
-    text = first.tokenizer.decode(first.held_out[0].tokens[:-1])
+    text = first.tokenizer.decode(np.asarray(first.held_out[0].tokens[:-1]))
     assert shakespeare[:50_000].endswith(text)
     other = dataclasses.replace(config, tokenizer_vocab_size=399)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -10,8 +11,13 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import disk_cache, tokens
-from jaxlm.data.disk_cache import build_once, cache_root, content_hashes
+from jaxlm.data import disk_cache, encoding, tokens
+from jaxlm.data.disk_cache import (
+    DamagedEntry,
+    build_once,
+    cache_root,
+    content_hashes,
+)
 from jaxlm.data.sources import find_source
 from jaxlm.data.tokens import open_tokens, tokenize_source
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
@@ -33,7 +39,7 @@ def test_tokens_and_documents(tmp_path):
     path = lines(tmp_path / "a.jsonl", "ab", "c", "é")
     got = tokenized(path)
     assert got.tokens.tolist() == [97, 98, 256, 99, 256, 0xC3, 0xA9, 256]
-    assert got.tokens.dtype == np.uint16 and not got.tokens.flags.writeable
+    assert got.tokens.dtype == np.uint16
     assert got.documents.tolist() == [0, 3, 5]
     chars = tokenized(path, CharTokenizer("abcé"))
     assert chars.tokens.tolist() == [0, 1, 2, 3]
@@ -109,51 +115,61 @@ def test_a_large_file_is_sampled(tmp_path, monkeypatch):
 
 def damage(folder, name, change):
     path = folder / name
-    data = bytearray(path.read_bytes())
-    path.write_bytes(change(data))
+    path.write_bytes(change(path.read_bytes()))
 
 
-def test_damaged_cache(tmp_path):
+DAMAGES = [
+    ("tokens.bin", lambda d: d[:-1], r"it ends at byte 19, not at 20"),
+    ("tokens.bin", lambda d: d + d, "it ends at byte 40, not at 20"),
+    ("tokens.bin", lambda d: b"z" + d[1:], "do not have the hash"),
+    ("documents.npy", lambda d: d[:-8] + b"\6" + d[-7:], "do not have the hash"),
+    ("documents.npy", lambda d: d[:-1], "do not have the hash"),
+    ("documents.npy", lambda d: b"", "do not have the hash"),
+    ("documents.npy", None, "it cannot be read (No such file"),
+    ("meta.json", lambda d: d[:-20], "it cannot be read"),
+    ("meta.json", lambda d: b"[]", "it cannot be read"),
+    ("meta.json", lambda d: d.replace(b"<u2", b"<u4"), "ids are <u4, not <u2"),
+    ("meta.json", lambda d: d.replace(b"num_doc", b"number"), "it cannot be read"),
+]
+
+
+def test_a_damaged_cache_entry_is_made_again(tmp_path, caplog):
     path = lines(tmp_path / "a.jsonl", "abcdef", "gh")
-
-    def check(name, change, message):
+    whole = tokenized(path).tokens.tolist()
+    for name, change, message in DAMAGES:
+        caplog.clear()
         folder = tokenized(path).folder
-        whole = (folder / name).read_bytes()
-        damage(folder, name, change)
-        with pytest.raises(ValueError, match=message) as error:
-            tokenized(path)
-        assert f"delete the folder {folder}" in str(error.value)
-        (folder / name).write_bytes(whole)
-
-    check(
-        "tokens.bin", lambda d: d[:-1], r"tokens\.bin is damaged: it ends at byte 19, "
-    )
-    check("tokens.bin", lambda d: d + d, "ends at byte 40, not at 20")
-    check(
-        "tokens.bin", lambda d: d[:4] + b"\xff\xff" + d[6:], r"token 2 \(byte 4\) is 65"
-    )
-    check("tokens.bin", lambda d: b"z" + d[1:], "do not have the hash")
-    check("documents.npy", lambda d: d[:-8] + d[:8], "the last document begins after")
-    check(
-        "documents.npy", lambda d: d[:-8] + bytes(8), "document 1 does not begin after"
-    )
-    check("documents.npy", lambda d: d[:-16] + d[-8:] * 2, "does not begin at token 0")
-    check("documents.npy", lambda d: d[:-1], r"documents\.npy is damaged: it cannot")
-    check("documents.npy", lambda d: b"", r"documents\.npy is damaged: it cannot")
-    check("meta.json", lambda d: d[:-20], r"meta\.json is damaged: it cannot be read")
-    check("meta.json", lambda d: b"[]", r"meta\.json is damaged: it cannot be read")
-    (tokenized(path).folder / "documents.npy").unlink()
-    with pytest.raises(ValueError, match=r"documents\.npy is damaged: it is missing"):
-        tokenized(path)
+        assert not caplog.messages
+        if change is None:
+            (folder / name).unlink()
+        else:
+            damage(folder, name, change)
+        assert tokenized(path).tokens.tolist() == whole
+        (line,) = caplog.messages
+        assert f"{folder / name} is damaged: " in line and message in line
+        assert line.endswith(": it is made again")
+        assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
-def test_ids_of_a_large_cache_are_checked(tmp_path, monkeypatch):
+def test_every_flip_in_a_cache_entry_is_seen_or_harmless(tmp_path):
+    """Of ids, documents and the description; only names of files are not checked."""
     folder = tokenized(lines(tmp_path / "a.jsonl", "abcdef", "gh")).folder
-    monkeypatch.setattr(tokens, "CHECKED_BYTES", 0)
-    monkeypatch.setattr(tokens, "SCAN_TOKENS", 3)
-    damage(folder, "tokens.bin", lambda d: d[:14] + b"\xff\xff" + d[16:])
-    with pytest.raises(ValueError, match=r"token 7 \(byte 14\) is 65535, .*257 ids"):
-        open_tokens(folder, 257)
+    rng = random.Random(0)
+    for _ in range(300):
+        path = rng.choice(sorted(folder.iterdir()))
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            got = open_tokens(folder, 257)
+        except DamagedEntry:
+            pass
+        else:
+            assert path.suffix in (".json", ".npy")
+            assert got.tokens.tolist() == [*b"abcdef", 256, *b"gh", 256]
+            assert got.documents.tolist() == [0, 7]
+        path.write_bytes(whole)
 
 
 def test_errors_leave_nothing_behind(tmp_path, cache_home):
@@ -216,16 +232,19 @@ def test_abandoned_folders_are_removed(tmp_path):
 def test_pool_and_parts_give_the_same_tokens(
     tmp_path, monkeypatch, models, shakespeare
 ):
-    monkeypatch.setattr(tokens, "PART_CHARACTERS", 10_000)
-    monkeypatch.setattr(tokens, "TASK_CHARACTERS", 15_000)
+    monkeypatch.setattr(encoding, "PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(encoding, "TASK_CHARACTERS", 15_000)
     path = lines(tmp_path / "a.jsonl", shakespeare[:60_000], "é", shakespeare[:50])
     tokenizer = models["bpe"]
     alone = tokenized(path, tokenizer, workers=1, cache_dir=str(tmp_path / "1"))
-    monkeypatch.setattr(tokens, "POOL_BYTES", 0)
+    monkeypatch.setattr(encoding, "POOL_BYTES", 0)
     pool = tokenized(path, tokenizer, workers=2, cache_dir=str(tmp_path / "2"))
     assert (pool.folder / "sentencepiece.model").exists()  # The pool was used.
     assert pool.content_hash == alone.content_hash
-    assert tokenizer.decode(pool.tokens[: pool.documents[1]]) == shakespeare[:60_000]
+    assert (
+        tokenizer.decode(np.asarray(pool.tokens[: pool.documents[1]]))
+        == shakespeare[:60_000]
+    )
     assert len(pool.documents) == 3
     # A document of one part has the tokens that `encode` returns.
     assert pool.tokens[pool.documents[2] : -1].tolist() == (
@@ -234,7 +253,7 @@ def test_pool_and_parts_give_the_same_tokens(
 
 
 def test_errors_in_the_source_end_the_pool(tmp_path, monkeypatch, models):
-    monkeypatch.setattr(tokens, "POOL_BYTES", 0)
+    monkeypatch.setattr(encoding, "POOL_BYTES", 0)
     path = lines(tmp_path / "a.jsonl", "ab")
     with open(path, "a") as out:
         out.write("{")

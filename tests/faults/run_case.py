@@ -34,10 +34,11 @@ def get_config():
 # Runs `jaxlm train` with a recorder around its batches, which writes a line for each
 # batch, and raises a signal or a fault at a given step.
 CHILD = """
-import hashlib, os, resource, shutil, signal, sys, time
+import dataclasses, hashlib, os, resource, shutil, signal, sys, time
 import jax, numpy as np
-from jaxlm import cli
+from jaxlm import cli, tree
 from jaxlm.commands import train
+from jaxlm.data.loader import place
 
 action, _, at = os.environ.get("FAULT", "").partition("@")
 real_batches, real_initial_state = train.batches, train.initial_state
@@ -54,12 +55,12 @@ def batches(dataset, batch_size, start_step, *rest):
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGINT)
             elif action == "swap":  # with the batch after it
-                batch = train.place(
+                batch = place(
                     lambda rows: dataset.train_batch(step, batch_size, rows),
                     (batch_size, dataset.sequence_length), rest[0])
             elif action == "nan":
                 weights = batch.loss_weights * float("nan")
-                batch = train.dataclasses.replace(batch, loss_weights=weights)
+                batch = dataclasses.replace(batch, loss_weights=weights)
             elif action == "delete":
                 shutil.rmtree(os.environ["RUN"])
             elif action == "fill":
@@ -77,16 +78,16 @@ def initial_state(*arguments):
     state, resumed = real_initial_state(*arguments)
     if action == "ulp":
         name = "layers/mlp/down"
-        leaf = train.tree.flatten(state.params)[name]
+        leaf = tree.flatten(state.params)[name]
         w = np.array(leaf)
         w[0, 0, 0] = np.nextafter(w[0, 0, 0], np.float32(np.inf))
-        params = train.tree.replace(state.params, name, jax.device_put(w, leaf.sharding))
-        state = train.dataclasses.replace(state, params=params)
+        params = tree.replace(state.params, name, jax.device_put(w, leaf.sharding))
+        state = dataclasses.replace(state, params=params)
     if action == "zero_mu":
         def zero(name, x):
             return x * 0 if "/mu/" in name else x
-        opt_state = train.tree.map_with_name(zero, state.opt_state)
-        state = train.dataclasses.replace(state, opt_state=opt_state)
+        opt_state = tree.map_with_name(zero, state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
     return state, resumed
 
 def make_hooks(*arguments):
@@ -101,7 +102,7 @@ def make_hooks(*arguments):
             yield batch
     if not action.startswith("evaluation"):
         return real
-    return train.dataclasses.replace(real, held_out=held_out)
+    return dataclasses.replace(real, held_out=held_out)
 
 train.batches, train.initial_state = batches, initial_state
 train.make_hooks = make_hooks

@@ -82,6 +82,34 @@ def test_when_no_checkpoint_can_be_read_the_code_is_3(done):
 
 
 @pytest.mark.slow
+def test_an_earlier_step_is_continued_without_some_batches(done):
+    """It is the run that never had them; what was saved later moves to a folder."""
+    run = copy_of(done, "earlier")
+    other = ("--train.skip-batches", "3:5")
+    for flags, words in (
+        (("--resume-step", "3"), "has no checkpoint of step 3: it has steps 2, 4"),
+        (("--resume-step", "2", "--fresh"), "leave it or --resume-step out"),
+        (other, "3:5, but the first 4 steps have had other batches; --resume-step"),
+    ):
+        code, _, err = run.train(*SHORT, *flags)
+        assert code == 2 and words in one_line(err), err
+    assert run.steps() == [2, 4]
+    code, _, err = run.train(*(*SHORT, *other, "--resume-step", "2"), fault="SIGTERM@3")
+    assert code == 75, err
+    old = run.path / "old-1"
+    assert f"moved steps 4 to {old}: the run continues from 2" in err
+    assert "batches 3 to 4 are skipped" in err
+    assert "saved at step 3; the same command without --resume-step continues" in err
+    assert [r["step"] for r in read_metrics(old) if r["kind"] == "train"][-1] == 4
+    assert load(old)[0].num_layers == 2
+    assert run.train(*SHORT, *other)[0] == 0
+    straight = Run(run.folder, "without", BASE)
+    assert straight.train(*SHORT, *other)[0] == 0
+    assert run.meta(4)["state_hash"] == straight.meta(4)["state_hash"]
+    assert run.meta(4)["state_hash"] != done.meta(4)["state_hash"]
+
+
+@pytest.mark.slow
 def test_another_model_is_refused_field_by_field(done):
     before = done.steps()
     code, _, err = done.train(
@@ -104,6 +132,19 @@ def test_another_text_is_refused(done):
     )
     code, _, err = run.train("--train.steps", "4")
     assert code == 2 and "data.path" in one_line(err)
+    # The same file, longer than when the run began.
+    run = copy_of(done, "longer")
+    text = run.folder / "text.txt"
+    whole = text.read_text()
+    text.write_text(whole + "abc")
+    try:
+        code, _, err = run.train(*SHORT)
+        assert code == 2 and f"{text} (900 -> 903 bytes): " in one_line(err)
+        assert "--data.old-tokens goes on with the tokens" in err
+        code, out, err = run.train(*SHORT, "--data.old-tokens")
+        assert code == 0 and "all 4 steps are done" in out, err
+    finally:
+        text.write_text(whole)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from jaxlm.model.block import Attention, Block, FeedForward, Norm
 from jaxlm.model.initialization import init, init_cache
 from jaxlm.model.kv_cache import unstack
 from jaxlm.model.transformer import forward
-from jaxlm.ops.probe import Tap
+from jaxlm.ops.tap import Tap
 
 CONFIG = small(num_layers=3, layer_pattern=("local", "global"), window=4)
 

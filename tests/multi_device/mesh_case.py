@@ -6,14 +6,17 @@ Usage: python mesh_case.py CASE FOLDER; prints one JSON object of differences.
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.config import (
     Config,
     DataConfig,
@@ -24,13 +27,21 @@ from jaxlm.config import (
 )
 from jaxlm.infer.generate import generate
 from jaxlm.model.params import parameter_shardings
+from jaxlm.model.trace import absent_sites
+from jaxlm.model.transformer import forward
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
 from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
+from jaxlm.ops.edit import Edit
+from jaxlm.ops.embedding import lookup
+from jaxlm.ops.sites import SITES
+from jaxlm.ops.tap import Tap
+from jaxlm.plan.traffic import traffic
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.spikes import new_history
 from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import loss_and_grads, make_train_step
 
@@ -159,6 +170,46 @@ def shardings_of(state, mesh):
     return wrong, moments
 
 
+def case_embedding():
+    """Lookups, and gradients that two microbatches add up in a scan.
+
+    The cotangents are integers, so that sums are exact in any order. TPU compilers
+    have lost part of such sums (openxla/xla issue 49143).
+    """
+    random = np.random.default_rng(0)
+    table = random.integers(-8, 8, (16, 32)).astype(np.float32)
+    ids = random.integers(0, 16, (2, ROWS, 5), np.int32)
+    cotangents = random.integers(-8, 8, (*ids.shape, 32)).astype(np.float32)
+    wanted = np.zeros_like(table)
+    np.add.at(wanted, ids, cotangents)
+    result = {}
+
+    def accumulated(table, ids, cotangents):
+        def add(sums, microbatch):
+            ids, cotangents = microbatch
+            rows, backward = jax.vjp(lambda t: lookup(t, ids, jnp.bfloat16), table)
+            return sums + backward(cotangents.astype(rows.dtype))[0], rows
+
+        return jax.lax.scan(add, jnp.zeros_like(table), (ids, cotangents))
+
+    for name in MESHES:
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            arguments = jax.device_put(
+                (table, ids, cotangents),
+                (P("tensor", "fsdp"), *[P(None, ("data", "fsdp"))] * 2),
+            )
+            step = jax.jit(accumulated).lower(*arguments).compile()
+            gradient, rows = step(*arguments)
+        result[name] = {
+            "rows": bool((np.asarray(rows, np.float32) == table[ids]).all()),
+            "gradient": float(np.abs(np.asarray(gradient) - wanted).max()),
+            "sent": sum(t.bytes for t in traffic(step.as_text(), mesh.shape)),
+        }
+    result["largest"] = float(np.abs(wanted).max())
+    return result
+
+
 def case_losses(names, optimizer, changes=None, **train):
     model = dataclasses.replace(MODEL, **(changes or {}))
     config = config_of(optimizer, model, **train)
@@ -231,6 +282,47 @@ def case_resume(folder, optimizer="adamw"):
     return result
 
 
+def case_skips(folder):
+    """NaN in one row, so on some devices: all of them skip the step."""
+    result, same = {}, {"data_fingerprint": "data"}
+    for name, optimizer in (("fsdp8", "adamw"), ("2x2x2", "muon")):
+        config, mesh = config_of(optimizer, skip_spikes=2), mesh_of(name)
+        with jax.set_mesh(mesh):
+            bad = make_batch(MODEL, ROWS, LENGTH, seed=9)
+            bad.loss_weights[1] = np.nan
+            bad = jax.device_put(bad, rules.batch_sharding(mesh))
+            good = [batch_of(step, mesh) for step in range(2)]
+            hashes = []
+            for batches in (good, [good[0], bad, bad, good[1]]):
+                state, train_step = state_on(config, mesh)
+                history = new_history(state.step.sharding)
+                state = dataclasses.replace(state, spikes=history)
+                for batch in batches:
+                    state, metrics = train_step(state, batch)
+                hashes.append(state_hash([state.params, state.opt_state]))
+            trees = (state.params, state.opt_state, state.spikes)
+            with CheckpointManager(Path(folder) / name) as checkpoints:
+                checkpoints.save(
+                    *(4, *trees),
+                    **{"config": config, "tokenizer": ByteTokenizer(), "finite": True},
+                    **same,
+                )
+                restored = checkpoints.restore(
+                    *trees,
+                    **{"config": config, **same},
+                    tokenizer_fingerprint=ByteTokenizer().fingerprint,
+                )
+        result[name] = {
+            "same": hashes[0] == hashes[1],
+            "skipped": int(restored.spikes.skipped),
+            "in_a_row": int(metrics.skipped),
+            "restored": state_hash([*trees])
+            == state_hash([*vars(restored).values()][1:]),
+            "devices": len(restored.spikes.losses.sharding.device_set),
+        }
+    return result
+
+
 def case_generate(names):
     prompts = [[1, 2, 3], [4] * 9, [5, 6]]  # 3 rows on 8 parts: padded inside
     result = {}
@@ -259,6 +351,47 @@ def case_generate(names):
             result[f"{name}_{temperature}"] = same
         result[f"different_{temperature}"] = len(np.unique(tokens["one"]))
     return result
+
+
+def case_edits(names, changes=None):
+    """Every site edited at once: logits, every site as edited, and a gradient."""
+    model = dataclasses.replace(MODEL, **changes or {})
+    absent = absent_sites(model)
+    sites = [s for s in SITES if s not in absent and SITES[s].edit_instead is None]
+    sites.remove("tokens")
+    taps = tuple(Tap(site) for site in SITES if site not in absent)
+    vector = jnp.linspace(-1, 1, model.model_dim)
+
+    def run(params, tokens, amount):
+        edits = [
+            Edit(
+                site,
+                "add",
+                amount * vector if SITES[site].shape == "B T D" else amount,
+                layer=None if SITES[site].outside_layers else 1,
+                position=[3, 8],
+            )
+            for site in sites
+        ]
+        edits.append(Edit("resid_post", "project_out", vector))
+        edits.append(Edit("z", "scale", 0.5, layer=0, head=[1, 4]))
+        edits.append(Edit("mlp_out", "set", 0.0, layer=0, position=2))
+        out = forward(model, params, tokens, taps=taps, edits=edits)
+        loss = jnp.mean(jnp.square(out.logits))
+        return loss, (out.trace, out.hits)
+
+    values = {}
+    for name in ("one", *names):
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            params = make_params(model, std=0.3)
+            params = jax.device_put(params, parameter_shardings(params, mesh))
+            tokens = batch_of(0, mesh).tokens
+            call = jax.jit(jax.value_and_grad(run, argnums=2, has_aux=True))
+            (_, (trace, hits)), grad = call(params, tokens, 0.1)
+        assert min(map(int, hits)) > 0
+        values[name] = jax.tree.map(np.asarray, {**trace, "gradient": grad})
+    return {name: worst(values[name], values["one"]) for name in names}
 
 
 def case_errors():
@@ -303,6 +436,7 @@ def main():
     case, folder = sys.argv[1:]
     all_meshes = list(MESHES)[1:]
     cases = {
+        "embedding": case_embedding,
         "errors": case_errors,
         "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),
         "gradients": lambda: case_gradients(all_meshes),
@@ -316,8 +450,11 @@ def main():
         "accumulation": lambda: case_losses(
             ["data8", "2x2x2"], "adamw", accumulation_steps=2, loss_chunk=64
         ),
+        "skips": lambda: case_skips(folder),
         "resume": lambda: case_resume(folder),
         "resume_muon": lambda: case_resume(folder, "muon"),
+        "edits": lambda: case_edits(["fsdp2_tensor4", "2x2x2"]),
+        "edits_experts": lambda: case_edits(["2x2x2"], EXPERTS),
         "generate": lambda: case_generate(["data8", "fsdp2_tensor4", "2x2x2"]),
     }
     print(json.dumps(cases[case]()))

@@ -29,7 +29,7 @@ from jaxlm.model.initialization import init
 from jaxlm.model.kv_cache import unstack
 from jaxlm.model.transformer import forward
 from jaxlm.ops import feed_forward
-from jaxlm.ops.probe import Tap
+from jaxlm.ops.tap import Tap
 
 # For another order of summation in f32. Observed: at most 1e-5, and 3e-5 in phi4-mini,
 # which is wider.

@@ -6,6 +6,7 @@ import pytest
 from browser_case import CHROMIUM, Browser
 from report_case import make_run
 
+from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -23,7 +24,7 @@ def test_nothing_is_wider_than_a_narrow_window(tmp_path, browser):
     run = make_run(tmp_path / name, [3.0, 2.0], evals=[(20, 2.5)], samples=samples)
     other = make_run(tmp_path / "other", [3.0, 2.0], lr=2e-3)
     for runs in ([run], [run, other]):
-        page = write_report(runs, tmp_path / "report.html")
+        page = write_report(load_runs(runs), tmp_path / "report.html")
         for width in (1200, 420, 320):
             browser.resize(width, 900)
             browser.goto(page)
@@ -37,7 +38,9 @@ def test_nothing_is_wider_than_a_narrow_window(tmp_path, browser):
 
 def test_the_curve_ends_at_the_figure_of_the_page(tmp_path, browser):
     losses = [3 + (-1) ** i * 0.1 - i / 100 for i in range(200)]
-    page = write_report([make_run(tmp_path / "run", losses)], tmp_path / "report.html")
+    page = write_report(
+        load_runs([make_run(tmp_path / "run", losses)]), tmp_path / "report.html"
+    )
     browser.goto(page)
     chart = "document.querySelector('figure.big svg')"
     end = f"{chart}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'End'}}))"
@@ -55,7 +58,7 @@ def test_a_page_in_progress_reloads_and_keeps_what_was_chosen(tmp_path, browser)
         evals=[(20, 2.5)],
         samples=[(10, "a"), (20, "b"), (30, "c\n" * 100)],
     )
-    page = write_report(run, tmp_path / "report.html", next_s=0.5)
+    page = write_report(load_runs(run), tmp_path / "report.html", next_s=0.5)
     browser.resize(800, 500)
     browser.goto(page)
     live = "document.getElementById('live').textContent"
@@ -68,7 +71,7 @@ def test_a_page_in_progress_reloads_and_keeps_what_was_chosen(tmp_path, browser)
         slider.value = 1; slider.dispatchEvent(new Event("input"));
         scrollTo(0, 321);
     """)
-    write_report(run, page, next_s=0.5)
+    write_report(load_runs(run), page, next_s=0.5)
     browser.wait_for_load()
     time.sleep(0.3)  # the browser scrolls back after the load
     chosen = browser.evaluate("""[
@@ -80,7 +83,7 @@ def test_a_page_in_progress_reloads_and_keeps_what_was_chosen(tmp_path, browser)
         document.querySelector("figure.big svg").textContent.includes("tokens seen"),
     ]""")
     assert chosen == ["tokens", True, "false", True, "20 (2 of 3)", 321, True]
-    write_report(run, page)  # the last one
+    write_report(load_runs(run), page)  # the last one
     browser.wait_for_load()
     assert browser.evaluate(live) == ""
     browser.evaluate("window.same = true; new Promise(done => setTimeout(done, 1500))")
@@ -91,7 +94,7 @@ def test_a_page_of_a_killed_run_stops_reloading(tmp_path, browser, monkeypatch):
     run, began = make_run(tmp_path / "run", [3.0, 2.0]), time.time()
     for age, said in ((30, "reloads itself"), (41, "nothing came since")):
         monkeypatch.setattr(time, "time", lambda age=age: began - age)
-        browser.goto(write_report(run, tmp_path / "report.html", next_s=1.0))
+        browser.goto(write_report(load_runs(run), tmp_path / "report.html", next_s=1.0))
         assert said in browser.evaluate("document.getElementById('live').textContent")
     # The page of 30 seconds looks again after a quarter of its age, this one never.
     assert not browser.evaluate(
@@ -101,7 +104,9 @@ def test_a_page_of_a_killed_run_stops_reloading(tmp_path, browser, monkeypatch):
 
 
 def test_the_first_value_is_a_point_on_an_axis_of_whole_steps(tmp_path, browser):
-    page = write_report([make_run(tmp_path / "run", [3.0])], tmp_path / "report.html")
+    page = write_report(
+        load_runs([make_run(tmp_path / "run", [3.0])]), tmp_path / "report.html"
+    )
     browser.goto(page)
     svg = "document.querySelector('figure.big svg')"
     assert browser.evaluate(f"{svg}.querySelectorAll('circle.point').length") == 1

@@ -8,9 +8,9 @@ import time
 import pytest
 from report_case import make_run
 
-from jaxlm.report import live
+from jaxlm.report import curves, live
 from jaxlm.report.live import LiveReport
-from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.metrics import MetricsWriter, read_metrics
 
 
 class Clock:
@@ -34,6 +34,7 @@ def writes(monkeypatch):
     def draw(run, out):
         calls.clock.now += calls.seconds
 
+    monkeypatch.setattr(live, "load_runs", lambda run: [])
     monkeypatch.setattr(live, "write_report", lambda *_, next_s: calls.append(next_s))
     monkeypatch.setattr(live, "draw_loss_png", draw)
     return calls
@@ -113,6 +114,15 @@ def test_the_picture_is_drawn_even_if_the_page_cannot_be(tmp_path, caplog):
     (run / "report.html").mkdir()
     LiveReport(run).close()
     assert (run / "loss.png").is_file() and len(caplog.messages) == 1
+
+
+def test_the_rows_are_read_once_for_both_files(tmp_path, monkeypatch):
+    run, reads = make_run(tmp_path / "run", [3.0, 2.0]), []
+    monkeypatch.setattr(
+        curves, "read_metrics", lambda path: reads.append(path) or read_metrics(path)
+    )
+    LiveReport(run).close()
+    assert reads == [run] and (run / "loss.png").is_file()
 
 
 def test_only_the_last_page_does_not_reload(tmp_path):

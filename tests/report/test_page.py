@@ -43,7 +43,9 @@ class Page(html.parser.HTMLParser):
 
 
 def report(runs, tmp_path):
-    text = write_report(runs, tmp_path / "out" / "report.html").read_text("utf-8")
+    text = write_report(load_runs(runs), tmp_path / "out" / "report.html").read_text(
+        "utf-8"
+    )
     return text, Page(text)
 
 

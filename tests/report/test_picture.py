@@ -40,7 +40,7 @@ def words(axes):
 )
 def test_few_and_non_finite_rows(tmp_path, losses):
     run = make_run(tmp_path / "run", losses)
-    out = draw_loss_png(run, tmp_path / "new" / "loss.png")
+    out = draw_loss_png(load_runs(run), tmp_path / "new" / "loss.png")
     data = out.read_bytes()
     assert data.startswith(b"\x89PNG")
     assert struct.unpack(">II", data[16:24]) == (1200, 750)
@@ -111,7 +111,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     axes = axes_of(run)
     assert words(axes)[0] == "costs $5 or 6$ ���"
     assert not axes.get_legend().get_title().get_parse_math()
-    draw_loss_png(run, tmp_path / "loss.png")
+    draw_loss_png(load_runs(run), tmp_path / "loss.png")
 
 
 def test_a_wide_span_of_losses_is_drawn_on_a_log_scale(tmp_path):

@@ -1,11 +1,21 @@
 """The mesh over the devices that are there."""
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
+from topology_case import MESHES, TOPOLOGIES, devices_of
 
-from jaxlm.config import MeshConfig
-from jaxlm.sharding.mesh import AXES, make_mesh
+from jaxlm.commands.doctor import mesh_layout
+from jaxlm.config import MeshConfig, TrainConfig
+from jaxlm.sharding.mesh import (
+    AXES,
+    check_batch,
+    device_grid,
+    make_mesh,
+    num_slices,
+    ring_hops,
+)
 
 ONE = jax.devices()[:1]
 
@@ -29,3 +39,90 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
         make_mesh(MeshConfig(**sizes), ONE)
     for axis, size in sizes.items():
         assert f"{axis} {size}" in str(caught.value)
+
+
+def check_layout(devices, slices, fsdp, tensor):
+    """Each device is in the grid once, and no group leaves its slice."""
+    grid = device_grid(MeshConfig(fsdp=fsdp, tensor=tensor), devices)
+    assert grid.shape == (len(devices) // (fsdp * tensor), fsdp, tensor)
+    assert {d.id for d in grid.flat} == {d.id for d in devices}
+    assert num_slices(devices) == slices
+    for replica in grid:
+        assert len({getattr(d, "slice_index", 0) for d in replica.flat}) == 1
+    return grid
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_every_mesh_is_laid_out_on_its_topology(name, slices):
+    devices = devices_of(name, slices)
+    shuffled = list(np.random.default_rng(0).permutation(np.array(devices, object)))
+    chips = np.array(TOPOLOGIES[name][1])
+    for fsdp, tensor in MESHES:
+        if len(devices) // slices % (fsdp * tensor):
+            continue
+        grid = check_layout(devices, slices, fsdp, tensor)
+        assert (check_layout(shuffled, slices, fsdp, tensor) == grid).all()
+        hops = ring_hops(grid)
+        # Rings along tensor are short, and none goes across the machine. In the order
+        # of JAX's devices, that of v5e:16x16 with tensor 8 would take up to 15.
+        assert hops["tensor"] <= 7
+        assert all(0 <= n <= chips.sum() // 2 for n in hops.values()), hops
+
+
+def test_the_hops_of_a_ring_by_hand():
+    row = [d for d in devices_of("v5e:16x16") if d.coords[1:] == [0, 0]]
+    for order, hops in (
+        (range(16), 1),  # a closed ring of all 16
+        ([*range(0, 16, 2), *range(15, 0, -2)], 2),
+        ([0, 8, *range(1, 8), *range(9, 16)], 8),
+    ):
+        grid = np.array(row, object)[list(order)].reshape(1, 16, 1)
+        assert ring_hops(grid) == {"data": 0, "fsdp": hops, "tensor": 0}
+    half = np.array(row[:8], object).reshape(1, 1, 8)
+    assert ring_hops(half)["tensor"] == 7  # 8 chips in a row: the ends have no link
+    square = [d for d in devices_of("v5e:16x16") if max(d.coords) < 2]
+    square = np.array([square[i] for i in (0, 1, 3, 2)], object).reshape(1, 1, 4)
+    assert ring_hops(square)["tensor"] == 1
+    assert ring_hops(np.array(ONE).reshape(1, 1, 1)) == dict.fromkeys(AXES)
+    cores = devices_of("tpu7x:4x4x4")[:2]
+    cores = np.array(cores, object).reshape(1, 1, 2)
+    assert ring_hops(cores)["tensor"] == 0  # two cores of one chip
+
+
+def test_the_layout_is_described():
+    devices = devices_of("v5e:16x16", 2)
+    grid = device_grid(MeshConfig(fsdp=64, tensor=4), devices)
+    fsdp, tensor = ring_hops(grid)["fsdp"], ring_hops(grid)["tensor"]
+    assert mesh_layout(grid) == (
+        "data 2 x fsdp 64 x tensor 4; data goes over 2 slices; links that a step "
+        f"around an axis takes: fsdp {fsdp}, tensor {tensor}"
+    )
+    grid = device_grid(MeshConfig(data=1), ONE)
+    assert mesh_layout(grid) == "data 1 x fsdp 1 x tensor 1"
+
+
+def test_slices_that_data_does_not_hold_are_refused():
+    devices = devices_of("v5e:8x16", 2)
+    for sizes in ({"fsdp": 256}, {"data": 1, "fsdp": 64, "tensor": 4}):
+        with pytest.raises(
+            ValueError,
+            match=r"^mesh\.data .* does not fit 2 slices of 128 devices: mesh\.data "
+            r"must be a multiple of 2$",
+        ):
+            device_grid(MeshConfig(**sizes), devices)
+
+
+@pytest.mark.parametrize(
+    "rows, parts, message",
+    [
+        (4, 1, r"is 4, .* on mesh\.data 2 x mesh\.fsdp 4: make it a multiple of 8$"),
+        (8, 2, r"is 8, .* in train\.accumulation_steps 2: make it a multiple of 16$"),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_is_refused(rows, parts, message):
+    mesh = AbstractMesh((2, 4, 3), AXES)
+    train = TrainConfig(batch_size=rows, accumulation_steps=parts)
+    with pytest.raises(ValueError, match=message):
+        check_batch(train, mesh)
+    check_batch(TrainConfig(batch_size=16, accumulation_steps=2), mesh)

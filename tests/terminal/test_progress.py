@@ -81,8 +81,9 @@ def test_lines_on_a_terminal_do_not_overwrite_each_other(columns):
     if columns == 100:
         assert lines[-2] == f"step 2000/2000 {'━' * 20} loss 1.000 {FIGURES}"
         assert len(rest) == 4
-    else:  # No bar, and truncated figures.
-        assert lines[-2] == f"step 2000/2000 loss 1.000 {FIGURES}"[:50]
+    else:  # A shorter bar, and only the figures that there is room for.
+        figures = "loss 1.000 1.0k tok/s 0:00 left"
+        assert re.fullmatch(f"step 2000/2000 ━* ?{figures}", lines[-2])
 
 
 def test_a_terminal_without_cursor_movements_gets_plain_lines():
@@ -122,6 +123,21 @@ def test_the_figures_of_a_row():
     odd = {"loss": math.nan, "tokens_per_s": math.inf, "mfu": None, "lr": None}
     assert format_row(odd, math.nan) == "loss nan - tok/s - left"
     assert format_row({"loss": 1e30, "mfu": 0.001}) == "loss 1.00e+30 MFU 0.1%"
+
+
+def test_without_room_for_all_figures_the_less_important_are_left_out():
+    whole = format_row(ROW, 192.0)
+    lines = [format_row(ROW, 192.0, width) for width in range(len(whole), -1, -1)]
+    assert list(dict.fromkeys(lines)) == [
+        whole,
+        "loss 2.314 lr 1.9e-02 41.2k tok/s MFU 31% 3:12 left",
+        "loss 2.314 lr 1.9e-02 41.2k tok/s 3:12 left",
+        "loss 2.314 41.2k tok/s 3:12 left",
+        "loss 2.314 3:12 left",
+        "loss 2.314",
+        "",
+    ]
+    assert all(len(line) <= len(whole) - i for i, line in enumerate(lines))
 
 
 def test_counts_and_times_in_words():

@@ -72,29 +72,6 @@ def smollm2_metadata(num_tokens=SMOLLM2["num_tokens"]):
     }
 
 
-JUNK = [None, True, -1, 0, 2**31, 2**63, "", "x", "<0x41>", [], {}, [[]], ["a", 1.0]]
-
-
-def mutated(value, random):
-    """Returns a copy with one item removed or replaced, to test damaged files."""
-    value = json.loads(json.dumps(value))
-    items = list(_items(value))
-    holder, key = items[random.integers(len(items))]
-    if isinstance(holder, dict) and random.random() < 0.3:
-        del holder[key]
-    else:
-        holder[key] = JUNK[random.integers(len(JUNK))]
-    return value
-
-
-def _items(value):
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in list(items)[:30]:
-        yield value, key
-        if isinstance(inner, dict | list):
-            yield from _items(inner)
-
-
 BARRIER = "\ufdd1"
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf
-from jaxlm.tokenizers.hugging_face.tokenizer_json import byte_of_character
+from jaxlm.tokenizers.hugging_face.decoder import byte_of_character
 
 PREFIX = "tokenizer.ggml."
 PARTS = ("user", "assistant", "system", "\n")

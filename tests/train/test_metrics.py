@@ -15,7 +15,6 @@ from jaxlm.model.params import count_matmul_params
 from jaxlm.train.metrics import MetricsWriter, read_metrics
 from jaxlm.train.throughput import (
     flops_per_token,
-    measure_peak_flops,
     peak_flops,
     published_peak_flops,
 )
@@ -314,10 +313,6 @@ def device(kind):
 
 def test_peaks_add_up_and_an_unknown_device_has_none():
     known, unknown = device("NVIDIA A100-SXM4-80GB"), device("Tesla K80")
-    assert peak_flops([known] * 4, "bfloat16") == 4 * 312e12
-    assert peak_flops([known, unknown], "bfloat16") is None
-
-
-def test_a_cpu_is_measured():
-    peak = measure_peak_flops("float32", seconds=0.02)
-    assert 1e8 < peak < 1e15
+    assert peak_flops([known] * 4) == 4 * 312e12
+    assert peak_flops([known, unknown]) is None
+    assert peak_flops(jax.devices("cpu")) is None

@@ -27,7 +27,7 @@ from jaxlm.config import (
 )
 from jaxlm.model.transformer import forward
 from jaxlm.ops.moe import load_balance_loss, route
-from jaxlm.ops.probe import Tap
+from jaxlm.ops.tap import Tap
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.terminal.progress import ProgressLine
 from jaxlm.train import loop
@@ -318,6 +318,67 @@ def test_rates_hold_for_training_alone_whenever_the_run_is_evaluated(
         assert row["step_s"] == pytest.approx(step_s, rel=0.4)
         assert row["tokens_per_s"] == pytest.approx(ROWS * LENGTH / row["step_s"])
     assert rows[-1]["wall_s"] == pytest.approx(8 * step_s, rel=0.4)
+
+
+def test_the_steps_before_a_text_that_cannot_be_read_are_saved(tmp_path, monkeypatch):
+    def train_step(state, batch):
+        metrics = StepMetrics(1.0, 1.0, 1.0, 1.0)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def batches():
+        yield from 3 * [BATCH]
+        raise ValueError("tokens.bin is damaged")
+
+    saved = []
+    hooks = Hooks(save=lambda state: saved.append(int(state.step)))
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
+    with pytest.raises(ValueError, match="is damaged"):
+        Trial(tmp_path, config_of(log_every=2), batches(), hooks)
+    assert saved == [3]
+    rows = [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"]
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("stops_after", [5, 20])
+def test_an_evaluation_has_two_batches_in_flight(tmp_path, monkeypatch, stops_after):
+    """And none after it, also when a stop ends it."""
+    in_flight, most = set(), 0
+
+    class Sum:
+        def __init__(self):
+            in_flight.add(self)
+
+        def block_until_ready(self):
+            in_flight.discard(self)
+
+        def __array__(self, *_):
+            self.block_until_ready()
+            return np.array(1.0)
+
+    def held_out():
+        nonlocal most
+        for number in range(20):
+            most = max(most, len(in_flight))
+            if number == stops_after:
+                signal.raise_signal(signal.SIGTERM)
+            yield BATCH
+
+    def eval_step(params, batch):
+        return Sum(), np.array(1.0)
+
+    ended = []
+    monkeypatch.setattr(loop, "make_eval_step", lambda *_: eval_step)
+    hooks = Hooks(
+        save=lambda state: None,
+        held_out=held_out,
+        sample=lambda *_: ended.append(len(in_flight)) or "",
+    )
+    config = config_of(eval_every=2, sample_every=2, steps=2)
+    batches = [make_batch(MODEL, ROWS, LENGTH, seed=s) for s in range(2)]
+    Trial(tmp_path, config, batches, hooks)
+    assert most == loop.AHEAD == 2
+    assert not in_flight
+    assert ended == ([0] if stops_after == 20 else [])
 
 
 def test_a_step_after_a_slow_one_is_read_at_once(tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.checkpoint.tensor_mapping import TensorMapping
 from jaxlm.config import ModelConfig
+from jaxlm.files.durable import replacing
+from jaxlm.files.folder_links import path_inside
 from jaxlm.files.strict_json import parse_object
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_export import write_hugging_face
@@ -39,7 +41,7 @@ class HFCheckpoint:
     def __init__(self, folder: Path, report: Callable[[str], None]):
         """Reads config.json; arguments and errors as `open_checkpoint`."""
         self.path, self._report = folder, report
-        values = read_json(folder / CONFIG)
+        values = read_config(folder)
         self.family = str(values.get("model_type"))
         self.config = hf_config.read(Keys(values, str(folder / CONFIG)))
 
@@ -95,15 +97,18 @@ def write_hf(
     if tokenizer is not None:
         write_hugging_face(tokenizer, folder)
     # Written last: without it the folder is not recognized as a model.
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    with replacing(folder / CONFIG) as file:
+        file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a small file.
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads the config.json of a folder.
 
     Raises:
-      ValueError: if it is missing, too large, or not an object with unique names.
+      ValueError: if it is missing, too large, a link that leads out of the folder, or
+        not an object with unique names.
     """
+    path = path_inside(folder, CONFIG)
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if path.stat().st_size > MAX_CONFIG_BYTES:

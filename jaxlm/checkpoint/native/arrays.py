@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlm import tree
+from jaxlm.terminal.printable import shown, shown_value
 
 # Path name of an array -> (dtype, shape), as stored in meta.json.
 Description = Mapping[str, Sequence[Any]]
@@ -84,6 +85,21 @@ def describe(flat: Mapping[str, Any]) -> Description:
         name: (jnp.dtype(leaf.dtype).name, list(leaf.shape))
         for name, leaf in flat.items()
     }
+
+
+def check_description(description: Any, where: str) -> None:
+    """Raises ValueError for anything but dtypes and shapes by name."""
+    if not isinstance(description, dict):
+        raise ValueError(f"{where} is {shown_value(description)}")
+    for name, entry in description.items():
+        try:
+            dtype, shape = entry
+            good = isinstance(dtype, str) and jnp.dtype(dtype).itemsize
+            good = good and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ValueError(f"{where}: {shown(name)} is {shown_value(entry)}")
 
 
 def abstract(description: Description, shardings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Saves and restores the checkpoints of the run that this process trains.
 
 Orbax writes the arrays of a step in the background, and a rename commits the step: a
-folder with the name of a step is complete. It contains `params/` and `opt_state/`
-(Orbax), `tokenizer/`, `meta.json` and `manifest.json`. `checkpoint_reader.py` opens a
-step for reading only.
+folder with the name of a step is complete. It contains `params/`, `opt_state/` and
+perhaps `spikes/` (Orbax), `tokenizer/`, `meta.json` and `manifest.json`.
+`checkpoint_reader.py` opens a step for reading only.
 """
 
 import asyncio
@@ -140,6 +140,7 @@ class CheckpointManager:
         step: int,
         params: Params,
         opt_state: Any,
+        spikes: Any = None,
         *,
         config: Config,
         tokenizer: Tokenizer,
@@ -156,6 +157,7 @@ class CheckpointManager:
           step: number of optimizer steps that led to the state.
           params: nested dict of arrays.
           opt_state: any tree of arrays.
+          spikes: any tree of arrays, or None if there are none.
           config: the config of the whole run.
           tokenizer: saved beside the arrays.
           data_fingerprint: identifies the text and the order of its rows.
@@ -179,6 +181,8 @@ class CheckpointManager:
             "params": arrays.own(arrays.flatten(params, "params")),
             "opt_state": arrays.own(arrays.flatten(opt_state, "opt_state")),
         }
+        if spikes is not None:
+            state["spikes"] = arrays.own(arrays.flatten(spikes, "spikes"))
         meta = {
             "format": step_folder.META_FORMAT,
             "step": step,
@@ -258,12 +262,7 @@ class CheckpointManager:
         if jax.process_index() == 0:
             integrity.write_manifest(temporary)
             newest = step - 1 if self._last is None else min(self._last, step - 1)
-            if left := [s for s in self.steps() if s > newest]:
-                old = run_folder.move_aside(self.run, left)
-                names = ", ".join(map(str, left))
-                self._report(
-                    f"moved steps {names} to {old}: the run continues from {newest}"
-                )
+            self.move_aside_after(newest)
             durable.rename(temporary, self._folder(step))
         self._last = step
 
@@ -293,6 +292,7 @@ class CheckpointManager:
         self,
         params: Any,
         opt_state: Any,
+        spikes: Any = None,
         *,
         config: Config,
         tokenizer_fingerprint: str,
@@ -305,6 +305,8 @@ class CheckpointManager:
           params: `jax.ShapeDtypeStruct`s (or arrays), nested as the parameters. An
             array is put on the sharding given here, whatever mesh it was saved from.
           opt_state: the same for the optimizer state, in its own structure.
+          spikes: the same for the history of spikes; taken as it is for a checkpoint
+            without one, of a run in which spikes were not skipped yet.
           config: the config of the run that continues; it must equal that of the
             checkpoint except for fields that do not change the numbers.
           tokenizer_fingerprint: must be that of the checkpoint.
@@ -329,6 +331,7 @@ class CheckpointManager:
             step_folder.read_state,
             params=params,
             opt_state=opt_state,
+            spikes=spikes,
             config=config,
             tokenizer_fingerprint=tokenizer_fingerprint,
             data_fingerprint=data_fingerprint,
@@ -339,6 +342,20 @@ class CheckpointManager:
         restored = step_folder.first_readable(folders, read, self._report)
         self._last = restored.step
         return restored
+
+    def move_aside_after(self, step: int) -> Path | None:
+        """Moves later steps, of an abandoned continuation of the run, to `RUN/old-N/`.
+
+        Returns:
+          The new folder; None if there are no such steps.
+        """
+        later = [number for number in self.steps() if number > step]
+        if not later or jax.process_index() != 0:
+            return None
+        old = run_folder.move_aside(self.run, later)
+        names = ", ".join(map(str, later))
+        self._report(f"moved steps {names} to {old}: the run continues from {step}")
+        return old
 
 
 def _save_failed(folder: Path, needed: int, error: Exception) -> str:

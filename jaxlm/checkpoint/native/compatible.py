@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import EXECUTION_FIELDS, Config
+from jaxlm.config import EXECUTION_FIELDS, Config, TrainConfig
 from jaxlm.fields import diff
 
 # Fields that do not affect the numbers of a run.
-_FREE_DATA = ("workers", "prefetch", "cache_dir")
+_FREE_DATA = ("workers", "prefetch", "cache_dir", "old_tokens")
 _FREE_TRAIN = (
     *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
     *("checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),
@@ -41,7 +41,9 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
     rounding = _ROUNDING_TRAIN
     if old.train.load_balance_loss:
         rounding = ("loss_chunk",)  # each part of a batch has its own balance loss
-    train = (*_FREE_TRAIN, *rounding, "steps")
+    train = (*_FREE_TRAIN, *rounding, "steps", "skip_batches")
+    if new.train.skip_spikes:  # Off, the count of skipped steps would be lost.
+        train += ("skip_spikes",)
     data = [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
     steps = _steps_line(old, new, step)
     # Of what follows from another setting, only the setting is named.
@@ -52,6 +54,7 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
         f"optimizer.{line}" for line in diff(old.optimizer, new.optimizer, optimizer)
     ]
     lines += [f"train.{line}" for line in diff(old.train, new.train, train)] + steps
+    lines += _skipped_line(old.train, new.train, step)
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ValueError(
@@ -81,6 +84,21 @@ def _steps_line(old: Config, new: Config, step: int) -> list[str]:
     if warmups[0] != warmups[1]:
         return [f"{line}, with a warm-up of {warmups[0]} -> {warmups[1]} steps"]
     return []
+
+
+def _skipped_line(old: TrainConfig, new: TrainConfig, step: int) -> list[str]:
+    """Returns a line if other steps so far would have had other batches."""
+    past = [
+        [r for r in train.skipped_batches if step and r.start <= train.batch_of(step)]
+        for train in (old, new)
+    ]
+    if past[0] == past[1]:
+        return []
+    shown = (" ".join(train.skip_batches) or "none" for train in (old, new))
+    return [
+        f"train.skip_batches: {' -> '.join(shown)}, but the first {step} steps have "
+        "had other batches; --resume-step goes back to an earlier one"
+    ]
 
 
 def check_fingerprint(what: str, old: str, new: str) -> None:

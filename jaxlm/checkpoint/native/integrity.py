@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.files import durable
+from jaxlm.files.strict_json import parse_object
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -80,10 +81,10 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         raise UnreadableStep(f"{MANIFEST} missing")
     content = path.read_bytes()
     try:
-        manifest = json.loads(content)
+        manifest = parse_object(content, MANIFEST)
     except ValueError as e:
-        raise UnreadableStep(f"{MANIFEST} is not JSON: {e}") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise UnreadableStep(str(e)) from e
+    if manifest.get("format") != _FORMAT:
         raise UnreadableStep(f"{MANIFEST} is not of format {_FORMAT}")
     files = manifest.get("files")
     # A manifest has only one valid spelling: if any bit of it flips, either this fails

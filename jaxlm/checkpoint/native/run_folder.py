@@ -26,6 +26,7 @@ LOCK = ".lock"
 # The files that a run writes and `move_aside` moves.
 _RUN_FILES = (
     *(CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png"),
+    "texts.json",
     *("tensorboard", "wandb", "mlflow"),
 )
 
@@ -133,7 +134,9 @@ class RunLock:
           ValueError: if another process holds it; names its process id and host.
         """
         path = run / LOCK
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor: int | None = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644
+        )
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:

@@ -1,6 +1,5 @@
 """Reads a step folder: the whole state, or one of its trees."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from jaxlm.checkpoint.native import arrays, compatible, integrity, run_folder
 from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.config import Config
 from jaxlm.fields import from_dict
+from jaxlm.files.strict_json import parse_object
+from jaxlm.terminal.printable import one_line, shown_value
 
 META_FORMAT = 1
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class Restored:
     step: int
     params: Any
     opt_state: Any
+    spikes: Any = None
 
 
 def first_readable(
@@ -53,12 +55,19 @@ def first_readable(
 def read_meta(folder: Path) -> dict[str, Any]:
     """Reads `meta.json` of a verified step; raises ValueError for another format."""
     file = folder / run_folder.META
-    meta = json.loads(file.read_bytes())
+    meta = parse_object(file.read_bytes(), str(file))
     if meta.get("format") != META_FORMAT:
         raise ValueError(
-            f"{file} has format {meta.get('format')}, and this jaxlm reads format "
-            f"{META_FORMAT}: install the jaxlm that wrote it"
+            f"{file} has format {shown_value(meta.get('format'))}, and this jaxlm "
+            f"reads format {META_FORMAT}: install the jaxlm that wrote it"
         )
+    kinds = {"step": int, "config": dict, "arrays": dict, "environment": dict}
+    kinds |= {"tokenizer_fingerprint": str, "data_fingerprint": str}
+    for name, kind in kinds.items():
+        if not isinstance(meta.get(name), kind):
+            raise ValueError(f"{file}: {name} is {shown_value(meta.get(name))}")
+    for item in ("params", "opt_state"):
+        arrays.check_description(meta["arrays"].get(item), f"{file}: arrays.{item}")
     return meta
 
 
@@ -73,7 +82,12 @@ def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any
             f"the arrays of {folder} are not those of this run: "
             f"{'; '.join(f'{item}/{line}' for line in lines[:3])}{more}"
         )
-    read = arrays.read(folder / item, flat)
+    try:
+        read = arrays.read(folder / item, flat)
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        # Its files match the manifest, so whoever wrote that wrote these.
+        words = one_line(" ".join(str(error).split()))
+        raise UnreadableStep(f"Orbax cannot read {item}: {words}") from error
     return jax.tree.unflatten(jax.tree.structure(wanted), [read[n] for n in flat])
 
 
@@ -81,6 +95,7 @@ def read_state(
     folder: Path,
     params: Any,
     opt_state: Any,
+    spikes: Any,
     *,
     config: Config,
     tokenizer_fingerprint: str,
@@ -96,9 +111,10 @@ def read_state(
         "tokenizer", meta["tokenizer_fingerprint"], tokenizer_fingerprint
     )
     compatible.check_fingerprint("data", meta["data_fingerprint"], data_fingerprint)
-    state = {}
-    for item, wanted in (("params", params), ("opt_state", opt_state)):
-        state[item] = read_item(folder, meta, item, wanted)
+    wanted = {"params": params, "opt_state": opt_state}
+    if "spikes" in meta["arrays"]:
+        wanted["spikes"] = spikes
+    state = {item: read_item(folder, meta, item, x) for item, x in wanted.items()}
     host = arrays.on_host(state)
     # The files match the manifest, so only Orbax or the memory can be at fault.
     if host and meta["state_hash"] not in (None, state_hash(host)):
@@ -110,4 +126,4 @@ def read_state(
             f"step {meta['step']} was saved under another configuration "
             f"({'; '.join(notes)}): results may not be bit-identical"
         )
-    return Restored(meta["step"], state["params"], state["opt_state"])
+    return Restored(meta["step"], **{"spikes": spikes, **state})

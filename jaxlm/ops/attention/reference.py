@@ -4,12 +4,18 @@ Each implementation takes (q, k, v, spec) and returns the result and the log-sum
 the scores; `dispatch.py` chooses one.
 """
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, dequantize
 from jaxlm.ops.layout import reshape
+from jaxlm.ops.probe import Probe
+
+logger = logging.getLogger(__name__)
 
 
 def attention_scores(
@@ -71,7 +77,47 @@ def reference_attention(
     return z, join_heads(lse)
 
 
-def join_heads(x: Float[Array, "B K G T"]) -> Float[Array, "B N T"]:
+def probed_attention(
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "B S K H"],
+    v: Num[Array, "B S K H"],
+    spec: AttentionSpec,
+    probe: Probe,
+) -> Float[Array, "B T N H"]:
+    """The reference, with scores, log-sum-exp and probabilities as sites.
+
+    For edits of these: the fast implementations keep none of them.
+    """
+    _log_once()
+    k, v, spec = dequantize(k, v, spec, q.dtype)
+    B, K, heads = len(q), k.shape[2], q.shape[2]
+    grouped = (B, K, heads // K)
+
+    def edit(site: str, x: Array) -> Array:
+        x = probe(site, join_heads(x))
+        return reshape(x, (*grouped, *x.shape[2:]), (0, 1, None, *range(2, x.ndim)))
+
+    scores = edit("attn_scores", attention_scores(q, k, spec))
+    lse = edit("attn_lse", attention_lse(scores, spec))
+    probs = edit("attn_probs", jnp.exp(scores - lse[..., None]))
+    z = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        probs.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    return reshape(z, q.shape, (0, 1, 2, 4)).astype(q.dtype)
+
+
+@functools.cache
+def _log_once() -> None:
+    logger.warning(
+        "attention runs in the reference, since an edit changes its scores or "
+        "probabilities"
+    )
+
+
+def join_heads(x: Float[Array, "B K G T *S"]) -> Float[Array, "B N T *S"]:
     """Merges key heads and groups into query heads."""
-    B, K, G, T = x.shape
-    return reshape(x, (B, K * G, T), (0, 1, 3))
+    B, K, G, *rest = x.shape
+    return reshape(x, (B, K * G, *rest), (0, 1, *range(3, x.ndim)))

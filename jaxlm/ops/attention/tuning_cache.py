@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxlm.files.durable import replacing
+from jaxlm.files.strict_json import parse_object
 from jaxlm.files.user_cache import user_cache
 from jaxlm.ops.attention.request import target
+from jaxlm.terminal.printable import one_line
 
 T = TypeVar("T", bound=Any)
 
@@ -39,17 +41,18 @@ def measured(key: str, default: T) -> T:
     """
     try:
         path = settings_file()
-        text = path.read_text()
+        text = path.read_bytes()
     except OSError:  # Nothing was measured.
         return default
     try:
-        fields = json.loads(text).get(key, {})
+        fields = parse_object(text, "it").get(key, {})
         found = dataclasses.replace(default, **fields)
         if not all(type(size) is int and size > 0 for size in fields.values()):
             raise TypeError(f"{key!r} has a size that is not a whole number above 0")
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: {error}; delete it, or run `jaxlm tune attention` again"
+            f"{path}: {one_line(str(error))}; delete it, or run `jaxlm tune attention` "
+            "again"
         ) from None
     return found
 
@@ -58,7 +61,7 @@ def record(key: str, settings: Any, fields: tuple[str, ...]) -> Path:
     """Writes the fields measured for `key`, keeps the rest, and returns the path."""
     path = settings_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text()) if path.is_file() else {}
+    old = parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
     old[key] = {**old.get(key, {}), **{f: getattr(settings, f) for f in fields}}
     with replacing(path) as file:
         file.write(json.dumps(old, indent=1).encode())

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 import tokenizers
 
 from jaxlm.terminal.progress import Waiting
+from jaxlm.tokenizers.hugging_face.decoder import byte_of_character
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import GPT4, byte_level_json
-from jaxlm.tokenizers.hugging_face.tokenizer_json import added_token, byte_of_character
+from jaxlm.tokenizers.hugging_face.tokenizer_json import added_token
 from jaxlm.tokenizers.special_tokens import TokenizerSettings
 from jaxlm.tokenizers.training import interruptible, passages
 

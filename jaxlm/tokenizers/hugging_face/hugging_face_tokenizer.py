@@ -19,17 +19,18 @@ from jaxlm.tokenizers.base import (
     fingerprint_of,
     tile_bytes,
 )
+from jaxlm.tokenizers.hugging_face.decoder import decoding_of
 from jaxlm.tokenizers.hugging_face.limits import (
     check_steps,
     check_tokens,
     try_patterns,
 )
+from jaxlm.tokenizers.hugging_face.literal import literal
 from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_tokens,
     damage_in,
-    decoding_of,
-    literal,
     parse,
+    pipeline,
     vocabulary,
 )
 from jaxlm.tokenizers.special_tokens import Special, SpecialTokens, TokenizerSettings
@@ -68,11 +69,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """The contents of the file, unchanged."""
         self.data = parse(tokenizer_json)
         with damage_in("this tokenizer.json"):
-            check_tokens(self.data)
-            check_steps(self.data)
+            self._pipeline = pipeline(self.data)
             self._vocabulary = vocabulary(self.data)
             self._added = added_tokens(self.data)
-            self._decoding = decoding_of(self.data)
+            check_tokens(self._vocabulary, self._added)
+            check_steps(self._pipeline, self.data["model"])
+            self._decoding = decoding_of(self._pipeline["decoder"])
             ids = [*self._vocabulary.values(), *(t.id for t in self._added)]
             self.vocab_size = max(ids, default=-1) + 1
             self._take(TokenizerSettings() if settings is None else settings)
@@ -141,9 +143,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return SpecialTokens(found)
 
     def _load_literal(self, *, later: bool) -> tokenizers.Tokenizer:
-        data = json.dumps(literal(self.data, self.special_ids, later=later))
+        parts = (self.data, self._vocabulary, self._added, self.special_ids)
+        data = json.dumps(literal(*parts, later=later))
         if not later:
-            try_patterns(self.data, data)
+            try_patterns(self._pipeline, data)
         with _errors_of_the_library("not a Hugging Face tokenizer.json"):
             library = tokenizers.Tokenizer.from_str(data)
         for t in self._added:

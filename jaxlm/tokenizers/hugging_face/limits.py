@@ -8,17 +8,15 @@ file with a pattern that is not of a harmless shape is first tried in another pr
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlm.files.limited_process import run_limited
 from jaxlm.terminal.printable import shown, shown_value
 from jaxlm.tokenizers.hugging_face import trial
-from jaxlm.tokenizers.hugging_face.tokenizer_json import steps_of
+from jaxlm.tokenizers.hugging_face.tokenizer_json import AddedToken
 
-# Published files have at most about 66,000 added tokens (units of speech), and 30
-# characters in one, except for white space.
-MAX_ADDED_TOKENS = 100_000
+# Added tokens of published files have at most 30 characters, except for white space.
 MAX_ADDED_CHARACTERS = 256
 MAX_TOKEN_CHARACTERS = 16_384
 MAX_STEPS = 64
@@ -43,33 +41,30 @@ _TRIAL_TEXTS += ["a" * 50 + "!", " " * 50 + "!", "0" * 50 + "a", "!" * 50 + "a"]
 _TRIAL_TEXTS += ["ab" * 1500, "a " * 1500, "a1" * 1500, "a\n" * 1500, "aA!" * 1000]
 
 
-def check_tokens(data: Mapping[str, Any]) -> None:
-    """Raises ValueError for too many added tokens, or a token that is too long."""
-    added, vocab = data.get("added_tokens") or [], data["model"]["vocab"]
-    if len(added) > MAX_ADDED_TOKENS:
-        raise ValueError(
-            f"added_tokens has {len(added)} tokens: at most {MAX_ADDED_TOKENS} are read"
-        )
-    # What is no token at all is found later.
-    contents = [entry.get("content") for entry in added if isinstance(entry, dict)]
-    pieces = [p[0] if isinstance(p, list) and p else p for p in vocab]
-    for found, most in (
+def check_tokens(vocab: Mapping[str, int], added: Sequence[AddedToken]) -> None:
+    """Raises ValueError for a token that is too long."""
+    contents = [token.content for token in added]
+    for texts, most in (
         (contents, MAX_ADDED_CHARACTERS),
-        (pieces, MAX_TOKEN_CHARACTERS),
+        (vocab, MAX_TOKEN_CHARACTERS),
     ):
-        texts = [text for text in found if isinstance(text, str)]
         _check_length("the token", max(texts, key=len, default=""), most)
 
 
-def check_steps(data: Mapping[str, Any]) -> None:
+def check_steps(
+    pipeline: Mapping[str, Sequence[Mapping[str, Any]]], model: Mapping[str, Any]
+) -> None:
     """Checks the steps of a tokenizer.json, before any of them is used.
+
+    Args:
+      pipeline: what `tokenizer_json.pipeline` returns.
+      model: the `model` of the file.
 
     Raises:
       ValueError: for steps that can make a text more than `MAX_GROWTH` times as long,
         too many of them, or patterns that are too large.
     """
-    for part, inner in _PARTS.items():
-        steps = list(steps_of(data.get(part), inner))
+    for part, steps in pipeline.items():
         if len(steps) > MAX_STEPS:
             raise ValueError(
                 f"the {part} has {len(steps)} steps: at most {MAX_STEPS} are run"
@@ -82,7 +77,6 @@ def check_steps(data: Mapping[str, Any]) -> None:
                     f"the {part} can make a text {growth:,.0f} times as long: at most "
                     f"{MAX_GROWTH} times is run"
                 )
-    model = data["model"]
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         _check_length(f"model.{name}", model.get(name) or "", MAX_ADDED_BYTES)
     count = model.get("max_input_chars_per_word")
@@ -91,13 +85,6 @@ def check_steps(data: Mapping[str, Any]) -> None:
             f"model.max_input_chars_per_word is {shown_value(count)}: at most "
             f"{_MAX_COUNT} is run"
         )
-
-
-_PARTS = {
-    "normalizer": "normalizers",
-    "pre_tokenizer": "pretokenizers",
-    "decoder": "decoders",
-}
 
 
 def _growth(step: Mapping[str, Any], part: str) -> float:
@@ -168,11 +155,13 @@ def _check_charsmap(charsmap: Any) -> None:
         )
 
 
-def try_patterns(data: Mapping[str, Any], library_json: str) -> None:
+def try_patterns(
+    pipeline: Mapping[str, Sequence[Mapping[str, Any]]], library_json: str
+) -> None:
     """Loads and tries a tokenizer in another process, if a pattern may be harmful.
 
     Args:
-      data: the file, whose steps were checked.
+      pipeline: the steps of the file, which were checked.
       library_json: what the library is to load.
 
     Raises:
@@ -180,8 +169,8 @@ def try_patterns(data: Mapping[str, Any], library_json: str) -> None:
     """
     patterns = [
         step["pattern"]["Regex"]
-        for part, inner in _PARTS.items()
-        for step in steps_of(data.get(part), inner)
+        for steps in pipeline.values()
+        for step in steps
         if "Regex" in (step.get("pattern") or {})
     ]
     odd = [p for p in patterns if not is_harmless(p)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.fields import nearest
+from jaxlm.terminal.printable import shown_value
 from jaxlm.tokenizers.hugging_face.tokenizer_json import bpe_model, new_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -168,8 +169,8 @@ def by_name(name: str) -> PreTokenizer:
     """
     if name not in BY_NAME:
         raise ValueError(
-            f"tokenizer.ggml.pre is {name!r}{nearest(name, list(BY_NAME))}: jaxlm "
-            f"knows {', '.join(BY_NAME)}"
+            f"tokenizer.ggml.pre is {shown_value(name)}"
+            f"{nearest(name[:100], list(BY_NAME))}: jaxlm knows {', '.join(BY_NAME)}"
         )
     return BY_NAME[name]
 

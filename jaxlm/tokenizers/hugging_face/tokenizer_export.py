@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxlm.files.durable import replacing
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.hugging_face.decoder import byte_of_character
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import (
     BYTES,
@@ -17,7 +19,6 @@ from jaxlm.tokenizers.hugging_face.tokenizer_json import (
     added_token,
     bos_template,
     bpe_model,
-    byte_of_character,
     new_json,
 )
 from jaxlm.tokenizers.sentencepiece.model_proto import (
@@ -63,12 +64,12 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:
             data = _of_characters(tokenizer)
         elif isinstance(tokenizer, SentencePieceTokenizer):
             data = _of_sentence_piece(tokenizer)
-            (folder / "tokenizer.model").write_bytes(tokenizer.model)
+            _write(folder / "tokenizer.model", tokenizer.model)
         else:
             raise ValueError(f"{type(tokenizer).__name__} has no Hugging Face form")
         contents = json.dumps(data, ensure_ascii=False, indent=1).encode()
         names = {entry["id"]: entry["content"] for entry in data["added_tokens"]}
-    (folder / "tokenizer.json").write_bytes(contents)
+    _write(folder / "tokenizer.json", contents)
     ids = tokenizer.named_ids
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -87,8 +88,12 @@ def write_hugging_face(tokenizer: Tokenizer, folder: Path | str) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    _write(path, (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def _write(path: Path, contents: bytes) -> None:
+    with replacing(path) as file:  # not the target of a link
+        file.write(contents)
 
 
 def _of_bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxlm.files.folder_links import path_inside
 from jaxlm.files.strict_json import parse_object
+from jaxlm.terminal.printable import shown_value
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer
 from jaxlm.tokenizers.hugging_face.pre_tokenizers import by_name, byte_level_json
@@ -138,8 +139,8 @@ def _more_added_tokens(files: _Files, data: Mapping[str, Any]) -> list[dict[str,
             continue
         if owner.get(i, text) != text:
             raise ValueError(
-                f"tokenizer_config.json adds the token {text!r} with the id {i}, which "
-                f"is that of {owner[i]!r}"
+                f"tokenizer_config.json adds the token {shown_value(text)} with the id "
+                f"{i}, which is that of {shown_value(owner[i])}"
             )
         more.append({**entry, "id": i})
     return more
@@ -177,7 +178,7 @@ def _gpt2_json(files: _Files) -> bytes:
 
 
 def _sentence_piece(files: _Files) -> SentencePieceTokenizer:
-    path = files.folder / "tokenizer.model"
+    path = path_inside(files.folder, "tokenizer.model")
     plain = SentencePieceTokenizer.from_file(path)
     try:
         model = _with_added_pieces(files, plain)
@@ -199,7 +200,9 @@ def _with_added_pieces(files: _Files, plain: SentencePieceTokenizer) -> bytes:
     for i in sorted(i for i in added if i >= size):
         text, special = added[i]
         if i != size:
-            raise ValueError(f"the added token {text!r} has the id {i}: {size} is next")
+            raise ValueError(
+                f"the added token {shown_value(text)} has the id {i}: {size} is next"
+            )
         model += added_piece(text, 0.0, CONTROL if special else USER_DEFINED)
         size += 1
     return model
@@ -248,7 +251,8 @@ def _named_id(
         text = _token(files, name)
         if text is not None and text not in ids and name != "pad":
             raise ValueError(
-                f"the {name} token {text!r} of {files.folder} is not in the vocabulary"
+                f"the {name} token {shown_value(text)} of {files.folder} is not in the "
+                "vocabulary"
             )
         return None if text is None else ids.get(text)
     if name in own:

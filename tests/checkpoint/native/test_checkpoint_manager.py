@@ -310,3 +310,17 @@ def test_restore_on_another_mesh_and_with_a_clean_stderr(tmp_path):
     code, out, err = run_child(MESH, tmp_path, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     assert (code, out) == (0, "good\n"), err
     assert err == ""
+
+
+def test_a_named_step_that_is_missing_or_damaged_moves_nothing(tmp_path):
+    run_with_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "1" / "meta.json").write_text("{}")
+    with CheckpointManager(tmp_path) as checkpoints:
+        with pytest.raises(NoUsableCheckpoint, match="step 1 unreadable"):
+            restore(checkpoints, step=1)
+        with pytest.raises(ValueError) as error:
+            restore(checkpoints, step=7)
+        assert str(error.value) == (
+            f"{tmp_path} has no checkpoint of step 7: it has steps 1, 2"
+        )
+        assert checkpoints.steps() == [1, 2]

@@ -13,7 +13,7 @@ from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.cli import main
-from jaxlm.commands.train import initial_state
+from jaxlm.commands.training_run.initial_state import initial_state
 from jaxlm.config import Config, DataConfig
 from jaxlm.data.loader import open_dataset
 from jaxlm.flags.config_file import read_config

@@ -52,6 +52,9 @@ def test_a_step_of_a_1b_model_on_256_tpus():
     # One forward kernel, one more where the block is recomputed, and two backward.
     assert found["kernels"] == 4
     assert found["collectives"]["all-gather"] > 0
+    # Two rows of 4,096 tokens, 2,048 wide in bf16, are exchanged there and back; the
+    # embedding is neither gathered nor reduced.
+    assert found["gib_sent"]["embedding"] < 1.05 * (2 * 2 * 4096 * 2048 * 2) / 2**30
     # A v5e has 16 GiB.
     assert found["arguments_mib"] + found["temporaries_mib"] < 8192
 
@@ -74,4 +77,5 @@ def test_a_step_of_a_1b_model_on_8_gpus():
     # reduced once in f32, whatever the number of chunks.
     once = 128_256 * 2_048 * 7 / 8 / 2**30
     assert found["gib_sent"]["head"] < 1.05 * (2 + 4) * once
+    assert found["gib_sent"]["embedding"] < 1.05 * (2 * 2 * 4096 * 2048 * 2) / 2**30
     assert found["arguments_mib"] + found["temporaries_mib"] < 60_000

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import time
 import tracemalloc
@@ -10,9 +9,6 @@ from unittest import mock
 
 import pytest
 from hugging_face_case import GOLDENS
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 
 from jaxlm.tokenizers.hugging_face import limits
 from jaxlm.tokenizers.hugging_face import pre_tokenizers as published
@@ -20,9 +16,6 @@ from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceToke
 from jaxlm.tokenizers.hugging_face.limits import is_harmless
 from jaxlm.tokenizers.hugging_face.tokenizer_json import added_token, bpe_model
 from jaxlm.tokenizers.special_tokens import Special, SpecialTokens
-
-# Otherwise hypothesis makes a folder in the working directory, even with no database.
-set_hypothesis_home_dir(os.path.join(os.environ["XDG_CACHE_HOME"], "hypothesis"))
 
 ALPHABET = {"a": 0, "b": 1, "x": 2}
 
@@ -156,15 +149,15 @@ def test_a_hostile_file_is_refused(name):
     parts, reason = HOSTILE[name]
     text = contents(**parts)
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError) as error:
         HuggingFaceTokenizer(text).encode("a" * 100)
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     message = str(error.value)
     assert reason in message and "\n" not in message and len(message) < 400
-    # Limits of the trial: 2 s of CPU time, on a machine that may do other work.
+    # CPU time of this process; that of a trial has a limit of its own.
     assert seconds < 10 and peak < 50_000_000 + 8 * len(text)
 
 
@@ -217,59 +210,3 @@ def test_many_special_tokens_make_no_large_pattern():
     assert compiled.called and all(len(c.args[0]) < 100 for c in compiled.mock_calls)
     found = [part for _, part in special.split("<|99999|>ab<|7|>" * 100)]
     assert found == [99_999, "ab", 7] * 100
-
-
-STEPS = st.sampled_from(
-    [SIXTEEN, BYTES, replace("ab", Regex="a|"), replace("", String="a"), split("a+|b"),
-     {"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Strip"}, {"type": "Fuse"},
-     {"type": "Strip", "content": " ", "start": 1, "stop": 0}, {"type": "Digits"},
-     {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
-     {"type": "Prepend", "prepend": "▁"}, {"type": "ByteFallback"}, {"type": "x"}, {}]
-)  # fmt: skip
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["type", "pattern", "content", "String",
-                                           "Regex", "prepend", "id", "vocab", "a"]),
-                          inner, max_size=4)
-    ),
-    max_leaves=8,
-)  # fmt: skip
-
-
-def sequences(kind):
-    return st.lists(STEPS | JSON, max_size=4).map(lambda s: steps(kind, *s))
-
-
-FILES = st.fixed_dictionaries(
-    {},
-    optional={
-        "normalizer": sequences("normalizers") | STEPS | JSON,
-        "pre_tokenizer": sequences("pretokenizers") | STEPS | JSON,
-        "decoder": sequences("decoders") | STEPS | JSON,
-        "added_tokens": JSON,
-        "model": JSON,
-        "post_processor": JSON,
-    },
-)
-
-
-@settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 300)),
-    deadline=None,
-    derandomize=True,  # a new example must not fail somebody else's change
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(FILES)
-def test_a_file_made_at_random(parts):
-    start = time.monotonic()
-    try:
-        tokenizer = HuggingFaceTokenizer(contents(**parts))
-        tokenizer.decode(tokenizer.encode("ab a"))
-        assert len(tokenizer.token_bytes) == tokenizer.vocab_size
-    except ValueError as error:
-        assert type(error) is ValueError
-        assert "\n" not in str(error) and len(str(error)) < 1000
-    assert time.monotonic() - start < 5

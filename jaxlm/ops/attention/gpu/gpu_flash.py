@@ -79,7 +79,7 @@ def backward(
     matrices = {"q": q, "k": k, "v": v, "dz": dz}
     floats = {
         # A huge log-sum-exp makes the probabilities of padding queries 0.
-        "lse": jnp.pad(lse, beyond, constant_values=-MASKED),
+        "lse": jnp.pad(lse, beyond, constant_values=-MASKED) * online_softmax.LOG2_E,
         "delta": jnp.pad(delta, beyond),
     }
     outputs = {"dq": jax.ShapeDtypeStruct((B, kernel.rows, N, H), q.dtype)}
@@ -102,10 +102,10 @@ def _forward_program(run: Program) -> None:
     def attend(j, slot, all_visible, carry):
         m, l, acc = carry
         raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
-        _, s = run.scores(raw, all_visible, j, slot, 0)
+        s = run.scores(raw, all_visible, j, slot, 0)
         m_new = jnp.maximum(m, jnp.max(s, axis=1))
-        alpha = jnp.exp(m - m_new)
-        p = jnp.exp(s - spread(m_new, s.shape, 0))
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(s - spread(m_new, s.shape, 0))
         l = l * alpha + jnp.sum(p, axis=1)
         acc = acc * spread(alpha, acc.shape, 0)
         return m_new, l, run.warpgroup.accumulate(acc, p, run.tile("v", slot))
@@ -113,32 +113,41 @@ def _forward_program(run: Program) -> None:
     start = run.warpgroup.softmax_start(*run.tile("q").shape)
     m, l, acc = run.stream(attend, start)
     sink = run.ins["sinks"][run.head] if "sinks" in run.ins else None
-    factor, lse = online_softmax.finish(m, l, sink)
+    factor, lse = online_softmax.finish(m / online_softmax.LOG2_E, l, sink)
     run.store({"z": acc * spread(factor, acc.shape, 0)}, lse)
 
 
 def _probs(run: Program, raw, all_visible, other, slot, axis: int):
-    """Recomputes probabilities, and d scores / d raw; arguments as `Program.scores`."""
-    spec = run.kernel.spec
-    capped, scores = run.scores(raw, all_visible, other, slot, axis)
+    """Recomputes probabilities; arguments as `Program.scores`."""
+    scores = run.scores(raw, all_visible, other, slot, axis)
     # Queries along axis 1 are the streamed side.
     lse = run.tile("lse", slot if axis == 1 else None)
-    p = jnp.exp(scores - run.warpgroup.load(lse, raw.shape, axis))
-    return p, online_softmax.slope(capped, spec.scale, spec.soft_cap)
+    return jnp.exp2(scores - run.warpgroup.load(lse, raw.shape, axis))
+
+
+def _dscores(run: Program, raw, p, dp, slot, axis: int):
+    """Computes the gradient of `raw`, without the scale, which comes at the end."""
+    spec = run.kernel.spec
+    delta = run.tile("delta", slot if axis == 1 else None)
+    capped = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+    slope = online_softmax.slope(capped, 1.0, spec.soft_cap)
+    delta = run.warpgroup.load(delta, raw.shape, axis)
+    return online_softmax.dscores(p, dp, delta, slope)
 
 
 def _query_program(run: Program) -> None:
     """Computes dq of one block of queries of one head."""
 
     def add(j, slot, all_visible, dq):
-        raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
-        p, slope = _probs(run, raw, all_visible, j, slot, 0)
-        dp = run.warpgroup.dot(run.tile("dz"), run.tile("v", slot))
-        delta = run.warpgroup.load(run.tile("delta"), raw.shape, 0)
-        ds = online_softmax.dscores(p, dp, delta, slope)
-        return run.warpgroup.accumulate(dq, ds, run.tile("k", slot))
+        q, dz = run.tile("q"), run.tile("dz")
+        k, v = run.tile("k", slot), run.tile("v", slot)
+        raw, dp = run.warpgroup.dots([(q, k), (dz, v)])
+        p = _probs(run, raw, all_visible, j, slot, 0)
+        ds = _dscores(run, raw, p, dp, slot, 0)
+        return run.warpgroup.accumulate(dq, ds, k)
 
-    run.store({"dq": run.stream(add, run.zeros("dq"))})
+    dq = run.stream(add, run.zeros("dq"))
+    run.store({"dq": dq * run.kernel.spec.scale})
 
 
 def _key_program(run: Program) -> None:
@@ -149,17 +158,21 @@ def _key_program(run: Program) -> None:
     """
 
     def add(i, slot, all_visible, sums):
-        sums, dot = dict(sums), run.warpgroup.dot
-        accumulate = run.warpgroup.accumulate
-        raw = dot(run.tile("k"), run.tile("q", slot))
-        p, slope = _probs(run, raw, all_visible, i, slot, 1)
-        if "dv" in sums:
-            sums["dv"] = accumulate(sums["dv"], p, run.tile("dz", slot))
+        q, dz = run.tile("q", slot), run.tile("dz", slot)
+        pairs = [(run.tile("k"), q)]
         if "dk" in sums:
-            dp = dot(run.tile("v"), run.tile("dz", slot))
-            delta = run.warpgroup.load(run.tile("delta", slot), raw.shape, 1)
-            ds = online_softmax.dscores(p, dp, delta, slope)
-            sums["dk"] = accumulate(sums["dk"], ds, run.tile("q", slot))
-        return sums
+            pairs.append((run.tile("v"), dz))
+        raw, *dp = run.warpgroup.dots(pairs)
+        p = _probs(run, raw, all_visible, i, slot, 1)
+        added = {}
+        if "dv" in sums:
+            added["dv"] = (sums["dv"], p, dz)
+        if "dk" in sums:
+            added["dk"] = (sums["dk"], _dscores(run, raw, p, *dp, slot, 1), q)
+        results = run.warpgroup.accumulate_all(list(added.values()))
+        return dict(zip(added, results, strict=True))
 
-    run.store(run.stream(add, {name: run.zeros(name) for name in run.out}))
+    sums = run.stream(add, {name: run.zeros(name) for name in run.out})
+    if "dk" in sums:
+        sums["dk"] *= run.kernel.spec.scale
+    run.store(sums)

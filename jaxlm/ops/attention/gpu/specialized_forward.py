@@ -7,7 +7,6 @@ one overlaps with the dot products of the other. Completely hidden blocks are no
 and completely visible blocks are not masked. The backward pass is in `gpu_flash.py`.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +34,6 @@ from jaxlm.ops.attention.spec import AttentionSpec, Tokens
 # Number of consumer warpgroups.
 CONSUMERS = 2
 BLOCK_QUERIES = CONSUMERS * ROWS
-LOG2_E = math.log2(math.e)
 
 
 def forward(
@@ -215,7 +213,7 @@ class _SpecializedProgram:
         pl.when(consumer == 0)(take_turn)
 
         sink = refs["sinks"][head] if "sinks" in refs else None
-        factor, row_lse = online_softmax.finish(m / LOG2_E, l, sink)
+        factor, row_lse = online_softmax.finish(m / online_softmax.LOG2_E, l, sink)
         qz[...] = (acc * spread(factor, acc.shape, 0)).astype(qz.dtype)
         memory["lse"].at[consumer][...] = row_lse
         plgpu.commit_smem()
@@ -233,12 +231,7 @@ class _SpecializedProgram:
         )
         shape = raw.shape
         spec = self.spec
-        if spec.soft_cap is None:
-            # A single factor, so that without a mask this multiplication and the
-            # subtraction below become one instruction.
-            scores = raw * (spec.scale * LOG2_E)
-        else:
-            scores = online_softmax.scores(raw, spec.scale, spec.soft_cap) * LOG2_E
+        scores = online_softmax.scores_base_2(raw, spec.scale, spec.soft_cap)
         scores = lax.cond(
             table.all_visible(step),
             lambda x: x,

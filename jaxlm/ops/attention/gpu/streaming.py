@@ -246,10 +246,8 @@ class Program:
 
         return lax.fori_loop(0, count, body, carry)
 
-    def scores(
-        self, raw: Any, all_visible: Any, other: Any, slot: Any, axis: int
-    ) -> tuple[Any, Any]:
-        """Returns the scores of the resident block and block `other`, and these masked.
+    def scores(self, raw: Any, all_visible: Any, other: Any, slot: Any, axis: int):
+        """Returns the scores of the resident block and block `other`, in base 2.
 
         Args:
           raw: q k^T, or k q^T: queries lie along `axis`.
@@ -257,7 +255,7 @@ class Program:
           slot: the slot of the other block.
         """
         spec = self.kernel.spec
-        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        scores = online_softmax.scores_base_2(raw, spec.scale, spec.soft_cap)
 
         def hide(scores):
             resident = self._tokens(
@@ -268,7 +266,7 @@ class Program:
             allowed = spec.mask.allowed(*pair, self.kernel.grid.num_keys)
             return online_softmax.hide(scores, allowed)
 
-        return scores, lax.cond(all_visible, lambda scores: scores, hide, scores)
+        return lax.cond(all_visible, lambda scores: scores, hide, scores)
 
     def _tokens(self, side: Side, block: Any, slot: Any, shape: tuple, axis: int):
         """Returns the positions and segments of a block, broadcast to the scores."""

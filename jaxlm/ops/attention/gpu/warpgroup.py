@@ -121,27 +121,46 @@ class Warpgroup:
         Args:
           meanwhile: called while the tensor cores are busy.
         """
+        return self.dots([(a, b)], meanwhile)[0]
+
+    def dots(
+        self, pairs: Sequence[tuple[Any, Any]], meanwhile: Any = lambda: None
+    ) -> list[Any]:
+        """Computes `dot` of several pairs of matrices, and waits once for all."""
         if self.interpret:
             meanwhile()
-            return _interpreted_dot(a[...], b[...], 1)
+            return [_interpreted_dot(a[...], b[...], 1) for a, b in pairs]
 
-        def run(acc):
-            plgpu.wgmma(acc, a, b.transpose((1, 0)))
+        def run(*accs):
+            for acc, (a, b) in zip(accs, pairs, strict=True):
+                plgpu.wgmma(acc, a, b.transpose((1, 0)))
             meanwhile()
-            return acc[...]
+            return [acc[...] for acc in accs]
 
-        return pl.run_scoped(run, ACC((a.shape[0], b.shape[0]), jnp.float32))
+        sizes = [(a.shape[0], b.shape[0]) for a, b in pairs]
+        return pl.run_scoped(run, *(ACC(size, jnp.float32) for size in sizes))
 
     def accumulate(self, acc: Any, p: Any, b: Any) -> Any:
         """Computes acc + p b in f32, [rows, H]; p is cast to b's dtype.
 
         p is f32 in registers, and b is in shared memory.
         """
-        p = p.astype(b.dtype)
+        return self.accumulate_all([(acc, p, b)])[0]
+
+    def accumulate_all(self, sums: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
+        """Computes `accumulate` of several sums (acc, p, b), and waits once for all."""
+        casts = [p.astype(b.dtype) for _, p, b in sums]
         if self.interpret:
-            return acc + _interpreted_dot(p, b[...], 0)
-        run = pl.run_state(lambda acc: plgpu.wgmma(acc, p, b))
-        return run(ACC.init(acc))
+            return [
+                acc + _interpreted_dot(p, b[...], 0)
+                for p, (acc, _, b) in zip(casts, sums, strict=True)
+            ]
+
+        def run(accs):
+            for acc, p, (_, _, b) in zip(accs, casts, sums, strict=True):
+                plgpu.wgmma(acc, p, b)
+
+        return pl.run_state(run)([ACC.init(acc) for acc, _, _ in sums])
 
     def kernel(self, body: Any, *, soft_cap: float | None, **options: Any) -> Any:
         """Makes a kernel with `plgpu.kernel` and these options.

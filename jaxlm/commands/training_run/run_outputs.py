@@ -1,0 +1,142 @@
+"""What a training run writes and prints."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from jaxlm import tree
+from jaxlm.commands.training_run.hooks import eval_batch_numbers
+from jaxlm.config import Config
+from jaxlm.data.loader import Dataset
+from jaxlm.data.text_record import write_record
+from jaxlm.fields import to_dict
+from jaxlm.files.durable import replacing
+from jaxlm.model.attention_choice import attention_choices
+from jaxlm.ops.linear import compute_dtype
+from jaxlm.report.live import REPORT, LiveReport
+from jaxlm.terminal.progress import ProgressLine
+from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.sinks import open_sinks
+from jaxlm.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def run_outputs(
+    given: Config, config: Config, state: TrainState, resumed: bool, dataset: Dataset
+) -> Iterator[tuple[MetricsWriter, ProgressLine]]:
+    """Writes the config, the metrics and the report of a run, and shows its progress.
+
+    The report is written during the run, and at the end, however the run ends.
+
+    Args:
+      given: the config before it was completed.
+      config: the config of the run.
+      state: the state that training starts from.
+      resumed: whether it continues this run.
+      dataset: the text of the run.
+    """
+    settings, run = config.train, Path(config.train.run_dir)
+    step, params = int(state.step), tree.count(state.params)
+    resume_step = step if resumed else None
+    choices = attention_choices(
+        config.model, settings.batch_size, config.data.sequence_length
+    )
+    sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
+    # Only reports and messages need these.
+    with _or_warned(), replacing(run / "config.json") as file:
+        file.write(json.dumps(to_dict(config), indent=2).encode())
+    with _or_warned():
+        write_record(run, dataset.texts)
+    writer = MetricsWriter(
+        run, resume_step=resume_step, sinks=[LiveReport(run), *sinks]
+    )
+    progress = ProgressLine(settings.steps)
+    progress.note(_opening(given, config, dataset, params, resume_step))
+    with writer, contextlib.closing(progress):
+        writer.write(
+            "event",
+            step,
+            event="resume" if resumed else "start",
+            params=params,
+            attention={kind: choice.to_json() for kind, choice in choices.items()},
+        )
+        yield writer, progress
+
+
+@contextlib.contextmanager
+def _or_warned() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: %s", error.filename, error.strerror)
+
+
+def _opening(
+    given: Config,
+    config: Config,
+    dataset: Dataset,
+    params: int,
+    resume_step: int | None,
+) -> str:
+    """Returns the lines that a run begins with."""
+    settings, is_new = config.train, resume_step is None
+    lines, warmup = [], config.optimizer.warmup_steps
+    if is_new and warmup < given.optimizer.warmup_steps:
+        lines.append(
+            f"warm-up of {warmup} step{'s' * (warmup > 1)}, a tenth of the run, "
+            f"instead of {given.optimizer.warmup_steps}"
+        )
+    total = dataset.num_eval_batches(settings.batch_size)
+    taken = len(eval_batch_numbers(settings, total))
+    if is_new and settings.eval_batches is None and taken < total:
+        lines.append(
+            f"evaluations take {taken} of the {total} batches of held-out text, at "
+            "most a tenth of the training time; --train.eval-batches 0 takes all"
+        )
+    for skipped in settings.skipped_batches:
+        lines.append(
+            f"batches {skipped.start} to {skipped.stop - 1} are skipped "
+            "(--train.skip-batches)"
+        )
+    begun = "training for" if is_new else f"resumed at step {resume_step} of"
+    weights = ""
+    if config.init_from is not None and is_new:
+        weights = f" from the weights of {config.init_from}"
+    dtype, run = compute_dtype(config.model.dtype).name, Path(settings.run_dir)
+    lines += [
+        f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text",
+        f"{begun} {settings.steps} steps{weights}, on {_devices()} in {dtype}",
+        f"follow it in a browser: {run / REPORT}",
+    ]
+    return "\n".join(lines)
+
+
+def _devices() -> str:
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    kind = "CPU" if kind == "cpu" else kind
+    return f"{count} {kind} device{'s' * (count > 1)}"
+
+
+def how_to_go_on(given: Config, config: Config) -> str:
+    """Returns what can be done with a run whose steps are all done.
+
+    Args:
+      given: the config before it was completed.
+      config: the config of the run.
+    """
+    run, steps, optimizer = config.train.run_dir, config.train.steps, config.optimizer
+    done = f"{run}: all {steps} steps are done"
+    if optimizer.first_decayed(steps) is None:
+        more = f"to train on: --train.steps {2 * steps}"
+        if optimizer.warmup_steps < given.optimizer.warmup_steps:
+            more += f" --optimizer.warmup-steps {optimizer.warmup_steps}"
+    else:
+        done += f", and the learning rate has decayed ({optimizer.schedule})"
+        more = f"to train its weights further: --init-from {run} --train.run-dir NEW"
+    return f"{done}\n{more}\nto start over: --fresh"
