@@ -9,15 +9,14 @@ twice, to see that the bits are the same. Then `benchmarks/attention.py` times i
 its peers. Takes about eight minutes on an H100.
 
 Writes check_DEVICE.json, the record that `PROVEN` in jaxlm/ops/attention/dispatch.py
-and `PROVEN_SPECIALIZED` in its gpu/pallas_gpu.py ask for, and the timings, in
-attention_DEVICE.json.
-`--interpret` runs the same on a CPU, at small sizes, in Pallas' interpreters:
-it tests the gate, and licenses nothing.
+asks for, and the timings, in attention_DEVICE.json. `--interpret` runs the same on a
+CPU, at small sizes, in Pallas' interpreters: it tests the gate, and licenses nothing.
 
 A kernel that waits forever is ended after `STALL_SECONDS` and counts as failed.
 """
 
 import argparse
+import functools
 import json
 import os
 import queue
@@ -26,15 +25,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-STALL_SECONDS = 120
+STALL_SECONDS = 90
 # Processes that compile at the same time.
-WORKERS = 6
+WORKERS = 12
 
 # Errors allowed. The oracle has the same 16-bit inputs, in f32. Results, and the
 # probabilities and their gradients on the way, are rounded to 8 bits (2 ** -9 of each
@@ -85,6 +83,10 @@ class Case:
     heads: int = 8
     kv_heads: int = 2
 
+    @property
+    def has_gradient(self) -> bool:
+        return not self.option.startswith("decode")
+
     def __str__(self) -> str:
         return f"{self.implementation}, head_dim {self.head_dim}: {self.option}"
 
@@ -104,9 +106,8 @@ def cases(platform: str, interpret: bool) -> list[Case]:
     return found
 
 
-def attention_of(name: str, q: Any, interpret: bool) -> Callable:
+def attention_of(name: str, q: Any, segments: bool, interpret: bool) -> Callable:
     """Returns an implementation with default settings: (q, k, v, spec) -> z, lse."""
-    from dataclasses import replace
     from functools import partial
 
     from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS as FOUND
@@ -115,7 +116,8 @@ def attention_of(name: str, q: Any, interpret: bool) -> Callable:
     if name == "pallas_gpu":
         from jaxlm.ops.attention.gpu.pallas_gpu import attention, default_settings
 
-        settings = replace(default_settings(q, forward), interpret=interpret)
+        settings = default_settings(q, segments, forward)
+        settings = replace(settings, interpret=interpret)
         return partial(attention, settings=settings)
     if interpret:
         from jaxlm.ops.attention.tpu.pallas_tpu import attention
@@ -166,6 +168,84 @@ def inputs(case: Case):
     return q, k, v, AttentionSpec(1.0, Mask(**mask), **others)
 
 
+def results(attend: Callable, gradient: bool) -> Callable:
+    """Returns a function that runs attention, with all gradients if wanted.
+
+    Its arguments are q, k, v, spec and the weights of z and of the log-sum-exp in the
+    sum whose gradient is taken. Returns arrays by name.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def total(q, k, v, spec, weight, lse_weight):
+        z, lse = attend(q, k, v, spec)
+        sum_ = jnp.sum(z.astype(jnp.float32) * weight)
+        return sum_ + (0 if lse is None else jnp.sum(lse * lse_weight)), (z, lse)
+
+    def run(q, k, v, spec, *weights):
+        if not gradient:
+            z, lse = attend(q, k, v, spec)
+            return {"z": z, "lse": lse}
+        grad = jax.grad(total, (0, 1, 2, 3), has_aux=True, allow_int=True)
+        (dq, dk, dv, dspec), (z, lse) = grad(q, k, v, spec, *weights)
+        found = {"z": z, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        return found if spec.sinks is None else {**found, "dsinks": dspec.sinks}
+
+    return run
+
+
+@functools.cache
+def oracle(case: Case, lse: bool) -> tuple[tuple, dict]:
+    """Returns the arguments of `results` and what the reference makes of them, in f32.
+
+    Args:
+      case: without an implementation.
+      lse: whether the log-sum-exp has a gradient.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxlm.ops.attention.reference import reference_attention
+    from jaxlm.ops.attention.spec import dequantize
+
+    q, k, v, spec = inputs(case)
+    rng = np.random.default_rng(1)
+    shapes = (q.shape, (q.shape[0], q.shape[2], q.shape[1]))
+    weights = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+    weights[1] *= lse
+    given = (q, k, v, spec, *weights)
+    k, v, spec = dequantize(k, v, spec, jnp.dtype("float32"))
+    exact = (*(x.astype(jnp.float32) for x in (q, k, v)), spec, *weights)
+    with jax.default_matmul_precision("highest"):
+        run = results(reference_attention, case.has_gradient)
+        right = jax.jit(run)(*exact)
+    return given, jax.tree.map(np.asarray, right)
+
+
+def compare(ours: dict, right: dict) -> tuple[bool, dict, dict]:
+    """Returns whether all is within bounds; errors overall, and of the worst row."""
+    import numpy as np
+
+    errors, rows, within = {}, {}, True
+    for name, x in ours.items():
+        if x is None:
+            continue
+        x, y = (np.asarray(a, np.float32) for a in (x, right[name]))
+        if name == "lse":
+            # An absolute error: it is a relative error of the probabilities.
+            errors[name] = float(np.abs(x - y).max())
+        else:
+            errors[name] = float(np.linalg.norm(x - y) / np.linalg.norm(y))
+            length = np.linalg.norm(y, axis=-1)
+            bound = np.maximum(length, np.sqrt(np.mean(length**2)))
+            rows[name] = float(np.max(np.linalg.norm(x - y, axis=-1) / bound))
+        # A NaN is not within anything.
+        within &= errors[name] <= MAX_ERROR[name]
+        within &= rows.get(name, 0) <= MAX_ROW_ERROR * MAX_ERROR[name]
+    return bool(within), errors, rows
+
+
 def check(case: Case, interpret: bool = False, wrong: Callable | None = None) -> dict:
     """Runs one case; returns its errors and whether it passed.
 
@@ -173,84 +253,34 @@ def check(case: Case, interpret: bool = False, wrong: Callable | None = None) ->
       wrong: changes the spec that the implementation gets, to see that the gate fails.
     """
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS as FOUND
-    from jaxlm.ops.attention.reference import reference_attention
     from jaxlm.ops.attention.request import request
-    from jaxlm.ops.attention.spec import dequantize
 
-    q, k, v, spec = inputs(case)
     name = case.implementation.partition(",")[0]
+    q, k, _, spec = inputs(case)
     if not interpret:
         reason = FOUND[name].declines(request(q, k, spec, lse=name != "cudnn"))
         if reason is not None:
             return {"declined": reason}
-    run = attention_of(case.implementation, q, interpret)
-    gradient = spec.key_scale is None and not case.option.startswith("decode")
-    weight, lse_weight = (
-        jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
-        for shape in (q.shape, (q.shape[0], q.shape[2], q.shape[1]))
-    )
-
-    def results(attend, q, k, v, spec):
-        def total(q, k, v, spec):
-            z, lse = attend(q, k, v, spec)
-            sum_ = jnp.sum(z.astype(jnp.float32) * weight)
-            return sum_ + (0 if lse is None else jnp.sum(lse * lse_weight)), (z, lse)
-
-        if not gradient:
-            z, lse = attend(q, k, v, spec)
-            return {"z": z, "lse": lse}
-        grads, (z, lse) = jax.grad(total, (0, 1, 2, 3), has_aux=True, allow_int=True)(
-            q, k, v, spec
-        )
-        found = dict(zip(("dq", "dk", "dv"), grads, strict=False))
-        if spec.sinks is not None:
-            found["dsinks"] = grads[3].sinks
-        return found | {"z": z, "lse": lse}
-
-    def compiled(attend, *arguments):
-        return jax.jit(lambda *given: results(attend, *given)).lower(*arguments)
-
+    given, right = oracle(replace(case, implementation=""), name != "cudnn")
+    if wrong is not None:
+        given = (*given[:3], wrong(spec), *given[4:])
+    segments = spec.mask.query_segments is not None
+    attend = attention_of(case.implementation, q, segments, interpret)
     started = time.perf_counter()
-    given = (q, k, v, spec if wrong is None else wrong(spec))
-    program = compiled(run, *given).compile()
+    program = jax.jit(results(attend, case.has_gradient)).lower(*given).compile()
     seconds = time.perf_counter() - started
     ours, again = (jax.tree.map(np.asarray, program(*given)) for _ in range(2))
-    k32, v32, plain = dequantize(k, v, spec, jnp.dtype("float32"))
-    with jax.default_matmul_precision("highest"):
-        exact = (q.astype(jnp.float32), *(x.astype(jnp.float32) for x in (k32, v32)))
-        if ours["lse"] is None:
-            # Its gradient is not part of what was asked for.
-            lse_weight = jnp.zeros_like(lse_weight)
-        right = compiled(reference_attention, *exact, plain).compile()(*exact, plain)
-    errors, rows, passed = {}, {}, True
-    for key, x in ours.items():
-        if x is None:
-            continue
-        x, y = (np.asarray(a, np.float64) for a in (x, right[key]))
-        if key == "lse":
-            # An absolute error: it is a relative error of the probabilities.
-            errors[key] = float(np.abs(x - y).max())
-        else:
-            errors[key] = float(np.linalg.norm(x - y) / np.linalg.norm(y))
-            length = np.linalg.norm(y, axis=-1)
-            bound = np.maximum(length, np.sqrt(np.mean(length**2)))
-            worst = np.linalg.norm(x - y, axis=-1) / bound
-            rows[key] = float(np.max(worst))
-        within = errors[key] <= MAX_ERROR[key]
-        within &= rows.get(key, 0) <= MAX_ROW_ERROR * MAX_ERROR[key]
-        # A NaN is not within anything.
-        passed &= bool(within)
+    within, errors, rows = compare(ours, right)
     same = all(
         np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again), strict=True)
     )
     return {
         # cuDNN's gradients need not be the same twice.
-        "passed": passed and (same or name == "cudnn"),
+        "passed": within and (same or name == "cudnn"),
         "same_twice": same,
         "errors": errors,
         "worst_rows": rows,
@@ -279,7 +309,12 @@ class Worker:
 
     def check(self, case: Case) -> dict:
         if self._process is None:
-            environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            environment = {
+                **os.environ,
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                # The reference need not be fast.
+                "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+            }
             self._process = subprocess.Popen(
                 self._command,
                 env=environment,
@@ -322,23 +357,34 @@ class Worker:
 
 
 def check_all(found: list[Case], options: list[str], workers: int) -> Iterator:
-    """Checks cases in several processes; yields (case, result) as they come."""
-    free: queue.Queue[Worker] = queue.Queue()
-    every = [Worker(options) for _ in range(workers)]
-    for worker in every:
-        free.put(worker)
+    """Checks cases in several processes; yields (case, result) as they come.
 
-    def run(case: Case) -> dict:
-        worker = free.get()
-        try:
-            return worker.check(case)
-        finally:
-            free.put(worker)
+    Cases that differ only in the implementation go to one process, which computes their
+    oracle once.
+    """
+    groups: dict[Case, list[Case]] = {}
+    for case in found:
+        groups.setdefault(replace(case, implementation=""), []).append(case)
+    todo: queue.SimpleQueue[list[Case]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Case, dict]] = queue.SimpleQueue()
+    for group in groups.values():
+        todo.put(group)
 
-    with ThreadPoolExecutor(workers) as pool:
-        yield from zip(found, pool.map(run, found), strict=True)
-    for worker in every:
+    def run() -> None:
+        worker = Worker(options)
+        while True:
+            try:
+                group = todo.get_nowait()
+            except queue.Empty:
+                break
+            for case in group:
+                done.put((case, worker.check(case)))
         worker.close()
+
+    for _ in range(workers):
+        threading.Thread(target=run, daemon=True).start()
+    for _ in found:
+        yield done.get()
 
 
 def licensed(results: dict[str, dict[str, dict]]) -> list[str]:
@@ -393,34 +439,33 @@ def main() -> None:
     if options.interpret:
         # The stock kernels have no interpreter.
         todo = [case for case in todo if case.implementation.startswith("pallas")]
-    results: dict[str, dict[str, dict]] = {}
+    found: dict[str, dict[str, dict]] = {}
     started = time.monotonic()
     for case, result in check_all(todo, flags, workers):
         label = f"head_dim {case.head_dim}: {case.option}"
-        results.setdefault(case.implementation, {})[label] = result
+        found.setdefault(case.implementation, {})[label] = result
         verdict = result.get("declined") or ("ok" if result["passed"] else "FAILED")
-        print(
-            f"[{time.monotonic() - started:.0f} s] {case}: {verdict} "
-            f"{json.dumps(result) if verdict == 'FAILED' else ''}",
-            flush=True,
-        )
-    record: dict[str, Any] = {
-        **device,
-        # Nothing that was interpreted is licensed.
-        "licensed": [] if options.interpret else licensed(results),
-        "passed": licensed(results),
-        "seconds": round(time.monotonic() - started),
-        "results": results,
-    }
-    check_file.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"passed: {', '.join(record['passed']) or 'none'} -> {check_file}")
+        seconds = round(time.monotonic() - started)
+        details = json.dumps(result) if verdict == "FAILED" else ""
+        print(f"[{seconds} s] {case}: {verdict} {details}", flush=True)
+        passed = licensed(found) if sum(map(len, found.values())) == len(todo) else []
+        # What is interpreted is never licensed.
+        record = {
+            **device,
+            "licensed": [] if options.interpret else passed,
+            "passed": passed,
+            "seconds": seconds,
+            "results": found,
+        }
+        check_file.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"passed: {', '.join(passed) or 'none'} -> {check_file}")
     if not (options.interpret or options.no_timings):
         timings = options.out / f"attention_{name}.json"
         subprocess.run(
             [
                 *(sys.executable, HERE / "attention.py", "--out", timings),
-                *("--lengths", "1024", "2048", "4096", "16384"),
-                *("--head-dims", "64", "128"),
+                *("--lengths", "1024", "8192", "--head-dims", "64", "128"),
+                *("--rounds", "3", "--seconds", "0.05"),
             ],
             check=True,
         )

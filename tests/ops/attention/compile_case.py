@@ -1,7 +1,7 @@
 """Compiles kernels for devices that this machine does not have, in a child process.
 
-Usage: python compile_case.py TARGET IMPLEMENTATION [specialized]; prints one JSON object:
-name -> figures or error. `specialized` selects the GPU forward kernel of that name.
+Usage: python compile_case.py TARGET IMPLEMENTATION [plain or specialized]; prints one JSON
+object: name -> figures or error. The last selects the GPU forward kernel.
 """
 
 import json
@@ -82,9 +82,10 @@ def compile_case(device, implementation, case, gradient):
 def main():
     target, implementation, *forward = sys.argv[1:]
     device = devices_of(target)[0]
-    if forward == ["specialized"]:
-        # As if it were proven there.
-        pallas_gpu.PROVEN_SPECIALIZED = frozenset({device.device_kind})
+    if forward:
+        # Whatever the shape, where `auto` would choose between the two.
+        default = pallas_gpu.default_settings
+        pallas_gpu.settings_for = lambda q, segments: default(q, segments, *forward)
     found = {}
     for name, case in {**TRAIN, **DECODE}.items():
         try:

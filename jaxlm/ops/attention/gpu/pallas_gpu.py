@@ -1,40 +1,41 @@
 """Our attention on Hopper GPUs: the entry point, and default block sizes."""
 
-from dataclasses import replace
-
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention.flash import FlashKernels, flash_attention
 from jaxlm.ops.attention.gpu import gpu_decode, gpu_flash, specialized_forward
 from jaxlm.ops.attention.gpu.gpu_settings import ForwardKernel, GpuSettings
-from jaxlm.ops.attention.request import Request, target
+from jaxlm.ops.attention.request import Request
 from jaxlm.ops.attention.spec import AttentionSpec, dequantize
 from jaxlm.ops.attention.tuning_cache import measured, settings_key
 
-# The kinds of device on which the specialized forward kernel is the default: a run in
-# benchmarks/results shows that it is correct, and faster than the plain one.
-PROVEN_SPECIALIZED: frozenset[str] = frozenset()
 
-
-def default_settings(q: Array, forward: ForwardKernel | None = None) -> GpuSettings:
-    """Returns settings that fit the shared memory and registers of an H100.
+def default_settings(
+    q: Array | jax.ShapeDtypeStruct,
+    segments: bool = False,
+    forward: ForwardKernel | None = None,
+) -> GpuSettings:
+    """Returns the settings measured on an H100 (benchmarks/results/attention_*.json).
 
     Args:
-      forward: the forward kernel; None: the specialized one where it is proven.
+      segments: whether the mask has segments. Packed documents are short, and smaller
+        blocks skip more.
+      forward: the forward kernel; None: the faster one.
     """
+    H = q.shape[-1]
     if forward is None:
-        proven = target()[1] in PROVEN_SPECIALIZED
-        forward = "specialized" if proven else "plain"
-    settings = GpuSettings(forward=forward)
-    if forward == "specialized" and q.shape[-1] <= 128:
-        settings = replace(settings, block_keys=128)
-    return settings
+        forward = "specialized" if 64 < H <= 128 and not segments else "plain"
+    large = H <= 128 if forward == "specialized" else H <= 64 and not segments
+    return GpuSettings(forward=forward, block_keys=128 if large else 64)
 
 
-def settings_for(q: Array) -> GpuSettings:
+def settings_for(
+    q: Array | jax.ShapeDtypeStruct, segments: bool = False
+) -> GpuSettings:
     """Returns the settings measured for such queries, else the default."""
-    return measured(settings_key("pallas_gpu", q), default_settings(q))
+    return measured(settings_key("pallas_gpu", q), default_settings(q, segments))
 
 
 def declines(request: Request) -> str | None:
@@ -63,7 +64,8 @@ def attention(
     Takes bf16 and f16, any lengths, and int8 keys. Up to 8 queries with given positions
     take the decode kernel.
     """
-    kernels = FlashKernels(_forward, gpu_flash.backward, settings or settings_for(q))
+    settings = settings or settings_for(q, spec.mask.query_segments is not None)
+    kernels = FlashKernels(_forward, gpu_flash.backward, settings)
     H = q.shape[-1]
     # Matrix instructions contract 16 elements at a time.
     q, k, v = (_pad_head_dim(x, -H % 16) for x in (q, k, v))
