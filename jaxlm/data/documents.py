@@ -1,9 +1,11 @@
 """Reads the documents of text, JSON lines and Parquet files.
 
-Files are read one document at a time. Anything wrong with a file is a `ValueError` that
-names the file, the line or byte, and the remedy.
+Files are read one document at a time, and long texts in parts: only a line of JSON or a
+batch of Parquet rows has to fit into memory. Anything wrong with a file is a
+`ValueError` that names the file, the line or byte, and the remedy.
 """
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -22,24 +24,34 @@ from jaxlm.terminal.printable import one_line, shown
 BOM = b"\xef\xbb\xbf"
 # A zero among the first bytes of a file means that it is not text, as for git and grep.
 _FIRST_BYTES = 8192
+# Longer documents come in parts, cut after a line: to encode a gigabyte in one call
+# would need many times as much memory. The cuts depend on the text only.
+PART_CHARACTERS = 4_000_000
+_BLOCK_BYTES = 1 << 20
+# A longer line is no JSON line, but a compressed file without end or another format.
+MAX_LINE_BYTES = 256 << 20
 _log = logging.getLogger(__name__)
 
 
-class Document(NamedTuple):
-    """A document and its origin."""
+class Part(NamedTuple):
+    """A part of a document, or all of it, and its origin."""
 
     text: str
     """Text, never empty once read by `read_documents`."""
     where: str
-    """File and line (or row), for messages."""
+    """File, line (or row) and character, for messages."""
     done: int
     """Bytes of the file read so far (compressed), for progress."""
+    starts: bool = True
+    """True for the first part of a document."""
+    ends: bool = True
+    """True for the last part of a document."""
 
 
 def read_documents(
     file: TextFile, field: str = "text", invalid_utf8: str = "error"
-) -> Iterator[Document]:
-    """Yields the documents of a file, without empty ones.
+) -> Iterator[Part]:
+    """Yields the documents of a file in parts, without empty ones.
 
     A text file is one document. A byte order mark at the start is dropped; line ends
     are kept.
@@ -54,19 +66,40 @@ def read_documents(
     count = 0
     damage = _Damage(str(file.path), replace=invalid_utf8 == "replace")
     if file.format == ".parquet":
-        documents = _read_parquet(file, field, damage)
+        pieces = _read_parquet(file, field, damage)
     else:
-        documents = _read_text(file, field, damage)
-    for document in documents:
-        if document.text:
+        pieces = _read_text(file, field, damage)
+    try:
+        for part in _cut(pieces):
             count += 1
-            yield document
+            yield part
+    except OSError as error:
+        raise ValueError(f"{file.path}: cannot be read ({error.strerror})") from None
     if not count:
         raise ValueError(
             f"{file.path}: the file is empty: it has no document with text; remove it "
             "from data.path"
         )
     damage.warn()
+
+
+def _cut(pieces: Iterable[Part]) -> Iterator[Part]:
+    """Cuts documents after a line, wherever the pieces that they are read in end."""
+    rest, before = "", 0
+    for text, where, done, _, ends in pieces:
+        rest, start = rest + text, 0
+        while start < len(rest):
+            end = start + PART_CHARACTERS
+            if end < len(rest):
+                end = rest.rfind("\n", start, end) + 1 or end
+            elif not ends:
+                break
+            at = before + start
+            origin = f"{where}, from character {at}" if at else where
+            is_last = ends and end >= len(rest)
+            yield Part(rest[start:end], origin, done, at == 0, is_last)
+            start = end
+        rest, before = rest[start:], 0 if ends else before + start
 
 
 @dataclass
@@ -76,11 +109,21 @@ class _Damage:
     path: str
     replace: bool
     count: int = 0
+    nuls: int = 0
 
     def decode(self, data: bytes, line: int, offset: int) -> str:
         """Decodes `data`, which begins at a line number and byte offset of the file."""
+        return self.decode_block(data, line, offset, is_last=True)[0]
+
+    def decode_block(
+        self, data: bytes, line: int, offset: int, is_last: bool
+    ) -> tuple[str, int]:
+        """Also returns how many bytes were used.
+
+        Unless it `is_last`, those of an incomplete character at the end are not.
+        """
         try:
-            return data.decode("utf-8")
+            text, used = codecs.utf_8_decode(data, "strict", is_last)
         except UnicodeDecodeError as error:
             if not self.replace:
                 at = error.start
@@ -90,9 +133,11 @@ class _Damage:
                     f"{line}) is not UTF-8: convert the file, or set data.invalid_utf8 "
                     "to 'replace'"
                 ) from None
-        text = data.decode("utf-8", errors="replace")
-        self.count += text.count("\ufffd") - data.count("\ufffd".encode())
-        return text
+            text, used = codecs.utf_8_decode(data, "replace", is_last)
+            real = data.count("\ufffd".encode(), 0, used)
+            self.count += text.count("\ufffd") - real
+        self.nuls += text.count("\0")
+        return text, used
 
     def check_surrogates(self, text: str, line: int) -> str:
         """Checks text from JSON, whose escapes can give half of a surrogate pair."""
@@ -115,6 +160,12 @@ class _Damage:
             _log.warning(
                 "%s: %d byte sequences that were not UTF-8 became U+FFFD",
                 *(self.path, self.count),
+            )
+        if self.nuls:
+            _log.warning(
+                "%s: %d NUL bytes are kept as text; a crash or an incomplete copy may "
+                "have left them",
+                *(self.path, self.nuls),
             )
 
 
@@ -178,17 +229,12 @@ def _damaged_archive() -> tuple[type[Exception], ...]:
     return (*errors, zstandard.ZstdError)
 
 
-def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Document]:
+def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Part]:
     with open(file.path, "rb") as raw:
         stream = _open(file, raw)
         try:
             if file.format == ".txt":
-                data = stream.read().removeprefix(BOM)
-                _check_is_text(file, data)
-                size = raw.tell()
-                text = damage.decode(data, 1, 0)
-                del data
-                yield Document(text, str(file.path), size)
+                yield from _read_blocks(file, stream, raw, damage)
             else:
                 yield from _read_json_lines(file, stream, raw, field, damage)
         except _damaged_archive() as error:
@@ -196,6 +242,26 @@ def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Document
                 f"{file.path}: the compressed file is damaged or truncated at byte "
                 f"{raw.tell()} ({error}): get it again"
             ) from None
+
+
+def _read_blocks(
+    file: TextFile,
+    stream: io.BufferedIOBase,
+    raw: io.BufferedIOBase,
+    damage: _Damage,
+) -> Iterator[Part]:
+    data, line, offset = stream.read(_BLOCK_BYTES), 1, 0
+    if data.startswith(BOM):
+        data, offset = data[len(BOM) :], len(BOM)
+    _check_is_text(file, data)
+    is_last = False
+    while not is_last:
+        more = stream.read(_BLOCK_BYTES)
+        is_last = not more
+        text, used = damage.decode_block(data, line, offset, is_last)
+        yield Part(text, str(file.path), raw.tell(), ends=is_last)
+        line, offset = line + data.count(b"\n", 0, used), offset + used
+        data = data[used:] + more
 
 
 def _check_is_text(file: TextFile, data: bytes) -> None:
@@ -215,9 +281,15 @@ def _read_json_lines(
     raw: io.BufferedIOBase,
     field: str,
     damage: _Damage,
-) -> Iterator[Document]:
+) -> Iterator[Part]:
     offset = 0
-    for number, line in enumerate(stream, start=1):
+    lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(
+                f"{file.path}, line {number}: a line of more than {MAX_LINE_BYTES} "
+                "bytes: a .jsonl file has one JSON object per line"
+            )
         start, offset = offset, offset + len(line)
         if number == 1:
             line = line.removeprefix(BOM)
@@ -233,7 +305,7 @@ def _read_json_lines(
                 "object per line"
             ) from None
         document = _field_of(value, field, where)
-        yield Document(damage.check_surrogates(document, number), where, raw.tell())
+        yield Part(damage.check_surrogates(document, number), where, raw.tell())
 
 
 def _field_of(value: Any, field: str, where: str) -> str:
@@ -262,7 +334,7 @@ def _which(field: str, what: str, names: Iterable[str]) -> str:
     return f"{nearest(field, names)}; {there}"
 
 
-def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Document]:
+def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Part]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -297,7 +369,7 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Docum
                     text = damage.decode(data.as_py(), 1, 0)
                 except ValueError as error:
                     raise ValueError(f"row {row} of {error}") from None
-                yield Document(text, where, size * row // rows)
+                yield Part(text, where, size * row // rows)
 
 
 @contextlib.contextmanager

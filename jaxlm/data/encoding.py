@@ -9,37 +9,20 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data.documents import read_documents
+from jaxlm.data.documents import Part, read_documents
 from jaxlm.data.sources import Source
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
 
-# Longer documents are encoded in parts, cut after a line: one call on a gigabyte would
-# need many times as much memory. The cuts depend on the text only, not on the workers.
-PART_CHARACTERS = 4_000_000
 # For less text, starting processes costs more time than it saves.
 POOL_BYTES = 16 << 20
 # Characters in one task of the process pool.
 TASK_CHARACTERS = 500_000
-
-
-class Part(NamedTuple):
-    """A part of a document that is encoded in one call."""
-
-    text: str
-    where: str
-    starts: bool
-    """True for the first part of a document."""
-    ends: bool
-    """True for the last part of a document."""
-    done: int
-    """Bytes of the source read so far."""
 
 
 def encode_source(
@@ -67,18 +50,8 @@ def encode_source(
 def _parts(source: Source, config: DataConfig) -> Iterator[Part]:
     before = 0
     for file in source.files:
-        for text, where, done in read_documents(
-            file, config.field, config.invalid_utf8
-        ):
-            start = 0
-            while start < len(text):
-                end = min(start + PART_CHARACTERS, len(text))
-                if end < len(text):
-                    end = text.rfind("\n", start, end) + 1 or end
-                origin = f"{where}, from character {start}" if start else where
-                ends = end == len(text)
-                yield Part(text[start:end], origin, start == 0, ends, before + done)
-                start = end
+        for part in read_documents(file, config.field, config.invalid_utf8):
+            yield part._replace(done=before + part.done)
         before += file.path.stat().st_size
 
 

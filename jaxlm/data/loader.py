@@ -35,6 +35,7 @@ from jaxlm.data.text_record import TextRecord, current_texts
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.kinds import build_tokenizer, needs_text, read_saved_tokenizer
+from jaxlm.tokenizers.training import cut_passages
 from jaxlm.types import Batch
 
 # Increase it whenever the same config and seed would give other batches than before.
@@ -253,15 +254,15 @@ def _tokenizer_of(config: DataConfig, texts: Sequence[TextRecord]) -> Tokenizer:
         "tokenizer", 1, choices, kinds, hashes, config.field, config.invalid_utf8
     )
 
-    def documents() -> Iterator[str]:
+    def parts() -> Iterator[tuple[str, bool]]:
         for text in texts:
             for file in text.source.files:
-                for document in read_documents(file, config.field, config.invalid_utf8):
-                    yield document.text
+                for part in read_documents(file, config.field, config.invalid_utf8):
+                    yield part.text, part.ends
 
     def build(work: Path) -> None:
         check_may_build(config, "the tokenizer")
-        build_tokenizer(config, documents()).save(work)
+        build_tokenizer(config, cut_passages(parts())).save(work)
         for text in texts:
             check_unchanged(text.source.files, text.hashes)
 

@@ -7,7 +7,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,14 @@ def find_source(entry: str) -> Source:
     if path.is_dir():
         return Source(entry, _files_below(path))
     if path.exists():
+        if not path.is_file():
+            raise ValueError(
+                f"data.path: {entry!r} is not a file but a pipe or a device, and text "
+                "is read more than once: write it to a file first"
+            )
         return Source(entry, (_text_file(path),))
     if glob.has_magic(entry):
-        found = sorted(glob.glob(str(path), recursive=True))
+        found = sorted(set(_expand(str(path))))
         named = [Path(f) for f in found if os.path.isfile(f)]
         files = tuple(_text_file(f) for f in named if f.stat().st_size)
         if not files:
@@ -85,6 +90,26 @@ def find_source(entry: str) -> Source:
             raise ValueError(f"data.path: {what} the glob {entry!r}")
         return Source(entry, files)
     raise ValueError(f"data.path: {entry!r} does not exist{_nearest_path(path)}")
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """Yields the paths that match a glob; reads a folder once, however it is linked.
+
+    The standard library follows links in a circle, forty levels deep.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    at = parts.index("**")
+    rest, seen = parts[at + 1 :] or ("*",), set()
+    for base in glob.glob(str(Path(*parts[:at]))):
+        for folder, below, _ in os.walk(base, followlinks=True):
+            real = os.path.realpath(folder)
+            below[:] = () if real in seen else sorted(n for n in below if n[0] != ".")
+            if real not in seen:
+                seen.add(real)
+                yield from _expand(str(Path(glob.escape(folder), *rest)))
 
 
 def suffixes(path: Path) -> tuple[str, str]:
@@ -107,6 +132,8 @@ def _files_below(folder: Path) -> tuple[TextFile, ...]:
     read, skipped, files = Counter[str](), Counter[str](), []
     for path in sorted(folder.rglob("*")):
         hidden = any(n.startswith(".") for n in path.relative_to(folder).parts)
+        if not hidden and path.is_symlink() and path.is_dir():
+            skipped["linked folders"] += 1
         if hidden or not path.is_file():
             continue
         kind, compression = suffixes(path)

@@ -24,7 +24,8 @@ from jaxlm.data.disk_cache import (
     key_of,
     read_or_build,
 )
-from jaxlm.data.encoding import PART_CHARACTERS, encode_source
+from jaxlm.data.documents import PART_CHARACTERS
+from jaxlm.data.encoding import encode_source
 from jaxlm.data.sources import Source
 from jaxlm.data.token_file import TokenFile
 from jaxlm.files.strict_json import parse_object

@@ -20,7 +20,7 @@ def passages(texts: Iterable[str], limit: int = MAX_CHARACTERS) -> list[str]:
     A passage ends after a line, else before a word, else anywhere.
     """
     kept, size, stride = [], 0, 1
-    for number, passage in enumerate(_cut(texts)):
+    for number, passage in enumerate(cut_passages((text, True) for text in texts)):
         if number % stride:
             continue
         kept.append(passage)
@@ -31,17 +31,25 @@ def passages(texts: Iterable[str], limit: int = MAX_CHARACTERS) -> list[str]:
     return kept
 
 
-def _cut(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        start = 0
-        while start < len(text):
+def cut_passages(parts: Iterable[tuple[str, bool]]) -> Iterator[str]:
+    """Cuts texts that come in parts; each with whether it is the last part of a text.
+
+    The passages do not depend on the parts, and are not cut further by `passages`.
+    """
+    rest = ""
+    for text, is_last in parts:
+        rest, start = rest + text, 0
+        while start < len(rest):
             end = start + PASSAGE_CHARACTERS
-            if end < len(text):
-                line = text.rfind("\n", start, end) + 1
-                end = line or text.rfind(" ", start + 1, end)
+            if end < len(rest):
+                line = rest.rfind("\n", start, end) + 1
+                end = line or rest.rfind(" ", start + 1, end)
                 end = end if end > start else start + PASSAGE_CHARACTERS
-            yield text[start:end]
+            elif not is_last:
+                break
+            yield rest[start:end]
             start = end
+        rest = rest[start:]
 
 
 def interruptible(work: Callable[[], T]) -> T:

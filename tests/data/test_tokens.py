@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import disk_cache, encoding, tokens
+from jaxlm.data import disk_cache, documents, encoding, tokens
 from jaxlm.data.disk_cache import (
     DamagedEntry,
     build_once,
@@ -232,7 +232,7 @@ def test_abandoned_folders_are_removed(tmp_path):
 def test_pool_and_parts_give_the_same_tokens(
     tmp_path, monkeypatch, models, shakespeare
 ):
-    monkeypatch.setattr(encoding, "PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(documents, "PART_CHARACTERS", 10_000)
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 15_000)
     path = lines(tmp_path / "a.jsonl", shakespeare[:60_000], "é", shakespeare[:50])
     tokenizer = models["bpe"]

@@ -1,0 +1,172 @@
+"""Texts that are odd, huge, or no files: read as they are, or refused in one line."""
+
+import itertools
+import os
+import random
+import tracemalloc
+
+import pytest
+
+from jaxlm.config import DataConfig
+from jaxlm.data import documents
+from jaxlm.data.documents import read_documents
+from jaxlm.data.loader import open_dataset
+from jaxlm.data.sources import find_source
+from jaxlm.tokenizers import training
+from jaxlm.tokenizers.training import cut_passages
+
+# Bytes of one to four in a character, line ends of each kind, NUL, half a character.
+ALPHABET = ["a", "b", " ", "\n", "\r\n", "\r", "é", "€", "🙂", "\ufffd", "\0"]
+BROKEN = [b"\xff", b"\xe2\x82", b"\xf0\x9f", b"\xc0\x80", b"\xed\xa0\x80"]
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def read(path, **options):
+    (file,) = find_source(str(path)).files
+    return list(read_documents(file, **options))
+
+
+def outcome(path, invalid_utf8, caplog):
+    """Returns all that a reader sees: text, parts, message, warnings."""
+    caplog.clear()
+    try:
+        parts = read(path, invalid_utf8=invalid_utf8)
+    except ValueError as error:
+        return str(error)
+    flags = [(p.text, p.where, p.starts, p.ends) for p in parts]
+    return flags, list(caplog.messages)
+
+
+def test_a_text_read_in_blocks_is_the_text_read_at_once(tmp_path, monkeypatch, caplog):
+    rng, path = random.Random(0), tmp_path / "a.txt"
+    for number in range(150):
+        data = "".join(rng.choices(ALPHABET, k=rng.randint(1, 60))).encode()
+        if number % 3 == 0:
+            at = rng.randrange(len(data) + 1)
+            data = data[:at] + rng.choice(BROKEN) + data[at:]
+        path.write_bytes(b"\xef\xbb\xbf" * (number % 2) + data)
+        monkeypatch.setattr(documents, "PART_CHARACTERS", rng.randint(1, 40))
+        for invalid_utf8 in ("error", "replace"):
+            monkeypatch.setattr(documents, "_BLOCK_BYTES", 10_000)
+            expected = outcome(path, invalid_utf8, caplog)
+            monkeypatch.setattr(documents, "_BLOCK_BYTES", rng.randint(3, 9))
+            assert outcome(path, invalid_utf8, caplog) == expected
+        if not isinstance(expected, str):
+            text = "".join(text for text, *_ in expected[0])
+            assert text == data.decode("utf-8", errors="replace")
+            assert expected[0][0][2] and expected[0][-1][3]
+
+
+def test_passages_do_not_depend_on_the_parts(monkeypatch):
+    monkeypatch.setattr(training, "PASSAGE_CHARACTERS", 7)
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choices("ab \n", k=rng.randint(1, 60)))
+        cuts = sorted(rng.choices(range(len(text) + 1), k=3))
+        ends = [0, *cuts, len(text)]
+        parts = [text[a:b] for a, b in itertools.pairwise(ends)]
+        expected = list(cut_passages([(text, True), ("next", True)]))
+        flags = [False] * (len(parts) - 1) + [True]
+        given = [*zip(parts, flags, strict=True), ("next", True)]
+        assert list(cut_passages(given)) == expected
+        assert list(cut_passages((p, True) for p in expected)) == expected
+
+
+def test_a_large_text_is_never_in_memory_as_a_whole(tmp_path):
+    path, size = tmp_path / "a.txt", 100_000_000
+    with open(path, "wb") as file:
+        for _ in range(size // 1_000_000):
+            file.write(b"0123456789abcde\n" * 62_500)
+    (file,) = find_source(str(path)).files
+    tracemalloc.start()
+    total = sum(len(part.text) for part in read_documents(file))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == size and peak < 30_000_000
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "a"}\n')
+        file.truncate(1 << 40)  # a terabyte that needs no space
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: a line of more than 1000"):
+        read(path)
+
+
+def test_nul_bytes_are_told(tmp_path, caplog):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"text\n" + bytes(100))
+    assert read(path)[0].text == "text\n" + 100 * "\0"
+    (line,) = caplog.messages
+    assert "a.txt: 100 NUL bytes are kept as text" in line
+
+
+def test_pipes_and_devices_are_no_texts(tmp_path):
+    """They would be waited for, or read, for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link.txt").symlink_to("/dev/zero")
+    for name in ("fifo", "link.txt"):
+        with pytest.raises(ValueError, match=f"{name}' is not a file but a pipe or a"):
+            find_source(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"no text in this folder"):
+        find_source(str(tmp_path))
+    with pytest.raises(ValueError, match="no file matches the glob"):
+        find_source(str(tmp_path / "*"))
+
+
+def test_links_between_folders(tmp_path, caplog):
+    """Neither a loop nor a folder twice, and a linked folder is told."""
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.txt").write_text("a")
+    (folder / "loop").symlink_to(".")
+    (folder / "deep" / "up").symlink_to("..")
+    for entry in (folder, folder / "**" / "*.txt"):
+        files = find_source(str(entry)).files
+        assert [f.path for f in files] == [folder / "deep" / "a.txt"]
+    (line,) = caplog.messages
+    assert "2 linked folders" in line
+    # Linked files, and a folder that is a link itself, are read.
+    (tmp_path / "b.txt").symlink_to("texts/deep/a.txt")
+    (tmp_path / "link").symlink_to("texts/deep")
+    assert len(find_source(str(tmp_path / "b.txt")).files) == 1
+    assert len(find_source(str(tmp_path / "link")).files) == 1
+    assert len(find_source(str(tmp_path / "link" / "**")).files) == 1
+
+
+def test_a_file_that_goes_away_or_fails_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 100)
+    (file,) = find_source(str(path)).files
+    path.unlink()
+    with pytest.raises(ValueError, match=r"a\.jsonl: cannot be read \(No such file"):
+        list(read_documents(file))
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"a\.jsonl: cannot be read \(Is a directory"):
+        list(read_documents(file))
+
+
+@pytest.mark.parametrize(
+    "name", ["line\nend.txt", "tab\t.txt", "\x1b[31m.txt", "a" * 251 + ".txt", "-v.txt"]
+)
+def test_odd_names(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("some text\n" * 30)
+    config = DataConfig(path=(str(path),), tokenizer="bytes", sequence_length=8)
+    dataset = open_dataset(config, seed=0)
+    assert dataset.train_batch(0, 2).tokens.shape == (2, 8)
+    assert dataset.texts[0].source.files[0].path == path
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    with open(path, "w") as file:
+        file.write("some text\n" * 30)
+    config = DataConfig(path=(str(path),), tokenizer="bytes", sequence_length=8)
+    assert open_dataset(config, seed=0).train_batch(0, 2).tokens.shape == (2, 8)
