@@ -144,6 +144,8 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> An
     Raises:
       ValueError: for an unknown, missing or wrongly typed field, named by its path.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {shown_value(values)}: it must be a JSON object")
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     retired = _RETIRED.get(cls.__name__, ())

@@ -23,6 +23,7 @@ from jaxlm.infer.chat_template import (
     MAX_OUTPUT_BYTES,
     MAX_TEMPLATE_BYTES,
 )
+from jaxlm.terminal.printable import shown_value
 from jaxlm.tokenizers.base import Tokenizer
 
 # Unicode's noncharacters, which no text contains.
@@ -30,7 +31,7 @@ _NONCHARACTERS = [*map(chr, range(0xFDD0, 0xFDF0)), "\ufffe", "\uffff"]
 # Marks of an assistant's reasoning: templates cut what is between out of the history.
 _THOUGHTS = ("<think>", "</think>")
 _WORD = re.compile(r"\w+")
-_ROLE = re.compile(r"\w[\w-]*")
+_WORD_WITH_HYPHENS = re.compile(r"\w[\w-]*")
 
 
 def chat_ids(
@@ -59,10 +60,12 @@ def chat_ids(
     for i, message in enumerate(messages):
         if not {"role", "content"} <= message.keys():
             raise ValueError(f"message {i} has no role or no content")
-        if not _ROLE.fullmatch(message["role"]):
-            raise ValueError(
-                f"message {i} has the role {message['role']!r}: not a word"
-            )
+        # Templates may write out both, and neither is guarded.
+        for what, word in (("role", message["role"]), *(("key", k) for k in message)):
+            if not _WORD_WITH_HYPHENS.fullmatch(word):
+                raise ValueError(
+                    f"message {i} has the {what} {shown_value(word)}: not a word"
+                )
     barrier = _unused_character(template, messages)
     both = [messages, _harmless(tokenizer, template, messages)]
     text, harmless = _rendered(tokenizer, both, barrier, add_generation_prompt)

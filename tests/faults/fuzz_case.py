@@ -148,7 +148,7 @@ def _edit(values, edits):
                 del holder[path[-1]]
             else:
                 holder[path[-1]] = copy.deepcopy(new)
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, ValueError):
             continue  # an earlier edit took it away
     return values
 

@@ -182,6 +182,7 @@ def test_messages_that_are_none(all_of_them):
         ([{"role": "user"}], "message 0 has no role or no content"),
         ([user("x"), {"content": "x"}], "message 1 has no role"),
         ([{"role": "<s>", "content": "x"}], "message 0 has the role '<s>'"),
+        ([{**user("x"), "<s>": "x"}], "message 0 has the key '<s>': not a word"),
         ([{"role": "tool", "content": "x"}], "TemplateError: unknown role tool"),
         ([user("a\ud800")], "surrogate"),
     ):

@@ -139,7 +139,9 @@ def _pattern_of(step: Mapping[str, Any]) -> str:
 
 
 def _check_charsmap(charsmap: Any) -> None:
-    """Checks that no character is replaced by a long text.
+    """Checks that no character is replaced by a long text, and that sizes are true.
+
+    The library allocates what the file claims: if that fails, the process dies.
 
     A charsmap is the size of a trie, the trie, and replacements that end with NUL.
     """
@@ -147,7 +149,12 @@ def _check_charsmap(charsmap: Any) -> None:
         raw = base64.b64decode(charsmap or "", validate=True)
     except (TypeError, ValueError):
         raise ValueError("the precompiled_charsmap is not base64") from None
-    replacements = raw[4 + int.from_bytes(raw[:4], "little") :]
+    size = int.from_bytes(raw[:4], "little")
+    if size % 4 or 4 + size > len(raw):
+        raise ValueError(
+            f"the precompiled_charsmap has {len(raw)} bytes, but a trie of {size}"
+        )
+    replacements = raw[4 + size :]
     if max(map(len, replacements.split(b"\0"))) > MAX_ADDED_BYTES:
         raise ValueError(
             f"the precompiled_charsmap replaces a character by over {MAX_ADDED_BYTES} "

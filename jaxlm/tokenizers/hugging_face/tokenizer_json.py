@@ -7,6 +7,7 @@ pipeline: `normalizer`, `pre_tokenizer`, `post_processor`, `decoder`.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from jaxlm.tokenizers.sentencepiece.model_proto import SPACE_SIGN
 # The largest published files have 35 MB and 262,145 tokens.
 MAX_JSON_BYTES = 128 << 20
 MAX_TOKENS = 1 << 22
+# JSON can hold half of a surrogate pair, UTF-8 cannot.
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 # Published files have at most about 66,000 (units of speech).
 MAX_ADDED_TOKENS = 100_000
 
@@ -111,7 +114,7 @@ def vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_id(text: Any, token_id: Any) -> None:
-    if not isinstance(text, str):
+    if not isinstance(text, str) or _HALF_PAIR.search(text):
         raise ValueError(f"{shown_value(text)} is not the text of a token")
     if type(token_id) is not int or not 0 <= token_id < MAX_TOKENS:
         number = shown_value(token_id)

@@ -85,6 +85,15 @@ HOSTILE = {
         },
         "over 256 bytes",
     ),
+    "a charsmap that claims a large trie": (
+        {
+            "normalizer": {
+                "type": "Precompiled",
+                "precompiled_charsmap": base64.b64encode(b"\xff" * 6).decode(),
+            }
+        },
+        "has 6 bytes, but a trie of 4294967295",
+    ),
     "no base64": (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "é"}},
         "is not base64",

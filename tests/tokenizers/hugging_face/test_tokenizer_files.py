@@ -163,6 +163,10 @@ def test_a_folder_of_gpt2(tmp_path, all_of_them):
         (contents("llama", normalizer={"type": "Nfx"}), "not a Hugging Face"),
         (contents("llama", added_tokens=[{"id": 1}]), "is not an added token"),
         (
+            contents("llama", added_tokens=[{"id": 1, "content": "\ud800"}]),
+            r"'\\ud800' is not the text of a token",
+        ),
+        (
             contents("llama", added_tokens=[{"id": 1 << 30, "content": "x"}]),
             "'x' has the id 1073741824",
         ),
