@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.fields import nearest
 from jaxlm.ops.layout import layout
-from jaxlm.ops.sites import SITES
+from jaxlm.ops.sites import SITES, check_site
 
 
 def _project_out(x: Array, v: Array) -> Array:
@@ -161,12 +161,7 @@ def check_edits(
     for edit in edits:
         if not isinstance(edit, Edit):
             raise ValueError(f"edits has {edit!r}, which is no Edit")
-        if edit.site not in SITES or edit.site in absent:
-            valid = [site for site in SITES if site not in absent]
-            raise ValueError(
-                f"no site {edit.site!r} in this model{nearest(edit.site, valid)}; "
-                f"sites: {', '.join(valid)}"
-            )
+        check_site(edit.site, absent)
         _check_edit(edit, sizes)
 
 

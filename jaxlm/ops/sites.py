@@ -1,6 +1,9 @@
 """The table of named values of the forward pass: their shapes and what they are."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from jaxlm.fields import nearest
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,18 @@ def computed_aside(edited: frozenset[str]) -> frozenset[str]:
     if edited & ATTENTION_SITES:
         edited |= ATTENTION_SITES
     return frozenset(n for n, site in SITES.items() if site.derived) - edited
+
+
+def check_site(site: str, absent: Collection[str]) -> None:
+    """Raises ValueError for a name of no site, or of one that a model has not.
+
+    Args:
+      site: the name.
+      absent: the sites that the model has not.
+    """
+    if site not in SITES or site in absent:
+        valid = [name for name in SITES if name not in absent]
+        raise ValueError(
+            f"no site {site!r} in this model{nearest(site, valid)}; "
+            f"sites: {', '.join(valid)}"
+        )

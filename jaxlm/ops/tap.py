@@ -10,9 +10,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxlm.fields import nearest
 from jaxlm.ops.layout import layout
-from jaxlm.ops.sites import SITES
+from jaxlm.ops.sites import SITES, check_site
 
 
 @jax.tree_util.register_static
@@ -42,12 +41,7 @@ def check_taps(taps: Sequence[Tap], num_layers: int, absent: frozenset[str]) -> 
     for tap in taps:
         if not isinstance(tap, Tap):
             raise ValueError(f"taps has {tap!r}, which is no Tap: give Tap({tap!r})")
-        if tap.site not in SITES or tap.site in absent:
-            valid = [site for site in SITES if site not in absent]
-            raise ValueError(
-                f"no site {tap.site!r} in this model{nearest(tap.site, valid)}; "
-                f"sites: {', '.join(valid)}"
-            )
+        check_site(tap.site, absent)
         if tap.site in seen:
             raise ValueError(f"site {tap.site!r} is tapped twice: join its layers")
         seen.add(tap.site)

@@ -24,6 +24,7 @@ from jaxlm.ops.attention.tpu.tpu_blocks import (
     key_block,
     query_block,
     run_kernel,
+    visit_pair,
 )
 
 
@@ -96,13 +97,8 @@ def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, dq_
         dscores = online_softmax.dscores(probs, dprobs, delta, slope)
         dq_acc[...] += dot(dscores.astype(k.dtype), k, ((1,), (0,)))
 
-    any_visible, all_visible = table.visibility(
-        table.query_extent(b, i), table.key_extent(b, j)
-    )
     first, end = table.key_range(b, i)
-    any_visible &= first + step < end
-    pl.when(any_visible & all_visible)(partial(visit, masked=False))
-    pl.when(any_visible & ~all_visible)(partial(visit, masked=True))
+    visit_pair(table, b, i, j, visit, first + step < end)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -175,15 +171,9 @@ def _key_value_kernel(
         dv_acc[...] += dot(probs.astype(dz.dtype), dz, ((1,), (0,)))
         dk_acc[...] += dot(dscores.astype(q.dtype), q, ((1,), (0,)))
 
-    any_visible, all_visible = table.visibility(
-        table.query_extent(b, i), table.key_extent(b, j)
-    )
     first, end = table.query_range(b, j)
-    any_visible &= first + step < end
-    if partial_queries:
-        all_visible &= (i + 1) * grid.block_queries <= grid.num_queries
-    pl.when(any_visible & all_visible)(partial(visit, masked=False))
-    pl.when(any_visible & ~all_visible)(partial(visit, masked=True))
+    is_full = not partial_queries or (i + 1) * grid.block_queries <= grid.num_queries
+    visit_pair(table, b, i, j, visit, first + step < end, is_full)
 
     is_last = (g == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)
 

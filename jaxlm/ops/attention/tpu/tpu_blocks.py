@@ -7,6 +7,7 @@ which kernels hide or zero.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -169,6 +170,35 @@ def allowed(table: BlockTable, refs, i, j, keys_first: bool = False) -> Any:
     positions = iota(j * grid.block_keys, grid.block_keys, key_axis)
     keys = Tokens(positions, read("key_segments", key_axis))
     return table.mask.allowed(queries, keys, grid.end_of_keys)
+
+
+def visit_pair(
+    table: BlockTable,
+    b: Any,
+    i: Any,
+    j: Any,
+    visit: Callable[[bool], None],
+    in_range: Any,
+    is_full: Any = True,
+) -> None:
+    """Calls `visit(masked)` for query block i and key block j, unless all is hidden.
+
+    Args:
+      table: the table of the kernel.
+      b: the row of the batch.
+      i: the query block.
+      j: the key block.
+      visit: the work; it masks nothing if its argument is False.
+      in_range: whether the pair is one of those to visit.
+      is_full: whether nothing in the blocks is garbage, apart from keys.
+    """
+    any_visible, all_visible = table.visibility(
+        table.query_extent(b, i), table.key_extent(b, j)
+    )
+    any_visible &= in_range
+    all_visible &= is_full
+    pl.when(any_visible & all_visible)(partial(visit, False))
+    pl.when(any_visible & ~all_visible)(partial(visit, True))
 
 
 def run_kernel(

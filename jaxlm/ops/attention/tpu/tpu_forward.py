@@ -25,6 +25,7 @@ from jaxlm.ops.attention.tpu.tpu_blocks import (
     input_specs,
     key_block,
     run_kernel,
+    visit_pair,
 )
 
 
@@ -121,13 +122,8 @@ def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, 
         part = dot(p.astype(v.dtype), v, ((1,), (0,)))
         acc[...] = acc[...] * alpha + part
 
-    any_visible, all_visible = table.visibility(
-        table.query_extent(b, i), table.key_extent(b, j)
-    )
     first, end = table.key_range(b, i)
-    any_visible &= first + step < end
-    pl.when(any_visible & all_visible)(partial(visit, masked=False))
-    pl.when(any_visible & ~all_visible)(partial(visit, masked=True))
+    visit_pair(table, b, i, j, visit, first + step < end)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
