@@ -5,7 +5,8 @@ import struct
 
 import numpy as np
 
-from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf
+from jaxlm.checkpoint.gguf.gguf_writing import write_gguf
 from jaxlm.checkpoint.hf.safetensors_file import read_safetensors, write_safetensors
 from jaxlm.checkpoint.hf.safetensors_folder import read_folder
 

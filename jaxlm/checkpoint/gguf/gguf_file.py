@@ -1,4 +1,4 @@
-"""The GGUF format of llama.cpp: bounded reading, and writing one tensor at a time.
+"""The GGUF format of llama.cpp, and how a file is read, within bounds.
 
 Source: docs/gguf.md of github.com/ggml-org/ggml. A file is a magic number, a version,
 the numbers of tensors and of keys, the keys with typed values, the names, dimensions,
@@ -9,7 +9,6 @@ the innermost dimension comes first.
 import dataclasses
 import mmap
 import struct
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,21 +20,16 @@ from jaxlm.checkpoint.gguf.gguf_blocks import (
     TENSOR_TYPES,
     TensorType,
     dequantize,
-    quantize_q8_0,
 )
 from jaxlm.checkpoint.tensor_file import (
     BFLOAT16,
     FLOAT32,
     MAX_TENSORS,
-    ReadTensor,
     StoredTensor,
-    check_given,
     map_file,
     number_of_values,
     view,
-    write_values,
 )
-from jaxlm.files.durable import replacing
 from jaxlm.terminal.printable import shown
 
 MAX_KEYS = 100_000
@@ -45,16 +39,16 @@ MAX_ALIGNMENT = 1 << 20
 # For keys, values and the list of tensors; the largest vocabularies take 20 MB.
 MAX_HEADER_BYTES = 256 << 20
 _MAX_NAME_BYTES = 65535  # the specification's limit for keys; tokens are shorter
-_ALIGNMENT = "general.alignment"
-_MAGIC = b"GGUF"
-_VERSION = 3
+ALIGNMENT = "general.alignment"
+MAGIC = b"GGUF"
+VERSION = 3
 
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
+U32 = struct.Struct("<I")
+U64 = struct.Struct("<Q")
 
 # Types of metadata values by type number.
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_SCALARS = {
+BOOL, STRING, ARRAY = 7, 8, 9
+SCALARS = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -62,15 +56,11 @@ _SCALARS = {
     4: np.dtype("<u4"),
     5: np.dtype("<i4"),
     6: np.dtype("<f4"),
-    _BOOL: np.dtype(np.bool_),
+    BOOL: np.dtype(np.bool_),
     10: np.dtype("<u8"),
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-_SCALAR_TYPES = {dtype: number for number, dtype in _SCALARS.items()}
-
-
-_TYPE_NUMBERS = {t.name: number for number, t in TENSOR_TYPES.items()}
 _PLAIN = {
     "F32": FLOAT32,
     "F16": np.dtype(np.float16),
@@ -82,19 +72,8 @@ _PLAIN = {
     "I64": np.dtype(np.int64),
 }
 _UNREADABLE = np.dtype(np.void)
-# Types that can be written, and the dtypes that each is written from.
-_WRITABLE = {
-    "F32": (FLOAT32,),
-    "F16": (np.dtype(np.float16),),
-    "BF16": (BFLOAT16,),
-    "Q8_0": (FLOAT32, BFLOAT16, np.dtype(np.float16)),
-}
-_MAX_WRITTEN_NAME = 63  # llama.cpp's GGML_MAX_NAME minus the final zero byte
-_QUANTIZED_AT_ONCE = 1 << 20  # values
 
 Value = str | bool | int | float | np.ndarray | list[str]
-# For `write_gguf`: the shape (outermost first) and type name of each tensor.
-GGUFSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,7 +109,7 @@ def read_gguf(path: Path | str) -> GGUFFile:
         if key in metadata:
             raise ValueError(f"{path}: key {shown(key)} appears twice")
         metadata[key] = header.value(f"key {shown(key)}")
-    alignment = _check_alignment(path, metadata.get(_ALIGNMENT, 32))
+    alignment = check_alignment(path, metadata.get(ALIGNMENT, 32))
     entries: dict[str, _Entry] = {}
     for number in range(num_tensors):
         name = header.name(f"the name of tensor {number}")
@@ -164,10 +143,10 @@ class _Header:
 
     def read_start(self) -> tuple[int, int]:
         """Reads up to the numbers of tensors and of keys, and returns these."""
-        if self.data[:4] != _MAGIC:
+        if self.data[:4] != MAGIC:
             raise ValueError(f"{self.path}: not a GGUF file")
         self.at = 4
-        version = self._number(_U32, "the version")
+        version = self._number(U32, "the version")
         if version & 0xFFFF == 0:
             raise ValueError(
                 f"{self.path}: a big-endian GGUF file, which jaxlm does not read; "
@@ -175,8 +154,8 @@ class _Header:
             )
         if version not in (2, 3):
             raise ValueError(f"{self.path}: GGUF version {version}, not 2 or 3")
-        num_tensors = self._number(_U64, "the number of tensors")
-        num_keys = self._number(_U64, "the number of keys")
+        num_tensors = self._number(U64, "the number of tensors")
+        num_keys = self._number(U64, "the number of keys")
         # A key takes at least 13 bytes (length, type and one byte), a tensor 24.
         self._check_count("tensors", num_tensors, MAX_TENSORS, 24)
         self._check_count("keys", num_keys, MAX_KEYS, 13)
@@ -209,7 +188,7 @@ class _Header:
 
     def text(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
         """Reads a string: a length and that many bytes of UTF-8."""
-        length = self._number(_U64, what)
+        length = self._number(U64, what)
         if length > limit:
             raise ValueError(f"{self.path}: {what}: {length} bytes, more than {limit}")
         after = self._need(length, what)
@@ -228,28 +207,28 @@ class _Header:
 
     def value(self, what: str) -> Value:
         """Reads a type and a value of it."""
-        kind = self._number(_U32, what)
-        if kind == _STRING:
+        kind = self._number(U32, what)
+        if kind == STRING:
             return self.text(what)
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self._array(what)
         return self._numbers(kind, 1, what)[0].item()
 
     def _array(self, what: str) -> np.ndarray | list[str]:
-        kind = self._number(_U32, what)
-        count = self._number(_U64, what)
-        if kind == _STRING:
+        kind = self._number(U32, what)
+        count = self._number(U64, what)
+        if kind == STRING:
             return self._texts(count, what)
-        if kind == _ARRAY:
+        if kind == ARRAY:
             raise ValueError(f"{self.path}: {what}: arrays of arrays are not supported")
         return self._numbers(kind, count, what)
 
     def _numbers(self, kind: int, count: int, what: str) -> np.ndarray:
-        if kind not in _SCALARS:
+        if kind not in SCALARS:
             raise ValueError(f"{self.path}: {what}: unknown type {kind}")
-        dtype = _SCALARS[kind]
+        dtype = SCALARS[kind]
         after = self._need(count * dtype.itemsize, what)
-        if kind == _BOOL:
+        if kind == BOOL:
             stored = view(self.data, self.at, (count,), np.dtype(np.uint8))
             if (stored > 1).any():
                 raise ValueError(f"{self.path}: {what}: a bool that is not 0 or 1")
@@ -260,8 +239,8 @@ class _Header:
 
     def _texts(self, count: int, what: str) -> list[str]:
         """Reads `count` strings as `text` does, but inline: there may be 100,000."""
-        self._need(count * _U64.size, what)
-        unpack, data, end, at = _U64.unpack_from, self.data, self._end, self.at
+        self._need(count * U64.size, what)
+        unpack, data, end, at = U64.unpack_from, self.data, self._end, self.at
         texts = []
         try:
             for _ in range(count):
@@ -285,14 +264,14 @@ class _Header:
     def entry(self, name: str, alignment: int) -> _Entry:
         """Reads the dimensions, type and offset of a tensor."""
         where = f"{self.path}: tensor {shown(name)}"
-        num_dims = self._number(_U32, f"tensor {shown(name)}")
+        num_dims = self._number(U32, f"tensor {shown(name)}")
         if num_dims > MAX_DIMS:
             raise ValueError(f"{where}: {num_dims} dimensions, more than {MAX_DIMS}")
-        dims = [self._number(_U64, f"tensor {shown(name)}") for _ in range(num_dims)]
+        dims = [self._number(U64, f"tensor {shown(name)}") for _ in range(num_dims)]
         if 0 in dims:
             raise ValueError(f"{where}: a dimension is 0")
-        number = self._number(_U32, f"tensor {shown(name)}")
-        offset = self._number(_U64, f"tensor {shown(name)}")
+        number = self._number(U32, f"tensor {shown(name)}")
+        offset = self._number(U64, f"tensor {shown(name)}")
         if number not in TENSOR_TYPES:
             raise ValueError(f"{where}: unknown type {number} ({_readable()})")
         kind = TENSOR_TYPES[number]
@@ -310,7 +289,8 @@ class _Header:
         return _Entry(offset, count // kind.values * kind.bytes, shape, kind, where)
 
 
-def _check_alignment(path: Path, alignment: Any) -> int:
+def check_alignment(path: Path, alignment: Any) -> int:
+    """Returns an alignment; raises ValueError for one that cannot be."""
     is_power = (
         type(alignment) is int
         and 0 < alignment <= MAX_ALIGNMENT
@@ -318,7 +298,7 @@ def _check_alignment(path: Path, alignment: Any) -> int:
     )
     if not is_power:
         raise ValueError(
-            f"{path}: {_ALIGNMENT} is not a power of two up to {MAX_ALIGNMENT}"
+            f"{path}: {ALIGNMENT} is not a power of two up to {MAX_ALIGNMENT}"
         )
     return alignment
 
@@ -364,143 +344,3 @@ def _read_values(data: mmap.mmap, offset: int, entry: _Entry) -> np.ndarray:
 
 def _readable() -> str:
     return f"readable: {', '.join([*_PLAIN, *DECODERS])}"
-
-
-def write_gguf(
-    path: Path | str, metadata: Mapping[str, Any], specs: GGUFSpecs, read: ReadTensor
-) -> None:
-    """Writes a GGUF file, version 3, byte for byte as the `gguf` package does.
-
-    Args:
-      path: replaced only when the new file is complete.
-      metadata: in file order. Values are str, bool, int (uint32), float (float32), or
-        a list of one of these (int: int32). NumPy scalars and arrays [n] are written
-        in their own dtype.
-      specs: the shape (outermost first, at most 4 dimensions) and type of each tensor
-        in file order: F32, F16, BF16 or Q8_0.
-      read: returns the values of one tensor; called once for each. Only one tensor is
-        held in memory at a time. The dtype is that of the type; for Q8_0 any of the
-        three.
-
-    Raises:
-      ValueError: for metadata, names or types that the format or llama.cpp does not
-        accept, and if `read` returns another shape or dtype than in the specs.
-      OSError: if the file cannot be written.
-    """
-    path = Path(path).expanduser()
-    alignment = metadata.get(_ALIGNMENT, 32)
-    if isinstance(alignment, np.integer):
-        alignment = int(alignment)
-    alignment = _check_alignment(path, alignment)
-    parts = [_MAGIC, _U32.pack(_VERSION), _U64.pack(len(specs))]
-    parts.append(_U64.pack(len(metadata)))
-    for key, value in metadata.items():
-        parts += [_packed_text(key), _packed_value(f"{path}: key {shown(key)}", value)]
-    offset = 0
-    for name, (shape, kind) in specs.items():
-        size = _written_bytes(f"{path}: tensor {shown(name)}", name, shape, kind)
-        parts += [_packed_text(name), _U32.pack(len(shape))]
-        parts += [_U64.pack(d) for d in reversed(shape)]
-        parts += [_U32.pack(_TYPE_NUMBERS[kind]), _U64.pack(offset)]
-        offset += size + -size % alignment
-    header = b"".join(parts)
-    with replacing(path) as file:
-        file.write(header + bytes(-len(header) % alignment))
-        for name, (shape, kind) in specs.items():
-            where = f"{path}: tensor {shown(name)}"
-            values = read(name)
-            check_given(values, where, shape, _WRITABLE[kind])
-            if kind == "Q8_0":
-                _write_q8_0(file, values, where)
-            else:
-                write_values(file, values)
-            del values  # before the next ones are read
-            file.write(bytes(-file.tell() % alignment))
-
-
-def _packed_text(text: str) -> bytes:
-    content = text.encode()
-    return _U64.pack(len(content)) + content
-
-
-def _packed_value(where: str, value: Any) -> bytes:
-    """Packs the type and the bytes of a metadata value."""
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if isinstance(value, str):
-        return _U32.pack(_STRING) + _packed_text(value)
-    if isinstance(value, (bool, int, float, np.generic)):
-        kind, data = _packed_numbers(where, value, np.uint32)
-        return _U32.pack(kind) + data
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
-        if not all(isinstance(v, str) for v in value):
-            raise ValueError(f"{where}: a list of strings and of other values")
-        start = _U32.pack(_ARRAY) + _U32.pack(_STRING) + _U64.pack(len(value))
-        return start + b"".join(map(_packed_text, value))
-    if isinstance(value, (list, tuple, np.ndarray)):
-        kind, data = _packed_numbers(where, value, np.int32)
-        return _U32.pack(_ARRAY) + _U32.pack(kind) + _U64.pack(len(value)) + data
-    raise ValueError(f"{where}: GGUF has no type for a {type(value).__name__}")
-
-
-def _packed_numbers(where: str, value: Any, integer: type) -> tuple[int, bytes]:
-    """Packs a number or an array of numbers: its type number, and its bytes.
-
-    Python integers are written as `integer`.
-    """
-    if isinstance(value, (np.generic, np.ndarray)):
-        array = np.asarray(value)
-    else:
-        array = _as_array(where, value, integer)
-    if array.dtype not in _SCALAR_TYPES or array.ndim > 1:
-        raise ValueError(f"{where}: GGUF has no type for {array.dtype} {array.ndim}-D")
-    return _SCALAR_TYPES[array.dtype], array.tobytes()
-
-
-def _as_array(where: str, value: Any, integer: type) -> np.ndarray:
-    many = value if isinstance(value, (list, tuple)) else [value]
-    kinds = {type(v) for v in many}
-    dtype = {bool: np.bool_, int: integer, float: np.float32}.get(
-        kinds.pop() if len(kinds) == 1 else None
-    )
-    if dtype is None:
-        raise ValueError(
-            f"{where}: an empty list, or one of several types: pass a NumPy array"
-        )
-    try:
-        if dtype is np.float32:
-            with np.errstate(over="raise"):
-                return np.array(many, np.float64).astype(dtype)
-        return np.array(many, dtype)
-    except (OverflowError, FloatingPointError):
-        raise ValueError(
-            f"{where}: too large for {np.dtype(dtype)}: pass a wider NumPy type"
-        ) from None
-
-
-def _written_bytes(where: str, name: str, shape: tuple[int, ...], kind: str) -> int:
-    """Checks a tensor to be written, and returns its size in bytes."""
-    if kind not in _WRITABLE:
-        raise ValueError(
-            f"{where}: {kind} cannot be written ({', '.join(_WRITABLE)} can)"
-        )
-    if len(name.encode()) > _MAX_WRITTEN_NAME:
-        raise ValueError(f"{where}: the name has more than {_MAX_WRITTEN_NAME} bytes")
-    if not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1:
-        raise ValueError(f"{where}: GGUF has no shape {list(shape)}")
-    block = TENSOR_TYPES[_TYPE_NUMBERS[kind]]
-    if shape[-1] % block.values:
-        raise ValueError(
-            f"{where}: {kind} requires an innermost dimension that is a multiple of "
-            f"{block.values}, not {shape[-1]}"
-        )
-    return number_of_values(shape, where) // block.values * block.bytes
-
-
-def _write_q8_0(file: Any, values: np.ndarray, where: str) -> None:
-    flat = np.ascontiguousarray(values).reshape(-1)
-    try:
-        for at in range(0, len(flat), _QUANTIZED_AT_ONCE):
-            write_values(file, quantize_q8_0(flat[at : at + _QUANTIZED_AT_ONCE]))
-    except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None

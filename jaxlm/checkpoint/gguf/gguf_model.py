@@ -17,7 +17,8 @@ from jaxlm.checkpoint.gguf.gguf_config import (
     rope_tensors,
     write_config,
 )
-from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf
+from jaxlm.checkpoint.gguf.gguf_writing import write_gguf
 from jaxlm.checkpoint.opened import Kind
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.checkpoint.tensor_mapping import QKV, Rule, TensorMapping, linear, rule

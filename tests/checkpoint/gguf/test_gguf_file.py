@@ -11,7 +11,8 @@ import pytest
 from gguf import quants
 
 from jaxlm.checkpoint.gguf.gguf_blocks import DECODERS, TENSOR_TYPES
-from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf
+from jaxlm.checkpoint.gguf.gguf_writing import write_gguf
 
 RANDOM = np.random.default_rng(0)
 TENSORS = {

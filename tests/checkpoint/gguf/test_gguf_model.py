@@ -21,8 +21,9 @@ from jaxlm.checkpoint.gguf.gguf_config import (
     rope_tensors,
     write_config,
 )
-from jaxlm.checkpoint.gguf.gguf_file import read_gguf, write_gguf
+from jaxlm.checkpoint.gguf.gguf_file import read_gguf
 from jaxlm.checkpoint.gguf.gguf_model import write_model
+from jaxlm.checkpoint.gguf.gguf_writing import write_gguf
 from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.fields import diff
 from jaxlm.model.presets import PRESETS, preset, toy
