@@ -343,6 +343,7 @@ class DataConfig:
     def __post_init__(self):
         check_types(self, "data")
         check(self, "data", "at least one path", "path")
+        check(self, "data", "not empty", "cache_dir", "tokenizer_model")
         check(self, "data", "in [0, 1)", "holdout_fraction")
         check(self, "data", "> 0", "sequence_length")
         check(self, "data", "> 3", "tokenizer_vocab_size")
@@ -509,6 +510,7 @@ class TrainConfig:
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
         not_negative += ("eval_batches", "skip_spikes")
         check(self, "train", ">= 0", *not_negative)
+        check(self, "train", "not empty", "run_dir")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size is {self.batch_size}: it must be a multiple of "

@@ -25,7 +25,8 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "in (0, 1]": lambda x: 0 < x <= 1,
     "in [0, 100]": lambda x: 0 <= x <= 100,
     "all at least 0.001": lambda x: all(v >= 0.001 for v in x),
-    "at least one path": bool,
+    "at least one path": lambda x: bool(x) and all(x),
+    "not empty": bool,
     "at least one value": bool,
     ">= 0 and not all zero": lambda x: min(x) >= 0 and sum(x) > 0,
 }

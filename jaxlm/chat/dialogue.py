@@ -3,6 +3,7 @@
 Answers go to stdout, and everything else to stderr.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -160,12 +161,12 @@ class Dialogue:
         say("no system message" if text is None else "the system message is set")
 
     def _save(self, file: str) -> None:
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         transcript.save(self._conversation.messages, path)
         say(f"saved {self._size()} to {path}")
 
     def _load(self, file: str) -> None:
-        self._conversation.load(transcript.load(Path(file).expanduser()))
+        self._conversation.load(transcript.load(Path(os.path.expanduser(file))))
         say(f"loaded {self._size()}")
 
     def _size(self) -> str:

@@ -1,5 +1,6 @@
 """Opens a checkpoint of any kind, and reads a model from it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,11 @@ def open_checkpoint(
       ValueError: if it is none of these, or cannot be read; `NoUsableCheckpoint` if a
         run has steps but none can be read.
     """
+    if not str(path):
+        raise ValueError("the path of the checkpoint is empty")
     if str(path).startswith(HUB):
         path = download(str(path).removeprefix(HUB), HUB_FILES)
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         if path.suffix == ".safetensors":
             raise ValueError(

@@ -1,5 +1,6 @@
 """Saves a model as a run folder, which `load`, sample.py and --init-from read."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def save(
       ValueError: if the folder holds something, the arguments do not fit together, or
         it cannot be written.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     check_config(config)
     check_params(config, params, own_layers=True)
     if not isinstance(tokenizer, Tokenizer):

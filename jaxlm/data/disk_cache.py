@@ -53,7 +53,7 @@ def cache_root(cache_dir: str | Path | None) -> Path:
       OSError: if the user has no home folder.
     """
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return Path(os.path.expanduser(cache_dir))
     return user_cache() / "tokens"
 
 

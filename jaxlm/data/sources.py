@@ -71,7 +71,7 @@ def find_source(entry: str) -> Source:
                 + ", ".join(BUNDLED + n for n in names)
             )
         return Source(entry, (_text_file(BUNDLED_FOLDER / name),))
-    path = Path(entry).expanduser()
+    path = Path(os.path.expanduser(entry))
     if path.is_dir():
         return Source(entry, _files_below(path))
     if path.exists():
@@ -104,12 +104,16 @@ def _expand(pattern: str) -> Iterator[str]:
     at = parts.index("**")
     rest, seen = parts[at + 1 :] or ("*",), set()
     for base in glob.glob(str(Path(*parts[:at]))):
-        for folder, below, _ in os.walk(base, followlinks=True):
+        for folder, below, _ in os.walk(base, onerror=_refuse, followlinks=True):
             real = os.path.realpath(folder)
             below[:] = () if real in seen else sorted(n for n in below if n[0] != ".")
             if real not in seen:
                 seen.add(real)
                 yield from _expand(str(Path(glob.escape(folder), *rest)))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def suffixes(path: Path) -> tuple[str, str]:
@@ -130,11 +134,15 @@ def _text_file(path: Path) -> TextFile:
 
 def _files_below(folder: Path) -> tuple[TextFile, ...]:
     read, skipped, files = Counter[str](), Counter[str](), []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(n.startswith(".") for n in path.relative_to(folder).parts)
-        if not hidden and path.is_symlink() and path.is_dir():
-            skipped["linked folders"] += 1
-        if hidden or not path.is_file():
+    paths = []
+    for inside, below, names in os.walk(folder, onerror=_refuse):
+        below[:] = [name for name in below if name[0] != "."]
+        links = sum(os.path.islink(os.path.join(inside, name)) for name in below)
+        if links:
+            skipped["linked folders"] += links
+        paths += [Path(inside, name) for name in names if name[0] != "."]
+    for path in sorted(paths):
+        if not path.is_file():
             continue
         kind, compression = suffixes(path)
         known = kind in TEXT_KINDS or kind in _FORMATS

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def load_runs(folders: Path | str | Iterable[Path | str]) -> list[Run]:
     paths = [Path(folder) for folder in (folders if several else [folders])]
     if not paths:
         raise ValueError("no run folder was given: name at least one")
-    names = _distinct_names([path.resolve() for path in paths])
+    names = _distinct_names([Path(os.path.realpath(path)) for path in paths])
     return [
         Run(name=name, rows=read_metrics(path), config=_read_config(path))
         for name, path in zip(names, paths, strict=True)

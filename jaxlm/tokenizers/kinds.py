@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -129,7 +130,7 @@ def tokenizer_of_hugging_face(name: str) -> Tokenizer:
     Raises:
       ValueError: if there is none, or it is of no known kind.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.exists():
         missing = f"data.tokenizer: there is no file or folder {name!r}"
         if not _ON_THE_HUB.fullmatch(name):

@@ -1,5 +1,6 @@
 """Finds what to compare a model with: transformers if installed, else a certificate."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -73,7 +74,7 @@ def find_reference(
         against = str(against)
         if against.startswith(HUB):
             against = str(download(against.removeprefix(HUB), HUB_FILES))
-        path = Path(against).expanduser()
+        path = Path(os.path.expanduser(against))
         if path.suffix == ".json":
             return _stored(subject, path)
         if not path.exists():

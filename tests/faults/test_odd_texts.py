@@ -13,6 +13,7 @@ from jaxlm.data.documents import read_documents
 from jaxlm.data.loader import open_dataset
 from jaxlm.data.sources import find_source
 from jaxlm.tokenizers import training
+from jaxlm.tokenizers.kinds import tokenizer_of_hugging_face
 from jaxlm.tokenizers.training import cut_passages
 
 # Bytes of one to four in a character, line ends of each kind, NUL, half a character.
@@ -120,6 +121,14 @@ def test_pipes_and_devices_are_no_texts(tmp_path):
         find_source(str(tmp_path / "*"))
 
 
+def test_a_pipe_is_no_tokenizer(tmp_path):
+    for name in ("tokenizer.json", "tokenizer.model", "other.json"):
+        os.mkfifo(tmp_path / name)
+        path = tmp_path if name != "other.json" else tmp_path / name
+        with pytest.raises(ValueError, match=r"no such file|no tokenizer in this fold"):
+            tokenizer_of_hugging_face(str(path))
+
+
 def test_links_between_folders(tmp_path, caplog):
     """Neither a loop nor a folder twice, and a linked folder is told."""
     folder = tmp_path / "texts"
@@ -138,6 +147,27 @@ def test_links_between_folders(tmp_path, caplog):
     assert len(find_source(str(tmp_path / "b.txt")).files) == 1
     assert len(find_source(str(tmp_path / "link")).files) == 1
     assert len(find_source(str(tmp_path / "link" / "**")).files) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_folder_that_may_not_be_read_is_no_folder_without_text(tmp_path):
+    """Below another one, it would be left out without a word."""
+    folder = tmp_path / "texts"
+    (folder / "closed").mkdir(parents=True)
+    for path in (folder / "a.txt", folder / "closed" / "b.txt"):
+        path.write_text("text")
+    (folder / "closed").chmod(0o700)
+    for parent in (tmp_path, *list(tmp_path.parents)[:2]):
+        parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        for entry in (folder, folder / "closed", folder / "**"):
+            with pytest.raises(
+                ValueError, match=r"closed: cannot be read \(Permission"
+            ):
+                find_source(str(entry))
+    finally:
+        os.seteuid(0)
 
 
 def test_a_file_that_goes_away_or_fails_is_one_line(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ the innermost dimension comes first.
 
 import dataclasses
 import mmap
+import os
 import struct
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,7 @@ def read_gguf(path: Path | str) -> GGUFFile:
     Raises:
       ValueError: if it is missing or violates the format in any way.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     header = _Header(path, map_file(path))
     num_tensors, num_keys = header.read_start()
     metadata: dict[str, Value] = {}

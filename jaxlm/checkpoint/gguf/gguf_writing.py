@@ -1,5 +1,6 @@
 """Writes GGUF files, one tensor at a time; `gguf_file.py` has the format."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def write_gguf(
         accept, and if `read` returns another shape or dtype than in the specs.
       OSError: if the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     alignment = metadata.get(ALIGNMENT, 32)
     if isinstance(alignment, np.integer):
         alignment = int(alignment)

@@ -8,6 +8,7 @@ gaps or overlaps.
 
 import json
 import mmap
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def read_safetensors(
     Raises:
       ValueError: if it is missing or violates the format in any way.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     mapped = map_file(path)
     header, start = _read_header(path, mapped)
     metadata = _read_metadata(path, header.pop(_METADATA, {}))
@@ -245,7 +246,7 @@ def write_safetensors(
         accepts, and if `read` returns another shape or dtype than in the specs.
       OSError: if the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     order, header = make_header(path, specs, metadata)
     with replacing(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)

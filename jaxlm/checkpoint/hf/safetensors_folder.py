@@ -4,6 +4,7 @@ The index `model.safetensors.index.json` maps each tensor to its shard.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def read_folder(folder: Path | str) -> dict[str, StoredTensor]:
       ValueError: if there are no safetensors (pickles are never loaded), if a file
         violates the format, and if index and shards disagree.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     try:
@@ -143,7 +144,7 @@ def write_folder(
     Raises:
       ValueError, OSError: as `write_safetensors`, and if the folder has weights.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in (SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors"):
         for path in sorted(folder.glob(pattern)):

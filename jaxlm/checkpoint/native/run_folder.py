@@ -98,6 +98,13 @@ def probe_writable(run: Path) -> None:
     probe = run / f"{TEMPORARY}probe-{os.getpid()}"
     moved = probe.with_name(f"{probe.name}-renamed")
     try:
+        str(run).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the name of the run folder {run} is not UTF-8: choose another with "
+            "--train.run-dir"
+        ) from None
+    try:
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"probe")
         probe.rename(moved)

@@ -7,6 +7,7 @@ chat_template.jinja. They are read as data: nothing in them can make code run.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ def tokenizer_from_folder(folder: Path | str) -> Tokenizer:
     Raises:
       ValueError: when there is none, a file is damaged, or its kind is not supported.
     """
-    files = _Files(Path(folder).expanduser())
+    files = _Files(Path(os.path.expanduser(folder)))
     with damage_in(f"{files.folder}: the tokenizer or its settings"):
         return _read(files)
 
@@ -77,6 +78,8 @@ class _Files:
 
     def read(self, name: str) -> bytes:
         path = path_inside(self.folder, name)
+        if not path.is_file():  # A pipe would be waited for.
+            raise ValueError(f"{path}: no such file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(
                 f"{path}: more than {MAX_JSON_BYTES} bytes: is it another file?"

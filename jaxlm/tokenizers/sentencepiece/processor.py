@@ -101,7 +101,7 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
           ValueError: when it is missing, not a file, too large or not a model.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if not path.is_file():
             raise ValueError(f"{path}: no such SentencePiece .model file")
         size = os.path.getsize(path)
