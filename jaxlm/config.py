@@ -184,9 +184,11 @@ class ModelConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 where the device multiplies it natively."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again, to save memory. none: nothing. full: each
-    block, from its input. dots: all but the products with weights, which are kept."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
+    """What the backward pass computes again, to save memory. none: nothing. dots: all
+    but products with weights and the attention kernel. attention: all but the attention
+    kernel. full: each block, from its input. offload: as attention; what is kept
+    waits in the memory of the host."""
     unroll_layers: int = 1
     """Layer groups in a scan step; more can run faster, but compile slower; 0: all."""
     attention: AttentionName = "auto"

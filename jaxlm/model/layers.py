@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxlm.config import ModelConfig
@@ -26,14 +27,29 @@ from jaxlm.types import Params
 Caches = LayerCache | tuple[LayerCache, ...] | None
 
 
-def _all_but_weight_slices(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Saves everything except a layer's slice of the stacked weights."""
-    return primitive.name not in ("dynamic_slice", "squeeze")
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Saves everything except a layer's slice of the stacked weights, and gathers."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "all_gather")
 
+
+# Of kernels that never hold all scores; see `ops/attention/flash.py`.
+_ATTENTION = ("attention_output", "attention_lse")
+_BLOCK_INPUT = "block_input"
+_POLICIES = jax.checkpoint_policies
+_SAVE_ATTENTION = _POLICIES.save_only_these_names(*_ATTENTION)
 
 REMAT_POLICIES = {
-    "none": _all_but_weight_slices,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": _all_but_weights,
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    ),
+    "attention": _SAVE_ATTENTION,
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_BLOCK_INPUT, *_ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": None,
 }
 
@@ -105,6 +121,7 @@ def _block(module: Block, taps: tuple[Tap, ...], scanned: bool) -> Callable[...,
 
     def block(layers, number, x, context, cache, edits):
         params = _take(layers, number) if scanned else layers
+        x = checkpoint_name(x, _BLOCK_INPUT)
         probe = Probe(taps, edits, context.positions, number)
         y, cache = apply({"params": params}, x, context, cache, probe)
         if (y.shape, y.dtype) != (x.shape, x.dtype):

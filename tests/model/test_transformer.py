@@ -14,6 +14,7 @@ from jaxlm import tree
 from jaxlm.config import MeshConfig
 from jaxlm.model.initialization import init, init_cache
 from jaxlm.model.kv_cache import unstack
+from jaxlm.model.layers import REMAT_POLICIES
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.transformer import forward
 from jaxlm.sharding.mesh import make_mesh
@@ -55,6 +56,8 @@ def right(model):
 WAYS = {
     "remat": {"remat": "full"},
     "remat of all but products": {"remat": "dots"},
+    "remat of all but attention": {"remat": "attention", "attention": "xla"},
+    "remat from the host's memory": {"remat": "offload", "attention": "xla"},
     "two groups a step": {"unroll_layers": 2},
     "unrolled": {"unroll_layers": 0},
     "reference attention": {"attention": "reference"},
@@ -89,6 +92,21 @@ def test_remat_computes_the_block_again(model):
         return str(jax.make_jaxpr(run)(params, ids(B, T))).count("dot_general")
 
     assert products(remat="full") > products(remat="dots") >= products()
+
+
+def test_remat_of_all_but_attention_runs_its_kernel_once(model):
+    config, params = model
+
+    def kernels(remat):
+        changed = dataclasses.replace(config, remat=remat, attention="xla")
+        run = loss_and_grads(changed).__wrapped__
+        # Of the kernels, only that of the forward pass takes maxima of scores.
+        return str(jax.make_jaxpr(run)(params, ids(B, T))).count("reduce_max")
+
+    counts = {remat: kernels(remat) for remat in REMAT_POLICIES}
+    once = counts["none"]
+    assert counts.pop("full") > once
+    assert set(counts.values()) == {once}, counts
 
 
 def test_unstacked_layers_are_the_same(model):

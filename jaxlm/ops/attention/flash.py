@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec
@@ -65,6 +66,11 @@ def _flash(kernels, q, k, v, spec):
 
 def _flash_forward(kernels, q, k, v, spec):
     z, lse = kernels.forward(q, k, v, spec, kernels.settings)
+    # What a remat policy can keep, so that the kernel does not run again.
+    z, lse = (
+        checkpoint_name(z, "attention_output"),
+        checkpoint_name(lse, "attention_lse"),
+    )
     return (z, lse), (q, k, v, spec, z, lse)
 
 
