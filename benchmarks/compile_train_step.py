@@ -78,7 +78,13 @@ def devices_of(target: str) -> list[jax.Device]:
 
 
 def compile_step(
-    devices: list[jax.Device], attention: str, *, layers: int, rows: int, length: int
+    devices: list[jax.Device],
+    attention: str,
+    *,
+    layers: int,
+    rows: int,
+    length: int,
+    remat: str = "full",
 ) -> dict:
     """Compiles a step with parameters and batch sharded over all devices."""
     model = dataclasses.replace(
@@ -86,7 +92,7 @@ def compile_step(
         num_layers=layers,
         context_length=length,
         dtype="bfloat16",
-        remat="full",
+        remat=remat,
         attention=attention,
     )
     config = Config(
@@ -108,9 +114,12 @@ def compile_step(
         lowered = make_train_step(config, optimizer).lower(state, batch)
         traced = time.monotonic()
         compiled = lowered.compile()
-    sent = by_part(traffic(compiled.as_text(), mesh.shape))
+    sent = traffic(compiled.as_text(), mesh.shape)
     return figures(compiled) | {
-        "gib_sent": {str(part): round(gib, 4) for part, gib in sent.items()},
+        "gib_sent": {str(part): round(g, 4) for part, g in by_part(sent).items()},
+        "gib_reduced": round(
+            sum(t.bytes for t in sent if t.kind == "all-reduce") / 2**30, 4
+        ),
         "trace_s": round(traced - started, 1),
         "compile_s": round(time.monotonic() - traced, 1),
     }
@@ -140,10 +149,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rows", type=int, default=2, help="batch rows per device")
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--remat", default="full")
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     devices = devices_of(options.target)
     sizes = {"layers": options.layers, "rows": options.rows, "length": options.length}
+    sizes["remat"] = options.remat
     found = {}
     for attention in options.attention:
         print(f"{options.target}: compiling with {attention} ...", flush=True)

@@ -3,9 +3,15 @@
 Left alone, compilers choose others: twice the bytes, or once for each use.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
+
+from jaxlm.ops.layout import layout
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -13,13 +19,31 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
+def shared_axes(weight: Array, activation: Array) -> tuple[str, ...]:
+    """Returns the mesh axes, of several devices, that cut both arrays.
+
+    A product of the two gathers the weight along them.
+    """
+    cuts = [layout(weight), layout(activation)]
+    if None in cuts:
+        return ()
+    one, other = ({a for entry in cut.spec for a in axes_of(entry)} for cut in cuts)
+    shape = cuts[0].mesh.shape
+    return tuple(a for a in shape if a in one & other and shape[a] > 1)
+
+
 def all_gather(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     """Returns x, which is cut as `partition` says, whole along the mesh axes `axes`."""
 
     def local(x):
         for dimension, cut in enumerate(_only(partition, axes)):
-            if cut is not None:
-                x = jax.lax.all_gather(x, cut, axis=dimension, tiled=True)
+            # Two rings at once; all three would become an all-reduce.
+            sizes = _rings(cut)
+            sizes = [*sizes[:-2], math.prod(sizes[-2:])]
+            for groups in _groups(sizes) if cut else ():
+                x = jax.lax.all_gather(
+                    x, cut, axis=dimension, tiled=True, axis_index_groups=groups
+                )
         return x
 
     out = _without(partition, axes)
@@ -37,17 +61,97 @@ def psum_scatter(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     def local(x):
         x, rest = x[0], set(axes)
         for dimension, cut in enumerate(_only(partition, axes)):
-            if cut is not None:
+            rest -= set(axes_of(cut))
+            for groups in reversed(_groups(_rings(cut))) if cut else ():
                 x = jax.lax.psum_scatter(
-                    x, cut, scatter_dimension=dimension, tiled=True
+                    x,
+                    cut,
+                    scatter_dimension=dimension,
+                    tiled=True,
+                    axis_index_groups=groups,
                 )
-                rest -= set(axes_of(cut))
         return jax.lax.psum(x, tuple(a for a in axes if a in rest)) if rest else x
 
     stacked = P(axes, *_without(partition, axes))
     return jax.shard_map(local, in_specs=stacked, out_specs=partition, check_vma=False)(
         x
     )
+
+
+def sum_over_tokens(
+    product: Callable[..., Array], arrays: Sequence[Array], like: Array
+) -> Array:
+    """Returns `product(*arrays, out_sharding=...)`, a gradient that sums over tokens.
+
+    Each device computes its part, from its rows; the parts are added up once, and cut
+    as the array `like`.
+
+    Args:
+      arrays: activations, whose first dimension is cut over devices.
+    """
+    cut, rows = layout(like), layout(arrays[0])
+    assert cut is not None and rows is not None
+    axes = axes_of(rows.spec[0])
+    inside = _without(cut.spec, axes)
+
+    def local(*arrays):
+        return product(*arrays, out_sharding=inside)[None]
+
+    parts: Any = jax.shard_map(
+        local,
+        in_specs=(P(axes),) * len(arrays),
+        out_specs=P(axes),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return psum_scatter(parts(*arrays), cut.spec, axes)
+
+
+# Dimensions of the torus that chips are connected in.
+_TORUS = {
+    "TPU v4": 3,
+    "TPU v5": 3,
+    "TPU v5 lite": 2,
+    "TPU v6 lite": 2,
+    "TPU7x": 3,
+}
+
+
+def torus_dimensions() -> int:
+    """Returns those of the mesh's devices; 1 where all reach each other alike."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return 1 if device is None else _TORUS.get(device.device_kind, 1)
+
+
+def _rings(cut: str | tuple[str, ...] | None) -> list[int]:
+    """Returns the lengths of the rings that the devices along `cut` form, last first.
+
+    Compilers for TPUs scatter along one ring, and gather along two; where there are
+    more they reduce all, with twice the bytes. The mesh does not tell, but slices are
+    near cubes, and the last dimension is the longest: 4 x 4, 4 x 4 x 4, 4 x 4 x 8.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    size = math.prod(shape[axis] for axis in axes_of(cut))
+    if size & (size - 1):
+        return [size]
+    rings = []
+    for dimension in range(torus_dimensions(), 0, -1):
+        rings.append(2 ** math.ceil(math.log2(size) / dimension))
+        size //= rings[-1]
+    return rings
+
+
+def _groups(sizes: Sequence[int]) -> list[list[list[int]] | None]:
+    """Returns who exchanges with whom, in stages of groups of these sizes."""
+    sizes = [size for size in sizes if size > 1]
+    if len(sizes) < 2:
+        return [None]
+    stages, stride, count = [], 1, math.prod(sizes)
+    for size in sizes:
+        firsts = [i for i in range(count) if i // stride % size == 0]
+        stages.append([[i + k * stride for k in range(size)] for i in firsts])
+        stride *= size
+    return stages
 
 
 def _only(partition: P, axes: tuple[str, ...]) -> P:

@@ -13,6 +13,12 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxlm.ops.collectives import (
+    all_gather,
+    shared_axes,
+    sum_over_tokens,
+    torus_dimensions,
+)
 from jaxlm.ops.layout import layout
 
 
@@ -59,23 +65,29 @@ def einsum(
       precision: of f32 inputs on accelerators, which otherwise use fewer bits; forward
         and backward.
     """
+    return _einsum_forward(equation, x, w, out_sharding, out_dtype, precision)[0]
+
+
+def _einsum_forward(equation, x, w, out_sharding, out_dtype, precision):
+    # Gathered once in a pass, here, and used twice in the backward pass of a layer
+    # that is computed again.
+    whole, axes = w.astype(x.dtype), shared_axes(w, x)
+    if axes:
+        whole = all_gather(whole, layout(w).spec, axes)
     y = jnp.einsum(
         equation,
         x,
-        w.astype(x.dtype),
+        whole,
         precision=precision,
         preferred_element_type=jnp.float32,
         out_sharding=out_sharding,
     )
-    return y.astype(x.dtype if out_dtype is None else out_dtype)
-
-
-def _einsum_forward(equation, x, w, out_sharding, out_dtype, precision):
-    return einsum(equation, x, w, out_sharding, out_dtype, precision), (x, w)
+    residuals = x, w, whole if axes else None
+    return y.astype(x.dtype if out_dtype is None else out_dtype), residuals
 
 
 def _einsum_backward(equation, out_sharding, out_dtype, precision, residuals, g):
-    x, w = residuals
+    x, w, whole = residuals
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     # Cotangents are rounded to the compute dtype so that both products of the
@@ -85,10 +97,18 @@ def _einsum_backward(equation, out_sharding, out_dtype, precision, residuals, g)
         jnp.einsum, precision=precision, preferred_element_type=jnp.float32
     )
     dx = f32_sums(
-        f"{out},{w_axes}->{x_axes}", g, w.astype(x.dtype), out_sharding=layout(x)
+        f"{out},{w_axes}->{x_axes}",
+        g,
+        w.astype(x.dtype) if whole is None else whole,
+        out_sharding=layout(x),
     )
+    gradient = partial(f32_sums, f"{x_axes},{out}->{w_axes}")
     with jax.named_scope("weight_gradient"):
-        dw = f32_sums(f"{x_axes},{out}->{w_axes}", x, g, out_sharding=layout(w))
+        # Compilers overlap their own scatters, but for tori of three dimensions.
+        if whole is None or torus_dimensions() < 3:
+            dw = gradient(x, g, out_sharding=layout(w))
+        else:
+            dw = sum_over_tokens(gradient, (x, g), like=w)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

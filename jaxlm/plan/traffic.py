@@ -111,7 +111,7 @@ def part_of(op_name: str, kind: str, axes: tuple[str, ...]) -> Part:
         return Part.TENSOR
     # The compiler may gather weights by an all-reduce of mostly zeros, too.
     reduces = kind in ("all-reduce", "reduce-scatter")
-    weights = re.search(r"->B\w+/dot_general|convert_element_type$", op_name)
+    weights = re.search(r"->B\w+/dot_general|(convert_element_type|gather)$", op_name)
     if "weight_gradient" in op_name or (reduces and not weights):
         return Part.GRADIENTS
     return Part.LAYER_WEIGHTS

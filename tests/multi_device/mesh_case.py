@@ -29,6 +29,7 @@ from jaxlm.infer.generate import generate
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward
+from jaxlm.ops import collectives
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
 from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
@@ -168,6 +169,17 @@ def shardings_of(state, mesh):
                 if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
                     wrong.append(name)
     return wrong, moments
+
+
+def case_torus():
+    """Gathers and scatters in stages, as on TPUs that form rings in 3 dimensions."""
+    collectives._TORUS[jax.devices()[0].device_kind] = 3
+    config, mesh = config_of(loss_chunk=24), mesh_of("fsdp8")
+    with jax.set_mesh(mesh):
+        state, train_step = state_on(config, mesh)
+        text = train_step.lower(state, batch_of(0, mesh)).as_text()
+    staged = "[[0, 1], [2, 3], [4, 5], [6, 7]]" in text
+    return case_gradients(["fsdp8"], loss_chunk=24) | {"staged": staged}
 
 
 def case_embedding():
@@ -437,6 +449,7 @@ def main():
     all_meshes = list(MESHES)[1:]
     cases = {
         "embedding": case_embedding,
+        "torus": case_torus,
         "errors": case_errors,
         "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),
         "gradients": lambda: case_gradients(all_meshes),

@@ -93,6 +93,13 @@ def test_gradients_of_experts_on_every_mesh(tmp_path):
 
 
 @pytest.mark.slow
+def test_gradients_through_rings_of_three_dimensions(tmp_path):
+    result = run_case("torus", tmp_path)
+    assert result["staged"]
+    check_gradients(result, ["fsdp8"])
+
+
+@pytest.mark.slow
 def test_gradients_through_blocked_attention(tmp_path):
     check_gradients(run_case("blocked", tmp_path), ["data8", "2x2x2"])
 

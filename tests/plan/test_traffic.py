@@ -201,6 +201,8 @@ def test_trips_of_a_loop(attributes, trips):
     [
         ("jvp()/while/body/Block/mlp/convert_element_type", "all-gather", "fsdp", "layer weights"),
         ("jvp()/while/body/Block/mlp/convert_element_type", "all-reduce", "fsdp", "layer weights"),
+        ("jvp()/Block/mlp/shard_map/all_gather", "all-reduce", "fsdp", "layer weights"),
+        ("Block/mlp/weight_gradient/shard_map/reduce_scatter", "all-reduce", "fsdp", "gradients"),
         ("jvp()/Block/mlp/BTD,DF->BTF/dot_general", "permute", "fsdp", "layer weights"),
         ("jvp()/Block/mlp/BTF,FD->BTD/dot_general", "all-reduce", "tensor", "tensor parallelism"),
         ("Block/mlp/weight_gradient/BTD,BTF->DF/dot_general", "permute", "fsdp", "gradients"),

@@ -97,8 +97,8 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[2] == "step":
-        target, _, implementation = sys.argv[1:]
-        sizes = {"layers": 16, "rows": 2, "length": 4096}
+        target, _, implementation, layers = sys.argv[1:]
+        sizes = {"layers": int(layers), "rows": 2, "length": 4096}
         print(json.dumps(compile_step(devices_of(target), implementation, **sizes)))
     else:
         main()
