@@ -37,7 +37,7 @@ from jaxlm.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 RESULT = REPOSITORY / "benchmarks" / "results" / "soak.json"
-STEPS = 60
+STEPS = 120
 FLAGS = shlex.split("""
 --model.num-layers 2 --model.model-dim 32 --model.num-heads 4 --model.num-kv-heads 2
 --model.head-dim 8 --model.hidden-dim 48 --model.context-length 64 --model.dtype float32
@@ -159,7 +159,7 @@ class Soak:
             if fault and not self.damage(run, fault, damaged):
                 fault = None
             flips += fault == "log"
-            end = self.rng.choice((None, *list(ENDS)[1:]))
+            end = self.rng.choice((*ENDS, *list(ENDS)[1:]))
             child = self.start(run, fault)
             if end is not None:
                 self._wait_for_a_moment(child, run)
@@ -181,13 +181,15 @@ class Soak:
         return False
 
     def _wait_for_a_moment(self, child: subprocess.Popen, run: Path) -> None:
-        """Waits for a random time, or for a random number of rows."""
+        """Waits for a random time, or (more often) until the log has a random size."""
         log, began = run / "metrics.jsonl", time.monotonic()
-        size = log.stat().st_size if log.exists() else 0
-        seconds = self.rng.uniform(0.2, 1.5) * self.seconds
-        more = self.rng.choice((1 << 60, self.rng.randrange(1, 20_000)))
+        seconds = self.rng.uniform(0.05, 1.0) * self.seconds
+        size, whole = 1 << 60, (self.reference / "metrics.jsonl").stat().st_size
+        if self.rng.random() < 0.75:
+            seconds, now = 1e9, log.stat().st_size if log.exists() else 0
+            size = self.rng.randrange(now, max(now, whole) + 1)
         while child.poll() is None and time.monotonic() - began < seconds:
-            if log.exists() and log.stat().st_size > size + more:
+            if log.exists() and log.stat().st_size > size:
                 return
             time.sleep(0.002)
 

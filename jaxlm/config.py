@@ -496,6 +496,9 @@ class TrainConfig:
     """Number of latest checkpoints to keep."""
     keep_every: int = 0
     """Never delete the checkpoints at multiples of this step; 0: none."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be saved, nor at a second try: stop the run, or go on
+    until the next is due. The last one of a run or a process must be saved."""
     max_minutes: float = 0.0
     """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()

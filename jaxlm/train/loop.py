@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
+from jaxlm.checkpoint.native.save_error import SaveError
 from jaxlm.config import Config, TrainConfig
 from jaxlm.terminal.exit_codes import EXIT_DONE
 from jaxlm.terminal.progress import ProgressLine, Waiting
@@ -32,7 +33,8 @@ class Hooks:
     """Functions that the loop calls, since it opens no files and samples no tokens."""
 
     save: Callable[[TrainState], None]
-    """Saves a state. The loop has checked that its loss and gradient are finite."""
+    """Saves a state. The loop has checked that its loss and gradient are finite. Raises
+    SaveError, once, if the save before has failed, or if this one cannot start."""
     held_out: Callable[[], Iterable[Batch]] | None = None
     """Returns the batches of one evaluation; None: no evaluation."""
     bytes_per_token: float | None = None
@@ -103,12 +105,23 @@ def fit(
             if not stop.is_requested():  # Then the text is cut off.
                 log.sample(step, text)
 
+    def save(is_last: bool) -> None:
+        """Saves the current state. What fails may also be the save before."""
+        goes_on = is_last or train.on_save_error == "continue"
+        with log.waiting("saving"):
+            for tries in (1, 2):
+                try:
+                    return hooks.save(state)
+                except SaveError as error:
+                    if not goes_on or (is_last and tries == 2):
+                        raise
+                    log.save_failed(step, error)
+
     def save_rest() -> None:
         """Saves the steps since the last save."""
         if saved_step < step:
             log.read()
-            with log.waiting("saving"):
-                hooks.save(state)
+            save(is_last=True)
 
     if missing:
         with log.paused():
@@ -134,17 +147,16 @@ def fit(
 
         # Read the metrics, for which the host waits for the device.
         kinds = due_kinds(train, hooks, step)
-        save = step == train.steps or _due(step, train.checkpoint_every)
+        is_due = step == train.steps or _due(step, train.checkpoint_every)
         minutes = (time.monotonic() - saved_at) / 60
-        save |= train.checkpoint_minutes > 0 and minutes >= train.checkpoint_minutes
-        if save or kinds or step == first or log.is_due(step):
+        is_due |= train.checkpoint_minutes > 0 and minutes >= train.checkpoint_minutes
+        if is_due or kinds or step == first or log.is_due(step):
             log.read()
 
         # Save before evaluating and sampling, which may take long or fail.
         with log.paused():
-            if save and not stop.is_requested():
-                with log.waiting("saving"):
-                    hooks.save(state)
+            if is_due and not stop.is_requested():
+                save(is_last=step == train.steps)
                 saved_at, saved_step = time.monotonic(), step
             look(kinds)
         if stop.is_requested():
@@ -282,6 +294,11 @@ class _Log:
         self._writer.write("sample", step, text=text, prompt=prompt)
         shown = (prompt + text).strip("\n")
         self._progress.note(f"\n--- sample at step {step}\n{shown}\n")
+
+    def save_failed(self, step: int, error: SaveError) -> None:
+        """Writes that a checkpoint could not be saved."""
+        self._writer.write("event", step, event="save failed", message=str(error))
+        self._progress.note(f"{error}; the run goes on")
 
     def read(self) -> None:
         """Waits for the pending steps, checks them, and writes the rows that are due.

@@ -7,13 +7,11 @@ perhaps `spikes/` (Orbax), `tokenizer/`, `meta.json` and `manifest.json`.
 """
 
 import asyncio
-import errno
 import functools
 import json
-import os
-import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from jaxlm.checkpoint.native import (
     run_folder,
     step_folder,
 )
+from jaxlm.checkpoint.native.save_error import SaveError, save_failed
 from jaxlm.checkpoint.native.step_folder import Restored
 from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config
@@ -35,9 +34,7 @@ from jaxlm.files import durable
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
-
-class SaveError(ValueError):
-    """A checkpoint could not be written; earlier ones are intact."""
+RETRY_SECONDS = 1.0
 
 
 class CheckpointManager:
@@ -115,7 +112,8 @@ class CheckpointManager:
             self.wait()
         finally:
             if self._lock is not None:
-                run_folder.remove_unused(self.run)
+                if self._lock.is_held():
+                    run_folder.remove_unused(self.run)
                 self._lock.release()
 
     def steps(self) -> list[int]:
@@ -126,7 +124,7 @@ class CheckpointManager:
         """Waits until no save is in progress.
 
         Raises:
-          SaveError: if the last save failed. It is raised once.
+          SaveError: if the last save failed twice. It is raised once.
         """
         if self._thread is not None:
             self._thread.join()
@@ -151,7 +149,8 @@ class CheckpointManager:
 
         A step that this object has just saved or restored is not written again. Steps
         after the restored one belong to an abandoned continuation of the run: they are
-        moved to `RUN/old-N/`.
+        moved to `RUN/old-N/`. A save that fails is tried once more; a run folder that
+        was deleted is made again.
 
         Args:
           step: number of optimizer steps that led to the state.
@@ -207,18 +206,17 @@ class CheckpointManager:
     def _save_in_background(
         self, state: dict[str, Any], meta: dict[str, Any], tokenizer: Tokenizer
     ) -> None:
-        step = meta["step"]
-        # The name is the same in each process; the lock makes it unique.
-        temporary = self._folder(f"{run_folder.TEMPORARY}{step}-{self._saves}")
-        needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
         try:
+            host = arrays.on_host(state)
             try:
-                self._write(temporary, state, meta, tokenizer)
-                self._commit(temporary, step)
-            except Exception as e:
-                # A partial step is useless, and its space may be needed.
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise SaveError(_save_failed(self._folder(step), needed, e)) from e
+                self._try_to_save(state, host, meta, tokenizer)
+            except SaveError as e:
+                if host is None:
+                    raise
+                self._copied.set()
+                self._report(f"{e}; trying again")
+                time.sleep(RETRY_SECONDS)
+                self._try_to_save(dict(host), host, meta, tokenizer)
             self._delete_old()
         except BaseException as e:
             self._error = e  # raised by the next `wait` or `save`
@@ -230,16 +228,54 @@ class CheckpointManager:
         finally:
             self._copied.set()
 
+    def _try_to_save(
+        self,
+        state: dict[str, Any],
+        host: dict[str, Any] | None,
+        meta: dict[str, Any],
+        tokenizer: Tokenizer,
+    ) -> None:
+        step = meta["step"]
+        # The name is the same in each process; the lock makes it unique.
+        temporary = self._folder(f"{run_folder.TEMPORARY}{step}-{self._saves}")
+        try:
+            self._keep_lock()
+            self._write(temporary, state, host, meta, tokenizer)
+            self._commit(temporary, step)
+        except Exception as e:
+            # A partial step is useless, and its space may be needed.
+            shutil.rmtree(temporary, ignore_errors=True)
+            needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
+            raise SaveError(save_failed(self._folder(step), needed, e)) from e
+
+    def _keep_lock(self) -> None:
+        """Makes and locks the run folder again if somebody has deleted it."""
+        if self._lock is None or self._lock.is_held():
+            return
+        run_folder.probe_writable(self.run)
+        lock = run_folder.RunLock(self.run)
+        self._lock.release()
+        self._lock = lock
+        self._report(f"{self.run} was deleted during the run: it is made again")
+
     def _write(
         self,
         folder: Path,
         state: dict[str, Any],
+        host: dict[str, Any] | None,
         meta: dict[str, Any],
         tokenizer: Tokenizer,
     ) -> None:
-        """Writes all files of a step except the manifest."""
+        """Writes all files of a step except the manifest.
+
+        Args:
+          folder: a new folder.
+          state: the arrays of each item; emptied.
+          host: the same as NumPy arrays, if this process has all of them.
+          meta: contents of `meta.json`, but for the hash of the state.
+          tokenizer: saved beside the arrays.
+        """
         folder.mkdir()
-        host = arrays.on_host(state)
         if host is not None and arrays.on_one_device(state):
             # The usual case waits only for the copy. Otherwise Orbax gets the jax
             # arrays, because it writes each shard of an array as its own chunk.
@@ -356,21 +392,3 @@ class CheckpointManager:
         names = ", ".join(map(str, later))
         self._report(f"moved steps {names} to {old}: the run continues from {step}")
         return old
-
-
-def _save_failed(folder: Path, needed: int, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    # TensorStore wraps the system error in a paragraph.
-    found = re.search(r"os_error_code='(\d+)'", text)
-    code = int(found[1]) if found else getattr(error, "errno", None)
-    reason = text[-200:] or type(error).__name__
-    if code is not None:
-        reason = os.strerror(code)
-    message = f"{folder} cannot be written ({reason})"
-    if code == errno.ENOSPC:
-        # Beside its arrays a step has files of metadata, in whole blocks.
-        free = shutil.disk_usage(folder.parent).free
-        message += f": a step needs more than the {free:,} bytes that are free"
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        message += f"; its arrays have {needed:,} bytes. Make room, or raise your quota"
-    return f"{message}; earlier steps are intact"

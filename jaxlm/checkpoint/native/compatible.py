@@ -17,6 +17,7 @@ _FREE_TRAIN = (
     *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
     *("checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),
     *("eval_batches", "max_minutes", "run_dir", "log_to", "compile_cache"),
+    "on_save_error",
 )
 # Fields that affect only the order of floating-point operations.
 _ROUNDING_TRAIN = ("accumulation_steps", "loss_chunk")

@@ -140,7 +140,7 @@ class RunLock:
         Raises:
           ValueError: if another process holds it; names its process id and host.
         """
-        path = run / LOCK
+        self._path = path = run / LOCK
         self._descriptor: int | None = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644
         )
@@ -162,6 +162,15 @@ class RunLock:
         os.ftruncate(self._descriptor, 0)
         owner = f"pid {os.getpid()} on {socket.gethostname()}"
         os.pwrite(self._descriptor, owner.encode(), 0)
+
+    def is_held(self) -> bool:
+        """Whether the file is still there: nobody has deleted or replaced it."""
+        assert self._descriptor is not None
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(self._descriptor), there)
 
     def release(self) -> None:
         """Releases the lock; a second call does nothing."""

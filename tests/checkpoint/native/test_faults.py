@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import pytest
 from checkpoint_case import (
     restore,
@@ -16,12 +18,14 @@ from checkpoint_case import (
     run_with_steps,
     save,
     start_child,
+    state_of_step,
 )
 
 from jaxlm.checkpoint.load import load
-from jaxlm.checkpoint.native import checkpoint_manager
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager, SaveError
+from jaxlm.checkpoint.native import checkpoint_manager, integrity
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.run_folder import find_runs, list_steps, move_aside
+from jaxlm.checkpoint.native.save_error import SaveError, save_failed
 
 DIE = """
 import os, sys
@@ -108,7 +112,8 @@ import resource, signal, sys
 import jax.numpy as jnp
 from checkpoint_case import abstract, restore, save, state_of_step
 from jaxlm.checkpoint.native import checkpoint_manager
-from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager, SaveError
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.save_error import SaveError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import jax
 small = state_of_step(1)
@@ -146,7 +151,11 @@ def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path):
         assert "File too large" in line and "its arrays have 360,000" in line
     assert (steps, later) == ("[1] 1", "[1, 5]")
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
-    assert err == ""
+    # Once for each save, although each has many arrays that fail.
+    assert len(lines := err.splitlines()) == 2, err
+    assert all(
+        line.endswith("; earlier steps are intact; trying again") for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +181,7 @@ def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path):
 )
 def test_what_a_save_that_failed_says_is_true(monkeypatch, error, words):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=258_048))
-    assert checkpoint_manager._save_failed(Path("run/3"), 215_708, error) == words
+    assert save_failed(Path("run/3"), 215_708, error) == words
 
 
 HOLD = """
@@ -203,6 +212,7 @@ def test_errors_of_the_tokenizer_surface_and_leave_nothing(tmp_path, monkeypatch
     def broken(self, folder):
         raise RuntimeError("no tokenizer today")
 
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
     with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1)
         monkeypatch.setattr("checkpoint_case.FakeTokenizer.save", broken)
@@ -213,6 +223,67 @@ def test_errors_of_the_tokenizer_surface_and_leave_nothing(tmp_path, monkeypatch
         checkpoints.wait()
         save(checkpoints, 3)
         assert checkpoints.steps() == [1, 3]
+
+
+def test_a_save_that_fails_once_is_tried_again_with_the_same_arrays(
+    tmp_path, monkeypatch
+):
+    """Although the run has overwritten them by then."""
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.3)
+    real, said, calls = integrity.write_manifest, [], []
+
+    def fails_once(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "x")
+        real(folder)
+
+    monkeypatch.setattr(integrity, "write_manifest", fails_once)
+    state = jax.tree.map(jnp.asarray, state_of_step(1))
+    wanted = integrity.state_hash(state)
+    with CheckpointManager(tmp_path, report=said.append) as checkpoints:
+        save(checkpoints, 1, state, wait=False)
+        state = jax.jit(lambda x: jax.tree.map(lambda y: y + 1, x), donate_argnums=0)(
+            state
+        )
+        checkpoints.wait()
+        restored = restore(checkpoints)
+        assert integrity.state_hash((restored.params, restored.opt_state)) == wanted
+        assert integrity.state_hash(state) != wanted
+    assert said == [
+        f"{tmp_path}/checkpoints/1 cannot be written (Input/output error); earlier "
+        "steps are intact; trying again"
+    ]
+
+
+def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
+    run, said = tmp_path / "run", []
+    with CheckpointManager(run, report=said.append) as checkpoints:
+        save(checkpoints, 1)
+        shutil.rmtree(run)
+        save(checkpoints, 2)
+        assert checkpoints.steps() == [2] and restore(checkpoints).step == 2
+        assert said == [f"{run} was deleted during the run: it is made again"]
+        child = start_child(HOLD, run)
+        assert "another process is training" in child.communicate()[1]
+
+
+def test_a_run_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+    run = tmp_path / "run"
+    with CheckpointManager(run, report=lambda line: None) as checkpoints:
+        save(checkpoints, 1)
+        shutil.rmtree(run)
+        (run / "checkpoints" / "7").mkdir(parents=True)
+        child = start_child(HOLD, run)
+        assert child.stdout.readline() == "locked\n"
+        try:
+            with pytest.raises(SaveError, match=f"another process .*pid {child.pid}"):
+                save(checkpoints, 2)
+            assert checkpoints.steps() == [7]
+        finally:
+            child.kill()
+            child.communicate()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):

@@ -1,0 +1,36 @@
+"""Says why a checkpoint could not be saved."""
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+class SaveError(ValueError):
+    """A checkpoint could not be written; earlier ones are intact."""
+
+
+def save_failed(folder: Path, needed: int, error: Exception) -> str:
+    """Returns the message of a SaveError, with the reason that the system gave.
+
+    Args:
+      folder: the step that could not be written.
+      needed: the bytes of its arrays.
+      error: what was raised.
+    """
+    text = " ".join(str(error).split())
+    # TensorStore wraps the system error in a paragraph.
+    found = re.search(r"os_error_code='(\d+)'", text)
+    code = int(found[1]) if found else getattr(error, "errno", None)
+    reason = text[-200:] or type(error).__name__
+    if code is not None:
+        reason = os.strerror(code)
+    message = f"{folder} cannot be written ({reason})"
+    if code == errno.ENOSPC:
+        # Beside its arrays a step has files of metadata, in whole blocks.
+        free = shutil.disk_usage(folder.parent).free
+        message += f": a step needs more than the {free:,} bytes that are free"
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        message += f"; its arrays have {needed:,} bytes. Make room, or raise your quota"
+    return f"{message}; earlier steps are intact"
