@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxlm.files.checksums import Checksums
 from jaxlm.files.user_cache import user_cache
 from jaxlm.terminal.exit_codes import EXIT_USAGE
 from jaxlm.terminal.printable import one_line
 
 STARTED = time.monotonic()
 """About the start of the process: nothing slow is imported before this."""
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's event after a program was compiled and cached."""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
 MALLOC_OPTIONS = (
     "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
@@ -151,7 +154,8 @@ def compile_cache_folder() -> Path:
 def use_compile_cache() -> None:
     """Caches compiled programs in a folder of the user, mode 0700.
 
-    Where that cannot be used, it warns, and nothing is cached.
+    Where that cannot be used, it warns, and nothing is cached. Damaged programs are
+    removed first, as JAX would run them.
     """
     import jax
 
@@ -162,6 +166,12 @@ def use_compile_cache() -> None:
         folder.chmod(0o700)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        checksums = Checksums(folder, "-cache")
+        if damaged := checksums.remove_damaged():
+            logger.warning(
+                "%s: %d compiled programs were damaged, and are made again",
+                *(folder, damaged),
+            )
     except OSError as error:
         logger.warning(
             "compiled programs are not kept: %s (%s); each start compiles again",
@@ -171,3 +181,10 @@ def use_compile_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+    def record(event: str, _seconds: float, **_about: Any) -> None:
+        if event == COMPILED:
+            with contextlib.suppress(OSError):  # Not recorded, it is not used again.
+                checksums.record_new()
+
+    jax.monitoring.register_event_duration_secs_listener(record)

@@ -126,3 +126,34 @@ def test_a_run_folder_that_is_deleted_loses_no_training(tmp_path):
     assert f"{run.path} was deleted during the run: it is made again" in err
     assert run.steps() == [3]
     assert "all 3 steps are done" in run.train()[1]
+
+
+PROGRAMS = """
+import sys
+import jax, jax.numpy as jnp
+from jaxlm.commands.process import log_on_stderr, use_compile_cache
+with log_on_stderr(False):
+    use_compile_cache()
+x = jnp.ones((8, 8))
+print([float(jax.jit(lambda x: jnp.sin(x @ x * k).sum())(x)) for k in range(1, 5)])
+"""
+
+
+@pytest.mark.slow
+def test_a_damaged_program_is_compiled_again(tmp_path):
+    """One flipped bit of a program is machine code too."""
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    command = f"{sys.executable} -c '{PROGRAMS}'"
+    code, first = shell(f"{command} >&2", tmp_path, **cache)
+    assert code == 0 and "damaged" not in first, first
+    files = sorted((tmp_path / "jaxlm" / "xla").glob("*-cache"))
+    assert len(files) >= 4
+    for number, file in enumerate(files):
+        content = bytearray(file.read_bytes())
+        content[(number + 1) * len(content) // (len(files) + 1)] ^= 4
+        file.write_bytes(content)
+    code, err = shell(f"{command} >&2", tmp_path, **cache)
+    line, *rest = err.splitlines()
+    assert code == 0 and "\n".join(rest) == first.strip(), err
+    assert f"{len(files)} compiled programs were damaged, and are made again" in line
+    assert shell(f"{command} >&2", tmp_path, **cache) == (0, first)
