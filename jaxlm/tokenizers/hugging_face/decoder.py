@@ -1,11 +1,12 @@
 """How the tokens of a tokenizer.json become bytes, according to its decoder."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
+
+from jaxlm.terminal.printable import shown_value
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
@@ -55,7 +56,7 @@ def decoding_of(steps: Sequence[Mapping[str, Any]]) -> Decoding:
             if step.get("prepend_scheme", "always") != "never":
                 out.leading_spaces = "drop token"
         else:
-            raise ValueError(_no_decoder(f"has the step {json.dumps(step)}"))
+            raise ValueError(_no_decoder(f"has the step {shown_value(step)}"))
     if not steps:
         raise ValueError(_no_decoder("is missing"))
     return out

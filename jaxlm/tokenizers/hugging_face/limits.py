@@ -7,6 +7,7 @@ file with a pattern that is not of a harmless shape is first tried in another pr
 """
 
 import base64
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from jaxlm.files.limited_process import run_limited
 from jaxlm.terminal.printable import shown, shown_value
 from jaxlm.tokenizers.hugging_face import trial
+from jaxlm.tokenizers.hugging_face.pre_tokenizers import BY_NAME
 from jaxlm.tokenizers.hugging_face.tokenizer_json import AddedToken
 
 # Added tokens of published files have at most 30 characters, except for white space.
@@ -28,10 +30,10 @@ MAX_ADDED_BYTES = 256
 # Of a charsmap: published ones lengthen a text about so much at worst. Two are refused.
 _CHARSMAP_GROWTH = 5.0
 MAX_PATTERN_CHARACTERS = 4096
-# Repetitions without a bound in one alternative of a pattern: with k of them, matching
-# can take the k-th power of the length of a text. Published patterns have 2.
-_MAX_REPETITIONS = 3
 _MAX_COUNT = 1000
+# Ways to match a pattern at one place: enough for one repetition in an alternative, as
+# two that follow each other take the cube of the length of a text.
+_MAX_WAYS = 20_000
 
 _TRIAL_SECONDS = 2
 _TRIAL_BYTES = 512 << 20
@@ -39,6 +41,7 @@ _TRIAL_SIGNS = ("a", " ", "0", "\n", "!", "é")
 _TRIAL_TEXTS = [c * 3000 for c in _TRIAL_SIGNS]
 _TRIAL_TEXTS += ["a" * 50 + "!", " " * 50 + "!", "0" * 50 + "a", "!" * 50 + "a"]
 _TRIAL_TEXTS += ["ab" * 1500, "a " * 1500, "a1" * 1500, "a\n" * 1500, "aA!" * 1000]
+_TRIAL_TEXTS += ["The quick brown fox jumps over 13 lazy dogs; don't they?\n" * 150]
 
 
 def check_tokens(vocab: Mapping[str, int], added: Sequence[AddedToken]) -> None:
@@ -189,6 +192,7 @@ def try_patterns(
     letters = [_letters(pattern) for pattern in odd]
     texts = [*_TRIAL_TEXTS, *(x * 30 for x in letters)]
     texts += [c * 50 + "?" + x for c in _TRIAL_SIGNS for x in letters]
+    texts += [((x + " a0!\n") * 1500)[:9000] for x in letters]
     size = len(library_json)
     seconds = _TRIAL_SECONDS + size // 10_000_000
     job = {"tokenizer": library_json, "texts": texts, "seconds": seconds}
@@ -212,65 +216,75 @@ _OPENING = re.compile(r"\((?:\?(?:[imsx-]*:|[=!]|<[=!])|(?!\?))")
 
 
 def is_harmless(pattern: str) -> bool:
-    """Whether a pattern is of a shape that takes little time for any text.
+    """Whether a pattern takes little time for any text, or as much as it always did.
 
-    That is: what repeats has nothing inside that varies, so that there is one way to
-    match it; no part is matched again by reference; few repetitions follow each other.
+    That is: it is one of a published model; or what repeats has nothing inside that
+    varies, no part is matched again by reference, and few ways to match are left.
     """
+    if pattern in _published():
+        return True
     try:
-        end, repetitions, _ = _alternatives(pattern, 0)
+        end, ways = _alternatives(pattern, 0)
     except (_Odd, RecursionError):
         return False
-    return end == len(pattern) and repetitions <= _MAX_REPETITIONS
+    return end == len(pattern) and ways <= _MAX_WAYS
+
+
+@functools.cache
+def _published() -> frozenset[str]:
+    """The patterns of known models; some take the cube of a text's length at worst."""
+    steps = (step for known in BY_NAME.values() for step in known.steps)
+    return frozenset(s["pattern"]["Regex"] for s in steps if s["type"] == "Split")
 
 
 class _Odd(Exception):
     """A pattern has something that may take long."""
 
 
-def _alternatives(pattern: str, at: int) -> tuple[int, int, bool]:
+def _alternatives(pattern: str, at: int) -> tuple[int, int]:
     """Reads a pattern up to its end or a closing parenthesis.
 
     Returns:
-      The end; the repetitions without a bound in one alternative; whether there is more
-      than one way to match.
+      The end, and the number of ways to match at one place, if what repeats without a
+      bound repeats up to `_MAX_COUNT` times.
     """
-    most, repetitions, varies = 0, 0, False
+    total, ways = 0, 1
     while at < len(pattern) and pattern[at] != ")":
         if pattern[at] == "|":
-            most, repetitions, varies, at = max(most, repetitions), 0, True, at + 1
+            total, ways, at = total + ways, 1, at + 1
             continue
-        at, inner, inner_varies = _atom(pattern, at)
+        at, inner = _atom(pattern, at)
         if found := _QUANTIFIER.match(pattern, at):
             sign, low, comma, high = found.groups()
-            count = _MAX_COUNT if sign in ("*", "+") or not (sign or high) else 1
-            count = int(high or low or 1) if not sign and (high or not comma) else count
-            if count > 1 and inner_varies:
+            bounded = sign == "?" or high or (low and not comma)
+            most = int(high or low or 1) if bounded else _MAX_COUNT
+            if most > 1 and inner > 1:
                 raise _Odd
-            inner += count > 16 and (bool(sign) or bool(comma))
-            inner_varies = inner_varies or bool(sign or comma)
+            if sign == "?":
+                inner += 1
+            elif sign or comma:
+                inner = max(most - int(low or 0) + 1, 1)
             at = found.end()
-        repetitions += inner
-        varies = varies or inner_varies
-    return at, max(most, repetitions), varies
+        ways *= inner
+    return at, total + ways
 
 
-def _atom(pattern: str, at: int) -> tuple[int, int, bool]:
+def _atom(pattern: str, at: int) -> tuple[int, int]:
     """Reads what a quantifier may follow; as `_alternatives`."""
     if pattern[at] == "(":
         opening = _OPENING.match(pattern, at)
         if opening is None:
             raise _Odd
-        at, inner, varies = _alternatives(pattern, opening.end())
+        at, ways = _alternatives(pattern, opening.end())
         if pattern[at : at + 1] != ")":
             raise _Odd
-        return at + 1, inner, varies
+        return at + 1, ways
     if pattern[at] == "[":
-        return _end_of_class(pattern, at), 0, False
+        return _end_of_class(pattern, at), 1
     atom = _ATOM.match(pattern, at)
     if atom is None:
         raise _Odd
-    return atom.end(), 0, False
+    return atom.end(), 1
 
 
 def _end_of_class(pattern: str, at: int) -> int:

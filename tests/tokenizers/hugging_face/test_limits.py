@@ -146,6 +146,10 @@ HOSTILE = {
         {"normalizer": replace("a", Regex=r"(\s+)+b")},
         r"a trial of the pattern (\s+)+b ",
     ),
+    "two repetitions, which take the cube of a text's length": (
+        {"pre_tokenizer": split(r"(?<=e)[\s\S]*[\s\S]*(?!)")},
+        "a trial of the pattern",
+    ),
     "nested counts": (
         {"pre_tokenizer": split("(?:(?:a{1,900}){1,900}){1,900}b")},
         "a trial of the pattern (?:(?:a{1,900",
@@ -194,6 +198,7 @@ def test_published_patterns_need_no_trial(pattern):
 @pytest.mark.parametrize(
     "pattern",
     ["(a|a)*b", "(a+)+b", "a*a*a*a*b", "(a?){30}a{30}", "(?:a{1,99}){1,99}b", "(x*)*",
+     r"[\s\S]*[\s\S]*(?!)", "a?" * 15 + "a", "(?:a|a|a)" * 10, r"a{1,200}b{0,200}",
      r"(a)\1*", "(?>a+)+", "((a*))*", "(?<n>a)\\g<n>", "(", "[a", "a)", "(?#x)a"],
 )  # fmt: skip
 def test_other_shapes_need_one(pattern):
