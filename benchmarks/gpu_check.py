@@ -337,20 +337,23 @@ class Worker:
             return {"passed": False, "failure": f"no result in {STALL_SECONDS} s"}
         if not line:
             code = process.wait()
-            self._process = None
+            self.close()
             return {"passed": False, "failure": f"the process ended with {code}"}
         return json.loads(line)
 
     @staticmethod
     def _read(process: subprocess.Popen, lines: queue.Queue) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                lines.put(line)
+        with process.stdout as output:
+            for line in output:
+                if line.startswith("{"):
+                    lines.put(line)
         lines.put("")
 
     def close(self) -> None:
         if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             self._process.kill()
             self._process.wait()
             self._process = None

@@ -1,6 +1,7 @@
 """Times a peer's training step in its own Python. Called by train_step.py.
 
 Both peers take the usual step: bf16 autocast or f32, clipping at norm 1, torch's AdamW.
+On a GPU the model is compiled and AdamW is fused, as is usual there.
 """
 
 import argparse
@@ -70,16 +71,23 @@ def main() -> None:
         model, loss_of = transformers_llama(shape)
     else:
         model, loss_of = nanogpt(arguments.nanogpt, shape)
-    model.train()
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    model.to(device).train()
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+        model.compile()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=gpu
     )
     rows = (arguments.batch, shape["context_length"])
-    x, y = (torch.randint(0, shape["vocab_size"], rows) for _ in range(2))
+    x, y = (
+        torch.randint(0, shape["vocab_size"], rows, device=device) for _ in range(2)
+    )
     autocast = arguments.dtype == "bfloat16"
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = loss_of(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

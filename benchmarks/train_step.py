@@ -7,6 +7,9 @@ the medians, their ratio, and the share of this machine's matmul peak. PATH is a
 with torch and transformers; FOLDER is a clone of nanoGPT. Results go to
 benchmarks/results/train_step.json. Run it on a quiet machine: the script stops if other
 processes use more than a fifth of a core.
+
+On a GPU, take `--case llama3.2-1b`: there torch compiles its model, with PyTorch's own
+flash attention. jaxlm runs rows of one document, as the peer does, and packed rows.
 """
 
 import argparse
@@ -43,6 +46,9 @@ class Case:
     batch: int
     peer: str
     model: ModelConfig
+    loss_chunk: int = 0
+    documents: int = 1
+    """In a packed row, timed beside rows of one document if more than one."""
 
 
 CASES = {
@@ -68,6 +74,14 @@ CASES = {
             activation="gelu",
         ),
     ),
+    # For one accelerator of 80 GB.
+    "llama3.2-1b": Case(
+        4,
+        "transformers",
+        replace(preset("llama3.2-1b"), context_length=4096),
+        loss_chunk=4096,
+        documents=8,
+    ),
 }
 
 
@@ -90,8 +104,8 @@ def measure_peak_flops(dtype, seconds: float = 0.2) -> float:
     return 2 * 1024**3 / best
 
 
-def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
-    """Times steps of jaxlm in this process."""
+def time_jaxlm(name: str, dtype: str, steps: int, documents: int) -> dict:
+    """Times steps of jaxlm in this process, on rows of so many documents."""
     import jax
     import numpy as np
 
@@ -100,7 +114,7 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
     from jaxlm.train.optimizer import make_optimizer
     from jaxlm.train.state import init_state
     from jaxlm.train.step import make_train_step
-    from jaxlm.train.throughput import flops_per_token
+    from jaxlm.train.throughput import flops_per_token, published_peak_flops
     from jaxlm.types import Batch
 
     case = CASES[name]
@@ -111,14 +125,19 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
         model=replace(case.model, dtype=dtype, unroll_layers=unroll),
         data=DataConfig(sequence_length=T),
         optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.99, schedule="constant"),
-        train=TrainConfig(batch_size=B),
+        train=TrainConfig(batch_size=B, loss_chunk=case.loss_chunk),
     )
-    ids = np.random.default_rng(0).integers(0, case.model.vocab_size, (B, T + 1))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, case.model.vocab_size, (B, T + 1)).astype(np.int32)
+    # The same documents in each row.
+    starts = np.sort(rng.permutation(np.arange(1, T))[: documents - 1])
+    segments = (np.arange(T)[:, None] >= starts).sum(axis=1)
+    positions = np.arange(T) - np.insert(starts, 0, 0)[segments]
     batch = Batch(
-        tokens=ids[:, :-1].astype(np.int32),
-        targets=ids[:, 1:].astype(np.int32),
-        positions=np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-        segment_ids=np.ones((B, T), np.int32),
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        positions=np.tile(positions.astype(np.int32), (B, 1)),
+        segment_ids=np.tile(segments.astype(np.int32) + 1, (B, 1)),
         loss_weights=np.ones((B, T), np.float32),
     )
     mesh = make_mesh(MeshConfig())
@@ -142,7 +161,9 @@ def time_jaxlm(name: str, dtype: str, steps: int) -> dict:
         "first_step_s": compile_s,
         "losses": [first_loss, last_loss],
         "flops_per_token": flops_per_token(config.model, T),
-        "peak_flops": measure_peak_flops(jax.numpy.dtype(dtype)),
+        "peak_flops": published_peak_flops(jax.devices()[0].device_kind)
+        or measure_peak_flops(jax.numpy.dtype(dtype)),
+        "device": jax.devices()[0].device_kind,
         "version": jax.__version__,
     }
 
@@ -175,7 +196,10 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
     """Alternates between jaxlm and the peer of a case."""
     case = CASES[name]
     tokens = case.batch * case.model.context_length
-    runs: dict[str, list[dict]] = {"jaxlm": [], case.peer: []}
+    documents = {"jaxlm": 1}
+    if case.documents > 1:
+        documents[f"jaxlm, {case.documents} documents a row"] = case.documents
+    runs: dict[str, list[dict]] = {name: [] for name in (*documents, case.peer)}
     same = ["--dtype", arguments.dtype, "--steps", str(arguments.steps)]
     ours = [sys.executable, __file__, "--child", name, *same]
     peer = [arguments.peer_python, str(HERE / "peer_train.py"), case.peer, *same]
@@ -189,7 +213,9 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
                 f"other processes use {load:.1f} cores: wait, or pass --even-if-busy"
             )
         # jaxlm runs with the malloc options of train.py, the peer with its defaults.
-        runs["jaxlm"].append(child(ours, GLIBC_TUNABLES=MALLOC_OPTIONS))
+        for system, number in documents.items():
+            command = [*ours, "--documents", str(number)]
+            runs[system].append(child(command, GLIBC_TUNABLES=MALLOC_OPTIONS))
         runs[case.peer].append(child(peer, GLIBC_TUNABLES=""))
         print(
             f"{name}: round {round_number + 1} of {arguments.rounds}", file=sys.stderr
@@ -205,6 +231,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
         "batch": case.batch,
         "length": case.model.context_length,
         "dtype": arguments.dtype,
+        "device": first["device"],
         "tokens_per_s": rates,
         "median_tokens_per_s": median,
         "ratio": median["jaxlm"] / median[case.peer],
@@ -225,14 +252,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--even-if-busy", action="store_true")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--documents", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        result = time_jaxlm(arguments.child, arguments.dtype, arguments.steps)
+        result = time_jaxlm(
+            arguments.child, arguments.dtype, arguments.steps, arguments.documents
+        )
         print(json.dumps(result))
         return
     if arguments.peer_python is None:
         parser.error("--peer-python is needed: a Python with torch and transformers")
-    names = arguments.case or list(CASES)
+    names = arguments.case or ["smollm2-135m", "nanogpt-baby"]
     if arguments.nanogpt is None and "nanogpt-baby" in names:
         parser.error("--nanogpt is needed: the folder of a clone of nanoGPT")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}

@@ -5,6 +5,7 @@ This shows that the compilers accept them, not that they are right or fast.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -23,12 +24,24 @@ needs_cuda = pytest.mark.skipif(
 def run_case(*arguments):
     child = subprocess.run(
         [sys.executable, CASE, *arguments],
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
+        env={
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": "",
+            # Its assembler then writes what it made of each kernel.
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert child.returncode == 0, child.stderr[-3000:]
+    # Registers that did not suffice, matrix instructions that wait for one another, and
+    # a register limit that was not taken.
+    text = child.stdout + child.stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
+    assert not any(spills), spills
+    assert bool(spills) == (arguments[0] == "h100:1"), "no word from ptxas"
+    assert not re.search("serialized|setmaxnreg.*ignored", text)
     return json.loads(child.stdout.splitlines()[-1])
 
 

@@ -154,26 +154,26 @@ def test_the_choice_is_logged_once(caplog, capfd):
 def test_a_warning_where_an_accelerator_has_no_kernel_for_long_rows(
     monkeypatch, caplog
 ):
-    h100 = ("gpu", "NVIDIA H100 80GB HBM3")
+    h200 = ("gpu", "NVIDIA H200")
     # Training batches have segments.
-    choice = choose("auto", make_request(*h100, segments=True))
+    choice = choose("auto", make_request(*h200, segments=True))
     assert choice.name == "xla"
     assert choice.warning.startswith("long sequences run in xla, which is slower than")
     assert "cudnn: no segments" in choice.warning
-    assert "pallas_gpu: not proven on NVIDIA H100" in choice.warning
+    assert "pallas_gpu: not proven on NVIDIA H200" in choice.warning
     assert "--model.attention" in choice.warning and "splash" not in choice.warning
     # No warning if a kernel runs, for one query, for short sequences, on a CPU, or if the
     # implementation was requested by name.
-    assert choose("auto", make_request(*h100)).warning is None
-    one = make_request(*h100, num_queries=1, query_positions=True)
+    assert choose("auto", make_request(*h200)).warning is None
+    one = make_request(*h200, num_queries=1, query_positions=True)
     assert choose("auto", one).warning is None
-    short = make_request(*h100, num_queries=256, num_keys=256, segments=True)
+    short = make_request(*h200, num_queries=256, num_keys=256, segments=True)
     assert choose("auto", short).warning is None
     assert choose("auto", make_request(segments=True)).warning is None
-    assert choose("xla", make_request(*h100, segments=True)).warning is None
+    assert choose("xla", make_request(*h200, segments=True)).warning is None
     # Calls log the warning once.
     monkeypatch.setattr(
-        dispatch, "request", lambda *a, **k: make_request(*h100, segments=True)
+        dispatch, "request", lambda *a, **k: make_request(*h200, segments=True)
     )
     dispatch._log_once.cache_clear()
     q, k, v = inputs()

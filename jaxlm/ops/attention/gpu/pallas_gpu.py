@@ -1,5 +1,7 @@
 """Our attention on Hopper GPUs: the entry point, and default block sizes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -48,7 +50,17 @@ def declines(request: Request) -> str | None:
         return f"{request.dtype.name} is neither bfloat16 nor float16"
     if request.head_dim > 256:
         return f"head_dim {request.head_dim} is above 256"
+    runtime = _cuda_runtime()
+    if request.spec.mask.causal and runtime and 12080 <= runtime < 12091:
+        # As JAX's own kernel declines.
+        return f"the ptxas of CUDA {runtime} miscompiles causal kernels: take 12.9.1"
     return None
+
+
+def _cuda_runtime() -> int | None:
+    """Returns the CUDA runtime of this process, as 12090 for 12.9.0, or None."""
+    found = re.search(r"cuda (\d+)", jax.local_devices()[0].client.platform_version)
+    return int(found[1]) if found else None
 
 
 def attention(

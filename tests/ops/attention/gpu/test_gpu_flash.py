@@ -37,7 +37,7 @@ def ours(spec, **settings):
     return lambda q, k, v: pallas_gpu.attention(q, k, v, spec, settings=settings)
 
 
-def test_declines_say_why():
+def test_declines_say_why(monkeypatch):
     def reason(**changes):
         hopper = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3"}
         return pallas_gpu.declines(plain_request(**{**hopper, **changes}))
@@ -47,6 +47,11 @@ def test_declines_say_why():
     assert reason(dtype=jnp.float32) == "float32 is neither bfloat16 nor float16"
     assert reason(head_dim=260) == "head_dim 260 is above 256"
     assert reason(device_kind="NVIDIA B200").startswith("needs a Hopper GPU, not")
+    for runtime, reasons in ((12080, True), (12090, True), (12091, False)):
+        monkeypatch.setattr(
+            pallas_gpu, "_cuda_runtime", lambda runtime=runtime: runtime
+        )
+        assert bool(reason()) == reasons and reason(causal=False) is None
     q, k, v = inputs(8, 8, 1, 16)
     with pytest.raises(ValueError, match="bfloat16, bfloat16 and float32"):
         pallas_gpu.attention(q, k, v.astype(jnp.float32), SPEC)

@@ -1,0 +1,79 @@
+"""The gate that licenses kernels, benchmarks/gpu_check.py, at small sizes on a CPU."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[3] / "benchmarks" / "gpu_check.py"
+SPEC = importlib.util.spec_from_file_location("gpu_check", FILE)
+assert SPEC is not None and SPEC.loader is not None
+gpu_check = importlib.util.module_from_spec(SPEC)
+sys.modules["gpu_check"] = gpu_check
+SPEC.loader.exec_module(gpu_check)
+
+
+def test_a_license_needs_every_case():
+    def licensed(*results):
+        return gpu_check.licensed({"kernel": dict(enumerate(results))})
+
+    passed, failed, declined = {"passed": True}, {"passed": False}, {"declined": "no"}
+    assert licensed(passed, declined) == ["kernel"]
+    assert licensed(passed, failed) == licensed(declined) == licensed() == []
+
+
+def test_what_is_licensed_was_tested_at_real_sizes():
+    found = gpu_check.cases("gpu", interpret=False)
+    assert {case.head_dim for case in found} >= {64, 128}
+    assert {case.length for case in found} == {2048}
+    for name in ("pallas_gpu, plain", "pallas_gpu, specialized"):
+        options = {case.option for case in found if case.implementation == name}
+        assert options == set(gpu_check.OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pallas_gpu, plain", "pallas_tpu"])
+def test_a_right_kernel_passes_and_a_wrong_one_does_not(name):
+    (case,) = [
+        case
+        for case in gpu_check.cases(name[7:10], interpret=True)
+        if (case.implementation, case.option) == (name, "all options")
+    ]
+    found = gpu_check.check(case, interpret=True)
+    assert found["passed"] and found["same_twice"], found
+
+    def longer_window(spec):
+        mask = dataclasses.replace(spec.mask, window=spec.mask.window + 1)
+        return dataclasses.replace(spec, mask=mask)
+
+    def other_scale(spec):
+        return dataclasses.replace(spec, scale=1.02)
+
+    for wrong in (longer_window, other_scale):
+        assert not gpu_check.check(case, interpret=True, wrong=wrong)["passed"]
+
+
+@pytest.mark.slow
+def test_what_stalls_or_dies_has_failed(tmp_path, monkeypatch):
+    """The process is replaced, and the next case is checked."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, os, sys, time\n"
+        "for line in sys.stdin:\n"
+        "    option = json.loads(line)['option']\n"
+        "    if option == 'dies': os.abort()\n"
+        "    if option == 'stalls': time.sleep(600)\n"
+        "    print(json.dumps({'passed': True}), flush=True)\n"
+    )
+    monkeypatch.setattr(gpu_check, "__file__", str(worker))
+    monkeypatch.setattr(gpu_check, "STALL_SECONDS", 5)
+    case = gpu_check.Case("kernel", 64, "")
+    todo = [dataclasses.replace(case, option=x) for x in ("stalls", "dies", "right")]
+    found = {c.option: r for c, r in gpu_check.check_all(todo, [], workers=1)}
+    assert found["stalls"]["failure"] == "no result in 5 s"
+    assert found["dies"]["failure"].startswith("the process ended with")
+    assert found["right"] == {"passed": True}
+    assert json.dumps(found)
