@@ -1,10 +1,10 @@
 """The training step and the evaluation step: pure, jitted functions."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.transformer import forward, head_params, unembed
+from jaxlm.ops.edit import Edit
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
@@ -43,12 +44,28 @@ class StepMetrics:
     skipped: Any = None
     """How many steps in a row, up to this one, were skipped, an int32; None if spikes
     are not skipped."""
+    hits: tuple[Any, ...] = ()
+    """How often each edit has fired, for `check_hits`."""
+
+
+class LossSums(NamedTuple):
+    """Sums over the tokens of a batch."""
+
+    objective: Float[Array, ""]
+    entropy: Float[Array, ""]
+    """The cross-entropy alone, in nats."""
+    hits: tuple[Any, ...]
+    """How often each edit has fired."""
 
 
 def loss_sums(
-    config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns sums over the batch: the objective, and the cross-entropy alone (nats).
+    config: ModelConfig,
+    train: TrainConfig,
+    params: Params,
+    batch: Batch,
+    edits: Sequence[Edit] = (),
+) -> LossSums:
+    """Returns sums over the batch.
 
     Tokens are weighted by their loss weights. The load-balance loss is a mean over the
     batch, so it is multiplied by the sum of the loss weights.
@@ -62,6 +79,7 @@ def loss_sums(
         positions=batch.positions,
         segment_ids=batch.segment_ids,
         taps=(Tap("router_logits"),) if balanced else (),
+        edits=edits,
         head=False,
     )
     x = out.hidden_states
@@ -87,15 +105,20 @@ def loss_sums(
         _, experts = route(logits, config.experts_per_token, config.router_normalize)
         balance = load_balance_loss(logits, experts, weights)
         objective += train.load_balance_loss * balance * jnp.sum(weights)
-    return objective, entropy
+    return LossSums(objective, entropy, out.hits)
 
 
 def loss_and_grads(
-    config: ModelConfig, train: TrainConfig, params: Params, batch: Batch
-) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
-    """Returns the mean loss, its gradient, and the sum of the loss weights.
+    config: ModelConfig,
+    train: TrainConfig,
+    params: Params,
+    batch: Batch,
+    edits: Sequence[Edit] = (),
+) -> tuple[Float[Array, ""], Params, Float[Array, ""], tuple[Any, ...]]:
+    """Returns the mean loss, its gradient, the sum of the loss weights, and the hits.
 
-    The sum is at least 1, so a batch without weights divides by no zero.
+    The sum is at least 1, so a batch without weights divides by no zero. The hits are
+    those of the edits.
 
     The batch is split into `train.accumulation_steps` microbatches. Sums over tokens
     are divided by the weights of the whole batch, so the split does not change the
@@ -104,14 +127,14 @@ def loss_and_grads(
     total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
 
     def mean_loss(params, microbatch):
-        objective, entropy = loss_sums(config, train, params, microbatch)
-        return objective / total, entropy / total
+        sums = loss_sums(config, train, params, microbatch, edits)
+        return sums.objective / total, (sums.entropy / total, sums.hits)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     count = train.accumulation_steps
     if count == 1:
-        (_, loss), grads = gradient(params, batch)
-        return loss, grads, total
+        (_, (loss, hits)), grads = gradient(params, batch)
+        return loss, grads, total, hits
 
     def split(x: Array) -> Array:
         """[B, T] -> [count, B / count, T]; each microbatch has rows from all shards."""
@@ -122,18 +145,23 @@ def loss_and_grads(
     leaves, structure = jax.tree.flatten(batch)
 
     def accumulate(sums, microbatch):
-        (_, loss), grads = gradient(params, jax.tree.unflatten(structure, microbatch))
-        return jax.tree.map(jnp.add, sums, (loss, grads)), None
+        (_, aux), grads = gradient(params, jax.tree.unflatten(structure, microbatch))
+        return jax.tree.map(jnp.add, sums, (aux, grads)), None
 
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), _ = jax.lax.scan(accumulate, start, [split(x) for x in leaves])
-    return loss, grads, total
+    no_hits = (jnp.zeros((), jnp.int32),) * len(edits)
+    start = ((jnp.zeros(()), no_hits), jax.tree.map(jnp.zeros_like, params))
+    ((loss, hits), grads), _ = jax.lax.scan(
+        accumulate, start, [split(x) for x in leaves]
+    )
+    return loss, grads, total, hits
 
 
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Returns a jitted step; it donates its input state.
+
+    A third argument gives edits, with which the loss and its gradient are computed.
 
     If the state has a history of spikes, a step that is one changes nothing but `step`
     and that history: parameters and optimizer state, with the counts from which the
@@ -143,15 +171,20 @@ def make_train_step(
     peak = config.optimizer.learning_rate
     schedule = make_schedule(config.optimizer, train.steps, peak)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, grads, total = loss_and_grads(model, train, state.params, batch)
+    def train_step(
+        state: TrainState, batch: Batch, edits: Sequence[Edit] = ()
+    ) -> tuple[TrainState, StepMetrics]:
+        loss, grads, total, hits = loss_and_grads(
+            model, train, state.params, batch, edits
+        )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         spikes = state.spikes
         updates_done = state.step if spikes is None else state.step - spikes.skipped
         rate = jnp.asarray(schedule(updates_done), jnp.float32)
-        metrics = StepMetrics(loss, tree.global_norm(grads), total, rate)
+        norm = tree.global_norm(grads)
+        metrics = StepMetrics(loss, norm, total, rate, hits=hits)
         if spikes is not None:
             spikes = after_step(spikes, loss, metrics.grad_norm)
             old, new = (state.params, state.opt_state), (params, opt_state)
@@ -167,7 +200,7 @@ def make_eval_step(config: ModelConfig, train: TrainConfig) -> EvalStep:
     """Returns a jitted function: sums of the cross-entropy (nats) and loss weights."""
 
     def eval_step(params: Params, batch: Batch):
-        _, entropy = loss_sums(config, train, params, batch)
+        entropy = loss_sums(config, train, params, batch).entropy
         return entropy, jnp.sum(batch.loss_weights)
 
     return jax.jit(eval_step)

@@ -108,7 +108,7 @@ jitted_loss_and_grads = jax.jit(loss_and_grads, static_argnums=(0, 1))
 def gradients(config, mesh, move=0.0, rows=slice(None)):
     with jax.set_mesh(mesh):
         state, _ = state_on(config, mesh, move)
-        loss, grads, _ = jitted_loss_and_grads(
+        loss, grads, *_ = jitted_loss_and_grads(
             *(config.model, config.train, state.params, batch_of(0, mesh, rows))
         )
     for name, leaf in tree.flatten(grads).items():

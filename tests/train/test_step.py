@@ -26,6 +26,7 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.model.transformer import forward
+from jaxlm.ops.edit import Edit
 from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.tap import Tap
 from jaxlm.sharding.mesh import make_mesh
@@ -64,7 +65,7 @@ def loss_of(train, batch=BATCH):
     def run(params, batch):
         return loss_and_grads(MODEL, train, params, batch)
 
-    loss, grads, total = jax.jit(run)(PARAMS, batch)
+    loss, grads, total, _ = jax.jit(run)(PARAMS, batch)
     return (
         float(loss),
         {n: np.asarray(g) for n, g in tree.flatten(grads).items()},
@@ -72,7 +73,7 @@ def loss_of(train, batch=BATCH):
     )
 
 
-def nll_in_numpy(batch):
+def nll_in_numpy(batch, edits=()):
     """Computes each token's cross-entropy in float64 from the logits of a plain call."""
     logits = forward(
         MODEL,
@@ -80,6 +81,7 @@ def nll_in_numpy(batch):
         jnp.asarray(batch.tokens),
         positions=jnp.asarray(batch.positions),
         segment_ids=jnp.asarray(batch.segment_ids),
+        edits=edits,
     ).logits
     logits = np.float64(logits)
     top = logits.max(-1, keepdims=True)
@@ -130,12 +132,32 @@ def test_a_mean_of_means_would_be_another_loss(whole):
     assert abs(np.mean(means) - whole[0]) > 1e-3
 
 
+def test_a_step_can_be_computed_with_edits():
+    """Positions are those in the documents of a packed row."""
+    edits = (
+        Edit("mlp_out", "scale", 0.0, layer=0),
+        Edit("resid_post", "add", jnp.ones(MODEL.model_dim), position=[0, 2]),
+    )
+    config = config_of(steps=6, batch_size=ROWS, accumulation_steps=2)
+    optimizer = make_optimizer(config.optimizer, 6)
+    params = jax.tree.map(jnp.copy, PARAMS)  # the step donates its state
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    _, metrics = make_train_step(config, optimizer)(state, BATCH, edits)
+    nll, _ = nll_in_numpy(BATCH, edits)
+    weights = np.float64(BATCH.loss_weights)
+    wanted = (nll * weights).sum() / weights.sum()
+    assert float(metrics.loss) == pytest.approx(wanted, rel=1e-6)
+    assert abs(wanted - (nll_in_numpy(BATCH)[0] * weights).sum() / weights.sum()) > 0.01
+    fired = np.isin(BATCH.positions, (0, 2)).sum()
+    assert list(map(int, metrics.hits)) == [2, MODEL.num_layers * fired]
+
+
 @pytest.mark.slow
 def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(whole):
     loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS, z_loss=0.1))
     assert loss == pytest.approx(whole[0], rel=1e-6)
     assert np.abs(grads["lm_head/kernel"] - whole[1]["lm_head/kernel"]).max() > 1e-3
-    objective, entropy = loss_sums(MODEL, TrainConfig(z_loss=0.1), PARAMS, BATCH)
+    objective, entropy, _ = loss_sums(MODEL, TrainConfig(z_loss=0.1), PARAMS, BATCH)
     _, log_z = nll_in_numpy(BATCH)
     extra = 0.1 * (log_z**2 * BATCH.loss_weights).sum()
     assert float(objective - entropy) == pytest.approx(extra, rel=1e-4)
