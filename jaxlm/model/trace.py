@@ -6,6 +6,7 @@ is computed from recorded ones, for the tapped layers only. The table of sites i
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add
 
@@ -19,14 +20,13 @@ from jaxlm.model.block import Context, LayerKind, attention_spec, layer_kinds
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import Caches
 from jaxlm.model.params import sizes
-from jaxlm.ops.attention.reference import attention_scores
+from jaxlm.ops.attention.reference import attention_scores, join_heads
 from jaxlm.ops.edit import Edit, check_edits
-from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import route
 from jaxlm.ops.norm import divisor
 from jaxlm.ops.sites import SITES, computed_aside
-from jaxlm.ops.tap import Recorder, Tap, check_taps
+from jaxlm.ops.tap import Recorder, Tap, check_taps, choose
 from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params, Trace
 
@@ -86,9 +86,13 @@ def _norm_inputs(config: ModelConfig, site: str) -> tuple[str, ...]:
 def recorded_taps(
     config: ModelConfig, taps: Sequence[Tap], edits: Sequence[Edit] = ()
 ) -> tuple[Tap, ...]:
-    """Returns the sites inside the layers to record for these taps, each once."""
+    """Returns the sites inside the layers to record for these taps, each once.
+
+    What a tap selects is recorded alone, unless another tap needs the rest.
+    """
     derived = _derived(edits)
     chosen: dict[str, dict[int, None]] = {}
+    alone: dict[str, set[Tap]] = {}
     for tap in taps:
         layers = tap.layers or range(config.num_layers)
         if SITES[tap.site].outside_layers:
@@ -96,11 +100,15 @@ def recorded_taps(
         for source in sources(config, tap.site, derived):
             if not SITES[source].outside_layers:
                 chosen.setdefault(source, {}).update(dict.fromkeys(layers))
+                own = tap if source == tap.site else Tap(source)
+                alone.setdefault(source, set()).add(replace(own, layers=None))
     every = set(range(config.num_layers))
-    return tuple(
-        Tap(site, None if set(layers) == every else tuple(layers))
-        for site, layers in chosen.items()
-    )
+
+    def of(site: str, layers: tuple[int, ...]) -> Tap:
+        tap = next(iter(alone[site])) if len(alone[site]) == 1 else Tap(site)
+        return replace(tap, layers=None if set(layers) == every else layers)
+
+    return tuple(of(site, tuple(layers)) for site, layers in chosen.items())
 
 
 def _derived(edits: Sequence[Edit]) -> frozenset[str]:
@@ -122,17 +130,18 @@ def empty_recorder(
       ValueError: for taps and edits that this call cannot have.
     """
     absent = absent_sites(config)
-    check_taps(taps, config.num_layers, absent)
-    check_edits(edits, sizes(config), absent)
+    B, T = tokens.shape
+    S = T if cache is None else cache.max_length
+    letters = {**sizes(config), "B": B, "T": T, "S": S, "1": 1}
+    check_taps(taps, letters, absent)
+    check_edits(edits, letters, absent)
     for chosen, how in ((taps, "tapped"), (edits, "edited")):
         if not head and any(one.site == "logits" for one in chosen):
             raise ValueError(f"site 'logits' cannot be {how} with head=False")
-    B, T = tokens.shape
-    S = T if cache is None else cache.max_length
     return Recorder.empty(
         recorded_taps(config, taps, edits),
         config.num_layers,
-        {**sizes(config), "B": B, "T": T, "S": S, "1": 1},
+        letters,
         compute_dtype(config.dtype),
         activation_spec,
         len(edits),
@@ -157,12 +166,12 @@ def complete(
       caches: of all layers, after the pass; None without a cache.
     """
     every_layer = tuple(range(config.num_layers))
-    layers_of = {tap.site: tap.layers or every_layer for tap in recorder.taps}
+    tap_of = {tap.site: tap for tap in recorder.taps}
     recorded, derived = recorder.read(), _derived(edits)
 
     def at(site: str, layers: Sequence[int]) -> Array:
         """Returns a recorded site at these layers, in this order."""
-        available = layers_of[site]
+        available = tap_of[site].layers or every_layer
         if tuple(layers) == available:
             return recorded[site]
         return recorded[site][jnp.array([available.index(n) for n in layers])]
@@ -171,29 +180,38 @@ def complete(
     for tap in taps:
         site, layers = tap.site, tap.layers or every_layer
         if site in outside:
-            trace[site] = outside[site]
+            trace[site] = tap.reduced(tap.take(site, outside[site]))
         elif SITES[site].outside_layers:  # derived from the last layer
             last = every_layer[-1:]
-            trace[site] = _derive(config, params, site, last, at, context, caches)[0]
+            value = _derive(config, params, tap, last, at, context, caches)
+            trace[site] = tap.reduced(value[0])
         elif site in derived:
-            trace[site] = _derive(config, params, site, layers, at, context, caches)
-        else:
+            value = _derive(config, params, tap, layers, at, context, caches)
+            trace[site] = tap.reduced(value)
+        elif tap_of[site].selects:
             trace[site] = at(site, layers)
+        else:
+            trace[site] = tap.reduced(tap.take(site, at(site, layers), leading=1))
     return trace
 
 
 def _derive(
     config: ModelConfig,
     params: Params,
-    site: str,
+    tap: Tap,
     layers: Sequence[int],
     at: Callable[[str, Sequence[int]], Array],
     context: Context,
     caches: Caches,
 ) -> Array:
-    """Computes a derived site at these layers."""
-    aside = frozenset({site})
-    values = [at(source, layers) for source in sources(config, site, aside)]
+    """Computes a derived site at these layers, for the tokens and heads of the tap."""
+    site = tap.site
+    values = [
+        at(source, layers)
+        if source == "k_rot"
+        else tap.take(source, at(source, layers), leading=1)
+        for source in sources(config, site, frozenset({site}))
+    ]
     if site.endswith("_norm_div"):
         return divisor(reduce(add, values), config.norm_epsilon, config.norm)
     if site in ("expert_ids", "expert_weights"):
@@ -202,10 +220,16 @@ def _derive(
         )
         return ids if site == "expert_ids" else weights
     if site == "head_out":
-        return _head_out(values[0], _of_layers(params["layers"], layers, "attn", "o"))
+        w = _of_layers(params["layers"], layers, "attn", "o")
+        if tap.heads is not None:
+            w = choose(w, 1, tap.heads)
+        return _head_out(values[0], w)
     if caches is not None and context.query_positions is not None:
         values[1] = _of_layers(caches, layers, "keys").astype(values[1].dtype)
-    return _scores_or_probs(config, layers, values, context)
+    if tap.heads is not None:
+        group = config.num_heads // config.num_kv_heads
+        values[1] = choose(values[1], 3, [head // group for head in tap.heads])
+    return _scores_or_probs(config, tap, layers, values, context)
 
 
 def _of_layers(stack, layers: Sequence[int], *path: str) -> Array:
@@ -232,6 +256,7 @@ def _head_out(z: Array, w: Array) -> Array:
 
 def _scores_or_probs(
     config: ModelConfig,
+    tap: Tap,
     layers: Sequence[int],
     values: Sequence[Array],
     context: Context,
@@ -241,9 +266,14 @@ def _scores_or_probs(
 
     def of_kind(kind: LayerKind, q: Array, k: Array, lse: Array | None = None) -> Array:
         spec = attention_spec(config, kind, context, None)
-        scores = attention_scores(q, k, spec)
-        B, K, G, T, S = scores.shape
-        scores = reshape(scores, (B, K * G, T, S), (0, 1, 3, 4))
+        if tap.positions is not None:
+            rows = spec.mask.queries(context.positions.shape[1])
+            rows = jax.tree.map(lambda x: x[:, np.array(tap.positions)], rows)
+            mask = replace(
+                spec.mask, query_positions=rows.positions, query_segments=rows.segments
+            )
+            spec = replace(spec, mask=mask)
+        scores = join_heads(attention_scores(q, k, spec))
         return scores if lse is None else jnp.exp(scores - lse[..., None])
 
     members: dict[LayerKind, list[int]] = {}

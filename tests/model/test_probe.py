@@ -15,7 +15,7 @@ from ops_case import quick_jit
 from jaxlm.model import layers, transformer
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import unstack
-from jaxlm.model.trace import absent_sites
+from jaxlm.model.trace import absent_sites, empty_recorder
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.moe import route
 from jaxlm.ops.probe import Probe
@@ -233,6 +233,64 @@ def test_layers_are_selected_in_the_given_order(way):
     np.testing.assert_allclose(trace["z"], full["z"], atol=1e-4)
 
 
+CHOSEN = (
+    Tap("attn_probs", layers=(4, 1), positions=(-1, 3), heads=(5, 2)),
+    Tap("attn_scores", positions=(2,)),
+    Tap("head_out", layers=(0,), heads=(3,), positions=(1, 4)),
+    Tap("attn_norm_div", positions=(7,)),
+    Tap("v", heads=(1,), reduce="max"),
+    Tap("resid_post", positions=(-1,), reduce="norm"),
+    Tap("mlp_act", reduce="mean"),
+    Tap("logits", positions=(-1,)),
+)
+
+
+def by_hand(tap, value):
+    """What a tap selects, out of the whole value with all layers."""
+    letters = SITES[tap.site].shape.split()
+    value = np.asarray(value)
+    if inner(tap.site):
+        letters = ["L", *letters]
+    chosen = {"L": tap.layers, "T": tap.positions, "N": tap.heads, "K": tap.heads}
+    for axis, letter in enumerate(letters):
+        if chosen.get(letter) is not None:
+            value = np.take(value, chosen[letter], axis)
+    if tap.reduce is None:
+        return value
+    reducers = {"mean": np.mean, "max": np.max, "norm": np.linalg.norm}
+    return reducers[tap.reduce](value, axis=-1)
+
+
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_tokens_and_heads_are_selected_and_values_reduced(cached):
+    config, params, full, _ = everything("groups")
+
+    @quick_jit
+    def run(params):
+        cache = init_cache(config, B, T, jnp.float32) if cached else None
+        return forward(config, params, ids(B, T), cache=cache, taps=CHOSEN).trace
+
+    trace = run(params)
+    for tap in CHOSEN:
+        wanted = by_hand(tap, full[tap.site])
+        assert trace[tap.site].shape == wanted.shape, tap
+        np.testing.assert_allclose(trace[tap.site], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_selected_is_all_that_is_kept():
+    config, _ = model("groups")
+
+    def slots(*taps):
+        recorder = empty_recorder(config, ids(B, T), None, taps, (), True)
+        return {site: x.shape for site, x in recorder.slots.items()}
+
+    chosen = slots(Tap("z", positions=(0,), heads=(1, 2), reduce="norm"), Tap("q"))
+    assert chosen == {"z": (5, B, 1, 2), "q": (5, B, T, 6, 8)}
+    # Another tap needs the rest of z.
+    both = slots(Tap("z", heads=(1,)), Tap("head_out", layers=(0,)))
+    assert both == {"z": (5, B, T, 6, 8)}
+
+
 def test_taps_with_a_cache_read_the_new_tokens():
     config, params, full, _ = everything("groups")
     taps = (Tap("resid_post", layers=(1,)), Tap("attn_probs"))
@@ -267,6 +325,12 @@ def test_taps_with_a_cache_read_the_new_tokens():
         ([Tap("z", layers=())], "empty or have duplicates"),
         ([Tap("z", layers=(1, 1))], "empty or have duplicates"),
         ([Tap("embed", layers=(0,))], "outside the layers"),
+        ([Tap("z", heads=(6,))], "head 6 is not among 0 to 5"),
+        ([Tap("k", heads=(3,))], "head 3 is not among 0 to 2"),
+        ([Tap("attn_in", heads=(0,))], r"\[B T D\] has no heads"),
+        ([Tap("z", positions=(11,))], "position 11 is not among -11 to 10"),
+        ([Tap("z", reduce="nrm")], "no reducer 'nrm' .did you mean 'norm'"),
+        ([Tap("tokens", reduce="max")], "ids are not reduced"),
     ],
 )
 def test_a_wrong_selection_is_an_error(taps, message):
