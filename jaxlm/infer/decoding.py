@@ -1,7 +1,7 @@
 """The compiled programs of a generation: prefill, and decoding in a `lax.scan`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache, LayerCache, unstack
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
+from jaxlm.ops.edit import Edit, total_hits
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.rules import activation_spec, reshard
 from jaxlm.types import Params
@@ -52,6 +53,8 @@ class DecodeState:
     logits: Any
     """[B, V] f32: logits of the next token."""
     rows: Rows
+    hits: tuple[Any, ...] = ()
+    """How often each edit has fired."""
 
 
 class Drawn(NamedTuple):
@@ -92,9 +95,9 @@ class Programs(NamedTuple):
     """The programs of a model, each compiled for every shape it is called with."""
 
     begin: Program
-    """(params, tokens, lengths) -> layers of a new cache, logits"""
+    """(params, tokens, lengths, edits) -> layers of a new cache, logits, hits"""
     extend: Program
-    """(params, tokens, kept, lengths, layers, logits) -> layers, logits"""
+    """(params, tokens, kept, lengths, layers, logits, edits) -> layers, logits, hits"""
     grow: Program
     """(layers) -> layers of a longer cache"""
     place: Program
@@ -102,8 +105,10 @@ class Programs(NamedTuple):
     split: Program
     """(params) -> params as `decode` reads them"""
     decode: Program
-    """(params, state, keys, settings, next_states, num_ids) -> state, `Drawn`: a key
-    and the `RowSettings` of each row, a table of `StopTable`, the number of ids"""
+    """(params, state, keys, settings, next_states, num_ids, edits) -> state, `Drawn`
+
+    That is a key and the `RowSettings` of each row, a table of `StopTable`, and the
+    number of ids."""
 
     @property
     def compile_s(self) -> float:
@@ -123,18 +128,18 @@ def programs(
     """
     dtype = compute_dtype(config.dtype)
 
-    def begin(params, tokens, lengths):
+    def begin(params, tokens, lengths, edits):
         """Reads the first tokens of each row, up to `lengths` in all."""
         stacked = init_cache(config, len(lengths), max_length).layers
         cache = Cache(stacked, reshard(jnp.zeros_like(lengths), "B"), is_empty=True)
         none = jnp.zeros((len(lengths), config.vocab_size), jnp.float32)
-        return _prefill(config, block, params, tokens, lengths, cache, none)
+        return _prefill(config, block, params, tokens, lengths, cache, none, edits)
 
-    def extend(params, tokens, kept, lengths, layers, logits):
+    def extend(params, tokens, kept, lengths, layers, logits, edits):
         """Adds each row's tokens after the first `kept`, up to `lengths` in all."""
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
         cache = Cache(stacked, reshard(kept, "B"))
-        return _prefill(config, block, params, tokens, lengths, cache, logits)
+        return _prefill(config, block, params, tokens, lengths, cache, logits, edits)
 
     def grow(layers):
         def longer(x):
@@ -152,17 +157,21 @@ def programs(
         params = cast_matrices(params, dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    def decode(params, state, keys, settings, next_states, num_ids):
+    def decode(params, state, keys, settings, next_states, num_ids, edits):
         def step(state: DecodeState, _):
             by_row = (state.logits, state.rows, keys, settings)
             draw = partial(_draw, num_top)
             rows, drawn = _on_each_device(draw, by_row, (next_states, num_ids))
             out = forward(
-                *(config, params, drawn.tokens[:, None]), cache=state.cache, block=block
+                *(config, params, drawn.tokens[:, None]),
+                cache=state.cache,
+                edits=edits,
+                block=block,
             )
             assert out.cache is not None and out.logits is not None
             logits = reshard(out.logits[:, 0], "B_")
-            return DecodeState(out.cache, logits, rows), drawn
+            hits = total_hits(edits, state.hits, out.hits)
+            return DecodeState(out.cache, logits, rows, hits), drawn
 
         state, drawn = jax.lax.scan(step, state, length=CHUNK)
         return state, jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
@@ -185,8 +194,9 @@ def _prefill(
     lengths: Array,
     cache: Cache,
     logits: Float[Array, "B V"],
-) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"]]:
-    """Returns the layers with more tokens, and logits of rows that end among these."""
+    edits: Sequence[Edit],
+) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"], tuple[Any, ...]]:
+    """Returns the layers with more tokens, logits of rows that end here, and hits."""
     tokens, lengths = reshard(tokens, "BT"), reshard(lengths, "B")
     # Padding does not make a row longer: some rotations depend on its length.
     index = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
@@ -195,6 +205,7 @@ def _prefill(
         *(config, params, tokens),
         positions=positions,
         cache=cache,
+        edits=edits,
         head=False,
         block=block,
     )
@@ -207,7 +218,7 @@ def _prefill(
     new = reshard(unembed(config, params, last)[:, 0], "B_")
     ends = is_last.any(axis=1)[:, None]
     logits = jnp.where(ends, new, reshard(logits, "B_"))
-    return unstack(out.cache.layers, config.num_layers), logits
+    return unstack(out.cache.layers, config.num_layers), logits, out.hits
 
 
 def _draw(

@@ -35,6 +35,9 @@ from jaxlm.infer.rules.stop_strings import stop_table
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
 from jaxlm.model.kv_cache import Cache, LayerCache
+from jaxlm.model.params import sizes
+from jaxlm.model.trace import absent_sites
+from jaxlm.ops.edit import Edit, check_edits, check_hits
 from jaxlm.sharding.rules import activation_spec, batch_parts
 from jaxlm.types import Params
 
@@ -100,6 +103,7 @@ def generate(
     on_tokens: OnTokens | None = None,
     resume: GenerationState | None = None,
     return_state: bool = False,
+    edits: Sequence[Edit] = (),
     block: type[Block] = Block,
     **unknown: Any,
 ) -> Generation:
@@ -131,14 +135,17 @@ def generate(
       resume: the state of an earlier call with as many prompts and the same model. Its
         memory is used for this call, so it cannot be used again.
       return_state: keep the cache, as `state` of the result.
+      edits: changes of sites, in the prompts and in new tokens; position p is token p
+        of a row, its prompt included. What `resume` kept is not computed again. Logits
+        cannot be edited.
       block: what computes a layer; see `Block`.
 
     Raises:
       TypeError: for an argument that does not exist.
       ValueError: for arguments of another type, an empty prompt, an id outside the
         vocabulary, a prompt that is too long for the context with max_new_tokens,
-        logits that are not finite, or a state that was used or belongs to another model
-        or number of prompts.
+        logits that are not finite, a state that was used or belongs to another model or
+        number of prompts, or an edit that cannot be or has changed nothing.
     """
     check_unknown(unknown)
     check_model(config, params, block)
@@ -149,6 +156,7 @@ def generate(
     samples = row_samples(sample, len(rows))
     check_samples(config, samples, num_tokens, token_bytes)
     check_room(config, rows, samples)
+    check_edits(edits, sizes(config), absent_sites(config) | {"logits"})
 
     num_rows = len(rows)
     padding = -num_rows % batch_parts()
@@ -163,8 +171,9 @@ def generate(
 
     clock = _Clock(programs)
     lengths = np.array([len(row) for row in rows], np.int32)
-    layers, logits, kept = _prefill(
-        config, programs, params, rows, lengths, max_length, resume
+    edits = jax.tree.map(jnp.asarray, edits)
+    layers, logits, kept, hits = _prefill(
+        *(config, programs, params, rows, lengths, max_length, resume, edits)
     )
     jax.block_until_ready(logits)
     prefill_s = clock.lap()
@@ -177,17 +186,18 @@ def generate(
     history, is_done = _history(rows, max_length), np.zeros(len(rows), bool)
     begun = Rows(history, table.start_states, is_done)
     filled, begun, keys, settings = programs.place((lengths, begun, keys, settings))
-    state = DecodeState(Cache(layers, filled), logits, begun)
+    state = DecodeState(Cache(layers, filled), logits, begun, hits)
     shared = jnp.asarray(table.next_states), jnp.int32(num_tokens)
     # Not part of the time for decoding.
     jax.block_until_ready((split, state, keys, settings, shared))
     clock.lap()
     most = max(sample.max_new_tokens for sample in samples)
     state, drawn = _decode(
-        lambda state: programs.decode(split, state, keys, settings, *shared),
+        lambda state: programs.decode(split, state, keys, settings, *shared, edits),
         *(state, most, num_rows, on_tokens),
     )
     decode_s = clock.lap()
+    check_hits(edits, state.hits)
 
     pairs = zip(rows, drawn.tokens, strict=True)
     held = [np.concatenate(pair) for pair in pairs]
@@ -216,11 +226,14 @@ def _prefill(
     lengths: Int[np.ndarray, " B"],
     max_length: int,
     resume: GenerationState | None,
-) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"], Int[np.ndarray, " B"]]:
+    edits: Sequence[Edit],
+) -> tuple[
+    tuple[LayerCache, ...], Float[Array, "B V"], Int[np.ndarray, " B"], tuple[Any, ...]
+]:
     """Reads what the cache lacks, in chunks of a few sizes.
 
-    Returns the layers of the cache, the logits of each row's next token, and how many
-    tokens of each row the cache held before.
+    Returns the layers of the cache, the logits of each row's next token, how many
+    tokens of each row the cache held before, and how often each edit has fired.
     """
     kept = np.zeros_like(lengths)
     if resume is not None:
@@ -237,20 +250,21 @@ def _prefill(
             layers = programs.grow(layers)
     if resume is not None and layers is not resume.cache.layers:
         resume.delete()
-    start = kept
+    start, hits = kept, (0,) * len(edits)
     for width in widths:
         tokens = np.zeros((len(rows), width), np.int32)
         for new, row, first in zip(tokens, rows, start, strict=True):
             part = row[first : first + width]
             new[: len(part)] = part
         if layers is None:
-            layers, logits = programs.begin(params, tokens, lengths)
+            layers, logits, fired = programs.begin(params, tokens, lengths, edits)
         else:
-            layers, logits = programs.extend(
-                *(params, tokens, start, lengths, layers, logits)
+            layers, logits, fired = programs.extend(
+                *(params, tokens, start, lengths, layers, logits, edits)
             )
+        hits = tuple(a + b for a, b in zip(hits, fired, strict=True))
         start = start + np.int32(width)
-    return layers, logits, kept
+    return layers, logits, kept, hits
 
 
 def _widths(length: int, num_rows: int, max_length: int) -> list[int]:

@@ -131,7 +131,7 @@ def empty_recorder(
     """
     absent = absent_sites(config)
     B, T = tokens.shape
-    S = T if cache is None else cache.max_length
+    S = T if cache is None or cache.is_empty else cache.max_length
     letters = {**sizes(config), "B": B, "T": T, "S": S, "1": 1}
     check_taps(taps, letters, absent)
     check_edits(edits, letters, absent)

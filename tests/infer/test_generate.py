@@ -13,6 +13,7 @@ from jaxlm.infer import generate as engine
 from jaxlm.infer.decoding import CHUNK
 from jaxlm.infer.generate import bucket, generate
 from jaxlm.model.transformer import forward
+from jaxlm.ops.edit import Edit
 
 CONFIG = toy()
 PARAMS = make_params(CONFIG, std=0.5)
@@ -414,3 +415,35 @@ def test_prompts_may_be_an_array_and_the_rest_has_defaults(compilations):
         again = generate(config, params, same, SampleConfig(), jax.random.key(0))
         np.testing.assert_array_equal(again.tokens, first.tokens)
     assert "decode" not in compilations[before:]
+
+
+def test_edits_change_prompts_and_new_tokens_where_a_full_pass_would():
+    """One token of the prompt is steered, and some new ones."""
+    prompt = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 7).tolist()
+    vector = np.random.default_rng(4).normal(size=CONFIG.model_dim)
+    edits = (
+        Edit("resid_post", "add", np.float32(vector), layer=0, position=[3, 12, 13]),
+        Edit("z", "scale", 0.0, layer=1, head=1),
+    )
+    out = generate(CONFIG, PARAMS, [prompt], GREEDY, edits=edits)
+    row = [*prompt, *out.tokens[0].tolist()]
+    logits = forward(CONFIG, PARAMS, np.array([row]), edits=edits).logits[0]
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[len(prompt) - 1 : -1]
+    np.testing.assert_array_equal(logprobs.argmax(-1), out.tokens[0])
+    chosen = np.take_along_axis(logprobs, out.tokens[0][:, None], 1)[:, 0]
+    np.testing.assert_allclose(chosen, out.logprobs[0], atol=1e-4)
+    plain = generate(CONFIG, PARAMS, [prompt], GREEDY)
+    assert (plain.tokens != out.tokens).any()
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (Edit("z", "scale", 0.0, position=90), "'z' has changed nothing: position 90"),
+        (Edit("z", "scale", 0.0, layer=9), "layer 9 is not among"),
+        (Edit("logits", "add", 1.0), "no site 'logits' in this"),
+    ],
+)
+def test_an_edit_that_does_not_fire_is_an_error(edit, message):
+    with pytest.raises(ValueError, match=message):
+        generate(CONFIG, PARAMS, [[1, 2, 3]], GREEDY, edits=(edit,))

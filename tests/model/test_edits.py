@@ -66,6 +66,18 @@ def adding(name):
     return chosen, call
 
 
+def unseen(config, site):
+    """Whether nothing follows from one number that is added to all of a site."""
+    if site in ("attn_scores", "router_logits"):  # a softmax takes it away
+        return True
+    if config.norm == "layer" and SITES[site].shape == "B T D":  # and so the mean
+        return True
+    # A factor is taken away by the norm that follows.
+    after_attention = config.norm_placement in ("both", "output")
+    last = config.norm_placement == "post" and config.num_layers - 1 == LAYER
+    return {"attn_lse": after_attention, "mlp_norm_div": last}.get(site, False)
+
+
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_every_site_changes_what_follows(name):
     """And nothing before it; and the trace has the edited value."""
@@ -77,11 +89,7 @@ def test_every_site_changes_what_follows(name):
         logits, trace, _ = call(**{site: 0.5})
         change = np.abs(logits - clean).max(axis=(0, 2))
         assert not change[:POSITION].any(), site
-        # To add to all of them is nothing to a LayerNorm, or to a softmax.
-        unseen = site in ("attn_scores", "router_logits") or (
-            model(name)[0].norm == "layer" and SITES[site].shape == "B T D"
-        )
-        if not unseen:
+        if not unseen(model(name)[0], site):
             assert change[POSITION] > 1e-3, site
         axis = SITES[site].axis("T")
         old, new = np.asarray(traced[site]), np.asarray(trace[site])

@@ -1,0 +1,27 @@
+"""The logit lens: what the model would predict if each layer were the last."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.transformer import unembed
+from jaxlm.types import Params
+
+
+def logit_lens(
+    config: ModelConfig, params: Params, stream: Float[Array, "L B T D"]
+) -> Float[Array, "L B T V"]:
+    """Returns `unembed(final_norm(x))` of each value of the residual stream, f32.
+
+    Of `resid_post` the last layer's is the model's own prediction. Source:
+    nostalgebraist 2020, "interpreting GPT: the logit lens".
+    """
+    return unembed(config, params, stream, norm=True)
+
+
+def stream_norms(stream: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """Returns the Euclidean length of each vector, f32.
+
+    The same as a tap with `reduce="norm"`, which keeps nothing else.
+    """
+    return jnp.linalg.norm(stream.astype(jnp.float32), axis=-1)

@@ -1,0 +1,127 @@
+"""Which parts of a model wrote a logit: direct logit attribution.
+
+The residual stream is a sum of what the embedding, each attention and each feed-forward
+have added. With the divisor of the final norm held fixed, so is each logit. Source:
+Elhage et al. 2021, "A mathematical framework for transformer circuits".
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.trace import absent_sites
+from jaxlm.ops.tap import Tap
+from jaxlm.types import Params, Trace
+
+
+class Attribution(NamedTuple):
+    """What each part adds to a logit, f32; together they are the logit.
+
+    The soft cap of some models comes after that sum.
+    """
+
+    embedding: Float[Array, "B T"]
+    """Of the token, and of learned or sinusoidal positions."""
+    attention: Float[Array, "L B T"]
+    feed_forward: Float[Array, "L B T"]
+    bias: Float[Array, ""]
+    """Of the final norm."""
+
+    @property
+    def total(self) -> Float[Array, "B T"]:
+        """The sum of all parts."""
+        layers = jnp.sum(self.attention + self.feed_forward, axis=0)
+        return self.embedding + layers + self.bias
+
+
+def attribution_taps(config: ModelConfig) -> tuple[Tap, ...]:
+    """Returns the taps that `logit_attribution` needs.
+
+    Raises:
+      ValueError: for a model whose stream is no sum: with norms after it, or with no
+        final norm.
+    """
+    if config.norm_placement == "post" or not config.final_norm:
+        raise ValueError(
+            "logits of a model with norms after the sum are no sum over layers: patch "
+            "its activations instead"
+        )
+    sites = ("embed", "pos_embed", "attn_out_post", "mlp_out_post", "final_norm_div")
+    return tuple(Tap(site) for site in sites if site not in absent_sites(config))
+
+
+def logit_direction(
+    config: ModelConfig, params: Params, token: int, against: int | None = None
+) -> Float[Array, " D"]:
+    """Returns what the head multiplies for a token's logit, f32.
+
+    Args:
+      against: a token whose logit is subtracted.
+    """
+    if config.tied_embeddings:
+        rows = params["embed"]["table"]
+    else:
+        rows = params["lm_head"]["kernel"].T
+    direction = rows[token].astype(jnp.float32)
+    return direction if against is None else direction - rows[against]
+
+
+def logit_attribution(
+    config: ModelConfig, params: Params, trace: Trace, direction: Float[Array, " D"]
+) -> Attribution:
+    """Returns what each part adds to `direction . final_norm(x)`, at every position.
+
+    Args:
+      trace: of `attribution_taps`.
+      direction: of `logit_direction`, or any other.
+    """
+    project = _projection(config, params, trace["final_norm_div"], direction)
+    embedding = trace["embed"].astype(jnp.float32) + trace.get("pos_embed", 0.0)
+    bias = params["final_norm"].get("bias", jnp.zeros_like(direction))
+    return Attribution(
+        project(embedding),
+        project(trace["attn_out_post"]),
+        project(trace["mlp_out_post"]),
+        bias.astype(jnp.float32) @ direction,
+    )
+
+
+def head_attribution(
+    config: ModelConfig, params: Params, trace: Trace, direction: Float[Array, " D"]
+) -> Float[Array, "L B T N"]:
+    """Returns what each head adds; their sum lacks the bias of attention's output.
+
+    Args:
+      trace: of `head_out` and `final_norm_div`.
+
+    Raises:
+      ValueError: for a model that normalizes the sum of the heads.
+    """
+    if config.norm_placement != "pre":
+        raise ValueError(
+            "heads of a model with a norm after attention do not add to the logits"
+        )
+    div = trace["final_norm_div"][..., None]
+    return _projection(config, params, div, direction)(trace["head_out"])
+
+
+def _projection(
+    config: ModelConfig,
+    params: Params,
+    div: Float[Array, "*B 1"],
+    direction: Float[Array, " D"],
+):
+    """Returns the linear map from an addend of the stream to its part of the logit."""
+    gain = params["final_norm"]["scale"].astype(jnp.float32)
+    if config.norm == "rms_unit_offset":
+        gain = gain + 1.0
+    weights = gain * direction
+    if config.norm == "layer":  # which subtracts the mean
+        weights = weights - jnp.mean(weights)
+
+    def project(x: Array) -> Array:
+        return jnp.einsum("...D,D->...", x.astype(jnp.float32) / div, weights)
+
+    return project

@@ -1,0 +1,33 @@
+"""The lens of the last layer is the model."""
+
+import jax.numpy as jnp
+import numpy as np
+from model_case import ids, make, small
+from ops_case import quick_jit
+
+from jaxlm.interp.lens import logit_lens, stream_norms
+from jaxlm.model.transformer import forward
+from jaxlm.ops.tap import Tap
+
+
+def test_the_lens_normalizes_and_the_last_layer_is_the_model():
+    config, params = make(small(norm="layer", norm_bias=True, final_soft_cap=20.0))
+
+    @quick_jit
+    def run(params):
+        out = forward(config, params, ids(2, 7), taps=(Tap("resid_post"),))
+        stream = out.trace["resid_post"]
+        return out.logits, stream, logit_lens(config, params, stream)
+
+    logits, stream, lens = run(params)
+    np.testing.assert_allclose(lens[-1], logits, atol=1e-4)
+    x = np.float64(stream[0])
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+    norm, table = params["final_norm"], np.asarray(params["embed"]["table"])
+    wanted = (x * norm["scale"] + norm["bias"]) @ table.T
+    wanted = 20 * np.tanh(wanted / 20)
+    np.testing.assert_allclose(lens[0], wanted, atol=1e-3)
+    lengths = np.sqrt(np.square(np.float64(stream)).sum(-1))
+    np.testing.assert_allclose(stream_norms(stream), lengths, rtol=1e-5)
+    assert stream_norms(stream.astype(jnp.bfloat16)).dtype == jnp.float32

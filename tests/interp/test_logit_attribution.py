@@ -1,0 +1,74 @@
+"""The parts of a logit sum to the logit."""
+
+import numpy as np
+import pytest
+from model_case import ids, make, small
+from ops_case import quick_jit
+
+from jaxlm.interp.logit_attribution import (
+    attribution_taps,
+    head_attribution,
+    logit_attribution,
+    logit_direction,
+)
+from jaxlm.model.transformer import forward
+from jaxlm.ops.tap import Tap
+
+MODELS = {
+    "plain": small(),
+    "untied, both norms": small(
+        tied_embeddings=False,
+        norm="rms_unit_offset",
+        norm_placement="both",
+        embedding_scale=2.0,
+    ),
+    "layer norm, parallel, biases": small(
+        norm="layer",
+        norm_bias=True,
+        position="learned",
+        parallel_block=True,
+        attention_bias=True,
+        attention_output_bias=True,
+        feed_forward_bias=True,
+    ),
+    "experts": small(num_experts=4, experts_per_token=2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_sum_to_the_logit(name):
+    config, params = make(MODELS[name])
+    heads = config.norm_placement == "pre"
+    taps = (*attribution_taps(config), *((Tap("head_out"),) if heads else ()))
+
+    @quick_jit
+    def run(params):
+        out = forward(config, params, ids(2, 7), taps=taps)
+        direction = logit_direction(config, params, 5, against=9)
+        parts = logit_attribution(config, params, out.trace, direction)
+        by_head = None
+        if heads:
+            by_head = head_attribution(config, params, out.trace, direction)
+        return out.logits, parts, by_head
+
+    logits, parts, by_head = run(params)
+    wanted = logits[..., 5] - logits[..., 9]
+    scale = max(np.abs(x).max() for x in parts)
+    assert np.abs(parts.total - wanted).max() <= 5e-6 * scale
+    if by_head is None:
+        return
+    # What is left is the bias of the output projection: the same for all tokens, but
+    # for the divisor.
+    rest = np.asarray(parts.attention - by_head.sum(-1))
+    if config.attention_output_bias:
+        assert np.abs(rest).max() > 1e-3
+    else:
+        assert np.abs(rest).max() <= 5e-6 * scale
+
+
+def test_a_model_that_is_no_sum_is_refused():
+    with pytest.raises(ValueError, match="norms after the sum"):
+        attribution_taps(small(norm_placement="post"))
+    config, params = make(MODELS["untied, both norms"])
+    with pytest.raises(ValueError, match="a norm after attention"):
+        head_attribution(config, params, {}, logit_direction(config, params, 1))

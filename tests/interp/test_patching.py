@@ -1,0 +1,81 @@
+"""Sweeps equal single calls, and known results of patching."""
+
+from functools import lru_cache, partial
+
+import numpy as np
+from model_case import ids, make, small
+from ops_case import quick_jit
+
+from jaxlm.interp.patching import (
+    activation_patching,
+    attribution_patching,
+    head_ablation,
+    metric_of,
+)
+from jaxlm.model.transformer import forward
+from jaxlm.ops.tap import Tap
+
+CONFIG, PARAMS = make(small(num_layers=3))
+T = 6
+CORRUPT = ids(1, T)
+CLEAN = CORRUPT.at[0, 2].add(7) % 32
+
+
+def metric(logits):
+    return logits[0, 3] - logits[0, 4]
+
+
+bound = partial(partial, config=CONFIG, metric=metric)
+
+
+@lru_cache
+def streams(site="resid_pre"):
+    """(clean, corrupt) traces."""
+    run = quick_jit(lambda p, x: forward(CONFIG, p, x, taps=(Tap(site),)).trace[site])
+    return run(PARAMS, CLEAN), run(PARAMS, CORRUPT)
+
+
+def value(params, tokens):
+    return float(quick_jit(bound(metric_of))(params=params, tokens=tokens))
+
+
+def test_patching_moves_the_difference_of_two_texts():
+    source, _ = streams()
+    sweep = quick_jit(bound(activation_patching, batch_size=4))
+    grid = sweep(params=PARAMS, tokens=CORRUPT, source=source)
+    clean, corrupt = value(PARAMS, CLEAN), value(PARAMS, CORRUPT)
+    assert grid.shape == (3, T) and abs(clean - corrupt) > 0.1
+    # The texts differ in token 2 only: before it nothing is moved, at layer 0 all of
+    # it at that token, and in the end all at the last one (after the last layer).
+    np.testing.assert_allclose(grid[:, :2], corrupt, atol=2e-5)
+    np.testing.assert_allclose(grid[0, 2], clean, atol=2e-5)
+    np.testing.assert_allclose(grid[0, 3:], corrupt, atol=2e-5)
+    last = bound(activation_patching, site="resid_post")
+    source = streams("resid_post")[0]
+    after = quick_jit(last)(params=PARAMS, tokens=CORRUPT, source=source)
+    np.testing.assert_allclose(after[-1, -1], clean, atol=2e-5)
+    np.testing.assert_allclose(after[-1, :-1], corrupt, atol=2e-5)
+    np.testing.assert_allclose(after[:-1], grid[1:], atol=2e-5)
+
+
+def test_an_ablated_head_is_one_without_weights():
+    grid = quick_jit(bound(head_ablation, batch_size=5))(params=PARAMS, tokens=CLEAN)
+    assert grid.shape == (3, 6)
+    attn = PARAMS["layers"]["attn"]
+    for layer, head in ((0, 0), (2, 5)):
+        without = {**attn, "o": attn["o"].at[layer, head].set(0.0)}
+        params = {**PARAMS, "layers": {**PARAMS["layers"], "attn": without}}
+        np.testing.assert_allclose(grid[layer, head], value(params, CLEAN), atol=2e-5)
+
+
+def test_attribution_patching_is_the_slope_of_patching():
+    clean, corrupt = streams()
+    step = 0.01
+    source = corrupt + step * (clean - corrupt)
+    estimate = quick_jit(bound(attribution_patching))
+    ours = estimate(params=PARAMS, tokens=CORRUPT, source=source)
+    sweep = quick_jit(bound(activation_patching))
+    exact = sweep(params=PARAMS, tokens=CORRUPT, source=source)
+    exact = np.asarray(exact) - value(PARAMS, CORRUPT)
+    assert np.corrcoef(np.ravel(ours), np.ravel(exact))[0, 1] >= 0.999
+    np.testing.assert_allclose(ours, exact, atol=0.05 * np.abs(exact).max())
