@@ -427,7 +427,8 @@ def test_edits_change_prompts_and_new_tokens_where_a_full_pass_would():
     )
     out = generate(CONFIG, PARAMS, [prompt], GREEDY, edits=edits)
     row = [*prompt, *out.tokens[0].tolist()]
-    logits = forward(CONFIG, PARAMS, np.array([row]), edits=edits).logits[0]
+    call = jax.jit(lambda p, x: forward(CONFIG, p, x, edits=edits).logits[0])
+    logits = call(PARAMS, np.array([row]))
     logprobs = np.asarray(jax.nn.log_softmax(logits))[len(prompt) - 1 : -1]
     np.testing.assert_array_equal(logprobs.argmax(-1), out.tokens[0])
     chosen = np.take_along_axis(logprobs, out.tokens[0][:, None], 1)[:, 0]

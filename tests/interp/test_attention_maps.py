@@ -1,5 +1,6 @@
 """Value-weighted attention and sinks, against the sums that they stand for."""
 
+import jax.numpy as jnp
 import numpy as np
 from ops_case import normal
 
@@ -16,11 +17,12 @@ def test_value_weighted_is_the_length_of_what_is_added():
     repeated = np.repeat(v, N // K, axis=3)
     added = np.einsum("LBNTS,LBSNH,LNHD->LBNTSD", probs, repeated, o)
     wanted = np.linalg.norm(added, axis=-1)
-    np.testing.assert_allclose(value_weighted(probs, v, o), wanted, rtol=1e-4)
+    ours = value_weighted(*map(jnp.asarray, (probs, v, o)))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4)
 
 
 def test_sink_mass():
     probs = abs(normal(0, 2, 1, 3, 5, 5))
     np.testing.assert_allclose(
-        sink_mass(probs, 2), probs[..., 2:, :2].sum(-1).mean(-1), rtol=1e-5
+        sink_mass(jnp.asarray(probs), 2), probs[..., 2:, :2].sum(-1).mean(-1), rtol=1e-5
     )

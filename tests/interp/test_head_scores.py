@@ -1,5 +1,6 @@
 """Scores of heads: pure heads score 1, and every score equals its definition."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -7,7 +8,7 @@ from jaxlm.interp.head_scores import duplicate_token, induction, previous_token
 
 RNG = np.random.default_rng(0)
 HALF = RNG.permutation(9)[None]
-TOKENS = np.concatenate([HALF, HALF], axis=1)
+TOKENS = jnp.asarray(np.concatenate([HALF, HALF], axis=1))
 T = TOKENS.shape[1]
 
 
@@ -16,7 +17,7 @@ def pure(offset):
     probs = np.zeros((1, 1, T, T), np.float32)
     for t in range(T):
         probs[0, 0, t, max(t - offset, 0)] = 1
-    return probs
+    return jnp.asarray(probs)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_the_definitions():
                     keys = [s + shift for s in before]
                     masses.append(probs[layer, row, head, t, keys].sum())
             wanted[(kind, *at)] = np.mean(masses)
+    probs, tokens = jnp.asarray(probs), jnp.asarray(tokens)
     np.testing.assert_allclose(duplicate_token(probs, tokens), wanted[0], rtol=1e-4)
     np.testing.assert_allclose(induction(probs, tokens), wanted[1], rtol=1e-4)
     assert not induction(probs[..., :1, :1], tokens[:, :1]).any()

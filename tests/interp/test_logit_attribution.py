@@ -35,7 +35,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "experts" else [])
+        for name in MODELS
+    ],
+)
 def test_the_parts_sum_to_the_logit(name):
     config, params = make(MODELS[name])
     heads = config.norm_placement == "pre"

@@ -3,6 +3,7 @@
 from functools import lru_cache, partial
 
 import numpy as np
+import pytest
 from model_case import ids, make, small
 from ops_case import quick_jit
 
@@ -58,6 +59,7 @@ def test_patching_moves_the_difference_of_two_texts():
     np.testing.assert_allclose(after[:-1], grid[1:], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_an_ablated_head_is_one_without_weights():
     grid = quick_jit(bound(head_ablation, batch_size=5))(params=PARAMS, tokens=CLEAN)
     assert grid.shape == (3, 6)

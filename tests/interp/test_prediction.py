@@ -25,7 +25,9 @@ def test_rank():
     tokens = np.array([[0, 5, 10], [3, 3, 3]])
     order = np.argsort(-LOGITS, axis=-1)
     wanted = (order == tokens[..., None]).argmax(-1)
-    np.testing.assert_array_equal(rank(jnp.asarray(LOGITS), tokens), wanted)
+    np.testing.assert_array_equal(
+        rank(jnp.asarray(LOGITS), jnp.asarray(tokens)), wanted
+    )
 
 
 def test_most_likely():

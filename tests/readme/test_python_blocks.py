@@ -3,9 +3,11 @@
 import contextlib
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import matplotlib
 import matplotlib.pyplot as plt
@@ -77,6 +79,19 @@ def test_blocks(folder, capsys, monkeypatch):
     assert "1,235,814,400 parameters\n" in out
     assert "(4, 32, 8)\n" in out  # the adapter
     assert "layers/mlp/up" in out and out.count("nats") == 2
+
+
+@pytest.mark.slow
+def test_blocks_of_looking_inside(monkeypatch, capsys):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    config, params = random_model(65)
+    tokens = np.array([[1, 2, 3, 1, 2, 3, 4]], np.int32)
+    names = {"config": config, "params": params, "tokens": tokens}
+    names |= {"jax": jax, "jnp": jnp, "jaxlm": jaxlm, "partial": partial}
+    for block in blocks("docs/inside.md"):
+        exec(block, names)
+    assert names["grid"].shape == names["estimate"].shape == (4, 7)
+    assert capsys.readouterr().out
 
 
 @pytest.mark.slow
