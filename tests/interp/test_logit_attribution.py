@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from model_case import ids, make, small
-from ops_case import quick_jit
+from ops_case import normal, quick_jit
 
+from jaxlm import tree
 from jaxlm.interp.logit_attribution import (
     attribution_taps,
     head_attribution,
@@ -44,6 +45,13 @@ MODELS = {
 )
 def test_the_parts_sum_to_the_logit(name):
     config, params = make(MODELS[name])
+    # `init` makes biases 0 and gains 1.
+    params = tree.map_with_name(
+        lambda name, x: (
+            x + 0.3 * normal(7, *x.shape) if name.endswith(("bias", "scale")) else x
+        ),
+        params,
+    )
     heads = config.norm_placement == "pre"
     taps = (*attribution_taps(config), *((Tap("head_out"),) if heads else ()))
 
