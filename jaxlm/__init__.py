@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxlm.config import Config, ModelConfig, SampleConfig
     from jaxlm.infer.chat_ids import chat_ids
     from jaxlm.infer.generate import Generation, generate
+    from jaxlm.infer.scoring import score
     from jaxlm.model.block import Block
     from jaxlm.model.initialization import init, init_cache
     from jaxlm.model.presets import preset
@@ -48,6 +49,7 @@ __all__ = [
     "load_tokenizer",
     "preset",
     "save",
+    "score",
     "unembed",
 ]
 
@@ -57,6 +59,7 @@ _MODULES = {
     "config": ("Config", "ModelConfig", "SampleConfig"),
     "infer.chat_ids": ("chat_ids",),
     "infer.generate": ("Generation", "generate"),
+    "infer.scoring": ("score",),
     "model.block": ("Block",),
     "model.initialization": ("init", "init_cache"),
     "model.presets": ("preset",),

@@ -115,16 +115,18 @@ def check_numbers(
 ) -> None:
     """Raises a ValueError for a wrong key or a number that is out of range."""
     check_key(key)
-    for name, value, least in (
-        ("num_tokens", num_tokens, 1),
-        ("top_logprobs", top_logprobs, 0),
-    ):
-        is_integer = isinstance(value, int | np.integer)
-        if not is_integer or not least <= value <= config.vocab_size:
-            raise ValueError(
-                f"{name} is {value!r}: it must be from {least} to model.vocab_size "
-                f"{config.vocab_size}"
-            )
+    check_count("num_tokens", num_tokens, 1, config.vocab_size)
+    check_count("top_logprobs", top_logprobs, 0, config.vocab_size)
+
+
+def check_count(name: str, value: Any, least: int, vocab_size: int) -> None:
+    """Raises a ValueError for what is no integer from `least` to `vocab_size`."""
+    is_integer = isinstance(value, int | np.integer)
+    if not is_integer or not least <= value <= vocab_size:
+        raise ValueError(
+            f"{name} is {value!r}: it must be from {least} to model.vocab_size "
+            f"{vocab_size}"
+        )
 
 
 def check_samples(
