@@ -42,10 +42,18 @@ class SampleArguments(GenerationArguments):
     Example: {prog} runs/shakespeare --prompt "ROMEO:"
     """
 
-    prompt: str = "\n"
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; None: a line break."""
+    prompt_file: Path | None = None
+    """File with the text to continue, without its last line break; - reads stdin."""
     num_samples: int = 1
     """Number of continuations, sampled as one batch."""
+    json: bool = False
+    """Print each sample as a line of JSON: text, tokens and log-probabilities."""
+    top_logprobs: int = 0
+    """With --json, also the most likely tokens in the place of each; so many."""
+    show_probs: bool = False
+    """Color each new token by the probability that the model gives it."""
     stats: bool = False
     """Print the tokens per second of prefill and decoding to stderr."""
     chat: bool = False
@@ -54,6 +62,15 @@ class SampleArguments(GenerationArguments):
     def __post_init__(self):
         super().__post_init__()
         _check_at_least_1(self, "num_samples")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("give --prompt or --prompt-file, not both")
+        if self.json and self.show_probs:
+            raise ValueError("give --json or --show-probs, not both")
+        if self.top_logprobs < 0 or (self.top_logprobs and not self.json):
+            raise ValueError(
+                f"--top-logprobs is {self.top_logprobs}: it must be 0 or more, and "
+                "needs --json"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +197,10 @@ ARGUMENTS = {
     "doctor": RunArguments,
 }
 _FIRST = (
-    *("prompt", "system", "sample.max_new_tokens", "sample.temperature"),
-    *("sample.top_k", "sample.top_p", "num_samples", "seed", "stats", "dtype", "chat"),
+    *("prompt", "prompt_file", "system", "sample.max_new_tokens"),
+    *("sample.temperature", "sample.top_k", "sample.top_p", "sample.min_p"),
+    *("sample.stop_strings", "num_samples", "seed", "json", "show_probs", "stats"),
+    *("dtype", "chat"),
 )
 
 

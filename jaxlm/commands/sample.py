@@ -15,6 +15,7 @@ from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.arguments import SampleArguments
 from jaxlm.commands.generation import check_room, open_model, with_stop_ids
 from jaxlm.commands.process import use_compile_cache
+from jaxlm.commands.sampled_text import colored_texts, json_lines
 from jaxlm.config import ModelConfig
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.infer.rules.stop_strings import StopText
@@ -29,16 +30,42 @@ from jaxlm.types import Params
 def main(chosen: SampleArguments) -> int:
     """Loads the model onto the devices requested and continues the prompt."""
     use_compile_cache()
+    text = read_prompt(chosen)
+    if chosen.show_probs and not sys.stdout.isatty():
+        raise ValueError("--show-probs colors a terminal: take --json for a file")
     # A download shows its own progress.
     checkpoint, model = _open_model(chosen)
     with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
         with Waiting("loading the model"):
             tokenizer = checkpoint.tokenizer()
-            prompt = tokenizer.encode_prompt(chosen.prompt)
-            check_room(prompt, model, "--prompt")
+            prompt = tokenizer.encode_prompt(text)
+            flag = "--prompt" if chosen.prompt_file is None else "--prompt-file"
+            check_room(prompt, model, flag)
             params = load_onto_mesh(checkpoint)
-        write_samples(model, params, tokenizer, prompt, chosen)
+        write_samples(model, params, tokenizer, text, chosen)
     return 0
+
+
+def read_prompt(chosen: SampleArguments) -> str:
+    """Returns the text to continue: of a flag, of a file or of stdin.
+
+    Raises:
+      ValueError: if the file cannot be read or is not UTF-8.
+    """
+    path = chosen.prompt_file
+    if path is None:
+        return "\n" if chosen.prompt is None else chosen.prompt
+    name = "stdin" if str(path) == "-" else str(path)
+    try:
+        data = sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"--prompt-file {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompt-file {name} is not UTF-8 at byte {error.start}: convert it first"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _open_model(chosen: SampleArguments) -> tuple[Checkpoint, ModelConfig]:
@@ -55,15 +82,23 @@ def write_samples(
     model: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
-    prompt: Int[np.ndarray, " n"],
+    text: str,
     chosen: SampleArguments,
 ) -> None:
-    """Samples the continuations and writes them to stdout, streaming the first."""
+    """Samples continuations of a text and writes them to stdout.
+
+    The first is streamed, unless the form is another (`--json`, `--show-probs`).
+    """
+    prompt = tokenizer.encode_prompt(text)
     room = model.context_length - len(prompt)
     limit = min(room, chosen.sample.max_new_tokens)
     sample = dataclasses.replace(chosen.sample, max_new_tokens=limit)
-    stops = sample.stop_strings
-    with Printer(tokenizer, chosen.prompt, chosen.num_samples, stops) as printer:
+    streams = not (chosen.json or chosen.show_probs)
+    with Printer(
+        *(tokenizer, text, chosen.num_samples),
+        stop_strings=sample.stop_strings,
+        streams=streams,
+    ) as printer:
         result = generate(
             model,
             params,
@@ -72,8 +107,13 @@ def write_samples(
             jax.random.key(chosen.seed),
             num_tokens=tokenizer.vocab_size,
             token_bytes=tokenizer.token_bytes,
+            top_logprobs=chosen.top_logprobs,
             on_tokens=printer.feed,
         )
+    if not streams:
+        form = json_lines if chosen.json else colored_texts
+        for line in form(result, tokenizer, text, sample):
+            print(line)
     if limit < chosen.sample.max_new_tokens and (result.lengths == limit).any():
         print(
             f"stopped after {limit} new tokens: the model's context of "
@@ -99,8 +139,12 @@ class Printer:
         tokenizer: Tokenizer,
         prompt: str,
         num_samples: int,
+        *,
         stop_strings: Sequence[str] = (),
+        streams: bool = True,
     ):
+        """Without `streams`, nothing is printed."""
+        self._is_silent = not streams
         self._interrupts = Interrupts({signal.SIGINT: EXIT_INTERRUPTED})
         self._begun = False
         self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
@@ -115,6 +159,8 @@ class Printer:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._interrupts.__exit__()
         self._waiting.finish()
+        if self._is_silent:
+            return
         if kind is None:
             self._finish()
         elif self._begun:
@@ -127,6 +173,8 @@ class Printer:
         if self._interrupts.received:
             raise KeyboardInterrupt
         self._waiting.finish()
+        if self._is_silent:
+            return
         self._add(
             stop.feed("".join(stream.feed(int(t)) for t in row[mask]))
             for stop, stream, row, mask in zip(

@@ -1,11 +1,14 @@
 """sample.py in child processes, on a run made without training."""
 
 import contextlib
+import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,9 +20,10 @@ from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
 from jaxlm.commands.arguments import SampleArguments
 from jaxlm.commands.generation import open_model
-from jaxlm.commands.sample import Printer, write_samples
+from jaxlm.commands.sample import Printer, read_prompt, write_samples
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
+from jaxlm.terminal.printable import printable
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -115,9 +119,8 @@ def test_a_terminal_shows_each_wait_and_then_only_the_text(home, repository, fla
 def sample_short(capsys, prompt, **options):
     """The two streams for a model with a context of 64 tokens."""
     model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64)
-    ids = TOKENIZER.encode_prompt(prompt)
     arguments = SampleArguments(prompt=prompt, **options)
-    write_samples(model, make_params(model), TOKENIZER, ids, arguments)
+    write_samples(model, make_params(model), TOKENIZER, prompt, arguments)
     return capsys.readouterr()
 
 
@@ -138,6 +141,95 @@ def test_a_long_prompt_leaves_the_rest_of_the_context(capsys):
     shown = sample_short(capsys, 60 * "a", sample=sample)
     assert shown.out == 60 * "a" + "\n" and "stopped" not in shown.err
     assert len(sample_short(capsys, 63 * "a").out) >= 64
+
+
+def without_color(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_json_and_colors_show_what_is_streamed(capsys):
+    sample = SampleConfig(temperature=0.9, max_new_tokens=12)
+    options = {"sample": sample, "num_samples": 2, "seed": 4}
+    plain = sample_short(capsys, "é<a>", **options).out
+    texts = [part.split("\n", 1)[1] for part in plain.split("--- sample ")[1:]]
+    texts = [text.removesuffix("\n") for text in texts]
+
+    lines = sample_short(capsys, "é<a>", json=True, top_logprobs=3, **options).out
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert [line["prompt"] + line["text"] for line in found] == texts
+    for line in found:
+        assert TOKENIZER.decode(line["tokens"]) == line["text"]
+        assert line["ended"] == "length" and len(line["logprobs"]) == 12
+        assert np.shape(line["top_logprobs"]) == np.shape(line["top_tokens"]) == (12, 3)
+        for token, logprob, top, values in zip(
+            *(line["tokens"], line["logprobs"], line["top_tokens"]),
+            line["top_logprobs"],
+            strict=True,
+        ):
+            assert values == sorted(values, reverse=True) and max(values) < 0
+            assert token not in top or values[top.index(token)] == logprob
+
+    shown = sample_short(capsys, "é<a>", show_probs=True, **options).out
+    legend, *rest = shown.splitlines(keepends=True)
+    assert without_color(legend).split("  ")[0] == "60% or more"
+    bodies = without_color("".join(rest)).split("--- sample ")[1:]
+    assert bodies == [printable(f"{i}\n{t}\n") for i, t in enumerate(texts, start=1)]
+    assert len(set(re.findall(r"\x1b\[38;5;(\d+)m", "".join(rest)))) > 1
+
+
+def test_a_stop_string_is_cut_off_every_form_of_the_text(capsys):
+    """The text of a seed, up to where two of its characters stand."""
+    sample = SampleConfig(max_new_tokens=20)
+    whole = sample_short(capsys, "a", sample=sample).out.removesuffix("\n")
+    # Characters that are bytes of the text: what is not UTF-8 is shown as U+FFFD.
+    stop = re.search(r"[!-~]{2}", whole[4:])[0]
+    at = whole.find(stop)
+    sample = SampleConfig(max_new_tokens=20, stop_strings=("??", stop))
+    assert sample_short(capsys, "a", sample=sample).out == whole[:at] + "\n"
+    shown = sample_short(capsys, "a", sample=sample, show_probs=True).out
+    assert without_color(shown).split("\n", 1)[1] == printable(whole[:at] + "\n")
+    (line,) = sample_short(capsys, "a", sample=sample, json=True).out.splitlines()
+    found = json.loads(line)
+    assert (found["text"], found["ended"]) == (whole[1:at], "stop")
+    assert TOKENIZER.decode(found["tokens"]).endswith(stop)
+
+
+def test_a_prompt_comes_from_a_file_or_from_stdin(tmp_path, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    for data, text in ((b"two\n\n", "two\n"), (b"a\r\n", "a"), (b"", "")):
+        path.write_bytes(data)
+        assert read_prompt(SampleArguments(prompt_file=path)) == text
+        stdin = io.TextIOWrapper(io.BytesIO(data))
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert read_prompt(SampleArguments(prompt_file=Path("-"))) == text
+    assert read_prompt(SampleArguments()) == "\n"
+    assert read_prompt(SampleArguments(prompt="")) == ""
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt-file", "none.txt"], "--prompt-file none.txt: No such file or dir"),
+        (["--prompt-file", "."], "--prompt-file .: Is a directory"),
+        (["--prompt-file", "latin.txt"], "--prompt-file latin.txt is not UTF-8 at by"),
+        (["--prompt", "a", "--prompt-file", "b"], "give --prompt or --prompt-file, no"),
+        (["--json", "--show-probs"], "give --json or --show-probs, not both"),
+        (["--top-logprobs", "3"], "--top-logprobs is 3: it must be 0 or more, and ne"),
+        (["--show-probs"], "--show-probs colors a terminal: take --json for a file"),
+        (["--min-p", "2"], "--min-p is 2.0: it must be in [0, 1]"),
+        (["--typical-p", "0"], "--typical-p is 0.0: it must be in (0, 1]"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0: it must be > 0"),
+        (["--bias-ids", "3"], "--bias-ids has 1 ids and --biases 0 numbers: give one"),
+        (["--stop-strings", ""], "--stop-strings has an empty text: leave it out"),
+    ],
+)
+def test_wrong_flags_give_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", *flags])
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
 def test_without_a_run_the_way_to_one_is_told(tmp_path, monkeypatch, capsys):

@@ -51,7 +51,7 @@ def test_scores_of_generated_tokens_are_the_log_probabilities_of_the_result():
     prompts = [TEXTS[2], TEXTS[5]]
     sample = SampleConfig(max_new_tokens=12, temperature=0.7, top_p=0.9)
     result = generate(CONFIG, PARAMS, prompts, sample, num_tokens=40)
-    texts = [[*p, *new] for p, new in zip(prompts, result.tokens, strict=True)]
+    texts = [[*p, *new] for p, new in zip(prompts, result.tokens.tolist(), strict=True)]
     for i, found in enumerate(score(CONFIG, PARAMS, texts, num_tokens=40)):
         np.testing.assert_allclose(found[-12:], result.logprobs[i], atol=1e-5)
 
