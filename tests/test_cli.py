@@ -14,6 +14,8 @@ import jaxlm
 from jaxlm import cli
 from jaxlm.cli import VERBS, main
 
+# What several verbs, or one of them, are made of.
+SHARED = {"__init__", "arguments", "generation", "process", "sampled_text"}
 COMMANDS = Path(cli.__file__).parent / "commands"
 
 
@@ -59,7 +61,7 @@ def test_help_lists_the_verbs(capsys):
 
 def test_each_verb_is_a_file_that_says_what_it_does():
     files = {file.stem for file in COMMANDS.glob("*.py")}
-    assert files - {"__init__", "arguments", "generation", "process"} == set(VERBS)
+    assert files - SHARED == set(VERBS)
     for verb, summary in VERBS.items():
         docstring = ast.get_docstring(ast.parse((COMMANDS / f"{verb}.py").read_text()))
         assert docstring.splitlines()[0] == f"{summary}."
