@@ -30,6 +30,8 @@ PART_CHARACTERS = 4_000_000
 _BLOCK_BYTES = 1 << 20
 # A longer line is no JSON line, but a compressed file without end or another format.
 MAX_LINE_BYTES = 256 << 20
+# A file of a kilobyte can hold a text of gigabytes in many rows, but once compressed.
+_BATCH_ROWS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -350,7 +352,7 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Part]
     with table:
         _check_column(file, schema, field, pyarrow)
         row, rows = 0, max(table.metadata.num_rows, 1)
-        batches = table.iter_batches(batch_size=256, columns=[field])
+        batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=[field])
         while True:
             with _damaged_parquet(file, pyarrow):
                 # As bytes: pyarrow does not promise that a string column is UTF-8.

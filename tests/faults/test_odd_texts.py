@@ -100,6 +100,21 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
         read(path)
 
 
+def test_a_small_parquet_file_of_a_long_text_in_many_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    path, text = tmp_path / "a.parquet", 2_000_000 * "a"
+    table = pyarrow.table({"text": pyarrow.array([text] * 128)})
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+    del table
+    assert path.stat().st_size < 10_000
+    pool = pyarrow.default_memory_pool()
+    (file,) = find_source(str(path)).files
+    parts = read_documents(file)
+    assert next(parts).text == text
+    assert pool.bytes_allocated() < 200_000_000
+
+
 def test_nul_bytes_are_told(tmp_path, caplog):
     path = tmp_path / "a.txt"
     path.write_bytes(b"text\n" + bytes(100))
