@@ -23,6 +23,7 @@ from jaxlm.flags.config_file import RunArguments, read_config
 from jaxlm.flags.flag_table import flags_of
 from jaxlm.ops.attention.dense import DenseSettings
 from jaxlm.ops.attention.tuning_cache import measured, settings_file
+from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 from jaxlm.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 
@@ -82,7 +83,7 @@ def reports(folder):
         rows, content = value
         (folder / FILE_NAME).write_bytes(rows)
         (folder / "config.json").write_bytes(content)
-        write_report(folder, folder / "report.html")
+        write_report(load_runs([folder]), folder / "report.html")
 
     lines = _lines(good) | damaged(good)
     return st.tuples(lines, json_files(config)), read
