@@ -95,8 +95,6 @@ def probe_writable(run: Path) -> None:
     Raises:
       ValueError: if the folder is not writable.
     """
-    probe = run / f"{TEMPORARY}probe-{os.getpid()}"
-    moved = probe.with_name(f"{probe.name}-renamed")
     try:
         str(run).encode()
     except UnicodeEncodeError:
@@ -106,9 +104,12 @@ def probe_writable(run: Path) -> None:
         ) from None
     try:
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"probe")
-        probe.rename(moved)
-        moved.unlink()
+        for folder in (run, run / CHECKPOINTS):
+            probe = folder / f"{TEMPORARY}probe-{os.getpid()}"
+            moved = probe.with_name(f"{probe.name}-renamed")
+            probe.write_bytes(b"probe")
+            probe.rename(moved)
+            moved.unlink()
     except OSError as e:
         raise ValueError(
             f"the run folder {run} cannot be written to ({e.strerror}: {e.filename}): "
@@ -138,12 +139,18 @@ class RunLock:
         """Takes the lock.
 
         Raises:
-          ValueError: if another process holds it; names its process id and host.
+          ValueError: if another process holds it (names its process id and host), or
+            if the file cannot be opened.
         """
         self._path = path = run / LOCK
-        self._descriptor: int | None = os.open(
-            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644
-        )
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        try:
+            self._descriptor: int | None = os.open(path, flags, 0o644)
+        except OSError as e:
+            raise ValueError(
+                f"{path} cannot be opened ({e.strerror}): delete it or fix its "
+                "permissions, or choose another --train.run-dir"
+            ) from e
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
