@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -73,6 +74,11 @@ def replace(tree: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
     if head not in tree:
         raise ValueError(f"no {head!r} among {', '.join(map(str, tree))}")
     return {**tree, head: replace(tree[head], rest, value) if rest else value}
+
+
+def unstack(tree: Any, count: int) -> tuple[Any, ...]:
+    """Splits a tree whose leaves are stacked, [count, ...], into `count` trees."""
+    return tuple(jax.tree.map(itemgetter(i), tree) for i in range(count))
 
 
 def count(tree: Any) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.data.sources import TEXT_KINDS, TextFile, suffixes
 from jaxlm.fields import nearest
-from jaxlm.terminal.printable import one_line, shown
+from jaxlm.terminal.printable import error_line, shown
 
 BOM = b"\xef\xbb\xbf"
 # A zero among the first bytes of a file means that it is not text, as for git and grep.
@@ -380,7 +380,7 @@ def _damaged_parquet(file: TextFile, pyarrow: Any) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeError, pyarrow.ArrowException) as error:
-        words = one_line(" ".join(str(error).split()), 150)
+        words = error_line(error, 150)
         raise ValueError(
             f"{file.path}: not a complete Parquet file ({words}): get it again"
         ) from None

@@ -19,12 +19,13 @@ from jaxlm.infer.rules.stop_strings import STOPPED
 from jaxlm.infer.sampling import sample_tokens
 from jaxlm.model.block import Block
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import Cache, LayerCache, unstack
+from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.edit import Edit, total_hits
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.rules import activation_spec, reshard
+from jaxlm.tree import unstack
 from jaxlm.types import Params
 
 # Tokens decoded by one call of the compiled program. Between calls a stream prints its

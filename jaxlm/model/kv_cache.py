@@ -1,7 +1,6 @@
 """The key/value cache: a value that is passed in, returned, and never changed."""
 
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 import jax
@@ -57,8 +56,3 @@ def append(
         keys=jax.vmap(write)(cache.keys, keys, lengths),
         values=jax.vmap(write)(cache.values, values, lengths),
     )
-
-
-def unstack(tree: Any, num_layers: int) -> tuple[Any, ...]:
-    """Splits stacked layers (parameters or cache) into one tree per layer."""
-    return tuple(jax.tree.map(itemgetter(i), tree) for i in range(num_layers))

@@ -10,8 +10,8 @@ from typing import Any
 from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
+from jaxlm.terminal.printable import error_line
 from jaxlm.terminal.progress import Waiting
-from jaxlm.train.metrics import one_line
 
 REPORT = "report.html"
 PICTURE = "loss.png"
@@ -77,5 +77,5 @@ class LiveReport:
         except Exception as error:
             # Whatever it is, it must not end the run or hide why it ended.
             if not self._failed:
-                logger.warning("the report cannot be written: %s", one_line(error))
+                logger.warning("the report cannot be written: %s", error_line(error))
             self._failed = True

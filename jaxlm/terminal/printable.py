@@ -32,6 +32,11 @@ def one_line(message: str, most: int = 300) -> str:
     return line if len(line) <= most else f"{line[: most - end - 5]} ... {line[-end:]}"
 
 
+def error_line(error: BaseException, most: int = 300) -> str:
+    """Returns what an exception says as one line, or its type if it says nothing."""
+    return one_line(" ".join(str(error).split()) or type(error).__name__, most)
+
+
 def shown_value(value: Any) -> str:
     """Formats a value for a message as `repr` does, but with at most a few parts."""
     return _REPR.repr(value)

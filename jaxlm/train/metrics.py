@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxlm.files.durable import replacing
+from jaxlm.terminal.printable import error_line
 
 FILE_NAME = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
@@ -62,12 +63,6 @@ class Sink(Protocol):
 
     def close(self, failed: bool) -> None:
         """Takes the end of this start of the run; `failed`: by an exception."""
-
-
-def one_line(error: Exception) -> str:
-    """Returns what an exception says in at most 300 characters without line breaks."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def _encode(value: Any) -> Any:
@@ -332,5 +327,5 @@ class MetricsWriter(contextlib.AbstractContextManager):
 def _warn(sink: Sink, error: Exception) -> None:
     logger.warning(
         "%s failed and is turned off, training goes on: %s",
-        *(type(sink).__name__, one_line(error)),
+        *(type(sink).__name__, error_line(error)),
     )

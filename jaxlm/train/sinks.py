@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.fields import named_values
+from jaxlm.terminal.printable import error_line
 from jaxlm.terminal.progress import Waiting
-from jaxlm.train.metrics import Sink, one_line
+from jaxlm.train.metrics import Sink
 
 # Sent together, as a request takes longer than a step.
 MLFLOW_SECONDS, MLFLOW_METRICS = 5.0, 500
@@ -57,7 +58,7 @@ def open_sinks(
                 sinks.append(make(package, Path(run_dir), config, resume_step))
         except Exception as error:
             # A service that does not answer must not keep a model from training.
-            logger.warning("no rows go to %s: %s", name, one_line(error))
+            logger.warning("no rows go to %s: %s", name, error_line(error))
     return sinks
 
 

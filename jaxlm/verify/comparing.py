@@ -20,9 +20,10 @@ from jaxtyping import Float, Float32, Int, Int32
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.generate import Generation, bucket, generate
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import Cache, unstack
+from jaxlm.model.kv_cache import Cache
 from jaxlm.model.transformer import forward
 from jaxlm.ops.tap import Tap
+from jaxlm.tree import unstack
 from jaxlm.types import Params
 from jaxlm.verify.check import Check, at_most, number
 from jaxlm.verify.expected import Expected, log_sum_exp

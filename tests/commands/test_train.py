@@ -30,6 +30,18 @@ TOKENIZER = ByteTokenizer()
 MODEL = toy(vocab_size=TOKENIZER.vocab_size, context_length=40)
 
 
+def make_data(folder):
+    """Writes a small text, and returns the config that reads it."""
+    text = folder / "text.txt"
+    text.write_text("some words to train on\n" * 50)
+    return DataConfig(
+        path=(str(text),),
+        cache_dir=str(folder / "cache"),
+        tokenizer="bytes",
+        sequence_length=16,
+    )
+
+
 @pytest.mark.parametrize(
     "sample, settings, message",
     [
@@ -45,16 +57,10 @@ MODEL = toy(vocab_size=TOKENIZER.vocab_size, context_length=40)
 def test_a_run_that_cannot_sample_is_refused_before_its_first_step(
     tmp_path, sample, settings, message
 ):
-    text, run = tmp_path / "text.txt", tmp_path / "run"
-    text.write_text("some words to train on\n" * 50)
+    data, run = make_data(tmp_path), tmp_path / "run"
     config = Config(
         model=MODEL,
-        data=DataConfig(
-            path=(str(text),),
-            cache_dir=str(tmp_path / "cache"),
-            tokenizer="bytes",
-            sequence_length=16,
-        ),
+        data=data,
         sample=SampleConfig(**sample),
         train=TrainConfig(steps=200, batch_size=2, run_dir=str(run), **settings),
     )
@@ -89,17 +95,11 @@ def test_samples_begin_and_end_as_those_of_jaxlm_sample():
 
 
 def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, caplog):
-    text, run = tmp_path / "text.txt", tmp_path / "run"
-    text.write_text("some words to train on\n" * 50)
+    data, run = make_data(tmp_path), tmp_path / "run"
     (run / "report.html").mkdir(parents=True)
     config = Config(
         model=MODEL,
-        data=DataConfig(
-            path=(str(text),),
-            cache_dir=str(tmp_path / "cache"),
-            tokenizer="bytes",
-            sequence_length=16,
-        ),
+        data=data,
         optimizer=OptimizerConfig(warmup_steps=0),
         train=TrainConfig(
             steps=2,
@@ -120,8 +120,7 @@ def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, caplog):
 
 def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path, capsys):
     """A state of other types, if only weak ones, would be compiled for again."""
-    text, states = tmp_path / "text.txt", []
-    text.write_text("some words to train on\n" * 50)
+    data, states = make_data(tmp_path), []
 
     def fit_and_record(config, optimizer, state, *arguments, **more):
         states.append(jax.tree.map(jax.typeof, state))
@@ -131,12 +130,7 @@ def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path, capsys):
     for steps in (1, 2):
         config = Config(
             model=MODEL,
-            data=DataConfig(
-                path=(str(text),),
-                cache_dir=str(tmp_path / "cache"),
-                tokenizer="bytes",
-                sequence_length=16,
-            ),
+            data=data,
             optimizer=OptimizerConfig(warmup_steps=0, schedule="constant"),
             train=TrainConfig(
                 steps=steps,

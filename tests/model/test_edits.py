@@ -14,11 +14,11 @@ from test_probe import CONFIGS, T, everything, model, sites
 
 import jaxlm
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import unstack
 from jaxlm.model.transformer import forward
 from jaxlm.ops.edit import Edit, check_hits
 from jaxlm.ops.sites import SITES
 from jaxlm.ops.tap import Tap
+from jaxlm.tree import unstack
 
 B = 2
 LAYER, POSITION = 1, 6

@@ -11,9 +11,10 @@ from model_case import ids, make, small
 from ops_case import quick_jit
 
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import append, unstack
+from jaxlm.model.kv_cache import append
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probe import Tap
+from jaxlm.tree import unstack
 
 T = 16
 CONFIG = small(num_layers=3, layer_pattern=("local", "global"), window=5)

@@ -14,9 +14,9 @@ from ops_case import quick_jit
 from jaxlm import tree
 from jaxlm.model.block import Attention, Block, FeedForward, Norm
 from jaxlm.model.initialization import init, init_cache
-from jaxlm.model.kv_cache import unstack
 from jaxlm.model.transformer import forward
 from jaxlm.ops.tap import Tap
+from jaxlm.tree import unstack
 
 CONFIG = small(num_layers=3, layer_pattern=("local", "global"), window=4)
 

@@ -14,13 +14,13 @@ from ops_case import quick_jit
 
 from jaxlm.model import layers, transformer
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import unstack
 from jaxlm.model.trace import absent_sites, empty_recorder
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.moe import route
 from jaxlm.ops.probe import Probe
 from jaxlm.ops.sites import SITES
 from jaxlm.ops.tap import Tap
+from jaxlm.tree import unstack
 
 B, T = 2, 11
 CONFIGS = {

@@ -13,12 +13,12 @@ from ops_case import quick_jit
 from jaxlm import tree
 from jaxlm.config import MeshConfig
 from jaxlm.model.initialization import init, init_cache
-from jaxlm.model.kv_cache import unstack
 from jaxlm.model.layers import REMAT_POLICIES
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.transformer import forward
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import batch_sharding
+from jaxlm.tree import unstack
 
 B, T = 2, 12
 # One layer more than whole groups; everything that a mask can do.

@@ -12,7 +12,7 @@ from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.config import Config
 from jaxlm.fields import from_dict
 from jaxlm.files.strict_json import parse_object
-from jaxlm.terminal.printable import one_line, shown_value
+from jaxlm.terminal.printable import error_line, shown_value
 
 META_FORMAT = 1
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any
         read = arrays.read(folder / item, flat)
     except (ValueError, LookupError, TypeError, OSError) as error:
         # Its files match the manifest, so whoever wrote that wrote these.
-        words = one_line(" ".join(str(error).split()))
+        words = error_line(error)
         raise UnreadableStep(f"Orbax cannot read {item}: {words}") from error
     return jax.tree.unflatten(jax.tree.structure(wanted), [read[n] for n in flat])
 

@@ -11,7 +11,7 @@ import tokenizers
 from jaxtyping import Int32
 
 from jaxlm.fields import to_dict
-from jaxlm.terminal.printable import one_line
+from jaxlm.terminal.printable import error_line
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,
@@ -238,7 +238,7 @@ def _errors_of_the_library(what: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            words = one_line(" ".join(str(error).split()))
+            words = error_line(error)
             raise ValueError(f"{what}: {words}") from None
         raise
 

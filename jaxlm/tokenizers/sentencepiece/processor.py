@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from sentencepiece import SentencePieceProcessor
 
 from jaxlm.fields import to_dict
-from jaxlm.terminal.printable import one_line
+from jaxlm.terminal.printable import error_line
 from jaxlm.tokenizers.base import (
     Piece,
     Tokenizer,
@@ -75,7 +75,7 @@ class SentencePieceTokenizer(Tokenizer):
                 model_proto = literal_model(model)
                 self._processor = SentencePieceProcessor(model_proto=model_proto)
         except (RuntimeError, DecodeError, ValueError) as error:
-            words = one_line(" ".join(str(error).split()))
+            words = error_line(error)
             raise ValueError(f"not a SentencePiece model: {words}") from None
         self.vocab_size = len(self.table.types)
         ids = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))

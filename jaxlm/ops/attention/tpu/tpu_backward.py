@@ -172,7 +172,9 @@ def _key_value_kernel(
         dk_acc[...] += dot(dscores.astype(q.dtype), q, ((1,), (0,)))
 
     first, end = table.query_range(b, j)
-    is_full = not partial_queries or (i + 1) * grid.block_queries <= grid.num_queries
+    is_full = None
+    if partial_queries:
+        is_full = (i + 1) * grid.block_queries <= grid.num_queries
     visit_pair(table, b, i, j, visit, first + step < end, is_full)
 
     is_last = (g == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)

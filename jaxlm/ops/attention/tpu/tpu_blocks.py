@@ -179,7 +179,7 @@ def visit_pair(
     j: Any,
     visit: Callable[[bool], None],
     in_range: Any,
-    is_full: Any = True,
+    is_full: Any = None,
 ) -> None:
     """Calls `visit(masked)` for query block i and key block j, unless all is hidden.
 
@@ -190,13 +190,14 @@ def visit_pair(
       j: the key block.
       visit: the work; it masks nothing if its argument is False.
       in_range: whether the pair is one of those to visit.
-      is_full: whether nothing in the blocks is garbage, apart from keys.
+      is_full: whether the query block has no garbage; None: it never has.
     """
     any_visible, all_visible = table.visibility(
         table.query_extent(b, i), table.key_extent(b, j)
     )
     any_visible &= in_range
-    all_visible &= is_full
+    if is_full is not None:
+        all_visible &= is_full
     pl.when(any_visible & all_visible)(partial(visit, False))
     pl.when(any_visible & ~all_visible)(partial(visit, True))
 
