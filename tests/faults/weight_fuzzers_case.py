@@ -246,9 +246,9 @@ def certificates(folder):
 
 
 FUZZERS = {
-    "safetensors": (safetensors, 600),
-    "safetensors index": (safetensors_index, 300),
-    "gguf": (gguf_files, 600),
+    "safetensors": (safetensors, 300),
+    "safetensors index": (safetensors_index, 150),
+    "gguf": (gguf_files, 300),
     "config.json": (config_json, 150),
     "gguf keys": (gguf_keys, 150),
     "config of a run": (run_config, 100),

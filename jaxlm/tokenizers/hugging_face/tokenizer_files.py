@@ -122,7 +122,7 @@ def _tokenizer_json(files: _Files, contents: bytes, path: Path) -> HuggingFaceTo
         more = _more_added_tokens(files, data)
         if more:
             data["added_tokens"] = [*(data.get("added_tokens") or []), *more]
-            contents = json.dumps(data, ensure_ascii=False).encode()
+            contents = _as_file(data)
         ids = vocabulary(data) | {t.content: t.id for t in added_tokens(data)}
         settings = _settings(files, ids, first_added=first_added(data))
         return HuggingFaceTokenizer(contents, settings)
@@ -177,7 +177,14 @@ def _gpt2_json(files: _Files) -> bytes:
     added = dict.fromkeys(t for t in named if t is not None) or ["<|endoftext|>"]
     entries = [added_token(vocab[t], t, special=True) for t in added if t in vocab]
     data = byte_level_json(vocab, merges, by_name(_BYTE_LEVEL_CLASSES[kind]), entries)
-    return json.dumps(data, ensure_ascii=False).encode()
+    return _as_file(data)
+
+
+def _as_file(data: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text has half of a surrogate pair: not UTF-8") from None
 
 
 def _sentence_piece(files: _Files) -> SentencePieceTokenizer:

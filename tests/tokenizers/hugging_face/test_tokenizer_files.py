@@ -145,6 +145,9 @@ def test_a_folder_of_gpt2(tmp_path, all_of_them):
     put(tmp_path, "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
     qwen = tokenizer_from_folder(tmp_path)
     assert qwen.encode("e\u0301").tolist() == qwen.encode("é").tolist()
+    put(tmp_path, "vocab.json", {**table["vocab"], "\ud800": 9999})
+    with pytest.raises(ValueError, match=r"has half of a surrogate pair: not UTF-8$"):
+        tokenizer_from_folder(tmp_path)
     put(tmp_path, "tokenizer_config.json", {"tokenizer_class": "BartTokenizer"})
     with pytest.raises(ValueError, match=r"BartTokenizer .* add its tokenizer.json"):
         tokenizer_from_folder(tmp_path)
