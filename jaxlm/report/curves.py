@@ -24,6 +24,8 @@ MAX_POINTS = 2000
 # The smoothing averages over one in so many rows on either side; page.js: the slider.
 SMOOTHING = 50
 
+# JSON can hold integers that no float can.
+_MAX = 1 << 1000
 # A JSON object, as in config.json.
 Json = dict[str, Any]
 
@@ -81,7 +83,13 @@ def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:
     """Returns one field of the rows as f64; NaN if it is missing or not a number."""
     values = [row.get(name) for row in rows]
     return np.array(
-        [float(v) if isinstance(v, int | float) else math.nan for v in values], float
+        [
+            float(v)
+            if isinstance(v, float) or (isinstance(v, int) and abs(v) <= _MAX)
+            else math.nan
+            for v in values
+        ],
+        float,
     )
 
 

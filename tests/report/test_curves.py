@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from report_case import make_run
 
-from jaxlm.report.curves import bucket_means, downsample, load_runs, smooth
+from jaxlm.report.curves import bucket_means, column, downsample, load_runs, smooth
 
 
 @pytest.mark.parametrize("n", [0, 1, 20, 21, 1000, 100_000])
@@ -55,3 +55,8 @@ def test_errors(tmp_path):
     (run / "config.json").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         load_runs(run)
+
+
+def test_a_number_that_no_float_can_hold_is_none():
+    rows = [{"a": 10**400}, {"a": 2}, {"a": math.inf}, {"a": "x"}, {}]
+    assert str(column(rows, "a")) == "[nan  2. inf nan nan]"
