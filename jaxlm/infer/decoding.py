@@ -18,6 +18,7 @@ from jaxlm.infer.rules.penalties import History
 from jaxlm.infer.rules.stop_strings import STOPPED
 from jaxlm.infer.sampling import sample_tokens
 from jaxlm.model.block import Block
+from jaxlm.model.divisible import divisible_config, divisible_params
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import cast_matrices
@@ -155,22 +156,25 @@ def programs(
 
     def split(params):
         # Each einsum would round them, in every step anew.
-        params = cast_matrices(params, dtype)
+        on_mesh = divisible_config(config, block)
+        params = cast_matrices(divisible_params(on_mesh, params, block), dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
     def decode(params, state, keys, settings, next_states, num_ids, edits):
+        on_mesh = divisible_config(config, block)
+
         def step(state: DecodeState, _):
             by_row = (state.logits, state.rows, keys, settings)
             draw = partial(_draw, num_top)
             rows, drawn = _on_each_device(draw, by_row, (next_states, num_ids))
             out = forward(
-                *(config, params, drawn.tokens[:, None]),
+                *(on_mesh, params, drawn.tokens[:, None]),
                 cache=state.cache,
                 edits=edits,
                 block=block,
             )
             assert out.cache is not None and out.logits is not None
-            logits = reshard(out.logits[:, 0], "B_")
+            logits = reshard(out.logits[:, 0], "B_")[:, : config.vocab_size]
             hits = total_hits(edits, state.hits, out.hits)
             return DecodeState(out.cache, logits, rows, hits), drawn
 
@@ -216,7 +220,7 @@ def _prefill(
     last = jnp.sum(
         jnp.where(is_last[..., None], out.hidden_states, 0), axis=1, keepdims=True
     )
-    new = reshard(unembed(config, params, last)[:, 0], "B_")
+    new = reshard(unembed(config, params, last)[:, 0], "B_")[:, : config.vocab_size]
     ends = is_last.any(axis=1)[:, None]
     logits = jnp.where(ends, new, reshard(logits, "B_"))
     return unstack(out.cache.layers, config.num_layers), logits, out.hits

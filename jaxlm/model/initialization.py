@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_block, check_config, check_key
+from jaxlm.model.divisible import divisible_config
 from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import param, weights
 from jaxlm.ops.linear import compute_dtype
@@ -45,6 +46,8 @@ def init_cache(
 ) -> Cache:
     """Makes an empty cache, stacked over layers: [L, B, max_length, K, H].
 
+    K is larger than `num_kv_heads` where mesh.tensor is.
+
     Args:
       dtype: of keys and values; None takes the compute dtype.
 
@@ -58,7 +61,7 @@ def init_cache(
             f"{config.context_length}"
         )
     shape = (config.num_layers, batch_size, max_length)
-    shape += (config.num_kv_heads, config.head_dim)
+    shape += (divisible_config(config).num_kv_heads, config.head_dim)
     partition = activation_spec("LBSKH")
     if dtype is None:
         dtype = compute_dtype(config.dtype)

@@ -20,6 +20,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model import trace
 from jaxlm.model.block import Block, Norm, make_context
 from jaxlm.model.checks import as_tokens, check_config, check_model
+from jaxlm.model.divisible import check_sites, divisible_config, divisible_params
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
 from jaxlm.model.params import param
@@ -92,8 +93,12 @@ def forward(
     check_model(config, params, block)
     tokens = as_tokens(config, tokens, cache)
     context = make_context(config, tokens, positions, segment_ids, cache)
+    given, config = config, divisible_config(config, block)
+    params = divisible_params(config, params, block)
     recorder = trace.empty_recorder(config, tokens, cache, taps, edits, head)
     probe = Probe(taps, edits, context.positions)
+    if config != given:
+        check_sites(given, taps, edits)
 
     embed: Callable[..., Any] = Embedder(config, parent=None).apply
     x = embed({"params": params["embed"]}, tokens, context.positions, probe)
@@ -102,7 +107,12 @@ def forward(
         config, params["layers"], x, context, caches, recorder, edits, block
     )
     x = probe("final_norm", _final_norm(config, params, x, probe))
-    logits = probe("logits", unembed(config, params, x)) if head else None
+    logits = None
+    if head:
+        logits = unembed(config, params, x)
+        if config.vocab_size != given.vocab_size:
+            logits = reshard(logits, "BT_")[..., : given.vocab_size]
+        logits = probe("logits", logits)
 
     tapped = trace.complete(
         config, params, taps, recorder, probe.values, context, caches, edits
@@ -152,10 +162,15 @@ def _final_norm(
 
 
 def head_params(config: ModelConfig, params: Params) -> Params:
-    """Returns the part of the parameters that `unembed` multiplies by."""
+    """Returns the part of the parameters that `unembed` multiplies by.
+
+    In the form that the mesh needs, so that no call of `unembed` makes it again.
+    """
     if config.tied_embeddings:
-        return {"embed": {"table": params["embed"]["table"]}}
-    return {"lm_head": params["lm_head"]}
+        part = {"embed": {"table": params["embed"]["table"]}}
+    else:
+        part = {"lm_head": params["lm_head"]}
+    return divisible_params(divisible_config(config), part)
 
 
 def unembed(
@@ -167,6 +182,9 @@ def unembed(
 ) -> Float[Array, "*B V"]:
     """Computes logits (f32) from hidden states, by the tied table or the head.
 
+    Where mesh.tensor does not divide the vocabulary there are a few more logits than
+    tokens, all -1e30.
+
     Args:
       x: with up to three leading axes, e.g. [B, T, D], or [L, B, T, D] from a tap.
       norm: apply the final norm first, as for values of the residual stream (a logit
@@ -176,14 +194,20 @@ def unembed(
     if norm:
         x = _final_norm(config, params, x)
     leading = "LBT"[4 - x.ndim :]
+    head = head_params(config, params)
     if config.tied_embeddings:
-        weight, w = "VD", params["embed"]["table"]
+        weight, w = "VD", head["embed"]["table"]
     else:
-        weight, w = "DV", params["lm_head"]["kernel"]
+        weight, w = "DV", head["lm_head"]["kernel"]
     vocab, sharding = activation_spec("V"), layout(x)
     out = sharding and vocab and P(*sharding.spec[:-1], *vocab)
     equation = f"{leading}D,{weight}->{leading}V"
     logits = einsum(equation, x, w, out, jnp.float32)
     if config.final_soft_cap is not None:
         logits = config.final_soft_cap * jnp.tanh(logits / config.final_soft_cap)
+    if logits.shape[-1] > config.vocab_size:
+        ids = jax.lax.broadcasted_iota(
+            jnp.int32, logits.shape, logits.ndim - 1, out_sharding=layout(logits)
+        )
+        logits = jnp.where(ids < config.vocab_size, logits, -1e30)
     return logits

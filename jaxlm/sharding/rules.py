@@ -17,7 +17,7 @@ LOGICAL_AXES = {
     "T": "length",
     "D": "model",
     "N": "heads",
-    "K": "heads",
+    "K": "key_heads",
     "F": "hidden",
     "V": "vocab",
     "L": "layers",
@@ -32,10 +32,14 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "model": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
+    "key_heads": "tensor",
     "hidden": "tensor",
     "layers": None,
     "experts": None,
 }
+# Where `tensor` does not divide these, parameters are stored with them whole and are
+# cut along `model` instead; the model runs in another form (`model/divisible.py`).
+MADE_DIVISIBLE = ("key_heads", "vocab")
 
 
 def logical_axes(letters: str) -> tuple[str | None, ...]:
@@ -83,10 +87,19 @@ def reshard(x: Array, letters: str) -> Array:
 
 def batch_parts() -> int:
     """Number of shards of a batch in the current mesh; 1 without an Explicit mesh."""
+    return _parts("batch")
+
+
+def tensor_parts() -> int:
+    """Number of shards of heads in the current mesh; 1 without an Explicit mesh."""
+    return _parts("heads")
+
+
+def _parts(axis: str) -> int:
     if activation_spec("B") is None:
         return 1
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in _mesh_axes(MESH_AXES["batch"]))
+    return math.prod(shape[name] for name in _mesh_axes(MESH_AXES[axis]))
 
 
 def sharding(
@@ -100,17 +113,31 @@ def sharding(
     Raises:
       ValueError: if a mesh axis does not divide its dimension of the parameter.
     """
-    partition = spec(*axes)
+    partition = _stored_spec(shape, axes, mesh)
     for size, entry in zip(shape, partition, strict=True):
         for mesh_axis in _mesh_axes(entry):
             if size % mesh.shape[mesh_axis]:
                 raise ValueError(
                     f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not "
                     f"divide {size} in the shape {shape} of {path!r}: choose another "
-                    f"mesh.{mesh_axis} or another size (model.vocab_size may be larger "
-                    "than the tokenizer's)"
+                    f"mesh.{mesh_axis} or another size"
                 )
     return NamedSharding(mesh, partition)
+
+
+def _stored_spec(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh
+) -> P:
+    """Returns the partition of a parameter; see `MADE_DIVISIBLE`."""
+    entries = list(spec(*axes))
+    both = ("fsdp", "tensor")
+    for number, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        if axis in MADE_DIVISIBLE and size % mesh.shape["tensor"]:
+            entries[number] = None
+            parts = math.prod(mesh.shape[name] for name in both)
+            if "model" in axes and shape[axes.index("model")] % parts == 0:
+                entries[axes.index("model")] = both
+    return P(*entries)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:

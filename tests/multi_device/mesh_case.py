@@ -53,8 +53,10 @@ MESHES = {
     "fsdp8": {"data": 1, "fsdp": 8},
     "fsdp2_tensor4": {"data": 1, "fsdp": 2, "tensor": 4},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "tensor8": {"data": 1, "tensor": 8},  # more than key heads
 }
 MODEL = toy(num_heads=8, num_kv_heads=4, qk_norm="head", vocab_size=64)
+ODD = {"vocab_size": 65}  # no tensor axis divides it
 EXPERTS = {
     "num_experts": 4,
     "experts_per_token": 2,
@@ -250,7 +252,7 @@ def case_losses(names, optimizer, changes=None, **train):
     return result
 
 
-def case_resume(folder, optimizer="adamw"):
+def case_resume(folder, others, optimizer="adamw"):
     """Saved on one mesh after 4 steps, restored on others, then 4 more steps."""
     config, saved = config_of(optimizer), 4
     same = {"tokenizer_fingerprint": ByteTokenizer().fingerprint}
@@ -269,7 +271,7 @@ def case_resume(folder, optimizer="adamw"):
     reference, _ = losses_on(config, mesh, saved + 4)
     result, said = {}, []
     optimizer = make_optimizer(config.optimizer, STEPS)
-    for name in ("2x2x2", "one", "fsdp8", "control"):
+    for name in ("2x2x2", *others, "control"):
         mesh = mesh_of("fsdp8" if name == "control" else name)
         with (
             jax.set_mesh(mesh),
@@ -337,7 +339,7 @@ def case_skips(folder):
 
 def case_generate(names):
     prompts = [[1, 2, 3], [4] * 9, [5, 6]]  # 3 rows on 8 parts: padded inside
-    result = {}
+    model, result = dataclasses.replace(MODEL, **ODD), {}
     for temperature in (0.0, 1.0):
         # Every row beside rows with other rules.
         rules = {"temperature": temperature, "max_new_tokens": 20}
@@ -347,15 +349,15 @@ def case_generate(names):
         for name in ("one", *names):
             mesh = mesh_of(name)
             with jax.set_mesh(mesh):
-                params = make_params(MODEL, std=0.5)
+                params = make_params(model, std=0.5)
                 params = jax.device_put(params, parameter_shardings(params, mesh))
                 call = (sample, jax.random.key(0))
-                out = generate(MODEL, params, prompts, *call, return_state=True)
+                out = generate(model, params, prompts, *call, return_state=True)
                 more = [
                     [*prompt, *new, 7]
                     for prompt, new in zip(prompts, out.tokens.tolist(), strict=True)
                 ]
-                next_out = generate(MODEL, params, more, *call, resume=out.state)
+                next_out = generate(model, params, more, *call, resume=out.state)
             assert next_out.prefill_tokens.tolist() == [1, 1, 1]
             tokens[name] = np.concatenate([out.tokens, next_out.tokens], axis=1)
         for name in names:
@@ -408,13 +410,12 @@ def case_edits(names, changes=None):
 
 def case_errors():
     result = {}
-    for sizes, model in (({"data": 1, "fsdp": 1, "tensor": 8}, MODEL),):
-        mesh = make_mesh(MeshConfig(**sizes))
-        with jax.set_mesh(mesh):
-            try:
-                abstract_state(model, make_optimizer(OptimizerConfig(), 100), mesh)
-            except ValueError as error:
-                result["divide"] = str(error)
+    mesh, model = mesh_of("tensor8"), toy(num_heads=4)
+    with jax.set_mesh(mesh):
+        try:
+            abstract_state(model, make_optimizer(OptimizerConfig(), 100), mesh)
+        except ValueError as error:
+            result["divide"] = str(error)
     for name, sizes in (("fit", {"data": 3}), ("remain", {"fsdp": 3})):
         try:
             make_mesh(MeshConfig(**sizes))
@@ -447,28 +448,31 @@ def case_kernel():
 def main():
     case, folder = sys.argv[1:]
     all_meshes = list(MESHES)[1:]
+    four = [name for name in all_meshes if name != "tensor8"]
     cases = {
         "embedding": case_embedding,
         "torus": case_torus,
         "errors": case_errors,
-        "experts": lambda: case_gradients(all_meshes, EXPERTS, load_balance_loss=0.1),
-        "gradients": lambda: case_gradients(all_meshes),
+        "experts": lambda: case_gradients(four, EXPERTS, load_balance_loss=0.1),
+        "gradients": lambda: case_gradients(all_meshes, ODD),
         "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "xla"}),
         "kernel": case_kernel,
-        "adamw": lambda: case_losses(all_meshes, "adamw"),
+        "adamw": lambda: case_losses(four, "adamw"),
         "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
-        "experts_adamw": lambda: case_losses(all_meshes, "adamw", EXPERTS),
+        "experts_adamw": lambda: case_losses(four, "adamw", EXPERTS),
         "experts_muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon", EXPERTS),
         "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
         "accumulation": lambda: case_losses(
-            ["data8", "2x2x2"], "adamw", accumulation_steps=2, loss_chunk=64
+            ["data8", "tensor8"], "adamw", ODD, accumulation_steps=2, loss_chunk=64
         ),
         "skips": lambda: case_skips(folder),
-        "resume": lambda: case_resume(folder),
-        "resume_muon": lambda: case_resume(folder, "muon"),
+        "resume": lambda: case_resume(
+            folder, ["one", "data8", "fsdp8", "fsdp2_tensor4", "tensor8"]
+        ),
+        "resume_muon": lambda: case_resume(folder, ["one", "fsdp8"], "muon"),
         "edits": lambda: case_edits(["fsdp2_tensor4", "2x2x2"]),
         "edits_experts": lambda: case_edits(["2x2x2"], EXPERTS),
-        "generate": lambda: case_generate(["data8", "fsdp2_tensor4", "2x2x2"]),
+        "generate": lambda: case_generate(all_meshes),
     }
     print(json.dumps(cases[case]()))
 

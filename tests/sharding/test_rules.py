@@ -162,7 +162,7 @@ def test_two_dimensions_on_one_mesh_axis_are_refused():
 
 @pytest.mark.parametrize(
     "axis, size, name",
-    [("tensor", 3, "embed/table"), ("tensor", 4, "layers/attn/k"), ("fsdp", 5, "")],
+    [("tensor", 3, "layers/attn/"), ("tensor", 8, "layers/attn/"), ("fsdp", 5, "")],
 )
 def test_an_axis_that_does_not_divide_names_parameter_and_remedy(axis, size, name):
     with pytest.raises(
