@@ -9,8 +9,8 @@ its state must be that of the first one, bit for bit, and so must each row of it
 metrics. Rows that a fault took may be missing. No start may print a traceback or end
 with another code than its end explains.
 
-Writes counts to benchmarks/results/soak.json, after each run; exits with 1 if anything
-differed. A folder that differed is kept.
+Writes counts to benchmarks/results/soak.json, by seed, after each run; exits with 1 if
+anything differed. A folder that differed is kept.
 """
 
 import argparse
@@ -248,13 +248,15 @@ def main() -> None:
         starts = sum(n for name, n in soak.counts.items() if name.startswith("end: "))
         result = {
             "minutes": round((time.monotonic() - began) / 60, 1),
-            "seed": arguments.seed,
+            "steps": STEPS,
             "starts": starts,
             "wrong": soak.wrong,
             "counts": dict(sorted(soak.counts.items())),
             "machine": machine(),
         }
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        results[f"seed {arguments.seed}"] = result
+        RESULT.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     if arguments.folder is None and not soak.wrong:
         shutil.rmtree(folder)
