@@ -16,6 +16,8 @@ from jaxlm.ops.attention.spec import AttentionSpec
 
 # The kernel needs lengths in multiples of 128 lanes.
 LANES = 128
+# The segment of the padding up to there; those of texts are not negative.
+PADDING_SEGMENT = -1
 # The largest block of queries or keys. Heads wider than WIDE use half of it, because
 # VMEM on a TPU v4 is too small for more.
 BLOCK = 512
@@ -33,11 +35,16 @@ def declines(request: Request) -> str | None:
         (request.dtype not in (jnp.bfloat16, jnp.float32), f"no {request.dtype}"),
         (request.lse, "no log-sum-exp with a gradient"),
         (mask.query_positions is not None, "no query positions"),
-        (T % LANES or S % LANES, f"lengths must be multiples of {LANES}"),
+        # Equal lengths are padded.
+        (
+            T != S and (T % LANES or S % LANES),
+            f"lengths must be equal, or multiples of {LANES}",
+        ),
         (H > 2 * WIDE, f"head_dim {H} is over {2 * WIDE}"),
     ):
         if applies:
             return reason
+    T, S = (n + -n % LANES for n in (T, S))
     rows, columns = (_block(n, H) for n in (T, S))
     if (T // rows) * (S // columns) > MAX_BLOCKS:
         return f"too many blocks at lengths {T} and {S}"
@@ -60,20 +67,35 @@ def attention(
     Args:
       interpret: run the kernel as plain JAX, on any device.
     """
+    B, T = q.shape[:2]
+    segment_ids = [spec.mask.query_segments, spec.mask.key_segments]
+    missing = -T % LANES
+    if missing:
+        # Padding is a segment of its own, in which each query sees its own key. The
+        # causal mask hides those keys too.
+        if segment_ids[0] is None and not spec.mask.causal:
+            segment_ids = [jnp.zeros((B, T), jnp.int32)] * 2
+        segment_ids = [_pad(x, missing, PADDING_SEGMENT) for x in segment_ids]
+        q, k, v = (_pad(x, missing, 0) for x in (q, k, v))
+    segments = None
+    if segment_ids[0] is not None:
+        segments = splash_attention_kernel.SegmentIds(*segment_ids)
     kernel = _kernel(q.shape, k.shape[1], spec, interpret)
     # The kernel does not scale the scores.
     q = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    segments = None
-    mask = spec.mask
-    if mask.query_segments is not None:
-        segments = splash_attention_kernel.SegmentIds(
-            mask.query_segments, mask.key_segments
-        )
     sinks = None if spec.sinks is None else _keep_dtype(spec.sinks)
     run = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
     z_BNTH: Any = run(q_BNTH, k_BKSH, v_BKSH, segments, sinks)
-    return z_BNTH.transpose(0, 2, 1, 3), None
+    return z_BNTH.transpose(0, 2, 1, 3)[:, :T], None
+
+
+def _pad(x: Array | None, missing: int, value: int) -> Array | None:
+    """Pads axis 1 at its end; None stays None."""
+    if x is None:
+        return None
+    widths = [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
 @jax.custom_vjp

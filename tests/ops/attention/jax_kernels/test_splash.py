@@ -28,6 +28,16 @@ CASES = {
     "window, later keys too": (256, 256, 2, 1, {"window": 100, "causal": False}),
     "more keys": (128, 384, 2, 1, {}),
     "more queries": (384, 128, 2, 1, {}),
+    # Padded inside, to 256.
+    "odd length": (201, 201, 2, 1, {"window": 100}),
+    "odd length, all keys": (201, 201, 2, 1, {"causal": False}),
+    "odd length, segments": (
+        201,
+        201,
+        2,
+        1,
+        {"query_segments": SEGMENTS[:, :201], "key_segments": SEGMENTS[:, :201]},
+    ),
     "all but the window": (
         256,
         256,
@@ -196,6 +206,7 @@ def test_declines(monkeypatch):
         {"num_queries": 2048, "window": 1025},
         {"num_queries": 131072, "num_keys": 131072},
         {"head_dim": 512},
+        {"num_queries": 1000, "num_keys": 1000},
     ):
         assert splash.declines(plain_request(**can, **changes)) is None
     for changes, reason in (
@@ -203,8 +214,8 @@ def test_declines(monkeypatch):
         ({"dtype": jnp.float16}, "no float16"),
         ({"lse": True}, "no log-sum-exp with a gradient"),
         ({"query_positions": True}, "no query positions"),
-        ({"num_queries": 1000}, "lengths must be multiples of 128"),
-        ({"num_keys": 64}, "lengths must be multiples of 128"),
+        ({"num_queries": 1000}, "lengths must be equal, or multiples of 128"),
+        ({"num_keys": 64}, "lengths must be equal, or multiples of 128"),
         ({"head_dim": 576}, "head_dim 576 is over 512"),
         ({"num_queries": 2048, "window": 1024}, "queries without keys"),
         ({"num_queries": 131200, "num_keys": 131200}, "too many blocks"),
