@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from jaxlm.model.transformer import Output, forward, unembed
     from jaxlm.ops.attention.dispatch import attention
     from jaxlm.ops.attention.spec import AttentionSpec, Mask
-    from jaxlm.ops.edit import Edit, check_hits
     from jaxlm.ops.loss import cross_entropy
-    from jaxlm.ops.sites import SITES
-    from jaxlm.ops.tap import Tap
+    from jaxlm.ops.probing.edit import Edit, check_hits
+    from jaxlm.ops.probing.sites import SITES
+    from jaxlm.ops.probing.tap import Tap
 
 __all__ = [
     "SITES",
@@ -67,9 +67,9 @@ _MODULES = {
     "ops.attention.dispatch": ("attention",),
     "ops.attention.spec": ("AttentionSpec", "Mask"),
     "ops.loss": ("cross_entropy",),
-    "ops.edit": ("Edit", "check_hits"),
-    "ops.sites": ("SITES",),
-    "ops.tap": ("Tap",),
+    "ops.probing.edit": ("Edit", "check_hits"),
+    "ops.probing.sites": ("SITES",),
+    "ops.probing.tap": ("Tap",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

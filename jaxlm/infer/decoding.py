@@ -23,8 +23,8 @@ from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
-from jaxlm.ops.edit import Edit, total_hits
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.ops.probing.edit import Edit, total_hits
 from jaxlm.sharding.rules import activation_spec, reshard
 from jaxlm.tree import unstack
 from jaxlm.types import Params

@@ -37,7 +37,7 @@ from jaxlm.model.checks import check_model
 from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import sizes
 from jaxlm.model.trace import absent_sites
-from jaxlm.ops.edit import Edit, check_edits, check_hits
+from jaxlm.ops.probing.edit import Edit, check_edits, check_hits
 from jaxlm.sharding.rules import activation_spec, batch_parts
 from jaxlm.types import Params
 

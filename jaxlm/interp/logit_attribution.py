@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.trace import absent_sites
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.types import Params, Trace
 
 

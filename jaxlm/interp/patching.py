@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import forward, unembed
-from jaxlm.ops.edit import Edit
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.types import Params
 
 Metric = Callable[[Float[Array, "B V"]], Float[Array, ""]]

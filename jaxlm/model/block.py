@@ -25,9 +25,9 @@ from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import mixture, route
 from jaxlm.ops.norm import divisor, normalize, normalize_by
-from jaxlm.ops.probe import Probe
+from jaxlm.ops.probing.probe import Probe
+from jaxlm.ops.probing.sites import ATTENTION_SITES
 from jaxlm.ops.rope import rotate
-from jaxlm.ops.sites import ATTENTION_SITES
 from jaxlm.sharding.rules import activation_spec, batch_parts, reshard
 from jaxlm.types import Params
 

@@ -19,10 +19,10 @@ from jaxlm import tree
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.params import weights
-from jaxlm.ops.edit import Edit
 from jaxlm.ops.layout import reshape
-from jaxlm.ops.sites import SITES
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.sites import SITES
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding import rules
 from jaxlm.types import Params
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, layer_kinds
 from jaxlm.model.kv_cache import LayerCache
-from jaxlm.ops.edit import Edit
-from jaxlm.ops.probe import Probe
-from jaxlm.ops.sites import SITES
-from jaxlm.ops.tap import Recorder, Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.probe import Probe
+from jaxlm.ops.probing.sites import SITES
+from jaxlm.ops.probing.tap import Recorder, Tap
 from jaxlm.types import Params
 
 Caches = LayerCache | tuple[LayerCache, ...] | None

@@ -2,7 +2,7 @@
 
 A derived site (scores, probabilities, single heads, divisors of norms, chosen experts)
 is computed from recorded ones, for the tapped layers only. The table of sites is in
-`ops/sites.py`.
+`ops/probing/sites.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +21,12 @@ from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import Caches
 from jaxlm.model.params import sizes
 from jaxlm.ops.attention.reference import attention_scores, join_heads
-from jaxlm.ops.edit import Edit, check_edits
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import route
 from jaxlm.ops.norm import divisor
-from jaxlm.ops.sites import SITES, computed_aside
-from jaxlm.ops.tap import Recorder, Tap, check_taps, choose
+from jaxlm.ops.probing.edit import Edit, check_edits
+from jaxlm.ops.probing.sites import SITES, computed_aside
+from jaxlm.ops.probing.tap import Recorder, Tap, check_taps, choose
 from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params, Trace
 

@@ -24,13 +24,13 @@ from jaxlm.model.divisible import check_sites, divisible_config, divisible_param
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import run_layers
 from jaxlm.model.params import param
-from jaxlm.ops.edit import Edit, total_hits
 from jaxlm.ops.embedding import lookup
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype, einsum
-from jaxlm.ops.probe import Probe
+from jaxlm.ops.probing.edit import Edit, total_hits
+from jaxlm.ops.probing.probe import Probe
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.ops.rope import sinusoids
-from jaxlm.ops.tap import Tap
 from jaxlm.sharding.rules import activation_spec, reshard
 from jaxlm.types import Params
 

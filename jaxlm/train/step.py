@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.transformer import forward, head_params, unembed
-from jaxlm.ops.edit import Edit
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.train.optimizer import make_schedule
 from jaxlm.train.spikes import after_step
 from jaxlm.train.state import TrainState

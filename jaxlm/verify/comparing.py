@@ -22,7 +22,7 @@ from jaxlm.infer.generate import Generation, bucket, generate
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.transformer import forward
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.tree import unstack
 from jaxlm.types import Params
 from jaxlm.verify.check import Check, at_most, number

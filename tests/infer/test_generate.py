@@ -13,7 +13,7 @@ from jaxlm.infer import generate as engine
 from jaxlm.infer.decoding import CHUNK
 from jaxlm.infer.generate import bucket, generate
 from jaxlm.model.transformer import forward
-from jaxlm.ops.edit import Edit
+from jaxlm.ops.probing.edit import Edit
 
 CONFIG = toy()
 PARAMS = make_params(CONFIG, std=0.5)

@@ -7,7 +7,7 @@ from ops_case import quick_jit
 
 from jaxlm.interp.lens import logit_lens, stream_norms
 from jaxlm.model.transformer import forward
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.tap import Tap
 
 
 def test_the_lens_normalizes_and_the_last_layer_is_the_model():

@@ -13,7 +13,7 @@ from jaxlm.interp.logit_attribution import (
     logit_direction,
 )
 from jaxlm.model.transformer import forward
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.tap import Tap
 
 MODELS = {
     "plain": small(),

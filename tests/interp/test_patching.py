@@ -14,7 +14,7 @@ from jaxlm.interp.patching import (
     metric_of,
 )
 from jaxlm.model.transformer import forward
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.tap import Tap
 
 CONFIG, PARAMS = make(small(num_layers=3))
 T = 6

@@ -18,8 +18,8 @@ from jaxlm.model.initialization import init, init_cache
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.presets import preset
 from jaxlm.model.transformer import forward, head_params, unembed
-from jaxlm.ops.edit import Edit
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.mesh import AXES, make_mesh
 
 

@@ -15,9 +15,9 @@ from test_probe import CONFIGS, T, everything, model, sites
 import jaxlm
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.transformer import forward
-from jaxlm.ops.edit import Edit, check_hits
-from jaxlm.ops.sites import SITES
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit, check_hits
+from jaxlm.ops.probing.sites import SITES
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.tree import unstack
 
 B = 2

@@ -13,7 +13,7 @@ from ops_case import quick_jit
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import append
 from jaxlm.model.transformer import forward
-from jaxlm.ops.probe import Tap
+from jaxlm.ops.probing.probe import Tap
 from jaxlm.tree import unstack
 
 T = 16

@@ -15,7 +15,7 @@ from jaxlm import tree
 from jaxlm.model.block import Attention, Block, FeedForward, Norm
 from jaxlm.model.initialization import init, init_cache
 from jaxlm.model.transformer import forward
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.tree import unstack
 
 CONFIG = small(num_layers=3, layer_pattern=("local", "global"), window=4)

@@ -17,9 +17,9 @@ from jaxlm.model.initialization import init_cache
 from jaxlm.model.trace import absent_sites, empty_recorder
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.moe import route
-from jaxlm.ops.probe import Probe
-from jaxlm.ops.sites import SITES
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.probe import Probe
+from jaxlm.ops.probing.sites import SITES
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.tree import unstack
 
 B, T = 2, 11

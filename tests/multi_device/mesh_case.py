@@ -33,10 +33,10 @@ from jaxlm.ops import collectives
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
 from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
-from jaxlm.ops.edit import Edit
 from jaxlm.ops.embedding import lookup
-from jaxlm.ops.sites import SITES
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.sites import SITES
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.plan.traffic import traffic
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh

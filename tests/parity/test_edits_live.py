@@ -15,7 +15,7 @@ from parity_case import CASES, nested, tokens, weights
 from test_goldens import GATE
 
 from jaxlm.model.transformer import forward
-from jaxlm.ops.edit import Edit
+from jaxlm.ops.probing.edit import Edit
 
 pytestmark = pytest.mark.parity
 

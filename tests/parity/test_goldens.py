@@ -28,7 +28,7 @@ from jaxlm.model import block as block_module
 from jaxlm.model.initialization import init
 from jaxlm.model.transformer import forward
 from jaxlm.ops import feed_forward
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.tree import unstack
 
 # For another order of summation in f32. Observed: at most 1e-5, and 3e-5 in phi4-mini,

@@ -26,9 +26,9 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.model.transformer import forward
-from jaxlm.ops.edit import Edit
 from jaxlm.ops.moe import load_balance_loss, route
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.terminal.progress import ProgressLine
 from jaxlm.train import loop

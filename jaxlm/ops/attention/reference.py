@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, dequantize
 from jaxlm.ops.layout import reshape
-from jaxlm.ops.probe import Probe
+from jaxlm.ops.probing.probe import Probe
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxlm.ops.layout import layout
-from jaxlm.ops.sites import SITES, check_site
+from jaxlm.ops.probing.sites import SITES, check_site
 
 
 @jax.tree_util.register_static

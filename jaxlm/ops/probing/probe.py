@@ -10,9 +10,9 @@ from typing import Any
 
 from jaxtyping import Array, Int
 
-from jaxlm.ops.edit import Edit
-from jaxlm.ops.sites import SITES
-from jaxlm.ops.tap import Tap
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.sites import SITES
+from jaxlm.ops.probing.tap import Tap
 
 
 class Probe:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.fields import nearest
 from jaxlm.ops.layout import layout
-from jaxlm.ops.sites import SITES, check_site
+from jaxlm.ops.probing.sites import SITES, check_site
 
 
 def _project_out(x: Array, v: Array) -> Array:
