@@ -49,7 +49,7 @@ def mesh_layout(grid: np.ndarray) -> str:
     Args:
       grid: `Mesh.devices`.
     """
-    sizes = dict(zip(AXES, grid.shape, strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, grid.shape, strict=True))
     text = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     slices = num_slices(grid.flat)
     if slices > 1:

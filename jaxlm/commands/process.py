@@ -182,7 +182,7 @@ def use_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-    def record(event: str, _seconds: float, **_about: Any) -> None:
+    def record(event: str, duration_secs: float, **about: Any) -> None:
         if event == COMPILED:
             with contextlib.suppress(OSError):  # Not recorded, it is not used again.
                 checksums.record_new()

@@ -35,7 +35,8 @@ class Checksums:
         recorded, damaged = {}, 0
         with contextlib.suppress(FileNotFoundError):
             lines = (self._folder / NAME).read_bytes().splitlines()
-            recorded = dict(line.rpartition(b" ")[::2] for line in lines)
+            parts = (line.rpartition(b" ") for line in lines)
+            recorded = {name: checksum for name, _, checksum in parts}
         for path in self._folder.glob(f"*{self._suffix}"):
             checksum = recorded.get(path.name.encode())
             if checksum == _crc(path):

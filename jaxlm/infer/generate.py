@@ -241,7 +241,8 @@ def _prefill(
     widths = _widths(int((lengths - kept).max()), len(rows), max_length)
     # The cache must have room for the padding too.
     kept = np.minimum(kept, max_length - sum(widths))
-    layers = logits = None
+    layers: Any = None
+    logits: Any = None
     if resume is not None and kept.any():
         layers = resume.cache.layers
         shape, sharding = (len(rows), config.vocab_size), activation_spec("B_")

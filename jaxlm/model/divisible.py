@@ -74,8 +74,9 @@ def divisible_params(
 
     def leaf(path: str, x: Array) -> Array:
         weight = weights(config).get(re.sub(r"^layers/\d+/", "layers/", path))
-        letters = weight.dimensions[-x.ndim :] if weight else ""
-        for axis, letter in enumerate(letters):
+        if weight is None:
+            return x
+        for axis, letter in enumerate(weight.dimensions[-x.ndim :]):
             if x.shape[axis] < sizes.get(letter, 0):
                 enlarge = _repeat if letter == "K" else _pad
                 x = enlarge(x, axis, sizes[letter])

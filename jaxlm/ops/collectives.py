@@ -24,11 +24,13 @@ def shared_axes(weight: Array, activation: Array) -> tuple[str, ...]:
 
     A product of the two gathers the weight along them.
     """
-    cuts = [layout(weight), layout(activation)]
-    if None in cuts:
+    first, second = layout(weight), layout(activation)
+    if first is None or second is None:
         return ()
-    one, other = ({a for entry in cut.spec for a in axes_of(entry)} for cut in cuts)
-    shape = cuts[0].mesh.shape
+    one, other = (
+        {a for entry in cut.spec for a in axes_of(entry)} for cut in (first, second)
+    )
+    shape = first.mesh.shape
     return tuple(a for a in shape if a in one & other and shape[a] > 1)
 
 

@@ -73,7 +73,9 @@ def _einsum_forward(equation, x, w, out_sharding, out_dtype, precision):
     # that is computed again.
     whole, axes = w.astype(x.dtype), shared_axes(w, x)
     if axes:
-        whole = all_gather(whole, layout(w).spec, axes)
+        sharding = layout(w)
+        assert sharding is not None
+        whole = all_gather(whole, sharding.spec, axes)
     y = jnp.einsum(
         equation,
         x,

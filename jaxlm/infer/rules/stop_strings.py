@@ -37,7 +37,8 @@ def stop_table(
     Args:
       token_bytes: UTF-8 bytes of each id; ids beyond have none.
     """
-    parts, starts, used = [], {(): _UNUSED}, _UNUSED + 1
+    starts: dict[tuple[str, ...], int] = {(): _UNUSED}
+    parts, used = [], _UNUSED + 1
     for strings in dict.fromkeys(rows):
         if strings:
             part = _token_transitions(strings, tuple(token_bytes), vocab_size)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
@@ -91,11 +92,15 @@ class Edit:
             mask &= jnp.any(layer == jnp.asarray(self.layer))
         if self.position is not None:
             chosen = positions[..., None] == jnp.atleast_1d(self.position)
-            mask &= _along(chosen.any(-1), (0, site.axis("T")), x.ndim)
+            tokens = site.axis("T")
+            assert tokens is not None, site
+            mask &= _along(chosen.any(-1), (0, tokens), x.ndim)
         if self.head is not None:
-            heads = jnp.arange(x.shape[site.axis("NK")])
-            chosen = heads[:, None] == jnp.atleast_1d(self.head)
-            mask &= _along(chosen.any(-1), (site.axis("NK"),), x.ndim)
+            heads = site.axis("NK")
+            assert heads is not None, site
+            numbers = jnp.arange(x.shape[heads])
+            chosen = numbers[:, None] == jnp.atleast_1d(self.head)
+            mask &= _along(chosen.any(-1), (heads,), x.ndim)
         new = jnp.asarray(OPERATIONS[self.op](x, self._value_for(x, layer)), x.dtype)
         self._check_shape("result", new.shape, new.shape, x)
         x = jnp.where(_like(x, mask), _like(x, new), x)
@@ -193,7 +198,9 @@ def _check_edit(edit: Edit, sizes: Mapping[str, int]) -> None:
     limits = {"layer": sizes["L"], "position": sizes["C"], "head": sizes[heads]}
     for name, limit in limits.items():
         _check_indices(where, name, getattr(edit, name), limit)
-    shape = () if edit.op in ("freeze", "call") else jnp.shape(edit.value)
+    shape: tuple[int, ...] = ()
+    if edit.op not in ("freeze", "call"):
+        shape = np.shape(edit.value)
     per_layer = len(shape) == len(site.shape.split()) + 1 and not site.outside_layers
     if per_layer and shape[0] != sizes["L"]:
         raise ValueError(
@@ -209,7 +216,7 @@ def _check_indices(where: str, name: str, indices: Any, limit: int) -> None:
         raise ValueError(f"{where}: {name} is {indices!r}: give integers")
     if jnp.ndim(indices) > 1:
         raise ValueError(f"{where}: {name} has {jnp.ndim(indices)} axes: give a vector")
-    if isinstance(indices, jax.core.Tracer):
+    if isinstance(indices, Tracer):
         return
     for index in np.ravel(indices):
         if not 0 <= index < limit:
@@ -223,7 +230,7 @@ def total_hits(edits: Sequence[Edit], *parts: Sequence[Any]) -> tuple[Any, ...]:
       ValueError: outside of jit for an edit that has changed nothing.
     """
     hits = tuple(sum(counts) for counts in zip(*parts, strict=True))
-    if not any(isinstance(count, jax.core.Tracer) for count in hits):
+    if not any(isinstance(count, Tracer) for count in hits):
         check_hits(edits, hits)
     return hits
 

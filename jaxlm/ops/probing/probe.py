@@ -54,6 +54,7 @@ class Probe:
         self.called.add(site)
         for i, edit in enumerate(self._edits):
             if edit.site == site:
+                assert self._positions is not None
                 x, self.hits[i] = edit(x, self._layer, self._positions)
         if site in self._tapped:
             self.values[site] = x

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from jaxlm.fields import nearest
 from jaxlm.ops.layout import layout
 from jaxlm.ops.probing.sites import SITES, check_site
 

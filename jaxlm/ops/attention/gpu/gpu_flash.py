@@ -162,13 +162,15 @@ def _key_program(run: Program) -> None:
         pairs = [(run.tile("k"), q)]
         if "dk" in sums:
             pairs.append((run.tile("v"), dz))
-        raw, *dp = run.warpgroup.dots(pairs)
+        products = run.warpgroup.dots(pairs)
+        raw = products[0]
         p = _probs(run, raw, all_visible, i, slot, 1)
         added = {}
         if "dv" in sums:
             added["dv"] = (sums["dv"], p, dz)
         if "dk" in sums:
-            added["dk"] = (sums["dk"], _dscores(run, raw, p, *dp, slot, 1), q)
+            ds = _dscores(run, raw, p, products[1], slot, 1)
+            added["dk"] = (sums["dk"], ds, q)
         results = run.warpgroup.accumulate_all(list(added.values()))
         return dict(zip(added, results, strict=True))
 

@@ -68,14 +68,17 @@ def attention(
       interpret: run the kernel as plain JAX, on any device.
     """
     B, T = q.shape[:2]
-    segment_ids = [spec.mask.query_segments, spec.mask.key_segments]
+    segment_ids: list[Any] = [spec.mask.query_segments, spec.mask.key_segments]
     missing = -T % LANES
     if missing:
         # Padding is a segment of its own, in which each query sees its own key. The
         # causal mask hides those keys too.
         if segment_ids[0] is None and not spec.mask.causal:
             segment_ids = [jnp.zeros((B, T), jnp.int32)] * 2
-        segment_ids = [_pad(x, missing, PADDING_SEGMENT) for x in segment_ids]
+        segment_ids = [
+            None if x is None else _pad(x, missing, PADDING_SEGMENT)
+            for x in segment_ids
+        ]
         q, k, v = (_pad(x, missing, 0) for x in (q, k, v))
     segments = None
     if segment_ids[0] is not None:
@@ -90,10 +93,8 @@ def attention(
     return z_BNTH.transpose(0, 2, 1, 3)[:, :T], None
 
 
-def _pad(x: Array | None, missing: int, value: int) -> Array | None:
-    """Pads axis 1 at its end; None stays None."""
-    if x is None:
-        return None
+def _pad(x: Array, missing: int, value: int) -> Array:
+    """Pads axis 1 at its end."""
     widths = [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value)
 
