@@ -198,10 +198,10 @@ def _check_edit(edit: Edit, sizes: Mapping[str, int]) -> None:
     limits = {"layer": sizes["L"], "position": sizes["C"], "head": sizes[heads]}
     for name, limit in limits.items():
         _check_indices(where, name, getattr(edit, name), limit)
-    shape: tuple[int, ...] = ()
-    if edit.op not in ("freeze", "call"):
-        shape = np.shape(edit.value)
-    per_layer = len(shape) == len(site.shape.split()) + 1 and not site.outside_layers
+    if edit.op in ("freeze", "call") or site.outside_layers:
+        return
+    shape = np.shape(edit.value)
+    per_layer = len(shape) == len(site.shape.split()) + 1
     if per_layer and shape[0] != sizes["L"]:
         raise ValueError(
             f"{where}: value has shape {shape}, and {sizes['L']} layers need an entry "
