@@ -187,7 +187,8 @@ def test_a_second_run_in_one_folder_is_refused_and_a_second_signal_ends_at_once(
         code, _, err = run.train(*flags)
         assert code == 2
         message = one_line(err)
-        assert f"another process is training in {run.path} (pid {child.pid}" in message
+        assert f"another process (pid {child.pid} on " in message
+        assert f") is training in {run.path}: " in message
         child.terminate()
         time.sleep(0.5)
         assert child.poll() is None  # it would finish its step

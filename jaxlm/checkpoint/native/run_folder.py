@@ -157,7 +157,7 @@ class RunLock:
             owner = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
             self.release()
             raise ValueError(
-                f"another process is training in {run} ({owner or 'just starting'}): "
+                f"another process ({owner or 'just starting'}) is training in {run}: "
                 "wait for it, stop it, or choose another --train.run-dir"
             ) from e
         except OSError as e:

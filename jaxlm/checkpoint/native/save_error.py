@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+from jaxlm.terminal.printable import error_line
+
 
 class SaveError(ValueError):
     """A checkpoint could not be written; earlier ones are intact."""
@@ -23,7 +25,7 @@ def save_failed(folder: Path, needed: int, error: Exception) -> str:
     # TensorStore wraps the system error in a paragraph.
     found = re.search(r"os_error_code='(\d+)'", text)
     code = int(found[1]) if found else getattr(error, "errno", None)
-    reason = text[-200:] or type(error).__name__
+    reason = error_line(error, 200)
     if code is not None:
         reason = os.strerror(code)
     message = f"{folder} cannot be written ({reason})"
