@@ -130,8 +130,8 @@ class Printer:
     The prompt is printed with the first new tokens, so log lines don't split prompt and
     text, and a rejected prompt isn't printed.
 
-    Python drops a KeyboardInterrupt that is raised in a callback of the garbage
-    collector, so it is raised again at the next tokens.
+    A KeyboardInterrupt that Python drops (see `Interrupts`) is raised again at the next
+    tokens.
     """
 
     def __init__(

@@ -27,6 +27,8 @@ class Interrupts(contextlib.AbstractContextManager):
     With `raises`, the main thread gets an exception: KeyboardInterrupt for SIGINT, and
     SystemExit with the exit code for others. Without, the program reads `received`. A
     signal that comes before an earlier one had its effect ends the process at once.
+    Python drops what is raised in a callback of the garbage collector: then the program
+    can read `received`, and the next signal ends the process.
 
     An event loop of asyncio that has run inside has switched the thread off: enter
     another one after it.
@@ -68,10 +70,13 @@ class Interrupts(contextlib.AbstractContextManager):
         self._old_descriptor = signal.set_wakeup_fd(
             self._told.fileno(), warn_on_full_buffer=False
         )
+        self._old_hook = sys.unraisablehook
+        sys.unraisablehook = self._dropped
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        sys.unraisablehook = self._old_hook
         signal.set_wakeup_fd(self._old_descriptor)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -105,10 +110,23 @@ class Interrupts(contextlib.AbstractContextManager):
                         _end(self._exit_codes[numbers[-1]])
                     self._is_unanswered |= bool(numbers)
                 if numbers:
-                    # A terminal shows ^C at the start of the line.
-                    notice = "\r" * sys.stderr.isatty() + self._notice
-                    with contextlib.suppress(OSError):  # The terminal may be gone.
-                        print(notice, file=sys.stderr, flush=True)
+                    self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        # A terminal shows ^C at the start of the line.
+        notice = "\r" * sys.stderr.isatty() + self._notice
+        with contextlib.suppress(OSError):  # The terminal may be gone.
+            print(notice, file=sys.stderr, flush=True)
+
+    def _dropped(self, unraisable: Any) -> None:
+        """Takes the place of Python's traceback for an exception that it drops."""
+        ours = self._raises and self.received is not None
+        if ours and unraisable.exc_type in (KeyboardInterrupt, SystemExit):
+            with self._lock:
+                self._is_unanswered = True
+            self._acknowledge()
+        else:
+            self._old_hook(unraisable)
 
     def _is_over(self) -> bool:
         """Waits for a signal, and returns False, or for the end."""

@@ -137,6 +137,7 @@ def test_a_head_without_output_is_a_head_without_weights(name):
     np.testing.assert_allclose(ours, right, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_edits_of_attention():
     """Probabilities times values, by hand; what is tapped is what was computed."""
     config, _, clean, _ = everything("groups")

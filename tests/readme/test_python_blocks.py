@@ -78,7 +78,7 @@ def test_blocks(folder, capsys, monkeypatch):
     assert "(4, 1, 4, 6, 6)\n" in out  # the README's attention
     assert "1,235,814,400 parameters\n" in out
     assert "(4, 32, 8)\n" in out  # the adapter
-    assert "layers/mlp/up" in out and out.count("nats") == 2
+    assert "layers/mlp/up" in out and out.count("nats") == 4
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Ctrl-C while the main thread sits in compiled code, and while it does not."""
 
+import gc
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 from terminal_case import CTRL_C, Terminal
 
 import jaxlm.terminal.interrupts
+from jaxlm.terminal.interrupts import Interrupts
 
 # Stands for XLA: compiled code that holds no lock of Python and runs for a minute.
 PROGRAM = r"""
@@ -93,3 +95,23 @@ def test_under_nohup_sighup_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, old)
+
+
+def test_a_signal_that_python_drops_is_acknowledged_without_a_traceback(capsys):
+    """As in JAX's callback of the garbage collector."""
+
+    def callback(phase, info):
+        if phase == "start" and interrupts.received is None:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = sys.unraisablehook
+    with Interrupts({signal.SIGINT: 130}) as interrupts:
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(callback)
+        assert interrupts.received == signal.SIGINT
+    assert sys.unraisablehook is hook
+    error = capsys.readouterr().err
+    assert "Ctrl-C again ends at once" in error and "Traceback" not in error

@@ -241,7 +241,14 @@ def test_value_and_gradient(name, names):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    # Of the two forward kernels that are interpreted, the plain one is the quicker.
+    [
+        pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow)
+        for name in CASES
+    ],
+)
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("queries", ["all", "one"])
 def test_bfloat16(name, grouped, queries):
