@@ -65,27 +65,33 @@ def einsum(
       precision: of f32 inputs on accelerators, which otherwise use fewer bits; forward
         and backward.
     """
-    return _einsum_forward(equation, x, w, out_sharding, out_dtype, precision)[0]
+    y = jnp.einsum(
+        equation,
+        x,
+        _gathered(w, x),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
+    return y.astype(x.dtype if out_dtype is None else out_dtype)
+
+
+def _gathered(w: Array, x: Array) -> Array:
+    """Returns w in x's dtype, whole along the mesh axes that cut both."""
+    axes = shared_axes(w, x)
+    if not axes:
+        return w.astype(x.dtype)
+    sharding = layout(w)
+    assert sharding is not None
+    return all_gather(w.astype(x.dtype), sharding.spec, axes)
 
 
 def _einsum_forward(equation, x, w, out_sharding, out_dtype, precision):
     # Gathered once in a pass, here, and used twice in the backward pass of a layer
     # that is computed again.
-    whole, axes = w.astype(x.dtype), shared_axes(w, x)
-    if axes:
-        sharding = layout(w)
-        assert sharding is not None
-        whole = all_gather(whole, sharding.spec, axes)
-    y = jnp.einsum(
-        equation,
-        x,
-        whole,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
-    )
-    residuals = x, w, whole if axes else None
-    return y.astype(x.dtype if out_dtype is None else out_dtype), residuals
+    whole = _gathered(w, x)
+    y = einsum(equation, x, whole, out_sharding, out_dtype, precision)
+    return y, (x, w, whole if shared_axes(w, x) else None)
 
 
 def _einsum_backward(equation, out_sharding, out_dtype, precision, residuals, g):
