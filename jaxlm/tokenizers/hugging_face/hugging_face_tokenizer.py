@@ -72,7 +72,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._pipeline = pipeline(self.data)
             self._vocabulary = vocabulary(self.data)
             self._added = added_tokens(self.data)
-            check_tokens(self._vocabulary, self._added)
+            check_tokens(self._vocabulary, self._added, self.data["model"])
             check_steps(self._pipeline, self.data["model"])
             self._decoding = decoding_of(self._pipeline["decoder"])
             ids = [*self._vocabulary.values(), *(t.id for t in self._added)]

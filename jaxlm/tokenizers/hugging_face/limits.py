@@ -21,6 +21,8 @@ from jaxlm.tokenizers.hugging_face.tokenizer_json import AddedToken
 # Added tokens of published files have at most 30 characters, except for white space.
 MAX_ADDED_CHARACTERS = 256
 MAX_TOKEN_CHARACTERS = 16_384
+# Of a Unigram model, which tries every piece at every character. Published ones have 16.
+MAX_PIECE_CHARACTERS = 256
 MAX_STEPS = 64
 # How many times as many bytes a text may have after the steps that the file defines.
 # Published ones need 3, for a space that becomes U+2581.
@@ -44,13 +46,15 @@ _TRIAL_TEXTS += ["ab" * 1500, "a " * 1500, "a1" * 1500, "a\n" * 1500, "aA!" * 10
 _TRIAL_TEXTS += ["The quick brown fox jumps over 13 lazy dogs; don't they?\n" * 150]
 
 
-def check_tokens(vocab: Mapping[str, int], added: Sequence[AddedToken]) -> None:
-    """Raises ValueError for a token that is too long."""
+def check_tokens(
+    vocab: Mapping[str, int], added: Sequence[AddedToken], model: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for a token that is too long for the `model` of the file."""
     contents = [token.content for token in added]
-    for texts, most in (
-        (contents, MAX_ADDED_CHARACTERS),
-        (vocab, MAX_TOKEN_CHARACTERS),
-    ):
+    # Only a Unigram model has a list, of pieces and scores.
+    unigram = isinstance(model.get("vocab"), list)
+    most_of_vocab = MAX_PIECE_CHARACTERS if unigram else MAX_TOKEN_CHARACTERS
+    for texts, most in ((contents, MAX_ADDED_CHARACTERS), (vocab, most_of_vocab)):
         _check_length("the token", max(texts, key=len, default=""), most)
 
 

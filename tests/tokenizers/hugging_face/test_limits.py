@@ -126,6 +126,16 @@ HOSTILE = {
         {"model": bpe_model({"a": 0, "b" * 100_000: 1}, [])},
         "has 100000 characters: at most 16384 are read",
     ),
+    "nested pieces, all of which match at each character": (
+        {
+            "model": {
+                "type": "Unigram",
+                "unk_id": 0,
+                "vocab": [["<unk>", 0.0], *(["a" * n, -1.0] for n in range(1, 400))],
+            }
+        },
+        "has 399 characters: at most 256 are read",
+    ),
     "a long suffix": (
         {"model": bpe_model(ALPHABET, [], end_of_word_suffix="a" * 1000)},
         "model.end_of_word_suffix aaa",
