@@ -21,7 +21,7 @@ from jaxlm.tokenizers.hugging_face.tokenizer_json import AddedToken
 # Added tokens of published files have at most 30 characters, except for white space.
 MAX_ADDED_CHARACTERS = 256
 MAX_TOKEN_CHARACTERS = 16_384
-# Of a Unigram model, which tries every piece at every character. Published ones have 16.
+# Of a Unigram model, which tries every piece at each character; published ones have 16.
 MAX_PIECE_CHARACTERS = 256
 MAX_STEPS = 64
 # How many times as many bytes a text may have after the steps that the file defines.
