@@ -265,7 +265,7 @@ def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
         assert checkpoints.steps() == [2] and restore(checkpoints).step == 2
         assert said == [f"{run} was deleted during the run: it is made again"]
         child = start_child(HOLD, run)
-        assert "another process is training" in child.communicate()[1]
+        assert f") is training in {run}: " in child.communicate()[1]
 
 
 def test_a_run_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch):
