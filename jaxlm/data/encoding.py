@@ -126,6 +126,14 @@ def _encode_in_pool(
     waiting: deque[tuple[list[Part], Future]] = deque()
     finished = False
 
+    def submit(task: list[Part]) -> Future:
+        texts = [(part.text, part.where) for part in task]
+        try:
+            return pool.submit(_encode_task, texts)
+        except OSError as error:
+            # Python 3.11 closes its pipe before it marks the pool as broken.
+            raise BrokenProcessPool(str(error)) from error
+
     def oldest() -> Iterator[tuple[Part, np.ndarray]]:
         task, future = waiting[0]
         ids = future.result()
@@ -134,8 +142,7 @@ def _encode_in_pool(
 
     try:
         for task in _tasks(parts):
-            texts = [(part.text, part.where) for part in task]
-            waiting.append((task, pool.submit(_encode_task, texts)))
+            waiting.append((task, submit(task)))
             # Limit the text in memory.
             if len(waiting) > 2 * workers:
                 yield from oldest()

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -87,6 +88,7 @@ def test_the_text_is_that_of_generate(home, repository):
 # Runs sample.py with waits that are shown at once.
 IMPATIENT = """
 import sys
+import time
 from jaxlm import cli
 from jaxlm.terminal import progress
 progress.WAIT_SECONDS = 0.0
@@ -282,6 +284,8 @@ def test_ctrl_c_before_the_text_leaves_no_traceback(home, repository):
         environment={"PYTHONPATH": str(repository)},
     ) as terminal:
         terminal.wait_for("compiling and reading the prompt")
+        # Only here is the line drawn in the moment in which the wait begins.
+        time.sleep(0.2)
         terminal.send(CTRL_C)
         assert terminal.wait() == 130
         shown = "\n".join(terminal.lines())
