@@ -126,6 +126,7 @@ def sample_short(capsys, prompt, **options):
     return capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_long_prompt_leaves_the_rest_of_the_context(capsys):
     full = "stopped after 4 new tokens: the model's context of 64 tokens is full\n"
     shown = sample_short(capsys, 60 * "a", num_samples=2)

@@ -68,6 +68,7 @@ def lost_history(state):
     return loop.TrainState(state.step, state.params, state.opt_state, spikes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [None, lost_ulp, lost_moments, lost_history])
 def test_what_is_lost_shows(tmp_path, change):
     """Also the history of spikes alone, by the learning rate after a skipped step."""

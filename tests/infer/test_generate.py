@@ -417,6 +417,7 @@ def test_prompts_may_be_an_array_and_the_rest_has_defaults(compilations):
     assert "decode" not in compilations[before:]
 
 
+@pytest.mark.slow
 def test_edits_change_prompts_and_new_tokens_where_a_full_pass_would():
     """One token of the prompt is steered, and some new ones."""
     prompt = np.random.default_rng(3).integers(0, CONFIG.vocab_size, 7).tolist()

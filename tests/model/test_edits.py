@@ -286,6 +286,7 @@ def test_a_sweep_is_one_program_and_equals_single_calls(compilations):
         check_hits((Edit("resid_pre", "add", v),), hits)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_value_are_those_of_finite_differences():
     config, params = model("groups")
     v = jax.random.normal(jax.random.key(2), (8,)) * 0.1
@@ -308,6 +309,7 @@ def test_gradients_of_a_value_are_those_of_finite_differences():
     assert float(score(v)[1] @ direction) == pytest.approx(float(wanted), rel=0.2)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_has_no_gradient():
     """With probabilities and divisors frozen, attention is linear in its values."""
     config, params = model("plain")

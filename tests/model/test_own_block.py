@@ -79,6 +79,7 @@ def test_a_block_may_compute_what_another_config_does():
     assert not np.allclose(ours.logits, sequential.logits)
 
 
+@pytest.mark.slow
 def test_all_ways_to_run_layers_agree():
     """A scan (with a layer left over), a loop, a tuple, and with remat."""
     params, tokens = adapted(CONFIG), ids(2, 9)
@@ -121,6 +122,7 @@ def test_all_ways_to_run_layers_agree():
     )
 
 
+@pytest.mark.slow
 def test_a_cache():
     params, tokens = adapted(CONFIG), ids(1, 9)
     run = quick_jit(partial(forward, CONFIG, block=Adapted))

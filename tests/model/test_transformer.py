@@ -94,6 +94,7 @@ def test_remat_computes_the_block_again(model):
     assert products(remat="full") > products(remat="dots") >= products()
 
 
+@pytest.mark.slow
 def test_remat_of_all_but_attention_runs_its_kernel_once(model):
     config, params = model
 

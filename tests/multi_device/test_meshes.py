@@ -105,6 +105,7 @@ def test_gradients_through_blocked_attention(tmp_path):
     check_gradients(run_case("blocked", tmp_path), ["data8", "2x2x2"])
 
 
+@pytest.mark.slow
 def test_gradients_through_a_kernel_on_every_device(tmp_path):
     check_gradients(run_case("kernel", tmp_path), ["2x2x2"])
 

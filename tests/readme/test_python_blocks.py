@@ -66,6 +66,7 @@ def folder(tmp_path, monkeypatch, shakespeare):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_blocks(folder, capsys, monkeypatch):
     # As users run them, without the checks of types that only tests have.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

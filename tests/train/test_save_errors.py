@@ -35,6 +35,7 @@ def failures(folder):
     return [(r["step"], r["message"].partition(" cannot")[0][-2:]) for r in rows]
 
 
+@pytest.mark.slow
 def test_the_run_stops_or_goes_on_and_nothing_good_is_deleted(tmp_path, full):
     straight = InProcess(tmp_path / "straight", config_of(checkpoint_every=2))
     assert straight.train() == 0

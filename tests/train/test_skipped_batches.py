@@ -45,6 +45,7 @@ def test_other_ranges_are_refused(ranges, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_without_batches_is_one_whose_steps_with_them_were_skipped(tmp_path):
     """Bit for bit; and a run that met them goes on from the step before."""
     bad = {5: BAD, 6: BAD}

@@ -132,6 +132,7 @@ def test_the_limit_holds_across_a_stop(tmp_path):
         run.train()
 
 
+@pytest.mark.slow
 def test_it_can_be_turned_on_but_not_off_again(tmp_path):
     run = InProcess(tmp_path, config_of(), {6: BAD})
     assert run.train(stop_at=4) == 75

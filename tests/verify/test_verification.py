@@ -269,6 +269,7 @@ def test_damaged_weights_fail_with_the_right_layer(
         assert not logits.passed
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_ends_with_1(flat, kept, tmp_path, capsys):
     folder = write(tmp_path / "bad", damaged(flat, *DAMAGE[0][:2]))
     assert command(folder, "--against", kept) == 1
