@@ -124,7 +124,9 @@ def test_gradients_through_a_kernel_on_every_device(tmp_path):
 )
 def test_losses_of_20_steps_and_the_layout_of_every_leaf(tmp_path, case, meshes):
     result = run_case(case, tmp_path)
-    if "experts" not in case:  # they learn less than random batches differ
+    assert result["last"] != result["first"]
+    # The others learn less than random batches differ.
+    if case in ("adamw", "muon", "adafactor"):
         assert result["last"] < result["first"] - 0.1
     for mesh in meshes:
         assert result[mesh] < TOLERANCE, mesh
