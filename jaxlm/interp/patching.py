@@ -60,6 +60,12 @@ def sweep(
     return jax.lax.map(one, cells, batch_size=batch_size)
 
 
+def _grid(rows: int, columns: int) -> tuple[Array, Array]:
+    """Returns the indices of all cells of a table, row by row."""
+    grid = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
+    return grid[0].reshape(-1), grid[1].reshape(-1)
+
+
 def activation_patching(
     config: ModelConfig,
     metric: Metric,
@@ -81,15 +87,13 @@ def activation_patching(
       source: the site's trace of another text of as many tokens.
     """
     L, T = config.num_layers, tokens.shape[1]
-    grid = jnp.meshgrid(jnp.arange(L), jnp.arange(T), indexing="ij")
-    cells = tuple(x.reshape(-1) for x in grid)
 
     def edits_of(cell: Any) -> tuple[Edit, ...]:
         layer, at = cell
         return (Edit(site, "set", source, layer=layer, position=at),)
 
     values = sweep(
-        *(config, metric, params, tokens, edits_of, cells),
+        *(config, metric, params, tokens, edits_of, _grid(L, T)),
         position=position,
         batch_size=batch_size,
     )
@@ -108,15 +112,13 @@ def head_ablation(
 ) -> Float[Array, "L N"]:
     """Returns the metric with one head's output scaled, for each layer and head."""
     L, N = config.num_layers, config.num_heads
-    grid = jnp.meshgrid(jnp.arange(L), jnp.arange(N), indexing="ij")
-    cells = tuple(x.reshape(-1) for x in grid)
 
     def edits_of(cell: Any) -> tuple[Edit, ...]:
         layer, head = cell
         return (Edit("z", "scale", scale, layer=layer, head=head),)
 
     values = sweep(
-        *(config, metric, params, tokens, edits_of, cells),
+        *(config, metric, params, tokens, edits_of, _grid(L, N)),
         position=position,
         batch_size=batch_size,
     )
