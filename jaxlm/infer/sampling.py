@@ -95,29 +95,43 @@ def filtered(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: RowSettings
 ) -> Float[Array, "B V"]:
     """Applies the temperature and the filters; greedy rows keep their temperature."""
+    for rule in filter_rules(keys, settings).values():
+        logits = rule(logits)
+    return logits
+
+
+def filter_rules(
+    keys: Key[Array, " B"], settings: RowSettings
+) -> dict[str, Callable[[Float[Array, "B V"]], Float[Array, "B V"]]]:
+    """Returns the temperature and the filters, in order, by their fields' names."""
     s = settings
     greedy = s.temperature < GREEDY_BELOW
-    temperature = jnp.where(greedy, 1.0, s.temperature)[:, None]
-    scaled, largest = logits / temperature, logits.max(axis=-1, keepdims=True)
-    # Forbidden ids stay at `NEVER`, by which filters know them.
-    logits = jnp.where(logits - largest < NEGLIGIBLE * temperature, NEVER, scaled)
-    for used, keep, setting in (
-        (s.top_n_sigma > 0, filters.keep_top_n_sigma, s.top_n_sigma),
-        (s.top_k > 0, filters.keep_top_k, s.top_k),
-        (s.top_p < 1, filters.keep_top_p, s.top_p),
-        (s.min_p > 0, filters.keep_min_p, s.min_p),
-        (s.typical_p < 1, filters.keep_typical, s.typical_p),
-    ):
-        logits = _where_used(
-            used & ~greedy, lambda x, k=keep, v=setting: k(x, v), logits
-        )
 
-    def drop_top_choices(x):
+    def scale(logits):
+        temperature = jnp.where(greedy, 1.0, s.temperature)[:, None]
+        scaled, largest = logits / temperature, logits.max(axis=-1, keepdims=True)
+        # Forbidden ids stay at `NEVER`, by which filters know them.
+        return jnp.where(logits - largest < NEGLIGIBLE * temperature, NEVER, scaled)
+
+    def drop_top_choices(logits, probability):
         # The key itself draws the token.
         own = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        return filters.drop_top_choices(x, own, s.xtc_probability, s.xtc_threshold)
+        return filters.drop_top_choices(logits, own, probability, s.xtc_threshold)
 
-    return _where_used((s.xtc_probability > 0) & ~greedy, drop_top_choices, logits)
+    def rule(used, keep, setting):
+        return lambda x: _where_used(used & ~greedy, lambda x: keep(x, setting), x)
+
+    return {
+        "temperature": scale,
+        "top_n_sigma": rule(s.top_n_sigma > 0, filters.keep_top_n_sigma, s.top_n_sigma),
+        "top_k": rule(s.top_k > 0, filters.keep_top_k, s.top_k),
+        "top_p": rule(s.top_p < 1, filters.keep_top_p, s.top_p),
+        "min_p": rule(s.min_p > 0, filters.keep_min_p, s.min_p),
+        "typical_p": rule(s.typical_p < 1, filters.keep_typical, s.typical_p),
+        "xtc_probability": rule(
+            s.xtc_probability > 0, drop_top_choices, s.xtc_probability
+        ),
+    }
 
 
 def _where_used(

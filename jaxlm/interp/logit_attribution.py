@@ -52,6 +52,13 @@ def attribution_taps(config: ModelConfig) -> tuple[Tap, ...]:
     return tuple(Tap(site) for site in sites if site not in absent_sites(config))
 
 
+def head_rows(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
+    """Returns the row that the head multiplies for each token's logit."""
+    if config.tied_embeddings:
+        return params["embed"]["table"]
+    return params["lm_head"]["kernel"].T
+
+
 def logit_direction(
     config: ModelConfig, params: Params, token: int, against: int | None = None
 ) -> Float[Array, " D"]:
@@ -60,10 +67,7 @@ def logit_direction(
     Args:
       against: a token whose logit is subtracted.
     """
-    if config.tied_embeddings:
-        rows = params["embed"]["table"]
-    else:
-        rows = params["lm_head"]["kernel"].T
+    rows = head_rows(config, params)
     direction = rows[token].astype(jnp.float32)
     return direction if against is None else direction - rows[against]
 
@@ -99,12 +103,51 @@ def head_attribution(
     Raises:
       ValueError: for a model that normalizes the sum of the heads.
     """
-    if config.norm_placement != "pre":
-        raise ValueError(
-            "heads of a model with a norm after attention do not add to the logits"
-        )
+    _check_addends(config, "heads", "attention")
     div = trace["final_norm_div"][..., None]
     return _projection(config, params, div, direction)(trace["head_out"])
+
+
+def unit_attribution(
+    config: ModelConfig, params: Params, trace: Trace, direction: Float[Array, " D"]
+) -> Float[Array, "L B T F"]:
+    """Returns what each unit of the feed-forward adds; their sum lacks its bias.
+
+    `act_i (w_out_i . direction)`: no [T, F, D] is formed.
+
+    Args:
+      trace: of `mlp_act` and `final_norm_div`.
+
+    Raises:
+      ValueError: for a model that normalizes the sum of the units, or has experts.
+    """
+    _check_addends(config, "units", "the feed-forward")
+    if config.num_experts:
+        raise ValueError("units of experts have no site: take logit_attribution")
+    down = params["layers"]["mlp"]["down"].astype(jnp.float32)
+    written = jnp.einsum("LFD,D->LF", down, logit_weights(config, params, direction))
+    act = trace["mlp_act"].astype(jnp.float32)
+    return act * written[:, None, None] / trace["final_norm_div"]
+
+
+def _check_addends(config: ModelConfig, what: str, after: str) -> None:
+    if config.norm_placement != "pre":
+        raise ValueError(
+            f"{what} of a model with a norm after {after} do not add to the logits"
+        )
+
+
+def logit_weights(
+    config: ModelConfig, params: Params, direction: Float[Array, "*_ D"]
+) -> Float[Array, "*_ D"]:
+    """Returns w with `direction . final_norm(x) = w . x / divisor + bias`, f32."""
+    gain = params["final_norm"]["scale"].astype(jnp.float32)
+    if config.norm == "rms_unit_offset":
+        gain = gain + 1.0
+    weights = gain * direction
+    if config.norm == "layer":  # which subtracts the mean
+        weights = weights - jnp.mean(weights, axis=-1, keepdims=True)
+    return weights
 
 
 def _projection(
@@ -114,12 +157,7 @@ def _projection(
     direction: Float[Array, " D"],
 ):
     """Returns the linear map from an addend of the stream to its part of the logit."""
-    gain = params["final_norm"]["scale"].astype(jnp.float32)
-    if config.norm == "rms_unit_offset":
-        gain = gain + 1.0
-    weights = gain * direction
-    if config.norm == "layer":  # which subtracts the mean
-        weights = weights - jnp.mean(weights)
+    weights = logit_weights(config, params, direction)
 
     def project(x: Array) -> Array:
         return jnp.einsum("...D,D->...", x.astype(jnp.float32) / div, weights)

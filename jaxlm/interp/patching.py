@@ -151,3 +151,33 @@ def attribution_patching(
     gradient = jax.grad(moved)(jnp.zeros_like(own))
     axes = (1, *range(3, own.ndim))
     return jnp.sum((source - own) * gradient, axis=axes, dtype=jnp.float32)
+
+
+def recheck(
+    config: ModelConfig,
+    metric: Metric,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    source: Float[Array, "L B T *_"],
+    estimate: Float[Array, "L T"],
+    count: int,
+    *,
+    site: str = "resid_pre",
+    position: int = -1,
+) -> tuple[Int[Array, "n 2"], Float[Array, " n"]]:
+    """Returns the largest cells of `attribution_patching`, and their exact change.
+
+    Arguments as there.
+
+    Returns:
+      Layer and position of the `count` cells with the largest |estimate|, and by how
+      much patching them changes the metric.
+    """
+    _, best = jax.lax.top_k(jnp.abs(estimate).reshape(-1), count)
+    cells = jnp.stack(jnp.divmod(best, tokens.shape[1]), axis=1)
+
+    def edits_of(cell: Array) -> tuple[Edit, ...]:
+        return (Edit(site, "set", source, layer=cell[0], position=cell[1]),)
+
+    exact = sweep(config, metric, params, tokens, edits_of, cells, position=position)
+    return cells, exact - metric_of(config, metric, params, tokens, (), position)

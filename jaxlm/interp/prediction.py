@@ -12,6 +12,14 @@ def entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     return -jnp.sum(jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0), -1)
 
 
+def surprise(
+    logits: Float[Array, "*B T V"], tokens: Int[Array, "*B T"]
+) -> Float[Array, "*B T-1"]:
+    """Returns `-log p` of each token that follows, in nats, f32; the first has none."""
+    logprobs = jax.nn.log_softmax(logits[..., :-1, :].astype(jnp.float32), axis=-1)
+    return -jnp.take_along_axis(logprobs, tokens[..., 1:, None], axis=-1)[..., 0]
+
+
 def rank(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Int[Array, "*B"]:
     """Returns how many ids have a greater logit than the token: 0 for the best."""
     own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)

@@ -183,12 +183,20 @@ class TextStream:
         Raises:
           ValueError: for an id outside the vocabulary.
         """
+        return self._utf8.decode(self.next_bytes(token_id))
+
+    def next_bytes(self, token_id: int) -> bytes:
+        """Returns the bytes that this id adds; for callers that decode by themselves.
+
+        Raises:
+          ValueError: for an id outside the vocabulary.
+        """
         if not 0 <= token_id < self._tokenizer.vocab_size:
             check_ids(np.asarray([token_id], np.int64), self._tokenizer.vocab_size)
         data = self._tokenizer.token_bytes[token_id]
         if self._at_start and data:
             data = self._drop_space(token_id, data)
-        return self._utf8.decode(data)
+        return data
 
     def _drop_space(self, token_id: int, data: bytes) -> bytes:
         if token_id not in self._tokenizer.space_ids:

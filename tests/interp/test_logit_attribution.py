@@ -1,5 +1,6 @@
 """The parts of a logit sum to the logit."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_case import ids, make, small
@@ -11,6 +12,7 @@ from jaxlm.interp.logit_attribution import (
     head_attribution,
     logit_attribution,
     logit_direction,
+    unit_attribution,
 )
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.tap import Tap
@@ -53,24 +55,34 @@ def test_the_parts_sum_to_the_logit(name):
         params,
     )
     heads = config.norm_placement == "pre"
+    units = heads and not config.num_experts
     taps = (*attribution_taps(config), *((Tap("head_out"),) if heads else ()))
+    taps += (Tap("mlp_act"),) if units else ()
 
     @quick_jit
     def run(params):
         out = forward(config, params, ids(2, 7), taps=taps)
         direction = logit_direction(config, params, 5, against=9)
         parts = logit_attribution(config, params, out.trace, direction)
-        by_head = None
+        by_head = by_unit = None
         if heads:
             by_head = head_attribution(config, params, out.trace, direction)
-        return out.logits, parts, by_head
+        if units:
+            by_unit = unit_attribution(config, params, out.trace, direction)
+        return out.logits, parts, by_head, by_unit
 
-    logits, parts, by_head = run(params)
+    logits, parts, by_head, by_unit = run(params)
     wanted = logits[..., 5] - logits[..., 9]
     scale = max(np.abs(x).max() for x in parts)
     assert np.abs(parts.total - wanted).max() <= 5e-6 * scale
     if by_head is None:
         return
+    if units:
+        rest = np.asarray(parts.feed_forward - by_unit.sum(-1))
+        is_bias = np.abs(rest).max() > 1e-3
+        assert is_bias == config.feed_forward_bias
+        if not is_bias:
+            assert np.abs(rest).max() <= 5e-6 * scale
     # What is left is the bias of the output projection: the same for all tokens, but
     # for the divisor.
     rest = np.asarray(parts.attention - by_head.sum(-1))
@@ -86,3 +98,7 @@ def test_a_model_that_is_no_sum_is_refused():
     config, params = make(MODELS["untied, both norms"])
     with pytest.raises(ValueError, match="a norm after attention"):
         head_attribution(config, params, {}, logit_direction(config, params, 1))
+    with pytest.raises(ValueError, match="a norm after the feed-forward"):
+        unit_attribution(config, params, {}, logit_direction(config, params, 1))
+    with pytest.raises(ValueError, match="units of experts have no site"):
+        unit_attribution(MODELS["experts"], params, {}, jnp.ones(24))

@@ -12,6 +12,7 @@ from jaxlm.interp.patching import (
     attribution_patching,
     head_ablation,
     metric_of,
+    recheck,
 )
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.tap import Tap
@@ -81,3 +82,9 @@ def test_attribution_patching_is_the_slope_of_patching():
     exact = np.asarray(exact) - value(PARAMS, CORRUPT)
     assert np.corrcoef(np.ravel(ours), np.ravel(exact))[0, 1] >= 0.999
     np.testing.assert_allclose(ours, exact, atol=0.05 * np.abs(exact).max())
+    cells, changes = quick_jit(bound(recheck, count=3))(
+        params=PARAMS, tokens=CORRUPT, source=source, estimate=ours
+    )
+    order = np.argsort(-np.abs(np.ravel(ours)))[:3]
+    np.testing.assert_array_equal(np.ravel_multi_index(cells.T, ours.shape), order)
+    np.testing.assert_allclose(changes, exact.ravel()[order], atol=2e-5)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.interp.prediction import entropy, most_likely, rank
+from jaxlm.interp.prediction import entropy, most_likely, rank, surprise
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 3, 11)) * 3
 
@@ -37,3 +37,11 @@ def test_most_likely():
     np.testing.assert_allclose(
         p, np.take_along_axis(probabilities(), wanted, -1), rtol=1e-5
     )
+
+
+def test_surprise():
+    tokens = np.array([[0, 5, 10], [3, 3, 3]])
+    p = probabilities()
+    wanted = [[-np.log(p[b, t, tokens[b, t + 1]]) for t in range(2)] for b in range(2)]
+    ours = surprise(jnp.asarray(LOGITS), jnp.asarray(tokens))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)

@@ -1,0 +1,64 @@
+"""The key/value cache as it fills: what is stored, how large it is, who reads it."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.block import layer_kinds
+from jaxlm.ops.linear import compute_dtype
+
+
+class CacheContents(NamedTuple):
+    """What a cache holds after T tokens."""
+
+    key_lengths: Float[Array, "L B T K"]
+    """Euclidean length of each key, f32."""
+    value_lengths: Float[Array, "L B T K"]
+    """Of each value, f32. The first token often has a long key and a short value: it is
+    read much, and adds little."""
+    visible: Bool[np.ndarray, "L T"]
+    """Whether the next token can read it: a layer with a window forgets."""
+
+
+def cache_contents(
+    config: ModelConfig,
+    keys: Float[Array, "L B T K H"],
+    values: Float[Array, "L B T K H"],
+) -> CacheContents:
+    """Returns what the cache holds of each token, by layer and key head.
+
+    Args:
+      keys: the site `k_rot`, which is what the cache stores.
+      values: the site `v`.
+    """
+    T, kinds = keys.shape[2], layer_kinds(config)
+    age = T - np.arange(T)
+    window = config.window if config.window is not None else T + 1
+    local = [kinds[i % len(kinds)].local for i in range(config.num_layers)]
+    visible = np.stack([age < window if is_local else age > 0 for is_local in local])
+
+    def lengths(x: Array) -> Array:
+        return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+
+    return CacheContents(lengths(keys), lengths(values), visible)
+
+
+def bytes_per_token(config: ModelConfig) -> int:
+    """Returns `2 L K H` numbers in bytes: what each token of a row adds to the cache.
+
+    In the compute dtype.
+    """
+    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return numbers * jnp.dtype(compute_dtype(config.dtype)).itemsize
+
+
+def read_mass(probs: Float[Array, "*L B N T S"]) -> Float[Array, "*L B N S"]:
+    """Returns how much each key is read: its probability, summed over the queries.
+
+    Args:
+      probs: the site `attn_probs`.
+    """
+    return jnp.sum(probs, axis=-2)
