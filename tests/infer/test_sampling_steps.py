@@ -36,7 +36,7 @@ def test_each_rule_in_use_is_a_step():
     assert steps[4].kept.tolist() == [True] * 2 + [False] * 4
     np.testing.assert_allclose(steps[4].probabilities[:2], [16 / 25, 9 / 25], rtol=1e-5)
     # What generation draws from.
-    settings = row_settings([sample], 6)
+    settings = jax.tree.map(jnp.asarray, row_settings([sample], 6))
     drawn = filtered(jnp.asarray(LOGITS[None]), jax.random.key(0)[None], settings)
     np.testing.assert_allclose(
         jax.nn.softmax(drawn)[0], steps[-1].probabilities, rtol=1e-6
