@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 # Nested dict of arrays. The layout is the contract between model, checkpoints,
 # sharding rules and optimizer masks; `docs/params.md` lists it.
 Params = Mapping[str, Any]
 
 # Probe site -> activations; sites inside layers have a leading axis of tapped layers.
-Trace = Mapping[str, Array]
+# A tap with `top_k` keeps a `Largest`, of two arrays.
+Trace = Mapping[str, Any]
 
 
 @jax.tree_util.register_dataclass

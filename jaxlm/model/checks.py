@@ -19,6 +19,7 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.params import WEIGHTS, weights
+from jaxlm.types import Params
 
 
 def check_config(config: Any) -> None:
@@ -91,6 +92,31 @@ def check_params(config: ModelConfig, params: Any, *, own_layers: bool) -> None:
                 f"params are of another model: {path} has shape {found[path]}, and "
                 f"the config asks for {wanted[path]}"
             )
+
+
+def check_layers(
+    config: ModelConfig, params: Params, start: Any, stop: Any, stream: Any
+) -> None:
+    """Checks which layers to run, and the residual stream that they begin with.
+
+    Raises:
+      ValueError: for layers that are not there, a first layer without its stream, or a
+        traced one of layers that are not stacked.
+    """
+    end = config.num_layers if stop is None else stop
+    if not isinstance(end, int) or not 0 < end <= config.num_layers:
+        raise ValueError(f"stop is {stop!r}: give 1 to {config.num_layers}")
+    if isinstance(start, int):
+        if not 0 <= start < end:
+            raise ValueError(f"start is {start}: give 0 to {end - 1}")
+        if start and stream is None:
+            raise ValueError(
+                f"start is {start}: give stream=, the residual stream that enters it"
+            )
+    elif stream is None or isinstance(params["layers"], tuple):
+        raise ValueError(
+            "a traced start needs stream=, and params whose layers are stacked"
+        )
 
 
 def as_tokens(

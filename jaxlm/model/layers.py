@@ -7,6 +7,7 @@ throughout.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,9 @@ from jaxlm.model.block import Block, Context, layer_kinds
 from jaxlm.model.kv_cache import LayerCache
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.probe import Probe
+from jaxlm.ops.probing.recorder import Recorder
 from jaxlm.ops.probing.sites import SITES
-from jaxlm.ops.probing.tap import Recorder, Tap
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.types import Params
 
 Caches = LayerCache | tuple[LayerCache, ...] | None
@@ -54,6 +56,35 @@ REMAT_POLICIES = {
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a call computes of the model."""
+
+    start: Any = 0
+    """The first layer, which may be traced."""
+    stop: int | None = None
+    """The layer to stop before; None runs all, and the final norm."""
+    stream: bool = False
+    """Whether it begins with a given residual stream, and embeds no tokens."""
+    head: bool = True
+
+    def unavailable(self) -> dict[str, str]:
+        """Returns the sites that are not computed, and why."""
+        sites = {} if self.head else {"logits": "with head=False"}
+        if self.stop is not None:
+            names = ("final_norm_div", "final_norm", "logits")
+            sites |= dict.fromkeys(names, "with stop=")
+        if self.stream:
+            names = ("tokens", "embed", "pos_embed")
+            sites |= dict.fromkeys(names, "with a given stream")
+        return sites
+
+    def layers(self, config: ModelConfig) -> range:
+        """Returns those that may run."""
+        first = self.start if isinstance(self.start, int) else 0
+        return range(first, config.num_layers if self.stop is None else self.stop)
+
+
 def run_layers(
     config: ModelConfig,
     layers: Params | tuple[Params, ...],
@@ -61,15 +92,19 @@ def run_layers(
     context: Context,
     caches: Caches,
     recorder: Recorder,
+    taps: Sequence[Tap],
     edits: Sequence[Edit],
     block: type[Block],
+    start: Any,
+    stop: int,
 ) -> tuple[Float[Array, "B T D"], Caches, Recorder]:
-    """Runs all blocks.
+    """Runs the blocks from number `start`, which may be traced, to before `stop`.
 
     Args:
       layers, caches: both stacked, or both a tuple with one entry per layer. Caches may
         be None.
-      recorder: of the taps and edits.
+      recorder: of these taps and edits.
+      taps: what to record inside the layers.
       block: what computes a layer.
 
     Returns:
@@ -82,40 +117,50 @@ def run_layers(
     stacked = not isinstance(layers, tuple)
     kinds = layer_kinds(config)
     modules = [block(config, kind, parent=None) for kind in kinds]
-    blocks = [_block(module, recorder.taps, stacked) for module in modules]
-    period, depth = len(blocks), config.num_layers
+    blocks = [_block(module, taps, stacked) for module in modules]
+    period = len(blocks)
+
+    def run(block, number, carry):
+        x, caches, recorder = carry
+        given = layers if stacked else layers[number]
+        x, cache, values, hits = block(
+            given, number, x, context, _take(caches, number), edits
+        )
+        recorder = recorder.write(number, values, hits)
+        return x, _put(caches, number, cache), recorder
+
+    carry, done = (x, caches, recorder), start
+    if not isinstance(start, int):
+        assert stacked
+
+        def any_layer(number, carry):
+            kinds = [partial(run, block) for block in blocks]
+            return jax.lax.switch(number % period, kinds, number, carry)
+
+        return jax.lax.fori_loop(start, stop, any_layer, carry)
 
     def group(carry, first, size):
         """Runs `size` layers from number `first` on, which is traced in a scan."""
         for i in range(size):
-            x, caches, recorder = carry
-            number = first + i
-            given = layers if stacked else layers[number]
-            cache = _take(caches, number)
-            x, cache, values, hits = blocks[i % period](
-                given, number, x, context, cache, edits
-            )
-            recorder = recorder.write(number, values, hits)
-            carry = x, _put(caches, number, cache), recorder
+            carry = run(blocks[(start + i) % period], first + i, carry)
         return carry, None
 
-    carry, done = (x, caches, recorder), 0
     if stacked:
-        done = depth // period * period
-        firsts = jnp.arange(0, done, period)
+        done += (stop - start) // period * period
+        firsts = jnp.arange(start, done, period)
         unroll = config.unroll_layers or len(firsts)
         one_group = partial(group, size=period)
         carry, _ = jax.lax.scan(one_group, carry, firsts, unroll=unroll)
-    carry, _ = group(carry, done, depth - done)
+    carry, _ = group(carry, done, stop - done)
     return carry
 
 
-def _block(module: Block, taps: tuple[Tap, ...], scanned: bool) -> Callable[..., Any]:
+def _block(module: Block, taps: Sequence[Tap], scanned: bool) -> Callable[..., Any]:
     """Returns `(layers, number, x, context, cache, edits) -> (x, cache, values, hits)`.
 
     `layers` is the stack if it is scanned, else one layer. The layer is sliced out of
     the stack inside the checkpoint, so the backward pass slices it again and keeps no
-    copy of the weights. `values` are those tapped.
+    copy of the weights. `values` are what the taps keep.
     """
     apply: Callable[..., Any] = module.apply
 

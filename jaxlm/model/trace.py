@@ -5,28 +5,33 @@ is computed from recorded ones, for the tapped layers only. The table of sites i
 `ops/probing/sites.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from operator import add
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Context, LayerKind, attention_spec, layer_kinds
 from jaxlm.model.kv_cache import Cache
-from jaxlm.model.layers import Caches
+from jaxlm.model.layers import Caches, Part
 from jaxlm.model.params import sizes
 from jaxlm.ops.attention.reference import attention_scores, join_heads
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import route
 from jaxlm.ops.norm import divisor
 from jaxlm.ops.probing.edit import Edit, check_edits
+from jaxlm.ops.probing.recorder import Recorder
 from jaxlm.ops.probing.sites import SITES, computed_aside
-from jaxlm.ops.probing.tap import Recorder, Tap, check_taps, choose
+from jaxlm.ops.probing.tap import Tap, check_taps, choose
+from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params, Trace
 
@@ -84,31 +89,38 @@ def _norm_inputs(config: ModelConfig, site: str) -> tuple[str, ...]:
 
 
 def recorded_taps(
-    config: ModelConfig, taps: Sequence[Tap], edits: Sequence[Edit] = ()
+    config: ModelConfig,
+    taps: Sequence[Tap],
+    edits: Sequence[Edit] = (),
+    layers: Sequence[int] | None = None,
 ) -> tuple[Tap, ...]:
     """Returns the sites inside the layers to record for these taps, each once.
 
     What a tap selects is recorded alone, unless another tap needs the rest.
+
+    Args:
+      layers: those that run; None for all.
     """
+    every = range(config.num_layers) if layers is None else layers
     derived = _derived(edits)
     chosen: dict[str, dict[int, None]] = {}
-    alone: dict[str, set[Tap]] = {}
+    whole: dict[str, Tap] = {}
     for tap in taps:
-        layers = tap.layers or range(config.num_layers)
+        wanted = tap.layers or every
         if SITES[tap.site].outside_layers:
-            layers = (config.num_layers - 1,)
+            wanted = (config.num_layers - 1,)
         for source in sources(config, tap.site, derived):
             if not SITES[source].outside_layers:
-                chosen.setdefault(source, {}).update(dict.fromkeys(layers))
-                own = tap if source == tap.site else Tap(source)
-                alone.setdefault(source, set()).add(replace(own, layers=None))
-    every = set(range(config.num_layers))
+                alone = source == tap.site and source not in whole
+                chosen.setdefault(source, {}).update(dict.fromkeys(wanted))
+                whole[source] = tap if alone else Tap(source)
 
-    def of(site: str, layers: tuple[int, ...]) -> Tap:
-        tap = next(iter(alone[site])) if len(alone[site]) == 1 else Tap(site)
-        return replace(tap, layers=None if set(layers) == every else layers)
+    def of(site: str) -> Tap:
+        numbers = tuple(chosen[site])
+        is_all = set(numbers) == set(every)
+        return replace(whole[site], layers=None if is_all else numbers)
 
-    return tuple(of(site, tuple(layers)) for site, layers in chosen.items())
+    return tuple(map(of, chosen))
 
 
 def _derived(edits: Sequence[Edit]) -> frozenset[str]:
@@ -116,35 +128,135 @@ def _derived(edits: Sequence[Edit]) -> frozenset[str]:
     return computed_aside(frozenset(edit.site for edit in edits))
 
 
-def empty_recorder(
+def start_recording(
     config: ModelConfig,
     tokens: Int[Array, "B T"],
     cache: Cache | None,
     taps: Sequence[Tap],
     edits: Sequence[Edit],
-    head: bool,
-) -> Recorder:
-    """Returns a recorder with empty slots for what these taps need from the layers.
+    part: Part,
+) -> tuple[tuple[Tap, ...], Recorder]:
+    """Returns what to record inside the layers for these taps, and empty slots for it.
 
     Raises:
-      ValueError: for taps and edits that this call cannot have.
+      ValueError: for taps and edits that this call cannot have, or taps whose trace
+        does not fit into the memory of a device.
     """
-    absent = absent_sites(config)
-    B, T = tokens.shape
-    S = T if cache is None or cache.is_empty else cache.max_length
-    letters = {**sizes(config), "B": B, "T": T, "S": S, "1": 1}
+    letters = _letters(config, tokens, cache)
+    absent, layers = absent_sites(config), part.layers(config)
     check_taps(taps, letters, absent)
     check_edits(edits, letters, absent)
+    unavailable = part.unavailable()
     for chosen, how in ((taps, "tapped"), (edits, "edited")):
-        if not head and any(one.site == "logits" for one in chosen):
-            raise ValueError(f"site 'logits' cannot be {how} with head=False")
-    return Recorder.empty(
-        recorded_taps(config, taps, edits),
-        config.num_layers,
-        letters,
-        compute_dtype(config.dtype),
+        for one in chosen:
+            if one.site in unavailable:
+                raise ValueError(
+                    f"site {one.site!r} cannot be {how} {unavailable[one.site]}"
+                )
+    for tap in taps:
+        outside = set(tap.layers or ()) - set(layers)
+        if outside:
+            raise ValueError(
+                f"tap of {tap.site!r}: layer {min(outside)} does not run: start is "
+                f"{layers.start}, stop {layers.stop}"
+            )
+    recorded = recorded_taps(config, taps, edits, layers)
+    if recorded and not isinstance(part.start, int):
+        raise ValueError(
+            f"site {recorded[0].site!r} cannot be tapped with a traced start: which "
+            "layers run is not known while compiling"
+        )
+    _check_memory(config, tokens, cache, taps, edits, layers)
+    recorder = Recorder.empty(
+        *(recorded, layers, letters, compute_dtype(config.dtype)),
         activation_spec,
         len(edits),
+    )
+    return recorded, recorder
+
+
+def _letters(
+    config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache | None
+) -> dict[str, int]:
+    B, T = tokens.shape
+    S = T if cache is None or cache.is_empty else cache.max_length
+    given = {"B": B, "T": T, "S": S, "1": 1, "k": config.experts_per_token}
+    return {**sizes(config), **given}
+
+
+def trace_bytes(
+    config: ModelConfig,
+    tokens: Int[Array | np.ndarray, "B T"] | jax.ShapeDtypeStruct,
+    taps: Sequence[Tap],
+    *,
+    cache: Cache | None = None,
+    edits: Sequence[Edit] = (),
+    layers: Sequence[int] | None = None,
+) -> dict[str, int]:
+    """Returns the bytes that each tap keeps on a device of the current mesh.
+
+    What is recorded in the layers, and what is computed from it after the pass. Only
+    the shape of the tokens matters, so nothing is computed.
+
+    Args:
+      layers: those that run; None for all.
+    """
+    letters, dtype = _letters(config, tokens, cache), compute_dtype(config.dtype)
+    every = range(config.num_layers) if layers is None else layers
+    derived, mesh = _derived(edits), jax.sharding.get_abstract_mesh()
+
+    def kept(tap: Tap) -> int:
+        shape = list(tap.shape(letters))
+        if not SITES[tap.site].outside_layers:
+            shape = [("L", len(tap.layers or every)), *shape]
+        names, numbers = zip(*shape, strict=True)
+        spec = activation_spec("".join(names))
+        if spec is not None:
+            numbers = NamedSharding(mesh, spec).shard_shape(tuple(numbers))
+        width = jnp.dtype(tap.dtype(dtype)).itemsize
+        return math.prod(numbers) * (width + 4 * (tap.count is not None))
+
+    total = {}
+    for tap in taps:
+        needed = recorded_taps(config, (tap,), edits, every)
+        aside = (tap,) if tap.site in derived or not needed else ()
+        total[tap.site] = sum(map(kept, (*needed, *aside)))
+    return total
+
+
+def _check_memory(
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    cache: Cache | None,
+    taps: Sequence[Tap],
+    edits: Sequence[Edit],
+    layers: Sequence[int],
+) -> None:
+    """Raises a ValueError for a trace that is larger than a device, and says less."""
+    if not taps:
+        return
+    measure = partial(
+        trace_bytes, config, tokens, cache=cache, edits=edits, layers=layers
+    )
+    needed, available = measure(taps), available_memory()
+    if sum(needed.values()) <= available:
+        return
+    largest = max(taps, key=lambda tap: needed[tap.site])
+    cheaper, last = largest, layers[-1:] or layers
+    if not SITES[largest.site].outside_layers:
+        cheaper = replace(cheaper, layers=tuple(last))
+    if measure([cheaper])[largest.site] > available // 2:
+        cheaper = replace(cheaper, positions=(-1,))
+    least = measure([cheaper])[largest.site]
+    chosen = ", ".join(
+        f"{name}={getattr(cheaper, name)}"
+        for name in ("layers", "positions")
+        if getattr(cheaper, name) != getattr(largest, name)
+    )
+    raise ValueError(
+        f"the trace needs {gib(sum(needed.values()))} on a device, which has "
+        f"{gib(available)}: most of it is {largest.site!r}; with {chosen} that keeps "
+        f"{gib(least)}"
     )
 
 
@@ -153,45 +265,48 @@ def complete(
     params: Params,
     taps: Sequence[Tap],
     recorder: Recorder,
-    outside: Mapping[str, Array],
+    outside: Mapping[str, Any],
     context: Context,
     caches: Caches,
     edits: Sequence[Edit],
+    layers: Sequence[int],
 ) -> Trace:
     """Returns the trace of all taps.
 
     Args:
       recorder: has the recorded sites inside the layers.
-      outside: recorded sites outside the layers.
+      outside: what was kept of sites outside the layers.
       caches: of all layers, after the pass; None without a cache.
+      layers: those that have run.
     """
-    every_layer = tuple(range(config.num_layers))
-    tap_of = {tap.site: tap for tap in recorder.taps}
-    recorded, derived = recorder.read(), _derived(edits)
+    available, derived = dict(recorder.layers), _derived(edits)
+    recorded = recorded_taps(config, taps, edits, layers)
+    selects = {tap.site: tap.selects for tap in recorded}
 
-    def at(site: str, layers: Sequence[int]) -> Array:
+    def at(site: str, wanted: Sequence[int]) -> Any:
         """Returns a recorded site at these layers, in this order."""
-        available = tap_of[site].layers or every_layer
-        if tuple(layers) == available:
-            return recorded[site]
-        return recorded[site][jnp.array([available.index(n) for n in layers])]
+        value, numbers = recorder.read(site), available[site]
+        if tuple(wanted) == numbers:
+            return value
+        index = jnp.array([numbers.index(n) for n in wanted])
+        return jax.tree.map(lambda x: x[index], value)
 
     trace = {}
     for tap in taps:
-        site, layers = tap.site, tap.layers or every_layer
+        site, wanted = tap.site, tap.layers or tuple(layers)
         if site in outside:
-            trace[site] = tap.reduced(tap.take(site, outside[site]))
+            trace[site] = outside[site]
         elif SITES[site].outside_layers:  # derived from the last layer
-            last = every_layer[-1:]
+            last = (config.num_layers - 1,)
             value = _derive(config, params, tap, last, at, context, caches)
             trace[site] = tap.reduced(value[0])
         elif site in derived:
-            value = _derive(config, params, tap, layers, at, context, caches)
+            value = _derive(config, params, tap, wanted, at, context, caches)
             trace[site] = tap.reduced(value)
-        elif tap_of[site].selects:
-            trace[site] = at(site, layers)
+        elif selects[site]:
+            trace[site] = at(site, wanted)
         else:
-            trace[site] = tap.reduced(tap.take(site, at(site, layers), leading=1))
+            trace[site] = tap.reduced(tap.take(at(site, wanted), leading=1))
     return trace
 
 
@@ -209,7 +324,7 @@ def _derive(
     values = [
         at(source, layers)
         if source == "k_rot"
-        else tap.take(source, at(source, layers), leading=1)
+        else tap.take(at(source, layers), source, leading=1)
         for source in sources(config, site, frozenset({site}))
     ]
     if site.endswith("_norm_div"):

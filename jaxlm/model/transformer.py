@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.model import trace
 from jaxlm.model.block import Block, Norm, make_context
-from jaxlm.model.checks import as_tokens, check_config, check_model
+from jaxlm.model.checks import as_tokens, check_config, check_layers, check_model
 from jaxlm.model.divisible import check_sites, divisible_config, divisible_params
 from jaxlm.model.kv_cache import Cache
-from jaxlm.model.layers import run_layers
+from jaxlm.model.layers import Part, run_layers
 from jaxlm.model.params import param
 from jaxlm.ops.embedding import lookup
 from jaxlm.ops.layout import layout
@@ -42,9 +42,10 @@ class Output:
 
     # `Any`: see `jaxlm/types.py` on leaves.
     hidden_states: Any
-    """[B, T, D] in the compute dtype: the input of the output head."""
+    """[B, T, D] in the compute dtype: the input of the output head; with `stop` the
+    residual stream that enters that layer."""
     logits: Any
-    """[B, T, V] f32, after the final soft cap; None with `head=False`."""
+    """[B, T, V] f32, after the final soft cap; None with `head=False` or `stop`."""
     cache: Cache | None
     """The given cache with the new tokens; None when none was given."""
     trace: Mapping[str, Any]
@@ -64,6 +65,9 @@ def forward(
     taps: Sequence[Tap] = (),
     edits: Sequence[Edit] = (),
     head: bool = True,
+    start: int | Int[Array, ""] = 0,
+    stop: int | None = None,
+    stream: Float[Array, "B T D"] | None = None,
     block: type[Block] = Block,
 ) -> Output:
     """Computes next-token logits at every position. Pure: jit, grad and vmap apply.
@@ -83,11 +87,19 @@ def forward(
       edits: changes of sites, made in this order.
       head: False skips the output head, for callers that need the logits of some tokens
         only and call `unembed` themselves.
+      start: the first layer to run, on `stream`. It may be traced: then one program
+        serves all, without gradients and without taps inside the layers.
+      stop: the layer to stop before; the result is then its residual stream, without
+        the final norm and the head.
+      stream: the residual stream that enters layer `start`, as the site `resid_pre` or
+        `hidden_states` of a call with `stop`; the tokens are not embedded, and only
+        their shape matters.
       block: what computes a layer; see `Block`.
 
     Raises:
       ValueError: for arguments of the wrong type or shape, parameters of another model,
-        taps or edits that cannot be, or segments with a cache; outside jit also for ids
+        layers that are not there, taps or edits that cannot be, a trace that does not
+        fit into memory, or segments with a cache; outside jit also for ids
         outside the vocabulary, a cache without room, and an edit that changes nothing.
     """
     check_model(config, params, block)
@@ -95,27 +107,35 @@ def forward(
     context = make_context(config, tokens, positions, segment_ids, cache)
     given, config = config, divisible_config(config, block)
     params = divisible_params(config, params, block)
-    recorder = trace.empty_recorder(config, tokens, cache, taps, edits, head)
+    check_layers(config, params, start, stop, stream)
+    part = Part(start, stop, stream is not None, head)
+    recorded, recorder = trace.start_recording(config, tokens, cache, taps, edits, part)
     probe = Probe(taps, edits, context.positions)
     if config != given:
         check_sites(given, taps, edits)
 
-    embed: Callable[..., Any] = Embedder(config, parent=None).apply
-    x = embed({"params": params["embed"]}, tokens, context.positions, probe)
+    layers = part.layers(config)
+    if stream is None:
+        embed: Callable[..., Any] = Embedder(config, parent=None).apply
+        x = embed({"params": params["embed"]}, tokens, context.positions, probe)
+    else:
+        x = reshard(stream.astype(compute_dtype(config.dtype)), "BTD")
     caches = None if cache is None else cache.layers
     x, caches, recorder = run_layers(
-        config, params["layers"], x, context, caches, recorder, edits, block
+        *(config, params["layers"], x, context, caches, recorder, recorded, edits),
+        *(block, start, layers.stop),
     )
-    x = probe("final_norm", _final_norm(config, params, x, probe))
+    if stop is None:
+        x = probe("final_norm", _final_norm(config, params, x, probe))
     logits = None
-    if head:
+    if head and stop is None:
         logits = unembed(config, params, x)
         if config.vocab_size != given.vocab_size:
             logits = reshard(logits, "BT_")[..., : given.vocab_size]
         logits = probe("logits", logits)
 
     tapped = trace.complete(
-        config, params, taps, recorder, probe.values, context, caches, edits
+        *(config, params, taps, recorder, probe.values, context, caches, edits, layers)
     )
     hits = total_hits(edits, recorder.hits, probe.hits)
     if cache is not None:

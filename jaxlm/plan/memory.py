@@ -7,18 +7,15 @@ layer, which the backward pass starts from, and the logits.
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.config import Config
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.sharding.device_memory import gib
 from jaxlm.sharding.rules import batch_parts
-
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,6 @@ class Memory:
     def __str__(self) -> str:
         parts = dataclasses.asdict(self).items()
         return ", ".join(f"{k.replace('_', ' ')} {gib(v)}" for k, v in parts)
-
-
-def gib(num_bytes: int) -> str:
-    """Formats bytes in GiB with three digits."""
-    return f"{num_bytes / 2**30:,.3g} GiB"
 
 
 def training_memory(config: Config, params: Any, opt_state: Any) -> Memory:
@@ -73,18 +65,6 @@ def training_memory(config: Config, params: Any, opt_state: Any) -> Memory:
         layer_inputs=tokens * model.num_layers * model.model_dim * width,
         logits=at_once * model.vocab_size * width // _mesh_size("tensor"),
     )
-
-
-def available_memory() -> int:
-    """Returns the bytes that a device has; CPU devices share those of the machine."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _CGROUP_LIMIT.is_file():
-        text = _CGROUP_LIMIT.read_text().strip()
-        total = min(total, int(text) if text.isdecimal() else total)
-    return total // jax.local_device_count()
 
 
 def check_fits(config: Config, params: Any, opt_state: Any, available: int) -> None:

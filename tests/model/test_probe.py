@@ -12,14 +12,15 @@ import pytest
 from model_case import ids, make, small
 from ops_case import quick_jit
 
-from jaxlm.model import layers, transformer
+from jaxlm.model import layers, trace, transformer
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.trace import absent_sites, empty_recorder
+from jaxlm.model.layers import Part
+from jaxlm.model.trace import absent_sites, start_recording, trace_bytes
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.moe import route
 from jaxlm.ops.probing.probe import Probe
 from jaxlm.ops.probing.sites import SITES
-from jaxlm.ops.probing.tap import Tap
+from jaxlm.ops.probing.tap import Largest, Tap
 from jaxlm.tree import unstack
 
 B, T = 2, 11
@@ -241,7 +242,10 @@ CHOSEN = (
     Tap("v", heads=(1,), reduce="max"),
     Tap("resid_post", positions=(-1,), reduce="norm"),
     Tap("mlp_act", reduce="mean"),
-    Tap("logits", positions=(-1,)),
+    Tap("mlp_pre", (3, 1), reduce="dot", direction=np.linspace(-1, 1, 40)),
+    Tap("mlp_up", (2,), positions=(4, 0), reduce="top_k", count=3),
+    Tap("q_rot", heads=(4, 0), reduce="top_k", count=1),
+    Tap("logits", positions=(-1,), reduce="top_k", count=5),
 )
 
 
@@ -257,6 +261,11 @@ def by_hand(tap, value):
             value = np.take(value, chosen[letter], axis)
     if tap.reduce is None:
         return value
+    if tap.reduce == "dot":
+        return value @ tap.direction
+    if tap.reduce == "top_k":
+        best = np.argsort(-value, axis=-1)[..., : tap.count]
+        return Largest(np.take_along_axis(value, best, axis=-1), best)
     reducers = {"mean": np.mean, "max": np.max, "norm": np.linalg.norm}
     return reducers[tap.reduce](value, axis=-1)
 
@@ -273,15 +282,18 @@ def test_tokens_and_heads_are_selected_and_values_reduced(cached):
     trace = run(params)
     for tap in CHOSEN:
         wanted = by_hand(tap, full[tap.site])
-        assert trace[tap.site].shape == wanted.shape, tap
-        np.testing.assert_allclose(trace[tap.site], wanted, rtol=1e-4, atol=1e-4)
+        for ours, right in zip(
+            *map(jax.tree.leaves, (trace[tap.site], wanted)), strict=True
+        ):
+            assert ours.shape == right.shape, tap
+            np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_selected_is_all_that_is_kept():
     config, _ = model("groups")
 
     def slots(*taps):
-        recorder = empty_recorder(config, ids(B, T), None, taps, (), True)
+        _, recorder = start_recording(config, ids(B, T), None, taps, (), Part())
         return {site: x.shape for site, x in recorder.slots.items()}
 
     chosen = slots(Tap("z", positions=(0,), heads=(1, 2), reduce="norm"), Tap("q"))
@@ -289,6 +301,81 @@ def test_what_is_selected_is_all_that_is_kept():
     # Another tap needs the rest of z.
     both = slots(Tap("z", heads=(1,)), Tap("head_out", layers=(0,)))
     assert both == {"z": (5, B, T, 6, 8)}
+
+
+def test_a_trace_that_does_not_fit_is_refused_and_a_cheaper_tap_named(monkeypatch):
+    config, params = model("groups")
+    taps = (Tap("attn_probs"), Tap("resid_post", reduce="norm"))
+    needed = trace_bytes(config, ids(B, T), taps)
+    # Queries, keys and log-sum-exps are recorded, and the probabilities made of them.
+    per_token = 6 * 8 + 3 * 8 + 6 + 6 * T
+    assert needed["attn_probs"] == 5 * B * T * per_token * 4
+    assert needed["resid_post"] == 5 * B * T * 4
+    monkeypatch.setattr(trace, "available_memory", lambda: 40_000)
+    with pytest.raises(
+        ValueError, match=r"'attn_probs'; with layers=\(4,\) that keeps"
+    ):
+        forward(config, params, ids(B, T), taps=taps)
+    monkeypatch.setattr(trace, "available_memory", lambda: 64_000)
+    run(config, params, taps)
+
+
+HALVES = ("groups", "post", pytest.param("experts", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_pass_in_two_parts_is_the_pass(name):
+    """Stopped before a layer in the middle of a group, and begun again there."""
+    config, params, full, logits = everything(name)
+    at = config.num_layers // 2 + 1 if name == "groups" else 1
+    taps = (Tap("resid_post"), Tap("z", (at,)), Tap("final_norm"))
+
+    @quick_jit
+    def twice(params, traced):
+        first = forward(config, params, ids(B, T), stop=at, taps=taps[:1])
+        assert first.logits is None
+        rest = dict(stream=first.hidden_states)
+        second = forward(config, params, ids(B, T), start=at, taps=taps, **rest)
+        third = forward(config, params, ids(B, T), start=traced, **rest)
+        return first.trace, second.trace, second.logits, third.logits
+
+    before, after, second, third = twice(params, at)
+    np.testing.assert_allclose(before["resid_post"], full["resid_post"][:at], atol=1e-4)
+    np.testing.assert_allclose(after["resid_post"], full["resid_post"][at:], atol=1e-4)
+    np.testing.assert_allclose(after["z"][0], full["z"][at], atol=1e-4)
+    np.testing.assert_allclose(second, logits, atol=1e-4)
+    np.testing.assert_allclose(third, logits, atol=1e-4)
+
+
+STREAM = jnp.zeros((B, T, 24))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(start=1), "start is 1: give stream="),
+        (dict(start=2, stream=STREAM), "start is 2: give 0 to 1"),
+        (dict(stop=3), "stop is 3: give 1 to 2"),
+        (dict(start=jnp.int32(1)), "a traced start needs stream="),
+        (dict(stop=1, taps=(Tap("logits"),)), "'logits' cannot be tapped with stop="),
+        (
+            dict(stream=STREAM, taps=(Tap("embed"),)),
+            "'embed' cannot be tapped with a given stream",
+        ),
+        (
+            dict(start=1, stream=STREAM, taps=(Tap("z", (0,)),)),
+            "layer 0 does not run: start is 1, stop 2",
+        ),
+        (
+            dict(start=jnp.int32(1), stream=STREAM, taps=(Tap("z"),)),
+            "'z' cannot be tapped with a traced start",
+        ),
+    ],
+)
+def test_layers_that_cannot_run(given, message):
+    config, params = model("parallel")
+    with pytest.raises(ValueError, match=message):
+        forward(config, params, ids(B, T), **given)
 
 
 def test_taps_with_a_cache_read_the_new_tokens():
@@ -331,6 +418,13 @@ def test_taps_with_a_cache_read_the_new_tokens():
         ([Tap("z", positions=(11,))], "position 11 is not among -11 to 10"),
         ([Tap("z", reduce="nrm")], "no reducer 'nrm' .did you mean 'norm'"),
         ([Tap("tokens", reduce="max")], "ids are not reduced"),
+        ([Tap("z", reduce="dot")], "direction is missing"),
+        ([Tap("z", count=2)], "count belongs to reduce='top_k'"),
+        ([Tap("z", reduce="top_k", count=9)], "count 9 is not among 1 to 8"),
+        (
+            [Tap("z", reduce="dot", direction=np.ones(24))],
+            r"shape \(24,\), and the last axis of \[B T N H\] needs \(8,\)",
+        ),
     ],
 )
 def test_a_wrong_selection_is_an_error(taps, message):

@@ -8,6 +8,7 @@ from toy_case import make_batch, toy
 
 from jaxlm.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from jaxlm.plan import memory
+from jaxlm.sharding.device_memory import available_memory
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import batch_sharding
 from jaxlm.train.optimizer import make_optimizer
@@ -77,5 +78,5 @@ def test_a_model_of_1e25_parameters_is_refused():
     with pytest.raises(
         ValueError, match=r"take a smaller model, or about .* such devices"
     ):
-        available = memory.available_memory()
+        available = available_memory()
         memory.check_fits(config, state.params, state.opt_state, available)

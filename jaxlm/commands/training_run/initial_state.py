@@ -15,7 +15,8 @@ from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.config import Config
 from jaxlm.data.loader import Dataset
 from jaxlm.fields import diff
-from jaxlm.plan.memory import available_memory, check_fits
+from jaxlm.plan.memory import check_fits
+from jaxlm.sharding.device_memory import available_memory
 from jaxlm.terminal.progress import Waiting
 from jaxlm.train.metrics import FILE_NAME as METRICS
 from jaxlm.train.spikes import new_history

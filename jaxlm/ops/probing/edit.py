@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.fields import nearest
 from jaxlm.ops.layout import layout
-from jaxlm.ops.probing.sites import SITES, check_site
+from jaxlm.ops.probing.sites import SITES, check_chosen, check_site
 
 
 def _project_out(x: Array, v: Array) -> Array:
@@ -190,14 +190,8 @@ def _check_edit(edit: Edit, sizes: Mapping[str, int]) -> None:
     if isinstance(edit.value, Partial) != (edit.op == "call"):
         needs = "a function" if edit.op == "call" else "an array or a number"
         raise ValueError(f"{where}: the value of {edit.op!r} is {needs}")
-    if edit.layer is not None and site.outside_layers:
-        raise ValueError(f"{where}: it lies outside the layers: no layer=")
-    if edit.head is not None and site.axis("NK") is None:
-        raise ValueError(f"{where}: [{site.shape}] has no heads: no head=")
-    heads = "N" if "N" in site.shape else "K"
-    limits = {"layer": sizes["L"], "position": sizes["C"], "head": sizes[heads]}
-    for name, limit in limits.items():
-        _check_indices(where, name, getattr(edit, name), limit)
+    chosen = {name: getattr(edit, name) for name in ("layer", "position", "head")}
+    check_chosen(where, site, chosen, sizes)
     if edit.op in ("freeze", "call") or site.outside_layers:
         return
     shape = np.shape(edit.value)
@@ -207,20 +201,6 @@ def _check_edit(edit: Edit, sizes: Mapping[str, int]) -> None:
             f"{where}: value has shape {shape}, and {sizes['L']} layers need an entry "
             "each"
         )
-
-
-def _check_indices(where: str, name: str, indices: Any, limit: int) -> None:
-    if indices is None:
-        return
-    if not jnp.issubdtype(jnp.result_type(indices), jnp.integer):
-        raise ValueError(f"{where}: {name} is {indices!r}: give integers")
-    if jnp.ndim(indices) > 1:
-        raise ValueError(f"{where}: {name} has {jnp.ndim(indices)} axes: give a vector")
-    if isinstance(indices, Tracer):
-        return
-    for index in np.ravel(indices):
-        if not 0 <= index < limit:
-            raise ValueError(f"{where}: {name} {index} is not among 0 to {limit - 1}")
 
 
 def total_hits(edits: Sequence[Edit], *parts: Sequence[Any]) -> tuple[Any, ...]:

@@ -30,15 +30,16 @@ class Probe:
         positions: Int[Array, "B T"] | None = None,
         layer: Any = None,
     ):
-        self._tapped = frozenset(tap.site for tap in taps)
+        self._taps = {tap.site: tap for tap in taps}
         self._edits, self._positions, self._layer = edits, positions, layer
-        self.values: dict[str, Array] = {}
+        self.values: dict[str, Any] = {}
+        """What the taps keep."""
         self.hits: list[Any] = [0] * len(edits)
         """How often each edit has fired."""
         self.called: set[str] = set()
 
     def __contains__(self, site: str) -> bool:
-        return site in self._tapped
+        return site in self._taps
 
     def edits(self, *sites: str) -> bool:
         """Whether one of these sites is edited."""
@@ -56,6 +57,7 @@ class Probe:
             if edit.site == site:
                 assert self._positions is not None
                 x, self.hits[i] = edit(x, self._layer, self._positions)
-        if site in self._tapped:
-            self.values[site] = x
+        if site in self._taps:
+            tap = self._taps[site]
+            self.values[site] = tap.reduced(tap.take(x))
         return x

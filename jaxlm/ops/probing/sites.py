@@ -1,7 +1,12 @@
 """The table of named values of the forward pass: their shapes and what they are."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxlm.fields import nearest
 
@@ -116,3 +121,49 @@ def check_site(site: str, absent: Collection[str]) -> None:
             f"no site {site!r} in this model{nearest(site, valid)}; "
             f"sites: {', '.join(valid)}"
         )
+
+
+def check_chosen(
+    where: str, site: Site, chosen: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """Checks the layers, positions and heads that a tap or an edit chooses.
+
+    Args:
+      where: begins the message.
+      site: what it reads or changes.
+      chosen: by the name of the argument, which begins with `layer`, `position` or
+        `head`: integers, one or several, maybe traced; None for all.
+      sizes: size of each letter; positions count up to `C`, those from the end of a
+        call to `T`.
+
+    Raises:
+      ValueError: for a choice that the site does not have, or an index out of range.
+    """
+    heads = "N" if site.axis("N") is not None else "K"
+    first = {"positions": -sizes["T"]}
+    limits = {"layer": "L", "position": "C", "positions": "T", "head": heads}
+    for name, indices in chosen.items():
+        if indices is None:
+            continue
+        if name.startswith("layer") and site.outside_layers:
+            raise ValueError(f"{where}: it lies outside the layers: no {name}=")
+        if name.startswith("head") and site.axis("NK") is None:
+            raise ValueError(f"{where}: [{site.shape}] has no heads: no {name}=")
+        if isinstance(indices, tuple):
+            indices = np.array(indices)
+        if not jnp.issubdtype(jnp.result_type(indices), jnp.integer):
+            raise ValueError(f"{where}: {name} is {indices!r}: give integers")
+        if jnp.ndim(indices) > 1:
+            raise ValueError(
+                f"{where}: {name} has {jnp.ndim(indices)} axes: give a vector"
+            )
+        if isinstance(indices, Tracer):
+            continue
+        least = first.get(name, 0)
+        limit = sizes[limits.get(name, limits[name.rstrip("s")])]
+        for index in np.ravel(indices):
+            if not least <= index < limit:
+                raise ValueError(
+                    f"{where}: {name.rstrip('s')} {index} is not among {least} to "
+                    f"{limit - 1}"
+                )

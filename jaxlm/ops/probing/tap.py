@@ -1,8 +1,8 @@
-"""Taps: which named values of the forward pass to read, and where they are kept."""
+"""Taps: which named values of the forward pass to read, and what is kept of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,49 +12,58 @@ from jaxtyping import Array
 
 from jaxlm.fields import nearest
 from jaxlm.ops.layout import layout
-from jaxlm.ops.probing.sites import SITES, check_site
+from jaxlm.ops.probing.sites import SITES, check_chosen, check_site
+
+_STATIC = {"static": True}
 
 
-@jax.tree_util.register_static
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tap:
-    """A site to read. Static: other taps compile another program."""
+    """A site to read. Static but for the direction: others compile another program."""
 
-    site: str
+    site: str = field(metadata=_STATIC)
     """A name in `SITES`."""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = field(default=None, metadata=_STATIC)
     """Layers to read, counted from 0; None reads all."""
-    positions: tuple[int, ...] | None = field(default=None, kw_only=True)
+    positions: tuple[int, ...] | None = field(
+        default=None, kw_only=True, metadata=_STATIC
+    )
     """Indices of the call's tokens, -1 is the last; for scores and probabilities those
     of the queries. None reads all."""
-    heads: tuple[int, ...] | None = field(default=None, kw_only=True)
+    heads: tuple[int, ...] | None = field(default=None, kw_only=True, metadata=_STATIC)
     """Heads to read, of keys and values for their sites; None reads all."""
-    reduce: str | None = field(default=None, kw_only=True)
+    reduce: str | None = field(default=None, kw_only=True, metadata=_STATIC)
     """A name in `REDUCERS`: what to keep of the last axis, f32."""
+    direction: Any = field(default=None, kw_only=True)
+    """For `dot`: a vector of the last axis's size."""
+    count: int | None = field(default=None, kw_only=True, metadata=_STATIC)
+    """For `top_k`: how many to keep."""
 
     @property
     def selects(self) -> bool:
         """Whether it reads less than all of a layer's value."""
         return (self.positions, self.heads, self.reduce) != (None, None, None)
 
-    def take(self, site: str, x: Array, leading: int = 0) -> Array:
-        """Returns the chosen tokens and heads of a value of `site`.
+    def take(self, x: Array, site: str | None = None, leading: int = 0) -> Array:
+        """Returns the chosen tokens and heads of a value.
 
         Args:
+          site: whose value it is, if it is a source of the tap's site.
           leading: how many axes of x, such as the layers, precede the site's.
         """
         for letters, chosen in (("T", self.positions), ("NK", self.heads)):
-            axis = SITES[site].axis(letters)
+            axis = SITES[site or self.site].axis(letters)
             if chosen is None or axis is None:
                 continue
             x = choose(x, axis + leading, chosen)
         return x
 
-    def reduced(self, x: Array) -> Array:
-        """Returns what the reducer keeps of x."""
+    def reduced(self, x: Array) -> Any:
+        """Returns what the reducer keeps of x: an array, or `Largest`."""
         if self.reduce is None:
             return x
-        return REDUCERS[self.reduce](x.astype(jnp.float32))
+        return REDUCERS[self.reduce](x.astype(jnp.float32), self)
 
     def shape(self, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
         """Returns the axes of one layer's value as they are kept, by letter.
@@ -63,16 +72,47 @@ class Tap:
         """
         chosen = {"T": self.positions, "N": self.heads, "K": self.heads}
         letters = SITES[self.site].shape.split()
-        if self.reduce is not None:
-            letters = letters[:-1]
         kept = [(c, chosen.get(c)) for c in letters]
-        return [(c, sizes[c]) if n is None else ("_", len(n)) for c, n in kept]
+        axes = [(c, sizes[c]) if n is None else ("_", len(n)) for c, n in kept]
+        if self.reduce is None:
+            return axes
+        return [*axes[:-1], *([("_", self.count)] if self.count else [])]
+
+    def dtype(self, dtype: Any) -> Any:
+        """Returns the dtype of what is kept, where the model computes in `dtype`."""
+        is_float32 = SITES[self.site].float32 or self.reduce is not None
+        return jnp.float32 if is_float32 else dtype
 
 
-REDUCERS: dict[str, Callable[[Array], Array]] = {
-    "mean": lambda x: jnp.mean(x, axis=-1),
-    "norm": lambda x: jnp.linalg.norm(x, axis=-1),
-    "max": lambda x: jnp.max(x, axis=-1),
+class Largest(NamedTuple):
+    """What `top_k` keeps, the largest first."""
+
+    values: Any
+    """f32."""
+    indices: Any
+    """int32, along the last axis of the site."""
+
+
+def _dot(x: Array, tap: Tap) -> Array:
+    vector, placed = jnp.asarray(tap.direction, jnp.float32), layout(x)
+    if placed is not None:
+        vector = jax.sharding.reshard(vector, P(placed.spec[-1]))
+    return jnp.sum(x * vector, axis=-1)
+
+
+def _top_k(x: Array, tap: Tap) -> Largest:
+    placed = layout(x)
+    if placed is not None:
+        x = jax.sharding.reshard(x, P(*placed.spec[:-1], None))
+    return Largest(*jax.lax.top_k(x, tap.count))
+
+
+REDUCERS: dict[str, Callable[[Array, Tap], Any]] = {
+    "mean": lambda x, _: jnp.mean(x, axis=-1),
+    "norm": lambda x, _: jnp.linalg.norm(x, axis=-1),
+    "max": lambda x, _: jnp.max(x, axis=-1),
+    "dot": _dot,
+    "top_k": _top_k,
 }
 
 
@@ -96,7 +136,7 @@ def check_taps(
 
     Raises:
       ValueError: for what is no tap, an unknown, absent or duplicate site, an unknown
-        reducer, or a layer, position or head out of range.
+        reducer or one without what it needs, or a layer, position or head out of range.
     """
     if isinstance(taps, str | Tap):
         raise ValueError(f"taps is {taps!r}: give a tuple of taps, (Tap(...),)")
@@ -105,130 +145,48 @@ def check_taps(
         if not isinstance(tap, Tap):
             raise ValueError(f"taps has {tap!r}, which is no Tap: give Tap({tap!r})")
         check_site(tap.site, absent)
+        where = f"tap of {tap.site!r}"
         if tap.site in seen:
             raise ValueError(f"site {tap.site!r} is tapped twice: join its layers")
         seen.add(tap.site)
-        site = SITES[tap.site]
-        if tap.layers is not None and site.outside_layers:
-            raise ValueError(f"site {tap.site!r} lies outside the layers: no layers=")
-        if tap.heads is not None and site.axis("NK") is None:
-            raise ValueError(
-                f"tap of {tap.site!r}: [{site.shape}] has no heads: no heads="
-            )
-        _check_chosen(tap, "layer", tap.layers, 0, sizes["L"])
-        _check_chosen(tap, "position", tap.positions, -sizes["T"], sizes["T"])
-        heads = sizes["N" if "N" in site.shape else "K"]
-        _check_chosen(tap, "head", tap.heads, 0, heads)
-        if tap.reduce is not None and tap.reduce not in REDUCERS:
-            raise ValueError(
-                f"tap of {tap.site!r}: no reducer {tap.reduce!r}"
-                f"{nearest(tap.reduce, list(REDUCERS))}: {', '.join(REDUCERS)}"
-            )
-        if tap.reduce is not None and site.shape == "B T":
-            raise ValueError(f"tap of {tap.site!r}: ids are not reduced")
-
-
-def _check_chosen(tap: Tap, name: str, chosen: Any, first: int, limit: int) -> None:
-    if chosen is None:
-        return
-    where = f"tap of {tap.site!r}"
-    if not isinstance(chosen, tuple):
-        raise ValueError(
-            f"{where}: {name}s is {chosen!r}: give a tuple, such as (0, 1)"
-        )
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise ValueError(f"{where}: {name}s {chosen} are empty or have duplicates")
-    for index in chosen:
-        if not first <= index < limit:
-            raise ValueError(
-                f"{where}: {name} {index} is not among {first} to {limit - 1}"
-            )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Recorder:
-    """Recorded values of all layers, each in its slot; carried from layer to layer.
-
-    A spare slot absorbs writes of untapped layers, since the layer number is traced in
-    a scan.
-    """
-
-    taps: tuple[Tap, ...] = field(metadata={"static": True})
-    num_layers: int = field(metadata={"static": True})
-    # `Any`: see `jaxlm/types.py` on leaves.
-    slots: Mapping[str, Any]
-    """Site -> [slots, *shape of the site]."""
-    hits: tuple[Any, ...] = ()
-    """How often each edit has fired, int32."""
-
-    @classmethod
-    def empty(
-        cls,
-        taps: Sequence[Tap],
-        num_layers: int,
-        sizes: Mapping[str, int],
-        dtype: Any,
-        partition: Callable[[str], P | None],
-        num_edits: int = 0,
-    ) -> "Recorder":
-        """Returns a recorder whose slots are zeros.
-
-        Args:
-          taps: recorded sites inside the layers.
-          sizes: size of each letter in their shapes.
-          dtype: the compute dtype.
-          partition: maps letters to a partition in the current mesh, or None.
-        """
-
-        def zeros(tap: Tap) -> Array:
-            letters, shape = zip(*tap.shape(sizes), strict=True)
-            chosen = num_layers if tap.layers is None else len(tap.layers) + 1
-            shape = (chosen, *shape)
-            out = partition("L" + "".join(letters))
-            is_float32 = SITES[tap.site].float32 or tap.reduce is not None
-            slot_dtype = jnp.float32 if is_float32 else dtype
-            return jnp.zeros(shape, slot_dtype, out_sharding=out)
-
-        hits = (jnp.zeros((), jnp.int32),) * num_edits
-        slots = {tap.site: zeros(tap) for tap in taps}
-        return cls(tuple(taps), num_layers, slots, hits)
-
-    def write(
-        self, layer: Any, values: Mapping[str, Array], hits: Sequence[Any]
-    ) -> "Recorder":
-        """Returns a recorder with one layer's values written, and its hits added.
-
-        `layer` may be traced.
-        """
-        slots = dict(self.slots)
-        for tap in self.taps:
-            layers = tap.layers or range(self.num_layers)
-            if isinstance(layer, int) and layer not in layers:
+        names = ("layers", "positions", "heads")
+        chosen = {name: getattr(tap, name) for name in names}
+        for name, indices in chosen.items():
+            if indices is None:
                 continue
-            old = slots[tap.site]
-            new = tap.reduced(tap.take(tap.site, values[tap.site]))
-            assert (new.shape, new.dtype) == (old.shape[1:], old.dtype), tap.site
-            placed = layout(old)
-            if placed is not None:
-                new = jax.sharding.reshard(new, P(*placed.spec[1:]))
-            slot = self._slots_of(tap)[layer]
-            slots[tap.site] = jax.lax.dynamic_update_index_in_dim(old, new, slot, 0)
-        total = tuple(a + b for a, b in zip(self.hits, hits, strict=True))
-        return Recorder(self.taps, self.num_layers, slots, total)
+            if not isinstance(indices, tuple):
+                raise ValueError(
+                    f"{where}: {name} is {indices!r}: give a tuple, such as (0, 1)"
+                )
+            if not indices or len(set(indices)) != len(indices):
+                raise ValueError(
+                    f"{where}: {name} {indices} are empty or have duplicates"
+                )
+        check_chosen(where, SITES[tap.site], chosen, sizes)
+        _check_reducer(where, tap, sizes)
 
-    def read(self) -> dict[str, Array]:
-        """Returns site -> [layers of its tap, *shape], in the order of the tap."""
-        return {
-            tap.site: self.slots[tap.site]
-            if tap.layers is None
-            else self.slots[tap.site][: len(tap.layers)]
-            for tap in self.taps
-        }
 
-    def _slots_of(self, tap: Tap) -> Array:
-        """Returns the slot of each layer."""
-        layers = range(self.num_layers) if tap.layers is None else tap.layers
-        slots = np.full(self.num_layers, len(layers))
-        slots[list(layers)] = np.arange(len(layers))
-        return jnp.asarray(slots)
+def _check_reducer(where: str, tap: Tap, sizes: Mapping[str, int]) -> None:
+    letters = SITES[tap.site].shape.split()
+    for reducer, name in (("dot", "direction"), ("top_k", "count")):
+        given = getattr(tap, name) is not None
+        if given != (tap.reduce == reducer):
+            needs = f"belongs to reduce={reducer!r}" if given else "is missing"
+            raise ValueError(f"{where}: {name} {needs}")
+    if tap.reduce is None:
+        return
+    if tap.reduce not in REDUCERS:
+        raise ValueError(
+            f"{where}: no reducer {tap.reduce!r}"
+            f"{nearest(tap.reduce, list(REDUCERS))}: {', '.join(REDUCERS)}"
+        )
+    if letters == ["B", "T"]:
+        raise ValueError(f"{where}: ids are not reduced")
+    size = sizes[letters[-1]]
+    if tap.reduce == "dot" and jnp.shape(tap.direction) != (size,):
+        raise ValueError(
+            f"{where}: direction has shape {jnp.shape(tap.direction)}, and the last "
+            f"axis of [{SITES[tap.site].shape}] needs ({size},)"
+        )
+    if tap.reduce == "top_k" and not 0 < (tap.count or 0) <= size:
+        raise ValueError(f"{where}: count {tap.count} is not among 1 to {size}")
