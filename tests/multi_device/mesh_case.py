@@ -373,8 +373,13 @@ def case_edits(names, changes=None):
     absent = absent_sites(model)
     sites = [s for s in SITES if s not in absent and SITES[s].edit_instead is None]
     sites.remove("tokens")
-    taps = tuple(Tap(site) for site in SITES if site not in absent)
     vector = jnp.linspace(-1, 1, model.model_dim)
+    reduced = {
+        "attn_out": Tap("attn_out", reduce="dot", direction=vector),
+        "v": Tap("v", reduce="top_k", count=2),
+        "logits": Tap("logits", reduce="top_k", count=3),
+    }
+    taps = tuple(reduced.get(site, Tap(site)) for site in SITES if site not in absent)
 
     def run(params, tokens, amount):
         edits = [
@@ -404,7 +409,11 @@ def case_edits(names, changes=None):
             call = jax.jit(jax.value_and_grad(run, argnums=2, has_aux=True))
             (_, (trace, hits)), grad = call(params, tokens, 0.1)
         assert min(map(int, hits)) > 0
-        values[name] = jax.tree.map(np.asarray, {**trace, "gradient": grad})
+        named = [
+            ("/".join(map(str, path)), np.asarray(leaf))
+            for path, leaf in jax.tree.leaves_with_path({**trace, "gradient": grad})
+        ]
+        values[name] = dict(named)
     return {name: worst(values[name], values["one"]) for name in names}
 
 
