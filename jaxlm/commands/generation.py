@@ -3,9 +3,6 @@
 import dataclasses
 import sys
 
-import numpy as np
-from jaxtyping import Int
-
 from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
 from jaxlm.checkpoint.opened import Checkpoint
@@ -30,12 +27,3 @@ def open_model(chosen: GenerationArguments) -> tuple[Checkpoint, ModelConfig]:
 def with_stop_ids(sample: SampleConfig, tokenizer: Tokenizer) -> SampleConfig:
     """Takes the stop tokens of the tokenizer if the user gave none."""
     return dataclasses.replace(sample, stop_ids=sample.stop_ids or tokenizer.stop_ids)
-
-
-def check_room(prompt: Int[np.ndarray, " n"], model: ModelConfig, flag: str) -> None:
-    """Raises ValueError if the prompt of a flag leaves no room for a new token."""
-    if len(prompt) >= model.context_length:
-        raise ValueError(
-            f"{flag} has {len(prompt)} tokens, which leaves no room in the model's "
-            f"context of {model.context_length}: shorten it"
-        )

@@ -13,10 +13,11 @@ from jaxtyping import Bool, Int
 from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.arguments import SampleArguments
-from jaxlm.commands.generation import check_room, open_model, with_stop_ids
+from jaxlm.commands.generation import open_model, with_stop_ids
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.commands.sampled_text import colored_texts, json_lines
 from jaxlm.config import ModelConfig
+from jaxlm.infer.check_arguments import check_room
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.infer.rules.stop_strings import StopText
 from jaxlm.sharding.mesh import make_mesh_of_size
@@ -40,7 +41,7 @@ def main(chosen: SampleArguments) -> int:
             tokenizer = checkpoint.tokenizer()
             prompt = tokenizer.encode_prompt(text)
             flag = "--prompt" if chosen.prompt_file is None else "--prompt-file"
-            check_room(prompt, model, flag)
+            check_room(flag, prompt, 1, model.context_length)
             params = load_onto_mesh(checkpoint)
         write_samples(model, params, tokenizer, text, chosen)
     return 0

@@ -1,15 +1,17 @@
 """Checks what `generate` is given, before anything is compiled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.fields import nearest
 from jaxlm.infer.generation_state import GenerationState
+from jaxlm.infer.rules.automata import ENDS
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_ids, check_key
 from jaxlm.types import Params
@@ -92,31 +94,52 @@ def check_unknown(unknown: Mapping[str, Any]) -> None:
         raise TypeError(f"generate has no {name}{nearest(name, fields)}")
 
 
-def check_room(
-    config: ModelConfig,
-    rows: list[Int[np.ndarray, " _"]],
-    samples: list[SampleConfig],
-) -> None:
-    """Raises a ValueError for a row that leaves no room for its new tokens."""
-    context = config.context_length
-    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        new, room = sample.max_new_tokens, context - len(row)
-        if new > room:
-            lower = f" or lower max_new_tokens to {room}" if room > 0 else ""
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens, with {new} new ones "
-                f"{len(row) + new}: more than the model's context of {context}; "
-                f"shorten the prompt{lower}"
-            )
+def check_room(name: str, tokens: Sized, max_new_tokens: int, max_length: int) -> None:
+    """Raises a ValueError for a prompt that leaves no room for its new tokens.
+
+    Args:
+      name: of the prompt.
+      max_length: tokens that prompt and new tokens may be together.
+    """
+    room = max_length - len(tokens)
+    if max_new_tokens > room:
+        lower = f" or lower max_new_tokens to {room}" if room > 0 else ""
+        ones = "one" if max_new_tokens == 1 else "ones"
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, with {max_new_tokens} new {ones} "
+            f"{len(tokens) + max_new_tokens}: more than the context of {max_length}; "
+            f"shorten the prompt{lower}"
+        )
 
 
-def check_numbers(
-    config: ModelConfig, key: Any, num_tokens: Any, top_logprobs: Any
-) -> None:
-    """Raises a ValueError for a wrong key or a number that is out of range."""
-    check_key(key)
-    check_count("num_tokens", num_tokens, 1, config.vocab_size)
-    check_count("top_logprobs", top_logprobs, 0, config.vocab_size)
+def check_grammar(grammar: Any, vocab_size: int) -> None:
+    """Raises a ValueError for what is no automaton over the vocabulary."""
+    shape, dtype = np.shape(grammar), getattr(grammar, "dtype", None)
+    if len(shape) != 2 or shape[1] != vocab_size or dtype != np.int16:
+        raise ValueError(
+            f"grammar has shape {shape} and dtype {dtype}: give a table [states, "
+            f"{vocab_size}] of int16"
+        )
+    if not shape[0] or grammar.min() < ENDS or grammar.max() >= shape[0]:
+        raise ValueError(
+            f"grammar leads to states outside {ENDS} to {shape[0] - 1}: see automata.py"
+        )
+
+
+def row_keys(key: Any, num_rows: int) -> Key[Array, " B"]:
+    """Returns the key of each row: those given, or made from one key or a seed.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    if key is None or isinstance(key, int):
+        if key is not None and not 0 <= key < 2**32:
+            raise ValueError(f"key is {key}: a seed must be in [0, 2**32)")
+        key = jax.random.key(key or 0)
+    check_key(key, (), (num_rows,))
+    if key.shape:
+        return key
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_rows))
 
 
 def check_count(name: str, value: Any, least: int, vocab_size: int) -> None:

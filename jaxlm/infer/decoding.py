@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int, Int16, Key
 
 from jaxlm.config import ModelConfig
 from jaxlm.infer.row_settings import RowSettings
+from jaxlm.infer.rules.automata import ENDED, FREE
 from jaxlm.infer.rules.filters import NEVER
 from jaxlm.infer.rules.penalties import History
-from jaxlm.infer.rules.stop_strings import STOPPED
 from jaxlm.infer.sampling import sample_tokens
 from jaxlm.model.block import Block
 from jaxlm.model.divisible import divisible_config, divisible_params
@@ -23,15 +23,12 @@ from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
+from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.probing.edit import Edit, total_hits
 from jaxlm.sharding.rules import activation_spec, reshard
 from jaxlm.tree import unstack
 from jaxlm.types import Params
-
-# Tokens decoded by one call of the compiled program. Between calls a stream prints its
-# text, and generation can stop.
-CHUNK = 16
 
 
 class Rows(NamedTuple):
@@ -40,7 +37,9 @@ class Rows(NamedTuple):
     history: History
     """The tokens so far."""
     stop_states: Any
-    """[B] int32: how much of a stop string each row ends with."""
+    """[B] int32: how much of a stop string each row ends with; see `Automata`."""
+    grammar_states: Any
+    """[B] int32: where each row is in its grammar, likewise."""
     is_done: Any
     """[B] bool: rows whose text has ended."""
 
@@ -48,13 +47,16 @@ class Rows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Everything that the decoding scan carries from token to token."""
+    """Everything that a batch is between two calls of `decode`."""
 
     # `Any`: see `jaxlm/types.py` on leaves.
     cache: Cache
     logits: Any
     """[B, V] f32: logits of the next token."""
     rows: Rows
+    keys: Any
+    """[B] PRNG keys: a draw depends on its row's and on the number of the new token."""
+    settings: RowSettings
     hits: tuple[Any, ...] = ()
     """How often each edit has fired."""
 
@@ -102,15 +104,18 @@ class Programs(NamedTuple):
     """(params, tokens, kept, lengths, layers, logits, edits) -> layers, logits, hits"""
     grow: Program
     """(layers) -> layers of a longer cache"""
+    repeat: Program
+    """(layers, logits, numbers) -> the same of these rows, in this order"""
     place: Program
     """(arrays that begin with B) -> the same, each row on its device"""
+    insert: Program
+    """(state, state of a row, slot) -> state with this row in the slot"""
     split: Program
     """(params) -> params as `decode` reads them"""
     decode: Program
-    """(params, state, keys, settings, next_states, num_ids, edits) -> state, `Drawn`
+    """(params, state, table, num_ids, edits) -> state, `Drawn` of a few tokens
 
-    That is a key and the `RowSettings` of each row, a table of `StopTable`, and the
-    number of ids."""
+    That is the table of `Automata`, and the number of ids."""
 
     @property
     def compile_s(self) -> float:
@@ -120,12 +125,14 @@ class Programs(NamedTuple):
 
 @lru_cache(maxsize=32)
 def programs(
-    config: ModelConfig, max_length: int, num_top: int, block: type[Block]
+    config: ModelConfig, max_length: int, steps: int, num_top: int, block: type[Block]
 ) -> Programs:
     """Returns the programs of a model.
 
     Args:
       max_length: tokens for which each row of the cache has room.
+      steps: tokens that a call of `decode` draws for each row. Between calls a stream
+        prints its text, rows come and go, and generation can stop.
       num_top: how many of the most likely tokens each step reports.
     """
     dtype = compute_dtype(config.dtype)
@@ -150,9 +157,21 @@ def programs(
 
         return jax.tree.map(longer, layers)
 
+    def repeat(layers, logits, numbers):
+        def chosen(x):
+            return x.at[numbers].get(out_sharding=layout(x))
+
+        return jax.tree.map(chosen, (layers, logits))
+
     def place(tree):
         letters = ("B", "B_")
         return jax.tree.map(lambda x: reshard(x, letters[x.ndim - 1]), tree)
+
+    def insert(state, new, slot):
+        hits = jax.tree.map(jnp.add, state.hits, new.hits)
+        put = partial(_put_row, slot)
+        state, new = (replace(s, hits=()) for s in (state, new))
+        return replace(jax.tree.map(put, state, new), hits=hits)
 
     def split(params):
         # Each einsum would round them, in every step anew.
@@ -160,35 +179,71 @@ def programs(
         params = cast_matrices(divisible_params(on_mesh, params, block), dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    def decode(params, state, keys, settings, next_states, num_ids, edits):
+    def decode(params, state: DecodeState, table, num_ids, edits):
         on_mesh = divisible_config(config, block)
+        keys, settings = state.keys, state.settings
 
-        def step(state: DecodeState, _):
-            by_row = (state.logits, state.rows, keys, settings)
+        def step(carry, _):
+            cache, logits, rows, hits = carry
+            by_row = (logits, rows, keys, settings)
             draw = partial(_draw, num_top)
-            rows, drawn = _on_each_device(draw, by_row, (next_states, num_ids))
+            rows, drawn = _on_each_device(draw, by_row, (table, num_ids))
             out = forward(
                 *(on_mesh, params, drawn.tokens[:, None]),
-                cache=state.cache,
+                cache=cache,
                 edits=edits,
                 block=block,
             )
             assert out.cache is not None and out.logits is not None
             logits = reshard(out.logits[:, 0], "B_")[:, : config.vocab_size]
-            hits = total_hits(edits, state.hits, out.hits)
-            return DecodeState(out.cache, logits, rows, hits), drawn
+            hits = total_hits(edits, hits, out.hits)
+            # A slot that nothing runs in stays at the end of its cache.
+            lengths = jnp.minimum(out.cache.lengths, max_length)
+            return (replace(out.cache, lengths=lengths), logits, rows, hits), drawn
 
-        state, drawn = jax.lax.scan(step, state, length=CHUNK)
-        return state, jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
+        carry = (state.cache, state.logits, state.rows, state.hits)
+        carry, drawn = jax.lax.scan(step, carry, length=steps)
+        cache, logits, rows, hits = carry
+        drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
+        return DecodeState(cache, logits, rows, keys, settings, hits), drawn
 
     return Programs(
         Program(begin),
         Program(extend, donate=(4, 5)),
         Program(grow),
+        Program(repeat),
         Program(place),
+        Program(insert, donate=(0,)),
         Program(split),
         Program(decode, donate=(1,)),
     )
+
+
+def _put_row(slot: Int[Array, ""], x: Array, new: Array) -> Array:
+    """Replaces a row of x, [B, ...], by the first of `new`."""
+
+    def put(x, row, slot):
+        return jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis=0)
+
+    sharding = layout(x)
+    if sharding is None:
+        return put(x, new[:1], slot)
+    rows, *others = sharding.spec
+    axes = (rows,) if isinstance(rows, str) else rows or ()
+    new = jax.sharding.reshard(new, P(None, *others))[:1]
+
+    def put_on_one_device(x, row, slot):
+        slot -= jax.lax.axis_index(axes) * len(x) if axes else 0
+        at = jnp.clip(slot, 0, len(x) - 1)
+        old = jax.lax.dynamic_slice_in_dim(x, at, 1, axis=0)
+        return put(x, jnp.where(at == slot, row, old), at)
+
+    return jax.shard_map(
+        put_on_one_device,
+        in_specs=(sharding.spec, P(None, *others), P()),
+        out_specs=sharding.spec,
+        check_vma=False,
+    )(x, new, slot)
 
 
 def _prefill(
@@ -232,11 +287,16 @@ def _draw(
     shared: tuple[Int16[Array, "states V"], Int[Array, ""]],
 ) -> tuple[Rows, Drawn]:
     """Draws the next token of each row, and finds out whether its text ends."""
-    (logits, rows, keys, settings), (next_states, num_ids) = by_row, shared
+    (logits, rows, keys, settings), (table, num_ids) = by_row, shared
     history = rows.history
     logits = jnp.where(jnp.arange(logits.shape[1]) < num_ids, logits, NEVER)
     keys = jax.vmap(jax.random.fold_in)(keys, history.num_new)
-    tokens = sample_tokens(logits, keys, settings, history)
+    allowed = jax.lax.cond(
+        (rows.grammar_states == FREE).all(),
+        lambda: logits,
+        lambda: jnp.where(table[rows.grammar_states] < 0, NEVER, logits),
+    )
+    tokens = sample_tokens(allowed, keys, settings, history)
 
     # Before any rule: what the model thinks of the token.
     logprobs = jax.nn.log_softmax(logits, axis=-1)
@@ -245,12 +305,13 @@ def _draw(
 
     is_stop = jnp.take_along_axis(settings.is_stop, tokens[:, None], axis=1)[:, 0]
     inside = ~(rows.is_done | is_stop)
-    stop_states = next_states[rows.stop_states, tokens].astype(jnp.int32)
+    states = jnp.stack([rows.stop_states, rows.grammar_states])
+    states = table[states, tokens].astype(jnp.int32)
     history = history.append(tokens)
     is_full = history.num_new >= settings.max_new_tokens
-    is_done = ~inside | (stop_states == STOPPED) | is_full
+    is_done = ~inside | (states == ENDED).any(axis=0) | is_full
     return (
-        Rows(history, stop_states, is_done),
+        Rows(history, states[0], states[1], is_done),
         Drawn(tokens, inside, chosen, top_tokens, top_logprobs),
     )
 

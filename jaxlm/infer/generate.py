@@ -6,45 +6,39 @@ an earlier one, and then prefills only what is new. The engine knows token ids o
 text is left to the caller.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.infer.check_arguments import (
-    check_numbers,
+    check_count,
     check_room,
     check_samples,
     check_state,
     check_unknown,
     row_ids,
+    row_keys,
     row_samples,
 )
-from jaxlm.infer.decoding import CHUNK, DecodeState, Drawn, Programs, Rows
-from jaxlm.infer.decoding import programs as programs_of
+from jaxlm.infer.engine import Engine, NewTokens, Request
 from jaxlm.infer.generation_state import GenerationState
-from jaxlm.infer.row_settings import row_settings
-from jaxlm.infer.rules.penalties import History
-from jaxlm.infer.rules.stop_strings import stop_table
+from jaxlm.infer.prefill import bucket
+from jaxlm.infer.rules.automata import Transitions
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
-from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.params import sizes
 from jaxlm.model.trace import absent_sites
 from jaxlm.ops.probing.edit import Edit, check_edits, check_hits
-from jaxlm.sharding.rules import activation_spec, batch_parts
+from jaxlm.sharding.rules import batch_parts
 from jaxlm.types import Params
 
 OnTokens = Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
-SMALLEST_BUCKET = 32
-# Tokens of all rows that prefill reads at once: a bound on its memory.
-PREFILL_TOKENS = 8192
+# Tokens that each row grows by between two calls of `on_tokens`.
+CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -80,14 +74,6 @@ class Generation:
         return [row[:length] for row, length in pairs]
 
 
-def bucket(length: int, largest: int) -> int:
-    """`length` rounded up to a power of two from `SMALLEST_BUCKET` to `largest`."""
-    size = SMALLEST_BUCKET
-    while size < length:
-        size *= 2
-    return min(size, largest)
-
-
 def generate(
     config: ModelConfig,
     params: Params,
@@ -95,7 +81,7 @@ def generate(
     | Sequence[Integer[np.ndarray, " _"]]
     | Integer[np.ndarray | Array, "B _"],
     sample: SampleConfig | Sequence[SampleConfig] | None = None,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, ""] | Key[Array, " B"] | int | None = None,
     *,
     num_tokens: int | None = None,
     token_bytes: Sequence[bytes] | None = None,
@@ -104,13 +90,15 @@ def generate(
     resume: GenerationState | None = None,
     return_state: bool = False,
     edits: Sequence[Edit] = (),
+    grammars: Sequence[Transitions | None] | None = None,
+    num_slots: int = 64,
     block: type[Block] = Block,
     **unknown: Any,
 ) -> Generation:
     """Continues each prompt.
 
-    A row's result depends on its prompt, its config, its index in the batch and the
-    key, not on the other rows or their lengths.
+    A row's result depends on its prompt, its config and its key, not on the other rows,
+    their lengths or their number.
 
     With `resume`, each row keeps the longest prefix that its prompt shares with the
     tokens of that row in the state, and the rest is prefilled. The result is that of a
@@ -122,8 +110,9 @@ def generate(
       sample: how to sample, and when to stop: `stop_ids` are usually the tokenizer's.
         One for all rows, or one for each. None takes the defaults, which stop at no
         token.
-      key: a typed PRNG key; None takes that of seed 0, which gives the same texts each
-        time.
+      key: a seed, or a typed PRNG key, from which each row's own is made by its number
+        (`jax.random.fold_in`), or a key for each row. None is seed 0, which gives the
+        same texts each time.
       num_tokens: only ids below this are sampled: those that the tokenizer has. None
         takes `config.vocab_size`.
       token_bytes: `tokenizer.token_bytes`, which stop strings and DRY need. The tokens
@@ -138,6 +127,9 @@ def generate(
       edits: changes of sites, in the prompts and in new tokens; position p is token p
         of a row, its prompt included. What `resume` kept is not computed again. Logits
         cannot be edited.
+      grammars: for each row None or an automaton that its text follows; see `Request`.
+      num_slots: rows that are decoded at once; others wait, and take the place of those
+        that end. With `resume` or `return_state` all are decoded at once.
       block: what computes a layer; see `Block`.
 
     Raises:
@@ -149,209 +141,84 @@ def generate(
     """
     check_unknown(unknown)
     check_model(config, params, block)
-    key = jax.random.key(0) if key is None else key
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
-    check_numbers(config, key, num_tokens, top_logprobs)
+    check_count("num_tokens", num_tokens, 1, config.vocab_size)
+    check_count("top_logprobs", top_logprobs, 0, config.vocab_size)
     rows = row_ids(prompts, num_tokens)
+    keys = row_keys(key, len(rows))
     samples = row_samples(sample, len(rows))
     check_samples(config, samples, num_tokens, token_bytes)
-    check_room(config, rows, samples)
+    needed = [len(r) + s.max_new_tokens for r, s in zip(rows, samples, strict=True)]
+    for i, (row, one) in enumerate(zip(rows, samples, strict=True)):
+        check_room(f"prompt {i}", row, one.max_new_tokens, config.context_length)
     check_edits(edits, sizes(config), absent_sites(config) | {"logits"})
-
-    num_rows = len(rows)
-    padding = -num_rows % batch_parts()
-    rows, samples = rows + rows[:1] * padding, samples + samples[:1] * padding
-    needed = max(len(r) + s.max_new_tokens for r, s in zip(rows, samples, strict=True))
-    max_length = bucket(needed, config.context_length)
+    max_length = bucket(max(needed), config.context_length)
     if resume is not None:
-        check_state(resume, config, params, block, len(rows))
+        num_filled = len(rows) + -len(rows) % batch_parts()
+        check_state(resume, config, params, block, num_filled)
         max_length = max(max_length, resume.cache.max_length)
-    num_top = bucket(top_logprobs, config.vocab_size) if top_logprobs else 0
-    programs = programs_of(config, max_length, num_top, block)
-
-    clock = _Clock(programs)
-    lengths = np.array([len(row) for row in rows], np.int32)
-    edits = jax.tree.map(jnp.asarray, edits)
-    layers, logits, kept, hits = _prefill(
-        *(config, programs, params, rows, lengths, max_length, resume, edits)
+    together = len(rows) <= num_slots or resume is not None or return_state
+    engine = Engine(
+        *(config, params),
+        num_slots=len(rows) if together else num_slots,
+        max_length=max_length,
+        num_tokens=num_tokens,
+        token_bytes=token_bytes,
+        top_logprobs=top_logprobs,
+        steps=CHUNK,
+        edits=edits,
+        resume=resume,
+        block=block,
     )
-    jax.block_until_ready(logits)
-    prefill_s = clock.lap()
-
-    split = programs.split(params) if resume is None else resume.split_params
-    settings = row_settings(samples, config.vocab_size, token_bytes or ())
-    stops = [s.stop_strings for s in samples]
-    table = stop_table(stops, token_bytes or (), config.vocab_size)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
-    history, is_done = _history(rows, max_length), np.zeros(len(rows), bool)
-    begun = Rows(history, table.start_states, is_done)
-    filled, begun, keys, settings = programs.place((lengths, begun, keys, settings))
-    state = DecodeState(Cache(layers, filled), logits, begun, hits)
-    shared = jnp.asarray(table.next_states), jnp.int32(num_tokens)
-    # Not part of the time for decoding.
-    jax.block_until_ready((split, state, keys, settings, shared))
-    clock.lap()
+    grammars = [None] * len(rows) if grammars is None else grammars
+    if len(grammars) != len(rows):
+        raise ValueError(
+            f"grammars has {len(grammars)} entries for {len(rows)} prompts: give one "
+            "for each, or None"
+        )
+    for request in zip(rows, samples, keys, grammars, strict=True):
+        engine.submit(Request(*request))
+    kept = engine.begin().kept if together else 0
+    texts = _run(engine, len(rows), on_tokens)
+    check_hits(edits, engine.hits)
     most = max(sample.max_new_tokens for sample in samples)
-    state, drawn = _decode(
-        lambda state: programs.decode(split, state, keys, settings, *shared, edits),
-        *(state, most, num_rows, on_tokens),
-    )
-    decode_s = clock.lap()
-    check_hits(edits, state.hits)
 
-    pairs = zip(rows, drawn.tokens, strict=True)
-    held = [np.concatenate(pair) for pair in pairs]
-    text = _texts(drawn, num_rows, most, top_logprobs)
+    def padded(name: str) -> np.ndarray:
+        parts = [np.concatenate([getattr(p, name) for p in text]) for text in texts]
+        out = np.zeros((len(rows), most, *parts[0].shape[1:]), parts[0].dtype)
+        for row, part in zip(out, parts, strict=True):
+            row[: len(part)] = part
+        return out
+
     return Generation(
-        tokens=text.tokens,
-        lengths=text.inside.sum(axis=1).astype(np.int32),
-        logprobs=text.logprobs,
-        top_tokens=text.top_tokens,
-        top_logprobs=text.top_logprobs,
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        compile_s=clock.compile_s,
-        prefill_tokens=(lengths - kept)[:num_rows],
-        state=GenerationState(config, params, block, split, held, state.cache)
-        if return_state
-        else None,
+        tokens=padded("tokens"),
+        lengths=np.array([sum(len(p.tokens) for p in t) for t in texts], np.int32),
+        logprobs=padded("logprobs"),
+        top_tokens=padded("top_tokens"),
+        top_logprobs=padded("top_logprobs"),
+        prefill_s=engine.clock.prefill_s,
+        decode_s=engine.clock.decode_s,
+        compile_s=engine.clock.compile_s,
+        prefill_tokens=np.array([len(row) for row in rows], np.int32) - kept,
+        state=engine.generation_state() if return_state else None,
     )
 
 
-def _prefill(
-    config: ModelConfig,
-    programs: Programs,
-    params: Params,
-    rows: list[Int[np.ndarray, " _"]],
-    lengths: Int[np.ndarray, " B"],
-    max_length: int,
-    resume: GenerationState | None,
-    edits: Sequence[Edit],
-) -> tuple[
-    tuple[LayerCache, ...], Float[Array, "B V"], Int[np.ndarray, " B"], tuple[Any, ...]
-]:
-    """Reads what the cache lacks, in chunks of a few sizes.
-
-    Returns the layers of the cache, the logits of each row's next token, how many
-    tokens of each row the cache held before, and how often each edit has fired.
-    """
-    kept = np.zeros_like(lengths)
-    if resume is not None:
-        kept = np.array(resume.shared_lengths(rows), np.int32)
-    widths = _widths(int((lengths - kept).max()), len(rows), max_length)
-    # The cache must have room for the padding too.
-    kept = np.minimum(kept, max_length - sum(widths))
-    layers: Any = None
-    logits: Any = None
-    if resume is not None and kept.any():
-        layers = resume.cache.layers
-        shape, sharding = (len(rows), config.vocab_size), activation_spec("B_")
-        logits = jnp.zeros(shape, jnp.float32, out_sharding=sharding)
-        if resume.cache.max_length < max_length:
-            layers = programs.grow(layers)
-    if resume is not None and layers is not resume.cache.layers:
-        resume.delete()
-    start, hits = kept, (0,) * len(edits)
-    for width in widths:
-        tokens = np.zeros((len(rows), width), np.int32)
-        for new, row, first in zip(tokens, rows, start, strict=True):
-            part = row[first : first + width]
-            new[: len(part)] = part
-        if layers is None:
-            layers, logits, fired = programs.begin(params, tokens, lengths, edits)
-        else:
-            layers, logits, fired = programs.extend(
-                *(params, tokens, start, lengths, layers, logits, edits)
-            )
-        hits = tuple(a + b for a, b in zip(hits, fired, strict=True))
-        start = start + np.int32(width)
-    return layers, logits, kept, hits
-
-
-def _widths(length: int, num_rows: int, max_length: int) -> list[int]:
-    """Splits a prompt into chunks: whole ones, and a power of two for the rest."""
-    whole = SMALLEST_BUCKET
-    while 2 * whole * num_rows <= PREFILL_TOKENS:
-        whole *= 2
-    widths = [whole] * ((length - 1) // whole)
-    done = sum(widths)
-    return [*widths, bucket(length - done, max_length - done)]
-
-
-def _history(rows: list[Int[np.ndarray, " _"]], max_length: int) -> History:
-    tokens = np.zeros((len(rows), max_length), np.int32)
-    for new, row in zip(tokens, rows, strict=True):
-        new[: len(row)] = row
-    lengths = np.array([len(row) for row in rows], np.int32)
-    return History(tokens, lengths, lengths.copy())
-
-
-def _decode(
-    step: Callable[[DecodeState], tuple[DecodeState, Drawn]],
-    state: DecodeState,
-    max_new_tokens: int,
-    num_rows: int,
-    on_tokens: OnTokens | None,
-) -> tuple[DecodeState, Drawn]:
-    """Calls `step` for one chunk after another, until the texts end.
-
-    Returns what was drawn, in whole chunks and with the rows that pad the batch.
-    """
-    chunks = []
-    for first in range(0, max_new_tokens, CHUNK):
-        state, drawn = step(state)
-        drawn = jax.tree.map(np.asarray, drawn)
-        if np.isnan(drawn.logprobs).any():
-            raise ValueError(
-                "the model's logits are not finite: its parameters hold NaN or "
-                "infinities, or the compute dtype overflows (compute in float32)"
-            )
-        chunks.append(drawn)
-        # The last chunk may go beyond `max_new_tokens`.
-        text = np.s_[:num_rows, : max_new_tokens - first]
-        new, inside = drawn.tokens[text], drawn.inside[text]
-        if on_tokens is not None and on_tokens(new, inside) is True:
-            break
-        if np.asarray(state.rows.is_done)[:num_rows].all():
-            break
-    return state, jax.tree.map(lambda *x: np.concatenate(x, axis=1), *chunks)
-
-
-def _texts(drawn: Drawn, num_rows: int, length: int, num_top: int) -> Drawn:
-    """Cuts what was drawn to rows of `length` tokens, with 0 after their ends."""
-    inside = drawn.inside[:num_rows, :length]
-
-    def text(x: np.ndarray) -> np.ndarray:
-        x = x[:num_rows, :length]
-        x = np.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), x, 0)
-        x = x.astype(np.int32 if x.dtype.kind == "i" else np.float32)
-        missing = (length - x.shape[1], *[0] * (x.ndim - 2))
-        return np.pad(x, [(0, 0), *((0, n) for n in missing)])
-
-    return Drawn(
-        text(drawn.tokens),
-        inside,
-        text(drawn.logprobs),
-        text(drawn.top_tokens[..., :num_top]),
-        text(drawn.top_logprobs[..., :num_top]),
-    )
-
-
-class _Clock:
-    """Measures the stages of a generation, without compiling."""
-
-    def __init__(self, programs: Programs):
-        self._programs = programs
-        self._compiled_before = programs.compile_s
-        self._lap = time.perf_counter(), self._compiled_before
-
-    @property
-    def compile_s(self) -> float:
-        return self._programs.compile_s - self._compiled_before
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now, compiled = time.perf_counter(), self._programs.compile_s
-        seconds = (now - self._lap[0]) - (compiled - self._lap[1])
-        self._lap = now, compiled
-        return seconds
+def _run(
+    engine: Engine, num_rows: int, on_tokens: OnTokens | None
+) -> list[list[NewTokens]]:
+    """Steps until all texts have ended; returns the parts of each."""
+    texts: list[list[NewTokens]] = [[] for _ in range(num_rows)]
+    while not engine.is_idle:
+        found = engine.step()
+        for part in found:
+            texts[part.number].append(part)
+        if on_tokens is not None:
+            width = max(len(part.tokens) for part in found)
+            new, inside = np.zeros((2, num_rows, width), np.int32)
+            for part in found:
+                new[part.number, : len(part.tokens)] = part.tokens
+                inside[part.number, : len(part.tokens)] = True
+            if on_tokens(new, inside.astype(bool)) is True:
+                break
+    return texts

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 from jaxlm.config import ModelConfig
 from jaxlm.infer.check_arguments import check_count, row_ids
 from jaxlm.infer.decoding import Program
-from jaxlm.infer.generate import PREFILL_TOKENS, bucket
+from jaxlm.infer.prefill import PREFILL_TOKENS, bucket
 from jaxlm.infer.rules.filters import NEVER
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model

@@ -182,11 +182,12 @@ def _concrete_values(array: Array) -> np.ndarray | None:
     return np.asarray(array)
 
 
-def check_key(key: Any) -> None:
-    """Raises ValueError for what is not one typed PRNG key."""
+def check_key(key: Any, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError for what is not one typed PRNG key, or keys of other shapes."""
     dtype = getattr(key, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         what = repr(key) if dtype is None else f"an array of {dtype}"
         raise ValueError(f"key is {what}: make one with jax.random.key(seed)")
-    if key.shape:
-        raise ValueError(f"key has shape {key.shape}: give one key")
+    if key.shape not in (shapes or ((),)):
+        more = "".join(f" or {n} of them" for shape in shapes for n in shape)
+        raise ValueError(f"key has shape {key.shape}: give one key{more}")

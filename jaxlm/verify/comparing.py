@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 
 from jaxlm.config import ModelConfig, SampleConfig
-from jaxlm.infer.generate import Generation, bucket, generate
+from jaxlm.infer.generate import Generation, generate
+from jaxlm.infer.prefill import bucket
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.transformer import forward

@@ -164,8 +164,8 @@ WRONG = {
     "sample runs/tinny": "runs/tiny",
     "sample --temprature 1": "'--temprature' (did you mean '--temperature'?)",
     f"sample runs/tiny --prompt {'é' * 32}": (
-        "--prompt has 64 tokens, which leaves no room in the model's context of 64: "
-        "shorten it"
+        "--prompt has 64 tokens, with 1 new one 65: more than the context of 64; "
+        "shorten the prompt"
     ),
     "sample ROMEO:": "; a text goes after --prompt",
     "sample --system x": "unknown flag '--system'",

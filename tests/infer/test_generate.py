@@ -9,9 +9,9 @@ from toy_case import make_params, toy
 
 from jaxlm import tree
 from jaxlm.config import SampleConfig
-from jaxlm.infer import generate as engine
-from jaxlm.infer.decoding import CHUNK
-from jaxlm.infer.generate import bucket, generate
+from jaxlm.infer import engine, prefill
+from jaxlm.infer.generate import CHUNK, generate
+from jaxlm.infer.prefill import bucket
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.edit import Edit
 
@@ -284,9 +284,9 @@ def test_prompts_read_in_chunks_give_the_same(monkeypatch, sample):
     """Rows that end in the first, a middle and the last chunk, of 32 tokens each."""
     prompts = [RAGGED[2] * 2 + RAGGED[1], RAGGED[1], RAGGED[2] + RAGGED[1]]
     whole = generate(CONFIG, PARAMS, prompts, sample, KEY)
-    assert engine._widths(71, 3, 96) == [96]
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", 100)
-    assert engine._widths(71, 3, 96) == [32, 32, 32]
+    assert prefill.chunk_widths(71, 3, 96) == [96]
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 100)
+    assert prefill.chunk_widths(71, 3, 96) == [32, 32, 32]
     parts = generate(CONFIG, PARAMS, prompts, sample, KEY)
     np.testing.assert_array_equal(parts.tokens, whole.tokens)
     np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-5)
@@ -297,10 +297,10 @@ def test_prompts_read_in_chunks_give_the_same(monkeypatch, sample):
 def test_chunks_fit_the_memory_and_the_cache():
     for num_rows in (1, 3, 8, 64, 1000):
         for length in (1, 31, 32, 33, 1000, 5000, 9999):
-            widths = engine._widths(length, num_rows, 10_000)
+            widths = prefill.chunk_widths(length, num_rows, 10_000)
             assert length <= sum(widths) <= 10_000
-            most = engine.PREFILL_TOKENS / num_rows
-            assert max(widths) <= max(most, engine.SMALLEST_BUCKET)
+            most = prefill.PREFILL_TOKENS / num_rows
+            assert max(widths) <= max(most, prefill.SMALLEST_BUCKET)
             assert len(set(widths)) <= 2
 
 
@@ -351,9 +351,10 @@ WRONG = [
     ({"sample": SampleConfig(stop_ids=(48,), max_new_tokens=2)}, r"stop_ids: 48 is"),
     ({"sample": 0.8}, r"sample is a float, not a SampleConfig: the order is \(config"),
     ({"sample": KEY}, r"sample is a "),
-    ({"key": 0}, r"key is 0: make one with jax.random.key\(seed\)"),
+    ({"key": -1}, r"key is -1: a seed must be in \[0, 2\*\*32\)"),
+    ({"key": "a"}, r"key is 'a': make one with jax.random.key\(seed\)"),
     ({"key": OLD_KEY}, r"key is an array of uint32: make one with jax.random.key\(se"),
-    ({"key": jax.random.split(KEY)}, r"key has shape \(2,\): give one key"),
+    ({"key": jax.random.split(KEY)}, r"key has shape \(2,\): give one key or 3 of"),
     ({"sample": [GREEDY] * 2}, r"sample has 2 configs for 3 prompts: give one for e"),
     ({"sample": SampleConfig(bias_ids=(48,), biases=(1.0,))}, r"bias_ids: 48 is not"),
     ({"sample": SampleConfig(forbidden_ids=tuple(range(48)))}, r"leaves no token"),

@@ -5,23 +5,29 @@ import random
 import numpy as np
 import pytest
 
-from jaxlm.infer.rules.stop_strings import STOPPED, StopText, stop_table, until_stop
+from jaxlm.infer.rules.automata import ENDED, Automata
+from jaxlm.infer.rules.stop_strings import StopText, stop_transitions, until_stop
 
 # Tokens of one to four letters, one without text, and one with half of a character.
 TOKENS = ["a", "b", "c", "ab", "ba", "abc", "cab", "", "bcab", "aaaa"]
-TOKEN_BYTES = [*(t.encode() for t in TOKENS), "é".encode()[:1], "é".encode()[1:]]
+TOKEN_BYTES = (*(t.encode() for t in TOKENS), "é".encode()[:1], "é".encode()[1:])
 STRINGS = [("abca",), ("aa", "bcb"), (), ("cabcab", "bb", "é"), ("aaaaaaa",)]
 
 
 def first_stopped(strings, tokens):
     """The number of tokens after which the automaton stops; None if it does not."""
-    table = stop_table([(), strings], TOKEN_BYTES, len(TOKEN_BYTES) + 3)
-    _, state = table.start_states
+    size = len(TOKEN_BYTES) + 3
+    automata = Automata(size)
+    # Of other rows, before and after it.
+    state, table = 1, automata.table
+    if strings:
+        held = {s: stop_transitions(s, TOKEN_BYTES, size) for s in (("c",), strings)}
+        state, table = automata.hold(held)[strings], automata.table
     for n, token in enumerate(tokens, start=1):
-        state = table.next_states[state, token]
-        if state == STOPPED:
+        state = table[state, token]
+        if state == ENDED:
             # It stays so, whatever comes.
-            assert (table.next_states[STOPPED] == STOPPED).all()
+            assert (table[ENDED] == ENDED).all()
             return n
     return None
 
@@ -43,24 +49,47 @@ def test_the_automaton_stops_where_the_text_contains_one(strings):
     assert 0 < stopped < 300 or not strings
 
 
+def stop(*strings):
+    return stop_transitions(strings, TOKEN_BYTES, len(TOKEN_BYTES))
+
+
 def test_rows_do_not_meet():
     """Each row has the states of its own strings, and equal ones share them."""
-    rows = [("abc",), (), ("abd",), ("abc",)]
-    table = stop_table(rows, TOKEN_BYTES, len(TOKEN_BYTES))
-    first, none, other, same = table.start_states
-    assert first == same and len({first, none, other}) == 3
-    abc = TOKENS.index("abc")
-    assert table.next_states[first, abc] == STOPPED
-    assert table.next_states[none, abc] == none
-    assert table.next_states[other, abc] == other
+    automata = Automata(len(TOKEN_BYTES))
+    first = automata.hold({"first": stop("abc"), "other": stop("abd")})
+    same = automata.hold({"first": stop("abc")})
+    assert same["first"] == first["first"] != first["other"]
+    abc, table = TOKENS.index("abc"), automata.table
+    assert table[first["first"], abc] == ENDED
+    assert table[first["other"], abc] == first["other"]
+
+
+def test_states_of_rows_that_run_stay_where_they_are():
+    """Automata that come and go, beside one that stays."""
+    automata = Automata(len(TOKEN_BYTES))
+    (kept,) = automata.hold({"kept": stop("cab")}).values()
+    rows = automata.table[kept : kept + 3].copy()
+    assert (rows == ENDED).any()
+    for n in range(40):
+        strings = "ab" * (1 + n % 7) + "c"
+        (start,) = automata.hold({n: stop(strings)}).values()
+        assert start + len(strings) <= kept or start >= kept + 3
+        automata.release([n])
+        np.testing.assert_array_equal(automata.table[kept : kept + 3], rows)
+    # What no one holds makes room, so the table need not grow for all that have been.
+    assert len(automata.table) <= 32
+    with pytest.raises(ValueError, match="together they are too long"):
+        automata.hold({n: np.zeros((20_000, 12), np.int16) for n in "ab"})
 
 
 def test_the_size_of_the_table_takes_few_values():
-    sizes = {
-        len(stop_table([("x" * n,)], TOKEN_BYTES, 12).next_states) for n in range(1, 40)
-    }
+    sizes = set()
+    for n in range(1, 40):
+        automata = Automata(len(TOKEN_BYTES))
+        automata.hold({n: stop("x" * n)})
+        sizes.add(len(automata.table))
     assert len(sizes) == 3
-    assert len(stop_table([()], [], 12).next_states) == min(sizes)
+    assert len(Automata(12).table) == min(sizes)
 
 
 @pytest.mark.parametrize("strings", STRINGS)
@@ -99,5 +128,5 @@ def test_only_a_possible_start_is_held_back():
 
 def test_no_stop_strings_take_no_memory():
     """The table of a large vocabulary is a view of one column."""
-    table = stop_table([()], [], 1_000_000).next_states
+    table = Automata(1_000_000).table
     assert isinstance(table, np.ndarray) and table.strides[1] == 0

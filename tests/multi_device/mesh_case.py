@@ -358,7 +358,10 @@ def case_generate(names):
                     for prompt, new in zip(prompts, out.tokens.tolist(), strict=True)
                 ]
                 next_out = generate(model, params, more, *call, resume=out.state)
+                # One prompt after another, into slots of a batch that runs.
+                slots = generate(model, params, prompts, *call, num_slots=1)
             assert next_out.prefill_tokens.tolist() == [1, 1, 1]
+            assert (slots.tokens == out.tokens).all(), name
             tokens[name] = np.concatenate([out.tokens, next_out.tokens], axis=1)
         for name in names:
             same = bool((tokens[name] == tokens["one"]).all())

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import jax
 
-from jaxlm.commands.generation import check_room, with_stop_ids
+from jaxlm.commands.generation import with_stop_ids
 from jaxlm.config import Config
-from jaxlm.infer.check_arguments import check_samples
+from jaxlm.infer.check_arguments import check_room, check_samples
 from jaxlm.infer.generate import generate
 from jaxlm.infer.rules.stop_strings import until_stop
 from jaxlm.tokenizers.base import Tokenizer
@@ -37,7 +37,7 @@ def make_sampler(
         raise ValueError(f"{flag}: {error}; {off}") from error
     if not len(prompt):
         raise ValueError(f"{flag} is empty: give at least one token, {off}")
-    check_room(prompt, model, flag)
+    check_room(flag, prompt, 1, model.context_length)
     room = model.context_length - len(prompt)
     sample_config = dataclasses.replace(
         config.sample, max_new_tokens=min(settings.sample_tokens, room)

@@ -2,86 +2,49 @@
 
 A stop string may begin and end inside a token. Each state of the automaton is a part of
 a stop string that the text ends with; each token leads from state to state by its
-bytes, so finding a stop string takes one lookup a token.
+bytes, so finding a stop string takes one lookup a token (`automata.py`).
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int16, Int32
+from jaxtyping import Int16
 
-STOPPED = 0
-"""State of a row that contains a stop string, whatever follows."""
-_UNUSED = 1
-# So many states or twice, four times ... as many: another number of states compiles
-# another program.
-_SMALLEST_TABLE = 16
-
-
-class StopTable(NamedTuple):
-    """The automaton of some rows."""
-
-    next_states: Int16[np.ndarray, "states V"]
-    """The state after each state and token."""
-    start_states: Int32[np.ndarray, " B"]
-    """The state of each row before its first new token."""
-
-
-def stop_table(
-    rows: Sequence[tuple[str, ...]], token_bytes: Sequence[bytes], vocab_size: int
-) -> StopTable:
-    """Returns the automaton for the stop strings of each row.
-
-    Args:
-      token_bytes: UTF-8 bytes of each id; ids beyond have none.
-    """
-    starts: dict[tuple[str, ...], int] = {(): _UNUSED}
-    parts, used = [], _UNUSED + 1
-    for strings in dict.fromkeys(rows):
-        if strings:
-            part = _token_transitions(strings, tuple(token_bytes), vocab_size)
-            parts.append(np.where(part == STOPPED, STOPPED, part + used - 1))
-            starts[strings] = used
-            used += len(part)
-    size = _SMALLEST_TABLE
-    while size < used:
-        size *= 2
-    if size > np.iinfo(np.int16).max:
-        raise ValueError("stop_strings: together they are too long")
-    table = np.broadcast_to(
-        np.arange(size, dtype=np.int16)[:, None], (size, vocab_size)
-    )
-    if parts:
-        table = table.copy()
-        table[_UNUSED + 1 : used] = np.concatenate(parts)
-    return StopTable(table, np.array([starts[row] for row in rows], np.int32))
+from jaxlm.infer.rules.automata import ENDS, Transitions
 
 
 @lru_cache(maxsize=32)
-def _token_transitions(
+def stop_transitions(
     strings: tuple[str, ...], token_bytes: tuple[bytes, ...], vocab_size: int
-) -> Int16[np.ndarray, "states V"]:
-    """Returns the state after each state and token; `STOPPED`, or from 1 on."""
+) -> Transitions:
+    """Returns the automaton that ends a text with the first of these strings.
+
+    Args:
+      strings: at least one.
+      token_bytes: UTF-8 bytes of each id; ids beyond have none.
+    """
     by_byte = _byte_transitions([text.encode() for text in strings])
+    if len(by_byte) > np.iinfo(np.int16).max:
+        raise ValueError("stop_strings: together they are too long")
     states = np.broadcast_to(
-        np.arange(1, len(by_byte), dtype=np.int16)[:, None],
-        (len(by_byte) - 1, vocab_size),
+        np.arange(len(by_byte), dtype=np.int16)[:, None], (len(by_byte), vocab_size)
     ).copy()
     lengths = np.array([len(data) for data in token_bytes])
     for i in range(lengths.max(initial=0)):
         longer = np.flatnonzero(lengths > i)
         column = np.array([token_bytes[token][i] for token in longer])
-        states[:, longer] = by_byte[states[:, longer], column]
+        before = states[:, longer]
+        after = by_byte[np.maximum(before, 0), column]
+        states[:, longer] = np.where(before == ENDS, ENDS, after)
     return states
 
 
 def _byte_transitions(patterns: list[bytes]) -> Int16[np.ndarray, "states 256"]:
-    """The automaton of Aho and Corasick (1975); state 0 is `STOPPED`, 1 the start."""
+    """The automaton of Aho and Corasick (1975); `ENDS` after a pattern."""
     parts = {b""} | {pattern[:n] for pattern in patterns for n in range(len(pattern))}
-    state_of = {part: i for i, part in enumerate(sorted(parts, key=len), start=1)}
-    table = np.zeros((len(parts) + 1, 256), np.int16)
+    state_of = {part: i for i, part in enumerate(sorted(parts, key=len))}
+    table = np.full((len(parts), 256), ENDS, np.int16)
     for part, state in state_of.items():
         for byte in range(256):
             text = part + bytes([byte])

@@ -1,0 +1,383 @@
+"""Decoding of many requests at once, in slots: as one ends, the next takes its place.
+
+A slot is a row of the batch. The state of a batch is one value (`DecodeState`), and
+what a row draws depends on its own prompt, settings and key only: not on its slot, on
+its neighbours or on when it joined. Requests that come and go compile nothing, except
+for a prompt of a size that was not there before (`prefill.py`).
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.infer.check_arguments import (
+    check_grammar,
+    check_room,
+    check_samples,
+    row_ids,
+)
+from jaxlm.infer.decoding import DecodeState, Programs, Rows
+from jaxlm.infer.decoding import programs as programs_of
+from jaxlm.infer.generation_state import GenerationState
+from jaxlm.infer.prefill import Prefilled, bucket, prefill
+from jaxlm.infer.row_settings import row_settings
+from jaxlm.infer.rules.automata import ENDED, FREE, Automata, Transitions
+from jaxlm.infer.rules.penalties import History
+from jaxlm.infer.rules.stop_strings import stop_transitions
+from jaxlm.model.block import Block
+from jaxlm.model.checks import check_model
+from jaxlm.model.initialization import init_cache
+from jaxlm.model.kv_cache import Cache
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.sharding.rules import activation_spec, batch_parts
+from jaxlm.tree import unstack
+from jaxlm.types import Params
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt, and how it is continued."""
+
+    tokens: Int[np.ndarray, " _"]
+    """The prompt, int32: at least one token."""
+    sample: SampleConfig
+    key: Key[Array, ""]
+    """All draws of this text follow from it."""
+    grammar: Transitions | None = None
+    """An automaton (`automata.py`) of the new text, which begins in its state 0. A stop
+    token has to be allowed where the text may end. Requests with the same array share
+    its place in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class NewTokens:
+    """What a step adds to the text of a request."""
+
+    number: int
+    """Of the request, as `Engine.submit` returned it."""
+    tokens: Int[np.ndarray, " n"]
+    """int32, those of a stop string included, without a stop token."""
+    logprobs: Float[np.ndarray, " n"]
+    """Log-probability of each among the tokenizer's ids, f32, before any rule."""
+    top_tokens: Int[np.ndarray, "n top"]
+    """The most likely tokens in the place of each, the first first."""
+    top_logprobs: Float[np.ndarray, "n top"]
+    """Their log-probabilities."""
+    ended: Literal["stop", "length"] | None
+    """Why the text ends here; None: it goes on."""
+
+
+@dataclass
+class _Running:
+    number: int
+    request: Request
+    automata: dict[Any, int]
+    length: int = 0
+    """New tokens so far."""
+
+
+@dataclass
+class Clock:
+    """Seconds of the stages of decoding, without compiling."""
+
+    programs: Programs
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    _compiled_before: float = field(init=False)
+    _last: float = field(init=False, default=0.0)
+
+    def __post_init__(self):
+        self._compiled_before = self.programs.compile_s
+        self.lap()
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds of compiling."""
+        return self.programs.compile_s - self._compiled_before
+
+    def lap(self) -> float:
+        """Returns the seconds since the last call, without compiling."""
+        now = time.perf_counter() - self.programs.compile_s
+        before, self._last = self._last, now
+        return now - before
+
+
+class Engine:
+    """Runs requests in `num_slots` slots. It belongs to one thread."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        num_slots: int,
+        max_length: int | None = None,
+        num_tokens: int | None = None,
+        token_bytes: Sequence[bytes] | None = None,
+        top_logprobs: int = 0,
+        steps: int = 8,
+        edits: Sequence[Edit] = (),
+        resume: GenerationState | None = None,
+        block: type[Block] = Block,
+    ):
+        """Prepares the parameters; the cache is made with the first request.
+
+        Args:
+          params: stacked over layers, as `init` and `load` return them.
+          num_slots: requests that run at once; rounded up to fill a mesh.
+          max_length: tokens of a prompt and its new text together; None: the model's
+            context.
+          num_tokens: only ids below this are sampled; None: `config.vocab_size`.
+          token_bytes: as for `generate`.
+          top_logprobs: how many of the most likely tokens to report at each token.
+          steps: tokens that each text grows by in a step.
+          edits: as for `generate`, of all requests.
+          resume: what `begin` goes on from.
+          block: what computes a layer; see `Block`.
+
+        Raises:
+          ValueError: for a model that cannot be.
+        """
+        check_model(config, params, block)
+        self.config, self.params, self.block = config, params, block
+        self.max_length = max_length or config.context_length
+        self.num_tokens = num_tokens or config.vocab_size
+        self.token_bytes = None if token_bytes is None else tuple(token_bytes)
+        self.num_top = top_logprobs
+        self._edits = jax.tree.map(jnp.asarray, tuple(edits))
+        top = bucket(top_logprobs, config.vocab_size) if top_logprobs else 0
+        self._programs = programs_of(config, self.max_length, steps, top, block)
+        self.clock = Clock(self._programs)
+        self._resume = resume
+        split = self._programs.split(params) if resume is None else resume.split_params
+        self._split = jax.block_until_ready(split)
+        self._automata = Automata(config.vocab_size)
+        self._table = self._automata.table, jnp.asarray(self._automata.table)
+        num_slots += -num_slots % batch_parts()
+        self._slots: list[_Running | None] = [None] * num_slots
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._num_submitted = 0
+        self._state: DecodeState | None = None
+        self._last_prompt: tuple[bytes, Prefilled] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in slots."""
+        return sum(slot is not None for slot in self._slots)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.num_waiting and not self.num_running
+
+    def submit(self, request: Request) -> int:
+        """Queues a request, and returns its number: 0, 1, 2 ...
+
+        Raises:
+          ValueError: for a request that cannot be run.
+        """
+        (tokens,) = row_ids([request.tokens], self.num_tokens)
+        check_samples(self.config, [request.sample], self.num_tokens, self.token_bytes)
+        new = request.sample.max_new_tokens
+        check_room("the prompt", tokens, new, self.max_length)
+        if request.grammar is not None:
+            check_grammar(request.grammar, self.config.vocab_size)
+        self._waiting.append((self._num_submitted, request))
+        self._num_submitted += 1
+        return self._num_submitted - 1
+
+    def cancel(self, number: int) -> None:
+        """Drops a request, which may wait, run or have ended."""
+        self._waiting = deque(w for w in self._waiting if w[0] != number)
+        for slot, running in enumerate(self._slots):
+            if running is not None and running.number == number:
+                self._free(slot)
+
+    def step(self) -> list[NewTokens]:
+        """Gives free slots to waiting requests, and continues all texts by some tokens.
+
+        Raises:
+          ValueError: if logits are not finite.
+        """
+        self._admit()
+        if not self.num_running:
+            return []
+        assert self._state is not None
+        self.clock.lap()
+        self._state, drawn = self._programs.decode(
+            *(self._split, self._state, self._table[1]),
+            *(np.int32(self.num_tokens), self._edits),
+        )
+        rows = self._state.rows
+        ends = (rows.is_done, rows.stop_states, rows.grammar_states)
+        drawn, (is_done, *states) = jax.device_get((drawn, ends))
+        self.clock.decode_s += self.clock.lap()
+        has_ended = np.any([x == ENDED for x in states], axis=0)
+        return [
+            self._update(slot, drawn, bool(is_done[slot]), bool(has_ended[slot]))
+            for slot, running in enumerate(self._slots)
+            if running is not None
+        ]
+
+    def _update(
+        self, slot: int, drawn: Any, is_done: bool, has_ended: bool
+    ) -> NewTokens:
+        running = self._slots[slot]
+        assert running is not None
+        if np.isnan(drawn.logprobs[slot]).any():
+            raise ValueError(
+                "the model's logits are not finite: its parameters hold NaN or "
+                "infinities, or the compute dtype overflows (compute in float32)"
+            )
+        count = int(drawn.inside[slot].sum())
+        running.length += count
+        is_full = running.length == running.request.sample.max_new_tokens
+        if is_done:
+            self._free(slot)
+        return NewTokens(
+            running.number,
+            drawn.tokens[slot, :count],
+            drawn.logprobs[slot, :count],
+            drawn.top_tokens[slot, :count, : self.num_top],
+            drawn.top_logprobs[slot, :count, : self.num_top],
+            ("length" if is_full and not has_ended else "stop") if is_done else None,
+        )
+
+    def _free(self, slot: int) -> None:
+        running = self._slots[slot]
+        assert running is not None
+        self._automata.release(running.automata)
+        self._slots[slot] = None
+
+    def begin(self) -> Prefilled:
+        """Gives all waiting requests slots at once, and reads their prompts together.
+
+        For requests that start together. Only where nothing has run, and there are
+        slots enough; with `resume`, a request for each of its rows.
+        """
+        assert self._state is None and self.num_waiting <= len(self._slots)
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        running = [self._hold(number, request) for number, request in waiting]
+        self._slots[: len(running)] = running
+        # Slots without a request repeat the first: nothing reads them.
+        rows = running + running[:1] * (len(self._slots) - len(running))
+        found = self._prefill([r.request.tokens for r in rows], self._resume)
+        self._state = self._state_of(rows, found)
+        self.clock.prefill_s += self.clock.lap()
+        return found
+
+    def _admit(self) -> None:
+        for slot, running in enumerate(self._slots):
+            if running is not None or not self._waiting:
+                continue
+            self.clock.lap()
+            running = self._hold(*self._waiting.popleft())
+            self._slots[slot] = running
+            data = running.request.tokens.tobytes()
+            if self._last_prompt is None or self._last_prompt[0] != data:
+                rows = [running.request.tokens] * batch_parts()
+                self._last_prompt = data, self._prefill(rows, None)
+            row = self._state_of([running] * batch_parts(), self._last_prompt[1])
+            if self._state is None:
+                self._state = self._empty_state()
+            self._state = self._programs.insert(self._state, row, np.int32(slot))
+            jax.block_until_ready(self._state.logits)
+            self.clock.prefill_s += self.clock.lap()
+
+    def _prefill(
+        self, rows: list[Int[np.ndarray, " _"]], resume: GenerationState | None
+    ) -> Prefilled:
+        found = prefill(
+            *(self.config, self._programs, self.params, rows, self.max_length),
+            *(self._edits, resume),
+        )
+        jax.block_until_ready(found.logits)
+        return found
+
+    def _hold(self, number: int, request: Request) -> _Running:
+        """Puts the automata of a request into the table."""
+        automata: dict[Any, Transitions] = {}
+        if request.sample.stop_strings:
+            strings = request.sample.stop_strings
+            assert self.token_bytes is not None
+            automata[strings] = stop_transitions(
+                strings, self.token_bytes, self.config.vocab_size
+            )
+        if request.grammar is not None:
+            automata[id(request.grammar)] = request.grammar
+        running = _Running(number, request, self._automata.hold(automata))
+        if self._table[0] is not self._automata.table:
+            self._table = self._automata.table, jnp.asarray(self._automata.table)
+        return running
+
+    def _state_of(self, running: Sequence[_Running], found: Prefilled) -> DecodeState:
+        """Returns the state of rows that have no new token yet."""
+        requests = [r.request for r in running]
+        tokens = np.zeros((len(running), self.max_length), np.int32)
+        for new, request in zip(tokens, requests, strict=True):
+            new[: len(request.tokens)] = request.tokens
+        lengths = np.array([len(r.tokens) for r in requests], np.int32)
+        stops = [r.automata.get(r.request.sample.stop_strings, FREE) for r in running]
+        grammars = [r.automata.get(id(r.request.grammar), FREE) for r in running]
+        rows = Rows(
+            History(tokens, lengths, lengths.copy()),
+            np.array(stops, np.int32),
+            np.array(grammars, np.int32),
+            np.zeros(len(running), bool),
+        )
+        keys = jnp.stack([request.key for request in requests])
+        samples = [request.sample for request in requests]
+        settings = row_settings(samples, self.config.vocab_size, self.token_bytes or ())
+        filled, rows, keys, settings = self._programs.place(
+            (lengths, rows, keys, settings)
+        )
+        cache = Cache(found.layers, filled)
+        return DecodeState(cache, found.logits, rows, keys, settings, found.hits)
+
+    def _empty_state(self) -> DecodeState:
+        """Returns a state of slots in which nothing runs."""
+        config, num_slots = self.config, len(self._slots)
+        cache = init_cache(config, num_slots, self.max_length)
+        layers = unstack(cache.layers, config.num_layers)
+        logits = jnp.zeros(
+            (num_slots, config.vocab_size),
+            jnp.float32,
+            out_sharding=activation_spec("B_"),
+        )
+        nothing = Request(np.ones(1, np.int32), SampleConfig(), jax.random.key(0))
+        hits = (jnp.int32(0),) * len(self._edits)
+        found = Prefilled(layers, logits, np.zeros(num_slots, np.int32), hits)
+        return self._state_of([_Running(-1, nothing, {})] * num_slots, found)
+
+    @property
+    def hits(self) -> tuple[Any, ...]:
+        """How often each edit has fired."""
+        return () if self._state is None else self._state.hits
+
+    def generation_state(self) -> GenerationState:
+        """Returns what a later call can go on from.
+
+        The engine cannot be used after it.
+        """
+        assert self._state is not None
+        history = jax.device_get(self._state.rows.history)
+        lengths = np.minimum(history.lengths, self.max_length)
+        pairs = zip(history.tokens, lengths, strict=True)
+        rows = [row[:length] for row, length in pairs]
+        return GenerationState(
+            *(self.config, self.params, self.block, self._split),
+            *(rows, self._state.cache),
+        )

@@ -1,0 +1,116 @@
+"""Prefill: reads prompts into a cache, in chunks of a few sizes."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm.config import ModelConfig
+from jaxlm.infer.decoding import Programs
+from jaxlm.infer.generation_state import GenerationState
+from jaxlm.model.kv_cache import LayerCache
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.sharding.rules import activation_spec, batch_parts
+from jaxlm.types import Params
+
+SMALLEST_BUCKET = 32
+# Tokens of all rows that are read at once: a bound on the memory of prefill.
+PREFILL_TOKENS = 8192
+
+
+class Prefilled(NamedTuple):
+    """Prompts in a cache."""
+
+    layers: tuple[LayerCache, ...]
+    logits: Float[Array, "B V"]
+    """Of each row's next token."""
+    kept: Int[np.ndarray, " B"]
+    """Tokens of each row that were in the cache before."""
+    hits: tuple[Any, ...]
+    """How often each edit has fired."""
+
+
+def bucket(length: int, largest: int) -> int:
+    """`length` rounded up to a power of two from `SMALLEST_BUCKET` to `largest`."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return min(size, largest)
+
+
+def prefill(
+    config: ModelConfig,
+    programs: Programs,
+    params: Params,
+    rows: list[Int[np.ndarray, " _"]],
+    max_length: int,
+    edits: Sequence[Edit],
+    resume: GenerationState | None = None,
+) -> Prefilled:
+    """Reads what the cache of `resume` lacks; equal rows are read once."""
+    numbers: dict[bytes, int] = {}
+    for row in rows:
+        numbers.setdefault(row.tobytes(), len(numbers))
+    once = [np.frombuffer(data, np.int32) for data in numbers]
+    once += once[:1] * (-len(once) % batch_parts())
+    if resume is not None or len(once) >= len(rows):
+        return _prefill(config, programs, params, rows, max_length, edits, resume)
+    found = _prefill(config, programs, params, once, max_length, edits, None)
+    places = np.array([numbers[row.tobytes()] for row in rows], np.int32)
+    layers, logits = programs.repeat(found.layers, found.logits, places)
+    return Prefilled(layers, logits, found.kept[places], found.hits)
+
+
+def _prefill(
+    config: ModelConfig,
+    programs: Programs,
+    params: Params,
+    rows: list[Int[np.ndarray, " _"]],
+    max_length: int,
+    edits: Sequence[Edit],
+    resume: GenerationState | None,
+) -> Prefilled:
+    lengths = np.array([len(row) for row in rows], np.int32)
+    kept = np.zeros_like(lengths)
+    if resume is not None:
+        kept = np.array(resume.shared_lengths(rows), np.int32)
+    widths = chunk_widths(int((lengths - kept).max()), len(rows), max_length)
+    # The cache must have room for the padding too.
+    kept = np.minimum(kept, max_length - sum(widths))
+    layers: Any = None
+    logits: Any = None
+    if resume is not None and kept.any():
+        layers = resume.cache.layers
+        shape, sharding = (len(rows), config.vocab_size), activation_spec("B_")
+        logits = jnp.zeros(shape, jnp.float32, out_sharding=sharding)
+        if resume.cache.max_length < max_length:
+            layers = programs.grow(layers)
+    if resume is not None and layers is not resume.cache.layers:
+        resume.delete()
+    start, hits = kept, (0,) * len(edits)
+    for width in widths:
+        tokens = np.zeros((len(rows), width), np.int32)
+        for new, row, first in zip(tokens, rows, start, strict=True):
+            part = row[first : first + width]
+            new[: len(part)] = part
+        if layers is None:
+            layers, logits, fired = programs.begin(params, tokens, lengths, edits)
+        else:
+            layers, logits, fired = programs.extend(
+                *(params, tokens, start, lengths, layers, logits, edits)
+            )
+        hits = tuple(a + b for a, b in zip(hits, fired, strict=True))
+        start = start + np.int32(width)
+    return Prefilled(layers, logits, kept, hits)
+
+
+def chunk_widths(length: int, num_rows: int, max_length: int) -> list[int]:
+    """Splits a prompt into chunks: whole ones, and a power of two for the rest."""
+    whole = SMALLEST_BUCKET
+    while 2 * whole * num_rows <= PREFILL_TOKENS:
+        whole *= 2
+    widths = [whole] * ((length - 1) // whole)
+    done = sum(widths)
+    return [*widths, bucket(length - done, max_length - done)]

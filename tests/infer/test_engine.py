@@ -1,0 +1,171 @@
+"""Slots: rows of a batch that join and leave equal the same prompts alone."""
+
+import jax
+import numpy as np
+import pytest
+from toy_case import make_params, toy
+
+from jaxlm.config import SampleConfig
+from jaxlm.infer.engine import Engine, Request
+from jaxlm.infer.generate import generate
+from jaxlm.infer.rules.automata import ENDS, FORBIDDEN
+
+CONFIG = toy()
+PARAMS = make_params(CONFIG, std=0.5)
+LETTERS = [chr(97 + i % 26).encode() * (1 + i // 26) for i in range(CONFIG.vocab_size)]
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 48, n).tolist() for n in (1, 40, 32, 3, 20, 9, 7, 2, 5)]
+# Of uneven length and of all kinds.
+SAMPLES = [
+    SampleConfig(temperature=0.0, max_new_tokens=20),
+    SampleConfig(max_new_tokens=5),
+    SampleConfig(max_new_tokens=33, top_k=5),
+    SampleConfig(temperature=0.0, max_new_tokens=40, stop_ids=(3, 4, 5)),
+    SampleConfig(max_new_tokens=40, stop_strings=("a", "zz")),
+    SampleConfig(max_new_tokens=1),
+    SampleConfig(temperature=0.5, max_new_tokens=17, repetition_penalty=1.3),
+    SampleConfig(max_new_tokens=40, stop_strings=("bb", "x")),
+    SampleConfig(temperature=0.0, max_new_tokens=16),
+]
+# The logits reach 15, and caches of other lengths sum in another order.
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+KEYS = jax.random.split(jax.random.key(5), len(PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Each request by itself."""
+    return [
+        generate(
+            *(CONFIG, PARAMS, [prompt], sample, KEYS[i : i + 1]),
+            token_bytes=LETTERS,
+            top_logprobs=2,
+        )
+        for i, (prompt, sample) in enumerate(zip(PROMPTS, SAMPLES, strict=True))
+    ]
+
+
+def request(i, grammar=None):
+    return Request(np.array(PROMPTS[i], np.int32), SAMPLES[i], KEYS[i], grammar)
+
+
+def assert_same(alone, parts):
+    """Tokens are equal; log-probabilities to the rounding of sums in f32."""
+    (row,) = alone.rows
+    np.testing.assert_array_equal(np.concatenate([p.tokens for p in parts]), row)
+    for name in ("logprobs", "top_logprobs"):
+        ours = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_allclose(ours, getattr(alone, name)[0, : len(row)], **CLOSE)
+    assert [part.ended for part in parts[:-1]] == [None] * (len(parts) - 1)
+
+
+def test_rows_that_join_and_leave_are_what_they_are_alone(alone, compilations):
+    engine = Engine(
+        CONFIG, PARAMS, num_slots=2, token_bytes=LETTERS, top_logprobs=2, steps=8
+    )
+    parts, first_compiled = {}, None
+    for i in (0, 1, 2):
+        assert engine.submit(request(i)) == i
+    left = list(range(3, len(PROMPTS)))
+    while not engine.is_idle:
+        for part in engine.step():
+            parts.setdefault(part.number, []).append(part)
+            if part.ended and left:
+                assert engine.submit(request(left[0])) == left.pop(0)
+        assert engine.num_running <= 2
+        if first_compiled is None and len(parts) == 4:
+            first_compiled = list(compilations)
+    for i, result in enumerate(alone):
+        assert_same(result, parts[i])
+        is_full = result.lengths[0] == SAMPLES[i].max_new_tokens
+        assert parts[i][-1].ended == ("length" if is_full else "stop")
+    assert {part[-1].ended for part in parts.values()} == {"length", "stop"}
+    # By then prompts of both sizes had come, and slots had been used again.
+    assert compilations == first_compiled
+
+
+def test_a_canceled_request_leaves_the_others_as_they_are(alone):
+    engine = Engine(CONFIG, PARAMS, num_slots=2, token_bytes=LETTERS, top_logprobs=2)
+    numbers = [engine.submit(request(i)) for i in (0, 2, 3, 8)]
+    parts = {number: [] for number in numbers}
+    steps = 0
+    while not engine.is_idle:
+        for part in engine.step():
+            parts[part.number].append(part)
+        steps += 1
+        if steps == 1:
+            # One runs, and one waits.
+            engine.cancel(numbers[1])
+            engine.cancel(numbers[2])
+            assert (engine.num_running, engine.num_waiting) == (1, 1)
+    assert_same(alone[0], parts[numbers[0]])
+    assert_same(alone[8], parts[numbers[3]])
+    assert len(parts[numbers[1]]) == 1 and not parts[numbers[2]]
+
+
+def test_more_prompts_than_slots_come_back_in_order(alone):
+    seen = np.zeros(len(PROMPTS), int)
+
+    def count(new, inside):
+        assert new.shape == inside.shape and len(new) == len(PROMPTS)
+        seen[:] += inside.sum(axis=1)
+
+    call = (CONFIG, PARAMS, PROMPTS, SAMPLES, KEYS)
+    result = generate(*call, token_bytes=LETTERS, num_slots=2, on_tokens=count)
+    for i, single in enumerate(alone):
+        np.testing.assert_array_equal(result.rows[i], single.rows[0])
+        ours = result.logprobs[i, : result.lengths[i]]
+        np.testing.assert_allclose(ours, single.logprobs[0, : len(ours)], **CLOSE)
+    np.testing.assert_array_equal(seen, result.lengths)
+
+
+def test_keys_are_given_for_all_rows_or_for_each():
+    call = (CONFIG, PARAMS, PROMPTS[:3], SAMPLES[2])
+    one = generate(*call, jax.random.key(3))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(np.arange(3))
+    for same in (3, keys):
+        np.testing.assert_array_equal(generate(*call, same).tokens, one.tokens)
+    # A row keeps its text at another place in the batch.
+    turned = generate(CONFIG, PARAMS, PROMPTS[2::-1], SAMPLES[2], keys[::-1])
+    np.testing.assert_array_equal(turned.tokens[::-1], one.tokens)
+
+
+def test_grammars_hold_for_their_rows_only(compilations):
+    """One row writes (4 5)*, one ends itself after 7 8, and one is free."""
+    pairs = np.full((2, 48), FORBIDDEN, np.int16)
+    pairs[0, 4], pairs[1, 5], pairs[0, 0] = 1, 0, 0
+    ends = np.full((2, 48), FORBIDDEN, np.int16)
+    ends[0, 7], ends[1, 8] = 1, ENDS
+    sample = SampleConfig(max_new_tokens=20, stop_ids=(0,))
+    call = (CONFIG, PARAMS, PROMPTS[:3], sample, 3)
+    free = generate(*call)
+    before = list(compilations)
+    result = generate(*call, grammars=[pairs, ends, None])
+    assert compilations == before
+    tokens = result.rows[0].tolist()
+    assert tokens == [4, 5] * (len(tokens) // 2) and len(tokens) in (
+        *range(0, 20, 2),
+        20,
+    )
+    assert result.rows[1].tolist() == [7, 8]
+    np.testing.assert_array_equal(result.rows[2], free.rows[2])
+    for wrong, message in (
+        ([pairs], "grammars has 1 entries for 3 prompts"),
+        ([pairs[:, :40], None, None], r"shape \(2, 40\) and dtype int16: give a table"),
+        ([pairs + 2, None, None], "leads to states outside -2 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(*call, grammars=[*wrong])
+
+
+def test_a_request_that_cannot_be_is_refused_when_it_comes():
+    engine = Engine(CONFIG, PARAMS, num_slots=2, max_length=50)
+    for prompt, sample, message in (
+        ([], SAMPLES[0], "prompt 0 is empty"),
+        ([48], SAMPLES[0], "has the id 48"),
+        ([1] * 40, SAMPLES[0], "40 tokens, with 20 new ones 60: more than the context"),
+        ([1], SAMPLES[4], "needs the text of the tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(Request(np.array(prompt, np.int32), sample, KEYS[0]))
+    assert engine.is_idle and engine.step() == []
