@@ -178,7 +178,7 @@ def generate(
         )
     for request in zip(rows, samples, keys, grammars, strict=True):
         engine.submit(Request(*request))
-    kept = engine.begin().kept if together else 0
+    kept = engine.begin().kept[: len(rows)] if together else 0
     texts = _run(engine, len(rows), on_tokens)
     check_hits(edits, engine.hits)
     most = max(sample.max_new_tokens for sample in samples)
