@@ -22,6 +22,7 @@ VERBS = {
     "chat": "Hold a conversation with a model that was trained to chat",
     "convert": "Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF",
     "verify": "Compare a model with an independent implementation, and with itself",
+    "eval": "Measure how well a model predicts texts, or answers multiple choice",
     "report": "Plot one run, or compare several: an HTML page and a PNG",
     "tune": "Measure block sizes of attention on this device, and save the best",
     "doctor": "Show versions, devices, and the attention that a config would use",

@@ -18,7 +18,7 @@ ROWS = (
     ("data", "model"),
     ("checkpoint",),
     ("train", "infer", "interp", "plan"),
-    ("report", "serve", "verify", "chat"),
+    ("report", "serve", "verify", "chat", "evaluation"),
     ("flags",),
     ("commands",),
     # `jaxlm` itself: the public names, which nothing in the package takes from there.

@@ -131,6 +131,38 @@ class VerifyArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Measure how well a model predicts texts, or answers multiple choice.
+
+    Example: {prog} runs/shakespeare --text held-out.txt
+    """
+
+    src: Positional[str]
+    """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name."""
+    text: str | None = None
+    """Text to predict: a file, a folder, a glob or bundled:NAME; of JSON lines and
+    Parquet the field `text`."""
+    choices: Path | None = None
+    """File of multiple-choice questions, JSON lines; docs/evaluation.md has the
+    format."""
+    context: int | None = None
+    """Tokens that a window of the text holds; None: the model's context."""
+    stride: int | None = None
+    """New tokens of each window after the first; None: half the context."""
+    json: bool = False
+    """Print the figures as a line of JSON."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Compute dtype; None keeps the run's."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+
+    def __post_init__(self):
+        if (self.text is None) == (self.choices is None):
+            raise ValueError("give --text or --choices")
+        if self.text is None and (self.context or self.stride):
+            raise ValueError("--context and --stride need --text")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportArguments:
     """Plot one run, or compare several: an HTML page and a PNG.
 
@@ -192,6 +224,7 @@ ARGUMENTS = {
     "chat": ChatArguments,
     "convert": ConvertArguments,
     "verify": VerifyArguments,
+    "eval": EvalArguments,
     "report": ReportArguments,
     "tune": TuneArguments,
     "doctor": RunArguments,

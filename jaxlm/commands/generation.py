@@ -17,10 +17,15 @@ def open_model(chosen: GenerationArguments) -> tuple[Checkpoint, ModelConfig]:
     if run is None:
         run = newest_run()
         print(f"sampling from {run}, the newest run", file=sys.stderr, flush=True)
+    return open_with_dtype(run, chosen.dtype)
+
+
+def open_with_dtype(run: str, dtype: str | None) -> tuple[Checkpoint, ModelConfig]:
+    """Opens a checkpoint; returns its config with another dtype unless it is None."""
     checkpoint = open_checkpoint(run)
     model = checkpoint.config
-    if chosen.dtype is not None:
-        model = dataclasses.replace(model, dtype=chosen.dtype)
+    if dtype is not None:
+        model = dataclasses.replace(model, dtype=dtype)
     return checkpoint, model
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxlm.config import ModelConfig
 from jaxlm.infer.check_arguments import check_count, row_ids
@@ -22,6 +23,15 @@ from jaxlm.types import Params
 
 # Tokens of all rows whose logits are held at once.
 LOGIT_TOKENS = 1024
+
+
+class Scored(NamedTuple):
+    """What the model thinks of the tokens of a text after the first."""
+
+    logprobs: Float[np.ndarray, " _"]
+    """Log-probability of each, nats, f32."""
+    is_largest: Bool[np.ndarray, " _"]
+    """Whether greedy sampling would have taken it."""
 
 
 def score(
@@ -55,6 +65,20 @@ def score(
         vocabulary, a text that is longer than the context, or logits that are not
         finite.
     """
+    scored = score_tokens(config, params, texts, num_tokens=num_tokens, block=block)
+    return [text.logprobs for text in scored]
+
+
+def score_tokens(
+    config: ModelConfig,
+    params: Params,
+    # `score` checks the type.
+    texts: Any,
+    *,
+    num_tokens: int | None = None,
+    block: type[Block] = Block,
+) -> list[Scored]:
+    """As `score`, and also tells which tokens are the most likely ones."""
     check_model(config, params, block)
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
     check_count("num_tokens", num_tokens, 1, config.vocab_size)
@@ -65,7 +89,8 @@ def score(
                 f"text {i} has {len(row)} tokens, more than the model's context of "
                 f"{config.context_length}: cut it into parts"
             )
-    scores = [np.zeros(0, np.float32)] * len(rows)
+    none = Scored(np.zeros(0, np.float32), np.zeros(0, bool))
+    scores = [none] * len(rows)
     program = _program(config, block)
     for width, numbers in _batches(config, rows):
         # So many rows are a power of two and fill each device of a mesh.
@@ -73,14 +98,13 @@ def score(
         tokens = np.zeros((num_rows, width), np.int32)
         for new, number in zip(tokens, numbers, strict=False):
             new[: len(rows[number])] = rows[number]
-        parts = np.asarray(program(params, tokens, np.int32(num_tokens)))
-        found = np.empty((num_rows, width), np.float32)
-        starts, chunk = _chunks(num_rows, width)
-        for start, part in zip(starts, parts, strict=True):
-            found[:, start : start + chunk] = part
-        for values, number in zip(found, numbers, strict=False):
-            scores[number] = values[: len(rows[number]) - 1]
-    if not all(np.isfinite(values).all() for values in scores):
+        parts = program(params, tokens, np.int32(num_tokens))
+        joined = [_joined(np.asarray(part), num_rows, width) for part in parts]
+        for row, number in enumerate(numbers):
+            scores[number] = Scored(
+                *(values[row, : len(rows[number]) - 1] for values in joined)
+            )
+    if not all(np.isfinite(text.logprobs).all() for text in scores):
         raise ValueError(
             "the model's logits are not finite: its parameters hold NaN or infinities, "
             "or the compute dtype overflows (compute in float32)"
@@ -116,9 +140,18 @@ def _chunks(num_rows: int, width: int) -> tuple[list[int], int]:
     return [min(first, width - chunk) for first in range(0, width, chunk)], chunk
 
 
+def _joined(parts: np.ndarray, num_rows: int, width: int) -> np.ndarray:
+    """Puts chunks [n, B, C] together, [B, T]."""
+    joined = np.empty((num_rows, width), parts.dtype)
+    starts, chunk = _chunks(num_rows, width)
+    for start, part in zip(starts, parts, strict=True):
+        joined[:, start : start + chunk] = part
+    return joined
+
+
 @lru_cache(maxsize=32)
 def _program(config: ModelConfig, block: type[Block]) -> Program:
-    """Returns (params, tokens, num_ids) -> log-probabilities in chunks, [n, B, C]."""
+    """Returns (params, tokens, num_ids) -> the two fields of `Scored`, [n, B, C]."""
 
     def run(params, tokens, num_ids):
         tokens = reshard(tokens, "BT")
@@ -132,7 +165,10 @@ def _program(config: ModelConfig, block: type[Block]) -> Program:
 
             logits = unembed(config, params, part(hidden))
             logits = jnp.where(jnp.arange(config.vocab_size) < num_ids, logits, NEVER)
-            return -cross_entropy(logits, part(targets))
+            chosen = jnp.arange(config.vocab_size) == part(targets)[..., None]
+            largest = logits.max(axis=-1, keepdims=True)
+            is_largest = (chosen & (logits == largest)).any(axis=-1)
+            return -cross_entropy(logits, part(targets)), is_largest
 
         return jax.lax.map(one, jnp.array(starts))
 

@@ -1,0 +1,112 @@
+"""Measure how well a model predicts texts, or answers multiple choice."""
+
+import json
+from collections.abc import Iterator
+from itertools import accumulate
+
+import jax
+
+from jaxlm.checkpoint.load import load_onto_mesh
+from jaxlm.commands.arguments import EvalArguments
+from jaxlm.commands.generation import open_with_dtype
+from jaxlm.commands.process import use_compile_cache
+from jaxlm.config import ModelConfig
+from jaxlm.data.documents import read_documents
+from jaxlm.data.sources import Source, find_source
+from jaxlm.evaluation.multiple_choice import (
+    Accuracy,
+    Question,
+    accuracy,
+    read_questions,
+)
+from jaxlm.evaluation.text_loss import TextLoss, check_windows, text_loss
+from jaxlm.sharding.mesh import make_mesh_of_size
+from jaxlm.terminal.progress import Waiting, progress_bar
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.types import Params
+
+
+def main(chosen: EvalArguments) -> int:
+    """Loads the model onto the devices requested and prints what was measured."""
+    use_compile_cache()
+    # What can be wrong is found before the weights are read.
+    checkpoint, model = open_with_dtype(chosen.src, chosen.dtype)
+    questions, source = [], None
+    if chosen.choices is not None:
+        questions = read_questions(chosen.choices)
+    else:
+        check_windows(model, chosen.context, chosen.stride)
+        assert chosen.text is not None
+        source = find_source(chosen.text)
+    with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
+        with Waiting("loading the model"):
+            tokenizer = checkpoint.tokenizer()
+            params = load_onto_mesh(checkpoint)
+        if source is not None:
+            figures = _measure_text(model, params, tokenizer, source, chosen)
+        else:
+            figures = _measure_choices(model, params, tokenizer, questions)
+    if chosen.json:
+        print(json.dumps(figures))
+        return 0
+    for name, value in figures.items():
+        print(f"{name:14} {value:{',.4f' if isinstance(value, float) else ','}}")
+    return 0
+
+
+def _measure_text(
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    source: Source,
+    chosen: EvalArguments,
+) -> dict[str, float | int]:
+    context, stride = check_windows(model, chosen.context, chosen.stride)
+    sizes = [file.path.stat().st_size for file in source.files]
+    done, last = 0, TextLoss()
+
+    def documents() -> Iterator[str]:
+        nonlocal done
+        for number, file in enumerate(source.files):
+            parts = []
+            for part in read_documents(file):
+                parts.append(part.text)
+                done = sum(sizes[:number]) + part.done
+                if part.ends:
+                    yield "".join(parts)
+                    parts.clear()
+
+    with progress_bar(f"predicting {source.name}", sum(sizes)) as advance_to:
+        for sums in text_loss(
+            *(model, params, tokenizer, documents()), context=context, stride=stride
+        ):
+            advance_to(done)
+            last = sums
+    if not last.tokens:
+        raise ValueError(
+            f"--text {source.name}: nothing to predict: its documents have one token"
+        )
+    return {
+        "loss": last.loss,
+        "perplexity": last.perplexity,
+        "bits_per_byte": last.bits_per_byte,
+        "documents": last.documents,
+        "tokens": last.tokens,
+        "bytes": last.bytes,
+        "context": context,
+        "stride": stride,
+    }
+
+
+def _measure_choices(
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+) -> dict[str, float | int]:
+    counts = Accuracy()
+    sizes = list(accumulate(len(q.context.encode()) for q in questions))
+    with progress_bar("answering the questions", sizes[-1]) as advance_to:
+        for counts in accuracy(model, params, tokenizer, questions):
+            advance_to(sizes[counts.questions - 1])
+    return {**counts.rates(), "questions": counts.questions}
