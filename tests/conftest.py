@@ -7,11 +7,19 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-# Set here, before anything imports jax; child processes inherit both. Tests write
-# nothing outside temporary folders.
+# Set here, before anything imports jax; child processes inherit all of it. Tests write
+# nothing outside temporary folders; processes that test beside each other share one, and
+# the compiled programs in it.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLM_TEST_PLATFORM", "cpu")
-_CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
-os.environ["XDG_CACHE_HOME"] = os.environ["XDG_STATE_HOME"] = _CACHE.name
+_CACHE = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="jaxlm-tests-")
+    os.environ["XDG_CACHE_HOME"] = os.environ["XDG_STATE_HOME"] = _CACHE.name
+    # Most of the time would go into LLVM's work on programs that run once. XLA's own
+    # passes are not touched: the optimized HLO, its FLOPs and its memory are those of
+    # users.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 
 # What a shell runs in the background ignores Ctrl-C, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,17 +35,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--run-slow", action="store_true", help="run the slow proofs too (minutes)"
     )
-
-
-def pytest_configure(config):
-    """Compiles quickly, unless the slow proofs run: those compile as users do.
-
-    Most of the time goes into LLVM's work on programs that run once. XLA's own passes
-    are not touched: the optimized HLO, its FLOPs and its memory are those of users.
-    """
-    if not config.getoption("--run-slow"):
-        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -59,7 +56,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_unconfigure(config):
-    _CACHE.cleanup()
+    if _CACHE:
+        _CACHE.cleanup()
 
 
 @pytest.fixture(scope="session")

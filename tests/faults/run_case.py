@@ -36,13 +36,12 @@ def get_config():
 CHILD = """
 import dataclasses, hashlib, os, resource, shutil, signal, sys, time
 import jax, numpy as np
-from jaxlm import cli, tree
+from jaxlm import cli
 from jaxlm.commands import train
 from jaxlm.data.loader import place
 
 action, _, at = os.environ.get("FAULT", "").partition("@")
-real_batches, real_initial_state = train.batches, train.initial_state
-real_make_hooks = train.make_hooks
+real_batches, real_make_hooks = train.batches, train.make_hooks
 
 def batches(dataset, batch_size, start_step, *rest):
     record = open(os.environ["RECORD"], "a")
@@ -74,22 +73,6 @@ def batches(dataset, batch_size, start_step, *rest):
         print(step, digest.hexdigest(), file=record, flush=True)
         yield batch
 
-def initial_state(*arguments):
-    state, resumed = real_initial_state(*arguments)
-    if action == "ulp":
-        name = "layers/mlp/down"
-        leaf = tree.flatten(state.params)[name]
-        w = np.array(leaf)
-        w[0, 0, 0] = np.nextafter(w[0, 0, 0], np.float32(np.inf))
-        params = tree.replace(state.params, name, jax.device_put(w, leaf.sharding))
-        state = dataclasses.replace(state, params=params)
-    if action == "zero_mu":
-        def zero(name, x):
-            return x * 0 if "/mu/" in name else x
-        opt_state = tree.map_with_name(zero, state.opt_state)
-        state = dataclasses.replace(state, opt_state=opt_state)
-    return state, resumed
-
 def make_hooks(*arguments):
     "With `evaluation-SIGTERM@2`, the signal comes in this process's second evaluation."
     real, count = real_make_hooks(*arguments), 0
@@ -104,8 +87,7 @@ def make_hooks(*arguments):
         return real
     return dataclasses.replace(real, held_out=held_out)
 
-train.batches, train.initial_state = batches, initial_state
-train.make_hooks = make_hooks
+train.batches, train.make_hooks = batches, make_hooks
 names = {"prog": "python train.py", "sample_command": "python sample.py"}
 sys.exit(cli.run("train", sys.argv[1:], **names))
 """

@@ -1,4 +1,8 @@
-"""A stopped and resumed run equals an uninterrupted one, bit for bit."""
+"""A stopped and resumed run equals an uninterrupted one, bit for bit.
+
+Whole commands; `test_resume_matrix.py` has each step, each kind of state, and what is
+seen when a part of the state is lost.
+"""
 
 import random
 import shutil
@@ -145,19 +149,11 @@ def test_a_short_run_shortens_its_warm_up_and_resumes(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault, wrong",
-    [
-        ("ulp", {"state", "train"}),
-        ("swap@8", {"state", "train", "batches"}),
-        ("zero_mu", {"state", "train"}),
-    ],
-)
-def test_a_small_fault_shows(stopped, straight, fault, wrong):
-    run = copy_of(stopped, fault.partition("@")[0])
-    code, _, err = run.train(fault=fault)
+def test_batches_in_another_order_show(stopped, straight):
+    run = copy_of(stopped, "swap")
+    code, _, err = run.train(fault="swap@8")
     assert code == 0, err
-    assert differences(straight.course(), run.course()) >= wrong
+    assert differences(straight.course(), run.course()) >= {"state", "train", "batches"}
 
 
 @pytest.mark.slow
@@ -172,12 +168,12 @@ def test_another_seed_shows(straight):
 
 @pytest.mark.slow
 def test_stopped_again_and_again(straight):
-    """Seven processes, each ended by the time limit, SIGTERM or kill -9."""
+    """Five processes, each ended by the time limit, SIGTERM or kill -9."""
     run = Run(straight.folder, "steps")
     code, _, err = run.train("--train.max-minutes", "0.0001")
     assert code == 75, err
     assert run.steps() == [1]
-    for step in (2, 5, 8):
+    for step in (2, 7):
         code, _, err = run.train(fault=f"SIGTERM@{step}")
         assert code == 75, err
         code, _, _ = run.train(fault=f"SIGKILL@{step + 1}")
@@ -206,25 +202,6 @@ def test_killed_at_any_moment(straight, seed):
     code, _, err = run.train("--train.checkpoint-every", "1")
     assert code == 0, err
     assert differences(straight.course(), run.course()) == set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("muon", ("OptimizerConfig(", 'OptimizerConfig(name="muon", ')),
-        ("bfloat16", ('dtype="float32"', 'dtype="bfloat16"')),
-    ],
-)
-def test_other_states_resume_too(folder, name, change):
-    config = CONFIG.replace(*change)
-    assert config != CONFIG
-    one, two = Run(folder, f"{name}1", config), Run(folder, f"{name}2", config)
-    assert one.train()[0] == 0
-    assert two.train(fault="SIGTERM@7")[0] == 75
-    code, _, err = two.train()
-    assert code == 0, err
-    assert differences(one.course(), two.course()) == set()
 
 
 @pytest.mark.slow

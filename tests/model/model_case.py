@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from ops_case import quick_jit
+import numpy as np
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
@@ -36,12 +36,21 @@ def loud(params, scale: float = 8.0):
 
 
 def make(config: ModelConfig, seed: int = 0):
-    """(config in f32, loud parameters)."""
+    """(config in f32, loud parameters), drawn by NumPy: JAX would compile each shape."""
     config = dataclasses.replace(config, dtype="float32")
-    return config, loud(quick_jit(partial(init, config))(jax.random.key(seed)))
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def draw(name, leaf):
+        if name.endswith(("scale", "bias")):
+            value = np.full(leaf.shape, name.endswith("scale"))
+            return jnp.asarray(value, jnp.float32)
+        return jnp.asarray(rng.normal(0, 0.02, leaf.shape), jnp.float32)
+
+    return config, loud(tree.map_with_name(draw, shapes))
 
 
 def ids(batch: int, length: int, vocab: int = 32, seed: int = 1):
     """[batch, length] random token ids."""
-    shape = (batch, length)
-    return jax.random.randint(jax.random.key(seed), shape, 0, vocab, dtype=jnp.int32)
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)

@@ -47,6 +47,7 @@ def charsmap(replacement):
 
 SIXTEEN = replace("a" * 16, String="a")
 BYTES = {"type": "ByteLevel"}
+ADDED = added_token(3, "<a>", special=True)
 HOSTILE = {
     "a to the 16 million": (
         {"normalizer": steps("normalizers", *[SIXTEEN] * 6)},
@@ -113,7 +114,7 @@ HOSTILE = {
     "200,000 added tokens": (
         {
             "added_tokens": [
-                added_token(3 + i, f"<{i}>", special=True) for i in range(200_000)
+                dict(ADDED, id=3 + i, content=f"<{i}>") for i in range(200_000)
             ]
         },
         "has 200000 tokens: at most 100000 are read",
