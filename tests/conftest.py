@@ -1,5 +1,6 @@
 """What all tests share: where caches go, which device is used, and slow proofs."""
 
+import gc
 import os
 import signal
 import sys
@@ -18,13 +19,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # Most of the time would go into LLVM's work on programs that run once. XLA's own
     # passes are not touched: the optimized HLO, its FLOPs and its memory are those of
     # users.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = "--xla_backend_optimization_level=0"
+    flags += " --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+    # A quarter of what takes over 0.1 s to compile is compiled more than once.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_CACHE.name}/compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # What a shell runs in the background ignores Ctrl-C, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+
+# JAX keeps millions of objects, which take long to look through.
+gc.set_threshold(50_000, 20, 50)
 
 # Test folders are no packages, so that two files may have one name. Modules that
 # several files of a folder share are found by name.

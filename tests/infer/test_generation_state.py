@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from marks_case import slow_but
 from toy_case import make_params, toy
 
 from jaxlm.config import RopeScaling, SampleConfig
@@ -58,7 +59,7 @@ def after(prompts, result, new):
     ]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but(["window"], MODELS))
 def test_a_conversation_prefills_only_what_is_new(model):
     conversation = Resumed(model)
     first = conversation.answer(FIRST)

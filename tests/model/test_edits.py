@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from marks_case import slow_but
 from model_case import ids, make, small
 from ops_case import quick_jit
 from test_probe import CONFIGS, T, everything, model, sites
@@ -22,10 +23,7 @@ from jaxlm.tree import unstack
 
 B = 2
 LAYER, POSITION = 1, 6
-EVERYWHERE = [
-    pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow)
-    for name in CONFIGS
-]
+EVERYWHERE = slow_but(["plain"], CONFIGS)
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 
 

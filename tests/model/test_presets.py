@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks_case import slow_but
 from model_case import ids, make
 from ops_case import quick_jit
 
@@ -176,13 +177,7 @@ KINDS = kinds()
 QUICK = ("transformer-base",)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in KINDS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, KINDS))
 def test_a_toy_trains_and_decodes(name):
     """A step of SGD lowers the loss; a token at a time gives the same logits."""
     config, params = make(KINDS[name])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks_case import slow_but
 from model_case import ids, make, small
 from ops_case import quick_jit
 
@@ -84,13 +85,7 @@ def everything(name):
     return config, params, out.trace, out.logits
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow)
-        for name in CONFIGS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(["plain"], CONFIGS))
 def test_every_site_has_the_documented_shape(name):
     c, _, trace, logits = everything(name)
     assert set(trace) == set(sites(c))
@@ -104,7 +99,7 @@ def test_every_site_has_the_documented_shape(name):
     np.testing.assert_array_equal(trace["tokens"], ids(B, T))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(["groups", "post", "experts"], CONFIGS))
 def test_identities(name):
     """What each site is said to be, checked from the others."""
     c, params, trace, _ = everything(name)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks_case import slow_but
 from model_case import ids, make, small
 from ops_case import quick_jit
 
@@ -65,13 +66,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(way, marks=[] if way == "remat" else pytest.mark.slow)
-        for way in WAYS
-    ],
-)
+@pytest.mark.parametrize("way", slow_but(["remat"], WAYS))
 def test_value_and_gradient_do_not_depend_on_how(way, model, right):
     config, params = model
     config = dataclasses.replace(config, **WAYS[way])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks_case import slow_but
 from parity_case import (
     CASES,
     GOLDENS,
@@ -84,13 +85,7 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_logits_and_hidden_states_equal_transformers(name):
     logits, hidden = errors(name, jit=True)
     assert logits <= GATE
@@ -104,6 +99,7 @@ def test_init_makes_the_parameters_of_the_contract(name):
     assert found == parameter_shapes(CASES[name])
 
 
+@pytest.mark.slow
 def test_op_by_op_the_result_is_the_same():
     """The baseline for the bugs below."""
     assert max(errors("llama3.1-8b")) <= GATE
@@ -161,7 +157,11 @@ WRONG_FIELDS = {
 }
 
 
-@pytest.mark.parametrize("bug", WRONG_FIELDS)
+QUICK_BUGS = ("theta", "window one too long", "attention soft cap missing", "epsilon")
+QUICK_BUGS += ("gelu exact for tanh", "attention scale", "sinks missing")
+
+
+@pytest.mark.parametrize("bug", slow_but(QUICK_BUGS, WRONG_FIELDS))
 def test_a_wrong_choice_fails_the_gate(bug):
     name, change = WRONG_FIELDS[bug]
     assert max(errors(name, dataclasses.replace(CASES[name], **change))) > GATE

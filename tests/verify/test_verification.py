@@ -289,6 +289,7 @@ def test_weights_that_are_not_finite_fail(flat, tmp_path, capsys):
     assert "all numbers are finite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_certificate_is_bound_to_the_bytes(copy, model, flat, kept, tmp_path, capsys):
     assert command(copy, "--against", kept) == 0
     # Another modification time, but the same bytes.

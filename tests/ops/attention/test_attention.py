@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import ops_case
 import pytest
+from marks_case import slow_but
 from ops_case import make_spec, normal, quick_jit, slope
 
 from jaxlm.ops.attention import blocked, dense
@@ -169,10 +170,17 @@ def inputs(T, S, case=CASES["reference"]):
 SHORT = [name for name in CASES if DEVICE == "gpu" or "specialized" not in name]
 
 
+# With the first of both, each option of an interpreted kernel is always tried.
+ALWAYS = (
+    ("soft cap", "window", "sinks", "segments"),
+    ("all keys", "sinks", "positions", "odd"),
+)
+
+
 def marks(name, names):
-    """Marks single options of interpreted kernels as slow: combinations test them."""
-    single = "pallas" in name and len(names) == 1 and DEVICE == "cpu"
-    return [pytest.mark.slow] if single else []
+    """Most options of interpreted kernels are slow."""
+    quick = "pallas" not in name or names in ALWAYS or DEVICE != "cpu"
+    return [] if quick else [pytest.mark.slow]
 
 
 PAIRS = [
@@ -241,15 +249,9 @@ def test_value_and_gradient(name, names):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    "name",
-    # Of the two forward kernels that are interpreted, the plain one is the quicker.
-    [
-        pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow)
-        for name in CASES
-    ],
-)
-@pytest.mark.parametrize("grouped", [True, False])
+# Of the two forward kernels that are interpreted, the plain one is the quicker.
+@pytest.mark.parametrize("name", slow_but(SHORT, CASES))
+@pytest.mark.parametrize("grouped", slow_but([True], [True, False]))
 @pytest.mark.parametrize("queries", ["all", "one"])
 def test_bfloat16(name, grouped, queries):
     """bf16 results and gradients are as close to the oracle as rounding to bf16 allows.

@@ -7,6 +7,7 @@ import numpy as np
 import ops_case
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from marks_case import slow_but
 from ops_case import make_spec, normal, quick_jit
 
 from jaxlm.ops.attention.gpu import gpu_decode, warpgroup
@@ -93,7 +94,7 @@ def run(q, k, v, spec, splits):
     return quick_jit(lambda *args: forward(*args, settings))(q, k, v, spec)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["splits", "all options"], CASES))
 def test_value(name):
     """Results and log-sum-exps equal the oracle's; blocks that no query of a row can
     see are not read."""

@@ -9,6 +9,7 @@ import ops_case
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec
+from marks_case import slow_but
 from ops_case import make_spec, normal, plain_request, quick_jit, slope
 
 from jaxlm.ops.attention.jax_kernels import splash
@@ -81,7 +82,10 @@ def value_and_grads(attention, spec, weight, *arguments):
     return z, grads
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("causal", "odd length, segments", "all but the window")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_value_and_gradient(name):
     T, S, N, K, options = CASES[name]
     q, k, v = inputs(T, S, N, K)
