@@ -140,7 +140,10 @@ def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
 
             traceback.print_exc()
         is_of_file = isinstance(error, ConfigFileError)
-        fail(error if is_of_file else in_flags(str(error), ARGUMENTS[verb]))
+        fail(
+            error if is_of_file else in_flags(str(error), ARGUMENTS[verb]),
+            getattr(error, "exit_code", EXIT_USAGE),
+        )
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # As in `| head`.

@@ -394,6 +394,40 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessesConfig:
+    """The processes of a run on several hosts (docs/launch.md).
+
+    On a TPU VM, GKE, SLURM and Open MPI none of these is needed.
+    """
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, on which it listens; None: as the launcher tells."""
+    count: int | None = None
+    """Number of processes; None: as the launcher tells."""
+    index: int | None = None
+    """Number of this process, from 0; None: as the launcher tells."""
+    detect: bool = True
+    """Read what a launcher tells; False: this process is alone unless flags say
+    otherwise."""
+    heartbeat_seconds: float = 30.0
+    """A process from which nothing is heard for so long ends the others."""
+    barrier_minutes: float = 30.0
+    """How long the processes wait for one another, before the first step and when they
+    save."""
+
+    def __post_init__(self):
+        check_types(self, "processes")
+        check(self, "processes", "> 0", "count", "heartbeat_seconds", "barrier_minutes")
+        check(self, "processes", ">= 0", "index")
+        if self.coordinator is not None and not re.fullmatch(
+            r".+:[0-9]{1,5}", self.coordinator
+        ):
+            raise ValueError(
+                f"processes.coordinator is {self.coordinator!r}: it must be HOST:PORT"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer and its schedule."""
 
@@ -647,6 +681,8 @@ class Config:
     """Training text, tokenizer and rows."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Number of devices along each axis of the mesh."""
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    """The processes of a run on several hosts."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -13,12 +13,13 @@ from jaxtyping import Float
 
 from jaxlm.checkpoint.native.save_error import SaveError
 from jaxlm.config import Config, TrainConfig
+from jaxlm.sharding.processes import ALONE, Processes
 from jaxlm.terminal.exit_codes import EXIT_DONE
 from jaxlm.terminal.progress import ProgressLine, Waiting
 from jaxlm.train.metrics import MetricsWriter
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, StepMetrics, make_eval_step, make_train_step
-from jaxlm.train.stopping import NotFinite, StopRequest
+from jaxlm.train.stopping import NotFinite, SaveClock, StopRequest
 from jaxlm.train.throughput import flops_per_token, peak_flops
 from jaxlm.types import Batch, Params
 
@@ -56,6 +57,7 @@ def fit(
     stop: StopRequest,
     missing: Collection[str] = (),
     started: float | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[TrainState, int]:
     """Trains until step `config.train.steps`, or until `stop` requests an end.
 
@@ -67,6 +69,7 @@ def fit(
       missing: kinds of rows that the step of `state` should have and has not
         (`due_kinds`).
       started: `time.monotonic()` when the process began; None takes now.
+      processes: those of the run.
 
     A state is saved before it is evaluated and sampled, which a stop ends between two
     batches. What a stop or a kill left out is done when the run goes on from there, so
@@ -88,7 +91,7 @@ def fit(
     first = step + 1
     started = time.monotonic() if started is None else started
     log = _Log(config, writer, progress, first)
-    saved_at = time.monotonic()
+    clock = SaveClock(train.checkpoint_minutes, processes)
 
     def look(kinds: Collection[str]) -> None:
         """Evaluates and samples the current state, unless a stop is requested."""
@@ -126,8 +129,8 @@ def fit(
     if missing:
         with log.paused():
             look(missing)
-        if stop.received is not None:  # There is nothing new to save.
-            return state, stop.exit_code() or EXIT_DONE
+        if stop.is_requested() and stop.by_signal:  # There is nothing new to save.
+            return state, stop.exit_code or EXIT_DONE
     while step < train.steps:
         step += 1
         # Step. JAX returns after dispatch, before the device has computed it.
@@ -148,8 +151,7 @@ def fit(
         # Read the metrics, for which the host waits for the device.
         kinds = due_kinds(train, hooks, step)
         is_due = step == train.steps or _due(step, train.checkpoint_every)
-        minutes = (time.monotonic() - saved_at) / 60
-        is_due |= train.checkpoint_minutes > 0 and minutes >= train.checkpoint_minutes
+        is_due |= clock.is_due()
         if is_due or kinds or step == first or log.is_due(step):
             log.read()
 
@@ -157,13 +159,14 @@ def fit(
         with log.paused():
             if is_due and not stop.is_requested():
                 save(is_last=step == train.steps)
-                saved_at, saved_step = time.monotonic(), step
+                clock.restart()
+                saved_step = step
             look(kinds)
         if stop.is_requested():
             break
     save_rest()
-    code = stop.exit_code()
-    return state, EXIT_DONE if code is None else code
+    stop.is_requested()  # A signal during the last save is answered too.
+    return state, stop.exit_code or EXIT_DONE
 
 
 def _evaluate(

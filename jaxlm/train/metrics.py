@@ -324,6 +324,19 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.close(failed=kind is not None)
 
 
+class NoMetrics(MetricsWriter):
+    """Writes nothing: another process of the run does."""
+
+    def __init__(self):
+        self.last_train, self.lost_rows = None, 0
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Does nothing."""
+
+    def close(self, failed: bool = False) -> None:
+        """Does nothing."""
+
+
 def _warn(sink: Sink, error: Exception) -> None:
     logger.warning(
         "%s failed and is turned off, training goes on: %s",

@@ -3,7 +3,12 @@
 import signal
 import time
 
-from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from jaxlm.sharding.processes import ALONE, Processes
+from jaxlm.terminal.exit_codes import (
+    EXIT_INTERRUPTED,
+    EXIT_NOT_FINITE,
+    EXIT_PREEMPTED,
+)
 from jaxlm.terminal.interrupts import Interrupts
 
 SIGNAL_CODES: dict[int, int] = {
@@ -16,6 +21,8 @@ SIGNAL_CODES: dict[int, int] = {
 class NotFinite(ValueError):
     """A loss or a gradient is NaN or infinite."""
 
+    exit_code = EXIT_NOT_FINITE
+
 
 class StopRequest(Interrupts):
     """Turns signals and the time limit into a request that the loop reads.
@@ -25,9 +32,12 @@ class StopRequest(Interrupts):
     After the first signal the loop finishes its step and saves the state. A second
     signal ends the process at once; earlier checkpoints stay. Use it as a context
     manager in the main thread; it restores the previous handlers.
+
+    Of several processes one that is to stop stops all, at the same call of
+    `is_requested`, which each must make equally often.
     """
 
-    def __init__(self, max_minutes: float = 0.0):
+    def __init__(self, max_minutes: float = 0.0, processes: Processes = ALONE):
         """Starts the time limit of `max_minutes` now; 0 sets none."""
         super().__init__(
             SIGNAL_CODES,
@@ -35,15 +45,41 @@ class StopRequest(Interrupts):
             raises=False,
         )
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+        self._agreement = processes.agreement("stop")
+        self.exit_code: int | None = None
+        """The exit code to stop with, since `is_requested` is True; None to go on."""
+        self.by_signal = False
+        """Whether a signal, not the time limit, is why."""
 
     def is_requested(self) -> bool:
         """Whether to stop."""
-        return self.exit_code() is not None
-
-    def exit_code(self) -> int | None:
-        """Returns the exit code to stop with; None to go on."""
+        wanted = None
         if self.received is not None:
-            return SIGNAL_CODES[self.received]
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            return EXIT_PREEMPTED
-        return None
+            wanted = SIGNAL_CODES[self.received], True
+        elif self._deadline is not None and time.monotonic() > self._deadline:
+            wanted = EXIT_PREEMPTED, False
+        agreed = self._agreement.reached(wanted)
+        if agreed is not None:
+            self.exit_code, self.by_signal = agreed
+        return agreed is not None
+
+
+class SaveClock:
+    """Says when a save is due by time; of several processes in all at the same step."""
+
+    def __init__(self, minutes: float, processes: Processes = ALONE):
+        """Starts now; with 0 minutes none is ever due."""
+        self._minutes, self._processes, self._saves = minutes, processes, 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts again, at a save."""
+        self._since = time.monotonic()
+        self._saves += 1
+        self._agreement = self._processes.agreement(f"save {self._saves}")
+
+    def is_due(self) -> bool:
+        """Whether a save is due; call it once a step."""
+        passed = (time.monotonic() - self._since) / 60
+        is_late = self._minutes > 0 and passed >= self._minutes
+        return bool(self._agreement.reached(True if is_late else None))

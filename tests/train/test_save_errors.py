@@ -16,11 +16,11 @@ def full(monkeypatch):
     monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
     real, steps = integrity.write_manifest, set()
 
-    def write_manifest(folder):
+    def write_manifest(folder, entries):
         step = int(folder.name.split("-")[1])  # .tmp-STEP-N
         if step in steps:
             raise OSError(27, "x")
-        real(folder)
+        real(folder, entries)
 
     monkeypatch.setattr(integrity, "write_manifest", write_manifest)
     return steps

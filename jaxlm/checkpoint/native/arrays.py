@@ -164,7 +164,7 @@ async def start_writes(
     folder: Path,
     state: Mapping[str, Mapping[str, Any]],
 ) -> list[Any]:
-    """Copies arrays to the host and starts writing them, each item into a new folder.
+    """Copies arrays to the host and starts writing them, each item into its folder.
 
     Returns:
       Futures of the writes. From now on the arrays may be donated or deleted; for
@@ -173,7 +173,6 @@ async def start_writes(
     futures: list[Any] = []
     for item, flat in state.items():
         if flat:  # Orbax rejects a tree without arrays
-            (folder / item).mkdir()
             saved = ocp.args.PyTreeSave(tree.nest(flat))
             futures += await handler.async_save(_path(folder / item), args=saved) or []
     return futures

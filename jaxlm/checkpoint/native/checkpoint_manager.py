@@ -1,5 +1,8 @@
 """Saves and restores the checkpoints of the run that this process trains.
 
+Of several processes each writes its parts of the arrays, and they wait for each other
+between the stages of a save.
+
 Orbax writes the arrays of a step in the background, and a rename commits the step: a
 folder with the name of a step is complete. It contains `params/`, `opt_state/` and
 perhaps `spikes/` (Orbax), `tokenizer/`, `meta.json` and `manifest.json`.
@@ -16,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxlm.checkpoint.native import (
     arrays,
     compatible,
@@ -31,6 +32,7 @@ from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config
 from jaxlm.fields import to_dict
 from jaxlm.files import durable
+from jaxlm.sharding.processes import ALONE, Processes, ProcessFailed
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
@@ -52,6 +54,7 @@ class CheckpointManager:
         *,
         fresh: bool = False,
         report: Callable[[str], None] = print_to_stderr,
+        processes: Processes = ALONE,
     ):
         """Creates and locks the run folder, and cleans up after a killed process.
 
@@ -61,9 +64,12 @@ class CheckpointManager:
           keep_every: steps that are multiples of this are never deleted; 0: none.
           fresh: moves an earlier run in the folder to `old-N/`.
           report: gets each line that a person should see.
+          processes: those of the run, which all make one of these. The first of them
+            does what is done once.
 
         Raises:
-          ValueError: if the folder is not writable, or another process trains in it.
+          ValueError: if the folder is not writable, or another run trains in it, or
+            not all processes see the same folder.
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
@@ -76,13 +82,24 @@ class CheckpointManager:
         self._last: int | None = None  # the step that this process saved or restored
         self._saves = 0
         self._lock: run_folder.RunLock | None = None
-        # With several processes, the others must wait here for process 0.
-        if jax.process_index() == 0:
-            run_folder.probe_writable(self.run)
-            self._lock = run_folder.RunLock(self.run)
-            self._start(fresh)
+        self._processes = processes
+        owner = processes.of_first("run folder", lambda: self._start(fresh))
+        processes.together("shared run folder", lambda: self._check_shared(owner))
 
-    def _start(self, fresh: bool) -> None:
+    def _check_shared(self, owner: str) -> None:
+        """Raises ValueError if this is not the folder that process 0 has locked."""
+        if self._processes.is_first:
+            return
+        lock = self.run / run_folder.LOCK
+        if not lock.is_file() or lock.read_text() != owner:
+            raise ValueError(
+                f"{self.run} is not the folder that process 0 has there: choose a "
+                "--train.run-dir on a file system that all hosts share"
+            )
+
+    def _start(self, fresh: bool) -> str:
+        run_folder.probe_writable(self.run)
+        self._lock = run_folder.RunLock(self.run)
         if leftovers := run_folder.remove_leftovers(self.run):
             folder = self.run / run_folder.CHECKPOINTS
             self._report(
@@ -93,6 +110,7 @@ class CheckpointManager:
             old = run_folder.move_aside(self.run)
             self._report(f"moved the earlier run in {self.run} to {old}")
             (self.run / run_folder.CHECKPOINTS).mkdir()
+        return self._lock.owner
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -118,7 +136,8 @@ class CheckpointManager:
 
     def steps(self) -> list[int]:
         """Lists the committed steps in ascending order, readable or not."""
-        return run_folder.list_steps(self.run)
+        list_steps = functools.partial(run_folder.list_steps, self.run)
+        return self._processes.of_first("steps", list_steps)
 
     def wait(self) -> None:
         """Waits until no save is in progress.
@@ -239,12 +258,14 @@ class CheckpointManager:
         # The name is the same in each process; the lock makes it unique.
         temporary = self._folder(f"{run_folder.TEMPORARY}{step}-{self._saves}")
         try:
-            self._keep_lock()
-            self._write(temporary, state, host, meta, tokenizer)
-            self._commit(temporary, step)
+            files = self._write(temporary, state, host, meta, tokenizer)
+            commit = functools.partial(self._commit, temporary, step, files)
+            self._processes.of_first("commit", commit)
+            self._last = step
         except Exception as e:
             # A partial step is useless, and its space may be needed.
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self._processes.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
             needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
             raise SaveError(save_failed(self._folder(step), needed, e)) from e
 
@@ -265,8 +286,8 @@ class CheckpointManager:
         host: dict[str, Any] | None,
         meta: dict[str, Any],
         tokenizer: Tokenizer,
-    ) -> None:
-        """Writes all files of a step except the manifest.
+    ) -> dict[str, integrity.Entry]:
+        """Writes all files of a step except the manifest, and returns its entries.
 
         Args:
           folder: a new folder.
@@ -275,38 +296,55 @@ class CheckpointManager:
           meta: contents of `meta.json`, but for the hash of the state.
           tokenizer: saved beside the arrays.
         """
-        folder.mkdir()
+        each, first = self._processes.together, self._processes.of_first
+        first("start of the save", lambda: self._make(folder, meta["arrays"]))
         if host is not None and arrays.on_one_device(state):
             # The usual case waits only for the copy. Otherwise Orbax gets the jax
             # arrays, because it writes each shard of an array as its own chunk.
             state.update(host)
             self._copied.set()
-        futures = asyncio.run(arrays.start_writes(self._handler, folder, state))
+        shards = {} if host else integrity.shard_hashes(state)
+        start = functools.partial(arrays.start_writes, self._handler, folder, state)
+        futures = each("start of the writes", lambda: asyncio.run(start()))
         state.clear()  # releases the arrays on the device
         self._copied.set()
-        arrays.wait_for_writes(futures)
-        # With several processes, barriers belong here: process 0 must wait for all the
-        # others, and they must wait until it has committed.
-        if jax.process_index() == 0:
-            arrays.finish_writes(self._handler, folder, meta["arrays"])
-            (folder / run_folder.TOKENIZER).mkdir()
-            tokenizer.save(folder / run_folder.TOKENIZER)
-            meta["state_hash"] = host and integrity.state_hash(host)
-            (folder / run_folder.META).write_text(json.dumps(meta, indent=1) + "\n")
+        each("writes", lambda: arrays.wait_for_writes(futures))
+        meta["state_hash"] = host and integrity.state_hash(host)
+        if host is None:
+            hashes = self._processes.gather("hashes", shards)
+            meta["shard_hashes"] = integrity.joined(hashes)
+        first("end of the writes", lambda: self._finish(folder, meta, tokenizer))
+        share = self._processes.index, self._processes.count
+        hash_files = functools.partial(integrity.manifest_entries, folder, share)
+        entries = self._processes.gather("files", each("hashing", hash_files))
+        return integrity.joined(entries)
 
-    def _commit(self, temporary: Path, step: int) -> None:
-        if jax.process_index() == 0:
-            integrity.write_manifest(temporary)
-            newest = step - 1 if self._last is None else min(self._last, step - 1)
-            self.move_aside_after(newest)
-            durable.rename(temporary, self._folder(step))
-        self._last = step
+    def _make(self, folder: Path, items: dict[str, arrays.Description]) -> None:
+        self._keep_lock()
+        folder.mkdir()
+        for item, description in items.items():
+            if description:  # Orbax rejects a tree without arrays
+                (folder / item).mkdir()
+
+    def _finish(self, folder: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
+        arrays.finish_writes(self._handler, folder, meta["arrays"])
+        (folder / run_folder.TOKENIZER).mkdir()
+        tokenizer.save(folder / run_folder.TOKENIZER)
+        (folder / run_folder.META).write_text(json.dumps(meta, indent=1) + "\n")
+
+    def _commit(
+        self, temporary: Path, step: int, files: dict[str, integrity.Entry]
+    ) -> None:
+        integrity.write_manifest(temporary, files)
+        newest = step - 1 if self._last is None else min(self._last, step - 1)
+        self._move_aside_after(newest)
+        durable.rename(temporary, self._folder(step))
 
     def _delete_old(self) -> None:
         """Deletes steps that need not be kept. Called only after a commit."""
-        if jax.process_index() != 0:
+        if not self._processes.is_first:
             return
-        for step in self.steps()[: -self._keep]:
+        for step in run_folder.list_steps(self.run)[: -self._keep]:
             if self._keep_every and step % self._keep_every == 0:
                 continue
             # Renamed first, so that a kill cannot leave half a step.
@@ -372,10 +410,18 @@ class CheckpointManager:
             tokenizer_fingerprint=tokenizer_fingerprint,
             data_fingerprint=data_fingerprint,
             report=self._report,
+            processes=self._processes,
         )
+
+        def read_together(folder: Path) -> Restored:
+            try:
+                return self._processes.together("restoring", lambda: read(folder))
+            except ProcessFailed as error:
+                raise step_folder.UnreadableStep(str(error)) from error
+
         candidates = reversed(steps) if step is None else [step]
         folders = [self._folder(number) for number in candidates]
-        restored = step_folder.first_readable(folders, read, self._report)
+        restored = step_folder.first_readable(folders, read_together, self._report)
         self._last = restored.step
         return restored
 
@@ -383,10 +429,15 @@ class CheckpointManager:
         """Moves later steps, of an abandoned continuation of the run, to `RUN/old-N/`.
 
         Returns:
-          The new folder; None if there are no such steps.
+          The new folder, in process 0; None if there are no such steps.
         """
-        later = [number for number in self.steps() if number > step]
-        if not later or jax.process_index() != 0:
+        return self._processes.together(
+            "moving aside", lambda: self._move_aside_after(step)
+        )
+
+    def _move_aside_after(self, step: int) -> Path | None:
+        later = [n for n in run_folder.list_steps(self.run) if n > step]
+        if not later or not self._processes.is_first:
             return None
         old = run_folder.move_aside(self.run, later)
         names = ", ".join(map(str, later))

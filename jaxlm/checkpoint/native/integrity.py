@@ -26,27 +26,44 @@ class UnreadableStep(ValueError):
     """A step folder is damaged; the message is a short reason."""
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json` for all files below `folder`, and syncs them to disk."""
+Entry = dict[str, Any]
+Share = tuple[int, int]
+"""(i, n): every n-th file, from the i-th on."""
+
+
+def manifest_entries(folder: Path, share: Share = (0, 1)) -> dict[str, Entry]:
+    """Hashes the files below `folder`, or a share of them, and syncs them to disk."""
     files = {}
-    for name in sorted(_walk(folder)):
+    for name in sorted(_walk(folder))[share[0] :: share[1]]:
         path = folder / name
         files[name] = {"sha256": _file_hash(path), "bytes": path.stat().st_size}
         durable.sync(path)
+    return files
+
+
+def write_manifest(folder: Path, entries: dict[str, Entry] | None = None) -> None:
+    """Writes `manifest.json` of all files below `folder`, and syncs it to disk.
+
+    Args:
+      entries: all of `manifest_entries`; None hashes the files here.
+    """
     manifest = folder / MANIFEST
-    manifest.write_bytes(_render(files))
+    manifest.write_bytes(_render(entries or manifest_entries(folder)))
     durable.sync(manifest)
     for parent, _, _ in os.walk(folder):
         durable.sync(Path(parent))
 
 
-def verify(folder: Path, parts: Collection[str] | None = None) -> None:
+def verify(
+    folder: Path, parts: Collection[str] | None = None, share: Share = (0, 1)
+) -> None:
     """Compares the files below `folder` with its manifest.
 
     Args:
       folder: a step folder.
       parts: top-level names whose contents are hashed; None means all. Names and sizes
         are always compared for all files.
+      share: of these, the files whose contents this process hashes.
 
     Raises:
       UnreadableStep: for a missing or additional file, for another size or content, and
@@ -67,7 +84,7 @@ def verify(folder: Path, parts: Collection[str] | None = None) -> None:
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise UnreadableStep(f"{name} has {size} bytes, not {entry['bytes']}")
-        for name, entry in files.items():
+        for name, entry in list(files.items())[share[0] :: share[1]]:
             if parts is not None and name.partition("/")[0] not in parts:
                 continue
             if _file_hash(folder / name) != entry["sha256"]:
@@ -136,9 +153,76 @@ def state_hash(state: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in sorted(tree.flatten(state).items()):
-        value = np.ascontiguousarray(jax.device_get(leaf))
-        shape = np.shape(leaf)  # ascontiguousarray adds a dimension to scalars
-        digest.update(f"{name}\0{value.dtype.name}\0{shape}\0".encode())
-        # Dtypes of ml_dtypes (bfloat16) do not support the buffer protocol.
-        digest.update(value.reshape(-1).view(np.uint8).data)
+        _add(digest, name, np.shape(leaf), jax.device_get(leaf))
     return digest.hexdigest()
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Joins what several processes have hashed."""
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for name, entry in part.items():
+            whole[name] = {**whole.get(name, {}), **entry}
+    return whole
+
+
+def _add(digest: Any, name: str, shape: tuple[int, ...], array: Any) -> None:
+    # ascontiguousarray adds a dimension to scalars.
+    value = np.ascontiguousarray(array)
+    digest.update(f"{name}\0{value.dtype.name}\0{shape}\0".encode())
+    # Dtypes of ml_dtypes (bfloat16) do not support the buffer protocol.
+    digest.update(value.reshape(-1).view(np.uint8).data)
+
+
+def shard_hashes(state: Any) -> dict[str, dict[str, str]]:
+    """Hashes each shard of a state that this process writes.
+
+    Returns:
+      Path name -> bounds of the shard, as `0:4,8:16` -> SHA-256.
+    """
+    return {
+        name: {
+            _bounds(shard.index, leaf.shape): _shard_hash(name, shard.data)
+            for shard in leaf.addressable_shards
+            if shard.replica_id == 0
+        }
+        for name, leaf in tree.flatten(state).items()
+    }
+
+
+def differing_shards(state: Any, hashes: dict[str, dict[str, str]]) -> str | None:
+    """Returns the name of an array of which a shard has not its hash; None if all do.
+
+    Shards are compared that lie in one shard of `state` in this process, whatever mesh
+    they were saved on; of the others the hashes of the files have to suffice.
+    """
+    for name, leaf in tree.flatten(state).items():
+        for bounds, sha256 in hashes.get(name, {}).items():
+            wanted = _slices(bounds)
+            for shard in getattr(leaf, "addressable_shards", ()):
+                held = _slices(_bounds(shard.index, leaf.shape))
+                pairs = list(zip(wanted, held, strict=True))
+                if all(h.start <= w.start and w.stop <= h.stop for w, h in pairs):
+                    inside = [
+                        slice(w.start - h.start, w.stop - h.start) for w, h in pairs
+                    ]
+                    if _shard_hash(name, shard.data[tuple(inside)]) != sha256:
+                        return name
+                    break
+    return None
+
+
+def _shard_hash(name: str, data: Any) -> str:
+    digest = hashlib.sha256()
+    _add(digest, name, data.shape, data)
+    return digest.hexdigest()
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+    spans = (s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+    return ",".join(f"{start}:{stop}" for start, stop in spans)
+
+
+def _slices(bounds: str) -> list[slice]:
+    spans = (span.split(":") for span in bounds.split(",") if bounds)
+    return [slice(int(start), int(stop)) for start, stop in spans]

@@ -167,8 +167,9 @@ class RunLock:
                 "a file system with locks"
             ) from e
         os.ftruncate(self._descriptor, 0)
-        owner = f"pid {os.getpid()} on {socket.gethostname()}"
-        os.pwrite(self._descriptor, owner.encode(), 0)
+        self.owner = f"pid {os.getpid()} on {socket.gethostname()}"
+        """What the file says of this process."""
+        os.pwrite(self._descriptor, self.owner.encode(), 0)
 
     def is_held(self) -> bool:
         """Whether the file is still there: nobody has deleted or replaced it."""

@@ -12,6 +12,8 @@ from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.config import Config
 from jaxlm.fields import from_dict
 from jaxlm.files.strict_json import parse_object
+from jaxlm.sharding.processes import Processes
+from jaxlm.terminal.exit_codes import EXIT_NO_CHECKPOINT
 from jaxlm.terminal.printable import error_line, shown_value
 
 META_FORMAT = 1
@@ -20,6 +22,8 @@ T = TypeVar("T")
 
 class NoUsableCheckpoint(ValueError):
     """A run has checkpoints, but none of them can be read."""
+
+    exit_code = EXIT_NO_CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,13 @@ def read_state(
     tokenizer_fingerprint: str,
     data_fingerprint: str,
     report: Callable[[str], None],
+    processes: Processes,
 ) -> Restored:
-    """Reads the whole state of a step folder; see `CheckpointManager.restore`."""
-    integrity.verify(folder)
+    """Reads the whole state of a step folder; see `CheckpointManager.restore`.
+
+    Each of several processes hashes its share of the files.
+    """
+    integrity.verify(folder, share=(processes.index, processes.count))
     meta = read_meta(folder)
     stored = from_dict(Config, meta["config"], f"config of {folder}")
     notes = compatible.check_config(stored, config, meta["step"])
@@ -119,6 +127,8 @@ def read_state(
     # The files match the manifest, so only Orbax or the memory can be at fault.
     if host and meta["state_hash"] not in (None, state_hash(host)):
         raise UnreadableStep("the state hash differs from the one in meta.json")
+    if differing := integrity.differing_shards(state, meta.get("shard_hashes", {})):
+        raise UnreadableStep(f"a shard of {differing} differs from its hash")
     now = compatible.environment((params, opt_state))
     notes += compatible.environment_changes(meta["environment"], now)
     if notes:

@@ -18,8 +18,9 @@ from jaxlm.files.durable import replacing
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.report.live import REPORT, LiveReport
+from jaxlm.sharding.processes import ALONE, Processes
 from jaxlm.terminal.progress import ProgressLine
-from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.metrics import MetricsWriter, NoMetrics
 from jaxlm.train.sinks import open_sinks
 from jaxlm.train.state import TrainState
 
@@ -28,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def run_outputs(
-    given: Config, config: Config, state: TrainState, resumed: bool, dataset: Dataset
+    given: Config,
+    config: Config,
+    state: TrainState,
+    resumed: bool,
+    dataset: Dataset,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[MetricsWriter, ProgressLine]]:
     """Writes the config, the metrics and the report of a run, and shows its progress.
 
@@ -40,7 +46,11 @@ def run_outputs(
       state: the state that training starts from.
       resumed: whether it continues this run.
       dataset: the text of the run.
+      processes: those of the run, of which the first writes.
     """
+    if not processes.is_first:
+        yield NoMetrics(), ProgressLine(config.train.steps)
+        return
     settings, run = config.train, Path(config.train.run_dir)
     step, params = int(state.step), tree.count(state.params)
     resume_step = step if resumed else None
@@ -120,7 +130,9 @@ def _opening(
 def _devices() -> str:
     count, kind = jax.device_count(), jax.devices()[0].device_kind
     kind = "CPU" if kind == "cpu" else kind
-    return f"{count} {kind} device{'s' * (count > 1)}"
+    several = jax.process_count() > 1
+    of = f" of {jax.process_count()} processes" * several
+    return f"{count} {kind} device{'s' * (count > 1)}{of}"
 
 
 def how_to_go_on(given: Config, config: Config) -> str:

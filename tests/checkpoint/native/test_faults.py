@@ -232,11 +232,11 @@ def test_a_save_that_fails_once_is_tried_again_with_the_same_arrays(
     monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.3)
     real, said, calls = integrity.write_manifest, [], []
 
-    def fails_once(folder):
+    def fails_once(folder, entries):
         calls.append(folder)
         if len(calls) == 1:
             raise OSError(errno.EIO, "x")
-        real(folder)
+        real(folder, entries)
 
     monkeypatch.setattr(integrity, "write_manifest", fails_once)
     state = jax.tree.map(jnp.asarray, state_of_step(1))

@@ -1,0 +1,427 @@
+"""The processes of a run: how they start, agree, wait for each other, and end.
+
+`ALONE` is the usual case, in which everything here returns at once. On several hosts
+the processes talk through JAX's coordination service, a small store of texts with
+barriers. They never use the devices for it, so a background thread may do so too.
+
+Each process shows that it lives. One that is gone, or has failed, ends the others with
+one line, since they would wait for it in the next collective operation.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax._src import distributed
+from jax.errors import JaxRuntimeError
+from jax.sharding import PartitionSpec as P
+from jaxlib import _jax
+
+from jaxlm.config import ProcessesConfig
+from jaxlm.sharding import coordinator
+from jaxlm.sharding.cluster import Cluster, find_cluster
+from jaxlm.terminal.exit_codes import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PROCESS_LOST,
+    EXIT_USAGE,
+)
+from jaxlm.terminal.printable import error_line
+
+T = TypeVar("T")
+# Seconds between two looks at what the others have written.
+_TICK_SECONDS = 0.25
+# A process that sees another one fail has this long to fail in its own words.
+_GRACE_SECONDS = 3.0
+_ALIVE, _NOTICES = "jaxlm/alive/", "jaxlm/notices/"
+
+
+class ProcessFailed(ValueError):
+    """Another process could not do its part; message and exit code are its own."""
+
+    def __init__(self, index: int, code: int, line: str):
+        super().__init__(f"process {index}: {line}")
+        self.exit_code = code
+
+
+class ProcessMissing(ValueError):
+    """Another process did not come to a barrier in time."""
+
+
+class Processes(contextlib.AbstractContextManager):
+    """The processes of a run, as one of them sees them.
+
+    Use it as a context manager around all that may use devices. All its methods must be
+    called in the same order in each process, those with the same name at least.
+    """
+
+    def __init__(self, cluster: Cluster | None, config: ProcessesConfig):
+        """Connects to the coordinator; call it before JAX uses a device.
+
+        Args:
+          cluster: None if this process is alone.
+          config: the time limits.
+
+        Raises:
+          ValueError: if the coordinator cannot be started or reached.
+        """
+        self.index, self.count = 0, 1
+        self._limit_s = 60 * config.barrier_minutes
+        self._heartbeat_s = config.heartbeat_seconds
+        self._uses: Counter[str] = Counter()
+        self._agreements: dict[str, Agreement] = {}
+        self._leaving = threading.Event()
+        if cluster is not None:
+            self.index, self.count = cluster.index, cluster.count
+            self._connect(cluster)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0, which writes what is written once."""
+        return self.index == 0
+
+    def _connect(self, cluster: Cluster) -> None:
+        if cluster.local_devices:
+            visible = ",".join(map(str, cluster.local_devices))
+            jax.config.update("jax_cuda_visible_devices", visible)
+            jax.config.update("jax_rocm_visible_devices", visible)
+        if self.is_first:
+            self._service = _start_coordinator(
+                cluster, self._limit_s, 2 * self._heartbeat_s
+            )
+        self._client = _jax.get_distributed_runtime_client(
+            cluster.coordinator,
+            cluster.index,
+            init_timeout=int(self._limit_s),
+            heartbeat_timeout=coordinator.NEVER_SECONDS,
+            shutdown_timeout=int(self._limit_s),
+            # One that fails leaves at once.
+            shutdown_on_destruction=False,
+            use_compression=True,
+        )
+        try:
+            self._client.connect()
+        except JaxRuntimeError as error:
+            raise ValueError(
+                f"process {cluster.index} of {cluster.count} cannot reach process 0 at "
+                f"{cluster.coordinator}, or not all have started within "
+                f"{self._limit_s / 60:g} minutes ({error_line(error, 120)})"
+            ) from None
+        # What `jax.distributed.initialize` sets, which would start the coordinator in
+        # this process.
+        state = distributed.global_state
+        state.client, state.coordinator_address = self._client, cluster.coordinator
+        state.process_id, state.num_processes = cluster.index, cluster.count
+
+    # Agreeing
+
+    def gather(self, name: str, value: Any = None) -> list[Any]:
+        """Waits for all processes and returns the value of each, of types of JSON.
+
+        Raises:
+          ProcessMissing: if one does not come within the time limit.
+        """
+        if self.count == 1:
+            return [value]
+        use, self._uses[name] = self._uses[name], self._uses[name] + 1
+        folder = f"jaxlm/{name}/{use}/"
+        self._client.key_value_set(f"{folder}{self.index}", json.dumps(value))
+        try:
+            self._client.wait_at_barrier(folder, int(1000 * self._limit_s))
+        except JaxRuntimeError as error:
+            missing = [i for i in range(self.count) if i not in self._read(folder)]
+            if not missing:
+                raise
+            some = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
+            raise ProcessMissing(
+                f"{name}: process{'es' * (len(missing) > 1)} {some} of {self.count} "
+                f"did not come within {self._limit_s / 60:g} minutes"
+            ) from error
+        values = self._read(folder)
+        # All have come here, so they have read what was before.
+        if use:
+            self._client.key_value_delete(f"jaxlm/{name}/{use - 1}/{self.index}")
+        return [json.loads(values[i]) for i in range(self.count)]
+
+    def _read(self, folder: str) -> dict[int, str]:
+        items = self._client.key_value_dir_get(folder)
+        return {int(key.rpartition("/")[2]): value for key, value in items}
+
+    def together(self, name: str, work: Callable[[], T]) -> T:
+        """Calls `work` in each process and waits until all have done it.
+
+        Raises:
+          ProcessFailed: if it has failed in another process only. What it raises here
+            is raised as it is.
+          ProcessMissing: as `gather`.
+        """
+        if self.count == 1:
+            return work()
+        try:
+            result = work()
+        except Exception as error:
+            self.gather(name, _ending(error))
+            raise
+        for index, ending in enumerate(self.gather(name)):
+            if ending is not None:
+                raise ProcessFailed(index, *ending)
+        return result
+
+    def of_first(self, name: str, work: Callable[[], T]) -> T:
+        """Calls `work` in process 0 and returns its result, of types of JSON, in all.
+
+        Raises:
+          ProcessFailed: in the other processes, if it fails; in process 0 its error.
+          ProcessMissing: as `gather`.
+        """
+        if self.count == 1:
+            return work()
+        result = self.together(name, work if self.is_first else lambda: None)
+        return self.gather(f"{name}, result", result)[0]
+
+    def agreement(self, name: str) -> "Agreement":
+        """Makes a decision that is still open; `name` is used once in a run."""
+        made = Agreement(self, name)
+        if self.count > 1:
+            self._agreements[f"{_NOTICES}{name}"] = made
+        return made
+
+    # Living and ending
+
+    def __enter__(self) -> "Processes":
+        if self.count == 1:
+            return self
+        self._heard_s = time.monotonic()
+        for work in (self._listen, self._watch):
+            threading.Thread(target=work, daemon=True).start()
+        self._streams = contextlib.ExitStack()
+        if not self.is_first:
+            silent = self._streams.enter_context(open(os.devnull, "w"))
+            self._streams.enter_context(contextlib.redirect_stdout(silent))
+            self._streams.enter_context(contextlib.redirect_stderr(silent))
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.count == 1:
+            return
+        self._streams.close()
+        if error is None:
+            self.gather("the end of the run")
+            self._leaving.set()
+            self._client.shutdown()
+            if self.is_first:
+                self._service.communicate(b"done\n")
+            return
+        if isinstance(error, JaxRuntimeError):
+            # Most likely a process is gone; then this one is ended meanwhile.
+            time.sleep(2 * self._heartbeat_s)
+        self._leaving.set()
+        self._tell_end(self.index, *_ending(error))
+
+    def _tell_end(self, index: int, code: int, line: str) -> None:
+        notice = json.dumps([index, code, line])
+        with contextlib.suppress(JaxRuntimeError):  # Another one was faster.
+            self._client.key_value_set(f"{_NOTICES}end", notice)
+
+    def _listen(self) -> None:
+        """Shows that this process lives, and sees what the others do."""
+        count, alive = 0, {}
+        while not self._leaving.wait(min(_TICK_SECONDS, self._heartbeat_s / 8)):
+            count += 1
+            with contextlib.suppress(JaxRuntimeError):  # `_watch` ends the process.
+                self._client.key_value_set(
+                    f"{_ALIVE}{self.index}", str(count), allow_overwrite=True
+                )
+                self._look(alive)
+                self._heard_s = time.monotonic()
+
+    def _look(self, alive: dict[int, tuple[str, float]]) -> None:
+        notices = dict(self._client.key_value_dir_get(_NOTICES))
+        if end := notices.get(f"{_NOTICES}end"):
+            index, code, line = json.loads(end)
+            if index != self.index:
+                self._end(code, f"process {index} of {self.count} has ended: {line}")
+        for name in list(self._agreements):
+            if name in notices:
+                self._agreements.pop(name).close(json.loads(notices[name]))
+        # Process 0 watches all, and all others watch it.
+        now, folder = time.monotonic(), _ALIVE
+        beats = self._read(folder) if self.is_first else self._beat_of_first()
+        for index, beat in beats.items():
+            if alive.get(index, ("", 0.0))[0] != beat:
+                alive[index] = beat, now
+            elif now - alive[index][1] > self._heartbeat_s:
+                self._lost(index)
+
+    def _beat_of_first(self) -> dict[int, str]:
+        with contextlib.suppress(JaxRuntimeError):  # It has none yet.
+            return {0: self._client.key_value_try_get(f"{_ALIVE}0")}
+        return {}
+
+    def _lost(self, index: int) -> None:
+        line = f"nothing was heard of it for {self._heartbeat_s:g} s"
+        self._tell_end(index, EXIT_PROCESS_LOST, line)
+        self._end(
+            EXIT_PROCESS_LOST,
+            f"process {index} of {self.count} is gone: {line}",
+            grace_s=0.0,
+        )
+
+    def _watch(self) -> None:
+        """Ends this process if even the coordinator does not answer."""
+        while not self._leaving.wait(_TICK_SECONDS):
+            if time.monotonic() - self._heard_s > 1.5 * self._heartbeat_s:
+                line = "its coordinator does not answer"
+                self._end(EXIT_PROCESS_LOST, f"process 0 is gone: {line}", grace_s=0.0)
+
+    def _end(self, code: int, line: str, grace_s: float = _GRACE_SECONDS) -> None:
+        if self._leaving.wait(grace_s):
+            return
+        what = f"error: {line}; the same command continues from the last checkpoint\n"
+        with contextlib.suppress(OSError):
+            os.write(2, what.encode(errors="replace"))
+        os._exit(code)
+
+
+class Agreement:
+    """A decision that any process may ask for, and that all take at the same point.
+
+    Each process calls `reached` at the same points of its program, such as once a step.
+    They need not wait for each other there: the point is the first that none of them
+    had passed when the decision became known.
+    """
+
+    def __init__(self, processes: Processes, name: str):
+        self._processes, self._name = processes, name
+        self._lock = threading.Lock()
+        self._points = 0
+        self._is_asked, self._is_open = False, True
+        self._last, self._value = 0, None
+        self._is_known = threading.Event()
+
+    def reached(self, wanted: T | None) -> T | None:
+        """Returns what was agreed on, from the same point on in all; else None.
+
+        Args:
+          wanted: what this process asks for, of types of JSON; None: nothing. The first
+            that was asked for anywhere counts.
+        """
+        if self._processes.count == 1:
+            return wanted
+        with self._lock:
+            is_open = self._is_open
+            self._points += is_open
+        if is_open:
+            if wanted is not None and not self._is_asked:
+                self._is_asked = True
+                with contextlib.suppress(JaxRuntimeError):  # Another one was faster.
+                    self._processes._client.key_value_set(
+                        f"{_NOTICES}{self._name}", json.dumps(wanted)
+                    )
+            return None
+        self._is_known.wait()
+        self._points += 1
+        return self._value if self._points > self._last else None
+
+    def close(self, value: Any) -> None:
+        """Finds the point, in a thread: the main threads may wait for one another."""
+        with self._lock:
+            self._is_open = False
+
+        def find() -> None:
+            self._last = max(self._processes.gather(self._name, self._points))
+            self._value = value
+            self._is_known.set()
+            if self._processes.is_first:
+                self._processes._client.key_value_delete(f"{_NOTICES}{self._name}")
+
+        threading.Thread(target=find, daemon=True).start()
+
+
+def connect(config: ProcessesConfig) -> Processes:
+    """Connects this process with the others of the run, if there are any.
+
+    Raises:
+      ValueError: as `find_cluster` and `Processes`.
+    """
+    return Processes(find_cluster(config), config)
+
+
+ALONE = Processes(None, ProcessesConfig())
+"""The one process of a run on one host."""
+
+
+def whole(tree: Any) -> Any:
+    """Returns arrays as NumPy, in each process with the parts that others hold.
+
+    Call it in all processes, inside `jax.set_mesh`.
+    """
+
+    def get(x: jax.Array) -> np.ndarray:
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            x = jax.sharding.reshard(x, P())
+        return np.asarray(x)
+
+    return jax.tree.map(get, tree)
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code and the message of a process that ends with `error`."""
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        return getattr(error, "code", EXIT_INTERRUPTED), "it was stopped"
+    is_expected = isinstance(error, ValueError | OSError)
+    code = EXIT_USAGE if is_expected else EXIT_FAILED
+    line = error_line(error, 400) or type(error).__name__
+    return getattr(error, "exit_code", code), line
+
+
+def _start_coordinator(
+    cluster: Cluster, limit_s: float, linger_s: float
+) -> subprocess.Popen:
+    port = int(cluster.coordinator.rpartition(":")[2])
+    # The coordinator of a run that has just failed may still listen. A second server
+    # on the port would be no error of its own.
+    until = time.monotonic() + 3 * linger_s
+    while _is_taken(port):
+        if time.monotonic() > until:
+            raise ValueError(
+                f"port {port} is in use on the host of process 0: give another with "
+                "processes.coordinator"
+            )
+        time.sleep(_TICK_SECONDS)
+    arguments = [f"[::]:{port}", str(cluster.count), str(linger_s)]
+    service = subprocess.Popen(
+        [sys.executable, Path(coordinator.__file__), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert service.stdout is not None
+    if not service.stdout.readline():
+        raise ValueError(
+            f"the coordinator cannot listen at port {port}: give another with "
+            "processes.coordinator"
+        )
+    return service
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("::", port))
+        except OSError:
+            return True
+    return False

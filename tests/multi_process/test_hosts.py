@@ -1,0 +1,92 @@
+"""Several real processes: stopped, killed, and resumed in another number."""
+
+import numpy as np
+import pytest
+from hosts_case import HEARTBEAT_S, STEPS, Hosts, make_text
+
+from jaxlm import tree
+from jaxlm.checkpoint.load import load
+from jaxlm.terminal.exit_codes import EXIT_PREEMPTED, EXIT_PROCESS_LOST
+from jaxlm.train.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def check_lost(ends, index, of):
+    """All others end within two heartbeats, with one line and their own exit code."""
+    for other, (code, text, after) in enumerate(ends):
+        if other == index:
+            assert code == -9
+            continue
+        assert code == EXIT_PROCESS_LOST, text
+        assert after < 2 * HEARTBEAT_S
+        lines = [line for line in text.splitlines() if "error" in line]
+        assert len(lines) == 1, text
+        assert lines[0].startswith(f"error: process {index} of {of}")
+        assert "Traceback" not in text
+        assert "Check failure" not in text
+
+
+def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_path):
+    text = make_text(tmp_path)
+    folders = [tmp_path / "straight", tmp_path / "many"]
+    for folder in folders:
+        folder.mkdir()
+    straight, many = (Hosts(folder, text) for folder in folders)
+
+    # A signal at one of two stops both, and both save the same step.
+    # They also evaluate and sample together.
+    ends = many.start(2, 2, "SIGTERM@5", of=1, flags=["--train.sample-every=4"])
+    assert [code for code, _, _ in ends] == [EXIT_PREEMPTED] * 2, ends
+    assert all(after < 10 for _, _, after in ends)
+    stopped = many.steps()[-1]
+    assert 4 <= stopped <= 6
+    meta = many.meta(stopped)
+    assert meta["environment"]["process_count"] == 2
+    assert meta["state_hash"] is None
+    # Of each array the shards that one or the other has written.
+    table = meta["shard_hashes"]["params/embed/table"]
+    assert len(table) == 2, table
+    text = {row["step"]: row for row in read_metrics(many.path) if "text" in row}
+    assert text.keys() == {4}
+    # Only process 0 writes what a person reads.
+    assert f"saved at step {stopped}" in ends[0][1]
+    assert "saved" not in ends[1][1]
+
+    # Process 0 of four is killed, which held the coordinator.
+    ends = many.start(4, 1, f"SIGKILL@{stopped + 2}", of=0)
+    check_lost(ends, 0, of=4)
+    # One of two is killed.
+    ends = many.start(2, 2, f"SIGKILL@{many.steps()[-1] + 1}", of=1)
+    check_lost(ends, 1, of=2)
+    # A process alone, with as many devices, ends the run.
+    [(code, text, _)] = many.start(1, 4)
+    assert code == 0, text
+
+    [(code, text, _)] = straight.start(1, 4)
+    assert code == 0, text
+    rows = straight.rows()
+    assert len(rows) == 8 * STEPS
+    assert many.rows() == rows
+    one, other = (
+        {
+            row["step"]: row["loss"]
+            for row in read_metrics(hosts.path)
+            if row["kind"] == "train"
+        }
+        for hosts in (straight, many)
+    )
+    assert one.keys() == other.keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose([*one.values()], [*other.values()], rtol=2e-6)
+    first, second = (tree.flatten(load(hosts.path)[1]) for hosts in (straight, many))
+    for name, value in first.items():
+        largest = np.abs(value).max()
+        np.testing.assert_allclose(
+            value, second[name], atol=1e-4 * largest, rtol=0, err_msg=name
+        )
+    evaluations = [
+        [row["loss"] for row in read_metrics(hosts.path) if row["kind"] == "eval"]
+        for hosts in (straight, many)
+    ]
+    assert len(evaluations[0]) == 2
+    np.testing.assert_allclose(*evaluations, rtol=2e-6)
