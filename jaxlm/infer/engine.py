@@ -37,6 +37,7 @@ from jaxlm.model.checks import check_model
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache
 from jaxlm.ops.probing.edit import Edit
+from jaxlm.sharding.processes import whole
 from jaxlm.sharding.rules import activation_spec, batch_parts
 from jaxlm.tree import unstack
 from jaxlm.types import Params
@@ -223,7 +224,7 @@ class Engine:
         )
         rows = self._state.rows
         ends = (rows.is_done, rows.stop_states, rows.grammar_states)
-        drawn, (is_done, *states) = jax.device_get((drawn, ends))
+        drawn, (is_done, *states) = whole((drawn, ends))
         self.clock.decode_s += self.clock.lap()
         has_ended = np.any([x == ENDED for x in states], axis=0)
         return [
@@ -373,7 +374,7 @@ class Engine:
         The engine cannot be used after it.
         """
         assert self._state is not None
-        history = jax.device_get(self._state.rows.history)
+        history = whole(self._state.rows.history)
         lengths = np.minimum(history.lengths, self.max_length)
         pairs = zip(history.tokens, lengths, strict=True)
         rows = [row[:length] for row, length in pairs]

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from jax._src import distributed
 from jax.errors import JaxRuntimeError
 from jax.sharding import PartitionSpec as P
@@ -368,12 +367,11 @@ def whole(tree: Any) -> Any:
     Call it in all processes, inside `jax.set_mesh`.
     """
 
-    def get(x: jax.Array) -> np.ndarray:
-        if not (x.is_fully_addressable or x.is_fully_replicated):
-            x = jax.sharding.reshard(x, P())
-        return np.asarray(x)
+    def replicated(x: jax.Array) -> jax.Array:
+        is_here = x.is_fully_addressable or x.is_fully_replicated
+        return x if is_here else jax.sharding.reshard(x, P())
 
-    return jax.tree.map(get, tree)
+    return jax.device_get(jax.tree.map(replicated, tree))
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
