@@ -20,6 +20,7 @@ VERBS = {
     "train": "Train a language model: from a config to a run folder",
     "sample": "Continue a text with a trained model",
     "chat": "Hold a conversation with a model that was trained to chat",
+    "look": "Look inside a model while it reads a text",
     "convert": "Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF",
     "verify": "Compare a model with an independent implementation, and with itself",
     "eval": "Measure how well a model predicts texts, or answers multiple choice",

@@ -15,7 +15,14 @@ from jaxlm import cli
 from jaxlm.cli import VERBS, main
 
 # What several verbs, or one of them, are made of.
-SHARED = {"__init__", "arguments", "generation", "process", "sampled_text"}
+SHARED = {
+    "__init__",
+    "arguments",
+    "generation",
+    "process",
+    "sampled_text",
+    "generation_page",
+}
 COMMANDS = Path(cli.__file__).parent / "commands"
 
 

@@ -56,6 +56,8 @@ class SampleArguments(GenerationArguments):
     """Color each new token by the probability that the model gives it."""
     stats: bool = False
     """Print the tokens per second of prefill and decoding to stderr."""
+    look: Path | None = None
+    """Also write a page like that of `jaxlm look`, of the first sample."""
     chat: bool = False
     """Hold a conversation instead, with the flags of `jaxlm chat`."""
 
@@ -85,6 +87,32 @@ class ChatArguments(GenerationArguments):
     )
     system: str | None = None
     """Content of the system message; None sends none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookArguments:
+    """Look inside a model while it reads a text: a page that opens without a network.
+
+    Example: {prog} runs/shakespeare --prompt "ROMEO:" -o inside.html
+    """
+
+    run: Positional[str | None] = None
+    """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name;
+    without it the newest run below runs/."""
+    prompt: str = ""
+    """The text, of up to 128 tokens."""
+    against: str | None = None
+    """Another text of as many tokens, whose inner values are put into this one."""
+    out: Path = Path("inside.html")
+    """HTML file."""
+    terminal: bool = False
+    """Print it here instead, in short."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = "float32"
+    """Compute dtype; float32 rounds least. None keeps the run's."""
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise ValueError('--prompt is missing: give a text, --prompt "ROMEO:"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +250,7 @@ ARGUMENTS = {
     "train": RunArguments,
     "sample": SampleArguments,
     "chat": ChatArguments,
+    "look": LookArguments,
     "convert": ConvertArguments,
     "verify": VerifyArguments,
     "eval": EvalArguments,
@@ -230,7 +259,8 @@ ARGUMENTS = {
     "doctor": RunArguments,
 }
 _FIRST = (
-    *("prompt", "prompt_file", "system", "sample.max_new_tokens"),
+    *("prompt", "prompt_file", "against", "out", "terminal", "system"),
+    *("sample.max_new_tokens",),
     *("sample.temperature", "sample.top_k", "sample.top_p", "sample.min_p"),
     *("sample.stop_strings", "num_samples", "seed", "json", "show_probs", "stats"),
     *("dtype", "chat"),

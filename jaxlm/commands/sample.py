@@ -43,7 +43,13 @@ def main(chosen: SampleArguments) -> int:
             flag = "--prompt" if chosen.prompt_file is None else "--prompt-file"
             check_room(flag, prompt, 1, model.context_length)
             params = load_onto_mesh(checkpoint)
-        write_samples(model, params, tokenizer, text, chosen)
+        result = write_samples(model, params, tokenizer, text, chosen)
+    if chosen.look is not None:
+        from jaxlm.commands.generation_page import write_generation
+
+        with Waiting("looking inside"):
+            write_generation(model, params, tokenizer, prompt, result, chosen)
+        print(chosen.look, file=sys.stderr)
     return 0
 
 
@@ -85,8 +91,8 @@ def write_samples(
     tokenizer: Tokenizer,
     text: str,
     chosen: SampleArguments,
-) -> None:
-    """Samples continuations of a text and writes them to stdout.
+) -> Generation:
+    """Samples continuations of a text, writes them to stdout, and returns them.
 
     The first is streamed, unless the form is another (`--json`, `--show-probs`).
     """
@@ -123,6 +129,7 @@ def write_samples(
         )
     if chosen.stats:
         print_stats(result)
+    return result
 
 
 class Printer:

@@ -98,8 +98,10 @@ def read_flags(kind: type, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_hyphens(argument: str) -> str:
-    """Writes a flag with hyphens, as both spellings are the same."""
+    """Writes a flag with hyphens, as both spellings are the same; -o is --out."""
     name, equals, value = argument.partition("=")
+    if name == "-o":
+        name = "--out"
     if name.startswith("--"):
         name = name.replace("_", "-")
     return name + equals + value

@@ -34,16 +34,20 @@ def cache_contents(
       keys: the site `k_rot`, which is what the cache stores.
       values: the site `v`.
     """
-    T, kinds = keys.shape[2], layer_kinds(config)
-    age = T - np.arange(T)
-    window = config.window if config.window is not None else T + 1
-    local = [kinds[i % len(kinds)].local for i in range(config.num_layers)]
-    visible = np.stack([age < window if is_local else age > 0 for is_local in local])
 
     def lengths(x: Array) -> Array:
         return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
 
+    visible = visible_tokens(config, keys.shape[2])
     return CacheContents(lengths(keys), lengths(values), visible)
+
+
+def visible_tokens(config: ModelConfig, num_tokens: int) -> Bool[np.ndarray, "L T"]:
+    """Returns whether the next token can read each: a layer with a window forgets."""
+    kinds, age = layer_kinds(config), num_tokens - np.arange(num_tokens)
+    window = config.window if config.window is not None else num_tokens + 1
+    local = [kinds[i % len(kinds)].local for i in range(config.num_layers)]
+    return np.stack([age < window if is_local else age > 0 for is_local in local])
 
 
 def bytes_per_token(config: ModelConfig) -> int:

@@ -43,16 +43,21 @@ def promoted_tokens(
     layers: Int[Array, " n"],
     units: Int[Array, " n"],
     count: int,
+    signs: Float[Array, " n"] | float = 1.0,
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
     """Returns the tokens whose logits a unit raises most, and by how much.
 
     `w_out . (gain * unembedding)`: for each unit of activation, where the last norm
     divides by 1. A unit with a negative activation lowers them.
 
+    Args:
+      signs: of each unit's activation, for the tokens that it raises as it is.
+
     Returns:
       Ids, and what they get, f32, the largest first.
     """
     down = params["layers"]["mlp"]["down"][layers, units].astype(jnp.float32)
     weights = logit_weights(config, params, head_rows(config, params))
-    raised, ids = jax.lax.top_k(down @ weights.T, count)
+    signed = down * jnp.reshape(jnp.asarray(signs), (-1, 1))
+    raised, ids = jax.lax.top_k(signed @ weights.T, count)
     return ids, raised

@@ -1,9 +1,6 @@
-"use strict";
-// Draws the curves and samples of the report. Text is inserted as text, never as HTML.
+// Draws the curves and samples of the report, with drawing.js.
 (() => {
 const { runs, live } = JSON.parse(document.getElementById("data").textContent);
-const SVG = document.getElementById("ns").namespaceURI;
-const byId = (id) => document.getElementById(id);
 // What a person chose outlives the reloads of a page in progress.
 const kept = history.state || {};
 const state = { axis: "step", log: false, smoothing: 20, range: null, ...kept.state, hidden: new Set(kept.hidden) };
@@ -20,69 +17,8 @@ const CHARTS = [
 const CURVE_NAMES = { train: "train", eval: "held-out", lr: "learning rate",
   grad_norm: "gradient norm", tokens_per_s: "tokens/s", mfu: "MFU" };
 
-function node(tag, attributes, parent, text) {
-  const made = document.createElementNS(SVG, tag);
-  for (const name in attributes) made.setAttribute(name, attributes[name]);
-  if (text !== undefined) made.textContent = text;
-  if (parent) parent.append(made);
-  return made;
-}
-function element(tag, className, parent, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  if (parent) parent.append(made);
-  return made;
-}
-
-// ---- Numbers in words ----
-function short(v) {
-  if (v === null || !isFinite(v)) return "not finite";
-  if (v === 0) return "0";
-  const size = Math.abs(v);
-  if (size < 1e-4 || size >= 1e6) return v.toExponential(2).replace(/\.?0+e/, "e");
-  return String(Number(v.toPrecision(5)));
-}
-function count(v) {
-  if (v === null || !isFinite(v)) return "not finite";
-  for (const [unit, size] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["k", 1e3]])
-    if (Math.abs(v) >= size) return Number((v / size).toPrecision(4)) + unit;
-  return String(Number(v.toPrecision(4)));
-}
-function clock(v) {
-  if (v > 0 && v < 10 && v % 1) return v.toFixed(1) + " s";
-  const s = Math.round(v), h = Math.floor(s / 3600), two = (n) => String(n).padStart(2, "0");
-  if (h >= 48) return Number((v / 86400).toFixed(2)) + " d";
-  const m = Math.floor(s / 60) % 60;
-  return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`;
-}
 const AXIS_FORM = { step: (v) => String(Number(v.toPrecision(7))), tokens: count, time: clock };
 const AXIS_NAME = { step: "step", tokens: "tokens seen", time: "training time" };
-
-// ---- Ticks ----
-function ticks(low, high, wanted, steps, whole) {
-  const rough = (high - low) / wanted;
-  let step = steps && steps.find((s) => s >= rough);
-  if (!step) {
-    const power = 10 ** Math.floor(Math.log10(rough));
-    step = power * [1, 2, 5, 10].find((m) => m * power >= rough * (1 - 1e-9));
-    if (whole) step = Math.max(step, 1);
-  }
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
-    found.push(Number((i * step).toPrecision(12)));
-  return found;
-}
-function logTicks(low, high) {
-  const found = [], decades = Math.log10(high / low);
-  const parts = decades > 5 ? [1] : decades > 1.5 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
-  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++)
-    for (const m of parts) {
-      const v = Number((m * 10 ** e).toPrecision(6));
-      if (v >= low && v <= high) found.push(v);
-    }
-  return found.length >= 3 ? found : ticks(low, high, 5);
-}
 const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400];
 
 // ---- Curves ----
@@ -122,14 +58,6 @@ function seriesOf(chart) {
   }));
   return found;
 }
-function nearest(xs, x) {
-  let low = 0, high = xs.length - 1;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (xs[middle] < x) low = middle; else high = middle;
-  }
-  return Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
-}
 function extent(series, logarithmic, zero) {
   let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
   for (const s of series) for (const x of s.x) { x0 = Math.min(x0, x); x1 = Math.max(x1, x); }
@@ -147,19 +75,6 @@ function extent(series, logarithmic, zero) {
   else { const d = (y1 - y0) * 0.04; if (!zero) y0 -= d; y1 += d; }
   return { x0, x1, y0, y1 };
 }
-function path(xs, ys, place) {
-  let text = "", pen = false;
-  ys.forEach((y, i) => {
-    const p = y === null ? null : place(xs[i], y);
-    if (!p) { pen = false; return; }
-    text += (pen ? "L" : "M") + p[0].toFixed(1) + " " + p[1].toFixed(1);
-    // An isolated value is a dot: a line of length zero with round caps.
-    if (!pen && (i + 1 >= ys.length || ys[i + 1] === null)) text += "h.01";
-    pen = true;
-  });
-  return text;
-}
-
 // ---- One chart ----
 const MARGIN = { left: 62, right: 14, top: 10, bottom: 38 };
 class Chart {

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def write_report(
         data["live"] = {"written_s": round(time.time(), 3), "next_s": next_s}
     page = {
         "title": html.escape(f"{names}: training report"),
-        "style": _asset("page.css"),
-        "script": _asset("page.js"),
+        "style": asset("page.css"),
+        "script": asset("drawing.js") + asset("page.js"),
         "heading": html.escape(names),
         "status": _status(runs, tables[0]["Steps"]),
         "tiles": _tiles(tables[0]) if len(runs) == 1 else "",
@@ -70,19 +70,24 @@ def write_report(
         "config": _config_table(runs),
         "held_out_hidden": _hidden_unless(any(run.of_kind("eval") for run in runs)),
         "config_hidden": _hidden_unless(any(run.config for run in runs)),
-        "data": _script_json(data),
+        "data": script_json(data),
     }
-    # In one pass, so that inserted text that looks like a placeholder stays text.
-    text = re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _asset("page.html"))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:
-        file.write(text.encode())
+        file.write(fill(asset("page.html"), page).encode())
     return out
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Returns the text of a file beside this one."""
     return resources.files("jaxlm.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Returns a template with its `{{names}}` replaced by values, which are HTML."""
+    # In one pass, so that inserted text that looks like a placeholder stays text.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
 def _status(runs: Sequence[Run], steps: str) -> str:
@@ -95,7 +100,7 @@ def _hidden_unless(shown: bool) -> str:
     return "" if shown else " hidden"
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """Encodes JSON for a <script> element: nothing in it can end the element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -41,3 +41,7 @@ def test_what_a_unit_promotes_is_what_it_adds_to_the_logits():
         raised[0], change[raised_ids[0]], atol=1e-4 * np.abs(change).max()
     )
     assert (np.diff(raised[0]) <= 0).all()
+    lowered, _ = promoted_tokens(
+        *(CONFIG, PARAMS, jnp.array([1]), jnp.array([7]), 32), signs=jnp.array([-2.0])
+    )
+    np.testing.assert_array_equal(lowered[0], raised_ids[0][::-1])

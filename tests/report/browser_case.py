@@ -17,7 +17,10 @@ FLAGS = (
 
 
 class Browser(contextlib.AbstractContextManager):
-    """One tab: `goto`, `resize`, `evaluate` (JavaScript) and `screenshot`."""
+    """One tab: `goto`, `resize`, `evaluate` (JavaScript) and `screenshot`.
+
+    `problems` is what the console said and what was requested, but for the pages.
+    """
 
     def __init__(self, profile):
         # Chromium reads commands from descriptor 3 and writes answers to 4.
@@ -38,7 +41,9 @@ class Browser(contextlib.AbstractContextManager):
         page = next(t["targetId"] for t in targets if t["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=page, flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
-        self.call("Page.enable")
+        self.problems = []
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
 
     def call(self, method, **params):
         """Calls a method of the DevTools protocol, and returns its result."""
@@ -58,8 +63,19 @@ class Browser(contextlib.AbstractContextManager):
                 assert data, "the browser has ended"
                 self._rest += data
             text, self._rest = self._rest.split(b"\0", 1)
-            if wanted(message := json.loads(text)):
+            self._note(message := json.loads(text))
+            if wanted(message):
                 return message
+
+    def _note(self, message):
+        params = message.get("params", {})
+        match message.get("method"):
+            case "Runtime.exceptionThrown" | "Runtime.consoleAPICalled":
+                self.problems.append(params)
+            case "Log.entryAdded":
+                self.problems.append(params["entry"])
+            case "Network.requestWillBeSent" if params["type"] != "Document":
+                self.problems.append(params["request"]["url"])
 
     def wait_for_load(self):
         self._until(lambda message: message.get("method") == "Page.loadEventFired")

@@ -1,0 +1,57 @@
+"""The page of `jaxlm look`: one HTML file that opens from disk, without a network."""
+
+import html
+from importlib import resources
+from pathlib import Path
+
+from jaxlm.files.durable import replacing
+from jaxlm.report.inside.packed_arrays import packed
+from jaxlm.report.inside.view import View
+from jaxlm.report.page import asset, fill, script_json
+
+MAX_BYTES = 5_000_000
+"""Of a page. What does not fit was left out of the `View`, which says so."""
+
+
+def write_page(view: View, out: Path | str) -> Path:
+    """Writes the page of a view, and returns its path.
+
+    Raises:
+      OSError: if `out` cannot be written; a file that was there is left as it was.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as file:
+        file.write(page_text(view).encode())
+    return out
+
+
+def page_text(view: View) -> str:
+    """Returns the page of a view."""
+    json, arrays = packed(view)
+    text = fill(
+        _own("inside.html"),
+        {
+            "title": html.escape(f"Inside {view.title}"),
+            "style": asset("page.css") + _own("inside.css"),
+            "script": asset("drawing.js") + _own("widgets.js") + _own("sections.js"),
+            "data": script_json(json),
+            "arrays": arrays,
+        },
+    )
+    assert len(text.encode()) <= MAX_BYTES, len(text)
+    return text
+
+
+def notebook_frame(view: View, height: int = 800) -> str:
+    """Returns the page in a frame, as a notebook shows it."""
+    text = html.escape(page_text(view))
+    return (
+        f'<iframe srcdoc="{text}" sandbox="allow-scripts allow-downloads" '
+        f'style="width:100%;height:{height}px;border:0"></iframe>'
+    )
+
+
+def _own(name: str) -> str:
+    folder = resources.files("jaxlm.report.inside")
+    return folder.joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,304 @@
+"""Computes a `View`: one forward pass with taps, and analyses of what they read.
+
+The analyses are those of `jaxlm.interp` and `jaxlm.infer.sampling_steps`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer
+
+from jaxlm import tree
+from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.fields import to_dict
+from jaxlm.infer.sampling_steps import sampling_steps
+from jaxlm.interp.cache_contents import bytes_per_token, visible_tokens
+from jaxlm.interp.token_table import token_table
+from jaxlm.model.block import layer_kinds
+from jaxlm.model.params import sizes, weights
+from jaxlm.model.trace import absent_sites
+from jaxlm.ops.probing.sites import SITES
+from jaxlm.report.inside import readings
+from jaxlm.report.inside.causes import causes
+from jaxlm.report.inside.view import (
+    AdditionView,
+    AnswerView,
+    CacheView,
+    ChoiceView,
+    HeadView,
+    Json,
+    StreamView,
+    TextView,
+    UnitView,
+    View,
+)
+from jaxlm.tokenizers.base import Tokenizer
+from jaxlm.types import Params, Trace
+
+Numbers = dict[str, np.ndarray]
+
+MAX_TOKENS = 128
+"""Tokens of a view."""
+_UNIT_POSITIONS = 24
+# Bytes before compression; with the rest a page stays below 5 MB.
+_HEAD_BYTES = 2_000_000
+_LOGIT_BYTES = 800_000
+
+
+def view_of(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    tokens: Integer[np.ndarray, " T"] | Sequence[int],
+    *,
+    against: Integer[np.ndarray, " T"] | Sequence[int] | None = None,
+    num_prompt: int | None = None,
+    sample: SampleConfig | None = None,
+    title: str = "",
+    call: str = "",
+) -> View:
+    """Looks at a model while it reads a text.
+
+    Args:
+      tokens: the text, up to 128 tokens; more are left out.
+      against: another text of as many tokens, whose streams are put into this one.
+      num_prompt: how many of the tokens are the prompt, if others were generated.
+      sample: how the next token is chosen; None: by the model's distribution.
+      title: a name of the model.
+      call: what the reader can run to get the same.
+
+    Raises:
+      ValueError: for a text without tokens, or texts of different lengths.
+    """
+    given = np.asarray(tokens, np.int32)
+    against = None if against is None else np.asarray(against, np.int32).tolist()
+    if not len(given):
+        raise ValueError("there is no token to look at: give a prompt")
+    if against is not None and len(against) != len(given):
+        raise ValueError(
+            f"the two texts have {len(given)} and {len(against)} tokens: patching "
+            "needs as many in both"
+        )
+    length, left_out = shortened(given)
+    ids = given[:length]
+    row, position = jnp.asarray(ids)[None], min(num_prompt or len(ids), len(ids)) - 1
+    params = jax.tree.map(jnp.asarray, params)
+    out = readings.read(config, position, params, row)
+    logits, trace = out.logits, out.trace
+    found = jax.device_get(readings.summary(config, params, trace, logits, row))
+    answer = AnswerView(
+        *(found[name] for name in ("ids", "probabilities", "logits", "entropy"))
+    )
+    best = jnp.asarray(answer.ids[:, 0])
+    streams = StreamView(*map(np.asarray, readings.lens(config, params, trace, best)))
+    units, units_refusal = _units(config, params, trace, best, position)
+    other = None
+    if against is not None:
+        theirs = jnp.asarray(against[: len(ids)], jnp.int32)[None]
+        other = theirs, readings.read(config, position, params, theirs)
+    cause, comparison = causes(
+        config, params, row, trace, answer.ids[position], position, other
+    )
+    choice = _choice(logits, sample, position, ids)
+    heads = _heads(config, trace, found, left_out)
+    if len(choice.positions) < len(ids):
+        left_out.append(
+            f"all but the {answer.ids.shape[1]} most likely next tokens at "
+            f"{len(ids) - len(choice.positions)} positions"
+        )
+    seen = [ids, answer.ids, streams.ids, choice_ids(choice)]
+    seen += [units.promotes] if units else []
+    seen = {int(i) for array in seen for i in np.unique(array)}
+    seen |= set(cause.tokens)
+    return View(
+        title=title,
+        call=call,
+        model={**to_dict(config), "parameters": tree.count(params)},
+        sites=_sites(config, len(ids)),
+        weights=_weights(config),
+        left_out=left_out,
+        position=position,
+        pieces={i: _piece(tokenizer, i) for i in sorted(seen)},
+        text=_text(tokenizer, ids, num_prompt or len(ids), found),
+        answer=answer,
+        choice=choice,
+        streams=streams,
+        cache=_cache(config, found, len(ids)),
+        heads=heads,
+        units=units,
+        units_refusal=units_refusal,
+        additions=_additions(trace, found),
+        causes=cause,
+        comparison=comparison,
+        against=[_piece(tokenizer, i) for i in (against or ())[: len(ids)]],
+    )
+
+
+def shortened(ids: Int[np.ndarray, " T"]) -> tuple[int, list[str]]:
+    """Returns how many tokens a view shows, and what it leaves out."""
+    more = len(ids) - MAX_TOKENS
+    if more <= 0:
+        return len(ids), []
+    return MAX_TOKENS, [f"the last {more} of {len(ids)} tokens"]
+
+
+def _piece(tokenizer: Tokenizer, token_id: int) -> str:
+    names = {i: text for text, i in tokenizer.special_ids.items()}
+    if token_id in names:
+        return names[token_id]
+    if token_id >= len(tokenizer.token_bytes):
+        return f"<{token_id}>"  # an id that pads the vocabulary
+    return tokenizer.token_bytes[token_id].decode("utf-8", "replace")
+
+
+def _text(
+    tokenizer: Tokenizer, ids: Int[np.ndarray, " T"], num_prompt: int, found: Numbers
+) -> TextView:
+    rows = []
+    for row in token_table(tokenizer, ids):
+        rows.append({**row._asdict(), "data": row.data.hex(" ")})
+    return TextView(
+        rows,
+        num_prompt,
+        np.concatenate([[np.nan], found["surprise"]]).astype(np.float32),
+        np.concatenate([[-1], found["rank"]]).astype(np.int32),
+    )
+
+
+def _choice(
+    logits: Float[Array, "1 T V"],
+    sample: SampleConfig | None,
+    position: int,
+    ids: Int[np.ndarray, " T"],
+) -> ChoiceView:
+    steps = []
+    if sample is not None:
+        prompt = ids[: position + 1].tolist()
+        steps = sampling_steps(logits[0, position], sample, prompt=prompt)
+    whole = max(1, _LOGIT_BYTES // (4 * logits.shape[-1]))
+    positions = np.arange(position, min(position + whole, len(ids)), dtype=np.int32)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return ChoiceView(
+        positions,
+        np.asarray(logits[0, positions]),
+        {name: getattr(sample or SampleConfig(), name) for name in names},
+        [
+            {"rule": s.rule, "removed": s.removed, "kept": int(s.kept.sum())}
+            for s in steps
+        ],
+    )
+
+
+def choice_ids(choice: ChoiceView, count: int = 200) -> Int[np.ndarray, " n"]:
+    """Returns the ids that the page may have to name for these positions."""
+    count = min(count, choice.logits.shape[-1])
+    return np.unique(np.argpartition(-choice.logits, count - 1, axis=-1)[:, :count])
+
+
+def _cache(config: ModelConfig, found: Numbers, T: int) -> CacheView:
+    return CacheView(
+        np.float16(found["key_lengths"]),
+        np.float16(found["cached_value_lengths"]),
+        visible_tokens(config, T).astype(np.int32),
+        found["read"],
+        bytes_per_token(config),
+    )
+
+
+def _heads(
+    config: ModelConfig, trace: Trace, found: Numbers, left_out: list[str]
+) -> HeadView:
+    """Keeps as many heads as fit, first those that bring most from other tokens."""
+    query = "q" if config.qk_norm == "none" else "q_normed"
+    taps = {site: trace[site] for site in ("attn_probs", "attn_lse", query, "q_rot")}
+    host = {site: x[:, 0] for site, x in jax.device_get(taps).items()}
+    probs, lengths, T = host["attn_probs"], found["value_lengths"], len(found["ids"])
+    moved = np.einsum("LNTS,LNS->LN", probs, lengths)
+    moved -= np.einsum("LNTT,LNT->LN", probs, lengths)
+    size = 2 * (T * (T + 1) // 2 + 2 * config.head_dim) + 8 * T
+    count = min(moved.size, max(config.num_heads, _HEAD_BYTES // size))
+    if count < moved.size:
+        left_out.append(
+            f"attention of {moved.size - count} of {moved.size} heads, those that "
+            "bring least from other tokens"
+        )
+    chosen = np.sort(np.argsort(-moved, axis=None, kind="stable")[:count])
+    layer, head = np.divmod(chosen, config.num_heads)
+    kinds = layer_kinds(config)
+    local = [kinds[i % len(kinds)].local for i in range(config.num_layers)]
+    return HeadView(
+        np.stack([layer, head], axis=1).astype(np.int32),
+        np.float16(probs[layer, head][:, *np.tril_indices(T)]),
+        host["attn_lse"][layer, head],
+        lengths[layer, head],
+        np.float16(host[query][layer, 0, head]),
+        np.float16(host["q_rot"][layer, 0, head]),
+        found["kinds"][layer, head],
+        [config.window if is_local else None for is_local in local],
+        config.rotary_dim if config.position == "rope" else 0,
+    )
+
+
+def _units(
+    config: ModelConfig,
+    params: Params,
+    trace: Trace,
+    answers: Int[Array, " T"],
+    position: int,
+) -> tuple[UnitView | None, str | None]:
+    T = len(answers)
+    first = max(0, min(position - _UNIT_POSITIONS // 2, T - _UNIT_POSITIONS))
+    positions = np.arange(first, min(first + _UNIT_POSITIONS, T), dtype=np.int32)
+    needed = ("mlp_act", "final_norm_div")
+    read = {site: trace[site] for site in needed if site in trace}
+    try:
+        numbers = readings.unit_numbers(
+            config, params, read, answers, jnp.asarray(positions)
+        )
+    except ValueError as error:  # The reader is told why.
+        return None, str(error)
+    layers, units, parts, activations, promotes = map(np.asarray, numbers)
+    activations = activations.astype(np.float16)
+    return UnitView(positions, layers, units, parts, activations, promotes), None
+
+
+def _additions(trace: Trace, found: Numbers) -> AdditionView:
+    def of_site(site: str) -> np.ndarray | None:
+        if site not in trace:
+            return None
+        return np.asarray(trace[site])[:, 0].reshape(found["attention"].shape)
+
+    return AdditionView(
+        found["attention"],
+        found["feed_forward"],
+        found["attention_alignment"],
+        found["feed_forward_alignment"],
+        of_site("attn_norm_div"),
+        of_site("mlp_norm_div"),
+        np.asarray(trace["attn_in"])[:, 0],
+        np.asarray(trace["mlp_in"])[:, 0],
+    )
+
+
+def _sites(config: ModelConfig, T: int) -> list[Json]:
+    letters = {**sizes(config), "B": 1, "T": T, "S": T, "1": 1}
+    letters["k"] = config.experts_per_token
+    found = []
+    for name, site in SITES.items():
+        if name in absent_sites(config):
+            continue
+        shape = [letters[letter] for letter in site.shape.split()]
+        found.append({"name": name, "shape": shape, **dataclasses.asdict(site)})
+        found[-1]["letters"] = site.shape
+        found[-1]["shape"] = shape
+    return found
+
+
+def _weights(config: ModelConfig) -> list[Json]:
+    return [
+        {"path": path, "letters": w.letters, "shape": list(w.shape(config))}
+        for path, w in weights(config).items()
+    ]

@@ -1,0 +1,470 @@
+// The eleven sections of `jaxlm look`. Each draws what the chosen token, layer and head show.
+(async () => {
+let view;
+try {
+  view = await unpack(JSON.parse(byId("data").textContent), byId("arrays").textContent);
+} catch (error) {
+  byId("problem").hidden = false;
+  byId("problem").textContent = `The numbers of this page cannot be unpacked (${error}): open it in a newer browser.`;
+  return;
+}
+const { text, answer, choice, streams, cache, heads, units, additions, causes, comparison, model } = view;
+const T = text.rows.length, L = model.num_layers, N = model.num_heads, K = model.num_kv_heads, G = N / K;
+const state = { position: view.position, layer: Math.floor(L / 2), head: 0 };
+const piece = (id) => shown(view.pieces[id] === undefined ? `<${id}>` : view.pieces[id]);
+const token = (t) => piece(text.rows[t].id);
+const named = (t) => `${t} ${token(t)}`;
+const layers = Array.from({ length: L }, (_, l) => l), tokens = Array.from({ length: T }, (_, t) => t);
+const most = (values) => { let m = 0; for (const v of values) if (isFinite(v)) m = Math.max(m, Math.abs(v)); return m || 1; };
+const headAt = new Map();
+for (let i = 0; i < heads.heads.shape[0]; i++) headAt.set(heads.heads.at(i, 0) * N + heads.heads.at(i, 1), i);
+
+// ---- State ----
+const updates = [];
+function select(change) {
+  Object.assign(state, change);
+  const active = document.activeElement;
+  for (const { body, update } of updates) {
+    const find = () => [...body.querySelectorAll("canvas, svg[tabindex], [role=button], input, button, summary")];
+    const at = find().indexOf(active), open = [...body.querySelectorAll("details")].map((d) => d.open);
+    update();
+    [...body.querySelectorAll("details")].forEach((d, i) => { d.open = Boolean(open[i]); });
+    if (at >= 0 && !active.isConnected && find()[at]) find()[at].focus({ preventScroll: true });
+  }
+  strip();
+}
+function section(id, title, intro, make) {
+  const number = updates.length + 1, body = element("section", "", byId("sections"));
+  body.id = id;
+  element("h2", "", body, `${number} ${title}`);
+  element("p", "intro", body, intro);
+  const link = element("a", "", byId("contents"), `${number} ${title}`);
+  link.href = "#" + id;
+  const update = make(body) || (() => {});
+  updates.push({ body, update });
+}
+// A part of a section that is drawn again whenever something else is chosen.
+function redrawn(body, draw) {
+  const part = element("div", "", body);
+  return () => { part.replaceChildren(); draw(part); };
+}
+const note = (parent, words) => element("p", "hint", parent, words);
+
+// ---- The strip of tokens ----
+function strip() {
+  const box = byId("strip");
+  if (!box.children.length) tokens.forEach((t) => {
+    const one = element("button", t < text.num_prompt ? "" : "new", box, token(t));
+    one.type = "button";
+    one.setAttribute("role", "option");
+    one.addEventListener("click", () => select({ position: t }));
+  });
+  [...box.children].forEach((one, t) => {
+    const chosen = t === state.position;
+    one.setAttribute("aria-selected", String(chosen));
+    one.tabIndex = chosen ? 0 : -1;
+    if (!chosen) return;
+    const left = one.offsetLeft - box.offsetLeft;
+    if (left < box.scrollLeft || left + one.offsetWidth > box.scrollLeft + box.clientWidth) box.scrollLeft = left - box.clientWidth / 2;
+  });
+}
+byId("strip").addEventListener("keydown", (e) => {
+  const to = { ArrowLeft: state.position - 1, ArrowRight: state.position + 1, Home: 0, End: T - 1 }[e.key];
+  if (to === undefined) return;
+  e.preventDefault();
+  select({ position: Math.max(0, Math.min(T - 1, to)) });
+  byId("strip").children[state.position].focus();
+});
+byId("facts").textContent = `${count(model.parameters)} parameters, ${L} layers of width ${model.model_dim}, ${N} query heads on ${K} key heads, ${model.dtype}. `
+  + `${T} tokens. Choose a token below, or in any picture: all sections follow.`;
+
+// ---- 1 ----
+const STAGES = [
+  ["Token ids", ["tokens"], []],
+  ["Embedding", ["embed", "pos_embed"], ["embed/"]],
+  ["Stream into the layer", ["resid_pre"], []],
+  ["Norm", ["attn_norm_div", "attn_in"], ["layers/attn_norm", "layers/attn_pre"]],
+  ["Queries, keys, values", ["q", "k", "v", "q_normed", "k_normed", "q_rot", "k_rot"], ["layers/attn/q", "layers/attn/k", "layers/attn/v"]],
+  ["Attention", ["attn_scores", "attn_lse", "attn_probs", "z"], ["layers/attn/sink"]],
+  ["Output of attention", ["head_out", "attn_out", "attn_out_post"], ["layers/attn/o", "layers/attn_post", "layers/attn_out"]],
+  ["Stream between", ["resid_mid"], []],
+  ["Norm", ["mlp_norm_div", "mlp_in"], ["layers/mlp_norm"]],
+  ["Feed-forward", ["router_logits", "expert_ids", "expert_weights", "mlp_pre", "mlp_up", "mlp_act", "mlp_out", "mlp_out_post"], ["layers/mlp/", "layers/moe", "layers/mlp_post", "layers/mlp_out"]],
+  ["Stream out of the layer", ["resid_post"], []],
+  ["Last norm", ["final_norm_div", "final_norm"], ["final_norm"]],
+  ["Output head", ["logits"], ["lm_head"]],
+];
+section("map", "The model", "The way of a token, from its id to the logits of the next. The thick line is the residual stream: parts read it and add to it. Choose a part for its values, which taps read and edits change, and its weights.", (body) => {
+  const two = element("div", "two", body), picture = element("div", "", two), panel = element("div", "panel", two);
+  panel.setAttribute("aria-live", "polite");
+  const have = new Map(view.sites.map((s) => [s.name, s]));
+  const stages = STAGES.map(([name, sites, weights]) => ({ name, sites: sites.filter((s) => have.has(s)).map((s) => have.get(s)),
+    weights: view.weights.filter((w) => weights.some((start) => w.path.startsWith(start)) || (name === "Output head" && model.tied_embeddings && w.path === "embed/table")) }))
+    .filter((s) => s.sites.length);
+  const high = 40, svg = node("svg", { viewBox: `0 0 390 ${stages.length * high + 8}`, class: "map" }, picture);
+  const inside = stages.map((s, i) => i).filter((i) => stages[i].sites.some((site) => !site.outside_layers));
+  node("rect", { x: 1, y: inside[0] * high + 2, width: 388, height: inside.length * high + 2, rx: 8, class: "layer" }, svg);
+  node("text", { x: 384, y: inside[0] * high + 18, "text-anchor": "end" }, svg, `× ${L}`);
+  node("line", { x1: 30, x2: 30, y1: high * 1.5, y2: (stages.length - 1.5) * high, class: "stream" }, svg);
+  const show = (i) => {
+    [...svg.querySelectorAll("[role=button]")].forEach((b, k) => b.setAttribute("aria-pressed", String(k === i)));
+    panel.replaceChildren();
+    element("h3", "", panel, stages[i].name);
+    table(panel, ["value", "shape", "here", "what it is"], stages[i].sites.map((s) => [s.name, s.letters, s.shape.join(" × "),
+      s.description + (s.edit_instead ? `; to change it, edit ${s.edit_instead}` : "")]));
+    if (stages[i].weights.length) table(panel, ["weight", "shape", "numbers"], stages[i].weights.map((w) => [w.path, w.shape.join(" × "), count(w.shape.reduce((a, b) => a * b, 1))]));
+  };
+  stages.forEach((stage, i) => {
+    const y = i * high + 6, onStream = /Stream/.test(stage.name), adds = /Output of attention|Feed-forward|Embedding/.test(stage.name);
+    const box = node("g", { role: "button", tabindex: 0, "aria-pressed": "false", class: "stage" }, svg);
+    node("line", { x1: 30, x2: 60, y1: y + 15, y2: y + 15, class: onStream || adds || stage.name === "Norm" || stage.name === "Last norm" ? "reads" : "none" }, svg);
+    if (adds) node("circle", { cx: 30, cy: y + 15, r: 8, class: "plus" }, svg), node("path", { d: `M25 ${y + 15}h10M30 ${y + 10}v10`, class: "reads" }, svg);
+    node("rect", { x: 60, y, width: 295, height: 30, rx: 6 }, box);
+    node("text", { x: 70, y: y + 19 }, box, stage.name);
+    const telling = stage.sites.find((s) => ["q", "attn_probs", "mlp_act"].includes(s.name)) || stage.sites[stage.sites.length - 1];
+    node("text", { x: 348, y: y + 19, "text-anchor": "end", class: "faint" }, box, telling.shape.slice(1).join(" × "));
+    box.addEventListener("click", () => show(i));
+    box.addEventListener("keydown", (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); show(i); } });
+  });
+  show(Math.max(0, stages.findIndex((s) => s.name === "Attention")));
+});
+
+// ---- 2 ----
+section("tokens", "Tokens", "The model reads numbers, one for each piece of text. Surprise is how little it expected a piece: −log of its probability, in nats.", (body) => redrawn(body, (part) => {
+  const largest = most(text.surprise.values);
+  table(part, ["position", "text", "id", "bytes", "characters", "surprise", "rank"], tokens.map((t) => {
+    const r = text.rows[t], s = text.surprise.at(t);
+    return [String(t), r.special || token(t), String(r.id), r.data, `${r.first_character}–${r.last_character}`,
+      isFinite(s) ? { bar: s / largest, text: s.toFixed(2) } : "–", t ? String(text.rank.at(t)) : "–"];
+  }), { mark: (t) => t === state.position ? "chosen" : "" });
+  note(part, "Rank: how many other pieces were likelier; 0 is the model's first choice." + (text.num_prompt < T ? ` Tokens from ${text.num_prompt} on were generated.` : ""));
+}));
+
+// ---- 3 ----
+section("answer", "The answer", "At each token the model gives a probability to every piece that could follow.", (body) => redrawn(body, (part) => {
+  const t = state.position, n = Math.min(12, answer.ids.shape[1]), next = t + 1 < T ? text.rows[t + 1].id : null;
+  let rest = 1;
+  const rows = Array.from({ length: n }, (_, k) => {
+    const p = answer.probabilities.at(t, k);
+    rest -= p;
+    return [piece(answer.ids.at(t, k)), { bar: p, text: percent(p) }, number(answer.logits.at(t, k)), answer.ids.at(t, k) === next ? "is what follows" : ""];
+  });
+  rows.push([`${count(model.vocab_size - n)} others`, { bar: Math.max(0, rest), text: percent(Math.max(0, rest)) }, "", ""]);
+  table(part, ["after " + named(t), "probability", "logit", ""], rows, { name: "bars" });
+  note(part, `Entropy ${answer.entropy.at(t).toFixed(2)} nats: as open as a choice among ${number(Math.exp(answer.entropy.at(t)))} equal pieces.`
+    + (next === null ? "" : ` What follows in the text, ${piece(next)}, has rank ${text.rank.at(t + 1)} and surprise ${text.surprise.at(t + 1).toFixed(2)}.`));
+  if (T > 1) curves(part, { title: "Entropy of the next token, and surprise at the token itself (nats)", names: tokens.map(token), zero: true, chosen: t, choose: (i) => select({ position: i }),
+    series: [{ label: "entropy", values: answer.entropy.values }, { label: "surprise", values: text.surprise.values, dash: "dashed" }] });
+}));
+
+// ---- 4 ----
+// The rules of jaxlm/infer/sampling.py, in their order: temperature, top-k, top-p, min-p.
+function chosenFrom(logits, { temperature, top_k, top_p, min_p }) {
+  const n = logits.length, steps = [], alive = new Uint8Array(n).fill(1);
+  const scaled = Float64Array.from(logits, (x) => x / (temperature || 1));
+  const spread = () => {
+    let top = -Infinity, sum = 0;
+    for (let i = 0; i < n; i++) if (alive[i]) top = Math.max(top, scaled[i]);
+    const p = scaled.map((x, i) => alive[i] ? Math.exp(x - top) : 0);
+    for (const x of p) sum += x;
+    return p.map((x) => x / sum);
+  };
+  let p = spread();
+  const rule = (name, keep) => {
+    let removed = 0, kept = 0;
+    for (let i = 0; i < n; i++) {
+      if (alive[i] && !keep(i)) { alive[i] = 0; removed += p[i]; }
+      kept += alive[i];
+    }
+    p = spread();
+    steps.push([name, String(kept), percent(removed)]);
+  };
+  const order = [...scaled.keys()].sort((a, b) => scaled[b] - scaled[a]);
+  if (temperature === 0) rule("temperature 0", (i) => i === order[0]);
+  else {
+    if (top_k) rule(`top-k ${top_k}`, (i) => scaled[i] >= scaled[order[Math.min(top_k, n) - 1]]);
+    if (top_p < 1) {
+      let sum = 0, cut = 0;
+      while (cut < n - 1 && (sum += p[order[cut]]) < top_p) cut++;
+      rule(`top-p ${top_p}`, (i) => scaled[i] >= scaled[order[cut]]);
+    }
+    if (min_p) rule(`min-p ${min_p}`, (i) => scaled[i] >= scaled[order[0]] + Math.log(min_p));
+  }
+  return { p, alive, order, steps };
+}
+section("choosing", "Choosing a token", "Sampling draws from the distribution, after rules have changed it. The rules run here as they do in jaxlm, on all logits of the model.", (body) => {
+  const settings = { ...choice.settings }, controls = element("form", "", body);
+  controls.addEventListener("submit", (e) => e.preventDefault());
+  let update = () => {};
+  const set = (name) => (value) => { settings[name] = value; update(); };
+  slider(controls, "temperature", { low: 0, high: 2, step: 0.05, value: settings.temperature, form: (v) => v.toFixed(2) }, set("temperature"));
+  slider(controls, "top-k", { low: 0, high: 100, step: 1, value: settings.top_k, form: (v) => v ? String(v) : "off" }, set("top_k"));
+  slider(controls, "top-p", { low: 0.01, high: 1, step: 0.01, value: settings.top_p, form: (v) => v < 1 ? v.toFixed(2) : "off" }, set("top_p"));
+  slider(controls, "min-p", { low: 0, high: 0.5, step: 0.01, value: settings.min_p, form: (v) => v ? v.toFixed(2) : "off" }, set("min_p"));
+  update = redrawn(body, (part) => {
+    const all = [...choice.positions.values], at = all.indexOf(state.position), t = at < 0 ? view.position : state.position;
+    if (at < 0) note(part, `All logits were kept for ${all.length === 1 ? "one token" : `tokens ${all[0]} to ${all[all.length - 1]}`}; this is token ${named(t)}.`);
+    const logits = choice.logits.row(at < 0 ? all.indexOf(t) : at);
+    const before = chosenFrom(logits, { temperature: 1, top_k: 0, top_p: 1, min_p: 0 }).p;
+    const { p, alive, order, steps } = chosenFrom(logits, settings);
+    const next = t + 1 < T ? text.rows[t + 1].id : null;
+    table(part, ["after " + named(t), "of the model", "to draw from", ""], order.slice(0, 20).map((i) => [piece(i), { bar: before[i], text: percent(before[i]) },
+      alive[i] ? { bar: p[i], text: percent(p[i]) } : "removed", i === next ? (t + 1 < text.num_prompt ? "is what follows" : "was drawn") : ""]),
+      { name: "bars", mark: (r) => alive[order[r]] ? "" : "removed" });
+    table(part, ["rule", "tokens left", "probability removed"], [["all tokens", String(logits.length), ""], ...steps]);
+  });
+  return update;
+});
+
+// ---- 5 ----
+section("streams", "Streams side by side", "Each token has a stream of numbers that every layer adds to. The logit lens asks what the model would answer if it ended there.", (body) => {
+  let measure = "probability";
+  let update = () => {};
+  choices(body, "colour", [["probability", "probability of its first choice"], ["entropy", "entropy"], ["rank", "rank of the final answer"]], measure, (v) => { measure = v; update(); });
+  const M = L + 1, name = (m) => m ? `after ${m - 1}` : "embedding";
+  update = redrawn(body, (part) => {
+    const highest = Math.log(model.vocab_size), forms = {
+      probability: (m, t) => streams.probabilities.at(m, t, 0),
+      entropy: (m, t) => streams.entropy.at(m, t) / highest,
+      rank: (m, t) => 1 - Math.log(1 + streams.answer_rank.at(m, t)) / highest,
+    };
+    const lines = (m, t) => [`token ${named(t)}, ${name(m)}`, ...Array.from({ length: streams.ids.shape[2] }, (_, k) => `${piece(streams.ids.at(m, t, k))} ${percent(streams.probabilities.at(m, t, k))}`),
+      `entropy ${streams.entropy.at(m, t).toFixed(2)} nats`, `the final answer has rank ${streams.answer_rank.at(m, t)}`, `length ${number(streams.lengths.at(m, t))}`];
+    // The last layer is on top: the stream flows upwards.
+    new Grid(part, { title: "What each stream would answer", rows: M, columns: T, high: 18, wide: T > 24 ? 40 : 52, value: (r, t) => forms[measure](L - r, t),
+      text: (r, t) => piece(streams.ids.at(L - r, t, 0)), tip: (r, t) => lines(L - r, t), rowName: (r) => name(L - r), columnName: token,
+      figure: (r, t) => `${piece(streams.ids.at(L - r, t, 0))} ${percent(streams.probabilities.at(L - r, t, 0))}`,
+      chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ position: t, layer: Math.max(0, L - 1 - r) }) });
+    const median = Float64Array.from({ length: M }, (_, m) => [...streams.lengths.row(m)].sort((a, b) => a - b)[T >> 1]);
+    const along = (t) => Float64Array.from({ length: M }, (_, m) => streams.lengths.at(m, t));
+    const series = [{ label: named(state.position), values: along(state.position) }, { label: "median of all tokens", values: median, dash: "dashed" }];
+    if (state.position) series.push({ label: "first token", values: along(0), dash: "dotted" });
+    curves(part, { title: "Length of the stream, on a log scale", names: Array.from({ length: M }, (_, m) => name(m)), log: true, series,
+      choose: (m) => select({ layer: Math.max(0, m - 1) }) });
+    const details = element("details", "numbers", part);
+    element("summary", "", details, `all layers at ${named(state.position)}`);
+    table(details, ["layers read", "first choices of " + named(state.position), "entropy", "rank of answer", "length"], Array.from({ length: M }, (_, m) => [name(m),
+      Array.from({ length: streams.ids.shape[2] }, (_, k) => `${piece(streams.ids.at(m, state.position, k))} ${percent(streams.probabilities.at(m, state.position, k))}`).join(" · "),
+      streams.entropy.at(m, state.position).toFixed(2), String(streams.answer_rank.at(m, state.position)), number(streams.lengths.at(m, state.position))]),
+      { name: "long", mark: (m) => m === state.layer + 1 ? "chosen" : "" });
+  });
+  return update;
+});
+
+// ---- 6 ----
+section("cache", "The KV cache", "Each layer keeps the keys and values of all tokens, so that a new token need not read the text again.", (body) => {
+  const sizes = [["a token", 1], ["this text", T], [`the whole context of ${count(model.context_length)}`, model.context_length]];
+  const bytes = (n) => n >= 2 ** 30 ? number(n / 2 ** 30) + " GiB" : n >= 2 ** 20 ? number(n / 2 ** 20) + " MiB" : number(n / 1024) + " KiB";
+  const tiles = element("dl", "tiles", body);
+  for (const [words, n] of sizes) { const tile = element("div", "", tiles); element("dt", "", tile, words); element("dd", "", tile, bytes(n * cache.bytes_per_token)); }
+  note(body, `2 (key and value) × ${L} layers × ${K} key heads × ${model.head_dim} numbers, in ${model.dtype}.` + (heads.windows.some((w) => w) ? ` Layers with a window read its last ${heads.windows.find((w) => w)} tokens only.` : ""));
+  let measure = "read", update = () => {};
+  choices(body, "colour", [["read", "how much it was read"], ["key_lengths", "length of keys"], ["value_lengths", "length of values"]], measure, (v) => { measure = v; update(); });
+  const mean = (array, l, t) => { const row = array.row(l, t); return row.reduce((a, b) => a + b, 0) / row.length; };
+  update = redrawn(body, (part) => {
+    const value = measure === "read" ? (l, t) => cache.read.at(l, t) / N : (l, t) => mean(cache[measure], l, t);
+    const largest = most(layers.flatMap((l) => tokens.map((t) => value(l, t))));
+    new Grid(part, { title: "What the cache holds, by layer and token", rows: L, columns: T, high: L > 40 ? 9 : 14, wide: 14, widest: 90,
+      value: (l, t) => cache.visible.at(l, t) ? Math.sqrt(value(l, t) / largest) : null, rowName: (l) => `layer ${l}`, columnName: token,
+      tip: (l, t) => [`layer ${l}, token ${named(t)}`, `read ${number(cache.read.at(l, t) / N)} times (probabilities of all later tokens, mean of heads)`,
+        `keys of length ${number(mean(cache.key_lengths, l, t))}`, `values of length ${number(mean(cache.value_lengths, l, t))}`,
+        cache.visible.at(l, t) ? "the next token can read it" : "outside the window of the next token"],
+      figure: (l, t) => number(value(l, t)), chosen: () => [state.layer, state.position], choose: (l, t) => select({ layer: l, position: t }) });
+    note(part, "A first token that is read most, with long keys and short values, is a sink: attention goes there when it has nothing to bring.");
+  });
+  return update;
+});
+
+// ---- 7 ----
+const triangle = (t, s) => t * (t + 1) / 2 + s;
+const probability = (i, t, s) => heads.probabilities.at(i, triangle(t, s));
+const brings = (i, t, s) => probability(i, t, s) * heads.value_lengths.at(i, s);
+section("attention", "Attention", "A head first compares its query with the keys of the text (relevance), and then adds up the values, each by its probability (combination). A key with much probability may bring nothing: look at what is brought first.", (body) => {
+  let kind = "brings", update = () => {};
+  const KINDS = [["brings", "what it brings to the token"], ["previous", "previous token"], ["duplicate", "duplicate"], ["induction", "induction"], ["sink", "mass on the first token"]];
+  choices(body, "heads by", KINDS, kind, (v) => { kind = v; update(); });
+  const overview = redrawn(body, (part) => {
+    const t = state.position, column = { previous: 0, duplicate: 1, induction: 2, sink: 3 }[kind];
+    const value = (i) => { if (kind !== "brings") return heads.kinds.at(i, column); let sum = 0; for (let s = 0; s < t; s++) sum += brings(i, t, s); return sum; };
+    const found = new Map([...headAt].map(([key, i]) => [key, value(i)])), largest = kind === "brings" ? most(found.values()) : 1;
+    const get = (l, n) => found.has(l * N + n) ? found.get(l * N + n) : null;
+    new Grid(part, { title: `All heads, by ${KINDS.find((k) => k[0] === kind)[1]}` + (G > 1 ? `; lines separate groups of ${G} that share keys and values` : ""), rows: L, columns: N, high: L > 40 ? 9 : 14, wide: 10, widest: 60, groups: G, shortColumns: true,
+      value: (l, n) => get(l, n) === null ? null : get(l, n) / largest, rowName: (l) => `layer ${l}` + (heads.windows[l] ? " w" : ""), columnName: (n) => String(n),
+      tip: (l, n) => get(l, n) === null ? [`layer ${l}, head ${n}: left out`] : [`layer ${l}, head ${n}, keys of group ${Math.floor(n / G)}`, `${KINDS.find((k) => k[0] === kind)[1]}: ${number(get(l, n))}`],
+      figure: (l, n) => number(get(l, n)), chosen: () => [state.layer, state.head], choose: (l, n) => select({ layer: l, head: n }) });
+  });
+  let map = "brings";
+  const one = element("div", "", body), title = element("h3", "", one);
+  choices(one, "map", [["brings", "what is brought: p × |v W_O|"], ["probability", "probability"], ["score", "score"]], map, (v) => { map = v; update(); });
+  const detail = redrawn(one, (part) => {
+    const i = headAt.get(state.layer * N + state.head), t = state.position;
+    title.textContent = `Layer ${state.layer}, head ${state.head}` + (G > 1 ? `, one of ${G} on key head ${Math.floor(state.head / G)}` : "") + (heads.windows[state.layer] ? `, window of ${heads.windows[state.layer]} tokens` : "");
+    if (i === undefined) { note(part, "This head was left out of the page to keep it small; choose another."); return; }
+    const score = (q, k) => Math.log(probability(i, q, k)) + heads.lse.at(i, q);
+    const get = { brings: (q, k) => brings(i, q, k), probability: (q, k) => probability(i, q, k), score }[map];
+    const all = tokens.flatMap((q) => tokens.slice(0, q + 1).map((k) => get(q, k))), largest = map === "probability" ? 1 : most(all);
+    const two = element("div", "two", part), left = element("div", "", two), right = element("div", "", two);
+    new Grid(left, { title: "Rows read columns", rows: T, columns: T, high: Math.max(5, Math.min(22, 420 / T)), wide: Math.max(5, Math.min(22, 300 / T)), widest: 26,
+      value: (q, k) => k > q ? undefined : isFinite(get(q, k)) ? get(q, k) / largest : 0, rowName: token, columnName: token,
+      tip: (q, k) => k > q ? [`${named(q)} cannot see ${named(k)}`] : [`${named(q)} reads ${named(k)}`, `score ${number(score(q, k))}`, `probability ${percent(probability(i, q, k))}`, `|v W_O| ${number(heads.value_lengths.at(i, k))}`, `brings ${number(brings(i, q, k))}`],
+      figure: (q, k) => k > q ? "" : number(get(q, k)), chosen: () => [t, -1], choose: (q) => select({ position: q }) });
+    const keys = tokens.slice(0, t + 1), longest = most(heads.value_lengths.row(i)), best = most(keys.map((k) => brings(i, t, k)));
+    const words = element("p", "shaded", right);
+    for (const k of keys) { const word = element("span", "", words, token(k)); word.style.background = css(shade(brings(i, t, k) / best)); if (brings(i, t, k) / best > 0.55) word.style.color = palette().deep; }
+    let seen = 0;
+    for (const k of keys) seen += probability(i, t, k);
+    table(right, [`${named(t)} reads`, "1 score q·k", "probability", "2 |v W_O|", "brings"], keys.map((k) => [named(k), number(score(t, k)), { bar: probability(i, t, k), text: percent(probability(i, t, k)) },
+      { bar: heads.value_lengths.at(i, k) / longest, text: number(heads.value_lengths.at(i, k)) }, { bar: brings(i, t, k) / best, text: number(brings(i, t, k)) }]), { name: "bars" });
+    note(right, `Relevance: scores are scaled products of the query and each key; softmax makes probabilities, here ${percent(seen)} in sum${seen < 0.995 ? ", the rest is a learned sink" : ""}. Combination: each value, through the output projection, is added by its probability.`);
+  });
+  update = () => { overview(); detail(); };
+  return update;
+});
+
+// ---- 8 ----
+section("memory", "Feed-forward as memory", "Each unit of a feed-forward fires on some texts, and then adds its own direction to the stream, which makes some next tokens likelier. Below are the units that did most for or against the answer at the chosen token: what each adds to its logit, over what it adds to a mean token's.", (body) => redrawn(body, (part) => {
+  if (!units) { note(part, `There are no units here: ${view.units_refusal}.`); return; }
+  const all = [...units.positions.values], at = all.indexOf(state.position), t = at < 0 ? view.position : state.position, p = all.indexOf(t);
+  if (at < 0) note(part, `Units were kept for tokens ${all[0]} to ${all[all.length - 1]}; this is token ${named(t)}.`);
+  const n = units.units.shape[1], largest = most(units.parts.row(p));
+  table(part, ["layer · unit", `adds to ${piece(answer.ids.at(t, 0))}`, "activation", "what it makes likelier"], Array.from({ length: n }, (_, u) => {
+    const activation = units.activations.at(p, u, t);
+    return [`${units.layers.at(p, u)} · ${units.units.at(p, u)}`, { bar: units.parts.at(p, u) / largest, text: number(units.parts.at(p, u)) }, number(activation),
+      [...units.promotes.row(p, u)].map(piece).join(" · ")];
+  }), { name: "bars long" });
+  const strongest = most(units.activations.row(p));
+  new Grid(part, { title: "On which tokens these units fire (activation)", rows: n, columns: T, high: 16, wide: 14, widest: 80, value: (u, s) => units.activations.at(p, u, s) / strongest,
+    rowName: (u) => `${units.layers.at(p, u)}, ${units.units.at(p, u)}`, columnName: token, figure: (u, s) => number(units.activations.at(p, u, s)),
+    tip: (u, s) => [`layer ${units.layers.at(p, u)}, unit ${units.units.at(p, u)}`, `at ${named(s)}: ${number(units.activations.at(p, u, s))}`],
+    chosen: () => [-1, -1], choose: (u, s) => select({ position: s, layer: units.layers.at(p, u) }) });
+}));
+
+// ---- 9 ----
+section("adding", "Adding and normalizing", "What a layer adds is small beside a stream that grows; before each part reads it, a norm divides it to one size. A rotation then turns queries and keys by their position, so that a score depends on the distance of two tokens.", (body) => redrawn(body, (part) => {
+  const t = state.position, over = (array) => array ? layers.map((l) => array.at(l, t)) : layers.map(() => NaN), names = layers.map(String);
+  const choose = (l) => select({ layer: l });
+  const before = layers.map((l) => streams.lengths.at(l, t));
+  curves(part, { title: `Lengths at ${named(t)}, by layer, on a log scale`, names, log: true, chosen: state.layer, choose, series: [{ label: "stream", values: before },
+    { label: "attention adds", values: over(additions.attention), dash: "dashed" }, { label: "feed-forward adds", values: over(additions.feed_forward), dash: "dotted" }] });
+  curves(part, { title: "Direction of what is added: 1 along the stream, 0 across, −1 against it", names, zero: true, chosen: state.layer, choose, series: [
+    { label: "attention", values: over(additions.attention_alignment) }, { label: "feed-forward", values: over(additions.feed_forward_alignment), dash: "dashed" }] });
+  const details = element("details", "numbers", part);
+  element("summary", "", details, "as a table, with the divisors of the norms");
+  table(details, ["layer", "stream", "divisor", "attention reads", "attention adds", "divisor", "feed-forward reads", "feed-forward adds"], layers.map((l) => [String(l), before[l], additions.attention_divisor && additions.attention_divisor.at(l, t),
+    additions.attention_input.at(l, t), additions.attention.at(l, t), additions.feed_forward_divisor && additions.feed_forward_divisor.at(l, t), additions.feed_forward_input.at(l, t), additions.feed_forward.at(l, t)].map((v, c) => c ? number(v) : v)));
+  const i = headAt.get(state.layer * N + state.head), R = heads.rotary_dim;
+  element("h3", "", part, `Rotation of the query of layer ${state.layer}, head ${state.head}, at ${named(view.position)}`);
+  if (!R || i === undefined) { note(part, R ? "This head was left out of the page." : "This model does not rotate queries and keys."); return; }
+  const dials = element("div", "dials", part), size = 48, q0 = heads.before_rotation.row(i), q1 = heads.after_rotation.row(i), pairs = R / 2;
+  const rows = [];
+  for (let k = 0; k < pairs; k++) {
+    const svg = node("svg", { viewBox: `0 0 ${size} ${size}`, width: size, height: size, role: "img" }, dials), c = size / 2, scale = (c - 5) / (Math.hypot(q0[k], q0[k + pairs]) || 1);
+    const turn = (Math.atan2(q1[k + pairs], q1[k]) - Math.atan2(q0[k + pairs], q0[k]) + 4 * Math.PI) % (2 * Math.PI);
+    node("circle", { cx: c, cy: c, r: c - 3, class: "dial" }, svg);
+    node("line", { x1: c, y1: c, x2: c + q0[k] * scale, y2: c - q0[k + pairs] * scale, class: "curve raw-query" }, svg);
+    node("line", { x1: c, y1: c, x2: c + q1[k] * scale, y2: c - q1[k + pairs] * scale, class: "curve s0" }, svg);
+    const words = `pair ${k}: turned by ${number(turn * 180 / Math.PI)}°, length ${number(Math.hypot(q1[k], q1[k + pairs]))}`;
+    svg.setAttribute("aria-label", words);
+    svg.addEventListener("pointermove", (e) => hint([words], e.clientX, e.clientY));
+    svg.addEventListener("pointerleave", () => hint(null));
+    rows.push([`${k}, ${k + pairs}`, number(q0[k]), number(q0[k + pairs]), number(q1[k]), number(q1[k + pairs]), number(turn * 180 / Math.PI) + "°"]);
+  }
+  note(part, "Each dial is a pair of the query's dimensions, drawn to its own length: dashed before, solid after. Pairs turn at different speeds, and keep their lengths.");
+  asTable(part, ["dimensions", "before", "", "after", "", "turned, modulo 360°"], () => rows);
+}));
+
+// ---- 10 ----
+const [ours, theirs] = causes.tokens.map(piece);
+section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(causes.difference)} above ${theirs} at ${named(causes.position)}. The logits are a sum over all that was added to the stream, so each part's share can be read off (attribution). Whether it matters shows only when the model runs without it (ablation, patching).`, (body) => redrawn(body, (part) => {
+  if (causes.refusal) note(part, `What is missing here: ${causes.refusal}.`);
+  if (causes.parts) {
+    const parts = [["embedding", causes.total.embedding], ...layers.flatMap((l) => [[`attn ${l}`, causes.parts.at(l, 0)], [`ffn ${l}`, causes.parts.at(l, 1)]])];
+    const running = [];
+    parts.reduce((sum, [, v]) => (running.push(sum + v), sum + v), 0);
+    curves(part, { title: `Written so far to ${ours} − ${theirs} (logits), part by part`, names: parts.map((p) => p[0]), zero: true, series: [{ label: "sum so far", values: running }, { label: "part", values: parts.map((p) => p[1]), dash: "dotted" }],
+      choose: (i) => i && select({ layer: Math.floor((i - 1) / 2) }) });
+    note(part, `All parts add up to ${number(causes.total.sum)}; the model's own difference is ${number(causes.difference)}.`);
+    const largest = most(parts.map((p) => p[1])), ordered = [...parts].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 10);
+    table(part, ["largest parts", "adds"], ordered.map(([name, v]) => [name, { bar: v / largest, text: number(v) }]), { name: "bars" });
+  }
+  const removed = new Map(Array.from({ length: causes.ablated.shape[0] }, (_, i) => [causes.ablated.at(i, 0) * N + causes.ablated.at(i, 1), causes.ablation.at(i)]));
+  const largest = most([...removed.values(), ...(causes.heads ? causes.heads.values : [])]);
+  const two = element("div", "two", part);
+  const grid = (parent, title, get) => new Grid(parent, { title, rows: L, columns: N, high: L > 40 ? 9 : 14, wide: 10, widest: 44, groups: G, shortColumns: true, rowName: (l) => `layer ${l}`, columnName: String,
+    value: (l, n) => get(l, n) === null ? null : get(l, n) / largest, figure: (l, n) => number(get(l, n)), chosen: () => [state.layer, state.head], choose: (l, n) => select({ layer: l, head: n }),
+    tip: (l, n) => [`layer ${l}, head ${n}`, `adds ${number(causes.heads ? causes.heads.at(l, n) : NaN)}`, removed.has(l * N + n) ? `without it the difference falls by ${number(removed.get(l * N + n))}` : "was not removed"] });
+  if (causes.heads) grid(two, "What each head adds (attribution)", (l, n) => causes.heads.at(l, n));
+  grid(two, "What is lost without it (ablation)", (l, n) => removed.has(l * N + n) ? removed.get(l * N + n) : null);
+  if (causes.heads) cloud(part, { title: `Do they agree? Correlation ${causes.ablation_agreement === null ? "–" : causes.ablation_agreement.toFixed(2)}, over ${removed.size} heads`, xName: "adds", yName: "lost without",
+    points: [...removed].map(([key, v]) => ({ x: causes.heads.values[key], y: v, name: `layer ${Math.floor(key / N)}, head ${key % N}` })) });
+  note(part, "Where they differ, other heads made up for the one removed, or it works through later parts.");
+  if (!comparison) { note(part, "With --against \"another text\" of as many tokens, its streams are put into this one, layer by layer and token by token."); return; }
+  element("h3", "", part, "What if: streams of another text");
+  note(part, `The other text: ${view.against.map(shown).join(" ")}. There the difference is ${number(comparison.difference)}.`);
+  const patched = new Map(Array.from({ length: comparison.patched.shape[0] }, (_, i) => [comparison.patched.at(i, 0) * T + comparison.patched.at(i, 1), comparison.change.at(i)]));
+  const change = most([...patched.values()]), both = element("div", "two", part);
+  const plot = (title, get) => new Grid(both, { title, rows: L, columns: T, high: 14, wide: 14, widest: 44, rowName: (r) => `into ${L - 1 - r}`, columnName: token,
+    value: (r, t) => get(L - 1 - r, t) === null ? null : get(L - 1 - r, t) / change, figure: (r, t) => number(get(L - 1 - r, t)), chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ layer: L - 1 - r, position: t }),
+    tip: (r, t) => [`layer ${L - 1 - r}, ${named(t)} in place of ${shown(view.against[t])}`, `estimate ${number(comparison.estimate.at(L - 1 - r, t))}`, patched.has((L - 1 - r) * T + t) ? `measured ${number(patched.get((L - 1 - r) * T + t))}` : "not measured"] });
+  plot("Change of the difference, estimated by one backward pass", (l, t) => comparison.estimate.at(l, t));
+  plot("Change of the difference, measured", (l, t) => patched.has(l * T + t) ? patched.get(l * T + t) : null);
+  cloud(part, { title: `Do they agree? Correlation ${comparison.agreement === null ? "–" : comparison.agreement.toFixed(2)}, over ${patched.size} patches`, xName: "estimate", yName: "measured",
+    points: [...patched].map(([key, v]) => ({ x: comparison.estimate.values[key], y: v, name: `layer ${Math.floor(key / T)}, ${named(key % T)}` })) });
+}));
+
+// ---- 11 ----
+const WORDS = [
+  ["probability, logit", "The model gives each piece a number, its logit; softmax turns all of them into probabilities that sum to 1."],
+  ["entropy, surprise", "−Σ p log p of a distribution, and −log p of what came, in nats. 0.69 nats are one bit."],
+  ["logit lens", "The stream after a layer through the last norm and the output head (nostalgebraist 2020)."],
+  ["brings, p × |v W_O|", "The length of what a key adds to the query's stream (Kobayashi et al. 2020, arXiv:2004.10102)."],
+  ["previous, duplicate, induction", "Mean probability on the token before, on earlier occurrences of the same token, and on what followed those (Olsson et al. 2022, arXiv:2209.11895)."],
+  ["sink", "A first token that takes the attention of heads that have nothing to bring (Xiao et al. 2023, arXiv:2309.17453)."],
+  ["unit", "A row of the feed-forward: its activation times its output direction is added to the stream (Geva et al. 2021, arXiv:2012.14913)."],
+  ["attribution", "A part's share of a logit difference, with the divisor of the last norm held fixed (Elhage et al. 2021)."],
+  ["ablation", "The difference with a head's output set to 0, for the whole text."],
+  ["patching", "The difference with the stream that enters a layer, at one token, taken from another text (Wang et al. 2022, arXiv:2211.00593); estimated as (other − own) · gradient (Nanda 2023)."],
+];
+section("notes", "Definitions, the call, and the numbers", "", (body) => {
+  table(body, ["word", "meaning"], WORDS, { name: "long" });
+  element("h3", "", body, "How to make this page again");
+  element("pre", "", body, view.call).tabIndex = 0;
+  element("h3", "", body, "What was left out");
+  element("p", "", body, view.left_out.length ? `To keep this file small: ${view.left_out.join("; ")}.` : "Nothing.");
+  const button = element("button", "", body, "Save the numbers as JSON");
+  button.type = "button";
+  button.addEventListener("click", () => {
+    const words = JSON.stringify(view, (_, value) => value instanceof Numbers ? value.nested() : value);
+    const link = element("a", "", body);
+    link.href = URL.createObjectURL(new Blob([words], { type: "application/json" }));
+    link.download = "inside.json";
+    link.click();
+    URL.revokeObjectURL(link.href);
+    link.remove();
+  });
+  const sites = element("details", "", body);
+  element("summary", "", sites, "All values of this model that can be read");
+  table(sites, ["value", "shape", "here", "what it is"], view.sites.map((s) => [s.name, s.letters, s.shape.join(" × "), s.description]), { name: "long" });
+  const config = element("details", "", body);
+  element("summary", "", config, "Configuration");
+  table(config, ["field", "value"], Object.entries(model).map(([name, value]) => [name, JSON.stringify(value)]), { name: "long" });
+});
+
+// The head that brings most to the answer.
+let best = [0, 0, -1];
+for (const [key, i] of headAt) {
+  let sum = 0;
+  for (let s = 0; s < view.position; s++) sum += brings(i, view.position, s);
+  if (causes.heads) sum = Math.abs(causes.heads.values[key]);
+  if (sum > best[2]) best = [Math.floor(key / N), key % N, sum];
+}
+select({ layer: best[0], head: best[1] });
+let width = innerWidth, waiting = 0;
+addEventListener("resize", () => {
+  if (innerWidth === width) return;
+  width = innerWidth;
+  cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => select({}));
+});
+dark.addEventListener("change", () => select({}));
+document.body.dataset.ready = "yes";
+})();

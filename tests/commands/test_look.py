@@ -1,0 +1,68 @@
+"""`jaxlm look` and the page of `sample --look`, in process, on a small saved model."""
+
+import json
+
+import numpy as np
+import pytest
+from inside_case import CONFIG, PARAMS, TOKENIZER
+
+from jaxlm.checkpoint.save import save
+from jaxlm.cli import main
+from jaxlm.commands.arguments import SampleArguments, read_arguments
+from jaxlm.commands.generation_page import write_generation
+from jaxlm.config import SampleConfig
+from jaxlm.infer.generate import Generation
+
+
+def test_arguments():
+    arguments = ["m", "--prompt", "a", "-o", "b.html"]
+    (chosen,) = read_arguments("look", arguments, "jaxlm look")
+    assert (chosen.run, str(chosen.out), chosen.dtype) == ("m", "b.html", "float32")
+    with pytest.raises(ValueError, match="--prompt is missing"):
+        read_arguments("look", ["m"], "jaxlm look")
+
+
+def data_of(path):
+    text = path.read_text()
+    data = text.split('<script type="application/json" id="data">')[1]
+    return json.loads(data.split("</script>")[0])
+
+
+@pytest.mark.slow
+def test_the_page_of_a_text(tmp_path, capsys):
+    run, page = tmp_path / "tiny", tmp_path / "look.html"
+    save(run, CONFIG, PARAMS, TOKENIZER)
+    text = ["look", str(run), "--prompt", "abcab", "--against", "abxab"]
+    assert main([*text, "-o", str(page)]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
+    data = data_of(page)
+    assert data["against"] == list("abxab") and data["position"] == 4
+    assert data["call"] == f"jaxlm look {run} --prompt abcab --against abxab"
+    assert data["title"] == "tiny"
+
+
+@pytest.mark.slow
+def test_the_page_of_a_generation(tmp_path):
+    page, none = tmp_path / "sample.html", np.zeros((1, 5, 0), np.int32)
+    chosen = SampleArguments(
+        run="runs/tiny", look=page, sample=SampleConfig(temperature=0.0)
+    )
+    result = Generation(
+        tokens=np.array([[100, 101, 102, 0, 0]]),
+        lengths=np.array([3]),
+        logprobs=np.zeros((1, 5), np.float32),
+        top_tokens=none,
+        top_logprobs=none.astype(np.float32),
+        prefill_s=0.0,
+        decode_s=0.0,
+        compile_s=0.0,
+        prefill_tokens=np.array([3]),
+        state=None,
+    )
+    write_generation(CONFIG, PARAMS, TOKENIZER, TOKENIZER.encode("abc"), result, chosen)
+    data = data_of(page)
+    assert (data["position"], data["text"]["num_prompt"]) == (2, 3)
+    assert [row["id"] for row in data["text"]["rows"]] == list(b"abcdef")
+    steps = data["choice"]["steps"]
+    assert [step["rule"] for step in steps] == ["model", "temperature"]
+    assert steps[-1]["kept"] == 1 and data["choice"]["settings"]["temperature"] == 0
