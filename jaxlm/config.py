@@ -522,6 +522,11 @@ class TrainConfig:
     """Prompt of the text samples."""
     sample_tokens: int = 200
     """New tokens in each text sample."""
+    look_every: int = 0
+    """Steps between looks inside while the model reads a sentence, drawn in the report:
+    entropy, lens depth, head scores; 0: none."""
+    look_text: str = "The cat sat on the mat, and the dog sat"
+    """That sentence; its first 32 tokens are read, and then again."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     checkpoint_minutes: float = 15.0
@@ -545,6 +550,7 @@ class TrainConfig:
         positive = ("steps", "batch_size", "accumulation_steps", "log_every", "keep")
         check(self, "train", "> 0", *positive)
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
+        not_negative += ("look_every",)
         not_negative += ("sample_tokens", "checkpoint_every", "checkpoint_minutes")
         not_negative += ("keep_every", "max_minutes", "load_balance_loss")
         not_negative += ("eval_batches", "skip_spikes")

@@ -1,7 +1,7 @@
 """The logit lens: what the model would predict if each layer were the last."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import unembed
@@ -37,3 +37,13 @@ def stream_alignment(
     x, y = addends.astype(jnp.float32), stream.astype(jnp.float32)
     lengths = stream_norms(x) * stream_norms(y)
     return jnp.sum(x * y, axis=-1) / jnp.maximum(lengths, 1e-30)
+
+
+def lens_depth(choices: Int[Array, "L *B"]) -> Int[Array, "*B"]:
+    """Returns how many layers the answer needs: from then on it stays the last one's.
+
+    Args:
+      choices: the likeliest token after each layer, of `logit_lens`.
+    """
+    same = jnp.flip(choices == choices[-1], axis=0)
+    return choices.shape[0] - jnp.sum(jnp.cumprod(same, axis=0), axis=0) + 1

@@ -17,6 +17,12 @@ function element(tag, className, parent, text) {
   if (parent) parent.append(made);
   return made;
 }
+// A short line in the style of a curve, and its name.
+function key(parent, label, style) {
+  const made = element("span", "key", parent), sign = node("svg", { width: 24, height: 8, "aria-hidden": "true" }, made);
+  node("path", { d: "M1 4h22", class: "curve " + style }, sign);
+  made.append(" " + label);
+}
 
 // ---- Numbers in words ----
 function short(v) {

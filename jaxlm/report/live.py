@@ -47,7 +47,7 @@ class LiveReport:
         if row["kind"] == "event":  # such as the start: nothing new to draw
             self._update(next_s=EVERY_S, draw=False)
             return
-        rare = row["kind"] in ("eval", "sample")
+        rare = row["kind"] in ("eval", "sample", "look")
         if not (rare or now - self._written >= EVERY_S):
             return
         if (self._spent or 0.0) > ALLOWANCE_S + MAX_SHARE * (now - self._began):

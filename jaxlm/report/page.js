@@ -13,9 +13,13 @@ const CHARTS = [
   { title: "Tokens per second", curves: ["tokens_per_s"], smooth: true, zero: true, form: count },
   { title: "MFU (model FLOPs utilization: share of the peak FLOP/s)", curves: ["mfu"], smooth: true, zero: true,
     form: (v) => short(100 * v) + " %" },
+  { title: "Best previous-token and induction head (probability)", curves: ["previous", "induction"], zero: true },
+  { title: "Entropy of a sentence (nats)", curves: ["entropy"], zero: true },
+  { title: "Layers until the logit lens has the answer", curves: ["lens_depth"], zero: true },
 ];
 const CURVE_NAMES = { train: "train", eval: "held-out", lr: "learning rate",
-  grad_norm: "gradient norm", tokens_per_s: "tokens/s", mfu: "MFU" };
+  grad_norm: "gradient norm", tokens_per_s: "tokens/s", mfu: "MFU", entropy: "entropy",
+  lens_depth: "layers", previous: "previous token", induction: "induction" };
 
 const AXIS_FORM = { step: (v) => String(Number(v.toPrecision(7))), tokens: count, time: clock };
 const AXIS_NAME = { step: "step", tokens: "tokens seen", time: "training time" };
@@ -44,10 +48,10 @@ function seriesOf(chart) {
   runs.forEach((run, r) => chart.curves.forEach((name) => {
     const curve = run.curves[name];
     if (!curve || !curve.y.length || state.hidden.has(several ? r : name)) return;
-    const isEval = name === "eval";
+    const isEval = name === "eval", second = chart.curves.indexOf(name) > 0;
     const series = { x: curve[state.axis], y: curve.y, curve, points: isEval,
-      colour: "s" + (several ? r % 6 : isEval ? 1 : 0),
-      dash: several && isEval ? "dashed" : r >= 6 ? "dotted" : "",
+      colour: "s" + (several ? r % 6 : second ? 1 : 0),
+      dash: several && second ? "dashed" : r >= 6 ? "dotted" : "",
       label: several ? run.name + (chart.curves.length > 1 ? ", " + CURVE_NAMES[name] : "") : CURVE_NAMES[name] };
     if (chart.smooth && !isEval && state.smoothing > 0) {
       const base = curve.mean || curve;
@@ -82,6 +86,8 @@ class Chart {
     this.chart = chart;
     this.figure = element("figure", chart.big ? "big" : "", byId("charts"));
     element("figcaption", "", this.figure, chart.title);
+    if (!chart.big && chart.curves.length > 1)
+      chart.curves.forEach((name, i) => key(this.figure, CURVE_NAMES[name], several ? i ? "dashed" : "" : "s" + i));
     this.svg = node("svg", { tabindex: 0, role: "img", "aria-label": chart.title + "; arrow keys read its values" }, this.figure);
     this.tip = element("div", "tip", this.figure);
     this.tip.hidden = true;

@@ -37,6 +37,10 @@ CURVES = {
     "grad_norm": ("train", "grad_norm"),
     "tokens_per_s": ("train", "tokens_per_s"),
     "mfu": ("train", "mfu"),
+    "entropy": ("look", "entropy"),
+    "lens_depth": ("look", "lens_depth"),
+    "previous": ("look", "previous"),
+    "induction": ("look", "induction"),
 }
 
 
@@ -130,7 +134,7 @@ def _run_data(run: Run) -> Json:
     for curve, (kind, field) in CURVES.items():
         rows = run.of_kind(kind)
         values, steps = column(rows, field), column(rows, "step")
-        if kind == "train" and curve != "train" and not np.isfinite(values).any():
+        if kind != "eval" and curve != "train" and not np.isfinite(values).any():
             continue
         positions = np.stack(
             [steps, *(np.interp(steps, track[0], track[i]) for i in (1, 2))]

@@ -3,8 +3,9 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,6 +44,8 @@ class Hooks:
     sample: Callable[[Params, int, Callable[[], bool]], str] | None = None
     """Generates text from the parameters at a step, until the function that it is given
     returns True; None: no samples."""
+    look: Callable[[Params], Mapping[str, Any]] | None = None
+    """Returns the fields of a "look" row, from the parameters; None: no looks."""
 
 
 def fit(
@@ -94,7 +97,7 @@ def fit(
     clock = SaveClock(train.checkpoint_minutes, processes)
 
     def look(kinds: Collection[str]) -> None:
-        """Evaluates and samples the current state, unless a stop is requested."""
+        """Evaluates, samples and inspects the state, unless a stop is requested."""
         if "eval" in kinds and hooks.held_out and not stop.is_requested():
             with log.waiting("evaluating"):
                 batches = hooks.held_out()
@@ -107,6 +110,9 @@ def fit(
                 text = hooks.sample(state.params, step, stop.is_requested)
             if not stop.is_requested():  # Then the text is cut off.
                 log.sample(step, text)
+        if "look" in kinds and hooks.look and not stop.is_requested():
+            with log.waiting("looking inside"):
+                log.look(step, hooks.look(state.params))
 
     def save(is_last: bool) -> None:
         """Saves the current state. What fails may also be the save before."""
@@ -187,12 +193,14 @@ def _evaluate(
 
 
 def due_kinds(train: TrainConfig, hooks: Hooks, step: int) -> set[str]:
-    """Returns which of the rows "eval" and "sample" a step has."""
+    """Returns which of the rows "eval", "sample" and "look" a step has."""
     kinds, last = set(), step == train.steps
     if hooks.held_out and (last or _due(step, train.eval_every)):
         kinds.add("eval")
     if hooks.sample and train.sample_every and (last or _due(step, train.sample_every)):
         kinds.add("sample")
+    if hooks.look and train.look_every and (last or _due(step, train.look_every)):
+        kinds.add("look")
     return kinds
 
 
@@ -297,6 +305,10 @@ class _Log:
         self._writer.write("sample", step, text=text, prompt=prompt)
         shown = (prompt + text).strip("\n")
         self._progress.note(f"\n--- sample at step {step}\n{shown}\n")
+
+    def look(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Writes what was seen inside."""
+        self._writer.write("look", step, **fields)
 
     def save_failed(self, step: int, error: SaveError) -> None:
         """Writes that a checkpoint could not be saved."""

@@ -43,6 +43,14 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
         "targets": "number of predicted tokens",
     },
     "sample": {"text": "generated text", "prompt": "the text that it continues"},
+    "look": {
+        "entropy": "mean entropy of the next token of a sentence, nats",
+        "lens_depth": "mean number of layers until the logit lens has the answer",
+        "previous": "the best head's probability on the token before",
+        "induction": "the best head's on what followed the same token before",
+        "previous_heads": "that of all heads, by layer",
+        "induction_heads": "that of all heads, by layer",
+    },
     "event": {"event": "what happened, such as 'resume'"},
 }
 
@@ -244,7 +252,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         """Appends a row.
 
         Args:
-          kind: 'train', 'eval', 'sample' or 'event'.
+          kind: 'train', 'eval', 'sample', 'look' or 'event'.
           step: number of optimizer steps done.
           **values: at least the fields of the kind in `FIELDS`; numbers may be NumPy
             or JAX scalars.

@@ -5,7 +5,12 @@ import numpy as np
 from model_case import ids, make, small
 from ops_case import quick_jit
 
-from jaxlm.interp.lens import logit_lens, stream_norms
+from jaxlm.interp.lens import (
+    lens_depth,
+    logit_lens,
+    stream_alignment,
+    stream_norms,
+)
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.tap import Tap
 
@@ -31,3 +36,15 @@ def test_the_lens_normalizes_and_the_last_layer_is_the_model():
     lengths = np.sqrt(np.square(np.float64(stream)).sum(-1))
     np.testing.assert_allclose(stream_norms(stream), lengths, rtol=1e-5)
     assert stream_norms(stream.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_the_depth_is_the_layer_from_which_the_answer_stays():
+    choices = jnp.array([[7, 1, 7, 3], [5, 1, 5, 3], [7, 1, 7, 4], [7, 1, 8, 3]])
+    assert lens_depth(choices).tolist() == [3, 1, 4, 4]
+
+
+def test_alignment_is_the_cosine():
+    x = jnp.array([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0], [0.0, 0.0]])
+    y = jnp.array([[6.0, 8.0], [5.0, 0.0], [9.0, 9.0], [1.0, 1.0]])
+    wanted = [1.0, 0.0, -np.sqrt(0.5), 0.0]
+    np.testing.assert_allclose(stream_alignment(x, y), wanted, atol=1e-6)

@@ -33,7 +33,7 @@ from jaxlm.sharding.mesh import make_mesh
 from jaxlm.terminal.progress import ProgressLine
 from jaxlm.train import loop
 from jaxlm.train.loop import Hooks, fit
-from jaxlm.train.metrics import MetricsWriter, read_metrics
+from jaxlm.train.metrics import FIELDS, MetricsWriter, read_metrics
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import (
@@ -401,6 +401,20 @@ def test_an_evaluation_has_two_batches_in_flight(tmp_path, monkeypatch, stops_af
     assert most == loop.AHEAD == 2
     assert not in_flight
     assert ended == ([0] if stops_after == 20 else [])
+
+
+def test_looks_are_rows_at_their_steps_and_at_the_end(tmp_path, monkeypatch):
+    def train_step(state, batch):
+        metrics = StepMetrics(1.0, 1.0, 1.0, 1.0)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
+    fields = dict.fromkeys(FIELDS["look"], 0.5)
+    hooks = Hooks(save=lambda state: None, look=lambda params: fields)
+    Trial(tmp_path, config_of(look_every=2, steps=5), 5 * [BATCH], hooks)
+    rows = [row for row in read_metrics(tmp_path) if row["kind"] == "look"]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert rows[0]["induction"] == 0.5
 
 
 def test_a_step_after_a_slow_one_is_read_at_once(tmp_path, monkeypatch):

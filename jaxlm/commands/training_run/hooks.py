@@ -6,6 +6,7 @@ from functools import partial
 import jax
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.commands.training_run.looks import make_looks
 from jaxlm.commands.training_run.sampler import make_sampler
 from jaxlm.config import Config, TrainConfig
 from jaxlm.data.loader import Dataset, place
@@ -49,6 +50,7 @@ def make_hooks(
         held_out=held_out if numbers else None,
         bytes_per_token=dataset.eval_bytes_per_token if numbers else None,
         sample=make_sampler(config, tokenizer) if samples else None,
+        look=make_looks(config, tokenizer) if config.train.look_every else None,
     )
 
 

@@ -253,11 +253,7 @@ function curves(parent, options) {
   const figure = element("figure", "curves", parent);
   element("figcaption", "", figure, options.title);
   const keys = element("p", "keys", figure);
-  series.forEach((s, i) => {
-    const key = element("span", "", keys), sign = node("svg", { width: 24, height: 8, "aria-hidden": "true" }, key);
-    node("path", { d: "M1 4h22", class: `curve s${i % 6} ${s.dash || ""}` }, sign);
-    key.append(" " + s.label);
-  });
+  series.forEach((s, i) => key(keys, s.label, `s${i % 6} ${s.dash || ""}`));
   const width = Math.max(260, figure.clientWidth - 16), height = 220, n = names.length;
   const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, height, tabindex: 0, role: "img", "aria-label": options.title + ". Arrow keys read the values." }, figure);
   const all = series.flatMap((s) => [...s.values]).filter((v) => isFinite(v) && (!log || v > 0));
