@@ -13,12 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
-from jaxlm.types import Params
+from jaxlm.types import Params, Trace
 
 Metric = Callable[[Float[Array, "B V"]], Float[Array, ""]]
+
+# What the passes of a sweep share, from one unedited pass.
+_BASE_TAPS = (Tap("resid_pre"), Tap("k_rot"), Tap("v"))
+# A sweep goes over parts of the text, each without the tokens before it, and over
+# groups of layers, each from its first layer on. Finer ones do less, and compile longer.
+_PARTS = 2
+_LAYERS_AT_ONCE = 4
 
 
 def metric_of(
@@ -60,10 +69,73 @@ def sweep(
     return jax.lax.map(one, cells, batch_size=batch_size)
 
 
-def _grid(rows: int, columns: int) -> tuple[Array, Array]:
-    """Returns the indices of all cells of a table, row by row."""
-    grid = jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij")
-    return grid[0].reshape(-1), grid[1].reshape(-1)
+def _layer_sweep(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    base: Trace,
+    edits_of: Callable[[Array, Array], Sequence[Edit]],
+    cells: Int[Array, " C"],
+    *,
+    first: int,
+    position: int,
+    batch_size: int,
+) -> Float[Array, "L C B D"]:
+    """Returns the last hidden states at one position, of each layer's edits.
+
+    Exact, and less work than whole passes: an edit in layer l needs only the layers
+    from l on, and one at position p only the tokens from p on, with the keys and values
+    of the unedited tokens before.
+
+    Args:
+      base: of `_base_taps`, of the unedited text.
+      edits_of: makes the edits of a layer and a cell.
+      first: no cell changes a token before this one.
+    """
+    cache = None
+    if first:
+        keys_and_values = LayerCache(base["k_rot"], base["v"])
+        lengths = jnp.full(len(tokens), first, jnp.int32)
+        cache = Cache(keys_and_values, lengths, is_kept=False)
+    group = _LAYERS_AT_ONCE
+    starts = jnp.arange(0, config.num_layers, group)
+
+    def of_group(start: Array) -> Array:
+        stream = base["resid_pre"][start][:, first:]
+        layers = jnp.minimum(start + jnp.arange(group), config.num_layers - 1)
+
+        def one(cell: Any) -> Array:
+            out = forward(
+                *(config, params, tokens[:, first:]),
+                cache=cache,
+                edits=edits_of(*cell),
+                head=False,
+                start=start,
+                stream=stream,
+            )
+            return out.hidden_states[:, position - first]
+
+        pairs = jnp.repeat(layers, len(cells)), jnp.tile(cells, group)
+        return jax.lax.map(one, pairs, batch_size=batch_size)
+
+    found = jax.lax.map(of_group, starts)
+    shape = (-1, len(cells), *found.shape[2:])
+    return found.reshape(shape)[: config.num_layers]
+
+
+def _metrics(
+    config: ModelConfig,
+    metric: Metric,
+    params: Params,
+    hidden: Float[Array, "L C B D"],
+    batch_size: int,
+) -> Float[Array, "L C"]:
+    def one(x: Array) -> Array:
+        return metric(unembed(config, params, x))
+
+    flat = hidden.reshape(-1, *hidden.shape[2:])
+    values = jax.lax.map(one, flat, batch_size=batch_size)
+    return values.reshape(hidden.shape[:2])
 
 
 def activation_patching(
@@ -85,19 +157,37 @@ def activation_patching(
     Args:
       tokens: the text whose model is patched.
       source: the site's trace of another text of as many tokens.
+      position: of the logits; -1 is the last.
+      batch_size: how many cells are computed at once: a bound on memory.
     """
-    L, T = config.num_layers, tokens.shape[1]
+    T, axis = tokens.shape[1], SITES[site].axis("T")
+    assert axis is not None
+    position %= T
+    base = forward(config, params, tokens, taps=_BASE_TAPS, head=False)
+    parts = []
+    firsts = sorted({T * i // _PARTS for i in range(_PARTS)})
+    for first, end in zip(firsts, [*firsts[1:], T], strict=True):
+        if first > position:  # later tokens do not change what comes before
+            same = base.hidden_states[None, None, :, position]
+            shape = (config.num_layers, end - first, *same.shape[2:])
+            parts.append(jnp.broadcast_to(same, shape))
+            continue
+        value = jax.lax.slice_in_dim(source, first, None, axis=axis + 1)
 
-    def edits_of(cell: Any) -> tuple[Edit, ...]:
-        layer, at = cell
-        return (Edit(site, "set", source, layer=layer, position=at),)
+        def edits_of(layer: Array, at: Array, value: Array = value) -> tuple[Edit, ...]:
+            return (Edit(site, "set", value, layer=layer, position=at),)
 
-    values = sweep(
-        *(config, metric, params, tokens, edits_of, _grid(L, T)),
-        position=position,
-        batch_size=batch_size,
-    )
-    return values.reshape(L, T)
+        parts.append(
+            _layer_sweep(
+                *(config, params, tokens, base.trace, edits_of),
+                jnp.arange(first, end),
+                first=first,
+                position=position,
+                batch_size=batch_size,
+            )
+        )
+    hidden = jnp.concatenate(parts, axis=1)
+    return _metrics(config, metric, params, hidden, batch_size)
 
 
 def head_ablation(
@@ -111,18 +201,19 @@ def head_ablation(
     batch_size: int = 32,
 ) -> Float[Array, "L N"]:
     """Returns the metric with one head's output scaled, for each layer and head."""
-    L, N = config.num_layers, config.num_heads
+    base = forward(config, params, tokens, taps=_BASE_TAPS, head=False)
 
-    def edits_of(cell: Any) -> tuple[Edit, ...]:
-        layer, head = cell
+    def edits_of(layer: Array, head: Array) -> tuple[Edit, ...]:
         return (Edit("z", "scale", scale, layer=layer, head=head),)
 
-    values = sweep(
-        *(config, metric, params, tokens, edits_of, _grid(L, N)),
-        position=position,
+    hidden = _layer_sweep(
+        *(config, params, tokens, base.trace, edits_of),
+        jnp.arange(config.num_heads),
+        first=0,
+        position=position % tokens.shape[1],
         batch_size=batch_size,
     )
-    return values.reshape(L, N)
+    return _metrics(config, metric, params, hidden, batch_size)
 
 
 def attribution_patching(

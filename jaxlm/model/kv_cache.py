@@ -31,6 +31,9 @@ class Cache:
     is_empty: bool = field(default=False, metadata={"static": True})
     """Promises that `lengths` are 0. The new tokens then attend to each other only, and
     not to the whole of a cache of which they fill a part."""
+    is_kept: bool = field(default=True, metadata={"static": True})
+    """Whether the call returns it with the new tokens. If not, nothing of it is
+    copied: many continuations of one text read the same value in one program."""
 
     @property
     def max_length(self) -> int:

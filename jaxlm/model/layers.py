@@ -97,6 +97,7 @@ def run_layers(
     block: type[Block],
     start: Any,
     stop: int,
+    keep_caches: bool,
 ) -> tuple[Float[Array, "B T D"], Caches, Recorder]:
     """Runs the blocks from number `start`, which may be traced, to before `stop`.
 
@@ -106,6 +107,7 @@ def run_layers(
       recorder: of these taps and edits.
       taps: what to record inside the layers.
       block: what computes a layer.
+      keep_caches: False returns no caches, and carries none from layer to layer.
 
     Returns:
       The residual stream, the new caches, and the recorder with the tapped values.
@@ -121,15 +123,15 @@ def run_layers(
     period = len(blocks)
 
     def run(block, number, carry):
-        x, caches, recorder = carry
+        x, new_caches, recorder = carry
         given = layers if stacked else layers[number]
-        x, cache, values, hits = block(
-            given, number, x, context, _take(caches, number), edits
-        )
+        cache = _take(new_caches if keep_caches else caches, number)
+        x, cache, values, hits = block(given, number, x, context, cache, edits)
         recorder = recorder.write(number, values, hits)
-        return x, _put(caches, number, cache), recorder
+        new_caches = _put(new_caches, number, cache) if keep_caches else None
+        return x, new_caches, recorder
 
-    carry, done = (x, caches, recorder), start
+    carry, done = (x, caches if keep_caches else None, recorder), start
     if not isinstance(start, int):
         assert stacked
 

@@ -154,6 +154,10 @@ def start_recording(
                     f"site {one.site!r} cannot be {how} {unavailable[one.site]}"
                 )
     for tap in taps:
+        if tap.site in ("attn_scores", "attn_probs") and not getattr(
+            cache, "is_kept", True
+        ):
+            raise ValueError(f"site {tap.site!r} needs a cache that is kept")
         outside = set(tap.layers or ()) - set(layers)
         if outside:
             raise ValueError(

@@ -47,7 +47,7 @@ class Output:
     logits: Any
     """[B, T, V] f32, after the final soft cap; None with `head=False` or `stop`."""
     cache: Cache | None
-    """The given cache with the new tokens; None when none was given."""
+    """The given cache with the new tokens; None without one that is kept."""
     trace: Mapping[str, Any]
     """A `Trace`: tapped sites; sites inside the layers have a leading layer axis."""
     hits: tuple[Any, ...]
@@ -121,9 +121,10 @@ def forward(
     else:
         x = reshard(stream.astype(compute_dtype(config.dtype)), "BTD")
     caches = None if cache is None else cache.layers
+    keeps = cache is not None and cache.is_kept
     x, caches, recorder = run_layers(
         *(config, params["layers"], x, context, caches, recorder, recorded, edits),
-        *(block, start, layers.stop),
+        *(block, start, layers.stop, keeps),
     )
     if stop is None:
         x = probe("final_norm", _final_norm(config, params, x, probe))
@@ -138,10 +139,10 @@ def forward(
         *(config, params, taps, recorder, probe.values, context, caches, edits, layers)
     )
     hits = total_hits(edits, recorder.hits, probe.hits)
-    if cache is not None:
-        assert caches is not None
-        cache = Cache(layers=caches, lengths=cache.lengths + tokens.shape[1])
-    return Output(x, logits, cache, tapped, hits)
+    new_cache = None
+    if cache is not None and caches is not None:
+        new_cache = Cache(layers=caches, lengths=cache.lengths + tokens.shape[1])
+    return Output(x, logits, new_cache, tapped, hits)
 
 
 class Embedder(nn.Module):
