@@ -26,9 +26,10 @@ from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.probing.edit import Edit, total_hits
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.rules import activation_spec, reshard
 from jaxlm.tree import unstack
-from jaxlm.types import Params
+from jaxlm.types import Params, Trace
 
 
 class Rows(NamedTuple):
@@ -99,9 +100,11 @@ class Programs(NamedTuple):
     """The programs of a model, each compiled for every shape it is called with."""
 
     begin: Program
-    """(params, tokens, lengths, edits) -> layers of a new cache, logits, hits"""
+    """(params, tokens, lengths, probes) -> layers of a new cache, logits, hits, trace
+
+    Probes are the edits and the taps."""
     extend: Program
-    """(params, tokens, kept, lengths, layers, logits, edits) -> layers, logits, hits"""
+    """(params, tokens, kept, lengths, layers, logits, probes) -> the same"""
     grow: Program
     """(layers) -> layers of a longer cache"""
     repeat: Program
@@ -113,9 +116,9 @@ class Programs(NamedTuple):
     split: Program
     """(params) -> params as `decode` reads them"""
     decode: Program
-    """(params, state, table, num_ids, edits) -> state, `Drawn` of a few tokens
+    """(params, state, table, num_ids, probes) -> state, `Drawn` of a few tokens, trace
 
-    That is the table of `Automata`, and the number of ids."""
+    That is the table of `Automata`, the number of ids, and the trace of each token."""
 
     @property
     def compile_s(self) -> float:
@@ -137,18 +140,18 @@ def programs(
     """
     dtype = compute_dtype(config.dtype)
 
-    def begin(params, tokens, lengths, edits):
+    def begin(params, tokens, lengths, probes):
         """Reads the first tokens of each row, up to `lengths` in all."""
         stacked = init_cache(config, len(lengths), max_length).layers
         cache = Cache(stacked, reshard(jnp.zeros_like(lengths), "B"), is_empty=True)
         none = jnp.zeros((len(lengths), config.vocab_size), jnp.float32)
-        return _prefill(config, block, params, tokens, lengths, cache, none, edits)
+        return _prefill(config, block, params, tokens, lengths, cache, none, probes)
 
-    def extend(params, tokens, kept, lengths, layers, logits, edits):
+    def extend(params, tokens, kept, lengths, layers, logits, probes):
         """Adds each row's tokens after the first `kept`, up to `lengths` in all."""
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
         cache = Cache(stacked, reshard(kept, "B"))
-        return _prefill(config, block, params, tokens, lengths, cache, logits, edits)
+        return _prefill(config, block, params, tokens, lengths, cache, logits, probes)
 
     def grow(layers):
         def longer(x):
@@ -179,8 +182,9 @@ def programs(
         params = cast_matrices(divisible_params(on_mesh, params, block), dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    def decode(params, state: DecodeState, table, num_ids, edits):
+    def decode(params, state: DecodeState, table, num_ids, probes):
         on_mesh = divisible_config(config, block)
+        edits, taps = probes
         keys, settings = state.keys, state.settings
 
         def step(carry, _):
@@ -191,6 +195,7 @@ def programs(
             out = forward(
                 *(on_mesh, params, drawn.tokens[:, None]),
                 cache=cache,
+                taps=taps,
                 edits=edits,
                 block=block,
             )
@@ -199,13 +204,14 @@ def programs(
             hits = total_hits(edits, hits, out.hits)
             # A slot that nothing runs in stays at the end of its cache.
             lengths = jnp.minimum(out.cache.lengths, max_length)
-            return (replace(out.cache, lengths=lengths), logits, rows, hits), drawn
+            carry = replace(out.cache, lengths=lengths), logits, rows, hits
+            return carry, (drawn, out.trace)
 
         carry = (state.cache, state.logits, state.rows, state.hits)
-        carry, drawn = jax.lax.scan(step, carry, length=steps)
+        carry, (drawn, trace) = jax.lax.scan(step, carry, length=steps)
         cache, logits, rows, hits = carry
         drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
-        return DecodeState(cache, logits, rows, keys, settings, hits), drawn
+        return DecodeState(cache, logits, rows, keys, settings, hits), drawn, trace
 
     return Programs(
         Program(begin),
@@ -254,31 +260,41 @@ def _prefill(
     lengths: Array,
     cache: Cache,
     logits: Float[Array, "B V"],
-    edits: Sequence[Edit],
-) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"], tuple[Any, ...]]:
-    """Returns the layers with more tokens, logits of rows that end here, and hits."""
+    probes: tuple[Sequence[Edit], Sequence[Tap]],
+) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"], tuple[Any, ...], Trace]:
+    """Returns layers with more tokens, logits of rows that end here, hits and trace."""
+    edits, taps = probes
     tokens, lengths = reshard(tokens, "BT"), reshard(lengths, "B")
     # Padding does not make a row longer: some rotations depend on its length.
     index = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     positions = jnp.minimum(index, lengths[:, None] - 1)
+    # Only the last token of each prompt needs logits, unless they are tapped or edited.
+    head = any(one.site == "logits" for one in (*edits, *taps))
     out = forward(
         *(config, params, tokens),
         positions=positions,
         cache=cache,
+        taps=taps,
         edits=edits,
-        head=False,
+        head=head,
         block=block,
     )
     assert out.cache is not None
-    # Only the last token of each prompt needs logits.
     is_last = index == lengths[:, None] - 1
-    last = jnp.sum(
-        jnp.where(is_last[..., None], out.hidden_states, 0), axis=1, keepdims=True
-    )
-    new = reshard(unembed(config, params, last)[:, 0], "B_")[:, : config.vocab_size]
+
+    def last(x: Array) -> Array:
+        chosen = jnp.where(is_last[..., None], x, 0)
+        return jnp.sum(chosen, axis=1, keepdims=True)
+
+    if out.logits is None:
+        new = unembed(config, params, last(out.hidden_states))
+    else:
+        new = last(out.logits)
+    new = reshard(new[:, 0], "B_")[:, : config.vocab_size]
     ends = is_last.any(axis=1)[:, None]
     logits = jnp.where(ends, new, reshard(logits, "B_"))
-    return unstack(out.cache.layers, config.num_layers), logits, out.hits
+    layers = unstack(out.cache.layers, config.num_layers)
+    return layers, logits, out.hits, out.trace
 
 
 def _draw(

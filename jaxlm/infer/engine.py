@@ -27,6 +27,7 @@ from jaxlm.infer.check_arguments import (
 from jaxlm.infer.decoding import DecodeState, Programs, Rows
 from jaxlm.infer.decoding import programs as programs_of
 from jaxlm.infer.generation_state import GenerationState
+from jaxlm.infer.generation_trace import joined, row_of_steps
 from jaxlm.infer.prefill import Prefilled, bucket, prefill
 from jaxlm.infer.row_settings import row_settings
 from jaxlm.infer.rules.automata import ENDED, FREE, Automata, Transitions
@@ -37,10 +38,11 @@ from jaxlm.model.checks import check_model
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import Cache
 from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.processes import whole
 from jaxlm.sharding.rules import activation_spec, batch_parts
 from jaxlm.tree import unstack
-from jaxlm.types import Params
+from jaxlm.types import Params, Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,8 @@ class NewTokens:
     """Their log-probabilities."""
     ended: Literal["stop", "length"] | None
     """Why the text ends here; None: it goes on."""
+    trace: Trace
+    """What the taps have read at these tokens; the first has the prompt's too."""
 
 
 @dataclass
@@ -83,6 +87,7 @@ class _Running:
     automata: dict[Any, int]
     length: int = 0
     """New tokens so far."""
+    prompt_trace: Trace | None = None
 
 
 @dataclass
@@ -126,6 +131,7 @@ class Engine:
         top_logprobs: int = 0,
         steps: int = 8,
         edits: Sequence[Edit] = (),
+        taps: Sequence[Tap] = (),
         resume: GenerationState | None = None,
         block: type[Block] = Block,
     ):
@@ -140,7 +146,7 @@ class Engine:
           token_bytes: as for `generate`.
           top_logprobs: how many of the most likely tokens to report at each token.
           steps: tokens that each text grows by in a step.
-          edits: as for `generate`, of all requests.
+          edits, taps: as for `generate`, of all requests.
           resume: what `begin` goes on from.
           block: what computes a layer; see `Block`.
 
@@ -154,6 +160,7 @@ class Engine:
         self.token_bytes = None if token_bytes is None else tuple(token_bytes)
         self.num_top = top_logprobs
         self._edits = jax.tree.map(jnp.asarray, tuple(edits))
+        self._taps = jax.tree.map(jnp.asarray, tuple(taps))
         top = bucket(top_logprobs, config.vocab_size) if top_logprobs else 0
         self._programs = programs_of(config, self.max_length, steps, top, block)
         self.clock = Clock(self._programs)
@@ -218,23 +225,25 @@ class Engine:
             return []
         assert self._state is not None
         self.clock.lap()
-        self._state, drawn = self._programs.decode(
+        self._state, drawn, trace = self._programs.decode(
             *(self._split, self._state, self._table[1]),
-            *(np.int32(self.num_tokens), self._edits),
+            *(np.int32(self.num_tokens), (self._edits, self._taps)),
         )
         rows = self._state.rows
         ends = (rows.is_done, rows.stop_states, rows.grammar_states)
-        drawn, (is_done, *states) = whole((drawn, ends))
+        drawn, trace, (is_done, *states) = whole((drawn, trace, ends))
         self.clock.decode_s += self.clock.lap()
         has_ended = np.any([x == ENDED for x in states], axis=0)
         return [
-            self._update(slot, drawn, bool(is_done[slot]), bool(has_ended[slot]))
+            self._update(
+                *(slot, drawn, trace, bool(is_done[slot]), bool(has_ended[slot]))
+            )
             for slot, running in enumerate(self._slots)
             if running is not None
         ]
 
     def _update(
-        self, slot: int, drawn: Any, is_done: bool, has_ended: bool
+        self, slot: int, drawn: Any, trace: Trace, is_done: bool, has_ended: bool
     ) -> NewTokens:
         running = self._slots[slot]
         assert running is not None
@@ -245,6 +254,10 @@ class Engine:
             )
         count = int(drawn.inside[slot].sum())
         running.length += count
+        own = row_of_steps(self._taps, trace, slot, count)
+        if running.prompt_trace is not None:
+            own = joined(self._taps, [running.prompt_trace, own])
+            running.prompt_trace = None
         is_full = running.length == running.request.sample.max_new_tokens
         if is_done:
             self._free(slot)
@@ -255,6 +268,7 @@ class Engine:
             drawn.top_tokens[slot, :count, : self.num_top],
             drawn.top_logprobs[slot, :count, : self.num_top],
             ("length" if is_full and not has_ended else "stop") if is_done else None,
+            own,
         )
 
     def _free(self, slot: int) -> None:
@@ -277,6 +291,8 @@ class Engine:
         rows = running + running[:1] * (len(self._slots) - len(running))
         found = self._prefill([r.request.tokens for r in rows], self._resume)
         self._state = self._state_of(rows, found)
+        for row, trace in zip(running, found.traces, strict=False):
+            row.prompt_trace = trace
         self.clock.prefill_s += self.clock.lap()
         return found
 
@@ -291,7 +307,9 @@ class Engine:
             if self._last_prompt is None or self._last_prompt[0] != data:
                 rows = [running.request.tokens] * batch_parts()
                 self._last_prompt = data, self._prefill(rows, None)
-            row = self._state_of([running] * batch_parts(), self._last_prompt[1])
+            found = self._last_prompt[1]
+            running.prompt_trace = found.traces[0]
+            row = self._state_of([running] * batch_parts(), found)
             if self._state is None:
                 self._state = self._empty_state()
             self._state = self._programs.insert(self._state, row, np.int32(slot))
@@ -303,7 +321,7 @@ class Engine:
     ) -> Prefilled:
         found = prefill(
             *(self.config, self._programs, self.params, rows, self.max_length),
-            *(self._edits, resume),
+            *((self._edits, self._taps), resume),
         )
         jax.block_until_ready(found.logits)
         return found
@@ -360,7 +378,7 @@ class Engine:
         )
         nothing = Request(np.ones(1, np.int32), SampleConfig(), jax.random.key(0))
         hits = (jnp.int32(0),) * len(self._edits)
-        found = Prefilled(layers, logits, np.zeros(num_slots, np.int32), hits)
+        found = Prefilled(layers, logits, np.zeros(num_slots, np.int32), hits, [])
         return self._state_of([_Running(-1, nothing, {})] * num_slots, found)
 
     @property

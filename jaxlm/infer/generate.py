@@ -26,6 +26,7 @@ from jaxlm.infer.check_arguments import (
 )
 from jaxlm.infer.engine import Engine, NewTokens, Request
 from jaxlm.infer.generation_state import GenerationState
+from jaxlm.infer.generation_trace import check_generation_taps, joined
 from jaxlm.infer.prefill import bucket
 from jaxlm.infer.rules.automata import Transitions
 from jaxlm.model.block import Block
@@ -33,8 +34,9 @@ from jaxlm.model.checks import check_model
 from jaxlm.model.params import sizes
 from jaxlm.model.trace import absent_sites
 from jaxlm.ops.probing.edit import Edit, check_edits, check_hits
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.rules import batch_parts
-from jaxlm.types import Params
+from jaxlm.types import Params, Trace
 
 OnTokens = Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
 # Tokens that each row grows by between two calls of `on_tokens`.
@@ -64,6 +66,9 @@ class Generation:
     """Seconds of compiling; 0 if the programs were compiled before."""
     prefill_tokens: Int[np.ndarray, " B"]
     """Tokens of each prompt that were prefilled: all that `resume` did not hold."""
+    traces: list[Trace]
+    """For each row what the taps have read, on the host: of the prompt and of the new
+    tokens, without a batch axis. Index t of the tokens is position t."""
     state: GenerationState | None
     """What a next call can go on from; None unless `return_state`."""
 
@@ -90,6 +95,7 @@ def generate(
     resume: GenerationState | None = None,
     return_state: bool = False,
     edits: Sequence[Edit] = (),
+    taps: Sequence[Tap] = (),
     grammars: Sequence[Transitions | None] | None = None,
     num_slots: int = 64,
     block: type[Block] = Block,
@@ -126,7 +132,8 @@ def generate(
       return_state: keep the cache, as `state` of the result.
       edits: changes of sites, in the prompts and in new tokens; position p is token p
         of a row, its prompt included. What `resume` kept is not computed again. Logits
-        cannot be edited.
+        at a position are those of the next token.
+      taps: sites to read at all tokens, while they are computed. Not with `resume`.
       grammars: for each row None or an automaton that its text follows; see `Request`.
       num_slots: rows that are decoded at once; others wait, and take the place of those
         that end. With `resume` or `return_state` all are decoded at once.
@@ -137,7 +144,8 @@ def generate(
       ValueError: for arguments of another type, an empty prompt, an id outside the
         vocabulary, a prompt that is too long for the context with max_new_tokens,
         logits that are not finite, a state that was used or belongs to another model or
-        number of prompts, or an edit that cannot be or has changed nothing.
+        number of prompts, taps or edits that cannot be, or an edit that has changed
+        nothing.
     """
     check_unknown(unknown)
     check_model(config, params, block)
@@ -151,9 +159,12 @@ def generate(
     needed = [len(r) + s.max_new_tokens for r, s in zip(rows, samples, strict=True)]
     for i, (row, one) in enumerate(zip(rows, samples, strict=True)):
         check_room(f"prompt {i}", row, one.max_new_tokens, config.context_length)
-    check_edits(edits, sizes(config), absent_sites(config) | {"logits"})
+    check_edits(edits, sizes(config), absent_sites(config))
+    check_generation_taps(config, taps)
     max_length = bucket(max(needed), config.context_length)
     if resume is not None:
+        if taps:
+            raise ValueError("resume holds tokens that taps cannot read: leave it out")
         num_filled = len(rows) + -len(rows) % batch_parts()
         check_state(resume, config, params, block, num_filled)
         max_length = max(max_length, resume.cache.max_length)
@@ -167,6 +178,7 @@ def generate(
         top_logprobs=top_logprobs,
         steps=CHUNK,
         edits=edits,
+        taps=taps,
         resume=resume,
         block=block,
     )
@@ -200,6 +212,7 @@ def generate(
         decode_s=engine.clock.decode_s,
         compile_s=engine.clock.compile_s,
         prefill_tokens=np.array([len(row) for row in rows], np.int32) - kept,
+        traces=[joined(taps, [part.trace for part in text]) for text in texts],
         state=engine.generation_state() if return_state else None,
     )
 

@@ -10,10 +10,13 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.infer.decoding import Programs
 from jaxlm.infer.generation_state import GenerationState
+from jaxlm.infer.generation_trace import joined, row_of_chunk
 from jaxlm.model.kv_cache import LayerCache
 from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.tap import Tap
+from jaxlm.sharding.processes import whole
 from jaxlm.sharding.rules import activation_spec, batch_parts
-from jaxlm.types import Params
+from jaxlm.types import Params, Trace
 
 SMALLEST_BUCKET = 32
 # Tokens of all rows that are read at once: a bound on the memory of prefill.
@@ -30,6 +33,8 @@ class Prefilled(NamedTuple):
     """Tokens of each row that were in the cache before."""
     hits: tuple[Any, ...]
     """How often each edit has fired."""
+    traces: list[Trace]
+    """What the taps have read of each row's prompt, on the host."""
 
 
 def bucket(length: int, largest: int) -> int:
@@ -46,21 +51,26 @@ def prefill(
     params: Params,
     rows: list[Int[np.ndarray, " _"]],
     max_length: int,
-    edits: Sequence[Edit],
+    probes: tuple[Sequence[Edit], Sequence[Tap]],
     resume: GenerationState | None = None,
 ) -> Prefilled:
-    """Reads what the cache of `resume` lacks; equal rows are read once."""
+    """Reads what the cache of `resume` lacks; equal rows are read once.
+
+    Args:
+      probes: edits and taps.
+    """
     numbers: dict[bytes, int] = {}
     for row in rows:
         numbers.setdefault(row.tobytes(), len(numbers))
     once = [np.frombuffer(data, np.int32) for data in numbers]
     once += once[:1] * (-len(once) % batch_parts())
     if resume is not None or len(once) >= len(rows):
-        return _prefill(config, programs, params, rows, max_length, edits, resume)
-    found = _prefill(config, programs, params, once, max_length, edits, None)
+        return _prefill(config, programs, params, rows, max_length, probes, resume)
+    found = _prefill(config, programs, params, once, max_length, probes, None)
     places = np.array([numbers[row.tobytes()] for row in rows], np.int32)
     layers, logits = programs.repeat(found.layers, found.logits, places)
-    return Prefilled(layers, logits, found.kept[places], found.hits)
+    traces = [found.traces[place] for place in places]
+    return Prefilled(layers, logits, found.kept[places], found.hits, traces)
 
 
 def _prefill(
@@ -69,9 +79,10 @@ def _prefill(
     params: Params,
     rows: list[Int[np.ndarray, " _"]],
     max_length: int,
-    edits: Sequence[Edit],
+    probes: tuple[Sequence[Edit], Sequence[Tap]],
     resume: GenerationState | None,
 ) -> Prefilled:
+    edits, taps = probes
     lengths = np.array([len(row) for row in rows], np.int32)
     kept = np.zeros_like(lengths)
     if resume is not None:
@@ -90,20 +101,29 @@ def _prefill(
     if resume is not None and layers is not resume.cache.layers:
         resume.delete()
     start, hits = kept, (0,) * len(edits)
+    parts: list[list[Trace]] = [[] for _ in rows]
     for width in widths:
         tokens = np.zeros((len(rows), width), np.int32)
         for new, row, first in zip(tokens, rows, start, strict=True):
             part = row[first : first + width]
             new[: len(part)] = part
         if layers is None:
-            layers, logits, fired = programs.begin(params, tokens, lengths, edits)
-        else:
-            layers, logits, fired = programs.extend(
-                *(params, tokens, start, lengths, layers, logits, edits)
+            layers, logits, fired, trace = programs.begin(
+                *(params, tokens, lengths, probes)
             )
+        else:
+            layers, logits, fired, trace = programs.extend(
+                *(params, tokens, start, lengths, layers, logits, probes)
+            )
+        if taps:
+            trace = whole(trace)
+            new = np.clip(lengths - start, 0, width)
+            for row, count in enumerate(new.tolist()):
+                parts[row].append(row_of_chunk(taps, trace, row, count))
         hits = tuple(a + b for a, b in zip(hits, fired, strict=True))
         start = start + np.int32(width)
-    return Prefilled(layers, logits, kept, hits)
+    traces = [joined(taps, part) for part in parts]
+    return Prefilled(layers, logits, kept, hits, traces)
 
 
 def chunk_widths(length: int, num_rows: int, max_length: int) -> list[int]:

@@ -25,7 +25,7 @@ Metric = Callable[[Float[Array, "B V"]], Float[Array, ""]]
 # What the passes of a sweep share, from one unedited pass.
 _BASE_TAPS = (Tap("resid_pre"), Tap("k_rot"), Tap("v"))
 # A sweep goes over parts of the text, each without the tokens before it, and over
-# groups of layers, each from its first layer on. Finer ones do less, and compile longer.
+# groups of layers, each from its first layer on. Finer ones do less but compile longer.
 _PARTS = 2
 _LAYERS_AT_ONCE = 4
 

@@ -179,13 +179,20 @@ def start_recording(
     return recorded, recorder
 
 
+def letter_sizes(
+    config: ModelConfig, batch: int, length: int, keys: int
+) -> dict[str, int]:
+    """Returns the size of each letter in the shapes of sites, for one call."""
+    given = {"B": batch, "T": length, "S": keys}
+    return {**sizes(config), **given, "1": 1, "k": config.experts_per_token}
+
+
 def _letters(
     config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache | None
 ) -> dict[str, int]:
     B, T = tokens.shape
     S = T if cache is None or cache.is_empty else cache.max_length
-    given = {"B": B, "T": T, "S": S, "1": 1, "k": config.experts_per_token}
-    return {**sizes(config), **given}
+    return letter_sizes(config, B, T, S)
 
 
 def trace_bytes(

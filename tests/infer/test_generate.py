@@ -1,5 +1,6 @@
 """Compares generation with a plain loop of full forward passes, row by row."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -14,6 +15,7 @@ from jaxlm.infer.generate import CHUNK, generate
 from jaxlm.infer.prefill import bucket
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.tap import Tap
 
 CONFIG = toy()
 PARAMS = make_params(CONFIG, std=0.5)
@@ -418,6 +420,69 @@ def test_prompts_may_be_an_array_and_the_rest_has_defaults(compilations):
     assert "decode" not in compilations[before:]
 
 
+TAPS = (
+    Tap("resid_post"),
+    Tap("attn_probs", layers=(1,), heads=(1, 0)),
+    Tap("mlp_act", reduce="top_k", count=2),
+    Tap("logits"),
+)
+
+
+def test_taps_read_prompts_and_new_tokens_as_a_full_pass_would():
+    """Rows of different lengths, one at a time after another, and edited logits."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (7, 4)]
+    bias = np.zeros(CONFIG.vocab_size, np.float32)
+    bias[5] = 100.0
+    edits = (Edit("logits", "add", bias, position=[6, 9]),)
+    samples = [dataclasses.replace(GREEDY, max_new_tokens=n) for n in (5, 8)]
+    given = dict(taps=TAPS, edits=edits, num_slots=1)
+    out = generate(CONFIG, PARAMS, prompts, samples, **given)
+    assert out.tokens[0, 0] == 5 and out.tokens[0, 3] == out.tokens[1, 6] == 5
+    pass_over = jax.jit(
+        lambda p, x: forward(CONFIG, p, x, taps=TAPS, edits=edits).trace
+    )
+    for row, prompt in enumerate(prompts):
+        tokens = [*prompt, *out.rows[row].tolist()]
+        full = pass_over(PARAMS, np.array([tokens]))
+        for tap in TAPS:
+            axis = int(tap.site != "logits")
+            right = jax.tree.map(lambda x, axis=axis: x.take(0, axis), full[tap.site])
+            ours = out.traces[row][tap.site]
+            for a, b in zip(*map(jax.tree.leaves, (ours, right)), strict=True):
+                assert a.shape == b.shape, tap
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_decoding_with_taps_moves_few_more_bytes():
+    config = toy(num_layers=3, model_dim=64, hidden_dim=256, vocab_size=512)
+    params = make_params(config)
+
+    def moved(*taps):
+        runs = engine.Engine(config, params, num_slots=1, max_length=32, taps=taps)
+        request = engine.Request(np.ones(3, np.int32), GREEDY, jax.random.key(0))
+        runs.submit(request)
+        runs.begin()
+        given = (runs._split, runs._state, runs._table[1], np.int32(512))
+        probes = (runs._edits, runs._taps)
+        program = runs._programs.decode._jitted.lower(*given, probes).compile()
+        return program.cost_analysis()["bytes accessed"]
+
+    taps = (Tap("resid_post"), Tap("attn_probs", layers=(2,)), Tap("mlp_act", (1,)))
+    assert 1 < moved(*taps) / moved() <= 1.05
+
+
+def test_taps_that_a_generation_cannot_have():
+    for tap, message in (
+        (Tap("z", positions=(1,)), "leave out positions="),
+        (Tap("attn_lse", reduce="max"), "its last axis are the tokens"),
+        (Tap("z", layers=(9,)), "layer 9 is not among"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(CONFIG, PARAMS, [[1, 2]], GREEDY, taps=(tap,))
+
+
 @pytest.mark.slow
 def test_edits_change_prompts_and_new_tokens_where_a_full_pass_would():
     """One token of the prompt is steered, and some new ones."""
@@ -444,7 +509,6 @@ def test_edits_change_prompts_and_new_tokens_where_a_full_pass_would():
     [
         (Edit("z", "scale", 0.0, position=90), "'z' has changed nothing: position 90"),
         (Edit("z", "scale", 0.0, layer=9), "layer 9 is not among"),
-        (Edit("logits", "add", 1.0), "no site 'logits' in this"),
     ],
 )
 def test_an_edit_that_does_not_fire_is_an_error(edit, message):

@@ -140,7 +140,7 @@ def check_chosen(
       ValueError: for a choice that the site does not have, or an index out of range.
     """
     heads = "N" if site.axis("N") is not None else "K"
-    first = {"positions": -sizes["T"]}
+    first = {"positions": -sizes.get("T", 0)}
     limits = {"layer": "L", "position": "C", "positions": "T", "head": heads}
     for name, indices in chosen.items():
         if indices is None:
