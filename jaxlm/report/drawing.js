@@ -38,13 +38,6 @@ function count(v) {
     if (Math.abs(v) >= size) return Number((v / size).toPrecision(4)) + unit;
   return String(Number(v.toPrecision(4)));
 }
-function clock(v) {
-  if (v > 0 && v < 10 && v % 1) return v.toFixed(1) + " s";
-  const s = Math.round(v), h = Math.floor(s / 3600), two = (n) => String(n).padStart(2, "0");
-  if (h >= 48) return Number((v / 86400).toFixed(2)) + " d";
-  const m = Math.floor(s / 60) % 60;
-  return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`;
-}
 
 // ---- Ticks ----
 function ticks(low, high, wanted, steps, whole) {

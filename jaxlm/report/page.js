@@ -21,6 +21,13 @@ const CURVE_NAMES = { train: "train", eval: "held-out", lr: "learning rate",
   grad_norm: "gradient norm", tokens_per_s: "tokens/s", mfu: "MFU", entropy: "entropy",
   lens_depth: "layers", previous: "previous token", induction: "induction" };
 
+function clock(v) {
+  if (v > 0 && v < 10 && v % 1) return v.toFixed(1) + " s";
+  const s = Math.round(v), h = Math.floor(s / 3600), two = (n) => String(n).padStart(2, "0");
+  if (h >= 48) return Number((v / 86400).toFixed(2)) + " d";
+  const m = Math.floor(s / 60) % 60;
+  return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`;
+}
 const AXIS_FORM = { step: (v) => String(Number(v.toPrecision(7))), tokens: count, time: clock };
 const AXIS_NAME = { step: "step", tokens: "tokens seen", time: "training time" };
 const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400];

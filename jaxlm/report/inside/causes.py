@@ -23,7 +23,7 @@ from jaxlm.report.inside.view import CauseView, ComparisonView
 from jaxlm.types import Params, Trace
 
 # Bounds of the edited calls: operations of all of them, and how many.
-_OPERATIONS = 8e11
+_OPERATIONS = 6e11
 _MIN_CALLS, _MAX_CALLS = 32, 480
 # An index that no layer, position or head has: such an edit changes nothing.
 _NOWHERE = -1

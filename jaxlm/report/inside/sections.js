@@ -1,4 +1,4 @@
-// The eleven sections of `jaxlm look`. Each draws what the chosen token, layer and head show.
+// The eleven sections of `jaxlm look`: what the chosen token, layer and head show.
 (async () => {
 let view;
 try {
@@ -14,10 +14,13 @@ const state = { position: view.position, layer: Math.floor(L / 2), head: 0 };
 const piece = (id) => shown(view.pieces[id] === undefined ? `<${id}>` : view.pieces[id]);
 const token = (t) => piece(text.rows[t].id);
 const named = (t) => `${t} ${token(t)}`;
-const layers = Array.from({ length: L }, (_, l) => l), tokens = Array.from({ length: T }, (_, t) => t);
+const layers = range(L), tokens = range(T);
 const most = (values) => { let m = 0; for (const v of values) if (isFinite(v)) m = Math.max(m, Math.abs(v)); return m || 1; };
 const headAt = new Map();
 for (let i = 0; i < heads.heads.shape[0]; i++) headAt.set(heads.heads.at(i, 0) * N + heads.heads.at(i, 1), i);
+// Maps of all heads; a w marks layers with a window.
+const HEADS = { rows: L, columns: N, high: L > 40 ? 9 : 14, wide: 10, widest: 60, groups: G, shortColumns: true, columnName: String,
+  rowName: (l) => `layer ${l}` + (heads.windows[l] ? " w" : ""), chosen: () => [state.layer, state.head], choose: (layer, head) => select({ layer, head }) };
 
 // ---- State ----
 const updates = [];
@@ -76,7 +79,7 @@ byId("strip").addEventListener("keydown", (e) => {
   byId("strip").children[state.position].focus();
 });
 byId("facts").textContent = `${count(model.parameters)} parameters, ${L} layers of width ${model.model_dim}, ${N} query heads on ${K} key heads, ${model.dtype}. `
-  + `${T} tokens. Choose a token below, or in any picture: all sections follow.`;
+  + `${T} tokens. Choose a token, below or in a picture: all sections follow.`;
 
 // ---- 1 ----
 const STAGES = [
@@ -121,7 +124,7 @@ section("map", "The model", "The way of a token, from its id to the logits of th
     if (adds) node("circle", { cx: 30, cy: y + 15, r: 8, class: "plus" }, svg), node("path", { d: `M25 ${y + 15}h10M30 ${y + 10}v10`, class: "reads" }, svg);
     node("rect", { x: 60, y, width: 295, height: 30, rx: 6 }, box);
     node("text", { x: 70, y: y + 19 }, box, stage.name);
-    const telling = stage.sites.find((s) => ["q", "attn_probs", "mlp_act"].includes(s.name)) || stage.sites[stage.sites.length - 1];
+    const telling = stage.sites.find((s) => ["q", "attn_probs", "mlp_act"].includes(s.name)) || stage.sites.at(-1);
     node("text", { x: 348, y: y + 19, "text-anchor": "end", class: "faint" }, box, telling.shape.slice(1).join(" × "));
     box.addEventListener("click", () => show(i));
     box.addEventListener("keydown", (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); show(i); } });
@@ -132,10 +135,10 @@ section("map", "The model", "The way of a token, from its id to the logits of th
 // ---- 2 ----
 section("tokens", "Tokens", "The model reads numbers, one for each piece of text. Surprise is how little it expected a piece: −log of its probability, in nats.", (body) => redrawn(body, (part) => {
   const largest = most(text.surprise.values);
-  table(part, ["position", "text", "id", "bytes", "characters", "surprise", "rank"], tokens.map((t) => {
+  table(part, ["", "text", "id", "surprise", "rank", "characters", "bytes"], tokens.map((t) => {
     const r = text.rows[t], s = text.surprise.at(t);
-    return [String(t), r.special || token(t), String(r.id), r.data, `${r.first_character}–${r.last_character}`,
-      isFinite(s) ? { bar: s / largest, text: s.toFixed(2) } : "–", t ? String(text.rank.at(t)) : "–"];
+    return [String(t), token(t), String(r.id), isFinite(s) ? { bar: s / largest, text: s.toFixed(2) } : "–", t ? String(text.rank.at(t)) : "–",
+      `${r.first_character}–${r.last_character}`, r.data];
   }), { mark: (t) => t === state.position ? "chosen" : "" });
   note(part, "Rank: how many other pieces were likelier; 0 is the model's first choice." + (text.num_prompt < T ? ` Tokens from ${text.num_prompt} on were generated.` : ""));
 }));
@@ -144,7 +147,7 @@ section("tokens", "Tokens", "The model reads numbers, one for each piece of text
 section("answer", "The answer", "At each token the model gives a probability to every piece that could follow.", (body) => redrawn(body, (part) => {
   const t = state.position, n = Math.min(12, answer.ids.shape[1]), next = t + 1 < T ? text.rows[t + 1].id : null;
   let rest = 1;
-  const rows = Array.from({ length: n }, (_, k) => {
+  const rows = range(n).map((k) => {
     const p = answer.probabilities.at(t, k);
     rest -= p;
     return [piece(answer.ids.at(t, k)), { bar: p, text: percent(p) }, number(answer.logits.at(t, k)), answer.ids.at(t, k) === next ? "is what follows" : ""];
@@ -192,7 +195,7 @@ function chosenFrom(logits, { temperature, top_k, top_p, min_p }) {
   }
   return { p, alive, order, steps };
 }
-section("choosing", "Choosing a token", "Sampling draws from the distribution, after rules have changed it. The rules run here as they do in jaxlm, on all logits of the model.", (body) => {
+section("choosing", "Choosing a token", "Sampling draws from the distribution, after rules have changed it. The rules run here as in jaxlm, on all logits.", (body) => {
   const settings = { ...choice.settings }, controls = element("form", "", body);
   controls.addEventListener("submit", (e) => e.preventDefault());
   let update = () => {};
@@ -203,7 +206,7 @@ section("choosing", "Choosing a token", "Sampling draws from the distribution, a
   slider(controls, "min-p", { low: 0, high: 0.5, step: 0.01, value: settings.min_p, form: (v) => v ? v.toFixed(2) : "off" }, set("min_p"));
   update = redrawn(body, (part) => {
     const all = [...choice.positions.values], at = all.indexOf(state.position), t = at < 0 ? view.position : state.position;
-    if (at < 0) note(part, `All logits were kept for ${all.length === 1 ? "one token" : `tokens ${all[0]} to ${all[all.length - 1]}`}; this is token ${named(t)}.`);
+    if (at < 0) note(part, `All logits were kept for ${all.length === 1 ? "one token" : `tokens ${all[0]} to ${all.at(-1)}`}; this is token ${named(t)}.`);
     const logits = choice.logits.row(at < 0 ? all.indexOf(t) : at);
     const before = chosenFrom(logits, { temperature: 1, top_k: 0, top_p: 1, min_p: 0 }).p;
     const { p, alive, order, steps } = chosenFrom(logits, settings);
@@ -228,23 +231,21 @@ section("streams", "Streams side by side", "Each token has a stream of numbers t
       entropy: (m, t) => streams.entropy.at(m, t) / highest,
       rank: (m, t) => 1 - Math.log(1 + streams.answer_rank.at(m, t)) / highest,
     };
-    const lines = (m, t) => [`token ${named(t)}, ${name(m)}`, ...Array.from({ length: streams.ids.shape[2] }, (_, k) => `${piece(streams.ids.at(m, t, k))} ${percent(streams.probabilities.at(m, t, k))}`),
+    const lines = (m, t) => [`token ${named(t)}, ${name(m)}`, ...range(streams.ids.shape[2]).map((k) => `${piece(streams.ids.at(m, t, k))} ${percent(streams.probabilities.at(m, t, k))}`),
       `entropy ${streams.entropy.at(m, t).toFixed(2)} nats`, `the final answer has rank ${streams.answer_rank.at(m, t)}`, `length ${number(streams.lengths.at(m, t))}`];
     // The last layer is on top: the stream flows upwards.
     new Grid(part, { title: "What each stream would answer", rows: M, columns: T, high: 18, wide: T > 24 ? 40 : 52, value: (r, t) => forms[measure](L - r, t),
       text: (r, t) => piece(streams.ids.at(L - r, t, 0)), tip: (r, t) => lines(L - r, t), rowName: (r) => name(L - r), columnName: token,
       figure: (r, t) => `${piece(streams.ids.at(L - r, t, 0))} ${percent(streams.probabilities.at(L - r, t, 0))}`,
       chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ position: t, layer: Math.max(0, L - 1 - r) }) });
-    const median = Float64Array.from({ length: M }, (_, m) => [...streams.lengths.row(m)].sort((a, b) => a - b)[T >> 1]);
-    const along = (t) => Float64Array.from({ length: M }, (_, m) => streams.lengths.at(m, t));
+    const median = range(M).map((m) => [...streams.lengths.row(m)].sort((a, b) => a - b)[T >> 1]);
+    const along = (t) => range(M).map((m) => streams.lengths.at(m, t));
     const series = [{ label: named(state.position), values: along(state.position) }, { label: "median of all tokens", values: median, dash: "dashed" }];
     if (state.position) series.push({ label: "first token", values: along(0), dash: "dotted" });
-    curves(part, { title: "Length of the stream, on a log scale", names: Array.from({ length: M }, (_, m) => name(m)), log: true, series,
+    curves(part, { title: "Length of the stream after each layer, on a log scale", names: range(M).map((m) => m ? String(m - 1) : "start"), log: true, series,
       choose: (m) => select({ layer: Math.max(0, m - 1) }) });
-    const details = element("details", "numbers", part);
-    element("summary", "", details, `all layers at ${named(state.position)}`);
-    table(details, ["layers read", "first choices of " + named(state.position), "entropy", "rank of answer", "length"], Array.from({ length: M }, (_, m) => [name(m),
-      Array.from({ length: streams.ids.shape[2] }, (_, k) => `${piece(streams.ids.at(m, state.position, k))} ${percent(streams.probabilities.at(m, state.position, k))}`).join(" · "),
+    table(folded(part, `all layers at ${named(state.position)}`), ["layers read", "first choices of " + named(state.position), "entropy", "rank of answer", "length"], range(M).map((m) => [name(m),
+      range(streams.ids.shape[2]).map((k) => `${piece(streams.ids.at(m, state.position, k))} ${percent(streams.probabilities.at(m, state.position, k))}`).join(" · "),
       streams.entropy.at(m, state.position).toFixed(2), String(streams.answer_rank.at(m, state.position)), number(streams.lengths.at(m, state.position))]),
       { name: "long", mark: (m) => m === state.layer + 1 ? "chosen" : "" });
   });
@@ -252,7 +253,7 @@ section("streams", "Streams side by side", "Each token has a stream of numbers t
 });
 
 // ---- 6 ----
-section("cache", "The KV cache", "Each layer keeps the keys and values of all tokens, so that a new token need not read the text again.", (body) => {
+section("cache", "The KV cache", "Each layer keeps the keys and values of all tokens, so that no text is read twice.", (body) => {
   const sizes = [["a token", 1], ["this text", T], [`the whole context of ${count(model.context_length)}`, model.context_length]];
   const bytes = (n) => n >= 2 ** 30 ? number(n / 2 ** 30) + " GiB" : n >= 2 ** 20 ? number(n / 2 ** 20) + " MiB" : number(n / 1024) + " KiB";
   const tiles = element("dl", "tiles", body);
@@ -279,19 +280,19 @@ section("cache", "The KV cache", "Each layer keeps the keys and values of all to
 const triangle = (t, s) => t * (t + 1) / 2 + s;
 const probability = (i, t, s) => heads.probabilities.at(i, triangle(t, s));
 const brings = (i, t, s) => probability(i, t, s) * heads.value_lengths.at(i, s);
+const sumOf = (i, t) => tokens.slice(0, t).reduce((sum, s) => sum + brings(i, t, s), 0);
 section("attention", "Attention", "A head first compares its query with the keys of the text (relevance), and then adds up the values, each by its probability (combination). A key with much probability may bring nothing: look at what is brought first.", (body) => {
   let kind = "brings", update = () => {};
-  const KINDS = [["brings", "what it brings to the token"], ["previous", "previous token"], ["duplicate", "duplicate"], ["induction", "induction"], ["sink", "mass on the first token"]];
+  const kindName = () => KINDS.find((k) => k[0] === kind)[1], KINDS = [["brings", "what it brings to the token"], ["previous", "previous token"], ["duplicate", "duplicate"], ["induction", "induction"], ["sink", "mass on the first token"]];
   choices(body, "heads by", KINDS, kind, (v) => { kind = v; update(); });
   const overview = redrawn(body, (part) => {
     const t = state.position, column = { previous: 0, duplicate: 1, induction: 2, sink: 3 }[kind];
-    const value = (i) => { if (kind !== "brings") return heads.kinds.at(i, column); let sum = 0; for (let s = 0; s < t; s++) sum += brings(i, t, s); return sum; };
+    const value = (i) => kind === "brings" ? sumOf(i, t) : heads.kinds.at(i, column);
     const found = new Map([...headAt].map(([key, i]) => [key, value(i)])), largest = kind === "brings" ? most(found.values()) : 1;
     const get = (l, n) => found.has(l * N + n) ? found.get(l * N + n) : null;
-    new Grid(part, { title: `All heads, by ${KINDS.find((k) => k[0] === kind)[1]}` + (G > 1 ? `; lines separate groups of ${G} that share keys and values` : ""), rows: L, columns: N, high: L > 40 ? 9 : 14, wide: 10, widest: 60, groups: G, shortColumns: true,
-      value: (l, n) => get(l, n) === null ? null : get(l, n) / largest, rowName: (l) => `layer ${l}` + (heads.windows[l] ? " w" : ""), columnName: (n) => String(n),
-      tip: (l, n) => get(l, n) === null ? [`layer ${l}, head ${n}: left out`] : [`layer ${l}, head ${n}, keys of group ${Math.floor(n / G)}`, `${KINDS.find((k) => k[0] === kind)[1]}: ${number(get(l, n))}`],
-      figure: (l, n) => number(get(l, n)), chosen: () => [state.layer, state.head], choose: (l, n) => select({ layer: l, head: n }) });
+    new Grid(part, { title: `All heads, by ${kindName()}` + (G > 1 ? `; lines separate groups of ${G} that share keys and values` : ""), ...HEADS, value: (l, n) => get(l, n) === null ? null : get(l, n) / largest,
+      tip: (l, n) => get(l, n) === null ? [`layer ${l}, head ${n}: left out`] : [`layer ${l}, head ${n}, keys of group ${Math.floor(n / G)}`, `${kindName()}: ${number(get(l, n))}`],
+      figure: (l, n) => number(get(l, n)) });
   });
   let map = "brings";
   const one = element("div", "", body), title = element("h3", "", one);
@@ -299,7 +300,7 @@ section("attention", "Attention", "A head first compares its query with the keys
   const detail = redrawn(one, (part) => {
     const i = headAt.get(state.layer * N + state.head), t = state.position;
     title.textContent = `Layer ${state.layer}, head ${state.head}` + (G > 1 ? `, one of ${G} on key head ${Math.floor(state.head / G)}` : "") + (heads.windows[state.layer] ? `, window of ${heads.windows[state.layer]} tokens` : "");
-    if (i === undefined) { note(part, "This head was left out of the page to keep it small; choose another."); return; }
+    if (i === undefined) { note(part, "This head was left out to keep the page small."); return; }
     const score = (q, k) => Math.log(probability(i, q, k)) + heads.lse.at(i, q);
     const get = { brings: (q, k) => brings(i, q, k), probability: (q, k) => probability(i, q, k), score }[map];
     const all = tokens.flatMap((q) => tokens.slice(0, q + 1).map((k) => get(q, k))), largest = map === "probability" ? 1 : most(all);
@@ -310,7 +311,7 @@ section("attention", "Attention", "A head first compares its query with the keys
       figure: (q, k) => k > q ? "" : number(get(q, k)), chosen: () => [t, -1], choose: (q) => select({ position: q }) });
     const keys = tokens.slice(0, t + 1), longest = most(heads.value_lengths.row(i)), best = most(keys.map((k) => brings(i, t, k)));
     const words = element("p", "shaded", right);
-    for (const k of keys) { const word = element("span", "", words, token(k)); word.style.background = css(shade(brings(i, t, k) / best)); if (brings(i, t, k) / best > 0.55) word.style.color = palette().deep; }
+    for (const k of keys) { const word = element("span", "", words, token(k)); const tone = shade(brings(i, t, k) / best); word.style.background = css(tone); word.style.color = inkOn(tone); }
     let seen = 0;
     for (const k of keys) seen += probability(i, t, k);
     table(right, [`${named(t)} reads`, "1 score q·k", "probability", "2 |v W_O|", "brings"], keys.map((k) => [named(k), number(score(t, k)), { bar: probability(i, t, k), text: percent(probability(i, t, k)) },
@@ -325,9 +326,9 @@ section("attention", "Attention", "A head first compares its query with the keys
 section("memory", "Feed-forward as memory", "Each unit of a feed-forward fires on some texts, and then adds its own direction to the stream, which makes some next tokens likelier. Below are the units that did most for or against the answer at the chosen token: what each adds to its logit, over what it adds to a mean token's.", (body) => redrawn(body, (part) => {
   if (!units) { note(part, `There are no units here: ${view.units_refusal}.`); return; }
   const all = [...units.positions.values], at = all.indexOf(state.position), t = at < 0 ? view.position : state.position, p = all.indexOf(t);
-  if (at < 0) note(part, `Units were kept for tokens ${all[0]} to ${all[all.length - 1]}; this is token ${named(t)}.`);
+  if (at < 0) note(part, `Units were kept for tokens ${all[0]} to ${all.at(-1)}; this is token ${named(t)}.`);
   const n = units.units.shape[1], largest = most(units.parts.row(p));
-  table(part, ["layer · unit", `adds to ${piece(answer.ids.at(t, 0))}`, "activation", "what it makes likelier"], Array.from({ length: n }, (_, u) => {
+  table(part, ["layer · unit", `adds to ${piece(answer.ids.at(t, 0))}`, "activation", "what it makes likelier"], range(n).map((u) => {
     const activation = units.activations.at(p, u, t);
     return [`${units.layers.at(p, u)} · ${units.units.at(p, u)}`, { bar: units.parts.at(p, u) / largest, text: number(units.parts.at(p, u)) }, number(activation),
       [...units.promotes.row(p, u)].map(piece).join(" · ")];
@@ -348,9 +349,7 @@ section("adding", "Adding and normalizing", "What a layer adds is small beside a
     { label: "attention adds", values: over(additions.attention), dash: "dashed" }, { label: "feed-forward adds", values: over(additions.feed_forward), dash: "dotted" }] });
   curves(part, { title: "Direction of what is added: 1 along the stream, 0 across, −1 against it", names, zero: true, chosen: state.layer, choose, series: [
     { label: "attention", values: over(additions.attention_alignment) }, { label: "feed-forward", values: over(additions.feed_forward_alignment), dash: "dashed" }] });
-  const details = element("details", "numbers", part);
-  element("summary", "", details, "as a table, with the divisors of the norms");
-  table(details, ["layer", "stream", "divisor", "attention reads", "attention adds", "divisor", "feed-forward reads", "feed-forward adds"], layers.map((l) => [String(l), before[l], additions.attention_divisor && additions.attention_divisor.at(l, t),
+  table(folded(part, "as a table, with the divisors of the norms"), ["layer", "stream", "divisor", "attention reads", "attention adds", "divisor", "feed-forward reads", "feed-forward adds"], layers.map((l) => [String(l), before[l], additions.attention_divisor && additions.attention_divisor.at(l, t),
     additions.attention_input.at(l, t), additions.attention.at(l, t), additions.feed_forward_divisor && additions.feed_forward_divisor.at(l, t), additions.feed_forward_input.at(l, t), additions.feed_forward.at(l, t)].map((v, c) => c ? number(v) : v)));
   const i = headAt.get(state.layer * N + state.head), R = heads.rotary_dim;
   element("h3", "", part, `Rotation of the query of layer ${state.layer}, head ${state.head}, at ${named(view.position)}`);
@@ -387,21 +386,20 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
     const largest = most(parts.map((p) => p[1])), ordered = [...parts].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 10);
     table(part, ["largest parts", "adds"], ordered.map(([name, v]) => [name, { bar: v / largest, text: number(v) }]), { name: "bars" });
   }
-  const removed = new Map(Array.from({ length: causes.ablated.shape[0] }, (_, i) => [causes.ablated.at(i, 0) * N + causes.ablated.at(i, 1), causes.ablation.at(i)]));
+  const removed = new Map(range(causes.ablated.shape[0]).map((i) => [causes.ablated.at(i, 0) * N + causes.ablated.at(i, 1), causes.ablation.at(i)]));
   const largest = most([...removed.values(), ...(causes.heads ? causes.heads.values : [])]);
   const two = element("div", "two", part);
-  const grid = (parent, title, get) => new Grid(parent, { title, rows: L, columns: N, high: L > 40 ? 9 : 14, wide: 10, widest: 44, groups: G, shortColumns: true, rowName: (l) => `layer ${l}`, columnName: String,
-    value: (l, n) => get(l, n) === null ? null : get(l, n) / largest, figure: (l, n) => number(get(l, n)), chosen: () => [state.layer, state.head], choose: (l, n) => select({ layer: l, head: n }),
+  const grid = (parent, title, get) => new Grid(parent, { title, ...HEADS, value: (l, n) => get(l, n) === null ? null : get(l, n) / largest, figure: (l, n) => number(get(l, n)),
     tip: (l, n) => [`layer ${l}, head ${n}`, `adds ${number(causes.heads ? causes.heads.at(l, n) : NaN)}`, removed.has(l * N + n) ? `without it the difference falls by ${number(removed.get(l * N + n))}` : "was not removed"] });
   if (causes.heads) grid(two, "What each head adds (attribution)", (l, n) => causes.heads.at(l, n));
   grid(two, "What is lost without it (ablation)", (l, n) => removed.has(l * N + n) ? removed.get(l * N + n) : null);
   if (causes.heads) cloud(part, { title: `Do they agree? Correlation ${causes.ablation_agreement === null ? "–" : causes.ablation_agreement.toFixed(2)}, over ${removed.size} heads`, xName: "adds", yName: "lost without",
     points: [...removed].map(([key, v]) => ({ x: causes.heads.values[key], y: v, name: `layer ${Math.floor(key / N)}, head ${key % N}` })) });
   note(part, "Where they differ, other heads made up for the one removed, or it works through later parts.");
-  if (!comparison) { note(part, "With --against \"another text\" of as many tokens, its streams are put into this one, layer by layer and token by token."); return; }
+  if (!comparison) { note(part, 'With --against "another text" of as many tokens, its streams are put into this one.'); return; }
   element("h3", "", part, "What if: streams of another text");
   note(part, `The other text: ${view.against.map(shown).join(" ")}. There the difference is ${number(comparison.difference)}.`);
-  const patched = new Map(Array.from({ length: comparison.patched.shape[0] }, (_, i) => [comparison.patched.at(i, 0) * T + comparison.patched.at(i, 1), comparison.change.at(i)]));
+  const patched = new Map(range(comparison.patched.shape[0]).map((i) => [comparison.patched.at(i, 0) * T + comparison.patched.at(i, 1), comparison.change.at(i)]));
   const change = most([...patched.values()]), both = element("div", "two", part);
   const plot = (title, get) => new Grid(both, { title, rows: L, columns: T, high: 14, wide: 14, widest: 44, rowName: (r) => `into ${L - 1 - r}`, columnName: token,
     value: (r, t) => get(L - 1 - r, t) === null ? null : get(L - 1 - r, t) / change, figure: (r, t) => number(get(L - 1 - r, t)), chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ layer: L - 1 - r, position: t }),
@@ -419,7 +417,7 @@ const WORDS = [
   ["logit lens", "The stream after a layer through the last norm and the output head (nostalgebraist 2020)."],
   ["brings, p × |v W_O|", "The length of what a key adds to the query's stream (Kobayashi et al. 2020, arXiv:2004.10102)."],
   ["previous, duplicate, induction", "Mean probability on the token before, on earlier occurrences of the same token, and on what followed those (Olsson et al. 2022, arXiv:2209.11895)."],
-  ["sink", "A first token that takes the attention of heads that have nothing to bring (Xiao et al. 2023, arXiv:2309.17453)."],
+  ["sink", "A first token that takes the attention of heads with nothing to bring (Xiao et al. 2023, arXiv:2309.17453)."],
   ["unit", "A row of the feed-forward: its activation times its output direction is added to the stream (Geva et al. 2021, arXiv:2012.14913)."],
   ["attribution", "A part's share of a logit difference, with the divisor of the last norm held fixed (Elhage et al. 2021)."],
   ["ablation", "The difference with a head's output set to 0, for the whole text."],
@@ -430,7 +428,7 @@ section("notes", "Definitions, the call, and the numbers", "", (body) => {
   element("h3", "", body, "How to make this page again");
   element("pre", "", body, view.call).tabIndex = 0;
   element("h3", "", body, "What was left out");
-  element("p", "", body, view.left_out.length ? `To keep this file small: ${view.left_out.join("; ")}.` : "Nothing.");
+  element("p", "", body, view.left_out.length ? `To keep it small: ${view.left_out.join("; ")}.` : "Nothing.");
   const button = element("button", "", body, "Save the numbers as JSON");
   button.type = "button";
   button.addEventListener("click", () => {
@@ -442,21 +440,15 @@ section("notes", "Definitions, the call, and the numbers", "", (body) => {
     URL.revokeObjectURL(link.href);
     link.remove();
   });
-  const sites = element("details", "", body);
-  element("summary", "", sites, "All values of this model that can be read");
-  table(sites, ["value", "shape", "here", "what it is"], view.sites.map((s) => [s.name, s.letters, s.shape.join(" × "), s.description]), { name: "long" });
-  const config = element("details", "", body);
-  element("summary", "", config, "Configuration");
-  table(config, ["field", "value"], Object.entries(model).map(([name, value]) => [name, JSON.stringify(value)]), { name: "long" });
+  table(folded(body, "All values of this model that can be read"), ["value", "shape", "here", "what it is"], view.sites.map((s) => [s.name, s.letters, s.shape.join(" × "), s.description]), { name: "long" });
+  table(folded(body, "Configuration"), ["field", "value"], Object.entries(model).map(([name, value]) => [name, JSON.stringify(value)]), { name: "long" });
 });
 
 // The head that brings most to the answer.
 let best = [0, 0, -1];
 for (const [key, i] of headAt) {
-  let sum = 0;
-  for (let s = 0; s < view.position; s++) sum += brings(i, view.position, s);
-  if (causes.heads) sum = Math.abs(causes.heads.values[key]);
-  if (sum > best[2]) best = [Math.floor(key / N), key % N, sum];
+  const size = causes.heads ? Math.abs(causes.heads.values[key]) : sumOf(i, view.position);
+  if (size > best[2]) best = [Math.floor(key / N), key % N, size];
 }
 select({ layer: best[0], head: best[1] });
 let width = innerWidth, waiting = 0;

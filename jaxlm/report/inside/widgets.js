@@ -1,6 +1,7 @@
 // Tables, bars, heat maps and curves of `jaxlm look`, and the arrays they read.
 
 // ---- Arrays ----
+const range = (n) => [...Array(n).keys()];
 function halves(bits) {
   const out = new Float32Array(bits.length);
   for (let i = 0; i < bits.length; i++) {
@@ -27,7 +28,7 @@ class Numbers {
   nested() {
     const build = (...indices) => indices.length === this.shape.length ? this.at(...indices)
       : indices.length === this.shape.length - 1 ? [...this.row(...indices)]
-      : Array.from({ length: this.shape[indices.length] }, (_, i) => build(...indices, i));
+      : range(this.shape[indices.length]).map((i) => build(...indices, i));
     return build();
   }
 }
@@ -72,8 +73,8 @@ function shown(text) {
 const dark = matchMedia("(prefers-color-scheme: dark)");
 function palette() {
   return dark.matches
-    ? { none: [28, 32, 38], high: [112, 196, 246], low: [255, 150, 80], ink: "#e6e9ed", deep: "#10151b", line: "#343b44" }
-    : { none: [255, 255, 255], high: [0, 92, 160], low: [190, 76, 0], ink: "#1b1f24", deep: "#ffffff", line: "#dde1e6" };
+    ? { none: [28, 32, 38], high: [112, 196, 246], low: [255, 150, 80], ink: "#e6e9ed", line: "#343b44" }
+    : { none: [255, 255, 255], high: [0, 92, 160], low: [190, 76, 0], ink: "#1b1f24", line: "#dde1e6" };
 }
 function shade(share) {
   const { none, high, low } = palette(), end = share < 0 ? low : high;
@@ -81,6 +82,7 @@ function shade(share) {
   return none.map((v, i) => Math.round(v + (end[i] - v) * part));
 }
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
+const inkOn = ([r, g, b]) => 0.3 * r + 0.6 * g + 0.1 * b > 125 ? "#10151b" : "#ffffff";
 
 // ---- What a pointer or the keyboard is at ----
 function hint(lines, x, y) {
@@ -98,7 +100,6 @@ function hint(lines, x, y) {
 // rows: arrays of text or of {bar: share of the width, text}; the first cell names the row.
 function table(parent, head, rows, options = {}) {
   const box = element("div", "scroll", parent), made = element("table", options.name || "", box);
-  if (options.caption) element("caption", "", made, options.caption);
   const top = element("tr", "", element("thead", "", made));
   for (const name of head) element("th", "", top, name).scope = "col";
   const body = element("tbody", "", made);
@@ -117,10 +118,14 @@ function table(parent, head, rows, options = {}) {
   });
   return made;
 }
+function folded(parent, title) {
+  const details = element("details", "numbers", parent);
+  element("summary", "", details, title);
+  return details;
+}
 // The same numbers as a table, made when it is opened.
 function asTable(parent, head, rows) {
-  const details = element("details", "numbers", parent);
-  element("summary", "", details, "as a table");
+  const details = folded(parent, "as a table");
   details.addEventListener("toggle", () => {
     if (details.open && details.children.length < 2) table(details, head, rows());
   });
@@ -137,18 +142,18 @@ class Grid {
     this.figure = element("figure", "heat", parent);
     element("figcaption", "", this.figure, options.title);
     const box = element("div", "scroll", this.figure);
-    this.canvas = element("canvas", "", box);
-    this.canvas.tabIndex = 0;
-    this.canvas.setAttribute("role", "img");
-    this.canvas.setAttribute("aria-label", options.title + ". Arrow keys move, Enter chooses; the numbers are in the table below.");
-    this.canvas.addEventListener("pointermove", (e) => this.point(e));
-    this.canvas.addEventListener("pointerleave", () => { this.at = null; hint(null); this.draw(); });
-    this.canvas.addEventListener("click", (e) => { const cell = this.cell(e); if (cell && this.o.choose) this.o.choose(...cell); });
-    this.canvas.addEventListener("keydown", (e) => this.key(e));
-    this.canvas.addEventListener("blur", () => { this.at = null; hint(null); this.draw(); });
+    const canvas = this.canvas = element("canvas", "", box);
+    canvas.tabIndex = 0;
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", options.title + ". Arrow keys move, Enter chooses; the numbers are in the table below.");
+    canvas.addEventListener("pointermove", (e) => this.point(e));
+    canvas.addEventListener("pointerleave", () => this.leave());
+    canvas.addEventListener("click", (e) => { const cell = this.cell(e); if (cell) this.o.choose(...cell); });
+    canvas.addEventListener("keydown", (e) => this.key(e));
+    canvas.addEventListener("blur", () => this.leave());
     const { rows, columns, rowName, columnName, figure } = this.o;
-    asTable(this.figure, ["", ...Array.from({ length: columns }, (_, c) => columnName(c))], () =>
-      Array.from({ length: rows }, (_, r) => [rowName(r), ...Array.from({ length: columns }, (_, c) => figure(r, c))]));
+    asTable(this.figure, ["", ...range(columns).map((c) => columnName(c))], () =>
+      range(rows).map((r) => [rowName(r), ...range(columns).map((c) => figure(r, c))]));
     queueMicrotask(() => this.draw());  // when what stands beside it has its room
   }
   draw() {
@@ -156,7 +161,7 @@ class Grid {
     const room = Math.max(200, this.figure.clientWidth - 18), colours = palette();
     const sheet = this.canvas.getContext("2d");
     sheet.font = "11px system-ui, sans-serif";
-    const names = Array.from({ length: rows }, (_, r) => rowName(r));
+    const names = range(rows).map((r) => rowName(r));
     this.left = Math.min(130, Math.max(...names.map((n) => sheet.measureText(n).width)) + 8);
     const least = Math.max(this.o.wide, 3);
     this.size = Math.min(this.o.widest || 120, Math.max(least, (room - this.left) / columns));
@@ -196,7 +201,7 @@ class Grid {
       sheet.fillStyle = css(shade(share));
       sheet.fillRect(x, y, this.size - (this.size > 6 ? 1 : 0), high - (high > 6 ? 1 : 0));
       if (text && this.size >= 34) {
-        sheet.fillStyle = Math.abs(share) > 0.55 ? colours.deep : colours.ink;
+        sheet.fillStyle = inkOn(shade(share));
         sheet.fillText(this.fit(sheet, text(r, c), this.size - 4), x + this.size / 2, y + high / 2);
       }
     }
@@ -211,7 +216,7 @@ class Grid {
       sheet.strokeStyle = css(palette().low);
       sheet.strokeRect(this.left + cell[1] * this.size, this.top + cell[0] * high, this.size, high);
     };
-    mark(this.o.chosen && this.o.chosen(), 2.5);
+    mark(this.o.chosen(), 2.5);
     mark(this.at, 1.5);
   }
   fit(sheet, text, room) {
@@ -230,11 +235,12 @@ class Grid {
     if (String(cell) !== String(this.at)) { this.at = cell; this.draw(); }
     hint(cell && this.o.tip(...cell), event.clientX, event.clientY);
   }
+  leave() { this.at = null; hint(null); this.draw(); }
   key(event) {
     const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-    const from = this.at || (this.o.chosen && this.o.chosen()) || [0, 0];
-    if (event.key === "Enter" || event.key === " ") { if (this.o.choose) this.o.choose(...from); event.preventDefault(); return; }
-    if (event.key === "Escape") { this.at = null; hint(null); this.draw(); return; }
+    const from = this.at || this.o.chosen();
+    if (event.key === "Enter" || event.key === " ") { this.o.choose(...from); event.preventDefault(); return; }
+    if (event.key === "Escape") return this.leave();
     const move = moves[event.key];
     if (!move) return;
     event.preventDefault();

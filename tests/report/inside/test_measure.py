@@ -1,7 +1,9 @@
 """The numbers of a view are those of the analyses, each in its place."""
 
 import dataclasses
+import html
 import io
+import re
 from functools import partial
 
 import jax
@@ -16,6 +18,7 @@ from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.report.inside import causes, measure
+from jaxlm.report.inside.inside_page import page_text
 from jaxlm.report.inside.terminal_view import print_view
 
 TOKENS = jnp.asarray(TOKENIZER.encode(TEXT))[None]
@@ -213,3 +216,8 @@ def test_the_terminal_shows_the_same_in_short(seen):
         assert words in text
     assert f"{seen.causes.difference:.2f} logits" in text
     assert f"{seen.answer.probabilities[AT, 0]:.2%}" in text
+
+
+def test_a_notebook_gets_the_page_in_a_frame(seen):
+    (inner,) = re.findall(r'srcdoc="([^"]*)"', seen._repr_html_())
+    assert html.unescape(inner) == page_text(seen)
