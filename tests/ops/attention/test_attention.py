@@ -178,8 +178,11 @@ ALWAYS = (
 
 
 def marks(name, names):
-    """Most options of interpreted kernels are slow."""
-    quick = "pallas" not in name or names in ALWAYS or DEVICE != "cpu"
+    """Single options are slow, except the reference's, and most of interpreted kernels."""
+    if "pallas" in name and DEVICE == "cpu":
+        quick = names in ALWAYS
+    else:
+        quick = name == "reference" or len(names) != 1
     return [] if quick else [pytest.mark.slow]
 
 
