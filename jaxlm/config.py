@@ -21,6 +21,7 @@ TOKENIZERS = ("chars", "bytes", "bpe", "sentencepiece")
 # Fields of the model that change how it is computed, but not what it computes. They may
 # change when a run is resumed.
 EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention", "decode_attention")
+CacheKind = Literal["full", "ring", "int8", "ring_int8"]
 AttentionName = Literal[
     "auto", "reference", "dense", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn"
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.config import AttentionName, MeshConfig, SampleConfig
+from jaxlm.config import AttentionName, CacheKind, MeshConfig, SampleConfig
 from jaxlm.flags.config_file import RunArguments, read_config
 from jaxlm.flags.flag_table import Flat, Positional
 from jaxlm.flags.parse import parse
@@ -28,6 +28,9 @@ class GenerationArguments:
     """Seed of the sampling."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Compute dtype; None keeps the run's."""
+    cache: CacheKind = "full"
+    """How keys and values are kept: `ring` holds the window of layers that have one,
+    `int8` rounds them to 8 bits."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
     def __post_init__(self):
@@ -55,7 +58,8 @@ class SampleArguments(GenerationArguments):
     show_probs: bool = False
     """Color each new token by the probability that the model gives it."""
     stats: bool = False
-    """Print the tokens per second of prefill and decoding to stderr."""
+    """Print the tokens per second of prefill and decoding, and the memory of keys and
+    values, to stderr."""
     look: Path | None = None
     """Also write a page like that of `jaxlm look`, of the first sample."""
     chat: bool = False

@@ -58,6 +58,7 @@ def begin(
         *(model, params, tokenizer, with_stop_ids(chosen.sample, tokenizer)),
         jax.random.key(chosen.seed),
         system=chosen.system,
+        cache=chosen.cache,
     )
     return conversation, params
 

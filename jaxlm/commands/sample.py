@@ -20,6 +20,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.infer.check_arguments import check_room
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.infer.rules.stop_strings import StopText
+from jaxlm.sharding.device_memory import gib
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
@@ -115,6 +116,7 @@ def write_samples(
             num_tokens=tokenizer.vocab_size,
             token_bytes=tokenizer.token_bytes,
             top_logprobs=chosen.top_logprobs,
+            cache=chosen.cache,
             on_tokens=printer.feed,
         )
     if not streams:
@@ -209,12 +211,12 @@ class Printer:
 
 
 def print_stats(result: Generation) -> None:
-    """Prints the tokens per second to stderr."""
+    """Prints the tokens per second and the size of the cache to stderr."""
     old, new = int(result.prefill_tokens.sum()), int(result.lengths.sum())
     print(
         f"prefill {old} tokens in {result.prefill_s:.2f} s "
         f"({old / result.prefill_s:.0f} tokens/s), decode {new} tokens in "
         f"{result.decode_s:.2f} s ({new / result.decode_s:.0f} tokens/s), "
-        f"compiling {result.compile_s:.1f} s",
+        f"compiling {result.compile_s:.1f} s, cache {gib(result.cache_bytes)}",
         file=sys.stderr,
     )

@@ -1,19 +1,22 @@
 """Checks what `generate` is given, before anything is compiled."""
 
+import math
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.config import CacheKind, ModelConfig, SampleConfig
 from jaxlm.fields import nearest
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.rules.automata import ENDS
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_ids, check_key
+from jaxlm.model.initialization import init_cache
+from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.types import Params
 
 
@@ -112,6 +115,38 @@ def check_room(name: str, tokens: Sized, max_new_tokens: int, max_length: int) -
         )
 
 
+def check_cache(
+    config: ModelConfig, params: Params, num_rows: int, max_length: int, kind: CacheKind
+) -> int:
+    """Returns the bytes of a cache on a device of the current mesh.
+
+    Raises:
+      ValueError: for a kind that does not exist, and a cache that does not fit beside
+        the parameters.
+    """
+    kinds = get_args(CacheKind)
+    if kind not in kinds:
+        raise ValueError(f"cache is {kind!r}: choose one of {', '.join(kinds)}")
+
+    def on_device(x: Any) -> int:
+        sharding = getattr(x, "sharding", None)
+        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    cache = jax.eval_shape(lambda: init_cache(config, num_rows, max_length, kind=kind))
+    needed = sum(map(on_device, jax.tree.leaves(cache.layers)))
+    present = sum(map(on_device, jax.tree.leaves(params)))
+    available = available_memory()
+    if needed + present > available:
+        raise ValueError(
+            f"the {kind} cache of {num_rows} rows of {max_length:,} tokens needs "
+            f"{gib(needed)} on a device, which has {gib(available)} for it and for "
+            f"{gib(present)} of parameters: decode fewer rows at once or shorter "
+            "texts, or take the cache ring_int8"
+        )
+    return needed
+
+
 def check_grammar(grammar: Any, vocab_size: int) -> None:
     """Raises a ValueError for what is no automaton over the vocabulary."""
     shape, dtype = np.shape(grammar), getattr(grammar, "dtype", None)
@@ -180,7 +215,12 @@ def check_samples(
 
 
 def check_state(
-    state: Any, config: ModelConfig, params: Params, block: type[Block], num_rows: int
+    state: Any,
+    config: ModelConfig,
+    params: Params,
+    block: type[Block],
+    cache: CacheKind,
+    num_rows: int,
 ) -> None:
     """Raises a ValueError if a call with these arguments cannot go on from `state`."""
     if not isinstance(state, GenerationState):
@@ -193,6 +233,11 @@ def check_state(
             "the one that the later call returned"
         )
     leaves = zip(*map(jax.tree.leaves, (params, state.params)), strict=False)
+    if cache != state.cache_kind:
+        raise ValueError(
+            f"resume: this state has the cache {state.cache_kind}, not {cache}: give "
+            "the same"
+        )
     same_model = (config, block) == (state.config, state.block)
     if not same_model or any(given is not own for given, own in leaves):
         raise ValueError(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.config import CacheKind, ModelConfig, SampleConfig
 from jaxlm.infer.chat_ids import chat_ids
 from jaxlm.infer.generate import generate
 from jaxlm.infer.generation_state import GenerationState
@@ -58,6 +58,7 @@ class Conversation:
         key: Key[Array, ""],
         *,
         system: str | None = None,
+        cache: CacheKind = "full",
     ):
         """Begins a conversation without messages.
 
@@ -67,6 +68,7 @@ class Conversation:
           sample: how to sample; its stop ids end an answer.
           key: a typed PRNG key, folded with the number of the answer.
           system: as `set_system`.
+          cache: its kind, as for `generate`.
 
         Raises:
           ValueError: as `set_system`.
@@ -75,6 +77,7 @@ class Conversation:
         self.messages: list[Message] = []
         """Each with a `role` and a `content`, in turn."""
         self.last_answer: Answer | None = None
+        self._cache: CacheKind = cache
         self._params, self._tokenizer, self._sample = params, tokenizer, sample
         self._keys = (jax.random.fold_in(key, turn) for turn in count())
         self._state: GenerationState | None = None
@@ -174,6 +177,7 @@ class Conversation:
                 on_tokens=reply.feed,
                 resume=state,
                 return_state=True,
+                cache=self._cache,
             )
             self._state = result.state
             prefill_tokens = int(result.prefill_tokens[0])

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Int16, Key
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import CacheKind, ModelConfig
 from jaxlm.infer.row_settings import RowSettings
 from jaxlm.infer.rules.automata import ENDED, FREE
 from jaxlm.infer.rules.filters import NEVER
 from jaxlm.infer.rules.penalties import History
 from jaxlm.infer.sampling import sample_tokens
-from jaxlm.model.block import Block
+from jaxlm.model.block import Block, layer_kinds
 from jaxlm.model.divisible import divisible_config, divisible_params
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import Cache, LayerCache
+from jaxlm.model.kv_cache import Cache, LayerCache, stack_layers, unstack_layers
 from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.layout import layout
@@ -128,12 +128,18 @@ class Programs(NamedTuple):
 
 @lru_cache(maxsize=32)
 def programs(
-    config: ModelConfig, max_length: int, steps: int, num_top: int, block: type[Block]
+    config: ModelConfig,
+    max_length: int,
+    kind: CacheKind,
+    steps: int,
+    num_top: int,
+    block: type[Block],
 ) -> Programs:
     """Returns the programs of a model.
 
     Args:
       max_length: tokens for which each row of the cache has room.
+      kind: of the cache.
       steps: tokens that a call of `decode` draws for each row. Between calls a stream
         prints its text, rows come and go, and generation can stop.
       num_top: how many of the most likely tokens each step reports.
@@ -142,23 +148,35 @@ def programs(
 
     def begin(params, tokens, lengths, probes):
         """Reads the first tokens of each row, up to `lengths` in all."""
-        stacked = init_cache(config, len(lengths), max_length).layers
-        cache = Cache(stacked, reshard(jnp.zeros_like(lengths), "B"), is_empty=True)
+        start, ends = (reshard(x, "B") for x in (jnp.zeros_like(lengths), lengths))
+        stacked = init_cache(config, len(lengths), max_length, kind=kind).layers
+        cache = Cache(stacked, start, is_empty=True, ends=ends)
         none = jnp.zeros((len(lengths), config.vocab_size), jnp.float32)
         return _prefill(config, block, params, tokens, lengths, cache, none, probes)
 
     def extend(params, tokens, kept, lengths, layers, logits, probes):
         """Adds each row's tokens after the first `kept`, up to `lengths` in all."""
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-        cache = Cache(stacked, reshard(kept, "B"))
+        kept, ends = (reshard(x, "B") for x in (kept, lengths))
+        stacked = stack_layers(layers, len(layer_kinds(config)))
+        cache = Cache(stacked, kept, ends=ends)
         return _prefill(config, block, params, tokens, lengths, cache, logits, probes)
 
     def grow(layers):
-        def longer(x):
-            missing = max_length - x.shape[1]
-            return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        rows = len(layers[0].keys)
+        larger = jax.eval_shape(
+            lambda: unstack_layers(
+                init_cache(config, rows, max_length, kind=kind).layers,
+                config.num_layers,
+            )
+        )
 
-        return jax.tree.map(longer, layers)
+        def longer(x, new):
+            missing = new.shape[1] - x.shape[1]
+            return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
+
+        # The tokens stay where they are, also where a ring is new.
+        leaves = map(longer, *map(jax.tree.leaves, (layers, larger)))
+        return jax.tree.unflatten(jax.tree.structure(larger), leaves)
 
     def repeat(layers, logits, numbers):
         def chosen(x):
@@ -189,6 +207,7 @@ def programs(
 
         def step(carry, _):
             cache, logits, rows, hits = carry
+            was_done = rows.is_done
             by_row = (logits, rows, keys, settings)
             draw = partial(_draw, num_top)
             rows, drawn = _on_each_device(draw, by_row, (table, num_ids))
@@ -202,8 +221,8 @@ def programs(
             assert out.cache is not None and out.logits is not None
             logits = reshard(out.logits[:, 0], "B_")[:, : config.vocab_size]
             hits = total_hits(edits, hits, out.hits)
-            # A slot that nothing runs in stays at the end of its cache.
-            lengths = jnp.minimum(out.cache.lengths, max_length)
+            # What follows the end of a text is not kept.
+            lengths = jnp.where(was_done, cache.lengths, out.cache.lengths)
             carry = replace(out.cache, lengths=lengths), logits, rows, hits
             return carry, (drawn, out.trace)
 
@@ -293,7 +312,7 @@ def _prefill(
     new = reshard(new[:, 0], "B_")[:, : config.vocab_size]
     ends = is_last.any(axis=1)[:, None]
     logits = jnp.where(ends, new, reshard(logits, "B_"))
-    layers = unstack(out.cache.layers, config.num_layers)
+    layers = unstack_layers(out.cache.layers, config.num_layers)
     return layers, logits, out.hits, out.trace
 
 
@@ -323,7 +342,9 @@ def _draw(
     inside = ~(rows.is_done | is_stop)
     states = jnp.stack([rows.stop_states, rows.grammar_states])
     states = table[states, tokens].astype(jnp.int32)
-    history = history.append(tokens)
+    longer = history.append(tokens)
+    lengths = jnp.where(rows.is_done, history.lengths, longer.lengths)
+    history = replace(longer, lengths=lengths)
     is_full = history.num_new >= settings.max_new_tokens
     is_done = ~inside | (states == ENDED).any(axis=0) | is_full
     return (

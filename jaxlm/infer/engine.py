@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.config import CacheKind, ModelConfig, SampleConfig
 from jaxlm.infer.check_arguments import (
+    check_cache,
     check_grammar,
     check_room,
     check_samples,
@@ -36,12 +37,11 @@ from jaxlm.infer.rules.stop_strings import stop_transitions
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import Cache
+from jaxlm.model.kv_cache import Cache, unstack_layers
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.processes import whole
 from jaxlm.sharding.rules import activation_spec, batch_parts
-from jaxlm.tree import unstack
 from jaxlm.types import Params, Trace
 
 
@@ -130,6 +130,7 @@ class Engine:
         token_bytes: Sequence[bytes] | None = None,
         top_logprobs: int = 0,
         steps: int = 8,
+        cache: CacheKind = "full",
         edits: Sequence[Edit] = (),
         taps: Sequence[Tap] = (),
         resume: GenerationState | None = None,
@@ -146,31 +147,36 @@ class Engine:
           token_bytes: as for `generate`.
           top_logprobs: how many of the most likely tokens to report at each token.
           steps: tokens that each text grows by in a step.
+          cache: its kind, as for `generate`.
           edits, taps: as for `generate`, of all requests.
           resume: what `begin` goes on from.
           block: what computes a layer; see `Block`.
 
         Raises:
-          ValueError: for a model that cannot be.
+          ValueError: for a model that cannot be, or a cache that does not fit.
         """
         check_model(config, params, block)
+        num_slots += -num_slots % batch_parts()
+        self._slots: list[_Running | None] = [None] * num_slots
         self.config, self.params, self.block = config, params, block
         self.max_length = max_length or config.context_length
         self.num_tokens = num_tokens or config.vocab_size
         self.token_bytes = None if token_bytes is None else tuple(token_bytes)
-        self.num_top = top_logprobs
+        self.num_top, self.cache = top_logprobs, cache
+        self.cache_bytes = check_cache(
+            *(config, params, num_slots, self.max_length, cache)
+        )
+        """Bytes of the cache of all slots, on a device."""
         self._edits = jax.tree.map(jnp.asarray, tuple(edits))
         self._taps = jax.tree.map(jnp.asarray, tuple(taps))
         top = bucket(top_logprobs, config.vocab_size) if top_logprobs else 0
-        self._programs = programs_of(config, self.max_length, steps, top, block)
+        self._programs = programs_of(config, self.max_length, cache, steps, top, block)
         self.clock = Clock(self._programs)
         self._resume = resume
         split = self._programs.split(params) if resume is None else resume.split_params
         self._split = jax.block_until_ready(split)
         self._automata = Automata(config.vocab_size)
         self._table = self._automata.table, jnp.asarray(self._automata.table)
-        num_slots += -num_slots % batch_parts()
-        self._slots: list[_Running | None] = [None] * num_slots
         self._waiting: deque[tuple[int, Request]] = deque()
         self._num_submitted = 0
         self._state: DecodeState | None = None
@@ -355,7 +361,7 @@ class Engine:
             History(tokens, lengths, lengths.copy()),
             np.array(stops, np.int32),
             np.array(grammars, np.int32),
-            np.zeros(len(running), bool),
+            np.array([r.number < 0 for r in running]),
         )
         keys = jnp.stack([request.key for request in requests])
         samples = [request.sample for request in requests]
@@ -369,8 +375,8 @@ class Engine:
     def _empty_state(self) -> DecodeState:
         """Returns a state of slots in which nothing runs."""
         config, num_slots = self.config, len(self._slots)
-        cache = init_cache(config, num_slots, self.max_length)
-        layers = unstack(cache.layers, config.num_layers)
+        cache = init_cache(config, num_slots, self.max_length, kind=self.cache)
+        layers = unstack_layers(cache.layers, config.num_layers)
         logits = jnp.zeros(
             (num_slots, config.vocab_size),
             jnp.float32,
@@ -397,6 +403,6 @@ class Engine:
         pairs = zip(history.tokens, lengths, strict=True)
         rows = [row[:length] for row, length in pairs]
         return GenerationState(
-            *(self.config, self.params, self.block, self._split),
-            *(rows, self._state.cache),
+            *(self.config, self.params, self.block, self.cache, self.max_length),
+            *(self._split, rows, self._state.cache),
         )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.config import CacheKind, ModelConfig, SampleConfig
 from jaxlm.infer.check_arguments import (
     check_count,
     check_room,
@@ -69,6 +69,8 @@ class Generation:
     traces: list[Trace]
     """For each row what the taps have read, on the host: of the prompt and of the new
     tokens, without a batch axis. Index t of the tokens is position t."""
+    cache_bytes: int
+    """Bytes of keys and values on a device, used or not."""
     state: GenerationState | None
     """What a next call can go on from; None unless `return_state`."""
 
@@ -97,6 +99,7 @@ def generate(
     edits: Sequence[Edit] = (),
     taps: Sequence[Tap] = (),
     grammars: Sequence[Transitions | None] | None = None,
+    cache: CacheKind = "full",
     num_slots: int = 64,
     block: type[Block] = Block,
     **unknown: Any,
@@ -135,6 +138,9 @@ def generate(
         at a position are those of the next token.
       taps: sites to read at all tokens, while they are computed. Not with `resume`.
       grammars: for each row None or an automaton that its text follows; see `Request`.
+      cache: how keys and values are kept. `full`: all tokens; `ring`: layers with a
+        window have room for that and a few tokens, with the same result; `int8`: all,
+        rounded to 8 bits; `ring_int8`: both.
       num_slots: rows that are decoded at once; others wait, and take the place of those
         that end. With `resume` or `return_state` all are decoded at once.
       block: what computes a layer; see `Block`.
@@ -143,6 +149,7 @@ def generate(
       TypeError: for an argument that does not exist.
       ValueError: for arguments of another type, an empty prompt, an id outside the
         vocabulary, a prompt that is too long for the context with max_new_tokens,
+        a cache that does not fit into memory,
         logits that are not finite, a state that was used or belongs to another model or
         number of prompts, taps or edits that cannot be, or an edit that has changed
         nothing.
@@ -166,8 +173,8 @@ def generate(
         if taps:
             raise ValueError("resume holds tokens that taps cannot read: leave it out")
         num_filled = len(rows) + -len(rows) % batch_parts()
-        check_state(resume, config, params, block, num_filled)
-        max_length = max(max_length, resume.cache.max_length)
+        check_state(resume, config, params, block, cache, num_filled)
+        max_length = max(max_length, resume.max_length)
     together = len(rows) <= num_slots or resume is not None or return_state
     engine = Engine(
         *(config, params),
@@ -177,6 +184,7 @@ def generate(
         token_bytes=token_bytes,
         top_logprobs=top_logprobs,
         steps=CHUNK,
+        cache=cache,
         edits=edits,
         taps=taps,
         resume=resume,
@@ -211,6 +219,7 @@ def generate(
         prefill_s=engine.clock.prefill_s,
         decode_s=engine.clock.decode_s,
         compile_s=engine.clock.compile_s,
+        cache_bytes=engine.cache_bytes,
         prefill_tokens=np.array([len(row) for row in rows], np.int32) - kept,
         traces=[joined(taps, [part.trace for part in text]) for text in texts],
         state=engine.generation_state() if return_state else None,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import CacheKind, ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.positions import max_fixed_rotation_length
@@ -21,13 +21,16 @@ class GenerationState:
     params: Params
     """As they were given: a state belongs to these very arrays."""
     block: type[Block]
+    cache_kind: CacheKind
+    max_length: int
+    """Tokens for which each row has room."""
     split_params: Params
     """One tree for each layer, as decoding reads them."""
     tokens: list[Int[np.ndarray, " _"]]
-    """For each row the prompt and all tokens drawn after it, also those after the end
-    of its text; the last may be beyond the end of the cache."""
+    """For each row the prompt and the tokens drawn after it, that which ended the text
+    included; the last may be beyond the end of the cache."""
     cache: Cache
-    """One layer each, `[B, S, K, H]`; overwritten by the call that goes on from it."""
+    """One layer each; overwritten by the call that goes on from it."""
 
     def delete(self) -> None:
         """Frees the cache, also where the devices did not reuse its memory."""
@@ -43,10 +46,23 @@ class GenerationState:
         shared = []
         for row, held in zip(rows, self.tokens, strict=True):
             # A token that did not fit was written to the last index of the cache.
-            most = min(len(row) - 1, len(held), self.cache.max_length - 1)
+            most = min(len(row) - 1, len(held), self.max_length - 1)
             # Keys that a longer row would rotate differently must be computed again.
             if longest is not None and max(len(row), len(held)) > longest:
                 most = 0
             differs = row[:most] != held[:most]
             shared.append(int(differs.argmax()) if differs.any() else most)
         return shared
+
+    def still_held(self, kept: Int[np.ndarray, " B"]) -> bool:
+        """Whether the cache has all that is seen after the first `kept` tokens.
+
+        A ring has lost the oldest tokens, and what comes next may see some of them.
+        """
+        rings = [x for x in self.cache.layers if x.window is not None]
+        if not rings:
+            return True
+        # One more may have been written after the end of a text.
+        written = np.array([len(row) for row in self.tokens]) + 1
+        oldest = written - rings[0].keys.shape[1]
+        return bool(((oldest <= 0) | (kept - rings[0].window >= oldest)).all())

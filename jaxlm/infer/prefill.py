@@ -90,13 +90,16 @@ def _prefill(
     widths = chunk_widths(int((lengths - kept).max()), len(rows), max_length)
     # The cache must have room for the padding too.
     kept = np.minimum(kept, max_length - sum(widths))
+    if resume is not None and not resume.still_held(kept):
+        kept = np.zeros_like(lengths)
+        widths = chunk_widths(int(lengths.max()), len(rows), max_length)
     layers: Any = None
     logits: Any = None
     if resume is not None and kept.any():
         layers = resume.cache.layers
         shape, sharding = (len(rows), config.vocab_size), activation_spec("B_")
         logits = jnp.zeros(shape, jnp.float32, out_sharding=sharding)
-        if resume.cache.max_length < max_length:
+        if resume.max_length < max_length:
             layers = programs.grow(layers)
     if resume is not None and layers is not resume.cache.layers:
         resume.delete()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.kv_cache import Cache, LayerCache, append
+from jaxlm.model.kv_cache import Cache, LayerCache, append, extend
 from jaxlm.model.params import param, weights
 from jaxlm.model.positions import Rotation, rotations
 from jaxlm.ops.attention.dispatch import attention
@@ -48,6 +48,8 @@ class Context:
     """Index of each token in the cache; None without a cache, or with an empty one."""
     lengths: Int[Array, " B"] | None
     """Tokens already in the cache."""
+    ends: Int[Array, " B"] | None = None
+    """As `Cache.ends`."""
 
 
 def make_context(
@@ -66,18 +68,19 @@ def make_context(
     """
     if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids: a cache holds one text in each row")
-    query_positions, lengths = None, None
+    query_positions, lengths, ends = None, None, None
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     default: Array = jnp.broadcast_to(index, tokens.shape)
     if cache is not None:
-        lengths = cache.lengths
+        lengths, ends = cache.lengths, cache.ends
         default = lengths[:, None] + index
         query_positions = None if cache.is_empty else default
     if positions is None:
         positions = default
     rotation, local_rotation = rotations(config, positions)
     return Context(
-        positions, rotation, local_rotation, segment_ids, query_positions, lengths
+        *(positions, rotation, local_rotation, segment_ids, query_positions),
+        *(lengths, ends),
     )
 
 
@@ -196,15 +199,18 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k = probe("q_rot", q), probe("k_rot", k)
 
+        sinks = param(self, "layers/attn/sinks") if config.attention_sinks else None
+        spec = attention_spec(config, kind, context, sinks)
         implementation = config.attention
         if cache is not None:
             implementation = config.decode_attention
             assert context.lengths is not None
-            cache = append(cache, context.lengths, k, v)
-            if context.query_positions is not None:
-                k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
-        sinks = param(self, "layers/attn/sinks") if config.attention_sinks else None
-        spec = attention_spec(config, kind, context, sinks)
+            if context.query_positions is None:
+                cache = append(cache, context.lengths, k, v, context.ends)
+            else:
+                cache, k, v, spec = extend(
+                    *(cache, context.lengths, k, v, spec), context.ends
+                )
         if probe.edits(*ATTENTION_SITES):
             z = probed_attention(q, k, v, spec, probe)
         else:

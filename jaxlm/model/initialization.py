@@ -5,13 +5,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
-from jaxlm.config import ModelConfig
-from jaxlm.model.block import Block
+from jaxlm.config import CacheKind, ModelConfig
+from jaxlm.model.block import Block, layer_kinds
 from jaxlm.model.checks import check_block, check_config, check_key
 from jaxlm.model.divisible import divisible_config
-from jaxlm.model.kv_cache import Cache, LayerCache
+from jaxlm.model.kv_cache import SPARE, Cache, LayerCache, LayerStacks
 from jaxlm.model.params import param, weights
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.rules import activation_spec
@@ -42,14 +42,20 @@ def init(
 
 
 def init_cache(
-    config: ModelConfig, batch_size: int, max_length: int, dtype: Any = None
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    dtype: Any = None,
+    kind: CacheKind = "full",
 ) -> Cache:
     """Makes an empty cache, stacked over layers: [L, B, max_length, K, H].
 
     K is larger than `num_kv_heads` where mesh.tensor is.
 
     Args:
-      dtype: of keys and values; None takes the compute dtype.
+      dtype: of keys and values that are not int8; None takes the compute dtype.
+      kind: `ring`: local layers have room for their window and `SPARE` tokens only, if
+        that is less; `int8`: keys and values are quantized; `ring_int8`: both.
 
     Raises:
       ValueError: when `max_length` is more than the model's context.
@@ -60,17 +66,35 @@ def init_cache(
             f"a cache of {max_length} tokens is longer than model.context_length "
             f"{config.context_length}"
         )
-    shape = (config.num_layers, batch_size, max_length)
-    shape += (divisible_config(config).num_kv_heads, config.head_dim)
-    partition = activation_spec("LBSKH")
-    if dtype is None:
-        dtype = compute_dtype(config.dtype)
+    heads = (divisible_config(config).num_kv_heads, config.head_dim)
+    dtype = compute_dtype(config.dtype) if dtype is None else jnp.dtype(dtype)
+    is_int8 = kind in ("int8", "ring_int8")
 
-    def zeros() -> Float[Array, "L B S K H"]:
-        return jnp.zeros(shape, dtype, out_sharding=partition)
+    def stack(num_layers: int, window: int | None) -> LayerCache:
+        size = max_length if window is None else window + SPARE
+        shape = (num_layers, batch_size, size, *heads)
+
+        def zeros(letters: str, dtype: Any) -> Array:
+            partition = activation_spec(letters)
+            return jnp.zeros(shape[: len(letters)], dtype, out_sharding=partition)
+
+        keys, values = (zeros("LBSKH", jnp.int8 if is_int8 else dtype) for _ in "kv")
+        if not is_int8:
+            return LayerCache(keys, values, window=window)
+        scales = (zeros("LBSK", jnp.float32) for _ in "kv")
+        return LayerCache(keys, values, *scales, window)
 
     lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation_spec("B"))
-    return Cache(layers=LayerCache(zeros(), zeros()), lengths=lengths)
+    windows: list[int | None] = [None]
+    if kind in ("ring", "ring_int8") and config.window is not None:
+        fits = config.window + SPARE < max_length
+        kinds = layer_kinds(config)
+        windows = [config.window if k.local and fits else None for k in kinds]
+    if len(set(windows)) == 1:
+        return Cache(stack(config.num_layers, windows[0]), lengths)
+    depth, period = config.num_layers, len(windows)
+    stacks = [stack(len(range(i, depth, period)), w) for i, w in enumerate(windows)]
+    return Cache(LayerStacks(tuple(stacks)), lengths)
 
 
 class _Parameters(nn.Module):

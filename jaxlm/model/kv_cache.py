@@ -1,10 +1,24 @@
-"""The key/value cache: a value that is passed in, returned, and never changed."""
+"""The key/value cache: a value that is passed in, returned, and never changed.
 
-from dataclasses import dataclass, field
+Its kinds differ in how a layer holds its tokens, and have one interface (`append`,
+`extend`): all tokens; in a ring, where a layer with a window has room for that and a
+few more; and either of them in int8.
+"""
+
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
+from jaxlm.ops.layout import layout
+
+# Tokens for which a ring has room beyond its window: so many at its end can be taken
+# back, for another continuation.
+SPARE = 32
+_UNBOUNDED = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -14,9 +28,25 @@ class LayerCache:
 
     # `Any`: see `jaxlm/types.py` on leaves.
     keys: Any
-    """[B, S, K, H], or stacked [L, B, S, K, H]; any float dtype."""
+    """[B, S, K, H], or stacked [L, B, S, K, H]; any float dtype, or int8."""
     values: Any
     """Same shape as the keys."""
+    key_scale: Any = None
+    """[B, S, K] f32, or stacked: of int8 keys, see `quantize`; None for others."""
+    value_scale: Any = None
+    """The same for the values."""
+    window: int | None = field(default=None, metadata={"static": True})
+    """Of a ring: tokens that a query sees. Token p is at index p % S. None: it is at p,
+    and the cache holds all."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerStacks:
+    """Layers of which some have a ring: n stacks, the i-th of layers i, i + n ..."""
+
+    stacks: tuple[LayerCache, ...]
+    """n is the period of the kinds of layers."""
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +54,7 @@ class LayerCache:
 class Cache:
     """Keys and values of the tokens so far."""
 
-    layers: LayerCache | tuple[LayerCache, ...]
+    layers: LayerCache | LayerStacks | tuple[LayerCache, ...]
     """Stacked over layers, or one per layer, matching the layout of the parameters."""
     lengths: Any
     """[B] int32: tokens in the cache, also the index where the next one is written."""
@@ -34,12 +64,54 @@ class Cache:
     is_kept: bool = field(default=True, metadata={"static": True})
     """Whether the call returns it with the new tokens. If not, nothing of it is
     copied: many continuations of one text read the same value in one program."""
+    ends: Any = None
+    """[B] int32: new tokens from this index on are padding, which a ring does not keep.
+    None: there is no padding."""
 
     @property
     def max_length(self) -> int:
-        """Tokens for which each row has room."""
-        layers = self.layers[0] if isinstance(self.layers, tuple) else self.layers
-        return layers.keys.shape[-3]
+        """Tokens for which each row has room; rings have room for any number."""
+        layers = _parts(self.layers)
+        full = [x.keys.shape[-3] for x in layers if x.window is None]
+        return min(full, default=_UNBOUNDED)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds all tokens, as they were computed."""
+        layers = _parts(self.layers)
+        return all(x.window is None and x.key_scale is None for x in layers)
+
+
+def _parts(
+    layers: LayerCache | LayerStacks | tuple[LayerCache, ...],
+) -> tuple[LayerCache, ...]:
+    if isinstance(layers, LayerStacks):
+        return layers.stacks
+    return layers if isinstance(layers, tuple) else (layers,)
+
+
+def unstack_layers(
+    layers: LayerCache | LayerStacks, num_layers: int
+) -> tuple[LayerCache, ...]:
+    """Returns one cache for each layer."""
+    stacks = _parts(layers)
+    period = len(stacks)
+    return tuple(
+        jax.tree.map(lambda x, i=i: x[i // period], stacks[i % period])
+        for i in range(num_layers)
+    )
+
+
+def stack_layers(
+    layers: tuple[LayerCache, ...], period: int
+) -> LayerCache | LayerStacks:
+    """The inverse of `unstack_layers`; `period` is that of the kinds of layers."""
+    if len({jax.tree.structure(layer) for layer in layers}) == 1:
+        return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    stacks = (layers[i::period] for i in range(period))
+    return LayerStacks(
+        tuple(jax.tree.map(lambda *x: jnp.stack(x), *stack) for stack in stacks)
+    )
 
 
 def append(
@@ -47,15 +119,147 @@ def append(
     lengths: Int[Array, " B"],
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
+    ends: Int[Array, " B"] | None = None,
 ) -> LayerCache:
-    """Returns one layer's cache with T more tokens in each row, from `lengths` on."""
+    """Returns one layer's cache with T more tokens in each row, from `lengths` on.
+
+    Args:
+      ends: as `Cache.ends`.
+    """
+    new = _stored(cache, keys, values)
 
     def write(old: Array, new: Array, start: Int[Array, ""]) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(
             old, new.astype(old.dtype), start, axis=0
         )
 
-    return LayerCache(
-        keys=jax.vmap(write)(cache.keys, keys, lengths),
-        values=jax.vmap(write)(cache.values, values, lengths),
+    if cache.window is None:
+        at = lengths
+    elif keys.shape[1] == 1 and ends is None:
+        at = lengths % cache.keys.shape[1]
+    else:
+        last = lengths + keys.shape[1] - 1
+        if ends is not None:
+            last = jnp.minimum(last, ends - 1)
+        return jax.tree.map(lambda x, y: _write_ring(x, y, lengths, last), cache, new)
+    return jax.tree.map(lambda x, y: jax.vmap(write)(x, y, at), cache, new)
+
+
+def extend(
+    cache: LayerCache,
+    lengths: Int[Array, " B"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    spec: AttentionSpec,
+    ends: Int[Array, " B"] | None = None,
+) -> tuple[LayerCache, Num[Array, "B S K H"], Num[Array, "B S K H"], AttentionSpec]:
+    """Adds tokens as `append` does, for queries that see them and those before.
+
+    Args:
+      spec: of the attention over a cache that holds all tokens.
+
+    Returns:
+      The new cache, the keys and values that the queries attend to, and how.
+    """
+    after = append(cache, lengths, keys, values, ends)
+    seen, mask = after, spec.mask
+    if cache.window is not None:
+        if keys.shape[1] == 1:
+            mask = _last_query(after, lengths)
+        else:
+            # Those of the ring that the new ones replace are still seen by the first.
+            seen, mask = _unrolled(cache, _stored(cache, keys, values), lengths)
+    k, v = seen.keys, seen.values
+    if seen.key_scale is None:
+        k, v = k.astype(keys.dtype), v.astype(values.dtype)
+    scales = {"key_scale": seen.key_scale, "value_scale": seen.value_scale}
+    return after, k, v, replace(spec, mask=mask, **scales)
+
+
+def _stored(
+    cache: LayerCache, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
+) -> LayerCache:
+    """Returns tokens in the form in which the cache holds them."""
+    if cache.key_scale is None:
+        return replace(cache, keys=keys, values=values)
+    (keys, key_scale), (values, value_scale) = quantize(keys), quantize(values)
+    return LayerCache(keys, values, key_scale, value_scale, cache.window)
+
+
+def _ring_positions(last: Int[Array, " B"], size: int) -> Int[Array, "B S"]:
+    """Returns the token at each index of a ring whose newest is `last`.
+
+    Negative where there is none yet.
+    """
+    last = last[:, None]
+    return last - (last - jnp.arange(size)) % size
+
+
+def _write_ring(
+    old: Num[Array, "B S *rest"],
+    new: Num[Array, "B T *rest"],
+    lengths: Int[Array, " B"],
+    last: Int[Array, " B"],
+) -> Num[Array, "B S *rest"]:
+    """Replaces what `new`, from `lengths` to `last`, brings around the ring."""
+    index = _ring_positions(last, old.shape[1]) - lengths[:, None]
+    newest = _rows_at(new.astype(old.dtype), jnp.clip(index, 0, new.shape[1] - 1))
+    is_new = jnp.expand_dims(index >= 0, tuple(range(2, old.ndim)))
+    return jnp.where(is_new, newest, old)
+
+
+def _last_query(ring: LayerCache, lengths: Int[Array, " B"]) -> Mask:
+    """Returns what one query sees of a ring that has its own token already."""
+    assert ring.window is not None
+    positions = _ring_positions(lengths, ring.keys.shape[1])
+    seen = (positions >= 0) & (lengths[:, None] - positions < ring.window)
+    return Mask(
+        causal=False,
+        query_positions=lengths[:, None],
+        query_segments=jnp.ones_like(lengths)[:, None],
+        key_segments=seen.astype(jnp.int32),
     )
+
+
+def _unrolled(
+    ring: LayerCache, new: LayerCache, lengths: Int[Array, " B"]
+) -> tuple[LayerCache, Mask]:
+    """Returns the tokens of a ring in order with new ones after them."""
+    size, num_new = ring.keys.shape[1], new.keys.shape[1]
+    positions = lengths[:, None] - size + jnp.arange(size)
+    both = jax.tree.map(
+        lambda x, y: jnp.concatenate(
+            [_rows_at(x, positions % size), y.astype(x.dtype)], axis=1
+        ),
+        *(ring, new),
+    )
+    is_there = (positions >= 0).astype(jnp.int32)
+    index = jnp.zeros_like(lengths)[:, None] + size + jnp.arange(num_new)
+    ones = jnp.ones_like(index)
+    mask = Mask(
+        window=ring.window,
+        query_positions=index,
+        query_segments=ones,
+        key_segments=jnp.concatenate([is_there, ones], axis=1),
+    )
+    return both, mask
+
+
+def _rows_at(
+    x: Num[Array, "B S *rest"], index: Int[Array, "B N"]
+) -> Num[Array, "B N *rest"]:
+    """Returns x[b, index[b]] for each row b."""
+
+    def take(x, index):
+        return jax.vmap(lambda row, at: row[at])(x, index)
+
+    sharding = layout(x)
+    if sharding is None:
+        return take(x, index)
+    rows = jax.P(sharding.spec[0], None)
+    return jax.shard_map(
+        take,
+        in_specs=(sharding.spec, rows),
+        out_specs=sharding.spec,
+        check_vma=False,
+    )(x, jax.sharding.reshard(index, rows))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block, Context, layer_kinds
-from jaxlm.model.kv_cache import LayerCache
+from jaxlm.model.kv_cache import LayerCache, LayerStacks
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.probe import Probe
 from jaxlm.ops.probing.recorder import Recorder
@@ -26,7 +26,7 @@ from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.types import Params
 
-Caches = LayerCache | tuple[LayerCache, ...] | None
+Caches = LayerCache | LayerStacks | tuple[LayerCache, ...] | None
 
 
 def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -122,21 +122,23 @@ def run_layers(
     blocks = [_block(module, taps, stacked) for module in modules]
     period = len(blocks)
 
-    def run(block, number, carry):
+    def run(place, number, carry):
+        """Runs a layer, of which `place` is the number modulo the period."""
         x, new_caches, recorder = carry
         given = layers if stacked else layers[number]
-        cache = _take(new_caches if keep_caches else caches, number)
-        x, cache, values, hits = block(given, number, x, context, cache, edits)
+        cache = _take_cache(new_caches if keep_caches else caches, place, number)
+        x, cache, values, hits = blocks[place](given, number, x, context, cache, edits)
         recorder = recorder.write(number, values, hits)
-        new_caches = _put(new_caches, number, cache) if keep_caches else None
-        return x, new_caches, recorder
+        if keep_caches:
+            new_caches = _put_cache(new_caches, place, number, cache)
+        return x, new_caches if keep_caches else None, recorder
 
     carry, done = (x, caches if keep_caches else None, recorder), start
     if not isinstance(start, int):
         assert stacked
 
         def any_layer(number, carry):
-            kinds = [partial(run, block) for block in blocks]
+            kinds = [partial(run, place) for place in range(period)]
             return jax.lax.switch(number % period, kinds, number, carry)
 
         return jax.lax.fori_loop(start, stop, any_layer, carry)
@@ -144,7 +146,7 @@ def run_layers(
     def group(carry, first, size):
         """Runs `size` layers from number `first` on, which is traced in a scan."""
         for i in range(size):
-            carry = run(blocks[(start + i) % period], first + i, carry)
+            carry = run((start + i) % period, first + i, carry)
         return carry, None
 
     if stacked:
@@ -199,10 +201,22 @@ def _take(layers: Any, number: Any) -> Any:
     )
 
 
-def _put(layers: Any, number: Any, new: Any) -> Any:
-    """Returns the stacked tree or the tuple with one layer replaced."""
-    if isinstance(layers, tuple):
-        return (*layers[:number], new, *layers[number + 1 :])
+def _take_cache(caches: Any, place: int, number: Any) -> Any:
+    """Returns the cache of a layer; `place` is its number modulo the period."""
+    if isinstance(caches, LayerStacks):
+        return _take(caches.stacks[place], number // len(caches.stacks))
+    return _take(caches, number)
+
+
+def _put_cache(caches: Any, place: int, number: Any, new: Any) -> Any:
+    """Returns the caches with that of one layer replaced."""
+    if isinstance(caches, tuple):
+        return (*caches[:number], new, *caches[number + 1 :])
+    if isinstance(caches, LayerStacks):
+        stacks = caches.stacks
+        changed = _put_cache(stacks[place], 0, number // len(stacks), new)
+        return LayerStacks((*stacks[:place], changed, *stacks[place + 1 :]))
+    layers = caches
     return jax.tree.map(
         lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, number, 0), layers, new
     )

@@ -29,7 +29,7 @@ from jaxlm.ops.moe import route
 from jaxlm.ops.norm import divisor
 from jaxlm.ops.probing.edit import Edit, check_edits
 from jaxlm.ops.probing.recorder import Recorder
-from jaxlm.ops.probing.sites import SITES, computed_aside
+from jaxlm.ops.probing.sites import ATTENTION_SITES, SITES, computed_aside
 from jaxlm.ops.probing.tap import Tap, check_taps, choose
 from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.sharding.rules import activation_spec
@@ -169,6 +169,12 @@ def start_recording(
         raise ValueError(
             f"site {recorded[0].site!r} cannot be tapped with a traced start: which "
             "layers run is not known while compiling"
+        )
+    by_key = sorted({one.site for one in (*taps, *edits)} & ATTENTION_SITES)
+    if by_key and cache is not None and not cache.is_plain:
+        raise ValueError(
+            f"site {by_key[0]!r} has a value for each token of the cache, which holds "
+            "not all of them as they were computed: take a full cache"
         )
     _check_memory(config, tokens, cache, taps, edits, layers)
     recorder = Recorder.empty(

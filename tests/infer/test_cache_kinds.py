@@ -1,0 +1,136 @@
+"""Generation with each kind of cache equals that with the plain one."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+from toy_case import make_params, toy
+
+from jaxlm.config import SampleConfig
+from jaxlm.infer import check_arguments
+from jaxlm.infer.generate import generate
+from jaxlm.model.initialization import init_cache
+from jaxlm.model.kv_cache import SPARE
+from jaxlm.model.transformer import forward
+from jaxlm.ops.probing.tap import Tap
+
+WINDOW = 6
+# A ring of 38 tokens in a context of 200; two periods and a rest.
+CONFIG = toy(
+    num_layers=3,
+    layer_pattern=("local", "global"),
+    window=WINDOW,
+    context_length=200,
+)
+ALL_LOCAL = toy(num_layers=2, layer_pattern=("local",), window=9, context_length=200)
+PARAMS = {c: make_params(c, std=0.4) for c in (CONFIG, ALL_LOCAL)}
+RNG = np.random.default_rng(0)
+# Below, around and above the window and the ring, and most of the context.
+PROMPTS = [RNG.integers(0, 48, n).tolist() for n in (1, 6, 38, 39, 130)]
+DRAWN = SampleConfig(max_new_tokens=70)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def run(config, kind, prompts=PROMPTS, sample=DRAWN, **options):
+    return generate(config, PARAMS[config], prompts, sample, 3, cache=kind, **options)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run(CONFIG, "full", return_state=True)
+
+
+def assert_same(ours, plain):
+    np.testing.assert_array_equal(ours.tokens, plain.tokens)
+    np.testing.assert_allclose(ours.logprobs, plain.logprobs, **CLOSE)
+
+
+def test_a_ring_gives_the_same_in_less_memory(plain):
+    """It turns around several times, while prompts are read and while decoding."""
+    ring = run(CONFIG, "ring", return_state=True)
+    assert_same(ring, plain)
+    lengths = [layer.keys.shape[1] for layer in ring.state.cache.layers]
+    assert lengths == [WINDOW + SPARE, 200, WINDOW + SPARE]
+    assert ring.cache_bytes == plain.cache_bytes * sum(lengths) // 600
+    # In slots, where each prompt is read alone and put into its place.
+    assert_same(run(CONFIG, "ring", num_slots=2), plain)
+
+
+def test_prompts_in_chunks_turn_the_ring_around(plain, monkeypatch):
+    """Chunks of 32 tokens, of which the shorter rows have padding only."""
+    monkeypatch.setattr("jaxlm.infer.prefill.PREFILL_TOKENS", 32 * len(PROMPTS))
+    assert_same(run(CONFIG, "ring"), plain)
+
+
+def test_a_ring_in_all_layers():
+    assert_same(run(ALL_LOCAL, "ring"), run(ALL_LOCAL, "full"))
+
+
+def test_a_conversation_goes_on_from_a_ring():
+    """Also where the ring has lost what another continuation sees."""
+    short, prompts = SampleConfig(max_new_tokens=20), PROMPTS[1:3]
+    first = run(CONFIG, "ring", prompts, short, return_state=True)
+    pairs = zip(prompts, first.tokens.tolist(), strict=True)
+    more = [[*prompt, *new, 1, 2] for prompt, new in pairs]
+    second = run(CONFIG, "ring", more, short, resume=first.state, return_state=True)
+    assert second.prefill_tokens.tolist() == [2, 2]
+    assert_same(second, run(CONFIG, "ring", more, short))
+    # A few tokens back, and many.
+    state = second.state
+    few, many = [[*row[:-5], 5] for row in more], [more[0][:10], more[1][:30]]
+    for other, read in ((few, [1, 1]), (many, [10, 30])):
+        again = run(CONFIG, "ring", other, short, resume=state, return_state=True)
+        state = again.state
+        assert again.prefill_tokens.tolist() == read
+        assert_same(again, run(CONFIG, "ring", other, short))
+    with pytest.raises(ValueError, match="state has the cache ring, not full"):
+        run(CONFIG, "full", other, short, resume=state)
+
+
+def test_int8_loses_little(plain):
+    """Of the probabilities of the same text, read in one piece and by tokens."""
+    tokens = np.array([[*PROMPTS[-1], *plain.tokens[-1]]])
+
+    @jax.jit
+    def read(params, tokens):
+        cache = init_cache(CONFIG, 1, 200, kind="ring_int8")
+        first = forward(CONFIG, params, tokens[:, :30], cache=cache)
+
+        def one(cache, token):
+            out = forward(CONFIG, params, token[:, None], cache=cache)
+            return out.cache, out.logits[:, 0]
+
+        _, logits = jax.lax.scan(one, first.cache, tokens[:, 30:].T)
+        full = forward(CONFIG, params, tokens).logits[:, 30:]
+        ours, exact = (jax.nn.log_softmax(x) for x in (logits.swapaxes(0, 1), full))
+        return (jax.numpy.exp(exact) * (exact - ours)).sum(-1).mean()
+
+    # In nats a token; see docs/decoding.md for a trained model.
+    assert 1e-7 < float(read(PARAMS[CONFIG], tokens)) < 5e-4
+    # One byte and a scale of four for 4 elements, instead of 16 bytes.
+    int8 = run(CONFIG, "int8", num_slots=2)
+    assert int8.cache_bytes * 2 == plain.cache_bytes * 2 // 5
+    assert (int8.tokens == plain.tokens).mean() > 0.3
+
+
+def test_sites_of_single_keys_need_a_full_cache():
+    params = jax.tree.map(jax.numpy.asarray, PARAMS[CONFIG])
+    for kind in ("ring", "int8"):
+        call = {"cache": init_cache(CONFIG, 1, 200, kind=kind)}
+        with pytest.raises(ValueError, match="'attn_probs' has a value for each token"):
+            forward(
+                CONFIG, params, np.ones((1, 2), int), taps=(Tap("attn_probs"),), **call
+            )
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    check = inspect.unwrap(check_arguments.check_cache)
+    with pytest.raises(ValueError, match="cache is 'small': choose one of full, ring"):
+        check(CONFIG, PARAMS[CONFIG], 1, 50, "small")
+    monkeypatch.setattr(check_arguments, "available_memory", lambda: 100_000)
+    message = (
+        r"the full cache of 5 rows of 200 tokens needs 0.000179 GiB on a device, w"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(CONFIG, "full")
