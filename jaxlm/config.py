@@ -23,7 +23,15 @@ TOKENIZERS = ("chars", "bytes", "bpe", "sentencepiece")
 EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention", "decode_attention")
 CacheKind = Literal["full", "ring", "int8", "ring_int8"]
 AttentionName = Literal[
-    "auto", "reference", "dense", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn"
+    "auto",
+    "reference",
+    "dense",
+    "xla",
+    "cached",
+    "pallas_tpu",
+    "pallas_gpu",
+    "splash",
+    "cudnn",
 ]
 
 

@@ -27,7 +27,7 @@ from jaxlm.infer.check_arguments import (
 from jaxlm.infer.engine import Engine, NewTokens, Request
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.generation_trace import check_generation_taps, joined
-from jaxlm.infer.prefill import bucket
+from jaxlm.infer.prefill import capacity
 from jaxlm.infer.rules.automata import Transitions
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
@@ -168,7 +168,7 @@ def generate(
         check_room(f"prompt {i}", row, one.max_new_tokens, config.context_length)
     check_edits(edits, sizes(config), absent_sites(config))
     check_generation_taps(config, taps)
-    max_length = bucket(max(needed), config.context_length)
+    max_length = capacity(max(needed), config.context_length)
     if resume is not None:
         if taps:
             raise ValueError("resume holds tokens that taps cannot read: leave it out")
@@ -204,10 +204,11 @@ def generate(
     most = max(sample.max_new_tokens for sample in samples)
 
     def padded(name: str) -> np.ndarray:
-        parts = [np.concatenate([getattr(p, name) for p in text]) for text in texts]
-        out = np.zeros((len(rows), most, *parts[0].shape[1:]), parts[0].dtype)
-        for row, part in zip(out, parts, strict=True):
-            row[: len(part)] = part
+        one = getattr(next(text for text in texts if text)[0], name)
+        out = np.zeros((len(rows), most, *one.shape[1:]), one.dtype)
+        for row, text in zip(out, texts, strict=True):
+            parts = [getattr(part, name) for part in text]
+            row[: sum(map(len, parts))] = np.concatenate([one[:0], *parts])
         return out
 
     return Generation(

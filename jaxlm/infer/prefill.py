@@ -19,6 +19,7 @@ from jaxlm.sharding.rules import activation_spec, batch_parts
 from jaxlm.types import Params, Trace
 
 SMALLEST_BUCKET = 32
+SMALLEST_CAPACITY = 512
 # Tokens of all rows that are read at once: a bound on the memory of prefill.
 PREFILL_TOKENS = 8192
 
@@ -42,6 +43,18 @@ def bucket(length: int, largest: int) -> int:
     size = SMALLEST_BUCKET
     while size < length:
         size *= 2
+    return min(size, largest)
+
+
+def capacity(length: int, largest: int) -> int:
+    """Tokens of a cache that has room for `length`: 512, 2,048, 8,192 ... or `largest`.
+
+    There are few sizes, since each compiles its own programs. Room that is not used
+    costs memory, but little time (`ops/attention/cached.py`).
+    """
+    size = SMALLEST_CAPACITY
+    while size < length:
+        size *= 4
     return min(size, largest)
 
 

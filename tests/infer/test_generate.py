@@ -12,7 +12,7 @@ from jaxlm import tree
 from jaxlm.config import SampleConfig
 from jaxlm.infer import engine, prefill
 from jaxlm.infer.generate import CHUNK, generate
-from jaxlm.infer.prefill import bucket
+from jaxlm.infer.prefill import bucket, capacity
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
@@ -304,6 +304,28 @@ def test_chunks_fit_the_memory_and_the_cache():
             most = prefill.PREFILL_TOKENS / num_rows
             assert max(widths) <= max(most, prefill.SMALLEST_BUCKET)
             assert len(set(widths)) <= 2
+
+
+def test_another_length_or_temperature_compiles_nothing(compilations):
+    """Neither where prompt and new tokens are more than a power of two."""
+    config = toy(num_layers=1, context_length=600)
+    params = make_params(config)
+    generate(config, params, [[1] * 5], GREEDY)
+    before = list(compilations)
+    for length, new, temperature in ((30, 2, 0.5), (32, 97, 0.0), (7, 505, 1.0)):
+        sample = SampleConfig(max_new_tokens=new, temperature=temperature)
+        generate(config, params, [[1] * length], sample)
+    assert compilations == before
+    # A longer prompt is read by another program, and decoded by the same.
+    generate(config, params, [[1] * 40], GREEDY)
+    assert compilations[len(before) :] == ["jit(begin)"]
+
+
+def test_capacity():
+    assert [capacity(n, 4000) for n in (1, 512, 513, 2048, 2049, 4000)] == [
+        *(512, 512, 2048, 2048, 4000, 4000)
+    ]
+    assert capacity(5, 96) == 96
 
 
 def test_bucket():

@@ -10,6 +10,7 @@ from toy_case import make_params, toy
 
 from jaxlm.config import RopeScaling, SampleConfig
 from jaxlm.infer.generate import generate
+from jaxlm.infer.prefill import bucket
 
 NEW = 10
 GREEDY = SampleConfig(temperature=0.0, max_new_tokens=NEW)
@@ -22,6 +23,12 @@ MODELS = {
 }
 RNG = np.random.default_rng(0)
 FIRST, SECOND = ([RNG.integers(0, 48, n).tolist() for n in (1, 7, 20)] for _ in "12")
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch):
+    """So that short texts outgrow their cache."""
+    monkeypatch.setattr("jaxlm.infer.generate.capacity", bucket)
 
 
 class Resumed:

@@ -46,7 +46,7 @@ def blocked_attention(
     Returns:
       The result in q's dtype, and the log-sum-exp of the scores, sinks included, f32.
     """
-    kernels = FlashKernels(_forward, _backward, settings or settings_for(q))
+    kernels = FlashKernels(_forward, backward, settings or settings_for(q))
     return flash_attention(kernels, q, k, v, spec)
 
 
@@ -159,7 +159,7 @@ def _join(blocks: Array, axis: int) -> Array:
     return reshape(x, shape, (*before, None, *after))
 
 
-def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: BlockedSettings):
+def backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: BlockedSettings):
     """See `flash.FlashKernels`."""
     block, T, S, K = settings.block, q.shape[1], k.shape[1], k.shape[2]
     dtypes = q.dtype, k.dtype, v.dtype

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Num
 
 from jaxlm.fields import nearest
-from jaxlm.ops.attention import blocked, dense
+from jaxlm.ops.attention import blocked, cached, dense
 from jaxlm.ops.attention.reference import reference_attention
 from jaxlm.ops.attention.request import Request, request
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, dequantize
@@ -73,6 +73,7 @@ IMPLEMENTATIONS: dict[str, Implementation | Kernel] = {
     "reference": Implementation(reference_attention, int8=True),
     "dense": Implementation(dense.dense_attention, dense.declines),
     "xla": Implementation(blocked.blocked_attention),
+    "cached": Implementation(cached.cached_attention, cached.declines, int8=True),
     "pallas_tpu": Kernel("jaxlm.ops.attention.tpu.pallas_tpu", "tpu", int8=True),
     "pallas_gpu": Kernel("jaxlm.ops.attention.gpu.pallas_gpu", "gpu", int8=True),
     "splash": Kernel("jaxlm.ops.attention.jax_kernels.splash", "tpu"),
@@ -83,7 +84,7 @@ IMPLEMENTATIONS: dict[str, Implementation | Kernel] = {
 AUTO = {
     "tpu": ("pallas_tpu", "splash", "xla", "reference"),
     "gpu": ("pallas_gpu", "cudnn", "xla", "reference"),
-    "cpu": ("dense", "xla", "reference"),
+    "cpu": ("cached", "dense", "xla", "reference"),
 }
 
 # The kinds of device on which each of our kernels is proven: a run recorded in

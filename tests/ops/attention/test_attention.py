@@ -14,7 +14,7 @@ import pytest
 from marks_case import slow_but
 from ops_case import make_spec, normal, quick_jit, slope
 
-from jaxlm.ops.attention import blocked, dense
+from jaxlm.ops.attention import blocked, cached, dense
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.gpu import pallas_gpu
 from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
@@ -64,6 +64,7 @@ CASES = {
     "xla": Case(
         partial(blocked.blocked_attention, settings=blocked.BlockedSettings(16))
     ),
+    "cached": Case(partial(cached.cached_attention, settings=16)),
 }
 if DEVICE == "gpu":
     # Tensor cores do not multiply f32: results up to 4 are rounded to 11 bits, and so are

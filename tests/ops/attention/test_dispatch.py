@@ -49,6 +49,10 @@ def test_cpu_takes_the_measured_form_and_never_a_kernel():
     for length, name in ((128, "reference"), (256, "xla"), (2048, "xla")):
         size = {"num_queries": length, "num_keys": length}
         assert choose("auto", make_request(**size, soft_cap=50.0)).name == name
+    # The work for a cache follows the tokens in it.
+    for queries, name in ((1, "cached"), (16, "cached"), (17, "dense")):
+        size = {"num_queries": queries, "num_keys": 1000, "query_positions": True}
+        assert choose("auto", make_request(**size)).name == name
     # One query has one row of scores.
     assert (
         choose("auto", make_request(num_queries=1, num_keys=10**8)).name == "reference"
@@ -211,6 +215,10 @@ def test_log_sum_exp_and_int8_through_the_dispatcher():
     for name in ("dense", "xla"):
         z, _ = attention(q, k8, v8, spec, implementation=name)
         np.testing.assert_allclose(z, expected, atol=3e-6)
+    mask = Mask(query_positions=jnp.arange(16)[None])
+    spec = dataclasses.replace(spec, mask=mask)
+    z, _ = attention(q, k8, v8, spec, implementation="cached")
+    np.testing.assert_allclose(z, expected, atol=3e-6)
 
 
 def test_the_config_knows_the_names():
