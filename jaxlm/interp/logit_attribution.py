@@ -141,9 +141,14 @@ def logit_weights(
     config: ModelConfig, params: Params, direction: Float[Array, "*_ D"]
 ) -> Float[Array, "*_ D"]:
     """Returns w with `direction . final_norm(x) = w . x / divisor + bias`, f32."""
-    gain = params["final_norm"]["scale"].astype(jnp.float32)
-    if config.norm == "rms_unit_offset":
-        gain = gain + 1.0
+    return through_norm(config, params["final_norm"]["scale"], direction)
+
+
+def through_norm(
+    config: ModelConfig, gain: Float[Array, "*_ D"], direction: Float[Array, "*_ D"]
+) -> Float[Array, "*_ D"]:
+    """Returns w with `direction . norm(x) = w . x / divisor`, but for the bias, f32."""
+    gain = gain.astype(jnp.float32) + (config.norm == "rms_unit_offset")
     weights = gain * direction
     if config.norm == "layer":  # which subtracts the mean
         weights = weights - jnp.mean(weights, axis=-1, keepdims=True)

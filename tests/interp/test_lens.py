@@ -1,15 +1,18 @@
 """The lens of the last layer is the model."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from model_case import ids, make, small
 from ops_case import quick_jit
 
 from jaxlm.interp.lens import (
+    jacobian_lens,
     lens_depth,
     logit_lens,
     stream_alignment,
     stream_norms,
+    transported,
 )
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.tap import Tap
@@ -48,3 +51,31 @@ def test_alignment_is_the_cosine():
     y = jnp.array([[6.0, 8.0], [5.0, 0.0], [9.0, 9.0], [1.0, 1.0]])
     wanted = [1.0, 0.0, -np.sqrt(0.5), 0.0]
     np.testing.assert_allclose(stream_alignment(x, y), wanted, atol=1e-6)
+
+
+def test_the_jacobian_lens_is_the_mean_derivative():
+    """Against derivatives of the rest of the model, begun at each layer by itself."""
+    config, params = make(small(num_layers=3))
+    tokens, skip = ids(2, 5), 1
+    taps = (Tap("resid_post"),)
+
+    @quick_jit
+    def run(params):
+        stream = forward(config, params, tokens, taps=taps).trace["resid_post"]
+
+        def end(x):
+            given = dict(start=1, stream=x, taps=(Tap("resid_post", (2,)),), head=False)
+            trace = forward(config, params, tokens, **given).trace
+            return jnp.sum(trace["resid_post"][0, :, skip:], axis=(0, 1))
+
+        wanted = jnp.mean(jax.jacrev(end)(stream[0])[:, :, skip:], axis=(1, 2))
+        ours = jacobian_lens(config, params, tokens, skip=skip, batch_size=8)
+        return stream, ours, wanted
+
+    stream, ours, wanted = run(params)
+    np.testing.assert_allclose(ours[0], wanted, atol=1e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(ours[2], np.eye(24), atol=1e-6)
+    moved = transported(ours, stream)
+    np.testing.assert_allclose(
+        moved[1, 0, 2], np.asarray(ours[1]) @ np.asarray(stream[1, 0, 2]), rtol=1e-3
+    )
