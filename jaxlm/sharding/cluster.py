@@ -83,7 +83,8 @@ def _launcher():
         if kind.opt_in_only_method or kind.name == "ompi":
             continue
         # Any pod is in Kubernetes, but not every pod is one of a job.
-        if kind.name == "k8s" and "JOB_COMPLETION_INDEX" not in os.environ:
+        is_pod = kind.__name__ == "K8sCluster"
+        if is_pod and "JOB_COMPLETION_INDEX" not in os.environ:
             continue
         if kind.is_env_present():
             return kind

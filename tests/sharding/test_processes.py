@@ -1,0 +1,125 @@
+"""How processes agree: several in the threads of one, with the real coordinator."""
+
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from jaxlib import _jax
+
+from jaxlm.config import ProcessesConfig
+from jaxlm.sharding.processes import (
+    ALONE,
+    Processes,
+    ProcessFailed,
+    ProcessMissing,
+)
+
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def three():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    service = _jax.get_distributed_runtime_service(f"[::]:{port}", COUNT)
+    made = []
+    for index in range(COUNT):
+        processes = Processes(None, ProcessesConfig(barrier_minutes=0.1))
+        processes.index, processes.count = index, COUNT
+        processes._client = _jax.get_distributed_runtime_client(
+            f"localhost:{port}", index, shutdown_on_destruction=False
+        )
+        made.append(processes)
+    in_each(made, lambda processes: processes._client.connect())
+    yield made
+    in_each(made, lambda processes: processes._client.shutdown())
+    service.shutdown()
+
+
+def in_each(processes, work):
+    """What `work` returns in each, or the exception that it raises."""
+
+    def attempt(one):
+        try:
+            return work(one)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(COUNT) as pool:
+        return list(pool.map(attempt, processes))
+
+
+def test_values_of_all_and_of_the_first(three):
+    for turn in range(3):  # The same name again.
+        found = in_each(three, lambda p, turn=turn: p.gather("numbers", p.index + turn))
+        assert found == [[turn, turn + 1, turn + 2]] * 3
+    calls = []
+    found = in_each(three, lambda p: p.of_first("step", lambda: calls.append(1) or 7))
+    assert found == [7, 7, 7]
+    assert calls == [1]
+
+
+def test_a_failure_is_every_ones(three):
+    def work(processes):
+        if processes.index == 1:
+            raise OSError(28, "No space left on device", "x")
+        return processes.index
+
+    found = in_each(three, lambda p: p.together("write", lambda: work(p)))
+    assert isinstance(found[1], OSError)
+    for other in (found[0], found[2]):
+        assert isinstance(other, ProcessFailed)
+        assert "process 1: " in str(other)
+        assert "No space left" in str(other)
+        assert other.exit_code == 2
+
+
+def test_who_is_missing_is_named(three):
+    for processes in three:
+        processes._limit_s = 0.3
+    found = in_each(three[::2], lambda p: p.gather("late"))
+    for error in found:
+        assert isinstance(error, ProcessMissing)
+        assert str(error).startswith("late: process 1 of 3 did not come within ")
+    three[1]._uses["late"] += 1
+    for processes in three:
+        processes._limit_s = 6.0
+    assert in_each(three, lambda p: p.gather("late", 1)) == [[1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize("asks", [0, 2])
+def test_all_agree_at_the_same_point_wherever_they_are(three, asks):
+    """One is far ahead of the others, and one far behind, when it becomes known."""
+    heard, noticed = threading.Event(), threading.Barrier(COUNT)
+    starts = (5, 9, 2)
+
+    def run(processes):
+        agreement = processes.agreement(f"stop {asks}")
+        for _ in range(starts[processes.index]):
+            assert agreement.reached(None) is None
+        noticed.wait()
+        wanted = [75, True] if processes.index == asks else None
+        point = starts[processes.index]
+        if wanted is not None:
+            point += 1
+            assert agreement.reached(wanted) is None
+            heard.set()
+        heard.wait()
+        processes._look({})
+        while agreement.reached(None) is None:
+            point += 1
+        assert agreement.reached(None) == [75, True]
+        return point
+
+    assert in_each(three, run) == [9 + (starts[asks] == 9)] * 3
+
+
+def test_alone_nothing_waits():
+    assert ALONE.is_first
+    assert ALONE.gather("x", 3) == [3]
+    assert ALONE.together("x", lambda: 4) == 4
+    assert ALONE.of_first("x", lambda: 5) == 5
+    agreement = ALONE.agreement("x")
+    assert [agreement.reached(v) for v in (None, 1, None)] == [None, 1, None]
