@@ -122,6 +122,8 @@ def _frozen_pass(
         )
         return out.hidden_states[0, -1].astype(jnp.float32) @ direction, out.trace
 
+    # Arrays of NumPy cannot be indexed while only shapes are computed.
+    params, tokens = jax.tree.map(jnp.asarray, (params, tokens))
     shapes = jax.eval_shape(lambda: run({})[1])
     zeros = {site: jnp.zeros(shapes[site].shape, shapes[site].dtype) for site in moved}
     (logit, trace), gradients = jax.value_and_grad(run, has_aux=True)(zeros)
