@@ -17,6 +17,7 @@ from jaxlm.interp.logit_attribution import (
     logit_direction,
 )
 from jaxlm.interp.patching import Metric, attribution_patching, sweep
+from jaxlm.interp.prediction import most_likely
 from jaxlm.model.transformer import Output
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.report.inside.view import CauseView, ComparisonView
@@ -25,6 +26,8 @@ from jaxlm.types import Params, Trace
 # Bounds of the edited calls: operations of all of them, and how many.
 _OPERATIONS = 6e11
 _MIN_CALLS, _MAX_CALLS = 32, 480
+# Next tokens of the other text.
+_ANSWERS = 12
 # An index that no layer, position or head has: such an edit changes nothing.
 _NOWHERE = -1
 
@@ -92,8 +95,11 @@ def causes(
     )
     if theirs is None:
         return cause, None
+    ids, probabilities = most_likely(theirs[0], min(_ANSWERS, theirs.shape[-1]))
     return cause, ComparisonView(
         difference=float(metric(theirs)),
+        ids=np.asarray(ids),
+        probabilities=np.asarray(probabilities),
         estimate=estimate,
         patched=patches,
         change=change,

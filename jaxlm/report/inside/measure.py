@@ -111,6 +111,7 @@ def view_of(
         )
     seen = [ids, answer.ids, streams.ids, choice_ids(choice)]
     seen += [units.promotes] if units else []
+    seen += [comparison.ids] if comparison else []
     seen = {int(i) for array in seen for i in np.unique(array)}
     seen |= set(cause.tokens)
     return View(

@@ -46,11 +46,14 @@ function section(id, title, intro, make) {
   const update = make(body) || (() => {});
   updates.push({ body, update });
 }
-// A part of a section that is drawn again whenever something else is chosen.
+// A part of a section that follows what is chosen.
 function redrawn(body, draw) {
   const part = element("div", "", body);
   return () => { part.replaceChildren(); draw(part); };
 }
+// Cells of a table with a bar: a probability, or a number beside the largest.
+const share = (p) => ({ bar: p, text: percent(p) }), bar = (v, largest) => ({ bar: v / largest, text: number(v) });
+const scaled = (get, largest) => (r, c) => get(r, c) === null ? null : get(r, c) / largest;
 const note = (parent, words) => element("p", "hint", parent, words);
 
 // ---- The strip of tokens ----
@@ -150,9 +153,9 @@ section("answer", "The answer", "At each token the model gives a probability to 
   const rows = range(n).map((k) => {
     const p = answer.probabilities.at(t, k);
     rest -= p;
-    return [piece(answer.ids.at(t, k)), { bar: p, text: percent(p) }, number(answer.logits.at(t, k)), answer.ids.at(t, k) === next ? "is what follows" : ""];
+    return [piece(answer.ids.at(t, k)), share(p), number(answer.logits.at(t, k)), answer.ids.at(t, k) === next ? "is what follows" : ""];
   });
-  rows.push([`${count(model.vocab_size - n)} others`, { bar: Math.max(0, rest), text: percent(Math.max(0, rest)) }, "", ""]);
+  rows.push([`${count(model.vocab_size - n)} others`, share(Math.max(0, rest)), "", ""]);
   table(part, ["after " + named(t), "probability", "logit", ""], rows, { name: "bars" });
   note(part, `Entropy ${answer.entropy.at(t).toFixed(2)} nats: as open as a choice among ${number(Math.exp(answer.entropy.at(t)))} equal pieces.`
     + (next === null ? "" : ` What follows in the text, ${piece(next)}, has rank ${text.rank.at(t + 1)} and surprise ${text.surprise.at(t + 1).toFixed(2)}.`));
@@ -161,7 +164,7 @@ section("answer", "The answer", "At each token the model gives a probability to 
 }));
 
 // ---- 4 ----
-// The rules of jaxlm/infer/sampling.py, in their order: temperature, top-k, top-p, min-p.
+// The rules of jaxlm/infer/sampling.py, in their order.
 function chosenFrom(logits, { temperature, top_k, top_p, min_p }) {
   const n = logits.length, steps = [], alive = new Uint8Array(n).fill(1);
   const scaled = Float64Array.from(logits, (x) => x / (temperature || 1));
@@ -211,8 +214,8 @@ section("choosing", "Choosing a token", "Sampling draws from the distribution, a
     const before = chosenFrom(logits, { temperature: 1, top_k: 0, top_p: 1, min_p: 0 }).p;
     const { p, alive, order, steps } = chosenFrom(logits, settings);
     const next = t + 1 < T ? text.rows[t + 1].id : null;
-    table(part, ["after " + named(t), "of the model", "to draw from", ""], order.slice(0, 20).map((i) => [piece(i), { bar: before[i], text: percent(before[i]) },
-      alive[i] ? { bar: p[i], text: percent(p[i]) } : "removed", i === next ? (t + 1 < text.num_prompt ? "is what follows" : "was drawn") : ""]),
+    table(part, ["after " + named(t), "of the model", "to draw from", ""], order.slice(0, 20).map((i) => [piece(i), share(before[i]),
+      alive[i] ? share(p[i]) : "removed", i === next ? (t + 1 < text.num_prompt ? "is what follows" : "was drawn") : ""]),
       { name: "bars", mark: (r) => alive[order[r]] ? "" : "removed" });
     table(part, ["rule", "tokens left", "probability removed"], [["all tokens", String(logits.length), ""], ...steps]);
   });
@@ -290,7 +293,7 @@ section("attention", "Attention", "A head first compares its query with the keys
     const value = (i) => kind === "brings" ? sumOf(i, t) : heads.kinds.at(i, column);
     const found = new Map([...headAt].map(([key, i]) => [key, value(i)])), largest = kind === "brings" ? most(found.values()) : 1;
     const get = (l, n) => found.has(l * N + n) ? found.get(l * N + n) : null;
-    new Grid(part, { title: `All heads, by ${kindName()}` + (G > 1 ? `; lines separate groups of ${G} that share keys and values` : ""), ...HEADS, value: (l, n) => get(l, n) === null ? null : get(l, n) / largest,
+    new Grid(part, { title: `All heads, by ${kindName()}` + (G > 1 ? `; lines separate groups of ${G} that share keys and values` : ""), ...HEADS, value: scaled(get, largest),
       tip: (l, n) => get(l, n) === null ? [`layer ${l}, head ${n}: left out`] : [`layer ${l}, head ${n}, keys of group ${Math.floor(n / G)}`, `${kindName()}: ${number(get(l, n))}`],
       figure: (l, n) => number(get(l, n)) });
   });
@@ -314,8 +317,8 @@ section("attention", "Attention", "A head first compares its query with the keys
     for (const k of keys) { const word = element("span", "", words, token(k)); const tone = shade(brings(i, t, k) / best); word.style.background = css(tone); word.style.color = inkOn(tone); }
     let seen = 0;
     for (const k of keys) seen += probability(i, t, k);
-    table(right, [`${named(t)} reads`, "1 score q·k", "probability", "2 |v W_O|", "brings"], keys.map((k) => [named(k), number(score(t, k)), { bar: probability(i, t, k), text: percent(probability(i, t, k)) },
-      { bar: heads.value_lengths.at(i, k) / longest, text: number(heads.value_lengths.at(i, k)) }, { bar: brings(i, t, k) / best, text: number(brings(i, t, k)) }]), { name: "bars" });
+    table(right, [`${named(t)} reads`, "1 score q·k", "probability", "2 |v W_O|", "brings"], keys.map((k) => [named(k), number(score(t, k)), share(probability(i, t, k)),
+      bar(heads.value_lengths.at(i, k), longest), bar(brings(i, t, k), best)]), { name: "bars" });
     note(right, `Relevance: scores are scaled products of the query and each key; softmax makes probabilities, here ${percent(seen)} in sum${seen < 0.995 ? ", the rest is a learned sink" : ""}. Combination: each value, through the output projection, is added by its probability.`);
   });
   update = () => { overview(); detail(); };
@@ -330,7 +333,7 @@ section("memory", "Feed-forward as memory", "Each unit of a feed-forward fires o
   const n = units.units.shape[1], largest = most(units.parts.row(p));
   table(part, ["layer · unit", `adds to ${piece(answer.ids.at(t, 0))}`, "activation", "what it makes likelier"], range(n).map((u) => {
     const activation = units.activations.at(p, u, t);
-    return [`${units.layers.at(p, u)} · ${units.units.at(p, u)}`, { bar: units.parts.at(p, u) / largest, text: number(units.parts.at(p, u)) }, number(activation),
+    return [`${units.layers.at(p, u)} · ${units.units.at(p, u)}`, bar(units.parts.at(p, u), largest), number(activation),
       [...units.promotes.row(p, u)].map(piece).join(" · ")];
   }), { name: "bars long" });
   const strongest = most(units.activations.row(p));
@@ -368,7 +371,7 @@ section("adding", "Adding and normalizing", "What a layer adds is small beside a
     svg.addEventListener("pointerleave", () => hint(null));
     rows.push([`${k}, ${k + pairs}`, number(q0[k]), number(q0[k + pairs]), number(q1[k]), number(q1[k + pairs]), number(turn * 180 / Math.PI) + "°"]);
   }
-  note(part, "Each dial is a pair of the query's dimensions, drawn to its own length: dashed before, solid after. Pairs turn at different speeds, and keep their lengths.");
+  note(part, "Each dial is a pair of the query's dimensions: dashed before, solid after. Pairs turn at different speeds, and keep their lengths.");
   asTable(part, ["dimensions", "before", "", "after", "", "turned, modulo 360°"], () => rows);
 }));
 
@@ -384,13 +387,13 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
       choose: (i) => i && select({ layer: Math.floor((i - 1) / 2) }) });
     note(part, `All parts add up to ${number(causes.total.sum)}; the model's own difference is ${number(causes.difference)}.`);
     const largest = most(parts.map((p) => p[1])), ordered = [...parts].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 10);
-    table(part, ["largest parts", "adds"], ordered.map(([name, v]) => [name, { bar: v / largest, text: number(v) }]), { name: "bars" });
+    table(part, ["largest parts", "adds"], ordered.map(([name, v]) => [name, bar(v, largest)]), { name: "bars" });
   }
   const removed = new Map(range(causes.ablated.shape[0]).map((i) => [causes.ablated.at(i, 0) * N + causes.ablated.at(i, 1), causes.ablation.at(i)]));
   const largest = most([...removed.values(), ...(causes.heads ? causes.heads.values : [])]);
   const two = element("div", "two", part);
-  const grid = (parent, title, get) => new Grid(parent, { title, ...HEADS, value: (l, n) => get(l, n) === null ? null : get(l, n) / largest, figure: (l, n) => number(get(l, n)),
-    tip: (l, n) => [`layer ${l}, head ${n}`, `adds ${number(causes.heads ? causes.heads.at(l, n) : NaN)}`, removed.has(l * N + n) ? `without it the difference falls by ${number(removed.get(l * N + n))}` : "was not removed"] });
+  const grid = (parent, title, get) => new Grid(parent, { title, ...HEADS, value: scaled(get, largest), figure: (l, n) => number(get(l, n)),
+    tip: (l, n) => [`layer ${l}, head ${n}`, `adds ${number(causes.heads ? causes.heads.at(l, n) : NaN)}`, `without it the difference falls by ${number(removed.get(l * N + n))}`] });
   if (causes.heads) grid(two, "What each head adds (attribution)", (l, n) => causes.heads.at(l, n));
   grid(two, "What is lost without it (ablation)", (l, n) => removed.has(l * N + n) ? removed.get(l * N + n) : null);
   if (causes.heads) cloud(part, { title: `Do they agree? Correlation ${causes.ablation_agreement === null ? "–" : causes.ablation_agreement.toFixed(2)}, over ${removed.size} heads`, xName: "adds", yName: "lost without",
@@ -399,11 +402,14 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
   if (!comparison) { note(part, 'With --against "another text" of as many tokens, its streams are put into this one.'); return; }
   element("h3", "", part, "What if: streams of another text");
   note(part, `The other text: ${view.against.map(shown).join(" ")}. There the difference is ${number(comparison.difference)}.`);
+  const place = new Map([...answer.ids.row(causes.position)].map((id, k) => [id, answer.probabilities.at(causes.position, k)]));
+  table(part, ["next token", "of the other text", "of this one"], [...comparison.ids.values].map((id, k) => [piece(id), share(comparison.probabilities.at(k)),
+    place.has(id) ? share(place.get(id)) : "less"]), { name: "bars" });
   const patched = new Map(range(comparison.patched.shape[0]).map((i) => [comparison.patched.at(i, 0) * T + comparison.patched.at(i, 1), comparison.change.at(i)]));
   const change = most([...patched.values()]), both = element("div", "two", part);
   const plot = (title, get) => new Grid(both, { title, rows: L, columns: T, high: 14, wide: 14, widest: 44, rowName: (r) => `into ${L - 1 - r}`, columnName: token,
-    value: (r, t) => get(L - 1 - r, t) === null ? null : get(L - 1 - r, t) / change, figure: (r, t) => number(get(L - 1 - r, t)), chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ layer: L - 1 - r, position: t }),
-    tip: (r, t) => [`layer ${L - 1 - r}, ${named(t)} in place of ${shown(view.against[t])}`, `estimate ${number(comparison.estimate.at(L - 1 - r, t))}`, patched.has((L - 1 - r) * T + t) ? `measured ${number(patched.get((L - 1 - r) * T + t))}` : "not measured"] });
+    value: scaled((r, t) => get(L - 1 - r, t), change), figure: (r, t) => number(get(L - 1 - r, t)), chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ layer: L - 1 - r, position: t }),
+    tip: (r, t) => [`layer ${L - 1 - r}, ${named(t)} from ${shown(view.against[t])}`, `estimate ${number(comparison.estimate.at(L - 1 - r, t))}`, `measured ${number(patched.get((L - 1 - r) * T + t))}`] });
   plot("Change of the difference, estimated by one backward pass", (l, t) => comparison.estimate.at(l, t));
   plot("Change of the difference, measured", (l, t) => patched.has(l * T + t) ? patched.get(l * T + t) : null);
   cloud(part, { title: `Do they agree? Correlation ${comparison.agreement === null ? "–" : comparison.agreement.toFixed(2)}, over ${patched.size} patches`, xName: "estimate", yName: "measured",
@@ -444,7 +450,7 @@ section("notes", "Definitions, the call, and the numbers", "", (body) => {
   table(folded(body, "Configuration"), ["field", "value"], Object.entries(model).map(([name, value]) => [name, JSON.stringify(value)]), { name: "long" });
 });
 
-// The head that brings most to the answer.
+// The head that did most.
 let best = [0, 0, -1];
 for (const [key, i] of headAt) {
   const size = causes.heads ? Math.abs(causes.heads.values[key]) : sumOf(i, view.position);

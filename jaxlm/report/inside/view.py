@@ -166,6 +166,9 @@ class ComparisonView:
 
     difference: float
     """The same logits' difference in the other text."""
+    ids: Int[np.ndarray, " k"]
+    """The other text's most likely next tokens at the position."""
+    probabilities: Float[np.ndarray, " k"]
     estimate: Float[np.ndarray, "L T"]
     """By attribution patching: how the difference would change."""
     patched: Int[np.ndarray, "n 2"]

@@ -123,7 +123,7 @@ function folded(parent, title) {
   element("summary", "", details, title);
   return details;
 }
-// The same numbers as a table, made when it is opened.
+// The numbers as a table, made when it is opened.
 function asTable(parent, head, rows) {
   const details = folded(parent, "as a table");
   details.addEventListener("toggle", () => {
@@ -145,7 +145,7 @@ class Grid {
     const canvas = this.canvas = element("canvas", "", box);
     canvas.tabIndex = 0;
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", options.title + ". Arrow keys move, Enter chooses; the numbers are in the table below.");
+    canvas.setAttribute("aria-label", options.title + ". Arrow keys move, Enter chooses.");
     canvas.addEventListener("pointermove", (e) => this.point(e));
     canvas.addEventListener("pointerleave", () => this.leave());
     canvas.addEventListener("click", (e) => { const cell = this.cell(e); if (cell) this.o.choose(...cell); });

@@ -126,6 +126,11 @@ def test_a_patch_is_a_run_with_the_stream_of_the_other_text(seen):
     assert comparison.difference == pytest.approx(
         difference(there.logits, seen), abs=1e-4
     )
+    p = np.asarray(jax.nn.softmax(there.logits[0, AT]))
+    np.testing.assert_allclose(
+        comparison.probabilities, np.sort(p)[::-1][:12], atol=1e-6
+    )
+    np.testing.assert_allclose(p[comparison.ids], comparison.probabilities, atol=1e-6)
     cells = comparison.patched.tolist()
     assert cells == [[i, t] for i in range(2) for t in range(3, AT + 1)]
     layer, position = cells[4]
