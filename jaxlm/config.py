@@ -20,7 +20,14 @@ TOKENIZERS = ("chars", "bytes", "bpe", "sentencepiece")
 
 # Fields of the model that change how it is computed, but not what it computes. They may
 # change when a run is resumed.
-EXECUTION_FIELDS = ("dtype", "remat", "unroll_layers", "attention", "decode_attention")
+EXECUTION_FIELDS = (
+    "dtype",
+    "remat",
+    "unroll_layers",
+    "attention",
+    "context_attention",
+    "decode_attention",
+)
 CacheKind = Literal["full", "ring", "int8", "ring_int8"]
 AttentionName = Literal[
     "auto",
@@ -202,6 +209,9 @@ class ModelConfig:
     """Layer groups in a scan step; more can run faster, but compile slower; 0: all."""
     attention: AttentionName = "auto"
     """Attention kernel; auto chooses by device and length (docs/attention.md)."""
+    context_attention: Literal["auto", "ring", "gather"] = "auto"
+    """With mesh.context: ring passes keys on from device to device, gather holds those
+    of whole rows; auto is ring where the kernel can (docs/attention.md)."""
     decode_attention: AttentionName = "auto"
     """Attention kernel for new tokens that read the KV cache, as when sampling; not
     every kernel can do it (docs/attention.md)."""
@@ -388,13 +398,16 @@ class MeshConfig:
     """Replicas, each with its part of the batch; -1 takes all remaining devices."""
     fsdp: int = 1
     """Parts into which the parameters and the batch are sharded."""
+    context: int = 1
+    """Parts into which each row is cut, for rows too long for one device."""
     tensor: int = 1
     """Parts into which heads, feed-forward and vocabulary are sharded."""
 
     def __post_init__(self):
         check_types(self, "mesh")
-        check(self, "mesh", ">= 1, or -1", "data", "fsdp", "tensor")
-        rest = [a for a in ("data", "fsdp", "tensor") if getattr(self, a) == -1]
+        axes = [axis.name for axis in dataclasses.fields(self)]
+        check(self, "mesh", ">= 1, or -1", *axes)
+        rest = [axis for axis in axes if getattr(self, axis) == -1]
         if len(rest) > 1:
             raise ValueError(
                 f"mesh.{' and mesh.'.join(rest)} are -1: only one axis can take all "

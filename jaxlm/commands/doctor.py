@@ -21,7 +21,7 @@ PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 def main(config: Config, _initial: Checkpoint | None) -> int:
     """Prints a table of what a run with this config would use."""
     mesh = make_mesh(config.mesh)
-    check_batch(config.train, mesh)
+    check_batch(config.train, config.data.sequence_length, mesh)
     with jax.set_mesh(mesh):
         layout = ("mesh", _wrapped(mesh_layout(mesh.devices)))
         for name, value in [*machine(), layout, *attention(config)]:

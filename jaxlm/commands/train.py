@@ -73,7 +73,7 @@ def train(
       NotFinite: at the first step whose loss or gradient is not finite.
     """
     given, settings = config, config.train
-    check_batch(settings, jax.sharding.get_mesh())
+    check_batch(settings, config.data.sequence_length, jax.sharding.get_mesh())
     checkpoints = CheckpointManager(
         settings.run_dir,
         settings.keep,

@@ -283,7 +283,7 @@ def _prefill(
 ) -> tuple[tuple[LayerCache, ...], Float[Array, "B V"], tuple[Any, ...], Trace]:
     """Returns layers with more tokens, logits of rows that end here, hits and trace."""
     edits, taps = probes
-    tokens, lengths = reshard(tokens, "BT"), reshard(lengths, "B")
+    tokens, lengths = reshard(tokens, "B_"), reshard(lengths, "B")
     # Padding does not make a row longer: some rotations depend on its length.
     index = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     positions = jnp.minimum(index, lengths[:, None] - 1)

@@ -154,8 +154,9 @@ def _program(config: ModelConfig, block: type[Block]) -> Program:
     """Returns (params, tokens, num_ids) -> the two fields of `Scored`, [n, B, C]."""
 
     def run(params, tokens, num_ids):
-        tokens = reshard(tokens, "BT")
-        hidden = forward(config, params, tokens, head=False, block=block).hidden_states
+        tokens = reshard(tokens, "B_")
+        out = forward(config, params, tokens, head=False, block=block)
+        hidden = reshard(out.hidden_states, "B__")
         targets = jnp.roll(tokens, -1, axis=1)
         starts, chunk = _chunks(*tokens.shape)
 

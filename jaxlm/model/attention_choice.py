@@ -4,6 +4,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.ops.attention.dispatch import Choice, choose
 from jaxlm.ops.attention.request import request_of_sizes
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.sharding.rules import context_parts
 
 
 def attention_choices(
@@ -43,5 +44,6 @@ def attention_choices(
             query_positions=cached,
         )
         name = config.decode_attention if cached else config.attention
-        choices[kind] = choose(name, request)
+        devices = 1 if cached else context_parts()
+        choices[kind] = choose(name, request, devices, config.context_attention)
     return choices

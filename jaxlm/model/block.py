@@ -6,11 +6,12 @@ letters of shapes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.config import ModelConfig
@@ -21,7 +22,7 @@ from jaxlm.ops.attention.dispatch import attention
 from jaxlm.ops.attention.reference import probed_attention
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.feed_forward import activate
-from jaxlm.ops.layout import reshape
+from jaxlm.ops.layout import layout, reshape
 from jaxlm.ops.linear import compute_dtype, einsum
 from jaxlm.ops.moe import mixture, route
 from jaxlm.ops.norm import divisor, normalize, normalize_by
@@ -50,6 +51,8 @@ class Context:
     """Tokens already in the cache."""
     ends: Int[Array, " B"] | None = None
     """As `Cache.ends`."""
+    zigzag: bool = field(default=False, metadata={"static": True})
+    """Whether the tokens are in zigzag order (`ops/attention/context_parallel.py`)."""
 
 
 def make_context(
@@ -58,6 +61,7 @@ def make_context(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
+    zigzag: bool = False,
 ) -> Context:
     """Returns what the layers share.
 
@@ -81,6 +85,7 @@ def make_context(
     return Context(
         *(positions, rotation, local_rotation, segment_ids, query_positions),
         *(lengths, ends),
+        zigzag=zigzag,
     )
 
 
@@ -216,7 +221,11 @@ class Attention(nn.Module):
         else:
             tapped = "attn_lse" in probe
             z, lse = attention(
-                q, k, v, spec, implementation=implementation, return_lse=tapped
+                *(q, k, v, spec),
+                implementation=implementation,
+                across=config.context_attention,
+                zigzag=context.zigzag,
+                return_lse=tapped,
             )
             if lse is not None:
                 probe("attn_lse", lse)
@@ -305,7 +314,9 @@ def linear(
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "..."]:
     """Multiplies x by the weight `path`, and adds its bias where the model has one."""
-    out = activation_spec(equation.partition("->")[2])
+    out, tokens = activation_spec(equation.partition("->")[2]), layout(x)
+    if out is not None and tokens is not None:
+        out = P(*tokens.spec[:2], *out[2:])
     y = einsum(equation, x, param(module, path), out, precision=precision)
     if f"{path}_bias" in weights(module.config):
         y += param(module, f"{path}_bias").astype(y.dtype)

@@ -5,7 +5,7 @@ there are any: a compiled program has no check in it.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,10 @@ from jaxlm.config import Config, ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.params import WEIGHTS, weights
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.sites import ATTENTION_SITES
+from jaxlm.ops.probing.tap import Tap
+from jaxlm.sharding.rules import context_parts
 from jaxlm.types import Params
 
 
@@ -152,11 +156,36 @@ def as_tokens(
             f"tokens has rows of {length}, more than model.context_length "
             f"{config.context_length}: cut them"
         )
+    if cache is None and length % context_parts():
+        raise ValueError(
+            f"tokens has rows of {length}, which mesh.context {context_parts()} does "
+            "not divide: pad them"
+        )
     if (ids := _concrete_values(array)) is not None:
         check_ids("tokens", ids, config.vocab_size)
     if cache is not None:
         _check_room(cache, length)
     return array
+
+
+def check_cut_rows(
+    taps: Sequence[Tap], edits: Sequence[Edit], cache: Cache | None
+) -> None:
+    """Checks that sites can be reached where mesh.context cuts rows.
+
+    Raises:
+      ValueError: for scores of whole rows, which no device has, and taps with a cache.
+    """
+    if context_parts() == 1:
+        return
+    scores = ATTENTION_SITES - {"attn_lse"}
+    refused = [tap for tap in taps if tap.site in scores or cache is not None]
+    refused += [edit for edit in edits if edit.site in ATTENTION_SITES]
+    for one in refused:
+        raise ValueError(
+            f"site {one.site!r} needs whole rows on a device, which mesh.context "
+            f"{context_parts()} cuts: take a mesh without it"
+        )
 
 
 def check_ids(name: str, ids: Integer[np.ndarray, "..."], num_ids: int) -> None:

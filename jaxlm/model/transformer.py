@@ -19,7 +19,13 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.model import trace
 from jaxlm.model.block import Block, Norm, make_context
-from jaxlm.model.checks import as_tokens, check_config, check_layers, check_model
+from jaxlm.model.checks import (
+    as_tokens,
+    check_config,
+    check_cut_rows,
+    check_layers,
+    check_model,
+)
 from jaxlm.model.divisible import check_sites, divisible_config, divisible_params
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.layers import Part, run_layers
@@ -69,6 +75,7 @@ def forward(
     stop: int | None = None,
     stream: Float[Array, "B T D"] | None = None,
     block: type[Block] = Block,
+    zigzag: bool = False,
 ) -> Output:
     """Computes next-token logits at every position. Pure: jit, grad and vmap apply.
 
@@ -95,21 +102,30 @@ def forward(
         `hidden_states` of a call with `stop`; the tokens are not embedded, and only
         their shape matters.
       block: what computes a layer; see `Block`.
+      zigzag: all arrays [B, T], positions among them, are in the order that balances
+        the work where mesh.context cuts rows, and so are the results; without edits.
+        See `ops/attention/context_parallel.py`.
 
     Raises:
       ValueError: for arguments of the wrong type or shape, parameters of another model,
         layers that are not there, taps or edits that cannot be, a trace that does not
-        fit into memory, or segments with a cache; outside jit also for ids
+        fit into memory, segments with a cache, or rows that mesh.context does not cut
+        into equal parts; outside jit also for ids
         outside the vocabulary, a cache without room, and an edit that changes nothing.
     """
     check_model(config, params, block)
     tokens = as_tokens(config, tokens, cache)
-    context = make_context(config, tokens, positions, segment_ids, cache)
+    assert not zigzag or (positions is not None and not edits)
+    context = make_context(config, tokens, positions, segment_ids, cache, zigzag)
+    # With a cache rows are whole on each device: one new token cannot be cut.
+    rows = "BT" if cache is None else "B_"
+    tokens = reshard(tokens, rows)
     given, config = config, divisible_config(config, block)
     params = divisible_params(config, params, block)
     check_layers(config, params, start, stop, stream)
     part = Part(start, stop, stream is not None, head)
     recorded, recorder = trace.start_recording(config, tokens, cache, taps, edits, part)
+    check_cut_rows(taps, edits, cache)
     probe = Probe(taps, edits, context.positions)
     if config != given:
         check_sites(given, taps, edits)
@@ -119,7 +135,7 @@ def forward(
         embed: Callable[..., Any] = Embedder(config, parent=None).apply
         x = embed({"params": params["embed"]}, tokens, context.positions, probe)
     else:
-        x = reshard(stream.astype(compute_dtype(config.dtype)), "BTD")
+        x = reshard(stream.astype(compute_dtype(config.dtype)), f"{rows}D")
     caches = None if cache is None else cache.layers
     keeps = cache is not None and cache.is_kept
     x, caches, recorder = run_layers(
@@ -132,7 +148,7 @@ def forward(
     if head and stop is None:
         logits = unembed(config, params, x)
         if config.vocab_size != given.vocab_size:
-            logits = reshard(logits, "BT_")[..., : given.vocab_size]
+            logits = reshard(logits, f"{rows}_")[..., : given.vocab_size]
         logits = probe("logits", logits)
 
     tapped = trace.complete(
@@ -155,13 +171,15 @@ class Embedder(nn.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], probe: Probe
     ) -> Float[Array, "B T D"]:
         config, dtype = self.config, compute_dtype(self.config.dtype)
-        tokens = reshard(probe("tokens", tokens), "BT")
+        tokens = probe("tokens", tokens)
         x = lookup(param(self, "embed/table"), tokens, dtype)
         # The scale is rounded to the compute dtype, as the published Gemma models do.
         x *= jnp.asarray(config.embedding_scale, dtype)
         x = probe("embed", x)
         if config.position == "learned":
-            table, positions = param(self, "embed/positions"), reshard(positions, "BT")
+            table, placed = param(self, "embed/positions"), layout(tokens)
+            if placed is not None:
+                positions = jax.sharding.reshard(positions, placed)
             x += probe("pos_embed", lookup(table, positions, dtype))
         elif config.position == "sinusoidal":
             x += probe(

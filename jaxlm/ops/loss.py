@@ -125,13 +125,13 @@ def _on_each_device(run, head, x, targets, loss_weights, gradients=False) -> Any
     and of the hidden states.
     """
     spec = _spec(x)
-    rows = P() if spec is None else P(spec[0])
+    rows = P() if spec is None else P(*spec[:2])
     axes = tuple(axis for entry in rows for axis in axes_of(entry))
     whole = jax.tree.map(lambda w: w.astype(x.dtype), head)
     if not axes:
         return run(whole, x, targets, loss_weights)
     x, targets, loss_weights = jax.sharding.reshard(
-        (x, targets, loss_weights), (P(*rows, None, None), *[P(*rows, None)] * 2)
+        (x, targets, loss_weights), (P(*rows, None), rows, rows)
     )
     cuts: Any = jax.tree.map(_spec, head)
     whole = jax.tree.map(lambda w, cut: all_gather(w, cut, axes), whole, cuts)
@@ -146,7 +146,7 @@ def _on_each_device(run, head, x, targets, loss_weights, gradients=False) -> Any
     on_each: Any = jax.shard_map(
         local,
         in_specs=(P(), rows, rows, rows),
-        out_specs=(P(), (rows, rows) if gradients else ()),
+        out_specs=(P(), (P(axes), rows) if gradients else ()),
         axis_names=set(axes),
         check_vma=False,
     )

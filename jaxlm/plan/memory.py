@@ -15,7 +15,7 @@ import jax
 from jaxlm.config import Config
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.sharding.device_memory import gib
-from jaxlm.sharding.rules import batch_parts
+from jaxlm.sharding.rules import batch_parts, context_parts
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def training_memory(config: Config, params: Any, opt_state: Any) -> Memory:
     model, train = config.model, config.train
     parts = batch_parts()
     rows = max(train.batch_size // train.accumulation_steps // parts, 1)
-    tokens = rows * config.data.sequence_length
+    tokens = rows * config.data.sequence_length // context_parts()
     at_once = min(
         tokens, max(train.loss_chunk // parts, 1) if train.loss_chunk else tokens
     )

@@ -28,6 +28,8 @@ class Part(StrEnum):
     EMBEDDING = "embedding"
     TENSOR = "tensor parallelism"
     """Activations of the layers."""
+    CONTEXT = "context parallelism"
+    """Keys and values, and their gradients."""
     OPTIMIZER = "optimizer"
     REST = "rest"
 
@@ -153,6 +155,7 @@ _KINDS = {
     "collective-broadcast": "permute",
 }
 _SCOPES = {
+    "context_parallel": Part.CONTEXT,
     "optimizer": Part.OPTIMIZER,
     "head": Part.HEAD,
     r"(Embedder|embed)": Part.EMBEDDING,

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlm.config import MeshConfig, TrainConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = tuple(axis.name for axis in dataclasses.fields(MeshConfig))
 
 
 def make_mesh(
@@ -47,7 +47,7 @@ def make_mesh_of_size(config: MeshConfig) -> Mesh:
 
 
 def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """Arranges devices in an array [data, fsdp, tensor], by the topology of a TPU.
+    """Arranges devices in an array with the axes `AXES`, by the topology of a TPU.
 
     Neighbors along `tensor` are close to each other, those along `data` may be far
     apart. The slices of a TPU, between which the network is slow, are parts of `data`.
@@ -127,8 +127,10 @@ def _is_on_torus(device: Any) -> bool:
     return device.platform == "tpu" and hasattr(device, "coords")
 
 
-def check_batch(train: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that the rows of a batch can be cut into equal parts on this mesh.
+def check_batch(
+    train: TrainConfig, sequence_length: int, mesh: Mesh | AbstractMesh
+) -> None:
+    """Checks that a batch and its rows can be cut into equal parts on this mesh.
 
     Raises:
       ValueError: if they cannot.
@@ -141,4 +143,12 @@ def check_batch(train: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
             f"parts on mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']}"
             + (f" in train.accumulation_steps {train.accumulation_steps}" * (not once))
             + f": make it a multiple of {parts * train.accumulation_steps}"
+        )
+    # Each device holds two pieces of a row, see `ops/attention/context_parallel.py`.
+    pieces = 2 * mesh.shape["context"]
+    if pieces > 2 and sequence_length % pieces:
+        raise ValueError(
+            f"data.sequence_length is {sequence_length}, which does not divide into "
+            f"the {pieces} pieces of mesh.context {mesh.shape['context']}: make it a "
+            f"multiple of {pieces}"
         )

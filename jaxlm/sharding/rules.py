@@ -28,7 +28,7 @@ LOGICAL_AXES = {
 # sharded for storage (fsdp) and gathered for use; that of activations is not sharded.
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "context",
     "model": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -75,8 +75,9 @@ def activation_spec(letters: str) -> P | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
         return None
+    whole = {"model"} if _parts("length", mesh) > 1 else {"model", "length"}
     axes = logical_axes(letters)
-    return spec(*(None if axis == "model" else axis for axis in axes))
+    return spec(*(None if axis in whole else axis for axis in axes))
 
 
 def reshard(x: Array, letters: str) -> Array:
@@ -87,19 +88,27 @@ def reshard(x: Array, letters: str) -> Array:
 
 def batch_parts() -> int:
     """Number of shards of a batch in the current mesh; 1 without an Explicit mesh."""
-    return _parts("batch")
+    return _parts_here("batch")
+
+
+def context_parts() -> int:
+    """Number of parts of each row in the current mesh; 1 without an Explicit mesh."""
+    return _parts_here("length")
 
 
 def tensor_parts() -> int:
     """Number of shards of heads in the current mesh; 1 without an Explicit mesh."""
-    return _parts("heads")
+    return _parts_here("heads")
 
 
-def _parts(axis: str) -> int:
+def _parts_here(axis: str) -> int:
     if activation_spec("B") is None:
         return 1
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in _mesh_axes(MESH_AXES[axis]))
+    return _parts(axis, jax.sharding.get_abstract_mesh())
+
+
+def _parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
+    return math.prod(mesh.shape[name] for name in _mesh_axes(MESH_AXES[axis]))
 
 
 def sharding(
@@ -142,4 +151,5 @@ def _stored_spec(
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of the arrays of a `Batch`, `[B, T]`."""
-    return NamedSharding(mesh, spec("batch", "length"))
+    length = "length" if _parts("length", mesh) > 1 else None
+    return NamedSharding(mesh, spec("batch", length))

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.transformer import forward, head_params, unembed
+from jaxlm.ops.attention.context_parallel import to_zigzag
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
+from jaxlm.sharding.rules import context_parts, reshard
 from jaxlm.train.optimizer import make_schedule
 from jaxlm.train.spikes import after_step
 from jaxlm.train.state import TrainState
@@ -71,6 +73,9 @@ def loss_sums(
     batch, so it is multiplied by the sum of the loss weights.
     """
     batch = jax.tree.map(jnp.asarray, batch)
+    zigzag = context_parts() > 1 and not edits
+    if zigzag:
+        batch = jax.tree.map(_to_zigzag, batch)
     balanced = train.load_balance_loss > 0
     out = forward(
         config,
@@ -81,6 +86,7 @@ def loss_sums(
         taps=(Tap("router_logits"),) if balanced else (),
         edits=edits,
         head=False,
+        zigzag=zigzag,
     )
     x = out.hidden_states
     targets, weights = batch.targets, batch.loss_weights
@@ -106,6 +112,11 @@ def loss_sums(
         balance = load_balance_loss(logits, experts, weights)
         objective += train.load_balance_loss * balance * jnp.sum(weights)
     return LossSums(objective, entropy, out.hits)
+
+
+def _to_zigzag(x: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
+    """Puts an array of a batch into the order that balances the work of attention."""
+    return reshard(to_zigzag(reshard(x, "B_"), context_parts()), "BT")
 
 
 def loss_and_grads(

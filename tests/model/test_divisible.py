@@ -25,7 +25,8 @@ from jaxlm.sharding.mesh import AXES, make_mesh
 
 def use_mesh(fsdp=1, tensor=1):
     kinds = (AxisType.Explicit,) * len(AXES)
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1, fsdp, tensor), AXES, kinds))
+    sizes = dataclasses.astuple(MeshConfig(data=1, fsdp=fsdp, tensor=tensor))
+    return jax.sharding.use_abstract_mesh(AbstractMesh(sizes, AXES, kinds))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_its_parameters_are_stored_as_they_were():
     """They are cut along D, by both axes."""
     config = toy(num_heads=8, vocab_size=257)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    mesh = AbstractMesh((1, 2, 4), AXES)
+    with use_mesh(fsdp=2, tensor=4):
+        mesh = jax.sharding.get_abstract_mesh()
     shardings = tree.flatten(parameter_shardings(shapes, mesh))
     both = ("fsdp", "tensor")
     assert shardings["embed/table"].spec == P(None, both)
@@ -111,7 +113,8 @@ def test_its_parameters_are_stored_as_they_were():
         assert shardings[f"layers/attn/{name}"].spec == P(None, both, None, None)
     assert shardings["layers/attn/q"].spec == P(None, "fsdp", "tensor", None)
     # Where D does not have as many parts, they are whole along the tensor axis.
-    mesh = AbstractMesh((1, 8, 4), AXES)
+    with use_mesh(fsdp=8, tensor=4):
+        mesh = jax.sharding.get_abstract_mesh()
     shardings = tree.flatten(parameter_shardings(shapes, mesh))
     assert shardings["embed/table"].spec == P(None, "fsdp")
 

@@ -46,7 +46,7 @@ from jaxlm.train.spikes import new_history
 from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import loss_and_grads, make_train_step
 
-ROWS, LENGTH, STEPS = 16, 24, 20
+ROWS, LENGTH, STEPS = 16, 32, 20
 MESHES = {
     "one": {"data": 1},
     "data8": {"data": 8},
@@ -55,8 +55,18 @@ MESHES = {
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
     "tensor8": {"data": 1, "tensor": 8},  # more than key heads
 }
+CONTEXT_MESHES = {
+    "fsdp4_context2": {"data": 1, "fsdp": 4, "context": 2},
+    "context4_tensor2": {"data": 1, "context": 4, "tensor": 2},
+    "context8": {"data": 1, "context": 8},
+}
 MODEL = toy(num_heads=8, num_kv_heads=4, qk_norm="head", vocab_size=64)
 ODD = {"vocab_size": 65}  # no tensor axis divides it
+CONTEXT = {
+    "layer_pattern": ("local", "global"),
+    "window": 7,
+    "attention_sinks": True,
+}
 EXPERTS = {
     "num_experts": 4,
     "experts_per_token": 2,
@@ -67,7 +77,7 @@ EXPERTS = {
 
 
 def mesh_of(name):
-    config = MeshConfig(**MESHES[name])
+    config = MeshConfig(**(MESHES | CONTEXT_MESHES)[name])
     return make_mesh(config, jax.devices()[:1] if name == "one" else None)
 
 
@@ -475,6 +485,15 @@ def main():
         "gradients": lambda: case_gradients(all_meshes, ODD),
         "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "xla"}),
         "kernel": case_kernel,
+        "context": lambda: case_gradients(
+            list(CONTEXT_MESHES),
+            CONTEXT | ODD | {"context_attention": "ring"},
+            loss_chunk=24,
+            z_loss=0.01,
+        ),
+        "context_gather": lambda: case_gradients(
+            list(CONTEXT_MESHES), CONTEXT | EXPERTS, load_balance_loss=0.1
+        ),
         "adamw": lambda: case_losses(four, "adamw"),
         "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
         "experts_adamw": lambda: case_losses(four, "adamw", EXPERTS),

@@ -22,9 +22,14 @@ TOLERANCE = 1e-5
 
 
 def run_case(case, folder):
-    """The JSON object that the child prints."""
+    """The JSON object of a case in `mesh_case.py`."""
+    return run_child("mesh_case.py", case, folder)
+
+
+def run_child(script, *arguments):
+    """The JSON object that a script beside this file prints."""
     child = subprocess.run(
-        [sys.executable, HERE / "mesh_case.py", case, str(folder)],
+        [sys.executable, HERE / script, *map(str, arguments)],
         env={
             **os.environ,
             "XLA_FLAGS": FLAGS,
@@ -60,7 +65,7 @@ def test_meshes_that_do_not_fit(tmp_path):
     assert "of 'layers/attn/" in errors["divide"]
     assert "choose another mesh.tensor or another size" in errors["divide"]
     assert (
-        "mesh.data 3 x mesh.fsdp 1 x mesh.tensor 1 does not use the 8 devices"
+        "mesh.data 3 x mesh.fsdp 1 x mesh.context 1 x mesh.tensor 1 does not use "
         in errors["fit"]
     )
     assert "fsdp 3" in errors["remain"] and "or -1 for one axis" in errors["remain"]

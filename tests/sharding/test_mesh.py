@@ -1,5 +1,7 @@
 """The mesh over the devices that are there."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -41,10 +43,16 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
         assert f"{axis} {size}" in str(caught.value)
 
 
+def sizes(**changes):
+    """The size of each axis."""
+    return dataclasses.astuple(MeshConfig(**{"data": 1} | changes))
+
+
 def check_layout(devices, slices, fsdp, tensor):
     """Each device is in the grid once, and no group leaves its slice."""
     grid = device_grid(MeshConfig(fsdp=fsdp, tensor=tensor), devices)
-    assert grid.shape == (len(devices) // (fsdp * tensor), fsdp, tensor)
+    data = len(devices) // (fsdp * tensor)
+    assert grid.shape == sizes(data=data, fsdp=fsdp, tensor=tensor)
     assert {d.id for d in grid.flat} == {d.id for d in devices}
     assert num_slices(devices) == slices
     for replica in grid:
@@ -77,16 +85,18 @@ def test_the_hops_of_a_ring_by_hand():
         ([*range(0, 16, 2), *range(15, 0, -2)], 2),
         ([0, 8, *range(1, 8), *range(9, 16)], 8),
     ):
-        grid = np.array(row, object)[list(order)].reshape(1, 16, 1)
-        assert ring_hops(grid) == {"data": 0, "fsdp": hops, "tensor": 0}
-    half = np.array(row[:8], object).reshape(1, 1, 8)
+        grid = np.array(row, object)[list(order)].reshape(sizes(fsdp=16))
+        assert ring_hops(grid) == dict.fromkeys(AXES, 0) | {"fsdp": hops}
+    half = np.array(row[:8], object).reshape(sizes(tensor=8))
     assert ring_hops(half)["tensor"] == 7  # 8 chips in a row: the ends have no link
     square = [d for d in devices_of("v5e:16x16") if max(d.coords) < 2]
-    square = np.array([square[i] for i in (0, 1, 3, 2)], object).reshape(1, 1, 4)
+    square = np.array([square[i] for i in (0, 1, 3, 2)], object).reshape(
+        sizes(tensor=4)
+    )
     assert ring_hops(square)["tensor"] == 1
-    assert ring_hops(np.array(ONE).reshape(1, 1, 1)) == dict.fromkeys(AXES)
+    assert ring_hops(np.array(ONE).reshape(sizes())) == dict.fromkeys(AXES)
     cores = devices_of("tpu7x:4x4x4")[:2]
-    cores = np.array(cores, object).reshape(1, 1, 2)
+    cores = np.array(cores, object).reshape(sizes(tensor=2))
     assert ring_hops(cores)["tensor"] == 0  # two cores of one chip
 
 
@@ -95,11 +105,11 @@ def test_the_layout_is_described():
     grid = device_grid(MeshConfig(fsdp=64, tensor=4), devices)
     fsdp, tensor = ring_hops(grid)["fsdp"], ring_hops(grid)["tensor"]
     assert mesh_layout(grid) == (
-        "data 2 x fsdp 64 x tensor 4; data goes over 2 slices; links that a step "
-        f"around an axis takes: fsdp {fsdp}, tensor {tensor}"
+        "data 2 x fsdp 64 x context 1 x tensor 4; data goes over 2 slices; links that "
+        f"a step around an axis takes: fsdp {fsdp}, tensor {tensor}"
     )
     grid = device_grid(MeshConfig(data=1), ONE)
-    assert mesh_layout(grid) == "data 1 x fsdp 1 x tensor 1"
+    assert mesh_layout(grid) == "data 1 x fsdp 1 x context 1 x tensor 1"
 
 
 def test_slices_that_data_does_not_hold_are_refused():
@@ -121,8 +131,19 @@ def test_slices_that_data_does_not_hold_are_refused():
     ],
 )
 def test_a_batch_that_cannot_be_cut_is_refused(rows, parts, message):
-    mesh = AbstractMesh((2, 4, 3), AXES)
+    mesh = AbstractMesh(sizes(data=2, fsdp=4, tensor=3), AXES)
     train = TrainConfig(batch_size=rows, accumulation_steps=parts)
     with pytest.raises(ValueError, match=message):
-        check_batch(train, mesh)
-    check_batch(TrainConfig(batch_size=16, accumulation_steps=2), mesh)
+        check_batch(train, 10, mesh)
+    check_batch(TrainConfig(batch_size=16, accumulation_steps=2), 10, mesh)
+
+
+def test_rows_that_cannot_be_cut_are_refused():
+    train, mesh = TrainConfig(batch_size=2), AbstractMesh(sizes(context=4), AXES)
+    check_batch(train, 32, mesh)
+    with pytest.raises(
+        ValueError,
+        match=r"^data\.sequence_length is 20, .* the 8 pieces of mesh\.context 4: make "
+        r"it a multiple of 8$",
+    ):
+        check_batch(train, 20, mesh)

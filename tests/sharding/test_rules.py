@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import tree
-from jaxlm.config import ModelConfig
+from jaxlm.config import MeshConfig, ModelConfig
 from jaxlm.model.initialization import init
 from jaxlm.model.params import parameter_shardings, weight_of
 from jaxlm.sharding import rules
@@ -62,10 +62,10 @@ VARIANTS = {
 ONLY_FSDP = ("embed/positions", "layers/moe/router")
 
 
-def abstract_mesh(data=1, fsdp=1, tensor=1):
-    return AbstractMesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
-    )
+def abstract_mesh(data=1, fsdp=1, tensor=1, kind=AxisType.Explicit, **more):
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, **more)
+    sizes = dataclasses.astuple(config)
+    return AbstractMesh(sizes, AXES, axis_types=(kind,) * len(AXES))
 
 
 def shapes_of(**changes):
@@ -182,11 +182,20 @@ def test_a_batch_is_cut_by_data_and_fsdp():
         assert rules.activation_spec("BT") == P(("data", "fsdp"), None)
 
 
+def test_rows_are_cut_by_context():
+    mesh = abstract_mesh(fsdp=2, context=4)
+    assert rules.batch_sharding(mesh).spec == P(("data", "fsdp"), "context")
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert rules.context_parts() == 4
+        assert rules.activation_spec("BTD") == P(("data", "fsdp"), "context", None)
+    assert rules.context_parts() == 1
+
+
 def test_without_a_mesh_nothing_is_laid_out():
     x = jax.numpy.ones((3, 2))
     assert rules.activation_spec("BT") is None
     assert rules.batch_parts() == 1
     assert rules.reshard(x, "BD") is x
-    auto = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    auto = abstract_mesh(kind=AxisType.Auto)
     with jax.sharding.use_abstract_mesh(auto):
         assert rules.activation_spec("BT") is None

@@ -6,7 +6,7 @@ from jax.experimental import topologies
 from test_mesh import check_layout
 from topology_case import MESHES, TOPOLOGIES, devices_of
 
-from jaxlm.sharding.mesh import ring_hops
+from jaxlm.sharding.mesh import AXES, ring_hops
 
 pytestmark = pytest.mark.aot
 
@@ -27,4 +27,4 @@ def test_every_mesh_is_laid_out(name, slices, monkeypatch):
             assert ring_hops(grid) == ring_hops(
                 check_layout(imitated, slices, fsdp, tensor)
             )
-            jax.sharding.Mesh(grid, ("data", "fsdp", "tensor"))
+            jax.sharding.Mesh(grid, AXES)

@@ -46,8 +46,14 @@ def blocked_attention(
     Returns:
       The result in q's dtype, and the log-sum-exp of the scores, sinks included, f32.
     """
-    kernels = FlashKernels(_forward, backward, settings or settings_for(q))
-    return flash_attention(kernels, q, k, v, spec)
+    return flash_attention(kernels(q, spec, settings), q, k, v, spec)
+
+
+def kernels(
+    q: Array, spec: AttentionSpec, settings: BlockedSettings | None = None
+) -> FlashKernels:
+    """Returns the kernels for such queries."""
+    return FlashKernels(_forward, backward, settings or settings_for(q))
 
 
 def _in_blocks(q, k, v, mask: Mask, block: int):
@@ -84,12 +90,15 @@ def _block(x: Array, i: Int[Array, ""], axis: int, block: int) -> Array:
 
 def _key_range(mask: Mask, i, num_blocks: int, block: int):
     """Returns the first key block that query block i can see, and one past the last."""
+    first, last = i * block, (i + 1) * block - 1
     if mask.query_positions is not None:
-        return 0, num_blocks
-    high = jnp.minimum(i + 1, num_blocks) if mask.causal else num_blocks
-    low = 0
+        positions = _block(mask.query_positions, i, 1, block)
+        first, last = positions.min(), positions.max()
+    low, high = 0, num_blocks
+    if mask.causal:
+        high = jnp.clip(last // block + 1, 0, num_blocks)
     if mask.window is not None:
-        low = jnp.maximum((i * block - mask.window + 1) // block, 0)
+        low = jnp.maximum((first - mask.window + 1) // block, 0)
     return low, high
 
 

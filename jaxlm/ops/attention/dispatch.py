@@ -11,8 +11,9 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -20,13 +21,17 @@ from jaxtyping import Array, Float, Num
 
 from jaxlm.fields import nearest
 from jaxlm.ops.attention import blocked, cached, dense
+from jaxlm.ops.attention.context_parallel import Cut, gathered_attention, ring_kernels
+from jaxlm.ops.attention.flash import FlashKernels, flash_attention
 from jaxlm.ops.attention.reference import reference_attention
-from jaxlm.ops.attention.request import Request, request
+from jaxlm.ops.attention.request import Request, part_of_row, request
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, dequantize
+from jaxlm.ops.collectives import axes_of
 from jaxlm.ops.layout import layout
 
 logger = logging.getLogger(__name__)
 
+Across = Literal["ring", "gather"]
 Result = tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]
 
 
@@ -40,6 +45,8 @@ class Implementation:
     """Returns the reason why it cannot run a request; None: it can."""
     int8: bool = False
     """Whether it takes int8 keys and values; if not, they are dequantized first."""
+    kernels: Callable[[Array, AttentionSpec], FlashKernels] | None = None
+    """(q, spec) -> the kernels that it consists of, which a ring can call."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,16 @@ class Kernel:
     platform: str
     """gpu or tpu."""
     int8: bool = False
+    is_flash: bool = False
+    """Whether the module has `kernels`."""
+
+    @property
+    def kernels(self) -> Callable[[Array, AttentionSpec], FlashKernels] | None:
+        """See `Implementation.kernels`."""
+        return self._kernels if self.is_flash else None
+
+    def _kernels(self, q: Array, spec: AttentionSpec) -> FlashKernels:
+        return importlib.import_module(self.module).kernels(q, spec)
 
     def run(
         self, q: Array, k: Array, v: Array, spec: AttentionSpec, **settings: Any
@@ -72,10 +89,10 @@ class Kernel:
 IMPLEMENTATIONS: dict[str, Implementation | Kernel] = {
     "reference": Implementation(reference_attention, int8=True),
     "dense": Implementation(dense.dense_attention, dense.declines),
-    "xla": Implementation(blocked.blocked_attention),
+    "xla": Implementation(blocked.blocked_attention, kernels=blocked.kernels),
     "cached": Implementation(cached.cached_attention, cached.declines, int8=True),
-    "pallas_tpu": Kernel("jaxlm.ops.attention.tpu.pallas_tpu", "tpu", int8=True),
-    "pallas_gpu": Kernel("jaxlm.ops.attention.gpu.pallas_gpu", "gpu", int8=True),
+    "pallas_tpu": Kernel("jaxlm.ops.attention.tpu.pallas_tpu", "tpu", True, True),
+    "pallas_gpu": Kernel("jaxlm.ops.attention.gpu.pallas_gpu", "gpu", True, True),
     "splash": Kernel("jaxlm.ops.attention.jax_kernels.splash", "tpu"),
     "cudnn": Kernel("jaxlm.ops.attention.jax_kernels.cudnn", "gpu"),
 }
@@ -113,9 +130,12 @@ class Choice:
     """Names and reasons; empty if the implementation was requested by name."""
     warning: str | None = None
     """What is slower than expected on this accelerator, and what to do about it."""
+    across: Across | None = None
+    """How it sees the keys on other devices, where rows are cut over several."""
 
     def __str__(self) -> str:
-        return "; ".join((f"auto took {self.name}", *_by_reason(self.declined)))
+        how = self.name if self.across is None else f"{self.name} by {self.across}"
+        return "; ".join((f"auto took {how}", *_by_reason(self.declined)))
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, for `metrics.jsonl`."""
@@ -129,12 +149,32 @@ def _by_reason(declined: tuple[tuple[str, str], ...]) -> list[str]:
     return [f"{', '.join(group)}: {reason}" for reason, group in names.items()]
 
 
-def choose(implementation: str, request: Request) -> Choice:
+def choose(
+    implementation: str,
+    request: Request,
+    devices: int = 1,
+    across: Across | Literal["auto"] = "auto",
+) -> Choice:
     """Chooses the implementation that runs. Pure: logs nothing and keeps no state.
+
+    Args:
+      devices: over which each row is cut.
+      across: how the keys on other devices are seen; `auto` is a ring, if what would
+        run without one can be part of it.
 
     Raises:
       ValueError: for an unknown name, or an implementation that declines the request.
     """
+    if devices == 1:
+        return _choose_named(implementation, request)
+    part = part_of_row(request, devices, ring=across == "ring")
+    choice = _choose_named(implementation, part)
+    if across == "auto":
+        across = "ring" if IMPLEMENTATIONS[choice.name].kernels else "gather"
+    return replace(choice, across=across)
+
+
+def _choose_named(implementation: str, request: Request) -> Choice:
     if implementation == "auto":
         return _choose(request)
     if implementation not in IMPLEMENTATIONS:
@@ -143,9 +183,9 @@ def choose(implementation: str, request: Request) -> Choice:
             f"{nearest(implementation, list(IMPLEMENTATIONS))}: choose auto or one of "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
-    reason = IMPLEMENTATIONS[implementation].declines(request)
+    reason = _declines(implementation, request)
     if reason is not None:
-        able = [n for n, i in IMPLEMENTATIONS.items() if i.declines(request) is None]
+        able = [n for n in IMPLEMENTATIONS if _declines(n, request) is None]
         raise ValueError(
             f"attention {implementation!r}: {reason}; for this call choose auto or one "
             f"of {', '.join(able)}"
@@ -153,12 +193,19 @@ def choose(implementation: str, request: Request) -> Choice:
     return Choice(implementation)
 
 
+def _declines(name: str, request: Request) -> str | None:
+    """Returns why an implementation cannot run a request; None: it can."""
+    if request.ring and IMPLEMENTATIONS[name].kernels is None:
+        return "no ring, since it has no kernels for parts of the keys"
+    return IMPLEMENTATIONS[name].declines(request)
+
+
 def _choose(request: Request) -> Choice:
     order = AUTO[request.platform]
     others = [name for name in IMPLEMENTATIONS if name not in order]
-    declined = [(n, IMPLEMENTATIONS[n].declines(request)) for n in others]
+    declined = [(n, _declines(n, request)) for n in others]
     for name in order:
-        reason = IMPLEMENTATIONS[name].declines(request) or _not_chosen(name, request)
+        reason = _declines(name, request) or _not_chosen(name, request)
         if reason is None:
             reasons = tuple((n, why) for n, why in declined if why is not None)
             return Choice(name, reasons, _slow(name, reasons, request))
@@ -174,7 +221,8 @@ def _not_chosen(name: str, request: Request) -> str | None:
     one = request.num_queries == 1
     if name == "dense" and (one or scores >= DENSE_MAX_SCORES):
         return "only chosen for several queries and sequences that are not too long"
-    if name == "xla" and (one or scores < XLA_MIN_SCORES[request.platform]):
+    short = one or scores < XLA_MIN_SCORES[request.platform]
+    if name == "xla" and short and not request.ring:
         return "only chosen for several queries and long sequences"
     return None
 
@@ -213,28 +261,35 @@ def attention(
     spec: AttentionSpec | None = None,
     *,
     implementation: str = "auto",
+    across: Across | Literal["auto"] = "auto",
+    zigzag: bool = False,
     return_lse: bool = False,
 ) -> Result:
     """Computes grouped-query attention, in q's dtype; N is a multiple of K.
 
-    In an Explicit mesh the batch and the heads may be sharded, but no other axis.
+    In an Explicit mesh the batch, the heads, and the tokens of whole rows may be
+    sharded.
 
     Args:
       spec: None is causal attention, with scores scaled by H ** -0.5.
       implementation: a name in `IMPLEMENTATIONS`, or "auto".
+      across: how devices see each other's keys where the tokens are sharded; see
+        `choose`.
+      zigzag: where the tokens are sharded, they are in zigzag order
+        (`context_parallel.py`); otherwise it changes nothing.
       return_lse: also return the log-sum-exp of the scores, sinks included, f32, else
         None. It has a gradient too. Use it to recompute the probabilities, or to merge
         attention over parts of the keys.
 
     Raises:
       ValueError: for shapes that do not fit, an unknown implementation, one that
-        declines the call, or queries that are sharded along another axis.
+        declines the call, or queries that are sharded in another way.
     """
     _check_shapes(q.shape, k.shape, v.shape)
     if spec is None:
         spec = AttentionSpec(q.shape[-1] ** -0.5)
-    call = request(q, k, spec, lse=return_lse)
-    choice = choose(implementation, call)
+    call, cut = request(q, k, spec, lse=return_lse), _cut(q, k, spec, zigzag)
+    choice = choose(implementation, call, cut.devices if cut else 1, across)
     if implementation == "auto":
         _log_once(logging.INFO, f"attention on {call.device_kind}: {choice}")
     if choice.warning is not None:
@@ -243,11 +298,42 @@ def attention(
     chosen = IMPLEMENTATIONS[choice.name]
     if not chosen.int8:
         k, v, spec = dequantize(k, v, spec, q.dtype)
-    if isinstance(chosen, Kernel):
-        z, lse = _on_each_device(chosen.run, q, k, v, spec, return_lse)
+    run = chosen.run
+    if choice.across == "gather":
+        run = partial(gathered_attention, run, cut)
+    elif choice.across == "ring":
+        run = partial(_ring, chosen.kernels, cut)
+    if cut is not None or isinstance(chosen, Kernel):
+        z, lse = _on_each_device(run, q, k, v, spec, return_lse)
     else:
-        z, lse = chosen.run(q, k, v, spec)
+        z, lse = run(q, k, v, spec)
     return z, lse if return_lse else None
+
+
+def _ring(kernels, cut: Cut, q, k, v, spec: AttentionSpec) -> Result:
+    return flash_attention(ring_kernels(kernels(q, spec), cut), q, k, v, spec)
+
+
+def _cut(q: Array, k: Array, spec: AttentionSpec, zigzag: bool) -> Cut | None:
+    """Returns how tokens lie on devices; None if each device has whole rows.
+
+    Raises:
+      ValueError: if tokens that are no whole rows are sharded.
+    """
+    sharding = layout(q)
+    if sharding is None:
+        return None
+    shape = sharding.mesh.shape
+    axes = [axis for axis in axes_of(sharding.spec[1]) if shape[axis] > 1]
+    if not axes:
+        return None
+    positions = spec.mask.query_positions
+    if len(axes) > 1 or q.shape[1] != k.shape[1] or positions is not None:
+        raise ValueError(
+            f"attention: queries are sharded as {sharding.spec}, but their tokens may "
+            "be sharded only over one axis, and as whole rows that are keys too"
+        )
+    return Cut(axes[0], shape[axes[0]], zigzag)
 
 
 def _check_shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
@@ -273,10 +359,10 @@ def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Resu
     if sharding is None:
         return run(q, k, v, spec)
     batch, tokens, heads, head_dim = sharding.spec
-    if tokens is not None or head_dim is not None:
+    if head_dim is not None:
         raise ValueError(
-            f"attention: queries are sharded as {sharding.spec}, but only the batch "
-            "and the heads may be sharded"
+            f"attention: queries are sharded as {sharding.spec}, but heads must be "
+            "whole"
         )
 
     def rows(x: Array | None, *axes: Any) -> P | None:
@@ -292,18 +378,18 @@ def _on_each_device(run, q, k, v, spec: AttentionSpec, return_lse: bool) -> Resu
             mask.causal,
             mask.window,
             query_positions=rows(mask.query_positions, None),
-            query_segments=rows(mask.query_segments, None),
-            key_segments=rows(mask.key_segments, None),
+            query_segments=rows(mask.query_segments, tokens),
+            key_segments=rows(mask.key_segments, tokens),
         ),
         spec.soft_cap,
         sinks=None if spec.sinks is None else P(heads),
         key_scale=rows(spec.key_scale, None, heads),
         value_scale=rows(spec.value_scale, None, heads),
     )
-    sharded = P(batch, None, heads, None)
+    sharded = P(batch, tokens, heads, None)
     in_specs = (sharded, sharded, sharded, spec_partitions)
     arguments = jax.tree.map(jax.sharding.reshard, (q, k, v, spec), in_specs)
-    out_specs = (sharded, P(batch, heads, None) if return_lse else None)
+    out_specs = (sharded, P(batch, heads, tokens) if return_lse else None)
 
     def local(*arguments):
         z, lse = run(*arguments)

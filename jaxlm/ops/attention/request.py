@@ -1,6 +1,6 @@
 """`Request`: everything about one attention call that is known at trace time."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -46,6 +46,8 @@ class Request:
     """With a `jax.ShapeDtypeStruct` for each array."""
     lse: bool = False
     """Whether the log-sum-exp is requested."""
+    ring: bool = False
+    """Whether it is called with the keys of one device after the other."""
     platform: str = field(default_factory=lambda: target()[0])
     """cpu, gpu or tpu."""
     device_kind: str = field(default_factory=lambda: target()[1])
@@ -80,6 +82,16 @@ def request(
 ) -> Request:
     """Builds the request of a call with these arguments on the current device."""
     return Request(_shape(q), _shape(k), jax.tree.map(_shape, spec), lse)
+
+
+def part_of_row(whole: Request, devices: int, *, ring: bool) -> Request:
+    """Returns the request of one of the devices that a row is cut over."""
+    B, T, *heads = whole.q.shape
+    q = jax.ShapeDtypeStruct((B, T // devices, *heads), whole.q.dtype)
+    positions = jax.ShapeDtypeStruct((1, T // devices), jnp.int32)
+    mask = replace(whole.spec.mask, query_positions=positions)
+    spec = replace(whole.spec, mask=mask)
+    return replace(whole, q=q, spec=spec, lse=whole.lse or ring, ring=ring)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

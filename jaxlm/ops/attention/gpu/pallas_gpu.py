@@ -76,21 +76,41 @@ def attention(
     Takes bf16 and f16, any lengths, and int8 keys. Up to 8 queries with given positions
     take the decode kernel.
     """
+    return flash_attention(kernels(q, spec, settings), q, k, v, spec)
+
+
+def kernels(
+    q: Array, spec: AttentionSpec, settings: GpuSettings | None = None
+) -> FlashKernels:
+    """Returns the kernels for such queries."""
     settings = settings or settings_for(q, spec.mask.query_segments is not None)
-    kernels = FlashKernels(_forward, gpu_flash.backward, settings)
-    H = q.shape[-1]
-    # Matrix instructions contract 16 elements at a time.
-    q, k, v = (_pad_head_dim(x, -H % 16) for x in (q, k, v))
-    z, lse = flash_attention(kernels, q, k, v, spec)
-    return z[..., :H], lse
+    return FlashKernels(_forward, _backward, settings)
 
 
-def _pad_head_dim(x: Array, missing: int) -> Array:
-    return jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x
+def _pad_head_dim(*arrays: Array) -> list[Array]:
+    """Matrix instructions contract 16 elements at a time."""
+    missing = -arrays[0].shape[-1] % 16
+    if not missing:
+        return list(arrays)
+    return [jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) for x in arrays]
 
 
 def _forward(q, k, v, spec: AttentionSpec, settings: GpuSettings):
     """See `flash.FlashKernels`."""
+    H = q.shape[-1]
+    z, lse = _padded_forward(*_pad_head_dim(q, k, v), spec, settings)
+    return z[..., :H], lse
+
+
+def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: GpuSettings):
+    """See `flash.FlashKernels`."""
+    H = q.shape[-1]
+    q, k, v, dz = _pad_head_dim(q, k, v, dz)
+    grads = gpu_flash.backward(q, k, v, spec, lse, delta, dz, settings)
+    return tuple(x[..., :H] for x in grads)
+
+
+def _padded_forward(q, k, v, spec: AttentionSpec, settings: GpuSettings):
     given = spec.mask.query_positions is not None
     if given and q.shape[1] <= gpu_decode.MAX_QUERIES:
         return gpu_decode.forward(q, k, v, spec, settings)

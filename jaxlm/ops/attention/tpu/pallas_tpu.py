@@ -31,8 +31,14 @@ def attention(
     given positions take a path that reads each key once for all query heads that share
     it.
     """
-    kernels = FlashKernels(_forward, tpu_backward.backward, settings or settings_for(q))
-    return flash_attention(kernels, q, k, v, spec)
+    return flash_attention(kernels(q, spec, settings), q, k, v, spec)
+
+
+def kernels(
+    q: Array, spec: AttentionSpec, settings: TpuSettings | None = None
+) -> FlashKernels:
+    """Returns the kernels for such queries."""
+    return FlashKernels(_forward, tpu_backward.backward, settings or settings_for(q))
 
 
 def settings_for(q: Array) -> TpuSettings:

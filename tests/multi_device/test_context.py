@@ -1,0 +1,53 @@
+"""Attention over rows that are cut over devices equals attention on one device."""
+
+import pytest
+from test_meshes import TOLERANCE, check_gradients, run_child
+
+B, T, N, K, H = 2, 64, 4, 2, 8
+
+
+def check_cases(*cases):
+    result = run_child("context_case.py", *cases)
+    for case, found in result.items():
+        wrong = {n: d for n, d in found["differences"].items() if d > TOLERANCE}
+        assert wrong == {}, case
+    return {case: found["sent"] for case, found in result.items()}
+
+
+def check_ring(sent, devices):
+    """Keys, values and segments visit all other devices, in either direction once.
+
+    The gradients of keys and values go all the way round.
+    """
+    keys, segments = 2 * B * T // devices * K * H * 4, B * T // devices * 4
+    others = devices - 1
+    assert sent["permute"] == 2 * others * (keys + segments) + devices * keys
+    assert "all-gather" not in sent
+
+
+def test_rows_that_are_cut():
+    """Packed rows, a window, sinks, a soft cap and grouped heads at once."""
+    sent = check_cases("ring 4", "gather 2, row order")
+    check_ring(sent["ring 4"], 4)
+    assert "permute" not in sent["gather 2, row order"]
+
+
+@pytest.mark.slow
+def test_more_ways_to_cut_rows():
+    sent = check_cases(
+        *("ring 8", "ring 4, heads 2", "ring 2, row order", "gather 8"),
+        "kernel in a ring of 2",
+    )
+    check_ring(sent["ring 8"], 8)
+    check_ring(sent["kernel in a ring of 2"], 2)
+    assert sent["gather 8"]["all-gather"] >= 7 * (2 * B * T // 8 * K * H * 4)
+    with pytest.raises(AssertionError):
+        check_cases("wrong order")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["context", "context_gather"])
+def test_gradients_of_rows_that_are_cut(tmp_path, case):
+    """2, 4 and 8 parts, beside fsdp and tensor; windows, sinks, packed documents."""
+    result = run_child("mesh_case.py", case, tmp_path)
+    check_gradients(result, ["fsdp4_context2", "context4_tensor2", "context8"])
