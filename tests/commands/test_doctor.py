@@ -29,4 +29,4 @@ def test_each_kind_of_layer_has_its_choice():
     for choice in choices.values():
         assert choice.name == "xla" and "pallas_tpu" in dict(choice.declined)
     decoding = attention_choices(config, 1, 1, 4096)
-    assert {choice.name for choice in decoding.values()} == {"reference"}
+    assert {choice.name for choice in decoding.values()} == {"cached"}
