@@ -51,6 +51,10 @@ class SampleArguments(GenerationArguments):
     """File with the text to continue, without its last line break; - reads stdin."""
     num_samples: int = 1
     """Number of continuations, sampled as one batch."""
+    regex: str | None = None
+    """Regular expression that the whole new text matches."""
+    json_schema: Path | None = None
+    """File with a JSON schema; the new text is a JSON value that it allows."""
     json: bool = False
     """Print each sample as a line of JSON: text, tokens and log-probabilities."""
     top_logprobs: int = 0
@@ -70,6 +74,8 @@ class SampleArguments(GenerationArguments):
         _check_at_least_1(self, "num_samples")
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give --prompt or --prompt-file, not both")
+        if self.regex is not None and self.json_schema is not None:
+            raise ValueError("give --regex or --json-schema, not both")
         if self.json and self.show_probs:
             raise ValueError("give --json or --show-probs, not both")
         if self.top_logprobs < 0 or (self.top_logprobs and not self.json):

@@ -16,9 +16,14 @@ from jaxlm.commands.arguments import SampleArguments
 from jaxlm.commands.generation import open_model, with_stop_ids
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.commands.sampled_text import colored_texts, json_lines
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.files.strict_json import parse
 from jaxlm.infer.check_arguments import check_room
 from jaxlm.infer.generate import Generation, generate
+from jaxlm.infer.grammar.json_schema import json_schema
+from jaxlm.infer.grammar.regex import regex
+from jaxlm.infer.grammar.token_grammar import token_grammar
+from jaxlm.infer.rules.automata import Automaton
 from jaxlm.infer.rules.stop_strings import StopText
 from jaxlm.sharding.device_memory import gib
 from jaxlm.sharding.mesh import make_mesh_of_size
@@ -76,6 +81,34 @@ def read_prompt(chosen: SampleArguments) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+def read_grammar(
+    chosen: SampleArguments,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    sample: SampleConfig,
+) -> Automaton | None:
+    """Returns what `--regex` or `--json-schema` ask for; None without them.
+
+    Raises:
+      ValueError: if the pattern or the schema is wrong, or cannot be held.
+    """
+    flag = "--regex" if chosen.json_schema is None else "--json-schema"
+    try:
+        if chosen.json_schema is not None:
+            flag = f"--json-schema {chosen.json_schema}"
+            data = chosen.json_schema.read_bytes()
+            part = json_schema(parse(data, "the file", allow_nan=False))
+        elif chosen.regex is not None:
+            part = regex(chosen.regex)
+        else:
+            return None
+        return token_grammar(part, tokenizer.token_bytes, model.vocab_size, sample)
+    except OSError as error:
+        raise ValueError(f"{flag}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
 def _open_model(chosen: SampleArguments) -> tuple[Checkpoint, ModelConfig]:
     try:
         return open_model(chosen)
@@ -101,6 +134,8 @@ def write_samples(
     room = model.context_length - len(prompt)
     limit = min(room, chosen.sample.max_new_tokens)
     sample = dataclasses.replace(chosen.sample, max_new_tokens=limit)
+    sample = with_stop_ids(sample, tokenizer)
+    grammar = read_grammar(chosen, model, tokenizer, sample)
     streams = not (chosen.json or chosen.show_probs)
     with Printer(
         *(tokenizer, text, chosen.num_samples),
@@ -111,13 +146,14 @@ def write_samples(
             model,
             params,
             [prompt] * chosen.num_samples,
-            with_stop_ids(sample, tokenizer),
+            sample,
             jax.random.key(chosen.seed),
             num_tokens=tokenizer.vocab_size,
             token_bytes=tokenizer.token_bytes,
             top_logprobs=chosen.top_logprobs,
             cache=chosen.cache,
             on_tokens=printer.feed,
+            grammars=[grammar] * chosen.num_samples,
         )
     if not streams:
         form = json_lines if chosen.json else colored_texts

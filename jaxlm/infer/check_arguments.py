@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 from jaxlm.config import CacheKind, ModelConfig, SampleConfig
 from jaxlm.fields import nearest
 from jaxlm.infer.generation_state import GenerationState
-from jaxlm.infer.rules.automata import ENDS
+from jaxlm.infer.rules.automata import ENDS, Automaton
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_ids, check_key
 from jaxlm.model.initialization import init_cache
@@ -147,17 +147,30 @@ def check_cache(
     return needed
 
 
-def check_grammar(grammar: Any, vocab_size: int) -> None:
-    """Raises a ValueError for what is no automaton over the vocabulary."""
-    shape, dtype = np.shape(grammar), getattr(grammar, "dtype", None)
+def check_grammar(grammar: Any, vocab_size: int, max_new_tokens: int) -> None:
+    """Raises a ValueError for what is no automaton over the vocabulary.
+
+    Also if the shortest text that it allows has more than `max_new_tokens`.
+    """
+    if not isinstance(grammar, Automaton):
+        raise ValueError(
+            f"grammar is a {type(grammar).__name__}: make it by token_grammar"
+        )
+    table = grammar.transitions
+    shape, dtype = np.shape(table), getattr(table, "dtype", None)
     if len(shape) != 2 or shape[1] != vocab_size or dtype != np.int16:
         raise ValueError(
             f"grammar has shape {shape} and dtype {dtype}: give a table [states, "
             f"{vocab_size}] of int16"
         )
-    if not shape[0] or grammar.min() < ENDS or grammar.max() >= shape[0]:
+    if not shape[0] or table.min() < ENDS or table.max() >= shape[0]:
         raise ValueError(
             f"grammar leads to states outside {ENDS} to {shape[0] - 1}: see automata.py"
+        )
+    if grammar.needs[0] > max_new_tokens:
+        raise ValueError(
+            f"the shortest text that the grammar allows has {grammar.needs[0]} tokens, "
+            f"more than max_new_tokens {max_new_tokens}: raise it"
         )
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Int16, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxlm.config import CacheKind, ModelConfig
 from jaxlm.infer.row_settings import RowSettings
-from jaxlm.infer.rules.automata import ENDED, FREE
+from jaxlm.infer.rules.automata import ENDED, StateTable
 from jaxlm.infer.rules.filters import NEVER
 from jaxlm.infer.rules.penalties import History
 from jaxlm.infer.sampling import sample_tokens
@@ -118,7 +118,8 @@ class Programs(NamedTuple):
     decode: Program
     """(params, state, table, num_ids, probes) -> state, `Drawn` of a few tokens, trace
 
-    That is the table of `Automata`, the number of ids, and the trace of each token."""
+    That is the `StateTable` of all rows, the number of ids, and the trace of each
+    token."""
 
     @property
     def compile_s(self) -> float:
@@ -319,19 +320,16 @@ def _prefill(
 def _draw(
     num_top: int,
     by_row: tuple[Float[Array, "B V"], Rows, Key[Array, " B"], RowSettings],
-    shared: tuple[Int16[Array, "states V"], Int[Array, ""]],
+    shared: tuple[StateTable, Int[Array, ""]],
 ) -> tuple[Rows, Drawn]:
     """Draws the next token of each row, and finds out whether its text ends."""
     (logits, rows, keys, settings), (table, num_ids) = by_row, shared
     history = rows.history
     logits = jnp.where(jnp.arange(logits.shape[1]) < num_ids, logits, NEVER)
     keys = jax.vmap(jax.random.fold_in)(keys, history.num_new)
-    allowed = jax.lax.cond(
-        (rows.grammar_states == FREE).all(),
-        lambda: logits,
-        lambda: jnp.where(table[rows.grammar_states] < 0, NEVER, logits),
+    tokens = sample_tokens(
+        *(logits, keys, settings, history, table, rows.grammar_states)
     )
-    tokens = sample_tokens(allowed, keys, settings, history)
 
     # Before any rule: what the model thinks of the token.
     logprobs = jax.nn.log_softmax(logits, axis=-1)
@@ -341,7 +339,7 @@ def _draw(
     is_stop = jnp.take_along_axis(settings.is_stop, tokens[:, None], axis=1)[:, 0]
     inside = ~(rows.is_done | is_stop)
     states = jnp.stack([rows.stop_states, rows.grammar_states])
-    states = table[states, tokens].astype(jnp.int32)
+    states = table.next_states[states, tokens].astype(jnp.int32)
     longer = history.append(tokens)
     lengths = jnp.where(rows.is_done, history.lengths, longer.lengths)
     history = replace(longer, lengths=lengths)

@@ -31,9 +31,9 @@ from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.generation_trace import joined, row_of_steps
 from jaxlm.infer.prefill import Prefilled, bucket, prefill
 from jaxlm.infer.row_settings import row_settings
-from jaxlm.infer.rules.automata import ENDED, FREE, Automata, Transitions
+from jaxlm.infer.rules.automata import ENDED, FREE, Automata, Automaton, StateTable
 from jaxlm.infer.rules.penalties import History
-from jaxlm.infer.rules.stop_strings import stop_transitions
+from jaxlm.infer.rules.stop_strings import stop_automaton
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
 from jaxlm.model.initialization import init_cache
@@ -54,10 +54,9 @@ class Request:
     sample: SampleConfig
     key: Key[Array, ""]
     """All draws of this text follow from it."""
-    grammar: Transitions | None = None
-    """An automaton (`automata.py`) of the new text, which begins in its state 0. A stop
-    token has to be allowed where the text may end. Requests with the same array share
-    its place in memory."""
+    grammar: Automaton | None = None
+    """What the new text follows, as `token_grammar` makes it for the same `sample`.
+    Requests with the same object share its place in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +175,7 @@ class Engine:
         split = self._programs.split(params) if resume is None else resume.split_params
         self._split = jax.block_until_ready(split)
         self._automata = Automata(config.vocab_size)
-        self._table = self._automata.table, jnp.asarray(self._automata.table)
+        self._table = self._automata.table, self._device_table()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._num_submitted = 0
         self._state: DecodeState | None = None
@@ -208,7 +207,7 @@ class Engine:
         new = request.sample.max_new_tokens
         check_room("the prompt", tokens, new, self.max_length)
         if request.grammar is not None:
-            check_grammar(request.grammar, self.config.vocab_size)
+            check_grammar(request.grammar, self.config.vocab_size, new)
         self._waiting.append((self._num_submitted, request))
         self._num_submitted += 1
         return self._num_submitted - 1
@@ -334,19 +333,23 @@ class Engine:
 
     def _hold(self, number: int, request: Request) -> _Running:
         """Puts the automata of a request into the table."""
-        automata: dict[Any, Transitions] = {}
+        automata: dict[Any, Automaton] = {}
         if request.sample.stop_strings:
             strings = request.sample.stop_strings
             assert self.token_bytes is not None
-            automata[strings] = stop_transitions(
+            automata[strings] = stop_automaton(
                 strings, self.token_bytes, self.config.vocab_size
             )
         if request.grammar is not None:
             automata[id(request.grammar)] = request.grammar
         running = _Running(number, request, self._automata.hold(automata))
         if self._table[0] is not self._automata.table:
-            self._table = self._automata.table, jnp.asarray(self._automata.table)
+            self._table = self._automata.table, self._device_table()
         return running
+
+    def _device_table(self) -> StateTable:
+        table, needs = self._automata.table, self._automata.needs
+        return StateTable(jnp.asarray(table), jnp.asarray(needs))
 
     def _state_of(self, running: Sequence[_Running], found: Prefilled) -> DecodeState:
         """Returns the state of rows that have no new token yet."""

@@ -28,7 +28,7 @@ from jaxlm.infer.engine import Engine, NewTokens, Request
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.generation_trace import check_generation_taps, joined
 from jaxlm.infer.prefill import capacity
-from jaxlm.infer.rules.automata import Transitions
+from jaxlm.infer.rules.automata import Automaton
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
 from jaxlm.model.params import sizes
@@ -98,7 +98,7 @@ def generate(
     return_state: bool = False,
     edits: Sequence[Edit] = (),
     taps: Sequence[Tap] = (),
-    grammars: Sequence[Transitions | None] | None = None,
+    grammars: Sequence[Automaton | None] | None = None,
     cache: CacheKind = "full",
     num_slots: int = 64,
     block: type[Block] = Block,

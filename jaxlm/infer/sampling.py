@@ -3,8 +3,9 @@
 1. logit bias and forbidden ids;
 2. repetition, presence and frequency penalty, DRY;
 3. what may not follow: repeated n-grams, and stop tokens before the minimum length;
-4. temperature; greedy rows take the largest logit here;
-5. top-n-sigma, top-k, top-p, min-p, typical-p, XTC, each on what the one before left.
+4. a grammar: what its text may not go on with;
+5. temperature; greedy rows take the largest logit here;
+6. top-n-sigma, top-k, top-p, min-p, typical-p, XTC, each on what the one before left.
 
 Settings are arrays, and a rule that no row uses is skipped while the program runs, so
 one compiled program serves them all.
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlm.infer.row_settings import RowSettings
 from jaxlm.infer.rules import filters, penalties
+from jaxlm.infer.rules.automata import FREE, StateTable
 from jaxlm.infer.rules.filters import NEVER
 from jaxlm.infer.rules.penalties import History
 
@@ -33,6 +35,8 @@ def sample_tokens(
     keys: Key[Array, " B"],
     settings: RowSettings,
     history: History,
+    table: StateTable,
+    grammar_states: Int[Array, " B"],
 ) -> Int[Array, " B"]:
     """Samples a token (int32) for each row.
 
@@ -40,8 +44,15 @@ def sample_tokens(
       logits: f32; `NEVER` for ids that do not exist.
       keys: one for each row and index in it, so that a row does not depend on its
         neighbours.
+      grammar_states: where each row is in its automaton.
     """
     logits = penalized(logits, settings, history)
+    left = settings.max_new_tokens - history.num_new
+    logits = _where_used(
+        grammar_states != FREE,
+        lambda x: keep_allowed(x, table, grammar_states, left),
+        logits,
+    )
     greedy = settings.temperature < GREEDY_BELOW
     largest = jnp.argmax(logits, axis=-1)
 
@@ -51,6 +62,29 @@ def sample_tokens(
 
     tokens = jax.lax.cond(greedy.all(), lambda: largest, draw)
     return tokens.astype(jnp.int32)
+
+
+def keep_allowed(
+    logits: Float[Array, "B V"],
+    table: StateTable,
+    states: Int[Array, " B"],
+    left: Int[Array, " B"],
+) -> Float[Array, "B V"]:
+    """Keeps the tokens after which a text can still end in time, in its grammar.
+
+    The grammar comes before the other rules: if those left none of its tokens, all of
+    them are as likely.
+
+    Args:
+      left: new tokens that each row has room for, this one included; from the first
+        one on, as many as its state needs.
+    """
+    next_states = table.next_states[states]
+    needs = table.needs[jnp.maximum(next_states, 0)]
+    allowed = (next_states >= 0) & (needs < left[:, None])
+    kept = jnp.where(allowed, logits, NEVER)
+    has_any = (kept > NEGLIGIBLE).any(axis=1, keepdims=True)
+    return jnp.where(has_any, kept, jnp.where(allowed, 0.0, NEVER))
 
 
 def penalized(

@@ -336,3 +336,30 @@ def test_a_text_that_was_begun_ends_its_line(begun, stop, capsys):
         raise stop
     shown = "--- sample 1\nprompt a\n" if begun else ""
     assert capsys.readouterr().out == shown
+
+
+def test_a_grammar_from_a_flag(tmp_path, capsys):
+    model = toy(vocab_size=TOKENIZER.vocab_size, context_length=96)
+    params = make_params(model, std=0.5)
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object", "properties": {"a": {"type": "integer"}}}')
+    for flags, shown in (
+        ({"regex": "[ab]{3}"}, r">[ab]{3}\n"),
+        ({"json_schema": file}, r'>\{("a": ?-?\d+)?\}\n'),
+    ):
+        chosen = SampleArguments(sample=SampleConfig(max_new_tokens=12), **flags)
+        write_samples(model, params, TOKENIZER, ">", chosen)
+        assert re.fullmatch(shown, capsys.readouterr().out)
+    file.write_text('{"type": "objekt"}')
+    for flags, message in (
+        ({"regex": "("}, "--regex: the pattern is wrong: missing )"),
+        ({"json_schema": file}, r"schema.json: \$.type: there is no type \"objekt\""),
+        ({"json_schema": tmp_path / "none"}, "none: No such file"),
+    ):
+        message = message.replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(ValueError, match=message):
+            write_samples(
+                *(model, params, TOKENIZER, ">", SampleArguments(**flags)),
+            )
+    with pytest.raises(ValueError, match="--regex or --json-schema, not both"):
+        SampleArguments(regex="a", json_schema=file)

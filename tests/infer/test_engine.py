@@ -8,7 +8,7 @@ from toy_case import make_params, toy
 from jaxlm.config import SampleConfig
 from jaxlm.infer.engine import Engine, Request
 from jaxlm.infer.generate import generate
-from jaxlm.infer.rules.automata import ENDS, FORBIDDEN
+from jaxlm.infer.rules.automata import ENDS, FORBIDDEN, Automaton
 
 CONFIG = toy()
 PARAMS = make_params(CONFIG, std=0.5)
@@ -140,6 +140,8 @@ def test_grammars_hold_for_their_rows_only(compilations):
     call = (CONFIG, PARAMS, PROMPTS[:3], sample, 3)
     free = generate(*call)
     before = list(compilations)
+    pairs = Automaton(pairs, np.array([0, 1], np.int16))
+    ends = Automaton(ends, np.array([2, 1], np.int16))
     result = generate(*call, grammars=[pairs, ends, None])
     assert compilations == before
     tokens = result.rows[0].tolist()
@@ -150,9 +152,19 @@ def test_grammars_hold_for_their_rows_only(compilations):
     assert result.rows[1].tolist() == [7, 8]
     np.testing.assert_array_equal(result.rows[2], free.rows[2])
     for wrong, message in (
+        (
+            [pairs._replace(needs=pairs.needs + 21), None, None],
+            "has 21 tokens, more than max_new_tokens 20: raise it",
+        ),
         ([pairs], "grammars has 1 entries for 3 prompts"),
-        ([pairs[:, :40], None, None], r"shape \(2, 40\) and dtype int16: give a table"),
-        ([pairs + 2, None, None], "leads to states outside -2 to 1"),
+        (
+            [pairs._replace(transitions=pairs[0][:, :40]), None, None],
+            r"shape \(2, 40\) and dtype int16: give a table",
+        ),
+        (
+            [pairs._replace(transitions=pairs[0] + 2), None, None],
+            "leads to states outside -2 to 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             generate(*call, grammars=[*wrong])

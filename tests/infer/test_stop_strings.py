@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.infer.rules.automata import ENDED, Automata
-from jaxlm.infer.rules.stop_strings import StopText, stop_transitions, until_stop
+from jaxlm.infer.rules.stop_strings import StopText, stop_automaton, until_stop
 
 # Tokens of one to four letters, one without text, and one with half of a character.
 TOKENS = ["a", "b", "c", "ab", "ba", "abc", "cab", "", "bcab", "aaaa"]
@@ -21,7 +21,7 @@ def first_stopped(strings, tokens):
     # Of other rows, before and after it.
     state, table = 1, automata.table
     if strings:
-        held = {s: stop_transitions(s, TOKEN_BYTES, size) for s in (("c",), strings)}
+        held = {s: stop_automaton(s, TOKEN_BYTES, size) for s in (("c",), strings)}
         state, table = automata.hold(held)[strings], automata.table
     for n, token in enumerate(tokens, start=1):
         state = table[state, token]
@@ -50,7 +50,7 @@ def test_the_automaton_stops_where_the_text_contains_one(strings):
 
 
 def stop(*strings):
-    return stop_transitions(strings, TOKEN_BYTES, len(TOKEN_BYTES))
+    return stop_automaton(strings, TOKEN_BYTES, len(TOKEN_BYTES))
 
 
 def test_rows_do_not_meet():

@@ -1,18 +1,38 @@
 """Automata over tokens, which the decoding scan follows: stop strings and grammars.
 
-An automaton is a table of int16: the state after each state and token, from state 0 on.
-Those of all rows of a batch are regions of one table, so one lookup a token serves any
-number of rows. The table has a power of two of states: others of the same size compile
-nothing.
+The automata of all rows of a batch are regions of one table, so one lookup a token
+serves any number of rows. The table has a power of two of states: others of the same
+size compile nothing.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int16
 
 Transitions = Int16[np.ndarray, "states V"]
+
+
+class Automaton(NamedTuple):
+    """What the text of a row follows, from state 0 on."""
+
+    transitions: Transitions
+    """The state after each state and token, `FORBIDDEN` or `ENDS`."""
+    needs: Int16[np.ndarray, " states"]
+    """The fewest tokens after which a text may end, from each state; -1: it cannot."""
+
+
+class StateTable(NamedTuple):
+    """The automata of all rows, on the device."""
+
+    # `Any`: see `jaxlm/types.py` on leaves.
+    next_states: Any
+    """[states, V] int16; negative where a token may not follow."""
+    needs: Any
+    """[states] int16, as `Automaton.needs`."""
+
 
 # In an automaton: the token may not follow, or the text ends with it.
 FORBIDDEN, ENDS = -1, -2
@@ -24,13 +44,13 @@ _SMALLEST_TABLE = 16
 @dataclass
 class _Region:
     start: int
-    transitions: Transitions
+    automaton: Automaton
     """Kept, so that no other automaton has its `id`."""
     users: int = 0
 
     @property
     def end(self) -> int:
-        return self.start + len(self.transitions)
+        return self.start + len(self.automaton.needs)
 
 
 class Automata:
@@ -40,9 +60,11 @@ class Automata:
         """Begins with a table of `FREE` states only, which takes no memory."""
         self.table: Transitions = self._free(_SMALLEST_TABLE, vocab_size)
         """[states, V]; negative where a token may not follow. Replaced, not changed."""
+        self.needs: Int16[np.ndarray, " states"] = np.zeros(_SMALLEST_TABLE, np.int16)
+        """[states]; replaced with the table."""
         self._regions: dict[Hashable, _Region] = {}
 
-    def hold(self, automata: Mapping[Hashable, Transitions]) -> dict[Hashable, int]:
+    def hold(self, automata: Mapping[Hashable, Automaton]) -> dict[Hashable, int]:
         """Adds automata unless they are there, until `release`.
 
         Args:
@@ -54,21 +76,25 @@ class Automata:
         Raises:
           ValueError: if the table would have more states than int16 counts.
         """
-        added = {n: rows for n, rows in automata.items() if n not in self._regions}
-        places = self._places({name: len(rows) for name, rows in added.items()})
+        added = {n: one for n, one in automata.items() if n not in self._regions}
+        sizes = {name: len(one.needs) for name, one in added.items()}
+        places = self._places(sizes)
         size = len(self.table)
-        while any(start + len(added[name]) > size for name, start in places.items()):
+        while any(start + sizes[name] > size for name, start in places.items()):
             size *= 2
         if added:
             table = self._free(size, self.table.shape[1]).copy()
             table[: len(self.table)] = self.table
+            needs = np.zeros(size, np.int16)
+            needs[: len(self.needs)] = self.needs
             for name, start in places.items():
-                rows = added[name]
+                rows = added[name].transitions
                 inside = np.where(rows == FORBIDDEN, FORBIDDEN, rows + start)
                 inside[rows == ENDS] = ENDED
                 table[start : start + len(rows)] = inside
-                self._regions[name] = _Region(start, rows)
-            self.table = table
+                needs[start : start + len(rows)] = added[name].needs
+                self._regions[name] = _Region(start, added[name])
+            self.table, self.needs = table, needs
         for name in automata:
             self._regions[name].users += 1
         return {name: self._regions[name].start for name in automata}

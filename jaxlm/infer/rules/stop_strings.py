@@ -11,13 +11,13 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int16
 
-from jaxlm.infer.rules.automata import ENDS, Transitions
+from jaxlm.infer.rules.automata import ENDS, Automaton
 
 
 @lru_cache(maxsize=32)
-def stop_transitions(
+def stop_automaton(
     strings: tuple[str, ...], token_bytes: tuple[bytes, ...], vocab_size: int
-) -> Transitions:
+) -> Automaton:
     """Returns the automaton that ends a text with the first of these strings.
 
     Args:
@@ -37,7 +37,7 @@ def stop_transitions(
         before = states[:, longer]
         after = by_byte[np.maximum(before, 0), column]
         states[:, longer] = np.where(before == ENDS, ENDS, after)
-    return states
+    return Automaton(states, np.zeros(len(states), np.int16))
 
 
 def _byte_transitions(patterns: list[bytes]) -> Int16[np.ndarray, "states 256"]:
