@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 MAX_STATES = 8192
-_MAX_PARTS = 200_000
+_MAX_PARTS = 50_000
 LAST_CHARACTER = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
 DEAD = -1
@@ -55,16 +55,13 @@ def characters(ranges: Iterable[tuple[int, int]]) -> Part:
         end = builder.new()
         # Sequences that end alike share states.
         tails: dict[tuple, int] = {(): end}
-
-        def tail(rest: tuple) -> int:
-            if rest not in tails:
-                state = builder.new()
-                builder.moves[state].append((*rest[0], tail(rest[1:])))
-                tails[rest] = state
-            return tails[rest]
-
-        for sequence in sequences:
-            builder.moves[start].append((*sequence[0], tail(sequence[1:])))
+        for one in sequences:
+            for i in range(len(one) - 1, 0, -1):
+                if one[i:] not in tails:
+                    tails[one[i:]] = builder.new()
+                    move = (*one[i], tails[one[i + 1 :]])
+                    builder.moves[tails[one[i:]]].append(move)
+            builder.moves[start].append((*one[0], tails[one[1:]]))
         return end
 
     return add

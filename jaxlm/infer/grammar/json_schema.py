@@ -143,7 +143,7 @@ class _Compiler:
         types = given if isinstance(given, list) else [given]
         for name in types:
             if name not in TYPES:
-                near = nearest(name, TYPES) if isinstance(name, str) else ""
+                near = nearest(name, list(TYPES)) if isinstance(name, str) else ""
                 raise ValueError(f"{at}.type: there is no type {_shown(name)}{near}")
         if not types:
             raise ValueError(f"{at}.type is empty: it allows nothing")

@@ -80,7 +80,8 @@ def drop_top_choices(
     dropped, except the least likely of them.
     """
     probs = jax.nn.softmax(logits, axis=-1)
-    top = probs >= threshold[:, None]
+    # Tokens that are dropped already have no probability.
+    top = (probs >= threshold[:, None]) & (probs > 0)
     least = jnp.min(probs, axis=-1, keepdims=True, where=top, initial=jnp.inf)
     happens = jax.vmap(jax.random.uniform)(keys) < probability
     return _keep(logits, ~(top & (probs > least) & happens[:, None]))
