@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from jaxlm.infer.rules.automata import ENDED, Automata
+from jaxlm.infer.rules.automata import ENDED, Automata, Automaton
 from jaxlm.infer.rules.stop_strings import StopText, stop_automaton, until_stop
 
 # Tokens of one to four letters, one without text, and one with half of a character.
@@ -79,7 +79,8 @@ def test_states_of_rows_that_run_stay_where_they_are():
     # What no one holds makes room, so the table need not grow for all that have been.
     assert len(automata.table) <= 32
     with pytest.raises(ValueError, match="together they are too long"):
-        automata.hold({n: np.zeros((20_000, 12), np.int16) for n in "ab"})
+        long = Automaton(np.zeros((20_000, 12), np.int16), np.zeros(20_000, np.int16))
+        automata.hold({n: long for n in "ab"})
 
 
 def test_the_size_of_the_table_takes_few_values():
