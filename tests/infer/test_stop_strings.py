@@ -80,7 +80,7 @@ def test_states_of_rows_that_run_stay_where_they_are():
     assert len(automata.table) <= 32
     with pytest.raises(ValueError, match="together they are too long"):
         long = Automaton(np.zeros((20_000, 12), np.int16), np.zeros(20_000, np.int16))
-        automata.hold({n: long for n in "ab"})
+        automata.hold(dict.fromkeys("ab", long))
 
 
 def test_the_size_of_the_table_takes_few_values():
