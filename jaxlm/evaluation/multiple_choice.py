@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.files.strict_json import parse
-from jaxlm.infer.generate import PREFILL_TOKENS
+from jaxlm.infer.prefill import PREFILL_TOKENS
 from jaxlm.infer.scoring import score_tokens
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params

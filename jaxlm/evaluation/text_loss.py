@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.infer.generate import PREFILL_TOKENS
+from jaxlm.infer.prefill import PREFILL_TOKENS
 from jaxlm.infer.scoring import score
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
