@@ -6,6 +6,7 @@ bound by `functools.partial`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jaxlm.model.transformer import forward, unembed
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
+from jaxlm.sharding.rules import reshard
 from jaxlm.types import Params, Trace
 
 Metric = Callable[[Float[Array, "B V"]], Float[Array, ""]]
@@ -30,6 +32,14 @@ _PARTS = 2
 _LAYERS_AT_ONCE = 4
 
 
+def _logits(
+    config: ModelConfig, params: Params, hidden: Float[Array, "B D"]
+) -> Float[Array, "B V"]:
+    """Returns logits for a metric: whole on each device, so that it may index them."""
+    logits = reshard(unembed(config, params, hidden), "__")
+    return logits[:, : config.vocab_size]
+
+
 def metric_of(
     config: ModelConfig,
     metric: Metric,
@@ -40,7 +50,7 @@ def metric_of(
 ) -> Float[Array, ""]:
     """Returns the metric of the edited model; the head is applied at one position."""
     out = forward(config, params, tokens, edits=edits, head=False)
-    return metric(unembed(config, params, out.hidden_states[:, position]))
+    return metric(_logits(config, params, out.hidden_states[:, position]))
 
 
 def sweep(
@@ -95,7 +105,7 @@ def _layer_sweep(
     cache = None
     if first:
         keys_and_values = LayerCache(base["k_rot"], base["v"])
-        lengths = jnp.full(len(tokens), first, jnp.int32)
+        lengths = reshard(jnp.full(len(tokens), first, jnp.int32), "B")
         cache = Cache(keys_and_values, lengths, is_kept=False)
     group = _LAYERS_AT_ONCE
     starts = jnp.arange(0, config.num_layers, group)
@@ -131,7 +141,7 @@ def _metrics(
     batch_size: int,
 ) -> Float[Array, "L C"]:
     def one(x: Array) -> Array:
-        return metric(unembed(config, params, x))
+        return metric(_logits(config, params, x))
 
     flat = hidden.reshape(-1, *hidden.shape[2:])
     values = jax.lax.map(one, flat, batch_size=batch_size)
@@ -190,6 +200,27 @@ def activation_patching(
     return _metrics(config, metric, params, hidden, batch_size)
 
 
+def head_patching(
+    config: ModelConfig,
+    metric: Metric,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    source: Float[Array, "L B T N H"],
+    *,
+    position: int = -1,
+    batch_size: int = 32,
+) -> Float[Array, "L N"]:
+    """Returns the metric with one head's output set to that of `source`.
+
+    At all tokens, for each layer and head.
+
+    Args:
+      source: the trace of `z` of another text of as many tokens.
+    """
+    changed = Edit("z", "set", source)
+    return _by_head(config, metric, params, tokens, changed, position, batch_size)
+
+
 def head_ablation(
     config: ModelConfig,
     metric: Metric,
@@ -201,10 +232,24 @@ def head_ablation(
     batch_size: int = 32,
 ) -> Float[Array, "L N"]:
     """Returns the metric with one head's output scaled, for each layer and head."""
+    changed = Edit("z", "scale", scale)
+    return _by_head(config, metric, params, tokens, changed, position, batch_size)
+
+
+def _by_head(
+    config: ModelConfig,
+    metric: Metric,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    changed: Edit,
+    position: int,
+    batch_size: int,
+) -> Float[Array, "L N"]:
+    """Returns the metric with an edit of each layer and head."""
     base = forward(config, params, tokens, taps=_BASE_TAPS, head=False)
 
     def edits_of(layer: Array, head: Array) -> tuple[Edit, ...]:
-        return (Edit("z", "scale", scale, layer=layer, head=head),)
+        return (replace(changed, layer=layer, head=head),)
 
     hidden = _layer_sweep(
         *(config, params, tokens, base.trace, edits_of),

@@ -153,11 +153,13 @@ def start_recording(
                 raise ValueError(
                     f"site {one.site!r} cannot be {how} {unavailable[one.site]}"
                 )
+    holds_keys = cache is None or cache.is_empty or (cache.is_plain and cache.is_kept)
     for tap in taps:
-        if tap.site in ("attn_scores", "attn_probs") and not getattr(
-            cache, "is_kept", True
-        ):
-            raise ValueError(f"site {tap.site!r} needs a cache that is kept")
+        if tap.site in ("attn_scores", "attn_probs") and not holds_keys:
+            raise ValueError(
+                f"site {tap.site!r} is computed from the keys in the cache: take one "
+                "that holds all tokens as they are (cache='full'), and is kept"
+            )
         outside = set(tap.layers or ()) - set(layers)
         if outside:
             raise ValueError(

@@ -11,10 +11,12 @@ from jaxlm.interp.patching import (
     activation_patching,
     attribution_patching,
     head_ablation,
+    head_patching,
     metric_of,
     recheck,
 )
 from jaxlm.model.transformer import forward
+from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 
 CONFIG, PARAMS = make(small(num_layers=3))
@@ -69,6 +71,14 @@ def test_an_ablated_head_is_one_without_weights():
         without = {**attn, "o": attn["o"].at[layer, head].set(0.0)}
         params = {**PARAMS, "layers": {**PARAMS["layers"], "attn": without}}
         np.testing.assert_allclose(grid[layer, head], value(params, CLEAN), atol=2e-5)
+    # A head of the other text, by a single edited pass.
+    source = streams("z")[0]
+    patched = quick_jit(bound(head_patching))(
+        params=PARAMS, tokens=CORRUPT, source=source
+    )
+    edit = Edit("z", "set", source, layer=1, head=3)
+    single = quick_jit(bound(metric_of))(params=PARAMS, tokens=CORRUPT, edits=(edit,))
+    np.testing.assert_allclose(patched[1, 3], single, atol=2e-5)
 
 
 def test_attribution_patching_is_the_slope_of_patching():

@@ -373,6 +373,21 @@ def test_layers_that_cannot_run(given, message):
         forward(config, params, ids(B, T), **given)
 
 
+def test_probabilities_need_the_keys_of_a_whole_cache():
+    config, params = model("groups")
+    taps = (Tap("attn_probs"),)
+    cache = init_cache(config, B, 16, jnp.float32)
+    for changes in ({"is_kept": False}, {"layers": quantized(cache.layers)}):
+        other = dataclasses.replace(cache, **changes)
+        with pytest.raises(ValueError, match="'attn_probs' is computed from the keys"):
+            forward(config, params, ids(B, T), cache=other, taps=taps)
+
+
+def quantized(layers):
+    scales = jnp.zeros(layers.keys.shape[:-1])
+    return dataclasses.replace(layers, key_scale=scales, value_scale=scales)
+
+
 def test_taps_with_a_cache_read_the_new_tokens():
     config, params, full, _ = everything("groups")
     taps = (Tap("resid_post", layers=(1,)), Tap("attn_probs"))

@@ -6,6 +6,7 @@ Usage: python mesh_case.py CASE FOLDER; prints one JSON object of differences.
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.infer.generate import generate
+from jaxlm.interp.patching import activation_patching
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward
@@ -437,6 +439,31 @@ def case_edits(names, changes=None):
     return {name: worst(values[name], values["one"]) for name in names}
 
 
+def case_inside(names):
+    """A sweep of patches, and what taps read while generating."""
+    taps = (Tap("resid_post"), Tap("attn_probs", (1,)), Tap("logits"))
+    tokens = np.arange(16).reshape(2, 8) % 7
+    greedy = SampleConfig(temperature=0.0, max_new_tokens=3)
+    values = {}
+    for name in ("one", *names):
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            params = make_params(MODEL, std=0.3)
+            params = jax.device_put(params, parameter_shardings(params, mesh))
+            read = jax.jit(lambda p, x: forward(MODEL, p, x, taps=taps[:1]).trace)
+            source = read(params, tokens[::-1])["resid_post"]
+            patch = partial(
+                activation_patching,
+                MODEL,
+                lambda y: y[0, 3] - y[1, 4],
+                site=taps[0].site,
+            )
+            grid = np.asarray(jax.jit(patch)(params, tokens, source))
+            out = generate(MODEL, params, tokens, greedy, taps=taps)
+        values[name] = {"patches": grid, "tokens": out.tokens, **out.traces[1]}
+    return {name: worst(values[name], values["one"]) for name in names}
+
+
 def case_errors():
     result = {}
     mesh, model = mesh_of("tensor8"), toy(num_heads=4)
@@ -512,6 +539,7 @@ def main():
         "resume_muon": lambda: case_resume(folder, ["one", "fsdp8"], "muon"),
         "edits": lambda: case_edits(["fsdp2_tensor4", "2x2x2"]),
         "edits_experts": lambda: case_edits(["2x2x2"], EXPERTS),
+        "inside": lambda: case_inside(["fsdp2_tensor4"]),
         "generate": lambda: case_generate(all_meshes),
     }
     print(json.dumps(cases[case]()))

@@ -189,6 +189,12 @@ def test_every_site_is_read_and_edited_alike_on_every_mesh(tmp_path, case):
 
 
 @pytest.mark.slow
+def test_sweeps_and_taps_of_a_generation_are_equal_on_a_mesh(tmp_path):
+    for mesh, differences in run_case("inside", tmp_path).items():
+        assert {n: d for n, d in differences.items() if d > 2e-5} == {}, mesh
+
+
+@pytest.mark.slow
 def test_generation_is_equal_on_every_mesh(tmp_path):
     result = run_case("generate", tmp_path)
     for temperature in ("0.0", "1.0"):
