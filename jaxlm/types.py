@@ -36,6 +36,7 @@ class Batch:
     positions: Any
     """[B, T] int32: position in the document, from 0 at its first token in the row."""
     segment_ids: Any
-    """[B, T] int32: index of the document in the row, from 1; 0 marks padding."""
+    """[B, T] int32: index of the document in the row, from 1; 0 marks padding. None if
+    each row is one document: padding at its end is not seen by what is before it."""
     loss_weights: Any
     """[B, T] f32: weight of each target in the loss; 0 leaves it out."""

@@ -64,6 +64,7 @@ def mesh_layout(grid: np.ndarray) -> str:
 def attention(config: Config) -> Iterator[tuple[str, str]]:
     """Yields the attention of each call and kind of layer, and why others declined."""
     model, length = config.model, config.data.sequence_length
+    packed = config.data.segment_attention
     rows, context = config.train.batch_size, model.context_length
     calls = {
         f"training {rows} x {length}": (rows, length, None),
@@ -72,7 +73,7 @@ def attention(config: Config) -> Iterator[tuple[str, str]]:
     }
     for name, sizes in calls.items():
         try:
-            choices = attention_choices(model, *sizes)
+            choices = attention_choices(model, *sizes, segments=packed)
         except ValueError as error:
             yield name, _wrapped(str(error))
             continue

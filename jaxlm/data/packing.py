@@ -160,11 +160,13 @@ def eval_rows(
         row[: len(part)] = part
     _check_ids(stream, rows, first)
     documents = stream.documents if segment_attention else stream.documents[:0]
-    batch = _as_batch(rows, _document_starts(documents, first, length))
+    starts = _document_starts(documents, first, length)
+    batch = _as_batch(rows, starts, segment_attention)
     padding = first[:, None] + np.arange(length) >= size - 1
-    for values in (batch.tokens, batch.targets, batch.positions, batch.segment_ids):
+    for values in (batch.tokens, batch.targets, batch.positions, batch.loss_weights):
         values[padding] = 0
-    batch.loss_weights[padding] = 0
+    if batch.segment_ids is not None:
+        batch.segment_ids[padding] = 0
     return batch
 
 
@@ -189,15 +191,16 @@ def _as_batch(
     starts: Bool[np.ndarray, "B S"],
     segment_attention: bool = True,
 ) -> Batch:
-    """Makes segments at the starts, or one of a row; predicts no token at a start."""
+    """Makes segments at the starts, or none; predicts no token at a start."""
     inside = starts[:, :-1] & segment_attention
+    segments = np.cumsum(inside, axis=1, dtype=np.int32) + np.int32(1)
     column = np.arange(inside.shape[1], dtype=np.int32)
     begins = np.where(inside, column, np.int32(0))
     return Batch(
         tokens=np.ascontiguousarray(rows[:, :-1]),
         targets=np.ascontiguousarray(rows[:, 1:]),
         positions=column - np.maximum.accumulate(begins, axis=1),
-        segment_ids=np.cumsum(inside, axis=1, dtype=np.int32) + np.int32(1),
+        segment_ids=segments if segment_attention else None,
         loss_weights=np.where(starts[:, 1:], np.float32(0), np.float32(1)),
     )
 

@@ -12,6 +12,8 @@ def attention_choices(
     batch: int,
     num_queries: int,
     cache_length: int | None = None,
+    *,
+    segments: bool = True,
 ) -> dict[str, Choice]:
     """Returns the choice for each kind of layer, `global` and `local`.
 
@@ -22,6 +24,7 @@ def attention_choices(
       batch: number of rows.
       num_queries: tokens computed at once in each row.
       cache_length: capacity of the cache; None without one, as in training.
+      segments: whether rows have several documents; not with a cache.
 
     Raises:
       ValueError: when the implementation named in the config declines.
@@ -40,7 +43,7 @@ def attention_choices(
             window=config.window if kind == "local" else None,
             soft_cap=config.attention_soft_cap,
             sinks=config.attention_sinks,
-            segments=not cached,
+            segments=segments and not cached,
             query_positions=cached,
         )
         name = config.decode_attention if cached else config.attention

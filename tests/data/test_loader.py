@@ -252,7 +252,7 @@ def test_documents_are_segments(tmp_path):
     assert (batch.loss_weights[batch.targets == 256] == 1).all()
     config = DataConfig(**options, segment_attention=False)
     batch = open_dataset(config, seed=0).train_batch(0, 16)
-    assert (batch.segment_ids == 1).all() and (batch.positions == np.arange(7)).all()
+    assert batch.segment_ids is None and (batch.positions == np.arange(7)).all()
 
 
 def test_bytes_per_token(tmp_path):

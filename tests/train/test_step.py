@@ -95,6 +95,26 @@ def whole():
     return loss_of(TrainConfig(batch_size=ROWS))
 
 
+def test_rows_of_one_document_need_no_segments():
+    """Padding at the end of a row is not seen by what is before it."""
+    length = BATCH.tokens.shape[1]
+    padding = np.arange(length) >= length - 5
+    index = np.broadcast_to(np.arange(length, dtype=np.int32), BATCH.tokens.shape)
+    batch = dataclasses.replace(
+        BATCH,
+        positions=np.where(padding, 0, index).astype(np.int32),
+        segment_ids=np.where(padding, 0, np.ones_like(index)).astype(np.int32),
+        loss_weights=np.where(padding, 0, BATCH.loss_weights).astype(np.float32),
+    )
+    train = TrainConfig(batch_size=ROWS, accumulation_steps=2)
+    loss, grads, _ = loss_of(train, batch)
+    without = dataclasses.replace(batch, segment_ids=None)
+    other_loss, other, _ = loss_of(train, without)
+    assert abs(loss - other_loss) < 1e-6
+    for name, gradient in grads.items():
+        np.testing.assert_allclose(other[name], gradient, atol=1e-6, err_msg=name)
+
+
 def test_the_loss_is_the_weighted_mean(whole):
     nll, _ = nll_in_numpy(BATCH)
     weights = np.float64(BATCH.loss_weights)

@@ -55,7 +55,8 @@ def run_outputs(
     step, params = int(state.step), tree.count(state.params)
     resume_step = step if resumed else None
     choices = attention_choices(
-        config.model, settings.batch_size, config.data.sequence_length
+        *(config.model, settings.batch_size, config.data.sequence_length),
+        segments=config.data.segment_attention,
     )
     sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
     # Only reports and messages need these.
