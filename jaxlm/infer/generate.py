@@ -36,6 +36,7 @@ from jaxlm.model.trace import absent_sites
 from jaxlm.ops.probing.edit import Edit, check_edits, check_hits
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.rules import batch_parts
+from jaxlm.terminal.progress import progress_bar
 from jaxlm.types import Params, Trace
 
 OnTokens = Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
@@ -142,17 +143,17 @@ def generate(
         window have room for that and a few tokens, with the same result; `int8`: all,
         rounded to 8 bits; `ring_int8`: both.
       num_slots: rows that are decoded at once; others wait, and take the place of those
-        that end. With `resume` or `return_state` all are decoded at once.
+        that end, with a bar on the terminal. With `resume` or `return_state` all are
+        decoded at once.
       block: what computes a layer; see `Block`.
 
     Raises:
       TypeError: for an argument that does not exist.
       ValueError: for arguments of another type, an empty prompt, an id outside the
-        vocabulary, a prompt that is too long for the context with max_new_tokens,
-        a cache that does not fit into memory,
-        logits that are not finite, a state that was used or belongs to another model or
-        number of prompts, taps or edits that cannot be, or an edit that has changed
-        nothing.
+        vocabulary, a prompt that is too long for the context with max_new_tokens, a
+        cache that does not fit into memory, logits that are not finite, a state that
+        was used or belongs to another model or number of prompts, taps or edits that
+        cannot be, or an edit that has changed nothing.
     """
     check_unknown(unknown)
     check_model(config, params, block)
@@ -199,7 +200,8 @@ def generate(
     for request in zip(rows, samples, keys, grammars, strict=True):
         engine.submit(Request(*request))
     kept = engine.begin().kept[: len(rows)] if together else 0
-    texts = _run(engine, len(rows), on_tokens)
+    with progress_bar("generating", len(rows), "texts") as show:
+        texts = _run(engine, len(rows), on_tokens, None if together else show)
     check_hits(edits, engine.hits)
     most = max(sample.max_new_tokens for sample in samples)
 
@@ -228,12 +230,21 @@ def generate(
 
 
 def _run(
-    engine: Engine, num_rows: int, on_tokens: OnTokens | None
+    engine: Engine,
+    num_rows: int,
+    on_tokens: OnTokens | None,
+    show: Callable[[int], None] | None,
 ) -> list[list[NewTokens]]:
-    """Steps until all texts have ended; returns the parts of each."""
+    """Steps until all texts have ended; returns the parts of each.
+
+    Args:
+      show: called with the number of texts that have ended.
+    """
     texts: list[list[NewTokens]] = [[] for _ in range(num_rows)]
     while not engine.is_idle:
         found = engine.step()
+        if show is not None:
+            show(num_rows - engine.num_waiting - engine.num_running)
         for part in found:
             texts[part.number].append(part)
         if on_tokens is not None:

@@ -21,6 +21,7 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -96,32 +97,51 @@ def format_row(
     return " ".join(parts.values())
 
 
+class _Rate(ProgressColumn):
+    """Units per second."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Returns the rate, or nothing before there is one."""
+        return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
+
+
 @contextlib.contextmanager
-def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    title: str, total: int, unit: str | None = None
+) -> Iterator[Callable[[int], None]]:
     """Shows rate and remaining time, once the work has taken two seconds.
 
     Args:
       title: what is done and where the result goes.
-      total_bytes: bytes of all the work.
+      total: bytes of all the work, or their number.
+      unit: what is counted, in the plural; None: bytes.
 
     Yields:
-      A function to call with the number of bytes done so far.
+      A function to call with the number of bytes, or of units, done so far.
     """
+    if unit is None:
+        figures = DownloadColumn(binary_units=True), TransferSpeedColumn()
+    else:
+        count = TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}")
+        figures = count, _Rate(unit)
     bar = _display(
         _console(sys.stderr),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *figures,
         TimeRemainingColumn(),
     )
-    task = bar.add_task(title, total=total_bytes)
+    task = bar.add_task(title, total=total)
     began = time.monotonic()
 
     def advance_to(done: int) -> None:
         if time.monotonic() - began > DELAY_SECONDS:
             _start(bar.live)
-        bar.update(task, completed=min(done, total_bytes))
+        bar.update(task, completed=min(done, total))
 
     try:
         yield advance_to

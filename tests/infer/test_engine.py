@@ -1,5 +1,7 @@
 """Slots: rows of a batch that join and leave equal the same prompts alone."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -103,8 +105,15 @@ def test_a_canceled_request_leaves_the_others_as_they_are(alone):
     assert len(parts[numbers[1]]) == 1 and not parts[numbers[2]]
 
 
-def test_more_prompts_than_slots_come_back_in_order(alone):
-    seen = np.zeros(len(PROMPTS), int)
+def test_more_prompts_than_slots_come_back_in_order(alone, monkeypatch):
+    seen, shown = np.zeros(len(PROMPTS), int), []
+
+    @contextlib.contextmanager
+    def progress_bar(title, total, unit):
+        assert total and unit == "texts"
+        yield shown.append
+
+    monkeypatch.setattr("jaxlm.infer.generate.progress_bar", progress_bar)
 
     def count(new, inside):
         assert new.shape == inside.shape and len(new) == len(PROMPTS)
@@ -117,6 +126,11 @@ def test_more_prompts_than_slots_come_back_in_order(alone):
         ours = result.logprobs[i, : result.lengths[i]]
         np.testing.assert_allclose(ours, single.logprobs[0, : len(ours)], **CLOSE)
     np.testing.assert_array_equal(seen, result.lengths)
+    assert shown == sorted(shown) and shown[0] < shown[-1] == len(PROMPTS)
+    # Where none waits, there is no bar.
+    shown.clear()
+    generate(CONFIG, PARAMS, PROMPTS[:1], SAMPLES[5])
+    assert shown == []
 
 
 def test_keys_are_given_for_all_rows_or_for_each():
