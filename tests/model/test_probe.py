@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import jax
@@ -14,7 +14,7 @@ from model_case import ids, make, small
 from ops_case import quick_jit
 
 from jaxlm.model import layers, trace, transformer
-from jaxlm.model.initialization import init_cache
+from jaxlm.model.initialization import init, init_cache
 from jaxlm.model.layers import Part
 from jaxlm.model.trace import absent_sites, start_recording, trace_bytes
 from jaxlm.model.transformer import forward, unembed
@@ -490,6 +490,26 @@ def test_nothing_tapped_and_nothing_edited_is_the_same_program(name, monkeypatch
     for module in (layers, transformer):
         monkeypatch.setattr(module, "Probe", NoProbe)
     assert text() == ours
+
+
+def test_a_tap_of_one_layer_computes_little():
+    """And all layers of the residual stream nothing, as the compiler counts."""
+    changes = dict(unroll_layers=0, num_layers=6, model_dim=96, hidden_dim=384)
+    config = small(**changes, context_length=16)
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+
+    def cost(*taps):
+        def run(params):
+            out = forward(config, params, ids(1, 16), taps=taps)
+            return out.logits, out.trace
+
+        return jax.jit(run).lower(shapes).cost_analysis()
+
+    plain = cost()
+    for site in ("attn_probs", "head_out", "mlp_norm_div", "mlp_act"):
+        assert cost(Tap(site, (2,)))["flops"] <= 1.02 * plain["flops"], site
+    whole = cost(Tap("resid_post"))
+    assert whole["flops"] <= 1.001 * plain["flops"]
 
 
 def test_gradients_flow_through_a_trace():

@@ -8,16 +8,21 @@ generates the same tokens.
 import dataclasses
 import importlib.metadata
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
+from jaxlm.interp.logit_attribution import head_attribution, logit_direction
+from jaxlm.interp.patching import head_patching, metric_of
 from jaxlm.model.transformer import forward
+from jaxlm.ops.probing.tap import Tap
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +70,42 @@ def test_logits_log_probabilities_and_greedy_tokens(path, model, name):
     np.testing.assert_allclose(
         result.logprobs[0], expected["greedy_logprobs"], atol=GATE
     )
+
+
+def test_movers_of_a_name_are_found_by_patching_and_by_attribution(path, model):
+    """Indirect object identification (Wang et al. 2022): both find the same heads."""
+    config, params = model
+    tokenizer = load_tokenizer(path)
+    text = "When John and Mary went to the shops, {} gave the bag to"
+    clean, corrupt = (
+        jnp.asarray(tokenizer.encode(text.format(name)))[None]
+        for name in ("John", "Mary")
+    )
+    mary, john = (int(tokenizer.encode(name)[0]) for name in (" Mary", " John"))
+    taps = (
+        Tap("z"),
+        Tap("head_out", positions=(-1,)),
+        Tap("final_norm_div", positions=(-1,)),
+    )
+
+    @jax.jit
+    def read(params, tokens):
+        trace = forward(config, params, tokens, taps=taps).trace
+        direction = logit_direction(config, params, mary, against=john)
+        return trace["z"], head_attribution(config, params, trace, direction)[:, 0, 0]
+
+    def metric(logits):
+        return logits[0, mary] - logits[0, john]
+
+    (source, own), (_, other) = read(params, clean), read(params, corrupt)
+    patch = jax.jit(partial(head_patching, config, metric))
+    base = jax.jit(partial(metric_of, config, metric))(params, corrupt)
+    by_patching = np.asarray(patch(params, corrupt, source) - base)
+    by_attribution = np.asarray(own - other)
+
+    def strongest(x):
+        order = np.argsort(-np.abs(x), axis=None)[:5]
+        return {(*np.unravel_index(i, x.shape), np.sign(x.flat[i])) for i in order}
+
+    both = strongest(by_patching) & strongest(by_attribution)
+    assert len(both) >= 4 and (23, 3, 1.0) in both
