@@ -618,6 +618,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A trace of some steps, for xprof."""
+
+    steps: str = ""
+    """Range a:b of the steps to trace, a to b - 1, into RUN/profile/; empty: none."""
+
+    def __post_init__(self):
+        check_types(self, "profile")
+        numbers = re.fullmatch(r"([1-9][0-9]{0,17}):([1-9][0-9]{0,17})", self.steps)
+        if self.steps and not (numbers and int(numbers[1]) < int(numbers[2])):
+            raise ValueError(
+                f"profile.steps is {self.steps!r}: it must be a range such as 10:20, "
+                "of numbers from 1"
+            )
+
+    @property
+    def range(self) -> range:
+        """The steps to trace."""
+        return range(*map(int, self.steps.split(":"))) if self.steps else range(0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How tokens are sampled; `infer/sampling.py` gives the order of the rules."""
 
@@ -717,6 +739,8 @@ class Config:
     """Length of the run, and what to log and save when."""
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.8))
     """How the text samples during training are drawn."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """A trace of some steps, for xprof."""
     fresh: bool = False
     """Start over in a run folder that has checkpoints, and move those aside."""
     resume_step: int | None = None

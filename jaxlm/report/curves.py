@@ -240,8 +240,25 @@ def figures(run: Run) -> dict[str, str]:
         "MFU (share of the peak FLOP/s, median)": _or_empty(
             _percent, _median(trains, "mfu")
         ),
+        **_time(trains),
         "Time spent waiting for data": _percent(waits / total) if total > 0 else "",
         "Rows with a non-finite loss": str(bad) if bad else "",
+    }
+
+
+def _time(trains: Sequence[Json]) -> dict[str, str]:
+    """Returns the goodput, and what took the other time, the largest part first."""
+    seconds = trains[-1].get("time_s") if trains else None
+    if not isinstance(seconds, dict) or not sum(seconds.values()):
+        return {}
+    total = sum(seconds.values())
+    others = {k: s for k, s in seconds.items() if k != "steps" and s >= 0.001 * total}
+    names = sorted(others, key=others.__getitem__, reverse=True)
+    return {
+        "Goodput (share of the time in steps that count)": _percent(
+            seconds["steps"] / total
+        ),
+        "Other time": ", ".join(f"{k} {_percent(others[k] / total)}" for k in names),
     }
 
 

@@ -17,7 +17,9 @@ from jaxlm.config import Config, TrainConfig
 from jaxlm.sharding.processes import ALONE, Processes
 from jaxlm.terminal.exit_codes import EXIT_DONE
 from jaxlm.terminal.progress import ProgressLine, Waiting
+from jaxlm.train.goodput import Goodput
 from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.profiling import StepProfile
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, StepMetrics, make_eval_step, make_train_step
 from jaxlm.train.stopping import NotFinite, SaveClock, StopRequest
@@ -95,6 +97,7 @@ def fit(
     started = time.monotonic() if started is None else started
     log = _Log(config, writer, progress, first)
     clock = SaveClock(train.checkpoint_minutes, processes)
+    profile = StepProfile(config.profile.range, train.run_dir)
 
     def look(kinds: Collection[str]) -> None:
         """Evaluates, samples and inspects the state, unless a stop is requested."""
@@ -133,7 +136,7 @@ def fit(
             save(is_last=True)
 
     if missing:
-        with log.paused():
+        with log.paused("looking"):
             look(missing)
         if stop.is_requested() and stop.by_signal:  # There is nothing new to save.
             return state, stop.exit_code or EXIT_DONE
@@ -146,12 +149,15 @@ def fit(
             step -= 1
             save_rest()
             raise
-        if step == first:
-            with Waiting("compiling the training step"):
-                state, metrics = jax.block_until_ready(train_step(state, batch))
-            log.first_step(step, time.monotonic() - started)
-        else:
-            state, metrics = train_step(state, batch)
+        with profile.of(step):
+            if step == first:
+                log.goodput.add("starting", time.monotonic() - started)
+                with Waiting("compiling the training step"):
+                    state, metrics = jax.block_until_ready(train_step(state, batch))
+                log.first_step(step, time.monotonic() - started)
+            else:
+                state, metrics = train_step(state, batch)
+        profile.finish(step, metrics)
         log.add(step, metrics)
 
         # Read the metrics, for which the host waits for the device.
@@ -162,14 +168,16 @@ def fit(
             log.read()
 
         # Save before evaluating and sampling, which may take long or fail.
-        with log.paused():
+        with log.paused("saving"):
             if is_due and not stop.is_requested():
                 save(is_last=step == train.steps)
                 clock.restart()
                 saved_step = step
+        with log.paused("looking"):
             look(kinds)
         if stop.is_requested():
             break
+    profile.close()
     save_rest()
     stop.is_requested()  # A signal during the last save is answered too.
     return state, stop.exit_code or EXIT_DONE
@@ -234,6 +242,7 @@ class _Log:
         self._flops = flops_per_token(config.model, length)
         self._peak = peak_flops(jax.devices())
         self._since, self._pause = time.monotonic(), 0.0
+        self.goodput = Goodput(writer.last_train, writer.last_before)
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
         """Returns the next batch, and measures the wait for the row of its step."""
@@ -272,11 +281,13 @@ class _Log:
         return Waiting(f"compiling and {doing}")
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes what runs inside from the training time."""
+    def paused(self, kind: str) -> Iterator[None]:
+        """Counts what runs inside as `kind` of `goodput.KINDS`, not as steps."""
         start = time.monotonic()
         yield
-        self._pause += time.monotonic() - start
+        seconds = time.monotonic() - start
+        self._pause += seconds
+        self.goodput.add(kind, seconds)
 
     def first_step(self, step: int, seconds: float) -> None:
         """Records the time from process start to the end of the first step."""
@@ -331,6 +342,10 @@ class _Log:
         self._pending, self._since, self._pause = [], now, 0.0
         self._wall += seconds
         self._step_s = seconds / len(steps)
+        waited_s = min(sum(waits), seconds)
+        self.goodput.add("data", waited_s)
+        kind = "compiling" if steps[-1] == self._first else "steps"
+        self.goodput.add(kind, seconds - waited_s)
         self._seconds += seconds
         self._waits += waits
         for step, m in zip(steps, metrics, strict=True):
@@ -341,10 +356,11 @@ class _Log:
             **self._timing(step),
             "tokens": self._tokens_per_step * step,
             "wall_s": self._wall,
+            "time_s": self.goodput.seconds,
         }
         is_row = _due(step, self._train.log_every) or step == self._train.steps
         if is_row:
-            with self.paused():  # sinks and the report take time too
+            with self.paused("looking"):  # sinks and the report take time too
                 self._writer.write("train", step, **row)
         if is_row or step == self._first:
             self._seconds, self._waits = 0.0, []
@@ -365,7 +381,7 @@ class _Log:
         if not m.skipped:
             return
         values = {"batch": batch, "loss": m.loss, "grad_norm": m.grad_norm}
-        with self.paused():
+        with self.paused("looking"):
             self._writer.write("event", step, event="step skipped", **values)
         if m.skipped > self._train.skip_spikes:
             raise NotFinite(

@@ -210,6 +210,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.path = Path(run_dir) / FILE_NAME
         self.last_train: dict[str, Any] | None = None
         """The last training row kept or written; its totals are continued."""
+        self.last_before: dict[str, Any] | None = None
+        """The last training row of the start before, kept or not."""
         self.lost_rows = 0
         """Number of rows that could not be written."""
         self._warned = False
@@ -239,7 +241,9 @@ class MetricsWriter(contextlib.AbstractContextManager):
                 *(log.damaged[0][1], DAMAGED, len(log.damaged)),
             )
         kept = [(line, row) for line, row in log.rows if row["step"] <= step]
-        trains = [row for _, row in kept if row["kind"] == "train"]
+        trains = [row for _, row in log.rows if row["kind"] == "train"]
+        self.last_before = trains[-1] if trains else None
+        trains = [row for row in trains if row["step"] <= step]
         self.last_train = trains[-1] if trains else None
         text = b"".join(line + b"\n" for line, _ in kept)
         # A link is replaced by a file: its target is not this run's.
@@ -336,7 +340,8 @@ class NoMetrics(MetricsWriter):
     """Writes nothing: another process of the run does."""
 
     def __init__(self):
-        self.last_train, self.lost_rows = None, 0
+        self.last_train = self.last_before = None
+        self.lost_rows = 0
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Does nothing."""

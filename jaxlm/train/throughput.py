@@ -1,8 +1,8 @@
 """FLOPs per token, and the peak FLOP/s of devices.
 
-Their quotient is the model FLOPs utilization (MFU) as PaLM defines it (Chowdhery et
-al. 2022, appendix B): the FLOPs that the model needs, divided by those that the devices
-could do at peak in the same time. Recomputation does not count.
+Their quotient is the model FLOPs utilization (MFU; Chowdhery et al. 2022, appendix B):
+the FLOPs that the model needs, divided by those that the devices could do at peak in
+the same time. Recomputation does not count, nor do scores that a causal mask hides.
 """
 
 import itertools
@@ -63,22 +63,24 @@ _GPU_PEAKS = {
 }
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Counts the FLOPs per token of a training step, forward and backward.
 
     `6 * count_matmul_params + sum over layers of 12 * N * H * span`, where the span is
-    the sequence length T, or the window in local layers where that is shorter. This is
-    PaLM's count (appendix B): 6 = 2 for multiply and add, times 1 forward and 2
-    backward; 12 = 6 for each of the two einsums, with keys and with values. As in PaLM,
-    the half that a causal mask hides is NOT subtracted; counts that subtract it are
-    lower.
+    the mean number of keys that a token may see: (T + 1) / 2 for T tokens in a row, or
+    less in local layers. 6 = 2 for multiply and add, times 1 forward and 2 backward;
+    12 = 6 for each of the two einsums, with keys and with values. PaLM (appendix B)
+    takes T for the span, also what a causal mask hides: its MFU is higher. That tokens
+    do not see other documents of their row is not subtracted.
 
     Raises:
       ValueError: if model.vocab_size is 0.
     """
+    T = sequence_length
+    window = min(T, config.window or T)
     # Only local layers have a window.
-    spans = {"global": sequence_length}
-    spans["local"] = min(sequence_length, config.window or sequence_length)
+    spans = {"global": (T + 1) / 2}
+    spans["local"] = (window * (window + 1) / 2 + (T - window) * window) / T
     kinds = itertools.islice(itertools.cycle(config.layer_pattern), config.num_layers)
     span = sum(spans[kind] for kind in kinds)
     attention = 12 * config.num_heads * config.head_dim * span

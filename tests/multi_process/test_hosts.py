@@ -60,8 +60,11 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     ends = many.start(2, 2, f"SIGKILL@{many.steps()[-1] + 1}", of=1)
     check_lost(ends, 1, of=2)
     # A process alone, with as many devices, ends the run.
-    [(code, text, _)] = many.start(1, 4)
+    last = many.steps()[-1] + 1
+    [(code, text, _)] = many.start(1, 4, flags=[f"--profile.steps={last}:{last + 1}"])
     assert code == 0, text
+    [trace] = (many.path / "profile").rglob("*.xplane.pb")
+    assert b"train" in trace.read_bytes()
 
     [(code, text, _)] = straight.start(1, 4)
     assert code == 0, text
@@ -90,3 +93,8 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     ]
     assert len(evaluations[0]) == 2
     np.testing.assert_allclose(*evaluations, rtol=2e-6)
+
+    # The time of all four starts.
+    [*_, row] = [r for r in read_metrics(many.path) if r["kind"] == "train"]
+    assert row["time_s"]["starting"] > 3 * 0.5
+    assert all(row["time_s"][kind] > 0 for kind in ("steps", "saving", "compiling"))
