@@ -10,7 +10,6 @@ from jaxtyping import Int
 
 from jaxlm.commands.arguments import SampleArguments
 from jaxlm.config import ModelConfig
-from jaxlm.infer.generate import Generation
 from jaxlm.report.inside.inside_page import write_page
 from jaxlm.report.inside.measure import view_of
 from jaxlm.tokenizers.base import Tokenizer
@@ -22,16 +21,15 @@ def write_generation(
     params: Params,
     tokenizer: Tokenizer,
     prompt: Int[np.ndarray, " n"],
-    result: Generation,
+    new: Int[np.ndarray, " m"],
     chosen: SampleArguments,
 ) -> None:
-    """Writes the page of a prompt and its first continuation.
+    """Writes the page of a prompt and a continuation.
 
     The chosen position is the last of the prompt, which answers with the first new
     token.
     """
     assert chosen.look is not None
-    new = np.asarray(result.tokens[0][: int(result.lengths[0])])
     view = view_of(
         model,
         jax.device_get(params),

@@ -54,7 +54,7 @@ def main(chosen: SampleArguments) -> int:
         from jaxlm.commands.generation_page import write_generation
 
         with Waiting("looking inside"):
-            write_generation(model, params, tokenizer, prompt, result, chosen)
+            write_generation(model, params, tokenizer, prompt, result.rows[0], chosen)
         print(chosen.look, file=sys.stderr)
     return 0
 

@@ -11,7 +11,6 @@ from jaxlm.cli import main
 from jaxlm.commands.arguments import SampleArguments, read_arguments
 from jaxlm.commands.generation_page import write_generation
 from jaxlm.config import SampleConfig
-from jaxlm.infer.generate import Generation
 
 
 def test_arguments():
@@ -43,23 +42,12 @@ def test_the_page_of_a_text(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_page_of_a_generation(tmp_path):
-    page, none = tmp_path / "sample.html", np.zeros((1, 5, 0), np.int32)
+    page = tmp_path / "sample.html"
     chosen = SampleArguments(
         run="runs/tiny", look=page, sample=SampleConfig(temperature=0.0)
     )
-    result = Generation(
-        tokens=np.array([[100, 101, 102, 0, 0]]),
-        lengths=np.array([3]),
-        logprobs=np.zeros((1, 5), np.float32),
-        top_tokens=none,
-        top_logprobs=none.astype(np.float32),
-        prefill_s=0.0,
-        decode_s=0.0,
-        compile_s=0.0,
-        prefill_tokens=np.array([3]),
-        state=None,
-    )
-    write_generation(CONFIG, PARAMS, TOKENIZER, TOKENIZER.encode("abc"), result, chosen)
+    new = np.array([100, 101, 102])
+    write_generation(CONFIG, PARAMS, TOKENIZER, TOKENIZER.encode("abc"), new, chosen)
     data = data_of(page)
     assert (data["position"], data["text"]["num_prompt"]) == (2, 3)
     assert [row["id"] for row in data["text"]["rows"]] == list(b"abcdef")

@@ -63,7 +63,7 @@ def view_of(
     """Looks at a model while it reads a text.
 
     Args:
-      tokens: the text, up to 128 tokens; more are left out.
+      tokens: the text; of what was generated, as much as makes 128 tokens.
       against: another text of as many tokens, whose streams are put into this one.
       num_prompt: how many of the tokens are the prompt, if others were generated.
       sample: how the next token is chosen; None: by the model's distribution.
@@ -71,7 +71,8 @@ def view_of(
       call: what the reader can run to get the same.
 
     Raises:
-      ValueError: for a text without tokens, or texts of different lengths.
+      ValueError: for a prompt without tokens or of more than 128, or texts of different
+        lengths.
     """
     given = np.asarray(tokens, np.int32)
     against = None if against is None else np.asarray(against, np.int32).tolist()
@@ -81,6 +82,11 @@ def view_of(
         raise ValueError(
             f"the two texts have {len(given)} and {len(against)} tokens: patching "
             "needs as many in both"
+        )
+    if (num_prompt or len(given)) > MAX_TOKENS:
+        raise ValueError(
+            f"the prompt has {num_prompt or len(given)} tokens, and a view shows at "
+            f"most {MAX_TOKENS}: shorten it"
         )
     length, left_out = shortened(given)
     ids = given[:length]

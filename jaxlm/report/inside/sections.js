@@ -100,7 +100,7 @@ const STAGES = [
   ["Last norm", ["final_norm_div", "final_norm"], ["final_norm"]],
   ["Output head", ["logits"], ["lm_head"]],
 ];
-section("map", "The model", "The way of a token, from its id to the logits of the next. The thick line is the residual stream: parts read it and add to it. Choose a part for its values, which taps read and edits change, and its weights.", (body) => {
+section("map", "The model", "The way of a token, from its id to the logits of the next. The thick line is the residual stream: parts read it and add to it. Choose a part for its values, for taps and edits, and its weights.", (body) => {
   const two = element("div", "two", body), picture = element("div", "", two), panel = element("div", "panel", two);
   panel.setAttribute("aria-live", "polite");
   const have = new Map(view.sites.map((s) => [s.name, s]));
@@ -143,7 +143,7 @@ section("tokens", "Tokens", "The model reads numbers, one for each piece of text
     return [String(t), token(t), String(r.id), isFinite(s) ? { bar: s / largest, text: s.toFixed(2) } : "–", t ? String(text.rank.at(t)) : "–",
       `${r.first_character}–${r.last_character}`, r.data];
   }), { mark: (t) => t === state.position ? "chosen" : "" });
-  note(part, "Rank: how many other pieces were likelier; 0 is the model's first choice." + (text.num_prompt < T ? ` Tokens from ${text.num_prompt} on were generated.` : ""));
+  note(part, "Rank: how many pieces were likelier." + (text.num_prompt < T ? ` Tokens from ${text.num_prompt} on were generated.` : ""));
 }));
 
 // ---- 3 ----
@@ -159,7 +159,7 @@ section("answer", "The answer", "At each token the model gives a probability to 
   table(part, ["after " + named(t), "probability", "logit", ""], rows, { name: "bars" });
   note(part, `Entropy ${answer.entropy.at(t).toFixed(2)} nats: as open as a choice among ${number(Math.exp(answer.entropy.at(t)))} equal pieces.`
     + (next === null ? "" : ` What follows in the text, ${piece(next)}, has rank ${text.rank.at(t + 1)} and surprise ${text.surprise.at(t + 1).toFixed(2)}.`));
-  if (T > 1) curves(part, { title: "Entropy of the next token, and surprise at the token itself (nats)", names: tokens.map(token), zero: true, chosen: t, choose: (i) => select({ position: i }),
+  if (T > 1) curves(part, { title: "Entropy of the next token, surprise at the token itself (nats)", names: tokens.map(token), zero: true, chosen: t, choose: (i) => select({ position: i }),
     series: [{ label: "entropy", values: answer.entropy.values }, { label: "surprise", values: text.surprise.values, dash: "dashed" }] });
 }));
 
@@ -315,11 +315,11 @@ section("attention", "Attention", "A head first compares its query with the keys
     const keys = tokens.slice(0, t + 1), longest = most(heads.value_lengths.row(i)), best = most(keys.map((k) => brings(i, t, k)));
     const words = element("p", "shaded", right);
     for (const k of keys) { const word = element("span", "", words, token(k)); const tone = shade(brings(i, t, k) / best); word.style.background = css(tone); word.style.color = inkOn(tone); }
-    let seen = 0;
-    for (const k of keys) seen += probability(i, t, k);
-    table(right, [`${named(t)} reads`, "1 score q·k", "probability", "2 |v W_O|", "brings"], keys.map((k) => [named(k), number(score(t, k)), share(probability(i, t, k)),
+    const seen = keys.reduce((sum, k) => sum + probability(i, t, k), 0);
+    const first = [...keys].sort((a, b) => brings(i, t, b) - brings(i, t, a)).slice(0, 24).sort((a, b) => a - b);
+    table(right, [`${named(t)} reads` + (t < 24 ? "" : " most"), "1 score q·k", "probability", "2 |v W_O|", "brings"], first.map((k) => [named(k), number(score(t, k)), share(probability(i, t, k)),
       bar(heads.value_lengths.at(i, k), longest), bar(brings(i, t, k), best)]), { name: "bars" });
-    note(right, `Relevance: scores are scaled products of the query and each key; softmax makes probabilities, here ${percent(seen)} in sum${seen < 0.995 ? ", the rest is a learned sink" : ""}. Combination: each value, through the output projection, is added by its probability.`);
+    note(right, `Relevance: softmax of the scaled products of the query and each key, here ${percent(seen)} in sum${seen < 0.995 ? ", the rest is a learned sink" : ""}. Combination: each value through the output projection, times its probability.`);
   });
   update = () => { overview(); detail(); };
   return update;
@@ -398,7 +398,7 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
   grid(two, "What is lost without it (ablation)", (l, n) => removed.has(l * N + n) ? removed.get(l * N + n) : null);
   if (causes.heads) cloud(part, { title: `Do they agree? Correlation ${causes.ablation_agreement === null ? "–" : causes.ablation_agreement.toFixed(2)}, over ${removed.size} heads`, xName: "adds", yName: "lost without",
     points: [...removed].map(([key, v]) => ({ x: causes.heads.values[key], y: v, name: `layer ${Math.floor(key / N)}, head ${key % N}` })) });
-  note(part, "Where they differ, other heads made up for the one removed, or it works through later parts.");
+  note(part, "Where they differ, other heads made up for it, or it works through later parts.");
   if (!comparison) { note(part, 'With --against "another text" of as many tokens, its streams are put into this one.'); return; }
   element("h3", "", part, "What if: streams of another text");
   note(part, `The other text: ${view.against.map(shown).join(" ")}. There the difference is ${number(comparison.difference)}.`);
@@ -418,10 +418,10 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
 
 // ---- 11 ----
 const WORDS = [
-  ["probability, logit", "The model gives each piece a number, its logit; softmax turns all of them into probabilities that sum to 1."],
+  ["probability, logit", "The model gives each piece a number, its logit; softmax makes them probabilities."],
   ["entropy, surprise", "−Σ p log p of a distribution, and −log p of what came, in nats. 0.69 nats are one bit."],
   ["logit lens", "The stream after a layer through the last norm and the output head (nostalgebraist 2020)."],
-  ["brings, p × |v W_O|", "The length of what a key adds to the query's stream (Kobayashi et al. 2020, arXiv:2004.10102)."],
+  ["brings, p × |v W_O|", "Length of what a key adds to a stream (Kobayashi et al. 2020, arXiv:2004.10102)."],
   ["previous, duplicate, induction", "Mean probability on the token before, on earlier occurrences of the same token, and on what followed those (Olsson et al. 2022, arXiv:2209.11895)."],
   ["sink", "A first token that takes the attention of heads with nothing to bring (Xiao et al. 2023, arXiv:2309.17453)."],
   ["unit", "A row of the feed-forward: its activation times its output direction is added to the stream (Geva et al. 2021, arXiv:2012.14913)."],

@@ -202,9 +202,13 @@ def test_a_model_whose_parts_do_not_add_to_the_logits_says_so(out):
 
 
 def test_texts_that_cannot_be_looked_at():
-    for text, against, words in (("", None, "no token"), ("ab", [1], "2 and 1 tokens")):
+    for text, against, words in (
+        ("", None, "no token"),
+        ("ab", [1], "2 and 1 tokens"),
+        ("a" * 129, None, "has 129 tokens.*at most 128"),
+    ):
         with pytest.raises(ValueError, match=words):
-            view(text=text, against=against)
+            view(text=text, against=against, num_prompt=None)
 
 
 def test_the_terminal_shows_the_same_in_short(seen):
