@@ -24,6 +24,7 @@ VERBS = {
     "convert": "Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF",
     "verify": "Compare a model with an independent implementation, and with itself",
     "eval": "Measure how well a model predicts texts, or answers multiple choice",
+    "serve": "Answer requests over HTTP, as OpenAI's API does",
     "report": "Plot one run, or compare several: an HTML page and a PNG",
     "tune": "Measure block sizes of attention on this device, and save the best",
     "doctor": "Show versions, devices, and the attention that a config would use",

@@ -201,6 +201,40 @@ class EvalArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeArguments:
+    """Answer requests over HTTP, as OpenAI's API does.
+
+    Example: {prog} model.gguf --port 8000
+    """
+
+    src: Positional[str]
+    """A run or step folder, a Hugging Face folder, a .gguf file, or hf:owner/name."""
+    host: str = "127.0.0.1"
+    """Address to listen at; another than this machine's own needs an API key."""
+    port: int = 8000
+    """Port to listen at."""
+    name: str | None = None
+    """Name of the model for clients; None: that of its file or folder."""
+    api_key: str | None = None
+    """What clients must send; None: JAXLM_API_KEY of the environment, if it is set."""
+    slots: int = 8
+    """Answers that are computed at once; others wait."""
+    max_length: int | None = None
+    """Tokens of a prompt and its answer together; None: the model's context."""
+    max_requests: int = 64
+    """Answers that run or wait at once; more are refused."""
+    max_seconds: int = 600
+    """Time for an answer, waiting included."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Compute dtype; None keeps the run's."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+
+    def __post_init__(self):
+        names = ("slots", "max_length", "max_requests", "max_seconds", "port")
+        _check_at_least_1(self, *names)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportArguments:
     """Plot one run, or compare several: an HTML page and a PNG.
 
@@ -264,6 +298,7 @@ ARGUMENTS = {
     "convert": ConvertArguments,
     "verify": VerifyArguments,
     "eval": EvalArguments,
+    "serve": ServeArguments,
     "report": ReportArguments,
     "tune": TuneArguments,
     "doctor": RunArguments,
