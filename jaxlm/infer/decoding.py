@@ -115,6 +115,8 @@ class Programs(NamedTuple):
     """(state, state of a row, slot) -> state with this row in the slot"""
     split: Program
     """(params) -> params as `decode` reads them"""
+    advance: Program
+    """(params, cache, tokens, probes) -> cache with these, logits, hits, trace"""
     decode: Program
     """(params, state, table, num_ids, probes) -> state, `Drawn` of a few tokens, trace
 
@@ -201,9 +203,21 @@ def programs(
         params = cast_matrices(divisible_params(on_mesh, params, block), dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    def decode(params, state: DecodeState, table, num_ids, probes):
+    def advance(params, cache, tokens, probes):
         on_mesh = divisible_config(config, block)
         edits, taps = probes
+        out = forward(
+            *(on_mesh, params, tokens[:, None]),
+            cache=cache,
+            taps=taps,
+            edits=edits,
+            block=block,
+        )
+        assert out.cache is not None and out.logits is not None
+        logits = reshard(out.logits[:, 0], "B_")[:, : config.vocab_size]
+        return out.cache, logits, out.hits, out.trace
+
+    def decode(params, state: DecodeState, table, num_ids, probes):
         keys, settings = state.keys, state.settings
 
         def step(carry, _):
@@ -212,20 +226,12 @@ def programs(
             by_row = (logits, rows, keys, settings)
             draw = partial(_draw, num_top)
             rows, drawn = _on_each_device(draw, by_row, (table, num_ids))
-            out = forward(
-                *(on_mesh, params, drawn.tokens[:, None]),
-                cache=cache,
-                taps=taps,
-                edits=edits,
-                block=block,
-            )
-            assert out.cache is not None and out.logits is not None
-            logits = reshard(out.logits[:, 0], "B_")[:, : config.vocab_size]
-            hits = total_hits(edits, hits, out.hits)
+            new, logits, fired, trace = advance(params, cache, drawn.tokens, probes)
+            hits = total_hits(probes[0], hits, fired)
             # What follows the end of a text is not kept.
-            lengths = jnp.where(was_done, cache.lengths, out.cache.lengths)
-            carry = replace(out.cache, lengths=lengths), logits, rows, hits
-            return carry, (drawn, out.trace)
+            lengths = jnp.where(was_done, cache.lengths, new.lengths)
+            carry = replace(new, lengths=lengths), logits, rows, hits
+            return carry, (drawn, trace)
 
         carry = (state.cache, state.logits, state.rows, state.hits)
         carry, (drawn, trace) = jax.lax.scan(step, carry, length=steps)
@@ -241,6 +247,7 @@ def programs(
         Program(place),
         Program(insert, donate=(0,)),
         Program(split),
+        Program(advance, donate=(1,)),
         Program(decode, donate=(1,)),
     )
 

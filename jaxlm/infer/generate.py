@@ -81,6 +81,15 @@ class Generation:
         pairs = zip(self.tokens, self.lengths, strict=True)
         return [row[:length] for row, length in pairs]
 
+    @property
+    def mean_logprobs(self) -> Float[np.ndarray, " B"]:
+        """Mean log-probability of the tokens of each row; 0 for a row without any.
+
+        Of n samples of one prompt, the best has the largest.
+        """
+        sums = self.logprobs.sum(axis=1, dtype=np.float64)
+        return sums / np.maximum(self.lengths, 1)
+
 
 def generate(
     config: ModelConfig,

@@ -138,6 +138,16 @@ def test_stop_tokens_end_a_row_and_are_not_part_of_it(greedy):
     assert result.lengths[0] <= 4 and result.lengths[1] <= 9
 
 
+def test_the_mean_of_the_log_probabilities_is_that_of_the_text(greedy):
+    stops = (int(greedy.tokens[0, 4]),)
+    sample = SampleConfig(temperature=0.0, max_new_tokens=NEW, stop_ids=stops)
+    result = generate(CONFIG, PARAMS, RAGGED, sample, KEY)
+    for mean, row, length in zip(
+        *(result.mean_logprobs, greedy.logprobs, result.lengths), strict=True
+    ):
+        np.testing.assert_allclose(mean, row[:length].mean() if length else 0.0)
+
+
 def test_when_all_rows_have_stopped_decoding_ends(greedy):
     stop = int(greedy.tokens[0, 0])
     sample = SampleConfig(temperature=0.0, max_new_tokens=NEW, stop_ids=(stop,))
