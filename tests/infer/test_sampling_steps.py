@@ -43,6 +43,7 @@ def test_each_rule_in_use_is_a_step():
     )
 
 
+@pytest.mark.slow
 def test_penalties_are_a_step_and_temperature_0_is_the_last():
     sample = SampleConfig(temperature=0.0, top_k=3, repetition_penalty=2.0)
     steps = sampling_steps(LOGITS, sample, prompt=[0], new_tokens=[3])

@@ -38,9 +38,8 @@ def graph_of(name, count):
     return run(params)
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", pytest.param("parallel", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_flows_are_conserved(name):
     """A relu is linear where it is: without a bias it is explained too."""
     everything = T + 2 * T * 6 + 2 * T * 8

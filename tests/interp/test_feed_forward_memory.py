@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from model_case import ids, make, small
+from ops_case import quick_jit
 
 from jaxlm.interp.feed_forward_memory import promoted_tokens, strongest_units
 from jaxlm.model.transformer import forward
@@ -26,16 +27,16 @@ def test_what_a_unit_promotes_is_what_it_adds_to_the_logits():
     )
     div = 3.0
     more = jnp.zeros((1, 4, 40)).at[..., 7].set(0.5)
-    logits = [
-        forward(
-            *(CONFIG, PARAMS, ids(1, 4)),
-            edits=(
-                Edit("mlp_act", "add", x, layer=1),
-                Edit("final_norm_div", "set", div),
-            ),
-        ).logits[0, -1]
-        for x in (more, 0 * more)
-    ]
+
+    @quick_jit
+    def run(params, x):
+        edits = (
+            Edit("mlp_act", "add", x, layer=1),
+            Edit("final_norm_div", "set", div),
+        )
+        return forward(CONFIG, params, ids(1, 4), edits=edits).logits[0, -1]
+
+    logits = [run(PARAMS, x) for x in (more, 0 * more)]
     change = np.asarray(logits[0] - logits[1]) * div / 0.5
     np.testing.assert_allclose(
         raised[0], change[raised_ids[0]], atol=1e-4 * np.abs(change).max()

@@ -39,14 +39,18 @@ def streams(site="resid_pre"):
     return run(PARAMS, CLEAN), run(PARAMS, CORRUPT)
 
 
+@lru_cache
+def sweep_of(site="resid_pre"):
+    return quick_jit(bound(activation_patching, site=site, batch_size=4))
+
+
 def value(params, tokens):
     return float(quick_jit(bound(metric_of))(params=params, tokens=tokens))
 
 
 def test_patching_moves_the_difference_of_two_texts():
     source, _ = streams()
-    sweep = quick_jit(bound(activation_patching, batch_size=4))
-    grid = sweep(params=PARAMS, tokens=CORRUPT, source=source)
+    grid = sweep_of()(params=PARAMS, tokens=CORRUPT, source=source)
     clean, corrupt = value(PARAMS, CLEAN), value(PARAMS, CORRUPT)
     assert grid.shape == (3, T) and abs(clean - corrupt) > 0.1
     # The texts differ in token 2 only: before it nothing is moved, at layer 0 all of
@@ -54,9 +58,8 @@ def test_patching_moves_the_difference_of_two_texts():
     np.testing.assert_allclose(grid[:, :2], corrupt, atol=2e-5)
     np.testing.assert_allclose(grid[0, 2], clean, atol=2e-5)
     np.testing.assert_allclose(grid[0, 3:], corrupt, atol=2e-5)
-    last = bound(activation_patching, site="resid_post")
     source = streams("resid_post")[0]
-    after = quick_jit(last)(params=PARAMS, tokens=CORRUPT, source=source)
+    after = sweep_of("resid_post")(params=PARAMS, tokens=CORRUPT, source=source)
     np.testing.assert_allclose(after[-1, -1], clean, atol=2e-5)
     np.testing.assert_allclose(after[-1, :-1], corrupt, atol=2e-5)
     np.testing.assert_allclose(after[:-1], grid[1:], atol=2e-5)
@@ -87,8 +90,7 @@ def test_attribution_patching_is_the_slope_of_patching():
     source = corrupt + step * (clean - corrupt)
     estimate = quick_jit(bound(attribution_patching))
     ours = estimate(params=PARAMS, tokens=CORRUPT, source=source)
-    sweep = quick_jit(bound(activation_patching))
-    exact = sweep(params=PARAMS, tokens=CORRUPT, source=source)
+    exact = sweep_of()(params=PARAMS, tokens=CORRUPT, source=source)
     exact = np.asarray(exact) - value(PARAMS, CORRUPT)
     assert np.corrcoef(np.ravel(ours), np.ravel(exact))[0, 1] >= 0.999
     np.testing.assert_allclose(ours, exact, atol=0.05 * np.abs(exact).max())

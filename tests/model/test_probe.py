@@ -315,7 +315,10 @@ def test_a_trace_that_does_not_fit_is_refused_and_a_cheaper_tap_named(monkeypatc
     run(config, params, taps)
 
 
-HALVES = ("groups", "post", pytest.param("experts", marks=pytest.mark.slow))
+HALVES = (
+    "groups",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("post", "experts")),
+)
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -492,6 +495,7 @@ def test_nothing_tapped_and_nothing_edited_is_the_same_program(name, monkeypatch
     assert text() == ours
 
 
+@pytest.mark.slow
 def test_a_tap_of_one_layer_computes_little():
     """And all layers of the residual stream nothing, as the compiler counts."""
     changes = dict(unroll_layers=0, num_layers=6, model_dim=96, hidden_dim=384)
