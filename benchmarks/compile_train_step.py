@@ -86,7 +86,7 @@ def compile_step(
     length: int,
     remat: str = "full",
 ) -> dict:
-    """Compiles a step with parameters and batch sharded over all devices."""
+    """Compiles a step of llama3.2-1b, cut over all devices by fsdp."""
     model = dataclasses.replace(
         preset("llama3.2-1b"),
         num_layers=layers,
@@ -98,15 +98,21 @@ def compile_step(
     config = Config(
         model=model,
         data=DataConfig(sequence_length=length),
+        mesh=MeshConfig(data=1, fsdp=len(devices)),
         train=TrainConfig(batch_size=rows * len(devices), loss_chunk=4096),
     )
-    mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
+    return compile_config(config, devices)
+
+
+def compile_config(config: Config, devices: list[jax.Device]) -> dict:
+    """Compiles a step of a run, on its mesh."""
+    mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        state = abstract_state(model, optimizer, mesh)
+        state = abstract_state(config.model, optimizer, mesh)
         rows_of = partial(
             jax.ShapeDtypeStruct,
-            (config.train.batch_size, length),
+            (config.train.batch_size, config.data.sequence_length),
             sharding=rules.batch_sharding(mesh),
         )
         batch = Batch(*[rows_of(jnp.int32)] * 4, rows_of(jnp.float32))

@@ -53,6 +53,8 @@ def pytest_collection_modifyitems(config, items):
         missing.add("parity")
     if not find_spec("libtpu"):
         missing.add("aot")
+    if "nightly" not in config.getoption("markexpr"):
+        missing.add("nightly")
     left_out = [i for i in items if any(map(i.get_closest_marker, missing))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

@@ -10,6 +10,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.interp.sentence_view import sentence_view
 from jaxlm.sharding import rules
+from jaxlm.sharding.processes import whole
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
@@ -40,7 +41,7 @@ def make_looks(
     run = jax.jit(partial(sentence_view, config.model), static_argnums=2)
 
     def look(params: Params) -> dict[str, Any]:
-        seen = jax.device_get(run(params, tokens, len(ids)))
+        seen = whole(run(params, tokens, len(ids)))
         return {
             "entropy": seen.entropy,
             "lens_depth": seen.lens_depth,
