@@ -49,9 +49,7 @@ class Worker:
         """Requests that run or wait."""
         self.failure: Exception | None = None
         """What ended the thread."""
-        mesh = jax.sharding.get_mesh()
-        in_mesh = contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh)
-        run = (make_engine, in_mesh)
+        run = (make_engine, jax.sharding.get_mesh())
         self._thread = threading.Thread(target=self._run, args=run, daemon=True)
         self._thread.start()
 
@@ -110,9 +108,10 @@ class Worker:
         self._inbox.put(None)
         self._thread.join()
 
-    def _run(self, make_engine: Callable[[], Engine], in_mesh: Any) -> None:
+    def _run(self, make_engine: Callable[[], Engine], mesh: Any) -> None:
         try:
-            with in_mesh:
+            # A mesh is set for a thread, from this call on.
+            with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
                 engine = make_engine()
                 while self._take(engine):
                     for part in engine.step():

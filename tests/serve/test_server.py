@@ -1,13 +1,17 @@
 """The server, in a thread, with OpenAI's own client and with hostile bodies."""
 
+import gc
 import json
+import os
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import jax
 import jsonschema
 import openai
 import pytest
@@ -16,11 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_case import make_params, toy
 
+from jaxlm.config import MeshConfig
 from jaxlm.infer.engine import Engine
 from jaxlm.infer.generate import generate
 from jaxlm.serve import bodies
 from jaxlm.serve.app import Limits, Server
 from jaxlm.serve.worker import Worker
+from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -45,7 +51,9 @@ def served():
             top_logprobs=20,
         )
 
-    worker = Worker(engine, 24)
+    # As the command does it.
+    with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):
+        worker = Worker(engine, 24)
     limits = Limits(body_bytes=20_000, seconds=60.0)
     app = Server(
         "tiny", CONFIG, TOKENIZER, worker, max_length=256, api_key=KEY, limits=limits
@@ -230,11 +238,11 @@ def test_other_refusals(served):
     assert "http" not in page.text
 
 
-VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
-    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=5), inside, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)
+)
+OBJECTS = st.dictionaries(st.text(max_size=5), SCALARS, max_size=3)
+VALUES = SCALARS | OBJECTS | st.lists(SCALARS | OBJECTS, max_size=3)
 FIELDS = sorted({*bodies.CHAT, *bodies.COMPLETION, "other"})
 
 
@@ -251,3 +259,42 @@ def test_hostile_bodies_are_answered_or_refused(body):
                 check(body)
             except bodies.Wrong as error:
                 assert str(error)
+
+
+@pytest.mark.slow
+def test_many_mixed_requests_lose_nothing_and_no_memory(served):
+    """600 requests of 16 clients, some of which hang up, each answer checked."""
+    calls = [
+        {"prompt": "y" * (i % 9 + 1), "max_tokens": 3 + 7 * (i % 4), "seed": i, "temperature": i % 2}
+        for i in range(12)
+    ]  # fmt: skip
+    alone = [complete(served, **call).choices[0].text for call in calls]
+
+    def one(i):
+        call = calls[i % 12]
+        if i % 5 == 4:
+            stream = complete(served, **{**call, "max_tokens": 200}, stream=True)
+            next(iter(stream))
+            stream.close()
+        elif i % 5 == 3:
+            events = complete(served, **call, stream=True)
+            assert "".join(e.choices[0].text for e in events) == alone[i % 12]
+        elif i % 5 == 2:
+            assert (
+                served.http.post("/v1/completions", json={"prompt": i}).status_code
+                == 400
+            )
+        else:
+            assert complete(served, **call).choices[0].text == alone[i % 12]
+
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    sizes = []
+    with ThreadPoolExecutor(16) as pool:
+        for first in range(0, 600, 200):
+            assert len([*pool.map(one, range(first, first + 200))]) == 200
+            gc.collect()
+            sizes.append(resident())
+    assert sizes[-1] - sizes[1] < 16, sizes
