@@ -172,11 +172,11 @@ def start_recording(
             f"site {recorded[0].site!r} cannot be tapped with a traced start: which "
             "layers run is not known while compiling"
         )
-    by_key = sorted({one.site for one in (*taps, *edits)} & ATTENTION_SITES)
+    by_key = sorted({edit.site for edit in edits} & ATTENTION_SITES)
     if by_key and cache is not None and not cache.is_plain:
         raise ValueError(
-            f"site {by_key[0]!r} has a value for each token of the cache, which holds "
-            "not all of them as they were computed: take a full cache"
+            f"site {by_key[0]!r} has a value for each token of the cache: to edit it, "
+            "take one that holds all tokens as they are (cache='full')"
         )
     _check_memory(config, tokens, cache, taps, edits, layers)
     recorder = Recorder.empty(

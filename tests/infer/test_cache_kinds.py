@@ -13,6 +13,7 @@ from jaxlm.infer.generate import generate
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import SPARE
 from jaxlm.model.transformer import forward
+from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 
 WINDOW = 6
@@ -63,10 +64,12 @@ def test_prompts_in_chunks_turn_the_ring_around(plain, monkeypatch):
     assert_same(run(CONFIG, "ring"), plain)
 
 
+@pytest.mark.slow
 def test_a_ring_in_all_layers():
     assert_same(run(ALL_LOCAL, "ring"), run(ALL_LOCAL, "full"))
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_from_a_ring():
     """Also where the ring has lost what another continuation sees."""
     short, prompts = SampleConfig(max_new_tokens=20), PROMPTS[1:3]
@@ -88,6 +91,7 @@ def test_a_conversation_goes_on_from_a_ring():
         run(CONFIG, "full", other, short, resume=state)
 
 
+@pytest.mark.slow
 def test_int8_loses_little(plain):
     """Of the probabilities of the same text, read in one piece and by tokens."""
     tokens = np.array([[*PROMPTS[-1], *plain.tokens[-1]]])
@@ -116,12 +120,14 @@ def test_int8_loses_little(plain):
 
 def test_sites_of_single_keys_need_a_full_cache():
     params = jax.tree.map(jax.numpy.asarray, PARAMS[CONFIG])
+    edit = Edit("attn_probs", "scale", 0.5)
     for kind in ("ring", "int8"):
-        call = {"cache": init_cache(CONFIG, 1, 200, kind=kind)}
+        call = (CONFIG, params, np.ones((1, 2), int))
+        cache = init_cache(CONFIG, 1, 200, kind=kind)
+        with pytest.raises(ValueError, match="'attn_probs' is computed from the keys"):
+            forward(*call, taps=(Tap("attn_probs"),), cache=cache)
         with pytest.raises(ValueError, match="'attn_probs' has a value for each token"):
-            forward(
-                CONFIG, params, np.ones((1, 2), int), taps=(Tap("attn_probs"),), **call
-            )
+            forward(*call, edits=(edit,), cache=cache)
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
