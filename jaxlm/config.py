@@ -398,6 +398,8 @@ class MeshConfig:
     """Replicas, each with its part of the batch; -1 takes all remaining devices."""
     fsdp: int = 1
     """Parts into which the parameters and the batch are sharded."""
+    expert: int = 1
+    """Parts into which the experts and the batch are sharded; tokens go to experts."""
     context: int = 1
     """Parts into which each row is cut, for rows too long for one device."""
     tensor: int = 1

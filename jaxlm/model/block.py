@@ -29,7 +29,7 @@ from jaxlm.ops.norm import divisor, normalize, normalize_by
 from jaxlm.ops.probing.probe import Probe
 from jaxlm.ops.probing.sites import ATTENTION_SITES
 from jaxlm.ops.rope import rotate
-from jaxlm.sharding.rules import activation_spec, batch_parts, reshard
+from jaxlm.sharding.rules import activation_spec, batch_parts, reshard_weight
 from jaxlm.types import Params
 
 
@@ -276,7 +276,7 @@ class MixtureOfExperts(nn.Module):
         routing = route(logits, config.experts_per_token, config.router_normalize)
         # `mixture` needs the whole of D on each device.
         matrices = {
-            weight.name: reshard(param(self, path), weight.dimensions[1:])
+            weight.name: reshard_weight(param(self, path), weight.axes[1:])
             for path, weight in weights(config).items()
             if "E" in weight.stacked
         }

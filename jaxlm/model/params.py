@@ -154,6 +154,8 @@ class Weight:
     def axes(self) -> tuple[str | None, ...]:
         """Logical axis of each dimension; vectors are not sharded along D."""
         axes = rules.logical_axes(self.dimensions)
+        if "E" not in self.stacked:  # the router has logits for all experts
+            axes = tuple(None if axis == "experts" else axis for axis in axes)
         if "->" in self.letters or self.role is Role.EMBEDDING:
             return axes
         return tuple(None if axis == "model" else axis for axis in axes)

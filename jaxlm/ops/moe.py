@@ -4,6 +4,7 @@ No token is dropped. `reference_mixture` is the definition. `mixture` sorts the 
 by expert, so that each expert's matrices multiply only its own tokens.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxlm.ops.collectives import axes_of
 from jaxlm.ops.feed_forward import activate
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import einsum
@@ -125,8 +127,9 @@ def mixture(
     """`sum over a token's experts of weight * (act(x gate) * (x up)) down`.
 
     Einsums take x's dtype and accumulate in f32; gradients of the matrices have the
-    matrices' dtype. In an Explicit mesh each device sorts its own tokens: the batch and
-    F may be sharded, E and D may not.
+    matrices' dtype. In an Explicit mesh each device sorts its own tokens: all but D may
+    be sharded. If E is, by axes that cut the batch too, tokens go to the devices of
+    their experts and come back; matrices stay where they are.
 
     Args:
       weights: of each token's experts, f32, from `route`.
@@ -139,7 +142,9 @@ def mixture(
     if out is not None:
         arguments = (x, weights, experts, inner)
         specs = jax.tree.map(_partition, arguments)
-        hidden_axes = specs[-1]["up"][-1]
+        expert_axes, *_, hidden_axes = specs[-1]["up"]
+        if math.prod(out.mesh.shape[axis] for axis in axes_of(expert_axes)) > 1:
+            run = partial(_exchanged, run, axes_of(expert_axes))
         run = jax.shard_map(
             partial(run, sum_over=hidden_axes),
             in_specs=specs,
@@ -153,6 +158,32 @@ def mixture(
     return y.astype(x.dtype)
 
 
+def _exchanged(
+    run: Callable[..., Array],
+    axes: tuple[str, ...],
+    x: Array,
+    weights: Array,
+    experts: Array,
+    matrices: Matrices,
+    sum_over: Any,
+) -> Array:
+    """Calls `_sorted_mixture` with the tokens of all devices that share the experts.
+
+    Each device gets all tokens, and sends back the sums of its own experts. No token is
+    dropped, whatever the load.
+    """
+
+    def from_all(x: Array) -> Array:
+        return jax.lax.all_gather(x, axes, axis=0, tiled=True)
+
+    with jax.named_scope("expert_parallel"):
+        x, weights, experts = jax.tree.map(from_all, (x, weights, experts))
+    experts -= jax.lax.axis_index(axes) * matrices["up"].shape[0]
+    y = run(x, weights, experts, matrices, sum_over=sum_over, only_own=True)
+    with jax.named_scope("expert_parallel"):
+        return jax.lax.psum_scatter(y, axes, scatter_dimension=0, tiled=True)
+
+
 def _sorted_mixture(
     activation: str,
     x: Array,
@@ -160,22 +191,32 @@ def _sorted_mixture(
     experts: Array,
     matrices: Matrices,
     sum_over: Any = None,
+    only_own: bool = False,
 ) -> Array:
     """Computes `mixture` for the tokens and hidden units of one device, [B T D] f32.
 
     Args:
       sum_over: mesh axes over which hidden units are sharded.
+      only_own: leave out experts whose index is not among the matrices.
     """
     B, T, D = x.shape
     k, E = experts.shape[-1], matrices["up"].shape[0]
     chosen = experts.reshape(-1)
+    if only_own:
+        chosen = jnp.where((chosen >= 0) & (chosen < E), chosen, E)
     order = jnp.argsort(chosen, stable=True)
     inverse = jnp.argsort(order)
     taken = chosen[order][:, None] == jnp.arange(E)
     sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
 
+    def own(rows: Array) -> Array:
+        """Hides the rows at the end that belong to no group, and their gradients."""
+        if not only_own:
+            return rows
+        return jnp.where(jnp.any(taken, axis=1, keepdims=True), rows, 0)
+
     def project(name: str, h: Array) -> Array:
-        y = grouped_matmul(h, matrices[name], sizes)
+        y = own(grouped_matmul(own(h), matrices[name], sizes))
         bias = matrices.get(f"{name}_bias")
         if bias is None:
             return y
@@ -224,7 +265,8 @@ def grouped_matmul(
     has their dtype.
 
     Args:
-      sizes: number of rows in each group; they sum to M.
+      sizes: number of rows in each group. Rows after the last group have results
+        without meaning.
       implementation: `ragged_dot` leaves it to XLA, which has an instruction for it on
         accelerators, but on the CPU multiplies each row by all E matrices; `blocks`
         loops over blocks of rows of one group; `auto` takes `blocks` on the CPU.

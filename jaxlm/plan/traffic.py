@@ -28,6 +28,8 @@ class Part(StrEnum):
     EMBEDDING = "embedding"
     TENSOR = "tensor parallelism"
     """Activations of the layers."""
+    EXPERT = "expert parallelism"
+    """Tokens on their way to experts and back."""
     CONTEXT = "context parallelism"
     """Keys and values, and their gradients."""
     OPTIMIZER = "optimizer"
@@ -156,6 +158,7 @@ _KINDS = {
 }
 _SCOPES = {
     "context_parallel": Part.CONTEXT,
+    "expert_parallel": Part.EXPERT,
     "optimizer": Part.OPTIMIZER,
     "head": Part.HEAD,
     r"(Embedder|embed)": Part.EMBEDDING,

@@ -135,12 +135,13 @@ def check_batch(
     Raises:
       ValueError: if they cannot.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    axes = ["data", "fsdp"] + ["expert"] * (mesh.shape["expert"] > 1)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     if train.batch_size % (parts * train.accumulation_steps):
         once = train.accumulation_steps == 1
         raise ValueError(
             f"train.batch_size is {train.batch_size}, which does not divide into equal "
-            f"parts on mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']}"
+            f"parts on {' x '.join(f'mesh.{axis} {mesh.shape[axis]}' for axis in axes)}"
             + (f" in train.accumulation_steps {train.accumulation_steps}" * (not once))
             + f": make it a multiple of {parts * train.accumulation_steps}"
         )

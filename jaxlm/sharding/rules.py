@@ -26,8 +26,9 @@ LOGICAL_AXES = {
 
 # Logical axis -> mesh axes; None is never sharded. `model` is the width of parameters,
 # sharded for storage (fsdp) and gathered for use; that of activations is not sharded.
+# `experts` are those of parameters too: activations have the logits of all.
 MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "context",
     "model": "fsdp",
     "vocab": "tensor",
@@ -35,7 +36,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "key_heads": "tensor",
     "hidden": "tensor",
     "layers": None,
-    "experts": None,
+    "experts": "expert",
 }
 # Where `tensor` does not divide these, parameters are stored with them whole and are
 # cut along `model` instead; the model runs in another form (`model/divisible.py`).
@@ -75,7 +76,9 @@ def activation_spec(letters: str) -> P | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
         return None
-    whole = {"model"} if _parts("length", mesh) > 1 else {"model", "length"}
+    whole = {"model", "experts"}
+    if _parts("length", mesh) == 1:
+        whole.add("length")
     axes = logical_axes(letters)
     return spec(*(None if axis in whole else axis for axis in axes))
 
@@ -84,6 +87,17 @@ def reshard(x: Array, letters: str) -> Array:
     """Shards x as an activation of these letters; a no-op without an Explicit mesh."""
     partition = activation_spec(letters)
     return x if partition is None else jax.sharding.reshard(x, partition)
+
+
+def reshard_weight(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """Shards a weight for its use: as it is stored, but whole along the width.
+
+    A no-op without an Explicit mesh.
+    """
+    if activation_spec("B") is None:
+        return x
+    cut = spec(*(None if axis == "model" else axis for axis in axes))
+    return jax.sharding.reshard(x, cut)
 
 
 def batch_parts() -> int:

@@ -115,7 +115,7 @@ WRONG = {
     "train --data.holdout-fraction 1": "--data.holdout-fraction is 1.0: it must be in",
     "train --mesh.fsdp 0": "--mesh.fsdp is 0: it must be >= 1, or -1",
     "train --mesh.x 0": "unknown flag '--mesh.x'",
-    "train --mesh.data 3": "--mesh.data 3 x --mesh.fsdp 1 x --mesh.context 1 x --mesh.tensor 1 does",
+    "train --mesh.data 3": "--mesh.data 3 x --mesh.fsdp 1 x --mesh.expert 1 x --mesh.context 1 x",
     "train --mesh.fsdp -1": "--mesh.data and --mesh.fsdp are -1: only one axis can",
     # Config files.
     "train shakespear": "no config file 'shakespear' (did you mean 'shakespeare'?): ",

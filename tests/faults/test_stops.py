@@ -222,7 +222,7 @@ def test_impossible_flags_end_with_2(done):
     for flags, words in (
         (
             ("--mesh.tensor", "3"),
-            "--mesh.data -1 x --mesh.fsdp 1 x --mesh.context 1 x --mesh.tensor 3 does not use the 1",
+            "--mesh.data -1 x --mesh.fsdp 1 x --mesh.expert 1 x --mesh.context 1 x --mesh.tensor 3 does not use the 1",
         ),
         (("--model.vocab-size", "3"), "--model.vocab-size is 3, but the tokenizer has"),
         (("--data.path", "/no/such.txt"), "/no/such.txt"),

@@ -40,7 +40,7 @@ from jaxlm.ops.embedding import lookup
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
-from jaxlm.plan.traffic import traffic
+from jaxlm.plan.traffic import Part, traffic
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -65,6 +65,11 @@ CONTEXT_MESHES = {
 }
 MODEL = toy(num_heads=8, num_kv_heads=4, qk_norm="head", vocab_size=64)
 ODD = {"vocab_size": 65}  # no tensor axis divides it
+EXPERT_MESHES = {
+    "fsdp2_expert2_tensor2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    "expert4_context2": {"data": 1, "expert": 4, "context": 2},
+    "data2_expert4": {"data": 2, "expert": 4},
+}
 CONTEXT = {
     "layer_pattern": ("local", "global"),
     "window": 7,
@@ -80,7 +85,7 @@ EXPERTS = {
 
 
 def mesh_of(name):
-    config = MeshConfig(**(MESHES | CONTEXT_MESHES)[name])
+    config = MeshConfig(**(MESHES | CONTEXT_MESHES | EXPERT_MESHES)[name])
     return make_mesh(config, jax.devices()[:1] if name == "one" else None)
 
 
@@ -501,6 +506,29 @@ def case_kernel():
     return case_gradients(["2x2x2"], changes, loss_chunk=24, z_loss=0.01)
 
 
+def case_exchanged():
+    """Experts on several devices; and what a device sends in one of the meshes."""
+    train = {"load_balance_loss": 0.1}
+    result = case_gradients(list(EXPERT_MESHES), EXPERTS, **train)
+    mesh = mesh_of("data2_expert4")
+    # Without biases, whose gathered vectors would count as weights.
+    model = dataclasses.replace(
+        MODEL, num_experts=4, experts_per_token=2, num_layers=1, remat="none"
+    )
+    config = config_of(model=model, **train)
+    with jax.set_mesh(mesh):
+        state, _ = state_on(config, mesh)
+        arguments = (state.params, batch_of(0, mesh))
+        lowered = jitted_loss_and_grads.lower(model, config.train, *arguments)
+        sent = traffic(lowered.compile().as_text(), mesh.shape)
+    result["sent"] = [
+        (t.part, t.bytes)
+        for t in sent
+        if t.axes == ("expert",) or (t.part == Part.EXPERT)
+    ]
+    return result
+
+
 def case_context():
     """A ring, with blocks no larger than these rows need."""
     blocked.settings_for = lambda q: blocked.BlockedSettings(8)
@@ -521,6 +549,7 @@ def main():
         "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "xla"}),
         "kernel": case_kernel,
         "context": case_context,
+        "exchanged": case_exchanged,
         "context_gather": lambda: case_gradients(
             ["context4_tensor2"], CONTEXT | EXPERTS, load_balance_loss=0.1
         ),

@@ -65,7 +65,7 @@ def test_meshes_that_do_not_fit(tmp_path):
     assert "of 'layers/attn/" in errors["divide"]
     assert "choose another mesh.tensor or another size" in errors["divide"]
     assert (
-        "mesh.data 3 x mesh.fsdp 1 x mesh.context 1 x mesh.tensor 1 does not use "
+        "mesh.data 3 x mesh.fsdp 1 x mesh.expert 1 x mesh.context 1 x mesh.tensor 1 does "
         in errors["fit"]
     )
     assert "fsdp 3" in errors["remain"] and "or -1 for one axis" in errors["remain"]
@@ -96,6 +96,19 @@ def test_gradients_of_experts_on_every_mesh(tmp_path):
     result = run_case("experts", tmp_path)
     check_gradients(result, ["data8", "fsdp8", "fsdp2_tensor4", "2x2x2"])
     assert "layers/moe/router" in result["2x2x2"]
+
+
+@pytest.mark.slow
+def test_gradients_of_experts_on_several_devices(tmp_path):
+    """2 and 4 parts; tokens cross the axis of the experts, and no weights."""
+    result = run_case("exchanged", tmp_path)
+    meshes = ["fsdp2_expert2_tensor2", "expert4_context2", "data2_expert4"]
+    check_gradients(result, meshes)
+    assert {part for part, _ in result["sent"]} == {"expert parallelism"}
+    # To 3 others and back, in either direction, 2 rows of 32 tokens of 16 f32; and the
+    # numbers and weights of their 2 experts, with the gradient of the latter.
+    rows = 2 * 32
+    assert sum(b for _, b in result["sent"]) == 3 * rows * (4 * 16 * 4 + 3 * 2 * 4)
 
 
 @pytest.mark.slow

@@ -278,3 +278,37 @@ def test_a_tpu_gets_its_own_instruction():
     traced = jax.jit(jax.grad(total, (0, 1))).trace(x, w)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count('"chlo.ragged_dot"(') == 3
+
+
+@pytest.mark.parametrize("name", ["biases", "crowd, one expert"])
+def test_parts_of_the_experts_add_up_to_all(name):
+    """As when experts lie on several devices: values, and gradients of the tokens."""
+    case = CASES[name]
+    x, logits, w = jax.tree.map(jnp.asarray, inputs_of(case))
+    w = {name: matrix for name, matrix in w.items() if name != "down_bias"}
+    weights, experts = moe.route(logits, case.k, case.normalize)
+
+    def part(x, first, end):
+        cut = {name: matrix[first:end] for name, matrix in w.items()}
+        return moe._sorted_mixture(
+            case.activation, x, weights, experts - first, cut, only_own=True
+        )
+
+    def parts(x):
+        return part(x, 0, 2) + part(x, 2, E)
+
+    def whole(x):
+        return moe._sorted_mixture(case.activation, x, weights, experts, w)
+
+    g = jnp.asarray(normal(52, *x.shape))
+
+    def both(function):
+        y, backward = jax.vjp(function, x)
+        return y, *backward(g)
+
+    y, dx = quick_jit(lambda: both(parts))()
+    wanted, wanted_dx = quick_jit(lambda: both(whole))()
+    np.testing.assert_allclose(y, wanted, atol=1e-4)
+    np.testing.assert_allclose(
+        dx, wanted_dx, atol=1e-5 * float(jnp.abs(wanted_dx).max())
+    )

@@ -105,11 +105,11 @@ def test_the_layout_is_described():
     grid = device_grid(MeshConfig(fsdp=64, tensor=4), devices)
     fsdp, tensor = ring_hops(grid)["fsdp"], ring_hops(grid)["tensor"]
     assert mesh_layout(grid) == (
-        "data 2 x fsdp 64 x context 1 x tensor 4; data goes over 2 slices; links that "
-        f"a step around an axis takes: fsdp {fsdp}, tensor {tensor}"
+        "data 2 x fsdp 64 x expert 1 x context 1 x tensor 4; data goes over 2 slices; "
+        f"links that a step around an axis takes: fsdp {fsdp}, tensor {tensor}"
     )
     grid = device_grid(MeshConfig(data=1), ONE)
-    assert mesh_layout(grid) == "data 1 x fsdp 1 x context 1 x tensor 1"
+    assert mesh_layout(grid) == "data 1 x fsdp 1 x expert 1 x context 1 x tensor 1"
 
 
 def test_slices_that_data_does_not_hold_are_refused():

@@ -59,6 +59,7 @@ VARIANTS = {
     },
 }
 # Matrices without a second axis that is cut.
+BATCH = ("data", "fsdp", "expert")
 ONLY_FSDP = ("embed/positions", "layers/moe/router")
 
 
@@ -116,7 +117,7 @@ def test_the_layouts_by_name():
 
 
 def test_the_layouts_of_experts_by_name():
-    """The experts are whole on each device: an axis for them comes later."""
+    """The router has the logits of all experts on each device."""
     shapes = shapes_of(**VARIANTS["experts"])
     shardings = tree.flatten(parameter_shardings(shapes, abstract_mesh(1, 2, 2)))
     found = {
@@ -127,12 +128,12 @@ def test_the_layouts_of_experts_by_name():
     assert found == {
         "router": P(None, "fsdp", None),
         "router_bias": P(None, None),
-        "gate": P(None, None, "fsdp", "tensor"),
-        "up": P(None, None, "fsdp", "tensor"),
-        "down": P(None, None, "tensor", "fsdp"),
-        "gate_bias": P(None, None, "tensor"),
-        "up_bias": P(None, None, "tensor"),
-        "down_bias": P(None, None, None),
+        "gate": P(None, "expert", "fsdp", "tensor"),
+        "up": P(None, "expert", "fsdp", "tensor"),
+        "down": P(None, "expert", "tensor", "fsdp"),
+        "gate_bias": P(None, "expert", "tensor"),
+        "up_bias": P(None, "expert", "tensor"),
+        "down_bias": P(None, "expert", None),
     }
 
 
@@ -155,7 +156,7 @@ def test_two_dimensions_on_one_mesh_axis_are_refused():
     for axes in (("heads", "hidden"), ("batch", "model"), ("vocab", "vocab")):
         with pytest.raises(ValueError, match=r"put two dimensions on '(tensor|fsdp)'"):
             rules.spec(*axes)
-    assert rules.spec("batch", None, "heads") == P(("data", "fsdp"), None, "tensor")
+    assert rules.spec("batch", None, "heads") == P(BATCH, None, "tensor")
     with pytest.raises(KeyError):
         rules.spec("no_such_axis")
 
@@ -174,20 +175,18 @@ def test_an_axis_that_does_not_divide_names_parameter_and_remedy(axis, size, nam
 
 
 def test_a_batch_is_cut_by_data_and_fsdp():
-    assert rules.batch_sharding(abstract_mesh(2, 2, 2)).spec == P(
-        ("data", "fsdp"), None
-    )
+    assert rules.batch_sharding(abstract_mesh(2, 2, 2)).spec == P(BATCH, None)
     with jax.sharding.use_abstract_mesh(abstract_mesh(2, 4, 3)):
         assert rules.batch_parts() == 8
-        assert rules.activation_spec("BT") == P(("data", "fsdp"), None)
+        assert rules.activation_spec("BT") == P(BATCH, None)
 
 
 def test_rows_are_cut_by_context():
     mesh = abstract_mesh(fsdp=2, context=4)
-    assert rules.batch_sharding(mesh).spec == P(("data", "fsdp"), "context")
+    assert rules.batch_sharding(mesh).spec == P(BATCH, "context")
     with jax.sharding.use_abstract_mesh(mesh):
         assert rules.context_parts() == 4
-        assert rules.activation_spec("BTD") == P(("data", "fsdp"), "context", None)
+        assert rules.activation_spec("BTD") == P(BATCH, "context", None)
     assert rules.context_parts() == 1
 
 
