@@ -117,8 +117,7 @@ CASES = {
     "wrong order": (2, RING | {"called_zigzag": False}),
     "ring 8": (8, RING),
     "ring 4, heads 2": (4, RING | {"tensor": 2, "window": None}),
-    "ring 2, row order": (2, RING | {"zigzag": False}),
-    "gather 8": (8, GATHER),
+    "gather 4": (4, GATHER),
     "kernel in a ring of 2": (2, {"implementation": "pallas_tpu"}),
 }
 

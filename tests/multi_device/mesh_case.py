@@ -68,7 +68,6 @@ ODD = {"vocab_size": 65}  # no tensor axis divides it
 EXPERT_MESHES = {
     "fsdp2_expert2_tensor2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
     "expert4_context2": {"data": 1, "expert": 4, "context": 2},
-    "data2_expert4": {"data": 2, "expert": 4},
 }
 CONTEXT = {
     "layer_pattern": ("local", "global"),
@@ -509,8 +508,8 @@ def case_kernel():
 def case_exchanged():
     """Experts on several devices; and what a device sends in one of the meshes."""
     train = {"load_balance_loss": 0.1}
-    result = case_gradients(list(EXPERT_MESHES), EXPERTS, **train)
-    mesh = mesh_of("data2_expert4")
+    result = case_gradients(list(EXPERT_MESHES), EXPERTS | CONTEXT, **train)
+    mesh = mesh_of("expert4_context2")
     # Without biases, whose gathered vectors would count as weights.
     model = dataclasses.replace(
         MODEL, num_experts=4, experts_per_token=2, num_layers=1, remat="none"
@@ -550,9 +549,6 @@ def main():
         "kernel": case_kernel,
         "context": case_context,
         "exchanged": case_exchanged,
-        "context_gather": lambda: case_gradients(
-            ["context4_tensor2"], CONTEXT | EXPERTS, load_balance_loss=0.1
-        ),
         "adamw": lambda: case_losses(four, "adamw"),
         "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
         "experts_adamw": lambda: case_losses(four, "adamw", EXPERTS),

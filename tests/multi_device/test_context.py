@@ -35,11 +35,10 @@ def test_rows_that_are_cut():
 @pytest.mark.slow
 def test_more_ways_to_cut_rows():
     sent = check_cases(
-        *("ring 8", "ring 4, heads 2", "ring 2, row order", "gather 8"),
-        "kernel in a ring of 2",
+        *("ring 8", "ring 4, heads 2", "gather 4", "kernel in a ring of 2")
     )
     check_ring(sent["ring 8"], 8)
-    assert sent["gather 8"]["all-gather"] >= 7 * (2 * B * T // 8 * K * H * 4)
+    assert sent["gather 4"]["all-gather"] >= 3 * (2 * B * T // 4 * K * H * 4)
     with pytest.raises(AssertionError):
         check_cases("wrong order")
 
@@ -49,9 +48,3 @@ def test_gradients_of_rows_that_are_cut(tmp_path):
     """2, 4 and 8 parts, beside fsdp and tensor; windows, sinks, packed documents."""
     result = run_child("mesh_case.py", "context", tmp_path)
     check_gradients(result, ["fsdp4_context2", "context4_tensor2", "context8"])
-
-
-@pytest.mark.slow
-def test_gradients_of_experts_on_rows_that_are_cut(tmp_path):
-    result = run_child("mesh_case.py", "context_gather", tmp_path)
-    check_gradients(result, ["context4_tensor2"])

@@ -280,10 +280,9 @@ def test_a_tpu_gets_its_own_instruction():
     assert text.count('"chlo.ragged_dot"(') == 3
 
 
-@pytest.mark.parametrize("name", ["biases", "crowd, one expert"])
-def test_parts_of_the_experts_add_up_to_all(name):
+def test_parts_of_the_experts_add_up_to_all():
     """As when experts lie on several devices: values, and gradients of the tokens."""
-    case = CASES[name]
+    case = CASES["biases"]
     x, logits, w = jax.tree.map(jnp.asarray, inputs_of(case))
     w = {name: matrix for name, matrix in w.items() if name != "down_bias"}
     weights, experts = moe.route(logits, case.k, case.normalize)
