@@ -92,8 +92,8 @@ def test_every_parameter_has_a_layout(variant):
         if big and "bias" not in name and "norm" not in name:
             wanted = {"fsdp"} if name in ONLY_FSDP else {"fsdp", "tensor"}
             if name.startswith("layers/moe/") and name not in ONLY_FSDP:
-                    wanted = wanted | {"expert"}
-                assert cut == wanted, name
+                wanted = wanted | {"expert"}
+            assert cut == wanted, name
 
 
 def test_the_layouts_by_name():
