@@ -68,6 +68,7 @@ ODD = {"vocab_size": 65}  # no tensor axis divides it
 EXPERT_MESHES = {
     "fsdp2_expert2_tensor2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
     "expert4_context2": {"data": 1, "expert": 4, "context": 2},
+    "data2_expert4": {"data": 2, "expert": 4},
 }
 CONTEXT = {
     "layer_pattern": ("local", "global"),
@@ -508,8 +509,10 @@ def case_kernel():
 def case_exchanged():
     """Experts on several devices; and what a device sends in one of the meshes."""
     train = {"load_balance_loss": 0.1}
-    result = case_gradients(list(EXPERT_MESHES), EXPERTS | CONTEXT, **train)
-    mesh = mesh_of("expert4_context2")
+    names = ["fsdp2_expert2_tensor2", "expert4_context2"]
+    result = case_gradients(names, EXPERTS | CONTEXT, **train)
+    # Here no gradient is added up along the axis of the experts alone.
+    mesh = mesh_of("data2_expert4")
     # Without biases, whose gathered vectors would count as weights.
     model = dataclasses.replace(
         MODEL, num_experts=4, experts_per_token=2, num_layers=1, remat="none"

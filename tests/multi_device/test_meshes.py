@@ -107,9 +107,9 @@ def test_gradients_of_experts_on_several_devices(tmp_path):
     result = run_case("exchanged", tmp_path)
     check_gradients(result, ["fsdp2_expert2_tensor2", "expert4_context2"])
     assert {part for part, _ in result["sent"]} == {"expert parallelism"}
-    # To 3 others and back, in either direction, 4 halves of rows of 32 tokens of 16 f32; and the
+    # To 3 others and back, in either direction, 2 rows of 32 tokens of 16 f32; and the
     # numbers and weights of their 2 experts, with the gradient of the latter.
-    rows = 4 * 16
+    rows = 2 * 32
     assert sum(b for _, b in result["sent"]) == 3 * rows * (4 * 16 * 4 + 3 * 2 * 4)
 
 
