@@ -51,6 +51,7 @@ def main(chosen: ServeArguments) -> int:
         server = Server(
             *(chosen.name or checkpoint.path.name, model, tokenizer, worker),
             max_length=max_length,
+            num_slots=chosen.slots,
             api_key=api_key,
             limits=Limits(seconds=float(chosen.max_seconds)),
         )

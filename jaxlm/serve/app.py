@@ -35,6 +35,8 @@ from jaxlm.serve.worker import Busy, Worker
 from jaxlm.tokenizers.base import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+# Of the automata of all slots, which int16 counts; half of them may lie in gaps.
+_ALL_STATES = 16_000
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Server:
         worker: Worker,
         *,
         max_length: int,
+        num_slots: int,
         api_key: str | None = None,
         limits: Limits | None = None,
     ):
@@ -82,11 +85,13 @@ class Server:
         Args:
           name: of the model, for clients.
           max_length: tokens of a prompt and its answer together, as the engine's.
+          num_slots: as the engine's.
           api_key: what clients must send; None: nothing.
         """
         self._name, self._config, self._tokenizer = name, config, tokenizer
         self._worker, self._max_length = worker, max_length
         self._api_key, self._limits = api_key, limits or Limits()
+        self._max_states = _ALL_STATES // num_slots
         self._created = int(time.time())
         self._registry = CollectorRegistry()
         self._requests = Counter(
@@ -253,6 +258,14 @@ class Server:
             limit = chosen.max_tokens or limit
             sample = replace(chosen.sample, max_new_tokens=limit)
             grammar = self._grammar_of(chosen.schema, sample)
+            states = 1 + sum(len(s.encode()) for s in sample.stop_strings)
+            states += 0 if grammar is None else len(grammar.needs)
+            if states > self._max_states:
+                raise Failure(
+                    400,
+                    f"stop and response_format need {states:,} states, and an answer "
+                    f"may have {self._max_states:,}: make them shorter",
+                )
             for _ in range(chosen.num_choices):
                 own = jax.random.fold_in(key, len(requests))
                 requests.append(Request(row, sample, own, grammar))

@@ -201,6 +201,10 @@ def _stops(given: str | Sequence[Any]) -> tuple[str, ...]:
         _is(s, str) and 0 < len(s) <= 200 for s in stops
     ):
         raise Wrong("stop", f"at most {_MAX_STOPS} texts of 1 to 200 characters")
+    try:
+        "".join(stops).encode()
+    except UnicodeEncodeError:
+        raise Wrong("stop", "it holds half of a surrogate pair") from None
     return stops
 
 
