@@ -23,7 +23,7 @@ import numpy as np
 from train_step import machine
 
 import jaxlm
-from jaxlm.interp.patching import activation_patching, metric_of
+from jaxlm.interp.causes.patching import activation_patching, metric_of
 
 LENGTH = 16
 CLOCKS = ("wall", "processor")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxlm.checkpoint.load import load, load_tokenizer
     from jaxlm.checkpoint.save import save
     from jaxlm.config import Config, ModelConfig, SampleConfig
-    from jaxlm.infer.chat_ids import chat_ids
+    from jaxlm.infer.conversation.chat_ids import chat_ids
     from jaxlm.infer.generate import Generation, generate
     from jaxlm.infer.scoring import score
     from jaxlm.model.block import Block

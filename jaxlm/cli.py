@@ -115,8 +115,8 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
 
 
 def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
-    from jaxlm.commands.arguments import ARGUMENTS, read_arguments
     from jaxlm.commands.process import discard_stdout, fail, log_on_stderr
+    from jaxlm.flags.arguments import ARGUMENTS, read_arguments
     from jaxlm.flags.config_file import ConfigFileError
     from jaxlm.flags.flag_table import in_flags
     from jaxlm.terminal.interrupts import Interrupts

@@ -146,7 +146,7 @@ if os.environ["AT"] == "the restart" and "GLIBC_TUNABLES" in os.environ:
         (["train.py"], "the restart"),
         (["train.py"], "jax"),
         (["sample.py"], "numpy"),
-        (["-m", "jaxlm.cli", "chat"], "jaxlm.infer.conversation"),
+        (["-m", "jaxlm.cli", "chat"], "jaxlm.infer.conversation.conversation"),
     ],
 )
 def test_ctrl_c_while_modules_are_imported_ends_quietly(face, at, repository, tmp_path):

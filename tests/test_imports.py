@@ -8,8 +8,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
-# A folder imports from earlier rows only, never from its own row. `interp` and `serve`
-# are planned.
+# A folder imports from earlier rows only, never from its own row.
 ROWS = (
     ("terminal",),
     ("fields",),

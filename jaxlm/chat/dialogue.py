@@ -13,7 +13,7 @@ from types import FrameType
 from jaxlm.chat import transcript
 from jaxlm.chat.prompt import DraftDropped
 from jaxlm.fields import nearest
-from jaxlm.infer.conversation import Answer, ContextFull, Conversation
+from jaxlm.infer.conversation.conversation import Answer, ContextFull, Conversation
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
 from jaxlm.terminal.printable import printable

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxlm.files import durable
 from jaxlm.files.strict_json import parse
-from jaxlm.infer.conversation import Message
+from jaxlm.infer.conversation.conversation import Message
 
 
 def save(messages: Sequence[Message], path: Path) -> None:

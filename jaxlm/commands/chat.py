@@ -10,12 +10,12 @@ from jaxlm.chat.dialogue import Dialogue
 from jaxlm.chat.prompt import line_editor
 from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.commands.arguments import ChatArguments
-from jaxlm.commands.generation import open_model, with_stop_ids
+from jaxlm.commands.generating.generation import open_model, with_stop_ids
 from jaxlm.commands.process import log_paused, use_compile_cache
 from jaxlm.config import ModelConfig
-from jaxlm.infer.chat_ids import turns_are_text
-from jaxlm.infer.conversation import Conversation
+from jaxlm.flags.arguments import ChatArguments
+from jaxlm.infer.conversation.chat_ids import turns_are_text
+from jaxlm.infer.conversation.conversation import Conversation
 from jaxlm.model.attention_choice import attention_choices
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.progress import Waiting, format_count

@@ -1,7 +1,7 @@
 """Convert a checkpoint to another format: jaxlm, Hugging Face or GGUF."""
 
 from jaxlm.checkpoint.conversion import convert
-from jaxlm.commands.arguments import ConvertArguments
+from jaxlm.flags.arguments import ConvertArguments
 
 
 def main(chosen: ConvertArguments) -> int:

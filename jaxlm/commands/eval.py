@@ -7,8 +7,7 @@ from itertools import accumulate
 import jax
 
 from jaxlm.checkpoint.load import load_onto_mesh
-from jaxlm.commands.arguments import EvalArguments
-from jaxlm.commands.generation import open_with_dtype
+from jaxlm.commands.generating.generation import open_with_dtype
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import ModelConfig
 from jaxlm.data.documents import read_documents
@@ -20,6 +19,7 @@ from jaxlm.evaluation.multiple_choice import (
     read_questions,
 )
 from jaxlm.evaluation.text_loss import TextLoss, check_windows, text_loss
+from jaxlm.flags.arguments import EvalArguments
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.progress import Waiting, progress_bar
 from jaxlm.tokenizers.base import Tokenizer

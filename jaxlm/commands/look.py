@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
-from jaxlm.commands.arguments import LookArguments
 from jaxlm.commands.process import use_compile_cache
+from jaxlm.flags.arguments import LookArguments
 from jaxlm.report.inside.inside_page import write_page
 from jaxlm.report.inside.measure import view_of
 from jaxlm.report.inside.terminal_view import print_view

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxlm.commands.arguments import ReportArguments
+from jaxlm.flags.arguments import ReportArguments
 from jaxlm.report.curves import load_runs
 from jaxlm.report.live import PICTURE, REPORT
 from jaxlm.report.page import write_report

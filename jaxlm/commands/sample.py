@@ -12,12 +12,12 @@ from jaxtyping import Bool, Int
 
 from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.commands.arguments import SampleArguments
-from jaxlm.commands.generation import open_model, with_stop_ids
+from jaxlm.commands.generating.generation import open_model, with_stop_ids
+from jaxlm.commands.generating.sampled_text import colored_texts, json_lines
 from jaxlm.commands.process import use_compile_cache
-from jaxlm.commands.sampled_text import colored_texts, json_lines
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.files.strict_json import parse
+from jaxlm.flags.arguments import SampleArguments
 from jaxlm.infer.check_arguments import check_room
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.infer.grammar.json_schema import json_schema
@@ -51,7 +51,7 @@ def main(chosen: SampleArguments) -> int:
             params = load_onto_mesh(checkpoint)
         result = write_samples(model, params, tokenizer, text, chosen)
     if chosen.look is not None:
-        from jaxlm.commands.generation_page import write_generation
+        from jaxlm.commands.generating.generation_page import write_generation
 
         with Waiting("looking inside"):
             write_generation(model, params, tokenizer, prompt, result.rows[0], chosen)

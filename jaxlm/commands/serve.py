@@ -7,9 +7,9 @@ import jax
 import uvicorn
 
 from jaxlm.checkpoint.load import load_onto_mesh
-from jaxlm.commands.arguments import ServeArguments
-from jaxlm.commands.generation import open_with_dtype
+from jaxlm.commands.generating.generation import open_with_dtype
 from jaxlm.commands.process import use_compile_cache
+from jaxlm.flags.arguments import ServeArguments
 from jaxlm.infer.engine import Engine
 from jaxlm.serve.app import Limits, Server
 from jaxlm.serve.bodies import MAX_TOP_LOGPROBS

@@ -1,7 +1,7 @@
 """Measure block sizes of attention on this device, and save the best."""
 
-from jaxlm.commands.arguments import TuneArguments
-from jaxlm.ops.attention.tuning import tune
+from jaxlm.flags.arguments import TuneArguments
+from jaxlm.ops.attention.tuning.tuning import tune
 from jaxlm.ops.linear import compute_dtype
 
 

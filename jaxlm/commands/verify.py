@@ -1,7 +1,7 @@
 """Compare a model with an independent implementation, and with itself."""
 
-from jaxlm.commands.arguments import VerifyArguments
 from jaxlm.commands.process import use_compile_cache
+from jaxlm.flags.arguments import VerifyArguments
 from jaxlm.terminal.exit_codes import EXIT_DONE, EXIT_FAILED
 from jaxlm.verify.verification import verify, write_certificate
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.interp.logit_attribution import head_rows, logit_weights
+from jaxlm.interp.causes.logit_attribution import head_rows, logit_weights
 from jaxlm.types import Params
 
 

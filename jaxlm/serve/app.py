@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.files.strict_json import parse_object
-from jaxlm.infer.chat_ids import chat_ids
+from jaxlm.infer.conversation.chat_ids import chat_ids
 from jaxlm.infer.engine import Request
 from jaxlm.infer.grammar.json_schema import any_object, json_schema
 from jaxlm.infer.grammar.token_grammar import token_grammar

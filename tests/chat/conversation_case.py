@@ -8,8 +8,8 @@ from hugging_face_case import golden_tokenizer
 from toy_case import toy
 
 from jaxlm.config import SampleConfig
-from jaxlm.infer import chat_ids, chat_template, conversation
-from jaxlm.infer.conversation import Conversation
+from jaxlm.infer.conversation import chat_ids, chat_template, conversation
+from jaxlm.infer.conversation.conversation import Conversation
 
 
 def scripted(monkeypatch, folder, answers, context_length=512, new=40):

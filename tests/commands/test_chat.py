@@ -16,7 +16,7 @@ from toy_case import make_params, toy
 from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.checkpoint.save import save
 from jaxlm.config import SampleConfig
-from jaxlm.infer.conversation import Conversation
+from jaxlm.infer.conversation.conversation import Conversation
 
 # Answers never end by themselves, and a long one takes seconds.
 CONTEXT = 8192

@@ -8,9 +8,9 @@ from inside_case import CONFIG, PARAMS, TOKENIZER
 
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
-from jaxlm.commands.arguments import SampleArguments, read_arguments
-from jaxlm.commands.generation_page import write_generation
+from jaxlm.commands.generating.generation_page import write_generation
 from jaxlm.config import SampleConfig
+from jaxlm.flags.arguments import SampleArguments, read_arguments
 
 
 def test_arguments():

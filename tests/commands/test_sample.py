@@ -19,10 +19,10 @@ from toy_case import make_params, toy
 
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
-from jaxlm.commands.arguments import SampleArguments
-from jaxlm.commands.generation import open_model
+from jaxlm.commands.generating.generation import open_model
 from jaxlm.commands.sample import Printer, read_prompt, write_samples
 from jaxlm.config import SampleConfig
+from jaxlm.flags.arguments import SampleArguments
 from jaxlm.infer.generate import generate
 from jaxlm.terminal.printable import printable
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer

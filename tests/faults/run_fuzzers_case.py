@@ -17,12 +17,12 @@ from fuzz_case import (
 from hypothesis import strategies as st
 
 from jaxlm.chat import transcript
-from jaxlm.commands.arguments import ARGUMENTS, read_arguments
 from jaxlm.fields import to_dict
+from jaxlm.flags.arguments import ARGUMENTS, read_arguments
 from jaxlm.flags.config_file import RunArguments, read_config
 from jaxlm.flags.flag_table import flags_of
 from jaxlm.ops.attention.dense import DenseSettings
-from jaxlm.ops.attention.tuning_cache import measured, settings_file
+from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_file
 from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 from jaxlm.train.metrics import FILE_NAME, MetricsWriter, read_metrics

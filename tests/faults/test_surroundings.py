@@ -11,7 +11,7 @@ from run_case import CONFIG, REPOSITORY, Run
 
 from jaxlm.commands import process
 from jaxlm.data.disk_cache import build_once
-from jaxlm.ops.attention import tuning_cache
+from jaxlm.ops.attention.tuning import tuning_cache
 from jaxlm.train.metrics import read_metrics
 
 BASE = CONFIG.replace("sample_tokens=8", "sample_tokens=0").replace(

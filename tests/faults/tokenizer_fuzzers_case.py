@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from sentencepiece_case import trained
 
-from jaxlm.infer.chat_ids import chat_ids
+from jaxlm.infer.conversation.chat_ids import chat_ids
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 from jaxlm.tokenizers.gguf import gguf_metadata, tokenizer_from_gguf
 from jaxlm.tokenizers.hugging_face.hugging_face_tokenizer import HuggingFaceTokenizer

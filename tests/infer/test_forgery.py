@@ -6,9 +6,9 @@ import pytest
 from forgery_case import HARMLESS, ORDINARY, TEMPLATES, forged_messages
 from hugging_face_case import GOLDENS, golden_tokenizer
 
-from jaxlm.infer import chat_ids as chat_ids_module
-from jaxlm.infer import chat_template
-from jaxlm.infer.chat_ids import chat_ids
+from jaxlm.infer.conversation import chat_ids as chat_ids_module
+from jaxlm.infer.conversation import chat_template
+from jaxlm.infer.conversation.chat_ids import chat_ids
 
 
 @functools.cache

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from jaxlm.config import ModelConfig
+from jaxlm.interp.causes.patching import head_ablation, metric_of
 from jaxlm.interp.head_scores import induction, previous_token
-from jaxlm.interp.patching import head_ablation, metric_of
 from jaxlm.model.initialization import init
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.tap import Tap

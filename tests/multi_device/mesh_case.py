@@ -27,7 +27,7 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.infer.generate import generate
-from jaxlm.interp.patching import activation_patching
+from jaxlm.interp.causes.patching import activation_patching
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward

@@ -13,7 +13,7 @@ import torch
 from hf_case import blocks, build
 from parity_case import CASES, nested, tokens, weights
 
-from jaxlm.interp.patching import activation_patching, metric_of
+from jaxlm.interp.causes.patching import activation_patching, metric_of
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap

@@ -19,8 +19,8 @@ import pytest
 from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
-from jaxlm.interp.logit_attribution import head_attribution, logit_direction
-from jaxlm.interp.patching import head_patching, metric_of
+from jaxlm.interp.causes.logit_attribution import head_attribution, logit_direction
+from jaxlm.interp.causes.patching import head_patching, metric_of
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.tap import Tap
 

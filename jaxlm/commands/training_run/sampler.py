@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from jaxlm.commands.generation import with_stop_ids
+from jaxlm.commands.generating.generation import with_stop_ids
 from jaxlm.config import Config
 from jaxlm.infer.check_arguments import check_room, check_samples
 from jaxlm.infer.generate import generate

@@ -16,7 +16,7 @@ from jaxlm.ops.attention import online_softmax
 from jaxlm.ops.attention.flash import FlashKernels, flash_attention
 from jaxlm.ops.attention.reference import join_heads
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask, Tokens
-from jaxlm.ops.attention.tuning_cache import measured, settings_key
+from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_key
 from jaxlm.ops.layout import reshape
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxlm.ops.attention.reference import join_heads
 from jaxlm.ops.attention.request import Request
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask
-from jaxlm.ops.attention.tuning_cache import measured, settings_key
+from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_key
 from jaxlm.ops.layout import reshape
 
 

@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
-from jaxlm.interp.logit_attribution import (
+from jaxlm.interp.causes.logit_attribution import (
     attribution_taps,
     head_attribution,
     logit_attribution,
     logit_direction,
 )
-from jaxlm.interp.patching import Metric, attribution_patching, sweep
+from jaxlm.interp.causes.patching import Metric, attribution_patching, sweep
 from jaxlm.interp.prediction import most_likely
 from jaxlm.model.transformer import Output
 from jaxlm.ops.probing.edit import Edit

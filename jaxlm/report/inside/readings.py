@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.interp.attention_maps import sink_mass, value_weighted
 from jaxlm.interp.cache_contents import cache_contents, read_mass
+from jaxlm.interp.causes.logit_attribution import head_rows, unit_attribution
 from jaxlm.interp.feed_forward_memory import promoted_tokens, strongest_units
 from jaxlm.interp.head_scores import duplicate_token, induction, previous_token
 from jaxlm.interp.lens import logit_lens, stream_alignment, stream_norms
-from jaxlm.interp.logit_attribution import head_rows, unit_attribution
 from jaxlm.interp.prediction import entropy, most_likely, rank, surprise
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import Output, forward

@@ -11,7 +11,7 @@ from jaxlm.ops.attention.gpu import gpu_decode, gpu_flash, specialized_forward
 from jaxlm.ops.attention.gpu.gpu_settings import ForwardKernel, GpuSettings
 from jaxlm.ops.attention.request import Request
 from jaxlm.ops.attention.spec import AttentionSpec, dequantize
-from jaxlm.ops.attention.tuning_cache import measured, settings_key
+from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_key
 
 
 def default_settings(

@@ -11,7 +11,7 @@ from jaxlm.ops.attention.request import Request
 from jaxlm.ops.attention.spec import AttentionSpec, dequantize
 from jaxlm.ops.attention.tpu import tpu_backward, tpu_forward
 from jaxlm.ops.attention.tpu.tpu_blocks import LANES, TpuSettings
-from jaxlm.ops.attention.tuning_cache import measured, settings_key
+from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_key
 
 # Up to this many queries with given positions are decoded (`_decode`).
 DECODE_QUERIES = 8

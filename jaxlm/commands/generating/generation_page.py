@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxlm.commands.arguments import SampleArguments
 from jaxlm.config import ModelConfig
+from jaxlm.flags.arguments import SampleArguments
 from jaxlm.report.inside.inside_page import write_page
 from jaxlm.report.inside.measure import view_of
 from jaxlm.tokenizers.base import Tokenizer

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxlm.files.limited_process import run_limited
-from jaxlm.infer import chat_template
-from jaxlm.infer.chat_template import (
+from jaxlm.infer.conversation import chat_template
+from jaxlm.infer.conversation.chat_template import (
     MAX_CPU_SECONDS,
     MAX_OUTPUT_BYTES,
     MAX_TEMPLATE_BYTES,

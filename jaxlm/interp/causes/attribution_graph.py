@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.interp.logit_attribution import logit_weights, through_norm
+from jaxlm.interp.causes.logit_attribution import logit_weights, through_norm
 from jaxlm.model.transformer import forward
 from jaxlm.ops.feed_forward import ACTIVATIONS
 from jaxlm.ops.probing.edit import Edit

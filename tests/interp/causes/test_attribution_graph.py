@@ -5,8 +5,8 @@ import pytest
 from model_case import ids, make, small
 from ops_case import quick_jit
 
-from jaxlm.interp.attribution_graph import attribution_graph
-from jaxlm.interp.logit_attribution import logit_direction
+from jaxlm.interp.causes.attribution_graph import attribution_graph
+from jaxlm.interp.causes.logit_attribution import logit_direction
 from jaxlm.model.transformer import forward
 
 T = 3

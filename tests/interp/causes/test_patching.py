@@ -7,7 +7,7 @@ import pytest
 from model_case import ids, make, small
 from ops_case import quick_jit
 
-from jaxlm.interp.patching import (
+from jaxlm.interp.causes.patching import (
     activation_patching,
     attribution_patching,
     head_ablation,

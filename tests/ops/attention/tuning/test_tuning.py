@@ -8,8 +8,8 @@ import pytest
 
 from jaxlm.cli import main
 from jaxlm.ops.attention import dense
-from jaxlm.ops.attention.tuning import TUNABLE, tune
-from jaxlm.ops.attention.tuning_cache import (
+from jaxlm.ops.attention.tuning.tuning import TUNABLE, tune
+from jaxlm.ops.attention.tuning.tuning_cache import (
     measured,
     record,
     settings_file,
@@ -29,7 +29,7 @@ def test_the_fastest_is_kept_and_used(monkeypatch):
     assert dense.settings_for(q) == dense.DenseSettings()
     seconds = {64: 3.0, 128: 2.0, 256: 1.0, 512: 4.0, 1024: 5.0}
     monkeypatch.setattr(
-        "jaxlm.ops.attention.tuning._seconds", lambda *a: seconds[a[-1].block]
+        "jaxlm.ops.attention.tuning.tuning._seconds", lambda *a: seconds[a[-1].block]
     )
     lines = list(tune("dense", **SMALL, dtype=jnp.float32))
     assert len(lines) == len(seconds) + 1

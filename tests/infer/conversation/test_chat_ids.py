@@ -11,9 +11,9 @@ from hugging_face_case import (
     smollm2_metadata,
 )
 
-from jaxlm.infer import chat_ids as chat_ids_module
-from jaxlm.infer import chat_template
-from jaxlm.infer.chat_ids import chat_ids, render, turns_are_text
+from jaxlm.infer.conversation import chat_ids as chat_ids_module
+from jaxlm.infer.conversation import chat_template
+from jaxlm.infer.conversation.chat_ids import chat_ids, render, turns_are_text
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.gguf import tokenizer_from_gguf
 

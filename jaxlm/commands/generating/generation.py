@@ -6,8 +6,8 @@ import sys
 from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.commands.arguments import GenerationArguments
 from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.flags.arguments import GenerationArguments
 from jaxlm.tokenizers.base import Tokenizer
 
 

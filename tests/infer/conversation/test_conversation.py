@@ -7,10 +7,10 @@ from hugging_face_case import golden_tokenizer
 from toy_case import make_params, toy
 
 from jaxlm.config import SampleConfig
-from jaxlm.infer import chat_ids as chat_ids_module
-from jaxlm.infer import chat_template, conversation
-from jaxlm.infer.chat_ids import chat_ids, render
-from jaxlm.infer.conversation import ContextFull, Conversation
+from jaxlm.infer.conversation import chat_ids as chat_ids_module
+from jaxlm.infer.conversation import chat_template, conversation
+from jaxlm.infer.conversation.chat_ids import chat_ids, render
+from jaxlm.infer.conversation.conversation import ContextFull, Conversation
 from jaxlm.infer.generate import generate
 
 # Long enough for the first turns to have 129 to 256 tokens: one size is compiled.

@@ -17,7 +17,7 @@ from jaxlm.fields import nearest
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
 from jaxlm.ops.attention.request import Request, request
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
-from jaxlm.ops.attention.tuning_cache import record, settings_key
+from jaxlm.ops.attention.tuning.tuning_cache import record, settings_key
 
 BLOCKS = (128, 256, 512, 1024)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from jaxlm.config import CacheKind, ModelConfig, SampleConfig
-from jaxlm.infer.chat_ids import chat_ids
+from jaxlm.infer.conversation.chat_ids import chat_ids
 from jaxlm.infer.generate import generate
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.rules.stop_strings import StopText

@@ -7,7 +7,7 @@ from model_case import ids, make, small
 from ops_case import normal, quick_jit
 
 from jaxlm import tree
-from jaxlm.interp.logit_attribution import (
+from jaxlm.interp.causes.logit_attribution import (
     attribution_taps,
     head_attribution,
     logit_attribution,
