@@ -38,7 +38,7 @@ class JaxLM(LM):
         """Answers requests of (context, continuation), as `loglikelihoods` does."""
         found = []
         for batch in _batches(requests):
-            pairs = [request.args for request in batch]
+            pairs: list[Any] = [request.args for request in batch]
             found += loglikelihoods(self._config, self._params, self._tokenizer, pairs)
         return found
 
@@ -64,7 +64,8 @@ class JaxLM(LM):
         texts = []
         for batch in _batches(requests):
             rows, samples = [], []
-            for context, arguments in (request.args for request in batch):
+            arguments_of: list[Any] = [request.args for request in batch]
+            for context, arguments in arguments_of:
                 sample = _sample(arguments, self._tokenizer)
                 room = self._config.context_length - sample.max_new_tokens
                 if room < 1:

@@ -161,7 +161,8 @@ class Engine:
         self.max_length = max_length or config.context_length
         self.num_tokens = num_tokens or config.vocab_size
         self.token_bytes = None if token_bytes is None else tuple(token_bytes)
-        self.num_top, self.cache = top_logprobs, cache
+        self.num_top = top_logprobs
+        self.cache: CacheKind = cache
         self.cache_bytes = check_cache(
             *(config, params, num_slots, self.max_length, cache)
         )
@@ -230,11 +231,11 @@ class Engine:
             return []
         assert self._state is not None
         self.clock.lap()
-        self._state, drawn, trace = self._programs.decode(
+        state, drawn, trace = self._programs.decode(
             *(self._split, self._state, self._table[1]),
             *(np.int32(self.num_tokens), (self._edits, self._taps)),
         )
-        rows = self._state.rows
+        self._state, rows = state, state.rows
         ends = (rows.is_done, rows.stop_states, rows.grammar_states)
         drawn, trace, (is_done, *states) = whole((drawn, trace, ends))
         self.clock.decode_s += self.clock.lap()
@@ -317,8 +318,8 @@ class Engine:
             row = self._state_of([running] * batch_parts(), found)
             if self._state is None:
                 self._state = self._empty_state()
-            self._state = self._programs.insert(self._state, row, np.int32(slot))
-            jax.block_until_ready(self._state.logits)
+            state = self._programs.insert(self._state, row, np.int32(slot))
+            self._state = jax.block_until_ready(state)
             self.clock.prefill_s += self.clock.lap()
 
     def _prefill(

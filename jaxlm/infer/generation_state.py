@@ -59,6 +59,7 @@ class GenerationState:
 
         A ring has lost the oldest tokens, and what comes next may see some of them.
         """
+        assert isinstance(self.cache.layers, tuple)
         rings = [x for x in self.cache.layers if x.window is not None]
         if not rings:
             return True

@@ -81,8 +81,8 @@ def init_cache(
         keys, values = (zeros("LBSKH", jnp.int8 if is_int8 else dtype) for _ in "kv")
         if not is_int8:
             return LayerCache(keys, values, window=window)
-        scales = (zeros("LBSK", jnp.float32) for _ in "kv")
-        return LayerCache(keys, values, *scales, window)
+        key_scale, value_scale = (zeros("LBSK", jnp.float32) for _ in "kv")
+        return LayerCache(keys, values, key_scale, value_scale, window)
 
     lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation_spec("B"))
     windows: list[int | None] = [None]

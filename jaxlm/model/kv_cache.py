@@ -91,7 +91,7 @@ def _parts(
 
 
 def unstack_layers(
-    layers: LayerCache | LayerStacks, num_layers: int
+    layers: LayerCache | LayerStacks | tuple[LayerCache, ...], num_layers: int
 ) -> tuple[LayerCache, ...]:
     """Returns one cache for each layer."""
     stacks = _parts(layers)

@@ -196,7 +196,9 @@ def letter_sizes(
 
 
 def _letters(
-    config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache | None
+    config: ModelConfig,
+    tokens: Array | np.ndarray | jax.ShapeDtypeStruct,
+    cache: Cache | None,
 ) -> dict[str, int]:
     B, T = tokens.shape
     S = T if cache is None or cache.is_empty else cache.max_length

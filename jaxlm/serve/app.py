@@ -6,7 +6,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -316,7 +316,9 @@ class _Job:
             "model": server._name,
         }
 
-    async def _parts(self) -> AsyncIterator[tuple[int, str, list[dict[str, Any]]]]:
+    async def _parts(
+        self,
+    ) -> AsyncGenerator[tuple[int, str, list[dict[str, Any]]], None]:
         """Yields the number of an answer, and what is new in it."""
         parts: asyncio.Queue[Any] = asyncio.Queue()
 

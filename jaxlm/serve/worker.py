@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, args=run, daemon=True)
         self._thread.start()
 
-    async def run(self, request: Request) -> AsyncIterator[NewTokens]:
+    async def run(self, request: Request) -> AsyncGenerator[NewTokens, None]:
         """Yields the tokens of a request as they come; closing it frees the slot.
 
         Raises:

@@ -22,7 +22,7 @@ def main() -> None:
     # Whoever stops the run stops its processes, which may still save.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    from jaxlib import _jax
+    import jaxlib._jax as _jax
 
     address, count, linger = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     service = _jax.get_distributed_runtime_service(

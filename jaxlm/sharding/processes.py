@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jaxlib._jax as _jax
 from jax._src import distributed
 from jax.errors import JaxRuntimeError
 from jax.sharding import PartitionSpec as P
-from jaxlib import _jax
 
 from jaxlm.config import ProcessesConfig
 from jaxlm.sharding import coordinator

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 from jaxlm.checkpoint.load import open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
@@ -20,7 +21,9 @@ def open_model(chosen: GenerationArguments) -> tuple[Checkpoint, ModelConfig]:
     return open_with_dtype(run, chosen.dtype)
 
 
-def open_with_dtype(run: str, dtype: str | None) -> tuple[Checkpoint, ModelConfig]:
+def open_with_dtype(
+    run: Path | str, dtype: str | None
+) -> tuple[Checkpoint, ModelConfig]:
     """Opens a checkpoint; returns its config with another dtype unless it is None."""
     checkpoint = open_checkpoint(run)
     model = checkpoint.config

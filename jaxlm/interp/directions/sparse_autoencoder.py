@@ -67,6 +67,7 @@ class SparseAutoencoder:
         if self.activation == "jumprelu":
             return jnp.where(pre > self.thresholds, features, 0.0)
         if self.activation == "topk":
+            assert self.count is not None
             least = jax.lax.top_k(pre, self.count)[0][..., -1:]
             return jnp.where(pre >= least, features, 0.0)
         return features
@@ -143,8 +144,8 @@ def _from_weights(
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in weights.items()}
     return SparseAutoencoder(
         *(arrays[name] for name in _WEIGHTS),
-        arrays.get("threshold"),
-        activation,
-        count,
-        bool(config.get("apply_b_dec_to_input", False)),
+        thresholds=arrays.get("threshold"),
+        activation=activation,
+        count=count,
+        subtracts_bias=bool(config.get("apply_b_dec_to_input", False)),
     )

@@ -300,8 +300,10 @@ def attention(
         k, v, spec = dequantize(k, v, spec, q.dtype)
     run = chosen.run
     if choice.across == "gather":
+        assert cut is not None
         run = partial(gathered_attention, run, cut)
     elif choice.across == "ring":
+        assert cut is not None
         run = partial(_ring, chosen.kernels, cut)
     if cut is not None or isinstance(chosen, Kernel):
         z, lse = _on_each_device(run, q, k, v, spec, return_lse)

@@ -101,6 +101,7 @@ def _dot(x: Array, tap: Tap) -> Array:
 
 
 def _top_k(x: Array, tap: Tap) -> Largest:
+    assert tap.count is not None
     placed = layout(x)
     if placed is not None:
         x = jax.sharding.reshard(x, P(*placed.spec[:-1], None))

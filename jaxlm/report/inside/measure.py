@@ -207,8 +207,8 @@ def choice_ids(choice: ChoiceView, count: int = 200) -> Int[np.ndarray, " n"]:
 
 def _cache(config: ModelConfig, found: Numbers, T: int) -> CacheView:
     return CacheView(
-        np.float16(found["key_lengths"]),
-        np.float16(found["cached_value_lengths"]),
+        np.asarray(found["key_lengths"], np.float16),
+        np.asarray(found["cached_value_lengths"], np.float16),
         visible_tokens(config, T).astype(np.int32),
         found["read"],
         bytes_per_token(config),
@@ -238,11 +238,11 @@ def _heads(
     local = [kinds[i % len(kinds)].local for i in range(config.num_layers)]
     return HeadView(
         np.stack([layer, head], axis=1).astype(np.int32),
-        np.float16(probs[layer, head][:, *np.tril_indices(T)]),
+        np.asarray(probs[layer, head][:, *np.tril_indices(T)], np.float16),
         host["attn_lse"][layer, head],
         lengths[layer, head],
-        np.float16(host[query][layer, 0, head]),
-        np.float16(host["q_rot"][layer, 0, head]),
+        np.asarray(host[query][layer, 0, head], np.float16),
+        np.asarray(host["q_rot"][layer, 0, head], np.float16),
         found["kinds"][layer, head],
         [config.window if is_local else None for is_local in local],
         config.rotary_dim if config.position == "rope" else 0,

@@ -98,7 +98,8 @@ def _pad_head_dim(*arrays: Array) -> list[Array]:
 def _forward(q, k, v, spec: AttentionSpec, settings: GpuSettings):
     """See `flash.FlashKernels`."""
     H = q.shape[-1]
-    z, lse = _padded_forward(*_pad_head_dim(q, k, v), spec, settings)
+    padded_q, padded_k, padded_v = _pad_head_dim(q, k, v)
+    z, lse = _padded_forward(padded_q, padded_k, padded_v, spec, settings)
     return z[..., :H], lse
 
 
