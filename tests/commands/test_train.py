@@ -49,7 +49,7 @@ def make_data(folder):
         (
             {},
             {"sample_prompt": "x" * 40},
-            r"^--train\.sample-prompt has 40 tokens, .* context of 40: shorten it$",
+            r"^--train\.sample-prompt has 40 tokens, .* context of 40; shorten the prompt$",
         ),
         ({"stop_ids": (999,)}, {}, r"^sample\.stop_ids: 999 is not in the vocab"),
     ],
