@@ -11,6 +11,7 @@ from scipy import stats
 from jaxlm.config import SampleConfig
 from jaxlm.infer.row_settings import row_settings
 from jaxlm.infer.rules import penalties
+from jaxlm.infer.rules.automata import FREE, Automata, StateTable
 from jaxlm.infer.rules.filters import (
     NEVER,
     keep_min_p,
@@ -26,7 +27,6 @@ ROWS = 100_000
 V = 8
 # Bytes of eight tokens, for the breakers of DRY.
 TOKEN_BYTES = [b"a", b"b", b"c", b"d", b"e", b"f", b"g", b"\n"]
-sample_jitted = jax.jit(sample_tokens)
 penalized_jitted, filtered_jitted = jax.jit(penalized), jax.jit(filtered)
 
 
@@ -37,6 +37,16 @@ def history_of(rows, new=0, length=16):
         row[: len(given)] = given
     lengths = np.array([len(row) for row in rows], np.int32)
     return History(*map(jnp.asarray, (tokens, lengths, lengths - new)))
+
+
+@jax.jit
+def sample_jitted(logits, keys, settings, history):
+    """Samples without automata, one token a row."""
+    B, V = logits.shape
+    none = Automata(V)
+    table = StateTable(jnp.asarray(none.table), jnp.asarray(none.needs))
+    states = jnp.full(B, FREE, jnp.int32)
+    return sample_tokens(logits, keys, settings, history, table, states)
 
 
 def draws(probs, *, seed=0, text=(), new=0, **fields):
