@@ -57,7 +57,7 @@ _MODULES = {
     "checkpoint.load": ("load", "load_tokenizer"),
     "checkpoint.save": ("save",),
     "config": ("Config", "ModelConfig", "SampleConfig"),
-    "infer.chat_ids": ("chat_ids",),
+    "infer.conversation.chat_ids": ("chat_ids",),
     "infer.generate": ("Generation", "generate"),
     "infer.scoring": ("score",),
     "model.block": ("Block",),
