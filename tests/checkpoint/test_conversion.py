@@ -93,10 +93,10 @@ def test_dtypes(run, tmp_path, to):
 @pytest.mark.parametrize(
     "to, dtype, limit",
     [
-        ("hf", "f32", 0.0),
+        pytest.param("hf", "f32", 0.0, marks=pytest.mark.slow),
         ("hf", "bf16", 2e-2),
-        ("gguf", "f32", 0.0),
-        ("gguf", "f16", 3e-3),
+        pytest.param("gguf", "f32", 0.0, marks=pytest.mark.slow),
+        pytest.param("gguf", "f16", 3e-3, marks=pytest.mark.slow),
         ("gguf", "q8_0", 6e-2),
     ],
 )

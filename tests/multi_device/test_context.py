@@ -25,6 +25,7 @@ def check_ring(sent, devices):
     assert "all-gather" not in sent
 
 
+@pytest.mark.slow
 def test_rows_that_are_cut():
     """Packed rows, a window, sinks, a soft cap and grouped heads at once."""
     sent = check_cases("ring 4", "gather 2, row order")

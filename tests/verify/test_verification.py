@@ -412,6 +412,7 @@ def test_user_errors_are_one_line(copy, kept, tmp_path, capsys):
         assert err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_certificate_that_cannot_be_written_is_reported(copy, kept, tmp_path, capsys):
     assert command(copy, "--against", kept, "--out", tmp_path) == 0
     out, _ = capsys.readouterr()

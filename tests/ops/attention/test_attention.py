@@ -374,9 +374,12 @@ def test_large_scores_do_not_overflow(name):
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
 
 
+EXTRAS = ("plain", "window, soft cap, sinks", "int8")
+
+
 @pytest.mark.parametrize("name", [n for n in SHORT if n != "dense"])
 @pytest.mark.parametrize("queries", [1, 8])
-@pytest.mark.parametrize("extra", ["plain", "window, soft cap, sinks", "int8"])
+@pytest.mark.parametrize("extra", slow_but(["window, soft cap, sinks", "int8"], EXTRAS))
 def test_decoding(name, queries, extra):
     """A few queries at the end of ragged rows, also with int8 keys and values."""
     case = CASES[name]

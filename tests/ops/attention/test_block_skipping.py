@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks_case import slow_but
 
 from jaxlm.ops.attention.block_skipping import Grid, bounds, make_table
 from jaxlm.ops.attention.spec import Mask
@@ -31,7 +32,12 @@ NAMES = ("all keys", "window", "positions", "segments")
 SETS = [s for n in range(5) for s in itertools.combinations(NAMES, n)]
 
 
-@pytest.mark.parametrize("names", SETS, ids=lambda n: ", ".join(n) or "causal")
+QUICK = [(), NAMES, ("window", "segments"), ("all keys", "positions")]
+
+
+@pytest.mark.parametrize(
+    "names", slow_but(QUICK, SETS), ids=lambda n: ", ".join(n) or "causal"
+)
 def test_against_the_mask(names):
     rng = np.random.default_rng(len(str(names)))
     for T, S, block_queries, block_keys in (

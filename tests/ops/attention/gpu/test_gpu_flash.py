@@ -91,7 +91,10 @@ def test_the_forward_kernel_is_the_faster_one():
 
 @pytest.mark.parametrize(
     "hidden, positions, window",
-    [(slice(64, 128), [[3, 63]], None), (slice(0, 64), [[72, 127]], 8)],
+    [
+        (slice(64, 128), [[3, 63]], None),
+        pytest.param(slice(0, 64), [[72, 127]], 8, marks=pytest.mark.slow),
+    ],
     ids=["causal", "window"],
 )
 def test_hidden_blocks_are_not_read(hidden, positions, window):
@@ -106,6 +109,7 @@ def test_hidden_blocks_are_not_read(hidden, positions, window):
     assert np.any(dk) and np.any(dv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head_dim, settings",
     [

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import ops_case
 import pytest
+from marks_case import slow_but
 from ops_case import make_spec, normal, quick_jit
 
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
@@ -22,7 +23,7 @@ def inputs(T, S, N=4, K=2, H=8):
     return [jnp.asarray(normal(i, *shape)) for i, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("splits", slow_but([3], [1, 2, 3, 7]))
 def test_splits_of_the_keys_are_merged(splits):
     """Also with more splits than blocks, and rows that fill only some splits."""
     q, k, v = inputs(3, 77)
