@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from model_case import make, small
-from ops_case import quick_jit
 
 from jaxlm.commands.training_run.looks import make_looks
 from jaxlm.config import Config, MeshConfig, TrainConfig
@@ -30,7 +29,7 @@ def test_the_row_of_a_sentence():
     assert set(row) == set(FIELDS["look"])
     tokens = np.resize(np.array([97, 98, 99, 100]), 64)[None]
     taps = (Tap("resid_post"), Tap("attn_probs"))
-    out = quick_jit(partial(forward, MODEL, taps=taps))(PARAMS, tokens)
+    out = jax.jit(partial(forward, MODEL, taps=taps))(PARAMS, tokens)
     p = np.asarray(jax.nn.softmax(out.logits[0, :4]))
     assert row["entropy"] == pytest.approx(-(p * np.log(p)).sum(-1).mean(), rel=1e-4)
     probs = np.asarray(out.trace["attn_probs"][:, 0])

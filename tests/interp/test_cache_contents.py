@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from model_case import ids, make, small
-from ops_case import normal, quick_jit
+from ops_case import normal
 
 from jaxlm.interp.cache_contents import bytes_per_token, cache_contents, read_mass
 from jaxlm.model.initialization import init_cache
@@ -15,7 +15,7 @@ def test_lengths_are_those_of_the_real_cache_and_its_bytes():
     config, params = make(small(layer_pattern=("local", "global"), window=4))
     taps = (Tap("k_rot"), Tap("v"))
 
-    @quick_jit
+    @jax.jit
     def run(params):
         cache = init_cache(config, 2, 7, jnp.float32)
         out = forward(config, params, ids(2, 7), cache=cache, taps=taps)

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 from model_case import ids, make, small
-from ops_case import quick_jit
 
 from jaxlm.interp.feed_forward_memory import promoted_tokens, strongest_units
 from jaxlm.model.transformer import forward
@@ -28,7 +27,7 @@ def test_what_a_unit_promotes_is_what_it_adds_to_the_logits():
     div = 3.0
     more = jnp.zeros((1, 4, 40)).at[..., 7].set(0.5)
 
-    @quick_jit
+    @jax.jit
     def run(params, x):
         edits = (
             Edit("mlp_act", "add", x, layer=1),

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from model_case import ids, make, small
-from ops_case import quick_jit
 
 from jaxlm.interp.lens import (
     jacobian_lens,
@@ -21,7 +20,7 @@ from jaxlm.ops.probing.tap import Tap
 def test_the_lens_normalizes_and_the_last_layer_is_the_model():
     config, params = make(small(norm="layer", norm_bias=True, final_soft_cap=20.0))
 
-    @quick_jit
+    @jax.jit
     def run(params):
         out = forward(config, params, ids(2, 7), taps=(Tap("resid_post"),))
         stream = out.trace["resid_post"]
@@ -59,7 +58,7 @@ def test_the_jacobian_lens_is_the_mean_derivative():
     tokens, skip = ids(2, 5), 1
     taps = (Tap("resid_post"),)
 
-    @quick_jit
+    @jax.jit
     def run(params):
         stream = forward(config, params, tokens, taps=taps).trace["resid_post"]
 

@@ -64,6 +64,7 @@ def test_query_heads_that_the_axis_does_not_divide_are_refused():
         divisible_config(toy(num_heads=9, num_kv_heads=3))
 
 
+@pytest.mark.slow
 def test_it_computes_the_same(monkeypatch):
     """The form for a tensor axis of 4, on one device."""
     config = toy(

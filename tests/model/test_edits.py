@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from marks_case import slow_but
 from model_case import ids, make, small
-from ops_case import quick_jit
 from test_probe import CONFIGS, T, everything, model, sites
 
 import jaxlm
@@ -40,7 +39,7 @@ def adding(name):
     config, params = model(name)
     chosen = [site for site in editable(config) if site != "tokens"]
 
-    @quick_jit
+    @jax.jit
     def run(params, amounts):
         edits = tuple(
             Edit(
@@ -104,7 +103,7 @@ def edited(name, *edits, taps=(), way=None, params=None, tokens=None):
     config, own = model(name)
     config = dataclasses.replace(config, **(way or {}))
     tokens = ids(B, T) if tokens is None else tokens
-    return quick_jit(lambda p, e: forward(config, p, tokens, taps=taps, edits=e))(
+    return jax.jit(lambda p, e: forward(config, p, tokens, taps=taps, edits=e))(
         own if params is None else params, edits
     )
 
@@ -113,7 +112,7 @@ def test_the_tokens_and_the_residual_stream_of_another_text():
     """All of the stream set to that of another text gives the logits of that text."""
     config, params = model("plain")
     other = ids(B, T, seed=5)
-    right = quick_jit(lambda p: forward(config, p, other, taps=(Tap("resid_pre"),)))(
+    right = jax.jit(lambda p: forward(config, p, other, taps=(Tap("resid_pre"),)))(
         params
     )
     stream = Edit("resid_pre", "set", right.trace["resid_pre"], layer=2)
@@ -249,7 +248,7 @@ def test_however_layers_are_run(way):
 def test_positions_mean_the_same_with_a_cache():
     config, params = model("groups")
 
-    @quick_jit
+    @jax.jit
     def twice(params, edits):
         cache = init_cache(config, B, 16, jnp.float32)
         tokens = ids(B, T)
@@ -272,8 +271,8 @@ def test_a_sweep_is_one_program_and_equals_single_calls(compilations):
 
     grid = jnp.array([[0, 0], [1, 3], [2, 10], [0, 11]])
     over_cells = jax.vmap(logits, in_axes=(None, None, 0, 0))
-    swept, hits = quick_jit(over_cells)(params, v, *grid.T)
-    one = quick_jit(logits)
+    swept, hits = jax.jit(over_cells)(params, v, *grid.T)
+    one = jax.jit(logits)
     compilations.clear()
     for i, cell in enumerate(grid):
         single, _ = one(params, v, *cell)
@@ -289,7 +288,7 @@ def test_gradients_of_a_value_are_those_of_finite_differences():
     config, params = model("groups")
     v = jax.random.normal(jax.random.key(2), (8,)) * 0.1
 
-    @quick_jit
+    @jax.jit
     @jax.value_and_grad
     def score(v):
         edits = (
@@ -315,7 +314,7 @@ def test_what_is_frozen_has_no_gradient():
     rng = np.random.default_rng(2)
     v, c = rng.normal(size=(2, T, 24)).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     @jax.grad
     def gradient(v, edits):
         edits = (Edit("embed", "add", v), *edits)
@@ -347,7 +346,7 @@ def test_edits_in_bfloat16_keep_the_dtype():
         Edit("attn_probs", "scale", 0.5),
         Edit("final_norm_div", "scale", 2.0),
     )
-    out = quick_jit(lambda p: forward(config, p, ids(B, T), edits=edits))(params)
+    out = jax.jit(lambda p: forward(config, p, ids(B, T), edits=edits))(params)
     assert out.hidden_states.dtype == jnp.bfloat16
     assert np.isfinite(out.logits).all()
 

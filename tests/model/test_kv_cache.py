@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_case import ids, make, small
-from ops_case import quick_jit
 
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import append
@@ -38,7 +37,7 @@ def test_a_row_equals_the_same_prompt_alone(model, stacked):
     if not stacked:
         params = {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    @quick_jit
+    @jax.jit
     def decode(params):
         cache = init_cache(config, 2, 24, jnp.float32)
         if not stacked:
@@ -57,7 +56,7 @@ def test_a_row_equals_the_same_prompt_alone(model, stacked):
 
     prefill, decoded, new_lengths = decode(params)
     np.testing.assert_array_equal(new_lengths, lengths + 6)
-    full = quick_jit(lambda p: forward(config, p, texts).logits)(params)
+    full = jax.jit(lambda p: forward(config, p, texts).logits)(params)
     for row, n in enumerate(lengths.tolist()):
         np.testing.assert_allclose(prefill[row, :n], full[row, :n], atol=1e-4)
         np.testing.assert_allclose(decoded[row], full[row, n : n + 6], atol=1e-4)
@@ -66,7 +65,7 @@ def test_a_row_equals_the_same_prompt_alone(model, stacked):
 def test_a_cache_in_bfloat16_is_close(model):
     config, params = model
 
-    @quick_jit
+    @jax.jit
     def run(params, dtype_cache):
         out = forward(config, params, ids(2, 8), cache=dtype_cache)
         return out.logits, out.cache.layers.keys
@@ -113,8 +112,8 @@ def test_an_empty_cache_changes_nothing_and_costs_nothing(model):
         cache = dataclasses.replace(cache, is_empty=is_empty)
         return forward(config, params, texts, cache=cache, taps=(Tap("attn_probs"),))
 
-    empty, plain = (quick_jit(partial(run, is_empty=e))(params) for e in (True, False))
-    full = quick_jit(lambda p: forward(config, p, texts).logits)(params)
+    empty, plain = (jax.jit(partial(run, is_empty=e))(params) for e in (True, False))
+    full = jax.jit(lambda p: forward(config, p, texts).logits)(params)
     np.testing.assert_allclose(empty.logits, full, atol=1e-5)
     np.testing.assert_allclose(empty.logits, plain.logits, atol=1e-4)
     for ours, theirs in zip(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_case import ids, loud, small
-from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.model.block import Attention, Block, FeedForward, Norm
@@ -49,7 +48,7 @@ class Parallel(Block):
 
 
 def adapted(config, seed=0):
-    params = loud(quick_jit(partial(init, config, block=Adapted))(jax.random.key(seed)))
+    params = loud(jax.jit(partial(init, config, block=Adapted))(jax.random.key(seed)))
     up = jax.random.normal(jax.random.key(9), (config.num_layers, 2, config.model_dim))
     return tree.replace(params, "layers/adapter_up", up)
 
@@ -69,13 +68,13 @@ def test_own_parameters_are_drawn_beside_those_of_the_table():
 
 def test_a_block_may_compute_what_another_config_does():
     config = small()
-    params = loud(quick_jit(partial(init, config))(jax.random.key(0)))
+    params = loud(jax.jit(partial(init, config))(jax.random.key(0)))
     tokens = ids(2, 9)
     parallel = dataclasses.replace(config, parallel_block=True)
-    wanted = quick_jit(partial(forward, parallel))(params, tokens)
-    ours = quick_jit(partial(forward, config, block=Parallel))(params, tokens)
+    wanted = jax.jit(partial(forward, parallel))(params, tokens)
+    ours = jax.jit(partial(forward, config, block=Parallel))(params, tokens)
     np.testing.assert_allclose(ours.logits, wanted.logits, rtol=1e-6, atol=1e-6)
-    sequential = quick_jit(partial(forward, config))(params, tokens)
+    sequential = jax.jit(partial(forward, config))(params, tokens)
     assert not np.allclose(ours.logits, sequential.logits)
 
 
@@ -89,9 +88,9 @@ def test_all_ways_to_run_layers_agree():
         out = forward(config, params, tokens, taps=taps, block=Adapted)
         return out.logits, out.trace
 
-    wanted = quick_jit(partial(run, CONFIG))(params)
+    wanted = jax.jit(partial(run, CONFIG))(params)
     plain = {n: v for n, v in params["layers"].items() if "adapter" not in n}
-    logits = quick_jit(partial(forward, CONFIG))(
+    logits = jax.jit(partial(forward, CONFIG))(
         {**params, "layers": plain}, tokens
     ).logits
     assert not np.allclose(wanted[0], logits)
@@ -102,16 +101,16 @@ def test_all_ways_to_run_layers_agree():
         )
 
     unrolled = dataclasses.replace(CONFIG, unroll_layers=0)
-    close(quick_jit(partial(run, unrolled))(params))
+    close(jax.jit(partial(run, unrolled))(params))
     separate = {**params, "layers": unstack(params["layers"], 3)}
-    close(quick_jit(partial(run, CONFIG))(separate))
+    close(jax.jit(partial(run, CONFIG))(separate))
 
     def gradient(remat):
         def loss(params):
             config = dataclasses.replace(CONFIG, remat=remat)
             return jnp.square(run(config, params)[0]).mean()
 
-        return quick_jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss))(params)
 
     grads = gradient("none")
     assert np.abs(grads["layers"]["adapter_down"]).min() > 0
@@ -125,7 +124,7 @@ def test_all_ways_to_run_layers_agree():
 @pytest.mark.slow
 def test_a_cache():
     params, tokens = adapted(CONFIG), ids(1, 9)
-    run = quick_jit(partial(forward, CONFIG, block=Adapted))
+    run = jax.jit(partial(forward, CONFIG, block=Adapted))
     whole = run(params, tokens).logits
     first = run(params, tokens[:, :5], cache=init_cache(CONFIG, 1, 16, jnp.float32))
     rest = run(params, tokens[:, 5:], cache=first.cache)
@@ -134,7 +133,7 @@ def test_a_cache():
 
 
 def test_what_a_block_does_not_record():
-    params, tokens = quick_jit(partial(init, small()))(jax.random.key(0)), ids(1, 4)
+    params, tokens = jax.jit(partial(init, small()))(jax.random.key(0)), ids(1, 4)
     with pytest.raises(ValueError) as error:
         forward(small(), params, tokens, taps=(Tap("attn_in"),), block=Parallel)
     assert "Parallel does not record 'attn_in'" in str(error.value)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from marks_case import slow_but
 from model_case import ids, make
-from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import EXECUTION_FIELDS, ModelConfig
@@ -184,7 +183,7 @@ def test_a_toy_trains_and_decodes(name):
     tokens = ids(2, 21, config.vocab_size)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
-    @quick_jit
+    @jax.jit
     def step(params):
         def loss(params):
             logits = forward(config, params, inputs).logits
@@ -198,7 +197,7 @@ def test_a_toy_trains_and_decodes(name):
         new = jax.tree.map(lambda p, g: p - rate * g, params, grads)
         return value, logits, new, norm
 
-    @quick_jit
+    @jax.jit
     def decode(params):
         cache = init_cache(config, 2, 24, jnp.float32)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from marks_case import slow_but
 from model_case import ids, make, small
-from ops_case import quick_jit
 
 from jaxlm.model import layers, trace, transformer
 from jaxlm.model.initialization import init, init_cache
@@ -72,7 +71,7 @@ def model(name, **changes):
 
 
 def run(config, params, taps, **given):
-    return quick_jit(lambda p, x: forward(config, p, x, taps=taps, **given))(
+    return jax.jit(lambda p, x: forward(config, p, x, taps=taps, **given))(
         params, ids(B, T)
     )
 
@@ -183,7 +182,7 @@ def test_divisors_of_norms_after_the_sum(div):
 def test_the_output_is_the_last_sites():
     config, params, trace, logits = everything("plain")
 
-    @quick_jit
+    @jax.jit
     def parts(params):
         out = forward(config, params, ids(B, T), head=False)
         assert out.logits is None
@@ -269,7 +268,7 @@ def by_hand(tap, value):
 def test_tokens_and_heads_are_selected_and_values_reduced(cached):
     config, params, full, _ = everything("groups")
 
-    @quick_jit
+    @jax.jit
     def run(params):
         cache = init_cache(config, B, T, jnp.float32) if cached else None
         return forward(config, params, ids(B, T), cache=cache, taps=CHOSEN).trace
@@ -328,7 +327,7 @@ def test_a_pass_in_two_parts_is_the_pass(name):
     at = config.num_layers // 2 + 1 if name == "groups" else 1
     taps = (Tap("resid_post"), Tap("z", (at,)), Tap("final_norm"))
 
-    @quick_jit
+    @jax.jit
     def twice(params, traced):
         first = forward(config, params, ids(B, T), stop=at, taps=taps[:1])
         assert first.logits is None
@@ -395,7 +394,7 @@ def test_taps_with_a_cache_read_the_new_tokens():
     config, params, full, _ = everything("groups")
     taps = (Tap("resid_post", layers=(1,)), Tap("attn_probs"))
 
-    @quick_jit
+    @jax.jit
     def twice(params):
         cache = init_cache(config, B, 16, jnp.float32)
         first = forward(config, params, ids(B, T)[:, :6], cache=cache)
@@ -524,7 +523,7 @@ def test_gradients_flow_through_a_trace():
         out = forward(config, params, ids(B, T), taps=(Tap("z", layers=(1,)),))
         return jnp.sum(jnp.square(out.trace["z"]))
 
-    grads = quick_jit(jax.grad(norm))(params)["layers"]["attn"]["v"]
+    grads = jax.jit(jax.grad(norm))(params)["layers"]["attn"]["v"]
     # Layer 2 comes after what was read.
     assert jnp.abs(grads[0]).max() > 0 and jnp.abs(grads[1]).max() > 0
     assert not grads[2].any()

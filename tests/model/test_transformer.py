@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from marks_case import slow_but
 from model_case import ids, make, small
-from ops_case import quick_jit
 
 from jaxlm import tree
 from jaxlm.config import MeshConfig
@@ -32,11 +31,11 @@ def model():
 
 
 def logits_of(config, **given):
-    return quick_jit(lambda p, x: forward(config, p, x, **given).logits)
+    return jax.jit(lambda p, x: forward(config, p, x, **given).logits)
 
 
 def loss_and_grads(config):
-    @quick_jit
+    @jax.jit
     def run(params, tokens):
         def loss(params):
             logits = forward(config, params, tokens).logits
@@ -133,7 +132,7 @@ def test_vmap_over_models(model):
     """A batch of models is one vmap."""
     config, params = model
     both = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
-    out = quick_jit(jax.vmap(lambda p: forward(config, p, ids(B, T))))(both)
+    out = jax.jit(jax.vmap(lambda p: forward(config, p, ids(B, T))))(both)
     run = logits_of(config)
     np.testing.assert_allclose(out.logits[0], run(params, ids(B, T)), atol=1e-4)
     second = jax.tree.map(lambda x: 1.1 * x, params)
@@ -147,7 +146,7 @@ def test_a_packed_row_equals_its_documents_alone(position):
     packed = jnp.concatenate([first, second], axis=1)
     segments = jnp.array([[1] * 7 + [2] * 5], jnp.int32)
     positions = jnp.array([[*range(7), *range(5)]], jnp.int32)
-    run = quick_jit(
+    run = jax.jit(
         lambda x, p, s: forward(config, params, x, positions=p, segment_ids=s).logits
     )
     together = run(packed, positions, segments)
@@ -199,7 +198,7 @@ def test_segments_and_a_cache_exclude_each_other(model):
 
 
 def make_params(config, seed=0):
-    return quick_jit(lambda key: init(config, key))(jax.random.key(seed))
+    return jax.jit(lambda key: init(config, key))(jax.random.key(seed))
 
 
 WIDE = small(model_dim=64, hidden_dim=96, vocab_size=128, tied_embeddings=False)

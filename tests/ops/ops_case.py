@@ -1,19 +1,12 @@
 """Oracles in float64 NumPy, from the definitions, and finite differences."""
 
 import dataclasses
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.ops.attention.request import Request, request_of_sizes
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
-
-# Interpreted kernels and toy models spend their time in the compiler, so it optimizes
-# less, even with --run-slow.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = partial(jax.jit, compiler_options=FAST)
 
 
 def normal(seed, *shape):

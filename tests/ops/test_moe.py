@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_case import normal, quick_jit
+from ops_case import normal
 from test_feed_forward import CLOSED, factor
 
 from jaxlm.ops import moe
@@ -112,7 +112,7 @@ def results(name, function, implementation="auto"):
         patch.setattr(
             moe, "grouped_matmul", partial(original, implementation=implementation)
         )
-        gradient = quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))
+        gradient = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
         grads, y = gradient(*jax.tree.map(jnp.asarray, (x, logits, w)))
     return y, grads
 
@@ -202,7 +202,7 @@ def test_vmap():
     case = CASES["biases"]
     x, logits, w = inputs_of(case)
     call = partial(run, case, moe.mixture)
-    y = quick_jit(jax.vmap(lambda x, z: call(x[None], z[None], w)[0]))(x, logits)
+    y = jax.jit(jax.vmap(lambda x, z: call(x[None], z[None], w)[0]))(x, logits)
     np.testing.assert_allclose(y, call(x, logits, w), atol=1e-4)
 
 
@@ -305,8 +305,8 @@ def test_parts_of_the_experts_add_up_to_all():
         y, backward = jax.vjp(function, x)
         return y, *backward(g)
 
-    y, dx = quick_jit(lambda: both(parts))()
-    wanted, wanted_dx = quick_jit(lambda: both(whole))()
+    y, dx = jax.jit(lambda: both(parts))()
+    wanted, wanted_dx = jax.jit(lambda: both(whole))()
     np.testing.assert_allclose(y, wanted, atol=1e-4)
     np.testing.assert_allclose(
         dx, wanted_dx, atol=1e-5 * float(jnp.abs(wanted_dx).max())

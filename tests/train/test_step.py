@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_case import quick_jit
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
@@ -192,7 +191,7 @@ def experts_run(coefficient, parts):
     train = TrainConfig(
         batch_size=ROWS, load_balance_loss=coefficient, accumulation_steps=parts
     )
-    return quick_jit(lambda p, b: loss_and_grads(EXPERTS, train, p, b)[:2])
+    return jax.jit(lambda p, b: loss_and_grads(EXPERTS, train, p, b)[:2])
 
 
 def experts_loss(coefficient=0.0, parts=1, batch=BATCH):
@@ -203,7 +202,7 @@ def experts_loss(coefficient=0.0, parts=1, batch=BATCH):
 
 @pytest.mark.slow
 def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss():
-    @quick_jit
+    @jax.jit
     @jax.grad
     def extra(params):
         given = dict(positions=BATCH.positions, segment_ids=BATCH.segment_ids)

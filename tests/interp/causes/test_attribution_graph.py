@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from model_case import ids, make, small
-from ops_case import quick_jit
 
 from jaxlm.interp.causes.attribution_graph import attribution_graph
 from jaxlm.interp.causes.logit_attribution import logit_direction
@@ -26,7 +25,7 @@ def graph_of(name, count):
     """The graph, and the logit that it explains."""
     config, params = make(MODELS[name])
 
-    @quick_jit
+    @jax.jit
     def run(params):
         direction = logit_direction(config, params, 5, against=9)
         logits = forward(config, params, ids(1, T)).logits[0, -1]

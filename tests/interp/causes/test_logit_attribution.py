@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_case import ids, make, small
-from ops_case import normal, quick_jit
+from ops_case import normal
 
 from jaxlm import tree
 from jaxlm.interp.causes.logit_attribution import (
@@ -59,7 +59,7 @@ def test_the_parts_sum_to_the_logit(name):
     taps = (*attribution_taps(config), *((Tap("head_out"),) if heads else ()))
     taps += (Tap("mlp_act"),) if units else ()
 
-    @quick_jit
+    @jax.jit
     def run(params):
         out = forward(config, params, ids(2, 7), taps=taps)
         direction = logit_direction(config, params, 5, against=9)

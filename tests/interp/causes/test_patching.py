@@ -5,7 +5,6 @@ from functools import lru_cache, partial
 import numpy as np
 import pytest
 from model_case import ids, make, small
-from ops_case import quick_jit
 
 from jaxlm.interp.causes.patching import (
     activation_patching,
@@ -35,17 +34,17 @@ bound = partial(partial, config=CONFIG, metric=metric)
 @lru_cache
 def streams(site="resid_pre"):
     """(clean, corrupt) traces."""
-    run = quick_jit(lambda p, x: forward(CONFIG, p, x, taps=(Tap(site),)).trace[site])
+    run = jax.jit(lambda p, x: forward(CONFIG, p, x, taps=(Tap(site),)).trace[site])
     return run(PARAMS, CLEAN), run(PARAMS, CORRUPT)
 
 
 @lru_cache
 def sweep_of(site="resid_pre"):
-    return quick_jit(bound(activation_patching, site=site, batch_size=4))
+    return jax.jit(bound(activation_patching, site=site, batch_size=4))
 
 
 def value(params, tokens):
-    return float(quick_jit(bound(metric_of))(params=params, tokens=tokens))
+    return float(jax.jit(bound(metric_of))(params=params, tokens=tokens))
 
 
 def test_patching_moves_the_difference_of_two_texts():
@@ -67,7 +66,7 @@ def test_patching_moves_the_difference_of_two_texts():
 
 @pytest.mark.slow
 def test_an_ablated_head_is_one_without_weights():
-    grid = quick_jit(bound(head_ablation, batch_size=5))(params=PARAMS, tokens=CLEAN)
+    grid = jax.jit(bound(head_ablation, batch_size=5))(params=PARAMS, tokens=CLEAN)
     assert grid.shape == (3, 6)
     attn = PARAMS["layers"]["attn"]
     for layer, head in ((0, 0), (2, 5)):
@@ -76,11 +75,11 @@ def test_an_ablated_head_is_one_without_weights():
         np.testing.assert_allclose(grid[layer, head], value(params, CLEAN), atol=2e-5)
     # A head of the other text, by a single edited pass.
     source = streams("z")[0]
-    patched = quick_jit(bound(head_patching))(
+    patched = jax.jit(bound(head_patching))(
         params=PARAMS, tokens=CORRUPT, source=source
     )
     edit = Edit("z", "set", source, layer=1, head=3)
-    single = quick_jit(bound(metric_of))(params=PARAMS, tokens=CORRUPT, edits=(edit,))
+    single = jax.jit(bound(metric_of))(params=PARAMS, tokens=CORRUPT, edits=(edit,))
     np.testing.assert_allclose(patched[1, 3], single, atol=2e-5)
 
 
@@ -88,13 +87,13 @@ def test_attribution_patching_is_the_slope_of_patching():
     clean, corrupt = streams()
     step = 0.01
     source = corrupt + step * (clean - corrupt)
-    estimate = quick_jit(bound(attribution_patching))
+    estimate = jax.jit(bound(attribution_patching))
     ours = estimate(params=PARAMS, tokens=CORRUPT, source=source)
     exact = sweep_of()(params=PARAMS, tokens=CORRUPT, source=source)
     exact = np.asarray(exact) - value(PARAMS, CORRUPT)
     assert np.corrcoef(np.ravel(ours), np.ravel(exact))[0, 1] >= 0.999
     np.testing.assert_allclose(ours, exact, atol=0.05 * np.abs(exact).max())
-    cells, changes = quick_jit(bound(recheck, count=3))(
+    cells, changes = jax.jit(bound(recheck, count=3))(
         params=PARAMS, tokens=CORRUPT, source=source, estimate=ours
     )
     order = np.argsort(-np.abs(np.ravel(ours)))[:3]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_case import ids, make, small
-from ops_case import normal, quick_jit
+from ops_case import normal
 from safetensors.numpy import save_file
 
 from jaxlm.interp.directions.sparse_autoencoder import (
@@ -66,7 +66,7 @@ def test_gemma_scope_and_the_model_that_it_stands_in_for(tmp_path):
     sae = load_sparse_autoencoder(tmp_path / "params.npz")
     config, params = make(small())
 
-    @quick_jit
+    @jax.jit
     def run(params, sae):
         call = jax.tree_util.Partial(SparseAutoencoder.__call__, sae)
         edits = (Edit("resid_post", "call", call, layer=0),)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_case import small
-from ops_case import quick_jit
 
 from jaxlm.config import SampleConfig
 from jaxlm.infer.generate import generate
@@ -27,7 +26,7 @@ FEATURE /= np.linalg.norm(FEATURE)
 
 def planted():
     """Token 7 is token 9 with a feature, and the feature makes the model say 3."""
-    params = quick_jit(partial(init, CONFIG))(jax.random.key(0))
+    params = jax.jit(partial(init, CONFIG))(jax.random.key(0))
     table, head = params["embed"]["table"] * 10, params["lm_head"]["kernel"] * 10
     table = table.at[PLANTED].set(table[TWIN] + 3 * FEATURE)
     head = head.at[:, SAYS].add(FEATURE)
@@ -90,7 +89,7 @@ def test_a_planted_feature_is_found_removed_and_restored():
 
     tokens = np.array([with_it[0], without[0]])
 
-    @quick_jit
+    @jax.jit
     def says(params, *edits):
         logits = forward(CONFIG, params, tokens, edits=edits).logits[:, -1]
         return logits[:, SAYS] - jnp.mean(logits, axis=-1)

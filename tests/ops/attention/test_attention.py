@@ -12,7 +12,7 @@ import numpy as np
 import ops_case
 import pytest
 from marks_case import slow_but
-from ops_case import make_spec, normal, quick_jit, slope
+from ops_case import make_spec, normal, slope
 
 from jaxlm.ops.attention import blocked, cached, dense
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
@@ -219,7 +219,7 @@ def test_value_and_gradient(name, names):
     weight = normal(4, *q.shape) * seen.swapaxes(1, 2)[..., None]
     lse_weight = normal(5, *seen.shape) * seen
 
-    @quick_jit
+    @jax.jit
     def value_and_grads(q, k, v, sinks):
         def total(q, k, v, sinks):
             z, lse = case.run(q, k, v, dataclasses.replace(spec, sinks=sinks))
@@ -276,13 +276,13 @@ def test_bfloat16(name, grouped, queries):
         z, _ = case.run(q, k, v, spec)
         return jnp.sum(z.astype(jnp.float32)), z
 
-    grads, z = quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    grads, z = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
     assert {x.dtype for x in (z, *grads)} == {jnp.dtype(jnp.bfloat16)}
     positions = spec.mask.query_positions
     expected = ops_case.attention(q, k, v, scale=SCALE, query_positions=positions)
     # Probabilities and results are rounded to 8 bits: 2 ** -8 of values up to 4.
     np.testing.assert_allclose(np.float32(z), expected, atol=2e-2)
-    exact = quick_jit(
+    exact = jax.jit(
         jax.grad(
             lambda *x: jnp.sum(reference_attention(*x, spec)[0]), argnums=(0, 1, 2)
         )
@@ -301,7 +301,7 @@ def test_query_head_n_is_served_by_key_head_n_over_g(name):
     N, K = case.heads
     q, k, _ = inputs(case.unit, case.unit, case)
     v = jnp.broadcast_to(jnp.arange(K, dtype=k.dtype)[:, None], k.shape)
-    z, _ = quick_jit(case.run)(q, k, v, AttentionSpec(scale=SCALE))
+    z, _ = jax.jit(case.run)(q, k, v, AttentionSpec(scale=SCALE))
     served = np.repeat(np.arange(K), N // K)
     np.testing.assert_allclose(z[0, :, :, 0], [served] * case.unit, atol=1e-6)
 
@@ -310,7 +310,7 @@ def test_query_head_n_is_served_by_key_head_n_over_g(name):
 def test_a_window_off_by_one_is_seen(name):
     case = CASES[name]
     q, k, v = inputs(3 * case.unit, 3 * case.unit, case)
-    run = quick_jit(case.run)
+    run = jax.jit(case.run)
     z, _ = run(q, k, v, AttentionSpec(SCALE, Mask(window=9)))
     for wrong in (8, 10):
         other = ops_case.attention(q, k, v, scale=SCALE, window=wrong)
@@ -326,7 +326,7 @@ def test_a_window_off_by_one_is_seen(name):
 def test_sinks_take_their_share(name):
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
-    run = quick_jit(lambda spec: case.run(q, k, v, spec)[0])
+    run = jax.jit(lambda spec: case.run(q, k, v, spec)[0])
     plain = run(AttentionSpec(scale=SCALE))
     none = run(AttentionSpec(scale=SCALE, sinks=jnp.full(q.shape[2], -1e4)))
     np.testing.assert_allclose(none, plain, atol=1e-6)
@@ -345,7 +345,7 @@ def test_a_row_without_keys_is_finite(name):
     def total(q, k, v):
         return jnp.sum(case.run(q, k, v, spec)[0])
 
-    value, grads = quick_jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+    value, grads = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in grads)
 
@@ -357,7 +357,7 @@ def test_one_row_of_positions_serves_the_batch(name, queries):
     q, k, v = inputs(queries, 2 * case.unit, case)
     positions = np.arange(queries, dtype=np.int32)[None] + case.unit
     values = {"query_positions": positions, "window": case.unit}
-    z, _ = quick_jit(case.run)(q, k, v, make_spec(SCALE, **values))
+    z, _ = jax.jit(case.run)(q, k, v, make_spec(SCALE, **values))
     values["query_positions"] = np.repeat(positions, B, axis=0)
     expected = ops_case.attention(q, k, v, scale=SCALE, **values)
     np.testing.assert_allclose(z, expected, atol=case.atol)
@@ -367,7 +367,7 @@ def test_one_row_of_positions_serves_the_batch(name, queries):
 def test_large_scores_do_not_overflow(name):
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
-    z, lse = quick_jit(case.run)(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
+    z, lse = jax.jit(case.run)(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
     expected = reference_attention(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
     # Scores reach 3e4, where f32 numbers are 2e-3 apart.
     np.testing.assert_allclose(z, expected[0], atol=1e-2)
@@ -404,11 +404,11 @@ def test_decoding(name, queries, extra):
         assert np.abs(rounded[0] - k).max() <= np.max(key_scale) / 2 + 1e-6
         k, v = rounded
         if implementation(name).int8:
-            z, lse = quick_jit(case.run)(q, k8, v8, spec)
+            z, lse = jax.jit(case.run)(q, k8, v8, spec)
         else:
-            z, lse = quick_jit(case.run)(q, *dequantize(k8, v8, spec, q.dtype))
+            z, lse = jax.jit(case.run)(q, *dequantize(k8, v8, spec, q.dtype))
     else:
-        z, lse = quick_jit(case.run)(q, k, v, spec)
+        z, lse = jax.jit(case.run)(q, k, v, spec)
     expected = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
     np.testing.assert_allclose(z, expected[0], atol=case.atol)
     np.testing.assert_allclose(lse, expected[1], atol=case.atol)
@@ -424,7 +424,7 @@ def test_long_rows_never_hold_all_scores():
             return jnp.sum(z) + jnp.sum(lse)
 
         shape = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
-        compiled = quick_jit(jax.grad(total, (0, 1, 2))).lower(*(shape,) * 3).compile()
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*(shape,) * 3).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert memory(blocked.blocked_attention, T) < 4 * T * T / 100

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from inside_case import CONFIG, OTHER, PARAMS, TEXT, TOKENIZER, view
-from ops_case import quick_jit
 from rich.console import Console
 
 from jaxlm.model.transformer import forward
@@ -34,7 +33,7 @@ def seen():
 @pytest.fixture(scope="module")
 def out():
     taps = tuple(Tap(site) for site in SITES)
-    return quick_jit(partial(forward, CONFIG, taps=taps))(PARAMS, TOKENS)
+    return jax.jit(partial(forward, CONFIG, taps=taps))(PARAMS, TOKENS)
 
 
 def difference(logits, seen):
@@ -112,7 +111,7 @@ def test_parts_add_up_and_ablation_is_a_run_without_the_head(seen, out):
     np.testing.assert_allclose(cause.heads.sum(1), cause.parts[:, 0], atol=1e-3)
     layer, head = cause.ablated[3]
     edits = (Edit("z", "scale", 0.0, layer=int(layer), head=int(head)),)
-    without = quick_jit(partial(forward, CONFIG))(PARAMS, TOKENS, edits=edits)
+    without = jax.jit(partial(forward, CONFIG))(PARAMS, TOKENS, edits=edits)
     lost = cause.difference - difference(without.logits, seen)
     assert cause.ablation[3] == pytest.approx(lost, abs=1e-3)
     expected = np.corrcoef(cause.heads[*cause.ablated.T], cause.ablation)[0, 1]
@@ -121,7 +120,7 @@ def test_parts_add_up_and_ablation_is_a_run_without_the_head(seen, out):
 
 def test_a_patch_is_a_run_with_the_stream_of_the_other_text(seen):
     comparison, other = seen.comparison, jnp.asarray(TOKENIZER.encode(OTHER))[None]
-    run = quick_jit(partial(forward, CONFIG, taps=(Tap("resid_pre"),)))
+    run = jax.jit(partial(forward, CONFIG, taps=(Tap("resid_pre"),)))
     there = run(PARAMS, other)
     assert comparison.difference == pytest.approx(
         difference(there.logits, seen), abs=1e-4
@@ -136,7 +135,7 @@ def test_a_patch_is_a_run_with_the_stream_of_the_other_text(seen):
     layer, position = cells[4]
     source = there.trace["resid_pre"]
     edits = (Edit("resid_pre", "set", source, layer=layer, position=position),)
-    patched = quick_jit(partial(forward, CONFIG))(PARAMS, TOKENS, edits=edits)
+    patched = jax.jit(partial(forward, CONFIG))(PARAMS, TOKENS, edits=edits)
     change = difference(patched.logits, seen) - seen.causes.difference
     assert comparison.change[4] == pytest.approx(change, abs=1e-3)
     assert not comparison.estimate[:, :3].any() and comparison.estimate[:, 3].all()

@@ -8,7 +8,7 @@ import ops_case
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from marks_case import slow_but
-from ops_case import make_spec, normal, quick_jit
+from ops_case import make_spec, normal
 
 from jaxlm.ops.attention.gpu import gpu_decode, warpgroup
 from jaxlm.ops.attention.gpu.gpu_decode import best_splits, forward
@@ -91,7 +91,7 @@ def prepare(case):
 
 def run(q, k, v, spec, splits):
     settings = GpuSettings(decode_splits=splits, interpret=True)
-    return quick_jit(lambda *args: forward(*args, settings))(q, k, v, spec)
+    return jax.jit(lambda *args: forward(*args, settings))(q, k, v, spec)
 
 
 @pytest.mark.parametrize("name", slow_but(["splits", "all options"], CASES))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_case import make_spec, normal, plain_request, quick_jit
+from ops_case import make_spec, normal, plain_request
 
 from jaxlm.ops.attention.gpu import pallas_gpu, specialized_forward, warpgroup
 from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
@@ -29,7 +29,7 @@ def gradients(attention, weight):
         z, lse = attention(q, k, v)
         return jnp.sum(z.astype(jnp.float32) * weight) + jnp.sum(lse), z
 
-    return quick_jit(jax.grad(total, (0, 1, 2), has_aux=True))
+    return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
 
 
 def ours(spec, **settings):

@@ -12,7 +12,7 @@ import ops_case
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from marks_case import slow_but
-from ops_case import make_spec, normal, quick_jit
+from ops_case import make_spec, normal
 
 from jaxlm.ops.attention.gpu import warpgroup
 from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
@@ -69,7 +69,7 @@ def prepare(name):
 
 def run(q, k, v, spec):
     settings = GpuSettings(block_keys=64, interpret=True)
-    return quick_jit(lambda *args: forward(*args, settings))(q, k, v, spec)
+    return jax.jit(lambda *args: forward(*args, settings))(q, k, v, spec)
 
 
 @pytest.mark.parametrize("name", slow_but(["all options"], CASES))

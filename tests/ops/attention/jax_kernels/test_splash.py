@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec
 from marks_case import slow_but
-from ops_case import make_spec, normal, plain_request, quick_jit, slope
+from ops_case import make_spec, normal, plain_request, slope
 
 from jaxlm.ops.attention.jax_kernels import splash
 from jaxlm.ops.attention.reference import reference_attention
@@ -78,7 +78,7 @@ def value_and_grads(attention, spec, weight, *arguments):
         return jnp.sum(z * weight), z
 
     which = tuple(range(len(arguments)))
-    grads, z = quick_jit(jax.grad(total, which, has_aux=True))(*arguments)
+    grads, z = jax.jit(jax.grad(total, which, has_aux=True))(*arguments)
     return z, grads
 
 
@@ -121,7 +121,7 @@ def test_value_and_gradient(name):
 
 def test_a_window_off_by_one_is_seen():
     q, k, v = inputs(256, 256, 1, 1)
-    z, _ = quick_jit(interpreted)(q, k, v, AttentionSpec(SCALE, Mask(window=100)))
+    z, _ = jax.jit(interpreted)(q, k, v, AttentionSpec(SCALE, Mask(window=100)))
     for wrong in (99, 101):
         other = ops_case.attention(q, k, v, scale=SCALE, window=wrong)
         assert np.abs(z - other).max() > 0.05
@@ -160,7 +160,7 @@ def test_inside_shard_map():
     sharded = jax.shard_map(
         run, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False
     )
-    z = quick_jit(sharded)(q, k, v, segments)
+    z = jax.jit(sharded)(q, k, v, segments)
     expected = ops_case.attention(
         q, k, v, scale=SCALE, query_segments=segments, key_segments=segments
     )

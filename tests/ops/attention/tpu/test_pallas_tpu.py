@@ -8,7 +8,7 @@ import numpy as np
 import ops_case
 import pytest
 from marks_case import slow_but
-from ops_case import make_spec, normal, quick_jit
+from ops_case import make_spec, normal
 
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
 from jaxlm.ops.attention.tpu import pallas_tpu
@@ -35,7 +35,7 @@ def test_splits_of_the_keys_are_merged(splits):
     }
     spec = make_spec(SCALE, **values)
     settings = dataclasses.replace(SETTINGS, decode_splits=splits)
-    z, lse = quick_jit(lambda *x: pallas_tpu.attention(*x, settings=settings))(
+    z, lse = jax.jit(lambda *x: pallas_tpu.attention(*x, settings=settings))(
         q, k, v, spec
     )
     expected = ops_case.attention_and_lse(q, k, v, scale=SCALE, **values)
@@ -50,7 +50,7 @@ def test_splits_are_not_rounded_before_they_are_merged():
     q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 64, 1, 8), jnp.bfloat16)
     spec = AttentionSpec(SCALE, Mask(query_positions=jnp.full((1, 1), 63)))
     settings = dataclasses.replace(SETTINGS, decode_splits=2)
-    z, _ = quick_jit(lambda *x: pallas_tpu.attention(*x, settings=settings))(
+    z, _ = jax.jit(lambda *x: pallas_tpu.attention(*x, settings=settings))(
         q, k, v, spec
     )
     np.testing.assert_array_equal(z, 1)
@@ -66,7 +66,7 @@ def test_hidden_blocks_are_not_read():
         z, lse = pallas_tpu.attention(q, k, v, spec, settings=SETTINGS)
         return jnp.sum(z[:, 48:]) + jnp.sum(lse[..., 48:])
 
-    run = quick_jit(jax.grad(total, (0, 1, 2)))
+    run = jax.jit(jax.grad(total, (0, 1, 2)))
     clean = run(q, k, v)
     # The last 16 queries see the blocks from 32 on.
     broken = run(q, *(x.at[:, :32].set(jnp.nan) for x in (k, v)))

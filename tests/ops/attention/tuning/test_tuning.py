@@ -41,6 +41,7 @@ def test_the_fastest_is_kept_and_used(monkeypatch):
     assert dense.settings_for(jnp.zeros((1, 256, 2, 16))) == dense.DenseSettings()
 
 
+@pytest.mark.slow
 def test_the_command_measures(capsys):
     flags = ["--length", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "8"]
     main(["tune", "attention", "--implementation", "dense", "--batch", "1", *flags])
