@@ -104,7 +104,7 @@ def test_in_a_pipe_each_line_is_a_message(home, repository):
     )
     assert done.returncode == 0, done.stderr
     assert "sampling from runs/tiny, the newest run\n" in done.stderr
-    assert "attention of global layers, decode: auto took reference" in done.stderr
+    assert "attention of global layers, decode: auto took cached" in done.stderr
     opened = open_checkpoint(home / "runs" / "tiny")
     config, params = load(opened)
     tokenizer = opened.tokenizer()

@@ -1,7 +1,9 @@
 """How a run ends: exit codes, the files left behind, and rejected runs."""
 
 import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ BASE = CONFIG.replace("sample_tokens=8", "sample_tokens=0")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def folder():
+    """A short path, as messages are cut."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
