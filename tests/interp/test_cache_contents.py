@@ -1,5 +1,6 @@
 """What a cache holds is what its taps say it holds."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from model_case import ids, make, small

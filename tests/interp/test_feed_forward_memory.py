@@ -1,5 +1,6 @@
 """Units that write a token are found, and promote it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from model_case import ids, make, small

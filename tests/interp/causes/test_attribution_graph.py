@@ -1,5 +1,6 @@
 """With all nodes kept nothing is unexplained: flows are conserved at every node."""
 
+import jax
 import numpy as np
 import pytest
 from model_case import ids, make, small

@@ -1,5 +1,6 @@
 """The parts of a logit sum to the logit."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

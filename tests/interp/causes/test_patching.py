@@ -2,6 +2,7 @@
 
 from functools import lru_cache, partial
 
+import jax
 import numpy as np
 import pytest
 from model_case import ids, make, small

@@ -6,6 +6,7 @@ has no register layouts, and its dot products are those of JAX.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import ops_case
