@@ -377,15 +377,16 @@ def case_generate(names):
                     for prompt, new in zip(prompts, out.tokens.tolist(), strict=True)
                 ]
                 next_out = generate(model, params, more, *call, resume=out.state)
-                # One prompt after another, into slots of a batch that runs.
-                # In a cache of 37 tokens for half of the layers.
-                slots = generate(
-                    *(model, params, prompts, *call), num_slots=1, cache="ring_int8"
-                )
-                ring = generate(model, params, prompts, *call, cache="ring")
+                if name == "2x2x2":
+                    # One prompt after another, into slots of a batch that runs.
+                    # In a cache of 37 tokens for half of the layers.
+                    slots = generate(
+                        *(model, params, prompts, *call), num_slots=1, cache="ring_int8"
+                    )
+                    ring = generate(model, params, prompts, *call, cache="ring")
+                    assert (ring.tokens == out.tokens).all()
+                    assert (slots.tokens == out.tokens).mean() > 0.5
             assert next_out.prefill_tokens.tolist() == [1, 1, 1]
-            assert (ring.tokens == out.tokens).all(), name
-            assert (slots.tokens == out.tokens).mean() > 0.5, name
             tokens[name] = np.concatenate([out.tokens, next_out.tokens], axis=1)
         for name in names:
             same = bool((tokens[name] == tokens["one"]).all())
