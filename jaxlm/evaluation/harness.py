@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+
+# In the extra `eval` alone, which the type checker need not have.
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.evaluation.multiple_choice import loglikelihoods
