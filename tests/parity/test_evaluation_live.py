@@ -83,7 +83,6 @@ metric_list: [{metric: exact_match}]
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("lm_eval"), reason="needs the extra eval")
 # Of the harness and its data sets.
 @pytest.mark.filterwarnings("ignore")
