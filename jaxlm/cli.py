@@ -86,6 +86,10 @@ def _end(_number: int, _frame: Any) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
+# Packages of the extra `serve`.
+_SERVING = ("uvicorn", "starlette", "prometheus_client")
+
+
 def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
     """Runs a verb and returns its exit code.
 
@@ -105,8 +109,11 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
         try:
             return _run(verb, arguments, prog, options)
         except ModuleNotFoundError as error:
-            if (error.name or "jaxlm").partition(".")[0] == "jaxlm":
+            package = (error.name or "jaxlm").partition(".")[0]
+            if package == "jaxlm":
                 raise
+            if verb == "serve" and package in _SERVING:
+                fail("jaxlm serve needs the extra serve: pip install 'jaxlm[serve]'")
             fail(
                 f"{sys.executable} has no package {error.name}: activate the "
                 "environment of jaxlm (source .venv/bin/activate), or install it "

@@ -81,6 +81,15 @@ def test_the_installed_command():
     assert done.stderr.count("\n") == 1  # one line, no traceback
 
 
+def test_the_extra_of_the_server_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "jaxlm.commands.serve", raising=False)
+    with pytest.raises(SystemExit) as error:
+        main(["serve", "runs/nothing"])
+    assert error.value.code == 2
+    assert "needs the extra serve: pip install 'jaxlm[serve]'" in capsys.readouterr().err
+
+
 def test_a_python_without_the_dependencies_is_told_in_one_line(repository):
     """As after `python train.py` outside of the environment."""
     program = (

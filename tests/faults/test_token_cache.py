@@ -204,8 +204,10 @@ def test_tokens_that_are_truncated_during_a_run_are_an_error_not_a_crash(
     next(rows)
     path = tokens_of(dataset)
     os.truncate(path, 4096)
+    # A read that is under way beside this may end elsewhere.
+    end = r"\d+" if prefetch else "4096"
     with pytest.raises(
-        DamagedEntry, match=r"changed while it was in use.* at byte 4096"
+        DamagedEntry, match=rf"changed while it was in use.* at byte {end}"
     ):
         for _ in range(4):
             next(rows)
