@@ -87,7 +87,9 @@ def test_the_extra_of_the_server_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         main(["serve", "runs/nothing"])
     assert error.value.code == 2
-    assert "needs the extra serve: pip install 'jaxlm[serve]'" in capsys.readouterr().err
+    assert (
+        "needs the extra serve: pip install 'jaxlm[serve]'" in capsys.readouterr().err
+    )
 
 
 def test_a_python_without_the_dependencies_is_told_in_one_line(repository):
