@@ -25,7 +25,6 @@ from jaxlm.infer.grammar.regex import regex
 from jaxlm.infer.grammar.token_grammar import token_grammar
 from jaxlm.infer.rules.automata import Automaton
 from jaxlm.infer.rules.stop_strings import StopText
-from jaxlm.sharding.device_memory import gib
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
@@ -253,6 +252,7 @@ def print_stats(result: Generation) -> None:
         f"prefill {old} tokens in {result.prefill_s:.2f} s "
         f"({old / result.prefill_s:.0f} tokens/s), decode {new} tokens in "
         f"{result.decode_s:.2f} s ({new / result.decode_s:.0f} tokens/s), "
-        f"compiling {result.compile_s:.1f} s, cache {gib(result.cache_bytes)}",
+        f"compiling {result.compile_s:.1f} s, "
+        f"cache {result.cache_bytes / 2**20:,.3g} MiB",
         file=sys.stderr,
     )
