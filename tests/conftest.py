@@ -66,6 +66,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+def pytest_collection_finish(session):
+    # What was imported stays, and need not be looked through again.
+    gc.freeze()
+
+
 def pytest_unconfigure(config):
     if _CACHE:
         _CACHE.cleanup()

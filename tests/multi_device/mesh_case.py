@@ -555,8 +555,8 @@ def main():
         "exchanged": case_exchanged,
         "adamw": lambda: case_losses(four, "adamw"),
         "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
-        "experts_adamw": lambda: case_losses(four, "adamw", EXPERTS),
-        "experts_muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon", EXPERTS),
+        "experts_adamw": lambda: case_losses(["fsdp8"], "adamw", EXPERTS),
+        "experts_muon": lambda: case_losses(["2x2x2"], "muon", EXPERTS),
         "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
         "accumulation": lambda: case_losses(
             ["data8", "tensor8"], "adamw", ODD, accumulation_steps=2, loss_chunk=64

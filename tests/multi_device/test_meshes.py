@@ -138,8 +138,8 @@ def test_gradients_through_a_kernel_on_every_device(tmp_path):
         ("accumulation", ["data8", "tensor8"]),
         ("muon", ["fsdp8", "2x2x2"]),
         ("adafactor", ["2x2x2"]),
-        ("experts_adamw", ["data8", "fsdp8", "fsdp2_tensor4", "2x2x2"]),
-        ("experts_muon", ["fsdp8", "2x2x2"]),
+        ("experts_adamw", ["fsdp8"]),
+        ("experts_muon", ["2x2x2"]),
     ],
 )
 def test_losses_of_20_steps_and_the_layout_of_every_leaf(tmp_path, case, meshes):
