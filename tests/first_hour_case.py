@@ -153,7 +153,7 @@ def engineer(model: Path) -> list[Step]:
 def researcher() -> list[Step]:
     """Looks at the machine, imports the library, and makes mistakes in calls."""
     python = "python -c 'import jax, jaxlm\n{}' 2>&1 | tail -n 2"
-    model = 'config = jaxlm.ModelConfig(vocab_size=65)\n'
+    model = "config = jaxlm.ModelConfig(vocab_size=65)\n"
     model += "params = jaxlm.init(config, jax.random.key(0))\n"
     return [
         Step("jaxlm doctor"),
