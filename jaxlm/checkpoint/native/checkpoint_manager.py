@@ -98,7 +98,6 @@ class CheckpointManager:
             )
 
     def _start(self, fresh: bool) -> str:
-        run_folder.probe_writable(self.run)
         self._lock = run_folder.RunLock(self.run)
         if leftovers := run_folder.remove_leftovers(self.run):
             folder = self.run / run_folder.CHECKPOINTS
@@ -273,7 +272,6 @@ class CheckpointManager:
         """Makes and locks the run folder again if somebody has deleted it."""
         if self._lock is None or self._lock.is_held():
             return
-        run_folder.probe_writable(self.run)
         lock = run_folder.RunLock(self.run)
         self._lock.release()
         self._lock = lock

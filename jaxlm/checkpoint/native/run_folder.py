@@ -136,40 +136,53 @@ class RunLock:
     """
 
     def __init__(self, run: Path):
-        """Takes the lock.
+        """Creates the folder and takes the lock.
 
         Raises:
           ValueError: if another process holds it (names its process id and host), or
-            if the file cannot be opened.
+            if the folder cannot be written.
         """
-        self._path = path = run / LOCK
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._path = run / LOCK
+        self._descriptor: int | None = None
+        # A run that ends without a step deletes the file, perhaps after it was opened
+        # here: a third process would then lock another file of this name.
+        while self._descriptor is None:
+            probe_writable(run)
+            self._descriptor = self._locked()
+            if not self.is_held():
+                self.release()
+        os.ftruncate(self._descriptor, 0)
+        self.owner = f"pid {os.getpid()} on {socket.gethostname()}"
+        """What the file says of this process."""
+        os.pwrite(self._descriptor, self.owner.encode(), 0)
+
+    def _locked(self) -> int:
+        """Opens the file and locks it; raises as `__init__`."""
+        path, flags = self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
-            self._descriptor: int | None = os.open(path, flags, 0o644)
+            descriptor = os.open(path, flags, 0o644)
         except OSError as e:
             raise ValueError(
                 f"{path} cannot be opened ({e.strerror}): delete it or fix its "
                 "permissions, or choose another --train.run-dir"
             ) from e
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            owner = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
-            self.release()
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
             raise ValueError(
-                f"another process ({owner or 'just starting'}) is training in {run}: "
-                "wait for it, stop it, or choose another --train.run-dir"
+                f"another process ({owner or 'just starting'}) is training in "
+                f"{path.parent}: wait for it, stop it, or choose another "
+                "--train.run-dir"
             ) from e
         except OSError as e:
-            self.release()
+            os.close(descriptor)
             raise ValueError(
                 f"{path} cannot be locked ({e.strerror}): choose a --train.run-dir on "
                 "a file system with locks"
             ) from e
-        os.ftruncate(self._descriptor, 0)
-        self.owner = f"pid {os.getpid()} on {socket.gethostname()}"
-        """What the file says of this process."""
-        os.pwrite(self._descriptor, self.owner.encode(), 0)
+        return descriptor
 
     def is_held(self) -> bool:
         """Whether the file is still there: nobody has deleted or replaced it."""

@@ -1,6 +1,7 @@
 """Killed processes, full disks, and two processes in one run folder."""
 
 import errno
+import fcntl
 import random
 import shutil
 import signal
@@ -206,6 +207,25 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path):
         child.communicate()
     with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1)
+
+
+def test_a_lock_that_another_run_deletes_while_it_is_taken_is_taken_again(
+    tmp_path, monkeypatch
+):
+    """A run that wrote nothing removes its folder; a third would lock a new file."""
+    run, lockf, calls = tmp_path / "run", fcntl.lockf, []
+
+    def lock(descriptor, operation):
+        if not calls:
+            shutil.rmtree(run)
+        calls.append(descriptor)
+        lockf(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", lock)
+    with CheckpointManager(run) as checkpoints:
+        assert len(calls) == 2
+        save(checkpoints, 1)
+        assert (run / ".lock").read_text() and checkpoints.steps() == [1]
 
 
 def test_errors_of_the_tokenizer_surface_and_leave_nothing(tmp_path, monkeypatch):
