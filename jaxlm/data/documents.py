@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxlm.data.parquet_pages import check_pages
 from jaxlm.data.sources import TEXT_KINDS, TextFile, suffixes
 from jaxlm.fields import nearest
 from jaxlm.terminal.printable import error_line, shown
@@ -28,10 +29,13 @@ _FIRST_BYTES = 8192
 # would need many times as much memory. The cuts depend on the text only.
 PART_CHARACTERS = 4_000_000
 _BLOCK_BYTES = 1 << 20
-# A longer line is no JSON line, but a compressed file without end or another format.
-MAX_LINE_BYTES = 256 << 20
-# A file of a kilobyte can hold a text of gigabytes in many rows, but once compressed.
+# A longer line is no JSON line, but a compressed file without end or another format. It
+# is held as bytes, as text and as a value, which take up to four bytes a character.
+MAX_LINE_BYTES = 32 << 20
+# A page of a file can hold a text once and give it to many rows.
 _BATCH_ROWS = 16
+# What Zstandard decompresses at once: four bytes can make 128 KiB, so this makes 32 MiB.
+_ZSTD_BYTES = 1 << 10
 _log = logging.getLogger(__name__)
 
 
@@ -209,7 +213,7 @@ class _ZstdFrames(io.RawIOBase):
                 data = self._frame.unused_data
                 self._frame = self._decompressor.decompressobj()
                 self._begun = False
-            data = data or self._raw.read(1 << 15)
+            data = data or self._raw.read(_ZSTD_BYTES)
             if not data:
                 if self._begun:
                     raise EOFError("the last frame is incomplete")
@@ -351,27 +355,39 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Part]
         schema = table.schema_arrow
     with table:
         _check_column(file, schema, field, pyarrow)
+        with _damaged_parquet(file, pyarrow), open(file.path, "rb") as raw:
+            for chunk in _chunks(table.metadata, field):
+                check_pages(raw, chunk)
         row, rows = 0, max(table.metadata.num_rows, 1)
         batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=[field])
         while True:
             with _damaged_parquet(file, pyarrow):
-                # As bytes: pyarrow does not promise that a string column is UTF-8.
                 batch = next(batches, None)
-                texts = batch and batch.column(0).cast(pyarrow.large_binary())
-            if texts is None:
+            if batch is None:
                 return
-            for data in texts:
+            for data in batch.column(0):
                 row += 1
                 where = f"{file.path}, row {row}"
                 if not data.is_valid:
                     raise ValueError(
                         f"{where}: the column {field!r} is null: remove null rows"
                     )
+                # pyarrow does not promise that a string column is UTF-8.
+                stored = data.as_buffer().to_pybytes()
                 try:
-                    text = damage.decode(data.as_py(), 1, 0)
+                    text = damage.decode(stored, 1, 0)
                 except ValueError as error:
                     raise ValueError(f"row {row} of {error}") from None
                 yield Part(text, where, size * row // rows)
+            del batch, data  # before the next one is read
+
+
+def _chunks(metadata: Any, field: str) -> Iterator[Any]:
+    """Yields the chunks of a column, one in each group of rows."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = map(group.column, range(group.num_columns))
+        yield next(c for c in columns if c.path_in_schema == field)
 
 
 @contextlib.contextmanager
@@ -379,7 +395,7 @@ def _damaged_parquet(file: TextFile, pyarrow: Any) -> Iterator[None]:
     """Converts what pyarrow raises for damaged bytes."""
     try:
         yield
-    except (OSError, UnicodeError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         words = error_line(error, 150)
         raise ValueError(
             f"{file.path}: not a complete Parquet file ({words}): get it again"

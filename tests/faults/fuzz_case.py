@@ -324,10 +324,13 @@ class FuzzProcess:
         self._child.stdin.write(json.dumps({"name": name, "minutes": minutes}) + "\n")
         self._child.stdin.flush()
         answer = self._child.stdout.readline()
-        if answer:
-            return json.loads(answer)
-        code = self._child.wait()
+        code = None if answer else self._child.wait()
         said = (self._folder / "stderr").read_text(errors="replace")[-3000:]
+        if answer:
+            found = json.loads(answer)
+            # A library that panics or complains would write to a user's terminal.
+            found["failure"] = found["failure"] or said or None
+            return found
         last = self._folder / "last"
         value = last.read_text(errors="replace")[:3000] if last.is_file() else ""
         self.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import documents
+from jaxlm.data import documents, parquet_pages
 from jaxlm.data.documents import read_documents
 from jaxlm.data.loader import open_dataset
 from jaxlm.data.sources import find_source
@@ -102,6 +102,40 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
         read(path)
 
 
+def zstd_of_equal_bytes(count, head=b""):
+    """Returns a frame of `head` and blocks of 128 KiB of "a", of four bytes each."""
+    frame = b"\x28\xb5\x2f\xfd\x00\x58"  # a window of 2 MiB, no size, no checksum
+    frame += (len(head) << 3).to_bytes(3, "little") + head
+    block = ((1 << 17) << 3 | 1 << 1).to_bytes(3, "little") + b"a"
+    return frame + block * count + (1).to_bytes(3, "little")
+
+
+def test_small_files_that_unfold_to_gigabytes(tmp_path):
+    """They are read in parts, or refused, in bounded memory."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    text, line = tmp_path / "a.txt.zst", tmp_path / "a.jsonl.zst"
+    text.write_bytes(zstd_of_equal_bytes(8192))  # 1 GiB in 32 kB
+    line.write_bytes(zstd_of_equal_bytes(8192, b'{"text": "'))
+    page = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [100_000_000 * "a"]})
+    pyarrow.parquet.write_table(table, page, compression="zstd", use_dictionary=False)
+    del table
+    pool = pyarrow.default_memory_pool()
+    before = pool.max_memory()
+    tracemalloc.start()
+    (file,) = find_source(str(text)).files
+    parts = itertools.islice(read_documents(file), 3)
+    assert [len(part.text) for part in parts] == [4_000_000] * 3
+    with pytest.raises(ValueError, match=r"line 1: a line of more than 33554432 byte"):
+        read(line)
+    with pytest.raises(ValueError, match=r"a page of \d+ bytes claims 10000\d+, more"):
+        read(page)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 120_000_000 and pool.max_memory() == before
+
+
 def test_a_small_parquet_file_of_a_long_text_in_many_rows(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
@@ -115,6 +149,33 @@ def test_a_small_parquet_file_of_a_long_text_in_many_rows(tmp_path):
     parts = read_documents(file)
     assert next(parts).text == text
     assert pool.bytes_allocated() < 200_000_000
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_pages_of_parquet_files_are_checked_before_they_are_read(
+    tmp_path, version, dictionary
+):
+    """The sizes in their headers are those of the metadata at the end, for the sum."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    texts = [f"{i % 700} text" * (i % 9) for i in range(3000)]
+    table = pyarrow.table({"number": range(3000), "text": texts})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", compression="gzip", data_page_version=version,
+        use_dictionary=dictionary, row_group_size=1000, data_page_size=2000, write_batch_size=100,
+    )  # fmt: skip
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
+    with open(tmp_path / "a.parquet", "rb") as file:
+        for group in range(3):
+            chunk = metadata.row_group(group).column(1)
+            sizes = list(parquet_pages._page_sizes(file, chunk))
+            assert len(sizes) > 1
+            headers = chunk.total_compressed_size - sum(stored for stored, _ in sizes)
+            assert chunk.total_uncompressed_size == headers + sum(n for _, n in sizes)
+    assert [part.text for part in read(tmp_path / "a.parquet")] == [
+        *filter(None, texts)
+    ]
 
 
 def test_nul_bytes_are_told(tmp_path, caplog):

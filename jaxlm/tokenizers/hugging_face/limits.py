@@ -20,6 +20,9 @@ from jaxlm.tokenizers.hugging_face.tokenizer_json import AddedToken
 
 # Added tokens of published files have at most 30 characters, except for white space.
 MAX_ADDED_CHARACTERS = 256
+# Of all added tokens of white space together, which the library builds an automaton of
+# (two seconds for 200,000 characters); published files have up to a thousand.
+MAX_WHITE_CHARACTERS = 20_000
 MAX_TOKEN_CHARACTERS = 16_384
 # Of a Unigram model, which tries every piece at each character; published ones have 16.
 MAX_PIECE_CHARACTERS = 256
@@ -49,13 +52,19 @@ _TRIAL_TEXTS += ["The quick brown fox jumps over 13 lazy dogs; don't they?\n" * 
 def check_tokens(
     vocab: Mapping[str, int], added: Sequence[AddedToken], model: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError for a token that is too long for the `model` of the file."""
+    """Raises ValueError for tokens that are too long for the `model` of the file."""
     contents = [token.content for token in added]
     # Only a Unigram model has a list, of pieces and scores.
     unigram = isinstance(model.get("vocab"), list)
     most_of_vocab = MAX_PIECE_CHARACTERS if unigram else MAX_TOKEN_CHARACTERS
     for texts, most in ((contents, MAX_ADDED_CHARACTERS), (vocab, most_of_vocab)):
         _check_length("the token", max(texts, key=len, default=""), most)
+    white = sum(len(token.content) for token in added if token.is_white)
+    if white > MAX_WHITE_CHARACTERS:
+        raise ValueError(
+            f"the added tokens of white space have {white} characters: at most "
+            f"{MAX_WHITE_CHARACTERS} are read"
+        )
 
 
 def check_steps(
@@ -86,12 +95,31 @@ def check_steps(
                 )
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         _check_length(f"model.{name}", model.get(name) or "", MAX_ADDED_BYTES)
+    _check_merges(model)
     count = model.get("max_input_chars_per_word")
     if count is not None and not (type(count) is int and 0 <= count <= _MAX_COUNT):
         raise ValueError(
             f"model.max_input_chars_per_word is {shown_value(count)}: at most "
             f"{_MAX_COUNT} is run"
         )
+
+
+def _check_merges(model: Mapping[str, Any]) -> None:
+    """Checks what the library only assumes: it would end with lines of its own.
+
+    It cuts as many bytes off the second part of a merge as the prefix has characters.
+    """
+    cut = len(model.get("continuing_subword_prefix") or "")
+    if not cut:
+        return
+    for merge in model.get("merges") or []:
+        right = (merge.split(" ") if isinstance(merge, str) else merge)[-1]
+        data = right.encode("utf-8", "surrogatepass")
+        if len(data) < cut or data[cut : cut + 1] and data[cut] & 0xC0 == 0x80:
+            raise ValueError(
+                f"model.merges: {shown(right)} does not begin with the "
+                "continuing_subword_prefix"
+            )
 
 
 def _growth(step: Mapping[str, Any], part: str) -> float:

@@ -27,6 +27,9 @@ BYTE = ModelProto.SentencePiece.BYTE
 _TYPE_FIELD = ModelProto.SentencePiece.DESCRIPTOR.fields_by_name["type"].number
 # Algorithms.
 UNIGRAM, BPE = TrainerSpec.UNIGRAM, TrainerSpec.BPE
+# Of a unigram model, which tries every piece at each character, and of pieces that are
+# matched before anything else. Published ones have 31 at most.
+MAX_PIECE_CHARACTERS = 256
 
 
 class ModelTable:
@@ -38,7 +41,7 @@ class ModelTable:
         Raises:
           google.protobuf.message.DecodeError: when it is not one.
           UnicodeDecodeError: for a piece that is not UTF-8.
-          ValueError: for a piece of an unknown type.
+          ValueError: for a piece of an unknown type, or one that is too long.
         """
         proto = ModelProto.FromString(model)
         self.pieces = [_text(p.piece) for p in proto.pieces]
@@ -48,6 +51,7 @@ class ModelTable:
         trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
         self.unknown_surface = _text(trainer.unk_surface).encode("utf-8")
         self.algorithm = trainer.model_type
+        self._check_lengths()
         self.byte_fallback = trainer.byte_fallback
         self.add_dummy_prefix = normalizer.add_dummy_prefix
         self.remove_extra_whitespaces = normalizer.remove_extra_whitespaces
@@ -58,6 +62,16 @@ class ModelTable:
             and not self.remove_extra_whitespaces
             and self.byte_fallback
         )
+
+    def _check_lengths(self) -> None:
+        everything = self.algorithm == UNIGRAM
+        for piece, kind in zip(self.pieces, self.types, strict=True):
+            tried = everything or kind == USER_DEFINED
+            if tried and len(piece) > MAX_PIECE_CHARACTERS:
+                raise ValueError(
+                    f"the piece {shown(piece)} has {len(piece)} characters: at most "
+                    f"{MAX_PIECE_CHARACTERS} are read"
+                )
 
     def special_pieces(self) -> Iterator[tuple[int, str, int]]:
         """Yields id, text and type of control, unknown and user-defined pieces."""

@@ -119,9 +119,25 @@ HOSTILE = {
         },
         "has 200000 tokens: at most 100000 are read",
     ),
+    "white space of 200,000 characters": (
+        {
+            "added_tokens": [
+                dict(ADDED, id=3 + i, content=f"{i:0200b}".translate({48: 32, 49: 9}))
+                for i in range(1000)
+            ]
+        },
+        "the added tokens of white space have 200000 characters: at most 20000",
+    ),
     "a long added token": (
         {"added_tokens": [added_token(3, "<" * 1000, special=True)]},
         "has 1000 characters: at most 256 are read",
+    ),
+    "merges that are shorter than their prefix": (
+        {
+            "model": bpe_model({"a": 0, "b": 1, "ab": 2}, ["a b"])
+            | {"continuing_subword_prefix": "##"}
+        },
+        "model.merges: b does not begin with the continuing_subword_prefix",
     ),
     "a long token": (
         {"model": bpe_model({"a": 0, "b" * 100_000: 1}, [])},
@@ -169,7 +185,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused(name):
+def test_a_hostile_file_is_refused(name, capfd):
     parts, reason = HOSTILE[name]
     text = contents(**parts)
     tracemalloc.start()
@@ -181,6 +197,8 @@ def test_a_hostile_file_is_refused(name):
     tracemalloc.stop()
     message = str(error.value)
     assert reason in message and "\n" not in message and len(message) < 400
+    # The library, where it fails, prints lines of its own to the terminal.
+    assert capfd.readouterr() == ("", "")
     # CPU time of this process; that of a trial has a limit of its own.
     assert seconds < 10 and peak < 50_000_000 + 8 * len(text)
 

@@ -7,6 +7,8 @@ from sentencepiece_case import trained
 from jaxlm.tokenizers.sentencepiece import processor
 from jaxlm.tokenizers.sentencepiece.model_proto import (
     SPACE_SIGN,
+    UNIGRAM,
+    ModelProto,
     build_model,
     literal_model,
 )
@@ -123,3 +125,16 @@ def test_types_of_pieces_are_known_ones(kind):
     else:
         with pytest.raises(ValueError, match=r"piece 1, <turn>, has an unknown type"):
             SentencePieceTokenizer(changed)
+
+
+def test_nested_pieces_that_all_match_at_each_character_are_refused():
+    pieces = ["<unk>", *("a" * n for n in range(1, 400))]
+    model = build_model(pieces, [-1.0] * 400, [2] + [1] * 399, add_dummy_prefix=False,
+                        remove_extra_whitespaces=False)  # fmt: skip
+    assert list(SentencePieceTokenizer(model).encode("a" * 399)) == [399]
+    unigram = ModelProto.FromString(model)
+    unigram.trainer_spec.model_type = UNIGRAM
+    with pytest.raises(
+        ValueError, match=r"a\.\.\. has 257 characters: at most 256 are"
+    ):
+        SentencePieceTokenizer(unigram.SerializeToString())
