@@ -7,9 +7,9 @@ whatever is wrong with it.
 
 import dataclasses
 import math
-import mmap
 import os
 import stat
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +24,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_TENSORS = 100_000
 MAX_DIMS = 32  # NumPy has 64
 _MAX_BYTES = 1 << 60
+# The system reads less than 2 GiB at once.
+_READ_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,13 +45,13 @@ class StoredTensor:
     _read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
     def read(self) -> np.ndarray:
-        """Returns the values, read-only; a view of the mapped file where possible.
+        """Reads the values, again in each call; they are read-only.
 
-        The view is valid as long as the file is not truncated. Quantized types are
-        decoded to float32, again in each call.
+        Quantized types are decoded to float32.
 
         Raises:
-          ValueError: for a type that jaxlm cannot read, and for damaged values.
+          ValueError: for a type that jaxlm cannot read, for damaged values, and if the
+            file has become shorter.
         """
         values = self._read()
         assert values.shape == self.shape and values.dtype == self.dtype
@@ -63,24 +65,64 @@ TensorSpecs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 ReadTensor = Callable[[str], np.ndarray]
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """Maps a file for reading; pages are loaded when they are touched.
+class WeightFile:
+    """An open file, read where it is asked for.
 
-    Raises:
-      ValueError: if it is missing, not a regular file, empty or not readable.
+    Nothing is mapped into memory: when a mapped file is truncated or its disk fails,
+    the process dies of SIGBUS.
     """
-    try:
-        # Checked before opening: opening a pipe would wait for a writer.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path}: not a regular file")
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise ValueError(f"{path}: the file is empty")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be read: {e.strerror}") from e
+
+    def __init__(self, path: Path):
+        """Opens a file.
+
+        Raises:
+          ValueError: if it is missing, not a regular file, empty or not readable.
+        """
+        self.path = path
+        try:
+            # Checked before opening: opening a pipe would wait for a writer.
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError(f"{path}: not a regular file")
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file") from None
+        except OSError as e:
+            raise ValueError(f"{path}: cannot be read: {e.strerror}") from e
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+        """Bytes that it had when it was opened."""
+        if self.size == 0:
+            raise ValueError(f"{path}: the file is empty")
+
+    def bytes(self, start: int, stop: int) -> bytes:
+        """Returns the bytes in [start, stop), which must be in the file.
+
+        Raises:
+          ValueError: if it has changed, or cannot be read.
+        """
+        return self.values(start, (stop - start,), np.dtype(np.uint8)).tobytes()
+
+    def values(
+        self, offset: int, shape: tuple[int, ...], dtype: np.dtype
+    ) -> np.ndarray:
+        """Returns a new array of the values at `offset`; raises as `bytes`."""
+        values = np.empty(shape, dtype)
+        data = memoryview(values.reshape(-1).view(np.uint8))
+        done = 0
+        while done < len(data):
+            part = data[done : done + _READ_BYTES]
+            try:
+                count = os.preadv(self._descriptor, [part], offset + done)
+            except OSError as e:
+                raise ValueError(f"{self.path}: cannot be read: {e.strerror}") from e
+            if not count:
+                raise ValueError(
+                    f"{self.path}: it ends at byte {offset + done}, and had "
+                    f"{self.size} when it was opened: it was changed while it was in "
+                    "use"
+                )
+            done += count
+        return values
 
 
 def number_of_values(shape: tuple[int, ...], where: str) -> int:
@@ -95,14 +137,6 @@ def number_of_values(shape: tuple[int, ...], where: str) -> int:
     if math.prod(max(d, 1) for d in shape) > _MAX_BYTES // 16:
         raise ValueError(f"{where}: its shape is too large")
     return math.prod(shape)
-
-
-def view(
-    mapped: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """Returns an array over bytes of a mapped file; a copy if they are not aligned."""
-    values = np.ndarray(shape, dtype, buffer=mapped, offset=offset)
-    return values if values.flags.aligned else values.copy()
 
 
 def check_given(

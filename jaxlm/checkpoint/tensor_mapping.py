@@ -9,6 +9,7 @@ export, so no tensor can be mapped in one direction only.
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,11 @@ _TILE = 256
 _CHUNK = 1 << 18
 # In bytes: XLA:CPU takes over memory with this alignment without copying it.
 _ALIGNMENT = 64
+# More do not read faster, and each holds a tensor.
+_MAX_THREADS = 8
+
+# Start and stop of a shard in each dimension.
+_Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -255,7 +261,8 @@ class TensorMapping:
         """Reads the parameters from the tensors of a file, after `check`.
 
         Each device gets only its shard. On a CPU the filled memory becomes the array;
-        elsewhere the host holds one (stacked) parameter at a time.
+        elsewhere the host holds one (stacked) parameter at a time. Beside it there is
+        one tensor of the file for each of at most 8 threads.
 
         Args:
           dtype: as `Checkpoint.params`. With None, if layers are stored in several
@@ -268,13 +275,17 @@ class TensorMapping:
         by_path = {} if shardings is None else tree.flatten(shardings)
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params, not_finite = {}, set()
-        with ThreadPoolExecutor() as pool:
+        # Each thread holds a tensor of the file.
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
             for path, shape in self.shapes.items():
-                read = functools.partial(
-                    self._read_shard, path, tensors, dtype, pool, not_finite
-                )
                 sharding = by_path.get(path, default)
-                params[path] = jax.make_array_from_callback(shape, sharding, read)
+                indices = sharding.addressable_devices_indices_map(shape).values()
+                shards = self._read_shards(
+                    path, tensors, dtype, pool, not_finite, indices
+                )
+                params[path] = jax.make_array_from_callback(
+                    shape, sharding, functools.partial(_shard_at, shards, shape)
+                )
         used = [name for rule in self.rules for name, _ in self.names(rule)]
         if dtype is None and any(tensors[n].dtype == np.float64 for n in used):
             report("float64 weights are read as float32")
@@ -282,28 +293,38 @@ class TensorMapping:
             report(f"values that are not finite in {_some(sorted(not_finite))}")
         return tree.nest(params)
 
-    def _read_shard(self, path, tensors, dtype, pool, not_finite, index) -> np.ndarray:
-        """Reads the values at `index` (a slice for each dimension) of a parameter."""
+    def _read_shards(
+        self, path, tensors, dtype, pool, not_finite, indices
+    ) -> dict[_Ranges, np.ndarray]:
+        """Reads the values at `indices` of a parameter, each tensor of the file once.
+
+        An index is a slice for each dimension.
+        """
         rule, _ = self._rule_of[path]
         if dtype is None:
             dtype = _common_dtype([tensors[name].dtype for name, _ in self.names(rule)])
-        shape = self.shapes[path]
-        slices = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-        out = _aligned([len(s) for s in slices], np.dtype(dtype))
-        leading = len(self._leading(rule))
-        indices = list(itertools.product(*(enumerate(s) for s in slices[:leading])))
+        shape, leading = self.shapes[path], len(self._leading(rule))
+        shards = {
+            ranges: _aligned([stop - start for start, stop in ranges], np.dtype(dtype))
+            for ranges in {_ranges(index, shape) for index in indices}
+        }
 
-        def read_one(index_pairs: tuple[tuple[int, int], ...]) -> None:
-            name = self._name(rule, tuple(g for _, g in index_pairs))
+        def read_one(number: tuple[int, ...]) -> None:
+            holding = [r for r in shards if _holds(r, number)]
+            if not holding:
+                return
+            name = self._name(rule, number)
             x = self.to_ours(path, tensors[name].read())
-            target = out[tuple(i for i, _ in index_pairs)]
-            _copy(target, x[tuple(index[leading:])])
-            if not _is_finite(target):
-                not_finite.add(name)
+            for ranges in holding:
+                at = (i - r[0] for i, r in zip(number, ranges, strict=False))
+                target = shards[ranges][tuple(at)]
+                _copy(target, x[tuple(slice(*r) for r in ranges[leading:])])
+                if not _is_finite(target):
+                    not_finite.add(name)
 
         # Consuming the results raises the errors of the threads here.
-        list(pool.map(read_one, indices))
-        return out
+        list(pool.map(read_one, itertools.product(*map(range, shape[:leading]))))
+        return shards
 
     def write(
         self, params: Params, dtype: Any = None, table_factor: float = 1.0
@@ -341,6 +362,26 @@ class TensorMapping:
             return cast
 
         return specs, read
+
+
+def _ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Ranges:
+    bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+    assert all(step == 1 for _, _, step in bounds)
+    return tuple((start, stop) for start, stop, _ in bounds)
+
+
+def _holds(ranges: _Ranges, number: tuple[int, ...]) -> bool:
+    """Whether the first dimensions of a shard have the layer (or expert) `number`."""
+    pairs = zip(number, ranges, strict=False)
+    return all(start <= i < stop for i, (start, stop) in pairs)
+
+
+def _shard_at(
+    shards: Mapping[_Ranges, np.ndarray],
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    return shards[_ranges(index, shape)]
 
 
 def _concatenate(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:

@@ -34,7 +34,7 @@ _BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 32 << 20
 # A page of a file can hold a text once and give it to many rows.
 _BATCH_ROWS = 16
-# What Zstandard decompresses at once: four bytes can make 128 KiB, so this makes 32 MiB.
+# What Zstandard decompresses at once: at worst to 32 MiB, as four bytes make 128 KiB.
 _ZSTD_BYTES = 1 << 10
 _log = logging.getLogger(__name__)
 

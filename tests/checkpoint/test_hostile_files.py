@@ -33,8 +33,9 @@ from weights_case import (
     text,
 )
 
+from jaxlm.checkpoint.gguf import gguf_file
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf
-from jaxlm.checkpoint.hf.safetensors_file import write_safetensors
+from jaxlm.checkpoint.hf.safetensors_file import read_safetensors, write_safetensors
 from jaxlm.checkpoint.hf.safetensors_folder import INDEX_FILE, read_folder
 
 
@@ -245,6 +246,30 @@ def good(request, tmp_path_factory):
     GOOD[request.param](path)
     assert 1500 < path.stat().st_size < 2500
     return path
+
+
+def test_a_file_that_is_truncated_while_it_is_read(good, tmp_path):
+    """A mapped file would end the process with SIGBUS."""
+    path = tmp_path / good.name
+    path.write_bytes(good.read_bytes())
+    is_gguf = good.suffix == ".gguf"
+    tensors = read_gguf(path).tensors if is_gguf else read_safetensors(path)[0]
+    for size in (good.stat().st_size - 1, 100, 0):
+        with path.open("r+b") as file:
+            file.truncate(size)
+        with pytest.raises(ValueError, match=rf"{path}: it ends at byte \d+, and had"):
+            for tensor in tensors.values():
+                tensor.read()
+
+
+def test_a_header_of_gguf_is_read_as_far_as_it_goes(good, tmp_path, monkeypatch):
+    if good.suffix == ".gguf":
+        expected = read_gguf(good)
+        monkeypatch.setattr(gguf_file, "_FIRST_BYTES", 16)
+        monkeypatch.setattr(gguf_file, "_MAX_NAME_BYTES", 60)
+        found = read_gguf(good)
+        assert repr(found.metadata) == repr(expected.metadata)
+        assert found.tensors.keys() == expected.tensors.keys()
 
 
 def test_a_file_cut_at_any_byte(good, tmp_path):

@@ -7,7 +7,6 @@ the innermost dimension comes first.
 """
 
 import dataclasses
-import mmap
 import os
 import struct
 from functools import partial
@@ -27,9 +26,8 @@ from jaxlm.checkpoint.tensor_file import (
     FLOAT32,
     MAX_TENSORS,
     StoredTensor,
-    map_file,
+    WeightFile,
     number_of_values,
-    view,
 )
 from jaxlm.terminal.printable import shown
 
@@ -39,6 +37,7 @@ MAX_STRING_BYTES = 64 << 20
 MAX_ALIGNMENT = 1 << 20
 # For keys, values and the list of tensors; the largest vocabularies take 20 MB.
 MAX_HEADER_BYTES = 256 << 20
+_FIRST_BYTES = 1 << 20
 _MAX_NAME_BYTES = 65535  # the specification's limit for keys; tokens are shorter
 ALIGNMENT = "general.alignment"
 MAGIC = b"GGUF"
@@ -89,7 +88,7 @@ class GGUFFile:
 
 
 def read_gguf(path: Path | str) -> GGUFFile:
-    """Reads the header of a GGUF file (version 2 or 3) and maps the data.
+    """Reads the header of a GGUF file (version 2 or 3), and values when they are used.
 
     Args:
       path: a file of at most 100,000 keys and 100,000 tensors.
@@ -102,7 +101,8 @@ def read_gguf(path: Path | str) -> GGUFFile:
       ValueError: if it is missing or violates the format in any way.
     """
     path = Path(os.path.expanduser(path))
-    header = _Header(path, map_file(path))
+    file = WeightFile(path)
+    header = _Header(file)
     num_tensors, num_keys = header.read_start()
     metadata: dict[str, Value] = {}
     for number in range(num_keys):
@@ -118,8 +118,8 @@ def read_gguf(path: Path | str) -> GGUFFile:
             raise ValueError(f"{path}: tensor {shown(name)} appears twice")
         entries[name] = header.entry(name, alignment)
     start = -(-header.at // alignment) * alignment
-    _check_extents(list(entries.values()), len(header.data) - start)
-    tensors = {n: _stored(header.data, start, n, e) for n, e in entries.items()}
+    _check_extents(list(entries.values()), file.size - start)
+    tensors = {n: _stored(file, start, n, e) for n, e in entries.items()}
     return GGUFFile(metadata, tensors)
 
 
@@ -136,15 +136,22 @@ class _Entry(NamedTuple):
 class _Header:
     """Reads a header from front to back; `at` is the offset of the next value."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path = path
-        self.data = data
+    def __init__(self, file: WeightFile):
+        self.path, self._file = file.path, file
         self.at = 0
-        self._end = min(len(data), MAX_HEADER_BYTES)
+        self._end = min(file.size, MAX_HEADER_BYTES)
+        self._data = b""
+        """The beginning of the file, as much as is needed."""
+        self._load(_FIRST_BYTES)
+
+    def _load(self, needed: int) -> None:
+        """Reads on, so that `_data` has as many bytes as are needed, and more."""
+        start, stop = len(self._data), max(needed, 2 * len(self._data))
+        self._data += self._file.bytes(start, min(stop, self._end))
 
     def read_start(self) -> tuple[int, int]:
         """Reads up to the numbers of tensors and of keys, and returns these."""
-        if self.data[:4] != MAGIC:
+        if self._data[:4] != MAGIC:
             raise ValueError(f"{self.path}: not a GGUF file")
         self.at = 4
         version = self._number(U32, "the version")
@@ -171,19 +178,19 @@ class _Header:
         """Checks that `size` more bytes exist, and returns the offset after them."""
         after = self.at + size
         if after > self._end:
-            end = len(self.data)
-            reason = (
-                "the file is truncated" if after > end else "the header is too large"
-            )
+            is_short = after > self._file.size
+            reason = "the file is truncated" if is_short else "the header is too large"
             raise ValueError(
                 f"{self.path}: {what}: {size} bytes at offset {self.at} go beyond "
                 f"offset {self._end}: {reason}"
             )
+        if after > len(self._data):
+            self._load(after)
         return after
 
     def _number(self, kind: struct.Struct, what: str) -> int:
         after = self._need(kind.size, what)
-        (value,) = kind.unpack_from(self.data, self.at)
+        (value,) = kind.unpack_from(self._data, self.at)
         self.at = after
         return value
 
@@ -194,7 +201,7 @@ class _Header:
             raise ValueError(f"{self.path}: {what}: {length} bytes, more than {limit}")
         after = self._need(length, what)
         try:
-            value = self.data[self.at : after].decode()
+            value = self._data[self.at : after].decode()
         except UnicodeDecodeError as e:
             raise ValueError(f"{self.path}: {what}: not UTF-8: {e.reason}") from None
         self.at = after
@@ -230,10 +237,11 @@ class _Header:
         dtype = SCALARS[kind]
         after = self._need(count * dtype.itemsize, what)
         if kind == BOOL:
-            stored = view(self.data, self.at, (count,), np.dtype(np.uint8))
+            stored = np.frombuffer(self._data, np.uint8, count, self.at)
             if (stored > 1).any():
                 raise ValueError(f"{self.path}: {what}: a bool that is not 0 or 1")
-        values = view(self.data, self.at, (count,), dtype)
+        # A copy, so that the rest of the header does not stay in memory.
+        values = np.frombuffer(self._data, dtype, count, self.at).copy()
         values.flags.writeable = False
         self.at = after
         return values
@@ -241,11 +249,14 @@ class _Header:
     def _texts(self, count: int, what: str) -> list[str]:
         """Reads `count` strings as `text` does, but inline: there may be 100,000."""
         self._need(count * U64.size, what)
-        unpack, data, end, at = U64.unpack_from, self.data, self._end, self.at
+        unpack, data, end, at = U64.unpack_from, self._data, self._end, self.at
         texts = []
         try:
             for _ in range(count):
                 start = at + 8
+                if len(data) < min(start + _MAX_NAME_BYTES, end):
+                    self._load(start + _MAX_NAME_BYTES)
+                    data = self._data
                 at = start + unpack(data, at)[0]
                 if at > end or at - start > _MAX_NAME_BYTES:
                     raise struct.error
@@ -318,7 +329,7 @@ def _check_extents(entries: list[_Entry], size: int) -> None:
         at, before = entry.offset + entry.bytes, entry.where.partition(": ")[2]
 
 
-def _stored(data: mmap.mmap, start: int, name: str, entry: _Entry) -> StoredTensor:
+def _stored(file: WeightFile, start: int, name: str, entry: _Entry) -> StoredTensor:
     kind = entry.type.name
     dtype = _PLAIN.get(kind, FLOAT32 if kind in DECODERS else _UNREADABLE)
     return StoredTensor(
@@ -327,19 +338,19 @@ def _stored(data: mmap.mmap, start: int, name: str, entry: _Entry) -> StoredTens
         dtype=dtype,
         stored_as=kind,
         where=entry.where,
-        _read=partial(_read_values, data, start + entry.offset, entry),
+        _read=partial(_read_values, file, start + entry.offset, entry),
     )
 
 
-def _read_values(data: mmap.mmap, offset: int, entry: _Entry) -> np.ndarray:
+def _read_values(file: WeightFile, offset: int, entry: _Entry) -> np.ndarray:
     kind = entry.type.name
     if kind in _PLAIN:
-        return view(data, offset, entry.shape, _PLAIN[kind])
+        return file.values(offset, entry.shape, _PLAIN[kind])
     if kind not in DECODERS:
         raise ValueError(
             f"{entry.where}: its type {kind} cannot be read ({_readable()})"
         )
-    blocks = view(data, offset, (entry.bytes,), np.dtype(np.uint8))
+    blocks = file.values(offset, (entry.bytes,), np.dtype(np.uint8))
     return dequantize(blocks, kind).reshape(entry.shape)
 
 

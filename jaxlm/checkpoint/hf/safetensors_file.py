@@ -7,7 +7,6 @@ gaps or overlaps.
 """
 
 import json
-import mmap
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -22,10 +21,9 @@ from jaxlm.checkpoint.tensor_file import (
     ReadTensor,
     StoredTensor,
     TensorSpecs,
+    WeightFile,
     check_given,
-    map_file,
     number_of_values,
-    view,
     write_values,
 )
 from jaxlm.files.durable import replacing
@@ -71,7 +69,7 @@ class _Entry(NamedTuple):
 def read_safetensors(
     path: Path | str,
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Reads the header of a .safetensors file and maps the data.
+    """Reads the header of a .safetensors file; the values are read when they are used.
 
     Args:
       path: a file of at most 100,000 tensors, with a header of at most 16 MiB.
@@ -84,33 +82,34 @@ def read_safetensors(
       ValueError: if it is missing or violates the format in any way.
     """
     path = Path(os.path.expanduser(path))
-    mapped = map_file(path)
-    header, start = _read_header(path, mapped)
+    file = WeightFile(path)
+    header, start = _read_header(file)
     metadata = _read_metadata(path, header.pop(_METADATA, {}))
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{path}: {len(header)} tensors, more than {MAX_TENSORS}")
     entries = sorted(_read_entry(path, name, header[name]) for name in header)
-    _check_cover(path, entries, len(mapped) - start)
-    tensors = {e.name: _stored(mapped, start, e) for e in entries}
+    _check_cover(path, entries, file.size - start)
+    tensors = {e.name: _stored(file, start, e) for e in entries}
     return tensors, metadata
 
 
-def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
+def _read_header(file: WeightFile) -> tuple[dict[str, Any], int]:
     """Returns the parsed header, and the offset of the data in the file."""
-    if len(mapped) < 8:
-        raise ValueError(f"{path}: not a safetensors file: {len(mapped)} bytes")
-    length = int.from_bytes(mapped[:8], "little")
+    path, size = file.path, file.size
+    if size < 8:
+        raise ValueError(f"{path}: not a safetensors file: {size} bytes")
+    length = int.from_bytes(file.bytes(0, 8), "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(
             f"{path}: not a safetensors file: the header would have {length} bytes "
             f"(at most {MAX_HEADER_BYTES})"
         )
-    if length > len(mapped) - 8:
+    if length > size - 8:
         raise ValueError(
-            f"{path}: the header has {length} bytes, but only {len(mapped) - 8} are "
-            "there: is the file truncated?"
+            f"{path}: the header has {length} bytes, but only {size - 8} are there: is "
+            "the file truncated?"
         )
-    text = mapped[8 : 8 + length]
+    text = file.bytes(8, 8 + length)
     if not text.startswith(b"{"):
         raise ValueError(f"{path}: not a safetensors file: the header is not JSON")
     where = f"{path}: the header"
@@ -197,7 +196,7 @@ def _check_cover(path: Path, entries: list[_Entry], size: int) -> None:
         raise ValueError(f"{path}: {size - at} bytes at its end belong to no tensor")
 
 
-def _stored(mapped: mmap.mmap, start: int, entry: _Entry) -> StoredTensor:
+def _stored(file: WeightFile, start: int, entry: _Entry) -> StoredTensor:
     dtype = _DTYPES.get(entry.dtype, _UNREADABLE)
     return StoredTensor(
         name=entry.name,
@@ -205,12 +204,12 @@ def _stored(mapped: mmap.mmap, start: int, entry: _Entry) -> StoredTensor:
         dtype=dtype,
         stored_as=entry.dtype,
         where=entry.where,
-        _read=partial(_read_values, mapped, start + entry.begin, entry, dtype),
+        _read=partial(_read_values, file, start + entry.begin, entry, dtype),
     )
 
 
 def _read_values(
-    mapped: mmap.mmap, offset: int, entry: _Entry, dtype: np.dtype
+    file: WeightFile, offset: int, entry: _Entry, dtype: np.dtype
 ) -> np.ndarray:
     if dtype is _UNREADABLE:
         raise ValueError(
@@ -219,10 +218,11 @@ def _read_values(
         )
     if dtype == np.bool_:
         # NumPy accepts any byte as a bool, and then computes nonsense with it.
-        stored = view(mapped, offset, entry.shape, np.dtype(np.uint8))
+        stored = file.values(offset, entry.shape, np.dtype(np.uint8))
         if (stored > 1).any():
             raise ValueError(f"{entry.where}: BOOL with a byte other than 0 and 1")
-    return view(mapped, offset, entry.shape, dtype)
+        return stored.view(dtype)
+    return file.values(offset, entry.shape, dtype)
 
 
 def write_safetensors(

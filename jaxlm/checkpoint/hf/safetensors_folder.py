@@ -21,7 +21,7 @@ from jaxlm.checkpoint.tensor_file import (
     ReadTensor,
     StoredTensor,
     TensorSpecs,
-    map_file,
+    WeightFile,
     number_of_values,
 )
 from jaxlm.files.durable import replacing
@@ -96,10 +96,10 @@ def _no_weights(folder: Path) -> str:
 
 def _read_index(index: Path, path: Path) -> dict[str, str]:
     """Reads the shard of each tensor, and checks that shards are plain file names."""
-    mapped = map_file(path)
-    if len(mapped) > MAX_HEADER_BYTES:
+    file = WeightFile(path)
+    if file.size > MAX_HEADER_BYTES:
         raise ValueError(f"{index}: larger than {MAX_HEADER_BYTES} bytes")
-    text, where = mapped[:], f"{index}: the index"
+    text, where = file.bytes(0, file.size), f"{index}: the index"
     check_values(text, where)
     shard_of = parse_object(text, where, allow_nan=False).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:

@@ -115,7 +115,7 @@ def _check_merges(model: Mapping[str, Any]) -> None:
     for merge in model.get("merges") or []:
         right = (merge.split(" ") if isinstance(merge, str) else merge)[-1]
         data = right.encode("utf-8", "surrogatepass")
-        if len(data) < cut or data[cut : cut + 1] and data[cut] & 0xC0 == 0x80:
+        if len(data) < cut or (data[cut:] and data[cut] & 0xC0 == 0x80):
             raise ValueError(
                 f"model.merges: {shown(right)} does not begin with the "
                 "continuing_subword_prefix"

@@ -101,21 +101,20 @@ def test_an_empty_file_of_tensors(tmp_path):
     assert safetensors.numpy.load_file(tmp_path / "a.safetensors") == {}
 
 
-def test_reading_copies_nothing(tmp_path):
+def test_reading_takes_the_memory_of_the_values_once(tmp_path):
     write(tmp_path / "a.safetensors", {"a": np.zeros((1000, 1000), np.float32)})
     tracemalloc.start()
     tensor = read_safetensors(tmp_path / "a.safetensors")[0]["a"]
+    opened = tracemalloc.get_traced_memory()[1]
     values = tensor.read()
-    again = tensor.read()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 200_000
-    assert np.shares_memory(values, again)
+    assert opened < 200_000 and peak < 4_200_000
     with pytest.raises(ValueError):
         values[0] = 1
 
 
-def test_values_that_are_not_aligned_are_copied(tmp_path):
+def test_values_that_are_not_aligned(tmp_path):
     values = np.arange(6, dtype=np.float32)
     header = {"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}
     for spaces in range(8):
