@@ -325,17 +325,18 @@ class FuzzProcess:
         self._child.stdin.flush()
         answer = self._child.stdout.readline()
         code = None if answer else self._child.wait()
-        said = (self._folder / "stderr").read_text(errors="replace")[-3000:]
+        said = (self._folder / "stderr").read_text(errors="replace")
         if answer:
             found = json.loads(answer)
-            # A library that panics or complains would write to a user's terminal.
-            found["failure"] = found["failure"] or said or None
+            # A panic of Rust, although caught, writes to a user's terminal.
+            _, panicked, what = said.partition(" panicked at ")
+            found["failure"] = found["failure"] or (panicked and panicked + what[:3000])
             return found
         last = self._folder / "last"
         value = last.read_text(errors="replace")[:3000] if last.is_file() else ""
         self.close()
         return {"count": 0, "refused": 0, "slowest": 0.0,
-                "failure": f"{said}\nended with {code}, reading {value}"}  # fmt: skip
+                "failure": f"{said[-3000:]}\nended with {code}, reading {value}"}  # fmt: skip
 
     def close(self):
         if self._child is not None:

@@ -27,6 +27,6 @@ def test_a_parser_reads_or_refuses(name, process):
             f"\n{name}: {found['count']} values, {found['refused']} refused, at most "
             f"{found['slowest']:.2f} s each"
         )
-    assert found["failure"] is None, found["failure"]
+    assert not found["failure"], found["failure"]
     # Otherwise the files are so damaged that nothing but the first check is tried.
     assert 0 < found["refused"] < found["count"]
