@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.collectives import axes_of
+from jaxlm.ops.expert_exchange import SCOPE, plan_exchange, send
 from jaxlm.ops.feed_forward import activate
+from jaxlm.ops.grouped_matmul import grouped_matmul
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import einsum
 
@@ -143,8 +145,12 @@ def mixture(
         arguments = (x, weights, experts, inner)
         specs = jax.tree.map(_partition, arguments)
         expert_axes, *_, hidden_axes = specs[-1]["up"]
-        if math.prod(out.mesh.shape[axis] for axis in axes_of(expert_axes)) > 1:
-            run = partial(_exchanged, run, axes_of(expert_axes))
+        axes = axes_of(expert_axes)
+        devices = math.prod(out.mesh.shape[axis] for axis in axes)
+        if devices > 1:
+            # What sends fewer bytes.
+            way = _exchanged if experts.shape[-1] < devices else _gathered
+            run = partial(way, activation, axes)
         run = jax.shard_map(
             partial(run, sum_over=hidden_axes),
             in_specs=specs,
@@ -158,8 +164,8 @@ def mixture(
     return y.astype(x.dtype)
 
 
-def _exchanged(
-    run: Callable[..., Array],
+def _gathered(
+    activation: str,
     axes: tuple[str, ...],
     x: Array,
     weights: Array,
@@ -167,7 +173,7 @@ def _exchanged(
     matrices: Matrices,
     sum_over: Any,
 ) -> Array:
-    """Calls `_sorted_mixture` with the tokens of all devices that share the experts.
+    """Computes the tokens of all devices that share the experts with its own experts.
 
     Each device gets all tokens, and sends back the sums of its own experts. No token is
     dropped, whatever the load.
@@ -176,12 +182,42 @@ def _exchanged(
     def from_all(x: Array) -> Array:
         return jax.lax.all_gather(x, axes, axis=0, tiled=True)
 
-    with jax.named_scope("expert_parallel"):
+    with jax.named_scope(SCOPE):
         x, weights, experts = jax.tree.map(from_all, (x, weights, experts))
     experts -= jax.lax.axis_index(axes) * matrices["up"].shape[0]
-    y = run(x, weights, experts, matrices, sum_over=sum_over, only_own=True)
-    with jax.named_scope("expert_parallel"):
+    y = _sorted_mixture(
+        activation, x, weights, experts, matrices, sum_over, only_own=True
+    )
+    with jax.named_scope(SCOPE):
         return jax.lax.psum_scatter(y, axes, scatter_dimension=0, tiled=True)
+
+
+def _exchanged(
+    activation: str,
+    axes: tuple[str, ...],
+    x: Array,
+    weights: Array,
+    experts: Array,
+    matrices: Matrices,
+    sum_over: Any,
+) -> Array:
+    """Sends each token to the devices of its experts, and gets the results back.
+
+    There is room for all tokens on each device, so none is dropped.
+    """
+    B, T, D = x.shape
+    k, own = experts.shape[-1], matrices["up"].shape[0]
+    devices = jax.lax.axis_size(axes)
+    order, inverse, counts = _sort(experts.reshape(-1), devices * own)
+    rows = _rows(k, x.reshape(B * T, D), order, inverse)
+    exchange = plan_exchange(counts, axes)
+    # The experts of a token are different ones.
+    room = devices * B * T * min(k, own)
+    rows = send(rows, exchange.there, room, axes)
+    y = _feed_forward(activation, rows, exchange.sizes, matrices, has_rest=True)
+    y = send(y, exchange.back, B * T * k, axes)
+    y = _weighted_sum(y, order, inverse, weights)
+    return y if sum_over is None else jax.lax.psum(y, sum_over)
 
 
 def _sorted_mixture(
@@ -204,14 +240,43 @@ def _sorted_mixture(
     chosen = experts.reshape(-1)
     if only_own:
         chosen = jnp.where((chosen >= 0) & (chosen < E), chosen, E)
+    order, inverse, sizes = _sort(chosen, E)
+    rows = _rows(k, x.reshape(B * T, D), order, inverse)
+    y = _feed_forward(activation, rows, sizes, matrices, has_rest=only_own)
+    y = _weighted_sum(y, order, inverse, weights)
+    return y if sum_over is None else jax.lax.psum(y, sum_over)
+
+
+def _sort(
+    chosen: Int[Array, " M"], num_experts: int
+) -> tuple[Int[Array, " M"], Int[Array, " M"], Int[Array, " E"]]:
+    """Returns an order by expert, its inverse, and how often each expert is chosen."""
     order = jnp.argsort(chosen, stable=True)
-    inverse = jnp.argsort(order)
-    taken = chosen[order][:, None] == jnp.arange(E)
-    sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
+    counts = jnp.sum(
+        chosen[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32
+    )
+    return order, jnp.argsort(order), counts
+
+
+def _feed_forward(
+    activation: str,
+    rows: Float[Array, "M D"],
+    sizes: Int[Array, " E"],
+    matrices: Matrices,
+    has_rest: bool,
+) -> Float[Array, "M D"]:
+    """Applies each expert to its group of rows, one group after another.
+
+    Args:
+      sizes: of the groups.
+      has_rest: there are more rows after the groups; their results are 0.
+    """
+    position, ends = jnp.arange(len(rows))[:, None], jnp.cumsum(sizes)
+    taken = (position >= ends - sizes) & (position < ends)
 
     def own(rows: Array) -> Array:
         """Hides the rows at the end that belong to no group, and their gradients."""
-        if not only_own:
+        if not has_rest:
             return rows
         return jnp.where(jnp.any(taken, axis=1, keepdims=True), rows, 0)
 
@@ -223,12 +288,19 @@ def _sorted_mixture(
         # An einsum, because the gradient of a lookup would be scattered row by row.
         return y + einsum("ME,EF->MF", taken.astype(y.dtype), bias)
 
-    rows = _rows(k, x.reshape(B * T, D), order, inverse)
     hidden = _hidden(partial(project, h=rows), "gate" in matrices, activation)
-    y = project("down", hidden)
-    y = _rows(1, y, inverse, order).reshape(B, T, k, D)
-    y = jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
-    return y if sum_over is None else jax.lax.psum(y, sum_over)
+    return project("down", hidden)
+
+
+def _weighted_sum(
+    y: Float[Array, "M D"],
+    order: Int[Array, " M"],
+    inverse: Int[Array, " M"],
+    weights: Float[Array, "B T k"],
+) -> Float[Array, "B T D"]:
+    """Puts sorted rows back into order, and sums those of each token, in f32."""
+    y = _rows(1, y, inverse, order).reshape(*weights.shape, -1)
+    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -250,154 +322,3 @@ def _rows_backward(copies, inverse, g):
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
-
-
-def grouped_matmul(
-    x: Float[Array, "M D"],
-    w: Float[Array, "E D F"],
-    sizes: Int[Array, " E"],
-    *,
-    implementation: str = "auto",
-) -> Float[Array, "M F"]:
-    """Multiplies E consecutive groups of rows of x, each by a matrix of its own.
-
-    The matrices are cast to x's dtype, sums are f32, and the gradient of the matrices
-    has their dtype.
-
-    Args:
-      sizes: number of rows in each group. Rows after the last group have results
-        without meaning.
-      implementation: `ragged_dot` leaves it to XLA, which has an instruction for it on
-        accelerators, but on the CPU multiplies each row by all E matrices; `blocks`
-        loops over blocks of rows of one group; `auto` takes `blocks` on the CPU.
-    """
-    if implementation == "auto":
-        implementation = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
-    return _grouped(implementation, x, w, sizes)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(implementation, x, w, sizes):
-    rows, _ = IMPLEMENTATIONS[implementation]
-    return rows(x, w, sizes, 1)
-
-
-def _grouped_forward(implementation, x, w, sizes):
-    return _grouped(implementation, x, w, sizes), (x, w, sizes)
-
-
-def _grouped_backward(implementation, residuals, g):
-    x, w, sizes = residuals
-    rows, matrices = IMPLEMENTATIONS[implementation]
-    g = g.astype(x.dtype)
-    return rows(g, w, sizes, 2), matrices(x, g, sizes).astype(w.dtype), None
-
-
-_grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-def _ragged(x, w, sizes, contracted, ragged, group) -> Array:
-    """Calls `ragged_dot_general` with f32 sums, contracting one axis of each array."""
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((contracted[0],), (contracted[1],)), ((), ())),
-        lhs_ragged_dimensions=[ragged],
-        rhs_group_dimensions=group,
-    )
-    return jax.lax.ragged_dot_general(
-        x, w, sizes, numbers, preferred_element_type=jnp.float32
-    )
-
-
-def _ragged_rows(x, w, sizes, axis):
-    y = _ragged(x, w.astype(x.dtype), sizes, (1, axis), 0, [0])
-    return y.astype(x.dtype)
-
-
-def _ragged_matrices(x, g, sizes):
-    return _ragged(x, g, sizes, (0, 0), 0, [])
-
-
-def _blocks(
-    sizes: Int[Array, " E"], num_rows: int
-) -> tuple[int, Int[Array, ""], Callable[[Any], tuple[Array, Array, Array]]]:
-    """Plans blocks of rows that cover the groups; the last one may overlap the next.
-
-    Returns:
-      The number of rows per block; the number of blocks; and a function from the index
-      of a block to (group, first row, end of the group). Groups without rows have no
-      blocks, so decoding a few tokens reads only the matrices that they need.
-    """
-    # Half the rows of an average group: larger blocks compute more rows of the next
-    # group in vain, smaller ones copy each matrix more often. XLA:CPU has no fast
-    # bfloat16 matmul for a single row.
-    size = 2
-    while size < min(num_rows // (2 * len(sizes)), 128):
-        size *= 2
-    ends = jnp.cumsum(sizes)
-    counts = -(-sizes // size)
-    last = jnp.cumsum(counts)
-
-    def block(i):
-        group = jnp.sum(i >= last)
-        inside = i - (last[group] - counts[group])
-        return group, ends[group] - sizes[group] + inside * size, ends[group]
-
-    return size, last[-1], block
-
-
-# Jitted, so that outside of a jit the loop is not compiled again for each layer.
-@partial(jax.jit, static_argnames="axis")
-def _block_rows(x, w, sizes, axis):
-    size, count, block = _blocks(sizes, len(x))
-    # The last block may reach beyond the last row.
-    x = jnp.pad(x, ((0, size), (0, 0)))
-
-    def one(i, y):
-        group, first, _ = block(i)
-        rows = jax.lax.dynamic_slice_in_dim(x, first, size)
-        out = jax.lax.dot_general(
-            rows,
-            w[group].astype(x.dtype),
-            (((1,), (axis - 1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        # Rows of the next group are wrong here; its own blocks overwrite them later.
-        return jax.lax.dynamic_update_slice_in_dim(y, out.astype(x.dtype), first, 0)
-
-    columns = w.shape[3 - axis]
-    y = jax.lax.fori_loop(0, count, one, jnp.zeros((len(x), columns), x.dtype))
-    return y[: len(x) - size]
-
-
-@jax.jit
-def _block_matrices(x, g, sizes):
-    size, count, block = _blocks(sizes, len(x))
-    x, g = (jnp.pad(a, ((0, size), (0, 0))) for a in (x, g))
-
-    def two(rows: Array) -> Array:
-        """Splits the rows: XLA:CPU is fast in bfloat16 with two contracted axes."""
-        return rows.reshape(2, size // 2, rows.shape[1])
-
-    def one(i, dw):
-        group, first, end = block(i)
-        inside = first + jnp.arange(size) < end
-        rows = jax.lax.dynamic_slice_in_dim(g, first, size)
-        rows = jnp.where(inside[:, None], rows, 0)
-        new = jnp.einsum(
-            "abd,abf->df",
-            two(jax.lax.dynamic_slice_in_dim(x, first, size)),
-            two(rows),
-            preferred_element_type=jnp.float32,
-        )
-        return jax.lax.dynamic_update_index_in_dim(dw, dw[group] + new, group, 0)
-
-    shape = (len(sizes), x.shape[1], g.shape[1])
-    return jax.lax.fori_loop(0, count, one, jnp.zeros(shape, jnp.float32))
-
-
-# Each is two functions: rows(x, w, sizes, axis of w to contract), and the gradient of
-# the matrices(x, g, sizes).
-IMPLEMENTATIONS = {
-    "ragged_dot": (_ragged_rows, _ragged_matrices),
-    "blocks": (_block_rows, _block_matrices),
-}

@@ -81,7 +81,11 @@ def traffic(text: str, mesh_shape: Mapping[str, int]) -> list[Transfer]:
             if computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             members, axes = _group(instruction.attributes, mesh_shape)
-            for dtype, size in program.operand_sizes(computation, instruction):
+            operands = program.operand_sizes(computation, instruction)
+            if instruction.opcode.startswith("ragged"):
+                # Rows of the first go into the second, the longer of which is not full.
+                operands = [min(operands[:2], key=lambda operand: operand[1])]
+            for dtype, size in operands:
                 transfer = Transfer(
                     part=part_of(instruction.op_name, kind, axes),
                     kind=kind,

@@ -13,12 +13,13 @@ const CHARTS = [
   { title: "Tokens per second", curves: ["tokens_per_s"], smooth: true, zero: true, form: count },
   { title: "MFU (model FLOPs utilization: share of the peak FLOP/s)", curves: ["mfu"], smooth: true, zero: true,
     form: (v) => short(100 * v) + " %" },
+  { title: "Tokens of the busiest expert (multiple of the mean)", curves: ["expert_load"], smooth: true, zero: true },
   { title: "Best previous-token and induction head (probability)", curves: ["previous", "induction"], zero: true },
   { title: "Entropy of a sentence (nats)", curves: ["entropy"], zero: true },
   { title: "Layers until the logit lens has the answer", curves: ["lens_depth"], zero: true },
 ];
 const CURVE_NAMES = { train: "train", eval: "held-out", lr: "learning rate",
-  grad_norm: "gradient norm", tokens_per_s: "tokens/s", mfu: "MFU", entropy: "entropy",
+  grad_norm: "gradient norm", tokens_per_s: "tokens/s", mfu: "MFU", expert_load: "busiest expert", entropy: "entropy",
   lens_depth: "layers", previous: "previous token", induction: "induction" };
 
 function clock(v) {

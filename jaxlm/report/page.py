@@ -37,6 +37,7 @@ CURVES = {
     "grad_norm": ("train", "grad_norm"),
     "tokens_per_s": ("train", "tokens_per_s"),
     "mfu": ("train", "mfu"),
+    "expert_load": ("train", "expert_load"),
     "entropy": ("look", "entropy"),
     "lens_depth": ("look", "lens_depth"),
     "previous": ("look", "previous"),

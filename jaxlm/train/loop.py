@@ -353,6 +353,7 @@ class _Log:
         step, m = steps[-1], metrics[-1]  # Steps of a row are read at once.
         row = {
             **{"loss": m.loss, "lr": m.lr, "grad_norm": m.grad_norm},
+            **({} if m.expert_load is None else {"expert_load": m.expert_load}),
             **self._timing(step),
             "tokens": self._tokens_per_step * step,
             "wall_s": self._wall,

@@ -48,6 +48,9 @@ class StepMetrics:
     are not skipped."""
     hits: tuple[Any, ...] = ()
     """How often each edit has fired, for `check_hits`."""
+    expert_load: Any = None
+    """Tokens of the busiest expert of any layer, as a multiple of the mean over the
+    experts of its layer; None without experts. None are dropped."""
 
 
 class LossSums(NamedTuple):
@@ -58,6 +61,8 @@ class LossSums(NamedTuple):
     """The cross-entropy alone, in nats."""
     hits: tuple[Any, ...]
     """How often each edit has fired."""
+    expert_tokens: Float[Array, "L E"] | None = None
+    """How many tokens chose each expert, padding among them; None without experts."""
 
 
 def loss_sums(
@@ -77,13 +82,16 @@ def loss_sums(
     if zigzag:
         batch = jax.tree.map(_to_zigzag, batch)
     balanced = train.load_balance_loss > 0
+    routing = Tap("router_logits")
+    if not balanced:  # Only who was chosen.
+        routing = Tap("router_logits", reduce="top_k", count=config.experts_per_token)
     out = forward(
         config,
         params,
         batch.tokens,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
-        taps=(Tap("router_logits"),) if balanced else (),
+        taps=(routing,) if config.num_experts else (),
         edits=edits,
         head=False,
         zigzag=zigzag,
@@ -106,12 +114,18 @@ def loss_sums(
             objective, entropy = cross_entropy_sums(
                 logits, targets, weights, z_loss=train.z_loss
             )
+    if not config.num_experts:
+        return LossSums(objective, entropy, out.hits)
+    logits = out.trace["router_logits"]
     if balanced:
-        logits = out.trace["router_logits"]
         _, experts = route(logits, config.experts_per_token, config.router_normalize)
         balance = load_balance_loss(logits, experts, weights)
         objective += train.load_balance_loss * balance * jnp.sum(weights)
-    return LossSums(objective, entropy, out.hits)
+    else:
+        experts = logits.indices
+    chosen = experts[..., None] == jnp.arange(config.num_experts)
+    tokens = jnp.sum(chosen, axis=(1, 2, 3), dtype=jnp.float32)
+    return LossSums(objective, entropy, out.hits, tokens)
 
 
 def _to_zigzag(x: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
@@ -125,11 +139,17 @@ def loss_and_grads(
     params: Params,
     batch: Batch,
     edits: Sequence[Edit] = (),
-) -> tuple[Float[Array, ""], Params, Float[Array, ""], tuple[Any, ...]]:
+) -> tuple[
+    Float[Array, ""],
+    Params,
+    Float[Array, ""],
+    tuple[Any, ...],
+    Float[Array, "L E"] | None,
+]:
     """Returns the mean loss, its gradient, the sum of the loss weights, and the hits.
 
     The sum is at least 1, so a batch without weights divides by no zero. The hits are
-    those of the edits.
+    those of the edits. Last is how many tokens chose each expert, see `LossSums`.
 
     The batch is split into `train.accumulation_steps` microbatches. Sums over tokens
     are divided by the weights of the whole batch, so the split does not change the
@@ -139,13 +159,14 @@ def loss_and_grads(
 
     def mean_loss(params, microbatch):
         sums = loss_sums(config, train, params, microbatch, edits)
-        return sums.objective / total, (sums.entropy / total, sums.hits)
+        aux = sums.entropy / total, sums.hits, sums.expert_tokens
+        return sums.objective / total, aux
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     count = train.accumulation_steps
     if count == 1:
-        (_, (loss, hits)), grads = gradient(params, batch)
-        return loss, grads, total, hits
+        (_, (loss, *counts)), grads = gradient(params, batch)
+        return loss, grads, total, *counts
 
     def split(x: Array) -> Array:
         """[B, T] -> [count, B / count, T]; each microbatch has rows from all shards."""
@@ -160,11 +181,14 @@ def loss_and_grads(
         return jax.tree.map(jnp.add, sums, (aux, grads)), None
 
     no_hits = (jnp.zeros((), jnp.int32),) * len(edits)
-    start = ((jnp.zeros(()), no_hits), jax.tree.map(jnp.zeros_like, params))
-    ((loss, hits), grads), _ = jax.lax.scan(
+    no_tokens = None
+    if config.num_experts:
+        no_tokens = jnp.zeros((config.num_layers, config.num_experts))
+    start = ((jnp.zeros(()), no_hits, no_tokens), jax.tree.map(jnp.zeros_like, params))
+    ((loss, *counts), grads), _ = jax.lax.scan(
         accumulate, start, [split(x) for x in leaves]
     )
-    return loss, grads, total, hits
+    return loss, grads, total, *counts
 
 
 def make_train_step(
@@ -185,7 +209,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, edits: Sequence[Edit] = ()
     ) -> tuple[TrainState, StepMetrics]:
-        loss, grads, total, hits = loss_and_grads(
+        loss, grads, total, hits, expert_tokens = loss_and_grads(
             model, train, state.params, batch, edits
         )
         with jax.named_scope("optimizer"):
@@ -196,6 +220,9 @@ def make_train_step(
         rate = jnp.asarray(schedule(updates_done), jnp.float32)
         norm = tree.global_norm(grads)
         metrics = StepMetrics(loss, norm, total, rate, hits=hits)
+        if expert_tokens is not None:
+            load = jnp.max(expert_tokens / jnp.mean(expert_tokens, 1, keepdims=True))
+            metrics = dataclasses.replace(metrics, expert_load=load)
         if spikes is not None:
             spikes = after_step(spikes, loss, metrics.grad_norm)
             old, new = (state.params, state.opt_state), (params, opt_state)

@@ -176,7 +176,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(whole):
     loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS, z_loss=0.1))
     assert loss == pytest.approx(whole[0], rel=1e-6)
     assert np.abs(grads["lm_head/kernel"] - whole[1]["lm_head/kernel"]).max() > 1e-3
-    objective, entropy, _ = loss_sums(MODEL, TrainConfig(z_loss=0.1), PARAMS, BATCH)
+    objective, entropy, *_ = loss_sums(MODEL, TrainConfig(z_loss=0.1), PARAMS, BATCH)
     _, log_z = nll_in_numpy(BATCH)
     extra = 0.1 * (log_z**2 * BATCH.loss_weights).sum()
     assert float(objective - entropy) == pytest.approx(extra, rel=1e-4)
@@ -191,12 +191,12 @@ def experts_run(coefficient, parts):
     train = TrainConfig(
         batch_size=ROWS, load_balance_loss=coefficient, accumulation_steps=parts
     )
-    return jax.jit(lambda p, b: loss_and_grads(EXPERTS, train, p, b)[:2])
+    return jax.jit(lambda p, b: loss_and_grads(EXPERTS, train, p, b))
 
 
 def experts_loss(coefficient=0.0, parts=1, batch=BATCH):
     """Returns loss and gradients of a mixture of experts."""
-    loss, grads = experts_run(coefficient, parts)(EXPERT_PARAMS, batch)
+    loss, grads, *_ = experts_run(coefficient, parts)(EXPERT_PARAMS, batch)
     return float(loss), tree.flatten(grads)
 
 
@@ -222,6 +222,30 @@ def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss()
         np.testing.assert_allclose(found, right, atol=1e-5, err_msg=name)
     assert np.abs(wanted["layers/moe/router"]).max() > 0.01
     assert not wanted["lm_head/kernel"].any()
+
+
+@pytest.mark.slow
+def test_the_load_of_experts_is_measured():
+    """With the load-balance loss and without it, and in parts."""
+    tokens = np.asarray(experts_run(0.5, 1)(EXPERT_PARAMS, BATCH)[4])
+    given = dict(positions=BATCH.positions, segment_ids=BATCH.segment_ids)
+    tap = Tap("router_logits")
+    out = forward(EXPERTS, EXPERT_PARAMS, BATCH.tokens, taps=(tap,), **given)
+    best = np.argsort(-np.asarray(out.trace["router_logits"]), axis=-1)[..., :2]
+    counts = [np.bincount(chosen.ravel(), minlength=4) for chosen in best]
+    np.testing.assert_array_equal(tokens, counts)
+    np.testing.assert_array_equal(experts_run(0.5, 2)(EXPERT_PARAMS, BATCH)[4], tokens)
+    config = Config(
+        model=EXPERTS,
+        data=DataConfig(sequence_length=LENGTH),
+        train=TrainConfig(batch_size=ROWS, steps=1),
+    )
+    optimizer = make_optimizer(config.optimizer, 1)
+    params = jax.tree.map(jnp.copy, EXPERT_PARAMS)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    _, metrics = make_train_step(config, optimizer)(state, BATCH)
+    most = (tokens / tokens.mean(1, keepdims=True)).max()
+    assert metrics.expert_load == pytest.approx(most, rel=1e-6) and most > 1
 
 
 @pytest.mark.slow
