@@ -113,8 +113,9 @@ PROVEN: dict[str, frozenset[str]] = {
 }
 
 # All in scores per head, T * S. `auto` takes `xla` from this size on. Measured on CPUs,
-# where `dense` comes first (benchmarks/results/attention_cpu.json); a guess elsewhere.
-XLA_MIN_SCORES = {"cpu": 256 * 256, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
+# where `dense` comes first (benchmarks/results/attention_cpu.json); elsewhere so that
+# longer rows never keep [T, S] for their gradient.
+XLA_MIN_SCORES = 256 * 256
 # From here on `dense` is no faster than `xla`, and uses more memory.
 DENSE_MAX_SCORES = 2048 * 2048
 # From here on an accelerator should run a kernel.
@@ -221,7 +222,7 @@ def _not_chosen(name: str, request: Request) -> str | None:
     one = request.num_queries == 1
     if name == "dense" and (one or scores >= DENSE_MAX_SCORES):
         return "only chosen for several queries and sequences that are not too long"
-    short = one or scores < XLA_MIN_SCORES[request.platform]
+    short = one or scores < XLA_MIN_SCORES
     if name == "xla" and short and not request.ring:
         return "only chosen for several queries and long sequences"
     return None

@@ -1,6 +1,7 @@
 """The choice of an attention implementation, and what it logs."""
 
 import dataclasses
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -238,3 +239,28 @@ def test_the_target_is_the_mesh_in_use():
         assert target() == ("tpu", "TPU v6 lite")
     with jax.set_mesh(jax.make_mesh((1,), ("x",))):
         assert target()[1] == kind
+
+
+def test_no_training_above_256_tokens_falls_to_the_reference():
+    """On proven devices and on others, whatever the mask, even where kernels decline."""
+    devices = [("tpu", "TPU v5 lite"), ("tpu", "TPU v5"), ("tpu", "TPU v6 lite")]
+    devices += [("gpu", "NVIDIA H100 80GB HBM3"), ("gpu", "NVIDIA H200")]
+    devices += [("gpu", "NVIDIA A100-SXM4-80GB"), ("cpu", "cpu")]
+    options = [{}, {"window": 100}, {"sinks": True}, {"soft_cap": 50.0}, {"lse": True}]
+    options += [{"segments": True, **option} for option in options]
+    options += [{"dtype": jnp.float32}, {"head_dim": 640}, {"segments": True}]
+    for (platform, kind), option in itertools.product(devices, options):
+        for length in (257, 300, 1000, 4096, 32768):
+            size = {"num_queries": length, "num_keys": length, **option}
+            choice = choose("auto", make_request(platform, kind, **size))
+            assert choice.name != "reference", (kind, option, length)
+
+
+def test_the_page_has_the_table_that_was_read_from_compiled_programs():
+    results = json.loads((RESULTS / "attention_choice.json").read_text())["devices"]
+    page = (RESULTS.parents[1] / "docs" / "attention.md").read_text()
+    assert "| | " + " | ".join(results) + " |" in page
+    for name in results["H100"]["runs"]:
+        took = [kind["runs"][name] for kind in results.values()]
+        assert f"{name} | " + " | ".join(f"`{x}`" for x in took) + " |" in page
+        assert "reference" not in took or name == "decode"
