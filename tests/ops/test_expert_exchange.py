@@ -21,7 +21,7 @@ def test_the_form_for_cpus_is_the_definition():
         output_offsets=jnp.array([[0, 0], [1, 2]]),
         recv_sizes=jnp.array([[1, 1], [2, 1]]),
     )
-    run = jax.vmap(partial(send, room=4, axes=("x",)), axis_name="x")
+    run = jax.jit(jax.vmap(partial(send, room=4, axes=("x",)), axis_name="x"))
     assert run(rows, slices)[..., 0].tolist() == [[1, 3, 0, 0], [2, 2, 4, 0]]
 
 
@@ -42,7 +42,8 @@ def test_rows_arrive_by_expert_and_come_home():
         received = send(rows, exchange.there, 14, ("x",))
         return exchange.sizes, received, send(received, exchange.back, 7, ("x",))
 
-    sizes, received, back = jax.vmap(there_and_back, axis_name="x")(counts, rows)
+    run = jax.jit(jax.vmap(there_and_back, axis_name="x"))
+    sizes, received, back = run(counts, rows)
     assert sizes.tolist() == [[2, 0, 5], [1, 5, 1]]
     for device, total in enumerate((7, 7)):
         wanted = [r for r in rows.reshape(-1, 3).tolist() if r[1] // 3 == device]

@@ -64,7 +64,7 @@ def loss_of(train, batch=BATCH):
     def run(params, batch):
         return loss_and_grads(MODEL, train, params, batch)
 
-    loss, grads, total, _ = jax.jit(run)(PARAMS, batch)
+    loss, grads, total, *_ = jax.jit(run)(PARAMS, batch)
     return (
         float(loss),
         {n: np.asarray(g) for n, g in tree.flatten(grads).items()},
