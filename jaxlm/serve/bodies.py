@@ -1,5 +1,6 @@
 """What clients send, checked: each field has an effect or is an error."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,7 +192,8 @@ def prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
 
 def _is(value: Any, kind: type) -> bool:
     if kind is float:
-        return type(value) in (int, float)
+        # JSON has integers that no float can hold.
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind
 
 

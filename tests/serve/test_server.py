@@ -195,6 +195,7 @@ WRONG = [
     ({"promt": "a"}, 400, "promt: this server has no such field (did you mean 'prompt'?)"),
     ({"temperature": "1"}, 400, "temperature: '1' is not a number"),
     ({"temperature": -1}, 400, "temperature is -1.0"),
+    ({"temperature": 10**400}, 400, "temperature: 1"),
     ({"n": 17}, 400, "n: it must be from 1 to 16"),
     ({"max_tokens": 0}, 400, "max_tokens is 0"),
     ({"max_tokens": 300}, 400, "the prompt has 1 tokens, with 300 new ones 301"),

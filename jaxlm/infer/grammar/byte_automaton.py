@@ -12,6 +12,9 @@ from jaxtyping import Bool, Int32
 
 MAX_STATES = 8192
 _MAX_PARTS = 50_000
+# Bounds of time, a second or two each: parts in all states together, and rows that are
+# sorted to join states.
+_MAX_WORK = 4_000_000
 LAST_CHARACTER = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
 DEAD = -1
@@ -229,8 +232,13 @@ def determinize(part: Part) -> ByteAutomaton:
     class_of[256] = len(first_bytes)
 
     start = closure(0)
-    numbers, order, rows = {start: 0}, [start], []
+    numbers, order, rows, work = {start: 0}, [start], [], 0
     for states in order:
+        work += len(states)
+        if work > _MAX_WORK:
+            raise ValueError(
+                "its repetitions can be matched in too many ways: bound them lower"
+            )
         targets: list[set[int]] = [set() for _ in first_bytes]
         for state in states:
             for low, high, to in builder.moves[state]:
@@ -264,9 +272,12 @@ def determinize(part: Part) -> ByteAutomaton:
 def _minimal(
     table: np.ndarray, accepts: Bool[np.ndarray, " _"]
 ) -> tuple[np.ndarray, Bool[np.ndarray, " _"]]:
-    """Joins states after which the same texts are left (Moore 1956)."""
+    """Joins states after which the same texts are left (Moore 1956).
+
+    Where that takes long, as in a chain of thousands of states, none are joined.
+    """
     labels, count = accepts.astype(np.int64), 0
-    while True:
+    for _ in range(_MAX_WORK // len(table) + 1):
         # A dead end has a label of its own.
         after = np.append(labels, -1)[table]
         rows = np.column_stack([labels, after])
@@ -277,6 +288,8 @@ def _minimal(
         if len(first) == count:
             break
         count = len(first)
+    else:
+        return table, accepts
     # The first state stays the first.
     order = np.argsort(first)
     number = np.empty(count, np.int64)
