@@ -18,10 +18,14 @@ from jaxlm.ops.attention.spec import AttentionSpec
 LANES = 128
 # The segment of the padding up to there; those of texts are not negative.
 PADDING_SEGMENT = -1
-# The largest block of queries or keys. Heads wider than WIDE use half of it, because
-# VMEM on a TPU v4 is too small for more.
-BLOCK = 512
-WIDE = 256
+# The largest block of queries or keys in VMEM, and the largest of keys that is computed
+# at once. Heads wider than WIDE, and float32, have half of it, to fit in VMEM.
+BLOCK = 1024
+COMPUTED = 512
+WIDE = 128
+# With up to this many blocks of keys one kernel computes all gradients, five products
+# instead of seven. It writes a dq for each of them, in q's dtype.
+FUSED_BLOCKS = 4
 # The block index is in scalar memory; the compiler accepted this many blocks.
 MAX_BLOCKS = 509 * 509
 
@@ -40,12 +44,12 @@ def declines(request: Request) -> str | None:
             T != S and (T % LANES or S % LANES),
             f"lengths must be equal, or multiples of {LANES}",
         ),
-        (H > 2 * WIDE, f"head_dim {H} is over {2 * WIDE}"),
+        (H > 512, f"head_dim {H} is over 512"),
     ):
         if applies:
             return reason
     T, S = (n + -n % LANES for n in (T, S))
-    rows, columns = (_block(n, H) for n in (T, S))
+    rows, columns = (_block(n, request.q) for n in (T, S))
     if (T // rows) * (S // columns) > MAX_BLOCKS:
         return f"too many blocks at lengths {T} and {S}"
     # The kernel would divide by an empty sum.
@@ -83,7 +87,7 @@ def attention(
     segments = None
     if segment_ids[0] is not None:
         segments = splash_attention_kernel.SegmentIds(*segment_ids)
-    kernel = _kernel(q.shape, k.shape[1], spec, interpret)
+    kernel = _kernel(q, k.shape[1], spec, interpret)
     # The kernel does not scale the scores.
     q = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
@@ -110,32 +114,42 @@ _keep_dtype.defvjp(
 )
 
 
-def _block(length: int, head_dim: int) -> int:
-    """Returns the largest multiple of `LANES` that fits and divides the length."""
-    largest = BLOCK if head_dim <= WIDE else BLOCK // 2
+def _block(length: int, q: Array | jax.ShapeDtypeStruct) -> int:
+    """Returns the largest block that fits and divides the length."""
+    small = q.shape[-1] > WIDE or q.dtype == jnp.float32
+    return _divisor(length, BLOCK // 2 if small else BLOCK)
+
+
+def _divisor(length: int, largest: int) -> int:
+    """Returns the largest multiple of `LANES`, up to `largest`, that divides it."""
     return max(b for b in range(LANES, largest + 1, LANES) if length % b == 0)
 
 
-def _kernel(shape: tuple[int, ...], S: int, spec: AttentionSpec, interpret: bool):
-    """Makes the kernel for one batch row of queries of this shape and S keys.
+def _kernel(q: Array, S: int, spec: AttentionSpec, interpret: bool):
+    """Makes the kernel for one batch row of such queries and S keys.
 
     Query head n uses key head n // (N / K).
     """
-    _, T, N, H = shape
+    _, T, N, _ = q.shape
     right = 0 if spec.mask.causal else None
     if right is None and spec.mask.window is None:
         mask = splash_attention_mask.FullMask((T, S))
     else:
         left = None if spec.mask.window is None else spec.mask.window - 1
         mask = _Band((T, S), (left, right), 0)
-    rows, columns = _block(T, H), _block(S, H)
+    rows, columns = _block(T, q), _block(S, q)
+    computed = _divisor(columns, min(columns, COMPUTED))
+    is_fused = S // columns <= FUSED_BLOCKS
     blocks = splash_attention_kernel.BlockSizes(
         block_q=rows,
         block_kv=columns,
+        block_kv_compute=computed,
         block_q_dkv=rows,
         block_kv_dkv=columns,
-        block_q_dq=rows,
-        block_kv_dq=columns,
+        block_kv_dkv_compute=computed,
+        block_q_dq=None if is_fused else rows,
+        block_kv_dq=None if is_fused else columns,
+        use_fused_bwd_kernel=is_fused,
     )
     return splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([mask] * N),

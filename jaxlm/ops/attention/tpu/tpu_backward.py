@@ -14,6 +14,7 @@ from jaxlm.ops.attention import online_softmax
 from jaxlm.ops.attention.block_skipping import BlockTable, bounds
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec
 from jaxlm.ops.attention.tpu.tpu_blocks import (
+    LANES,
     TpuSettings,
     allowed,
     cut_blocks,
@@ -35,7 +36,8 @@ def backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: TpuSettings
     table = cut_blocks(spec, T, S, blocks)
     arrays = {"q": q, "k": k, "v": v, "dz": dz}
     inputs = {name: heads_first(x) for name, x in arrays.items()}
-    inputs |= {"lse": lse[:, :, None], "delta": delta[:, :, None]}
+    lse_base_2 = lse * online_softmax.LOG2_E
+    inputs |= {"lse": lse_base_2[:, :, None], "delta": delta[:, :, None]}
     dq = _query_gradient(spec, table, inputs, settings)
     dk, dv = _key_value_gradients(spec, table, inputs, settings)
     return tuple(heads_first(x) for x in (dq, dk, dv))
@@ -66,13 +68,19 @@ def _query_gradient(
             (1, 1, grid.block_queries, H), lambda b, n, i, *_: (b, n, i, 0)
         ),
         out_shape=jax.ShapeDtypeStruct((B, N, T, H), inputs["q"].dtype),
-        scratch=[(grid.block_queries, H)],
+        scratch=[(grid.block_queries, width) for width in (H, LANES, LANES)],
         matmuls=3 * limits.pairs,
         settings=settings,
     )
 
 
-def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, dq_acc):
+def _query_gradient_kernel(
+    spec: AttentionSpec, table: BlockTable, refs, dq, dq_acc, lse, delta
+):
+    """Processes one pair of blocks.
+
+    Scratch: dq, and lse and delta as columns, repeated in all lanes.
+    """
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     grid = table.grid
     j = key_block(table, b, i, step)
@@ -80,21 +88,20 @@ def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, dq_
     @pl.when(step == 0)
     def _():
         dq_acc[...] = jnp.zeros_like(dq_acc)
+        lse[...] = jnp.broadcast_to(refs["lse"][0, 0].T, lse.shape)
+        delta[...] = jnp.broadcast_to(refs["delta"][0, 0].T, delta.shape)
 
     def visit(masked: bool):
         q, k, v, dz = (refs[name][0, 0] for name in ("q", "k", "v", "dz"))
         if masked and grid.end_of_keys:
             start = j * grid.block_keys
             k, v = (fill_after(x, start, grid.num_keys) for x in (k, v))
-        lse, delta = (refs[name][0, 0].T for name in ("lse", "delta"))
-        raw = dot(q, k, ((1,), (1,)))
-        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
-        slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
+        scores, slope = _scores(dot(q, k, ((1,), (1,))), spec)
         if masked:
             scores = online_softmax.hide(scores, allowed(table, refs, i, j))
-        probs = jnp.exp(scores - lse)
+        probs = jnp.exp2(scores - lse[:, :1])
         dprobs = dot(dz, v, ((1,), (1,)))
-        dscores = online_softmax.dscores(probs, dprobs, delta, slope)
+        dscores = online_softmax.dscores(probs, dprobs, delta[:, :1], slope)
         dq_acc[...] += dot(dscores.astype(k.dtype), k, ((1,), (0,)))
 
     first, end = table.key_range(b, i)
@@ -102,7 +109,14 @@ def _query_gradient_kernel(spec: AttentionSpec, table: BlockTable, refs, dq, dq_
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        dq[0, 0] = dq_acc[...].astype(dq.dtype)
+        dq[0, 0] = (dq_acc[...] * spec.scale).astype(dq.dtype)
+
+
+def _scores(raw, spec: AttentionSpec):
+    """Returns the scores in base 2, and d scores / d raw without base and scale."""
+    scores = online_softmax.scores_base_2(raw, spec.scale, spec.soft_cap)
+    natural = scores / online_softmax.LOG2_E
+    return scores, online_softmax.slope(natural, 1.0, spec.soft_cap)
 
 
 def _key_value_gradients(
@@ -159,13 +173,11 @@ def _key_value_kernel(
             q, dz = (fill_after(x, start, end) for x in (q, dz))
             delta = fill_after(delta, start, end, axis=1)
             lse = fill_after(lse, start, end, axis=1, fill=-MASKED)
-        raw = dot(k, q, ((1,), (1,)))
-        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
-        slope = online_softmax.slope(scores, spec.scale, spec.soft_cap)
+        scores, slope = _scores(dot(k, q, ((1,), (1,))), spec)
         if masked:
             visible = allowed(table, refs, i, j, keys_first=True)
             scores = online_softmax.hide(scores, visible)
-        probs = jnp.exp(scores - lse)
+        probs = jnp.exp2(scores - lse)
         dprobs = dot(v, dz, ((1,), (1,)))
         dscores = online_softmax.dscores(probs, dprobs, delta, slope)
         dv_acc[...] += dot(probs.astype(dz.dtype), dz, ((1,), (0,)))
@@ -181,5 +193,5 @@ def _key_value_kernel(
 
     @pl.when(is_last)
     def _():
-        dk[0, 0] = dk_acc[...].astype(dk.dtype)
+        dk[0, 0] = (dk_acc[...] * spec.scale).astype(dk.dtype)
         dv[0, 0] = dv_acc[...].astype(dv.dtype)

@@ -46,12 +46,14 @@ def cut_blocks(
     Args:
       blocks: tokens per query block and per key block.
     """
-    # No block is longer than its sequence, in whole lanes.
-    sizes = (
+    # No block is longer than its sequence, in whole lanes. Few queries, as in decoding,
+    # are a block of just as many rows.
+    rows, columns = (
         min(block, pl.cdiv(n, LANES) * LANES)
         for n, block in zip((T, S), blocks, strict=True)
     )
-    table = make_table(spec.mask, Grid(T, S, *sizes))
+    rows = min(rows, T) if T < LANES else rows
+    table = make_table(spec.mask, Grid(T, S, rows, columns))
     return _split(table, splits) if splits > 1 else table
 
 

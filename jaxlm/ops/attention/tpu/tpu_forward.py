@@ -83,7 +83,8 @@ def forward(q, k, v, spec: AttentionSpec, settings: TpuSettings, splits: int = 1
 def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, acc):
     """Processes one pair of blocks.
 
-    Scratch: m, l and acc of the online softmax, with m and l repeated in all lanes.
+    Scratch: m, l and acc of the online softmax in base 2, with m and l repeated in all
+    lanes.
     """
     b, n, i, step = (pl.program_id(axis) for axis in range(4))
     grid = table.grid
@@ -105,12 +106,12 @@ def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, 
         raw = dot(q, k, ((1,), (1,)))
         if "key_scale" in refs:
             raw *= refs["key_scale"][0, 0]
-        scores = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        scores = online_softmax.scores_base_2(raw, spec.scale, spec.soft_cap)
         if masked:
             scores = online_softmax.hide(scores, allowed(table, refs, i, j))
         m_old = m[:, :1]
         m_new = jnp.maximum(m_old, jnp.max(scores, axis=1, keepdims=True))
-        p, alpha = jnp.exp(scores - m_new), jnp.exp(m_old - m_new)
+        p, alpha = jnp.exp2(scores - m_new), jnp.exp2(m_old - m_new)
         sums = jnp.sum(p, axis=1, keepdims=True)
         m[...] = jnp.broadcast_to(m_new, m.shape)
         l[...] = l[...] * alpha + sums
@@ -128,6 +129,7 @@ def _forward_kernel(spec: AttentionSpec, table: BlockTable, refs, z, lse, m, l, 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         sink = refs["sinks"][n] if "sinks" in refs else None
-        factor, row_lse = online_softmax.finish(m[:, :1], l[:, :1], sink)
+        m_natural = m[:, :1] / online_softmax.LOG2_E
+        factor, row_lse = online_softmax.finish(m_natural, l[:, :1], sink)
         z[0, 0] = (acc[...] * factor).astype(z.dtype)
         lse[0, 0] = row_lse.T

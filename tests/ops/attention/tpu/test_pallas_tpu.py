@@ -12,7 +12,7 @@ from ops_case import make_spec, normal
 
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
 from jaxlm.ops.attention.tpu import pallas_tpu
-from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
+from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings, cut_blocks
 
 SCALE = 0.3
 SETTINGS = TpuSettings(16, 16, 16, 16, 16, interpret=True)
@@ -54,6 +54,13 @@ def test_splits_are_not_rounded_before_they_are_merged():
         q, k, v, spec
     )
     np.testing.assert_array_equal(z, 1)
+
+
+def test_a_few_queries_are_a_block_of_as_many_rows():
+    """Not of 128; keys are in whole lanes."""
+    for queries, keys, rows, columns in ((4, 1000, 4, 512), (130, 40, 256, 128)):
+        grid = cut_blocks(AttentionSpec(SCALE), queries, keys, (512, 512)).grid
+        assert (grid.block_queries, grid.block_keys) == (rows, columns)
 
 
 def test_hidden_blocks_are_not_read():
