@@ -19,6 +19,7 @@ from jaxlm.files import durable
 from jaxlm.files.strict_json import parse_object
 
 MANIFEST = "manifest.json"
+_MAX_BYTES = 64 << 20  # of a manifest: 400,000 files
 _FORMAT = 1
 
 
@@ -96,6 +97,8 @@ def verify(
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if path.is_symlink() or not path.is_file():
         raise UnreadableStep(f"{MANIFEST} missing")
+    if path.stat().st_size > _MAX_BYTES:
+        raise UnreadableStep(f"{MANIFEST} has more than {_MAX_BYTES} bytes")
     content = path.read_bytes()
     try:
         manifest = parse_object(content, MANIFEST)

@@ -179,3 +179,14 @@ def test_state_hash_sees_dtype_shape_name_and_sign_of_zero():
     ]
     assert len({state_hash(tree) for tree in different}) == len(different)
     assert state_hash({"a": zero.T}) == state_hash({"a": jnp.asarray(zero)})
+
+
+def test_a_manifest_that_claims_a_terabyte_is_not_read(run):
+    path = run / "checkpoints/300/manifest.json"
+    before = path.read_bytes()
+    try:
+        with path.open("r+b") as file:
+            file.truncate(1 << 40)  # needs no space
+        expect_fallback(run, "manifest.json has more than 67108864 bytes")
+    finally:
+        path.write_bytes(before)
