@@ -129,6 +129,8 @@ def read_record(run: Path) -> tuple[TextRecord, ...] | None:
     """Reads the record of a run; None if there is none, or, with a warning, damaged."""
     path = run / FILE_NAME
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")  # a pipe would be waited for
         return tuple(map(_from_json, parse(path.read_bytes(), "its text")))
     except FileNotFoundError:
         return None

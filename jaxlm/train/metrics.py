@@ -7,6 +7,7 @@ that damage which leaves valid JSON is seen too; rows of earlier versions have n
 """
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -175,7 +176,8 @@ def kinds_at(run_dir: Path | str, step: int) -> set[str]:
     """Returns the kinds of the rows that a run has of a step; of none if unreadable."""
     path = Path(run_dir) / FILE_NAME
     try:
-        log = _parse(path.read_bytes(), path)
+        # A pipe would be waited for.
+        log = _parse(path.read_bytes() if path.is_file() else b"", path)
     except OSError:
         return set()
     return {row["kind"] for _, row in log.rows if row["step"] == step}
@@ -229,7 +231,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
     def _keep_up_to(self, step: int) -> None:
         """Drops later rows, damaged ones and a half-written last line, all at once."""
-        if not self.path.exists():
+        if not self.path.is_file():
             return
         data = self.path.read_bytes()
         log = _parse(data, self.path)
@@ -303,6 +305,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self.path.is_fifo():
+            raise OSError(errno.EINVAL, "a pipe, which would be waited for")
         self._file = io.FileIO(self.path, "ab")
         self._good_size = self._file.tell()
         return self._file

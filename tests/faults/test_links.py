@@ -10,11 +10,12 @@ from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import ModelConfig
+from jaxlm.data.text_record import read_record
 from jaxlm.model.initialization import init
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 from jaxlm.tokenizers.sentencepiece.trainer import train_sentencepiece
-from jaxlm.train.metrics import MetricsWriter
+from jaxlm.train.metrics import MetricsWriter, kinds_at
 
 MODEL = ModelConfig(
     **{"vocab_size": 300, "num_layers": 1, "model_dim": 8, "num_heads": 2},
@@ -120,3 +121,16 @@ def test_a_run_writes_to_no_target_of_a_link(tmp_path):
         CheckpointManager(run)
     assert outside.read_text() == "mine"
     assert os.readlink(run / ".lock") == str(outside)
+
+
+def test_pipes_in_a_run_folder_are_not_waited_for(tmp_path, caplog):
+    for name in ("metrics.jsonl", "texts.json", ".lock"):
+        os.mkfifo(tmp_path / name)
+    assert kinds_at(tmp_path, 3) == set()
+    with MetricsWriter(tmp_path, resume_step=3):
+        pass
+    assert read_record(tmp_path) is None
+    assert "a pipe, which would be waited for" in caplog.messages[0]
+    assert "texts.json cannot be read (it is not a regular file)" in caplog.messages[1]
+    with pytest.raises(ValueError, match=r"\.lock cannot be opened \(it is not a reg"):
+        CheckpointManager(tmp_path)

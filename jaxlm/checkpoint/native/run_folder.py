@@ -6,12 +6,14 @@ written or deleted, its name begins with `.tmp-`: a rename commits it, or takes 
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import itertools
 import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +163,9 @@ class RunLock:
         path, flags = self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             descriptor = os.open(path, flags, 0o644)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise OSError(errno.EINVAL, "it is not a regular file")
         except OSError as e:
             raise ValueError(
                 f"{path} cannot be opened ({e.strerror}): delete it or fix its "
