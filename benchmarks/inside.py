@@ -8,11 +8,19 @@ does all 480; the baseline calls a jitted function for each cell, of which it ti
 many as `--separate` says, half of them before the sweep and half after it. Prints
 seconds on the wall and of the processor, their ratios, traces, memory and the largest
 difference, and writes them to benchmarks/results/inside.json.
+
+python benchmarks/inside.py --peer-python PATH
+
+Times TransformerLens beside it instead, in a Python that has it: the same model, texts
+and machine, in float32 on one core. Writes benchmarks/results/inside_peer.json.
 """
 
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -20,18 +28,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timed_tasks import Task, measured
 from train_step import machine
 
 import jaxlm
+from jaxlm.checkpoint.hf.hf_folder import write_hf
+from jaxlm.interp.causes.logit_attribution import head_attribution, logit_direction
 from jaxlm.interp.causes.patching import activation_patching, metric_of
+from jaxlm.model.trace import absent_sites
 
-LENGTH = 16
+LENGTH, LONG = 16, 128
+METRIC = 100, 200
 CLOCKS = ("wall", "processor")
-RESULTS = Path(__file__).parent / "results" / "inside.json"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "inside.json"
+PEER_RESULTS = HERE / "results" / "inside_peer.json"
 
 
 def metric(logits):
-    return logits[0, 100] - logits[0, 200]
+    return logits[0, METRIC[0]] - logits[0, METRIC[1]]
 
 
 def timed(function):
@@ -41,11 +56,116 @@ def timed(function):
     return np.array([time.perf_counter(), time.process_time()]) - start, result
 
 
+def compare(python: str, separate: int) -> None:
+    """Times what both can do: seconds of the processor, on one core."""
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    config = dataclasses.replace(jaxlm.preset("smollm2-135m"), dtype="float32")
+    params = jax.jit(partial(jaxlm.init, config))(jax.random.key(0))
+    random = np.random.default_rng(0)
+    clean, corrupt = random.integers(0, config.vocab_size, (2, 1, LENGTH))
+    long = random.integers(0, config.vocab_size, (1, LONG))
+    shape = config.num_layers, LENGTH
+    cells = random.permutation(list(np.ndindex(shape)))[:separate]
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_hf(Path(folder) / "model", config, params, None)
+        texts = [clean.tolist(), corrupt.tolist()]
+        command = [python, str(HERE / "peer_inside.py"), f"{folder}/model"]
+        command += [
+            "--texts",
+            json.dumps(texts),
+            "--long-text",
+            json.dumps(long.tolist()),
+        ]
+        command += [
+            "--metric",
+            json.dumps(METRIC),
+            "--cells",
+            json.dumps(cells.tolist()),
+        ]
+        command += ["--threads", "1"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    peer = json.loads(done.stdout.splitlines()[-1])
+
+    tasks, compiled = _our_tasks(config, params, clean, corrupt, long)
+    figures, results = measured(tasks)
+    theirs = peer["tasks"]
+    # Of the cells that the peer computed.
+    per_cell = theirs["sweep"]["processor_s"] / len(cells)
+    theirs["sweep"] |= {"cells": len(cells), "processor_s": per_cell * np.prod(shape)}
+    grid, heads = np.asarray(results["sweep"]), np.asarray(results["head_attribution"])
+    result = {
+        "machine": machine(),
+        "versions": {**peer["versions"], "jax": jax.__version__},
+        "tokens": {"sweep": LENGTH, "others": LONG},
+        "transformer_lens": theirs,
+        "jaxlm": figures,
+        "compile_s": compiled,
+        "processor_ratio": {
+            name: round(figures[name]["processor_s"] / theirs[name]["processor_s"], 3)
+            for name in tasks
+        },
+        "largest_difference": {
+            "sweep": float(np.abs(grid[tuple(cells.T)] - peer["cells"]).max()),
+            "head_attribution": float(np.abs(heads.ravel() - peer["heads"]).max()),
+        },
+        "largest_value": {
+            "sweep": float(np.abs(grid).max()),
+            "head_attribution": float(np.abs(heads).max()),
+        },
+    }
+    print(json.dumps(result, indent=1))
+    PEER_RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _our_tasks(config, params, clean, corrupt, long):
+    """Returns the peer's tasks in jaxlm, and the seconds that each took to compile."""
+    absent = absent_sites(config)
+    every = tuple(jaxlm.Tap(site) for site in jaxlm.SITES if site not in absent)
+
+    def read(taps, params, tokens):
+        out = jaxlm.forward(config, params, tokens, taps=taps)
+        return out.logits, out.trace
+
+    def attribution(params, tokens):
+        taps = tuple(
+            jaxlm.Tap(site, positions=(-1,)) for site in ("head_out", "final_norm_div")
+        )
+        trace = jaxlm.forward(config, params, tokens, taps=taps, head=False).trace
+        direction = logit_direction(config, params, *METRIC)
+        return head_attribution(config, params, trace, direction)[:, 0, 0]
+
+    def sweep(params, clean, corrupt):
+        source = read((jaxlm.Tap("resid_pre"),), params, clean)[1]["resid_pre"]
+        return activation_patching(config, metric, params, corrupt, source)
+
+    programs = {
+        "forward": (partial(read, ()), long),
+        "cache_all_sites": (partial(read, every), long),
+        "cache_resid_post": (partial(read, (jaxlm.Tap("resid_post"),)), long),
+        "head_attribution": (attribution, long),
+        "sweep": (sweep, clean, corrupt),
+    }
+    tasks, seconds = {}, {}
+    for name, (function, *rows) in programs.items():
+        inputs = params, *(jnp.asarray(row, jnp.int32) for row in rows)
+        start = time.perf_counter()
+        program = jax.jit(function).lower(*inputs).compile()
+        seconds[name] = round(time.perf_counter() - start, 2)
+        run = partial(lambda program, *x: jax.block_until_ready(program(*x)), program)
+        tasks[name] = Task(partial(run, *inputs))
+    return tasks, seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--separate", type=int, default=60)
+    parser.add_argument("--peer-python", help="Python with TransformerLens")
     options = parser.parse_args()
+    if options.peer_python is not None:
+        compare(options.peer_python, options.separate)
+        return
 
     config = dataclasses.replace(jaxlm.preset("smollm2-135m"), dtype="float32")
     params = jax.jit(partial(jaxlm.init, config))(jax.random.key(0))

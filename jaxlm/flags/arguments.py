@@ -113,16 +113,23 @@ class LookArguments:
     """The text, of up to 128 tokens."""
     against: str | None = None
     """Another text of as many tokens, whose inner values are put into this one."""
+    lens: Path | None = None
+    """File of a Jacobian lens of this model, to show beside the logit lens."""
+    lens_text: Path | None = None
+    """Text file: make the lens from its beginning first, and write it to --lens."""
     out: Path = Path("inside.html")
     """HTML file."""
     terminal: bool = False
     """Print it here instead, in short."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = "float32"
     """Compute dtype; float32 rounds least. None keeps the run's."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
     def __post_init__(self):
         if not self.prompt:
             raise ValueError('--prompt is missing: give a text, --prompt "ROMEO:"')
+        if self.lens_text is not None and self.lens is None:
+            raise ValueError("--lens-text needs --lens, the file to write the lens to")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,13 @@
-"""Lenses: what the model would say from each layer, if it had to.
+"""The logit lens: what the model would say from each layer, if it were the last.
 
-The logit lens takes each layer for the last. The Jacobian lens first moves a value of
-an earlier layer to the end, by the average derivative of the last layer by it, and so
-reads layers that the logit lens cannot.
+`jacobian_lens.py` has a lens that reads earlier layers.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.transformer import forward, unembed
-from jaxlm.ops.linear import compute_dtype
-from jaxlm.ops.probing.edit import Edit
-from jaxlm.ops.probing.tap import Tap
+from jaxlm.model.transformer import unembed
 from jaxlm.types import Params
 
 
@@ -26,52 +20,6 @@ def logit_lens(
     nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     return unembed(config, params, stream, norm=True)
-
-
-def jacobian_lens(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    *,
-    skip: int = 16,
-    batch_size: int = 16,
-) -> Float[Array, "L D D"]:
-    """Returns the mean Jacobian of the last layer's stream by each layer's, f32.
-
-    `J_l = mean over p of sum over q >= p of d resid_post[L-1, q] / d resid_post[l, p]`,
-    over the positions from `skip` on and over the rows, from D backward passes through
-    one forward pass. `J_l x` is then what a value x of layer l contributes to the end:
-    give `transported(J, stream)` to `logit_lens`. Average it over some hundred texts of
-    128 tokens; rows of one call share their memory. Source: Gurnee et al. 2026,
-    "Verbalizable representations form a global workspace in language models".
-
-    Args:
-      skip: first tokens, whose attention and values are unlike the others'.
-      batch_size: backward passes at once: a bound on memory.
-    """
-    shape = (config.num_layers, *tokens.shape, config.model_dim)
-    last = Tap("resid_post", (config.num_layers - 1,))
-
-    def end(change: Array) -> Array:
-        edits = (Edit("resid_post", "add", change),)
-        out = forward(config, params, tokens, taps=(last,), edits=edits, head=False)
-        return jnp.sum(out.trace["resid_post"][0, :, skip:].astype(jnp.float32), (0, 1))
-
-    _, backward = jax.vjp(end, jnp.zeros(shape, compute_dtype(config.dtype)))
-
-    def row(direction: Float[Array, " D"]) -> Float[Array, "L D"]:
-        (gradient,) = backward(direction)
-        return jnp.mean(gradient[:, :, skip:].astype(jnp.float32), axis=(1, 2))
-
-    rows = jax.lax.map(row, jnp.eye(config.model_dim), batch_size=batch_size)
-    return rows.swapaxes(0, 1)
-
-
-def transported(
-    jacobian: Float[Array, "L D D"], stream: Float[Array, "L B T D"]
-) -> Float[Array, "L B T D"]:
-    """Returns `J_l x` of each value of `resid_post`, f32."""
-    return jnp.einsum("LED,LBTD->LBTE", jacobian, stream.astype(jnp.float32))
 
 
 def stream_norms(stream: Float[Array, "*B D"]) -> Float[Array, "*B"]:

@@ -1,7 +1,9 @@
 """`jaxlm look` and the page of `sample --look`, in process, on a small saved model."""
 
 import json
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from inside_case import CONFIG, PARAMS, TOKENIZER
@@ -11,6 +13,8 @@ from jaxlm.cli import main
 from jaxlm.commands.generating.generation_page import write_generation
 from jaxlm.config import SampleConfig
 from jaxlm.flags.arguments import SampleArguments, read_arguments
+from jaxlm.interp.jacobian_lens import read_jacobian_lens
+from jaxlm.model.transformer import forward
 
 
 def test_arguments():
@@ -19,6 +23,8 @@ def test_arguments():
     assert (chosen.run, str(chosen.out), chosen.dtype) == ("m", "b.html", "float32")
     with pytest.raises(ValueError, match="--prompt is missing"):
         read_arguments("look", ["m"], "jaxlm look")
+    with pytest.raises(ValueError, match="--lens-text needs --lens"):
+        read_arguments("look", [*arguments, "--lens-text", "a.txt"], "jaxlm look")
 
 
 def data_of(path):
@@ -32,12 +38,23 @@ def test_the_page_of_a_text(tmp_path, capsys):
     run, page = tmp_path / "tiny", tmp_path / "look.html"
     save(run, CONFIG, PARAMS, TOKENIZER)
     text = ["look", str(run), "--prompt", "abcab", "--against", "abxab"]
-    assert main([*text, "-o", str(page)]) == 0
+    lens, corpus = tmp_path / "lens.safetensors", tmp_path / "corpus.txt"
+    corpus.write_text("some text " * 20)
+    # The lens is made first.
+    more = ["--lens", str(lens), "--lens-text", str(corpus)]
+    assert main([*text, *more, "-o", str(page)]) == 0
     assert capsys.readouterr().out == f"{page}\n"
     data = data_of(page)
     assert data["against"] == list("abxab") and data["position"] == 4
-    assert data["call"] == f"jaxlm look {run} --prompt abcab --against abxab"
-    assert data["title"] == "tiny"
+    call = f"jaxlm look {run} --prompt abcab --against abxab --lens {lens}"
+    assert data["call"] == call
+    assert data["title"] == "tiny" and data["jacobian"] is not None
+    rows = np.asarray(TOKENIZER.encode_prompt("abcab"))[None]
+    logits = jax.jit(partial(forward, CONFIG))(PARAMS, rows).logits[0, -1]
+    ours, theirs = data["causes"]["tokens"]
+    difference = float(logits[ours] - logits[theirs])
+    assert data["causes"]["difference"] == pytest.approx(difference, abs=1e-4)
+    assert read_jacobian_lens(CONFIG, lens).any()
 
 
 @pytest.mark.slow

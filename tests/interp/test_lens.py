@@ -3,15 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from model_case import ids, make, small
 
-from jaxlm.interp.lens import (
+from jaxlm.interp.jacobian_lens import (
     jacobian_lens,
+    read_jacobian_lens,
+    transported,
+    write_jacobian_lens,
+)
+from jaxlm.interp.lens import (
     lens_depth,
     logit_lens,
     stream_alignment,
     stream_norms,
-    transported,
 )
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.tap import Tap
@@ -78,3 +83,13 @@ def test_the_jacobian_lens_is_the_mean_derivative():
     np.testing.assert_allclose(
         moved[1, 0, 2], np.asarray(ours[1]) @ np.asarray(stream[1, 0, 2]), rtol=1e-3
     )
+
+
+def test_a_lens_is_a_file(tmp_path):
+    config, path = small(num_layers=2), tmp_path / "lens.safetensors"
+    shape = 2, config.model_dim, config.model_dim
+    jacobian = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    write_jacobian_lens(path, jacobian)
+    np.testing.assert_array_equal(read_jacobian_lens(config, path), jacobian)
+    with pytest.raises(ValueError, match="lens of another model"):
+        read_jacobian_lens(small(num_layers=3), path)

@@ -5,10 +5,11 @@ An autoencoder stands in for its site by an edit, and its features are read from
     edit = Edit(site, "call", Partial(SparseAutoencoder.__call__, sae), layer=layer)
     features = sae.encode(trace[site])
 
-A transcoder reads `mlp_in` and writes `mlp_out` of the same layer: tap the first, and
-set the second to `sae(trace["mlp_in"])` in a second pass. Sources: Cunningham et al.
-2023, arXiv:2309.08600; Rajamanoharan et al. 2024, arXiv:2407.14435 (JumpReLU); Gao et
-al. 2024, arXiv:2406.04093 (top-k); Dunefsky et al. 2024, arXiv:2406.11944.
+A transcoder reads `mlp_in` and writes `mlp_out` of the same layer, in place of the
+feed-forward: the same edit of `mlp_out`, with `reads="mlp_in"`. Sources: Cunningham et
+al. 2023, arXiv:2309.08600; Rajamanoharan et al. 2024, arXiv:2404.16014 (gated) and
+arXiv:2407.14435 (JumpReLU); Gao et al. 2024, arXiv:2406.04093 (top-k); Dunefsky et al.
+2024, arXiv:2406.11944.
 """
 
 from dataclasses import dataclass, field
@@ -31,6 +32,12 @@ _ARCHITECTURES = {
     "jumprelu": "jumprelu",
     "jumprelu_transcoder": "jumprelu",
     "topk": "topk",
+    "gated": "gated",
+}
+# What each has besides the weights that all have.
+_MORE_WEIGHTS = {
+    "jumprelu": {"threshold"},
+    "gated": {"b_gate", "b_mag", "r_mag"},
 }
 
 
@@ -49,9 +56,13 @@ class SparseAutoencoder:
     decoder_bias: Any
     """[D]."""
     thresholds: Any = None
-    """[M], for `jumprelu`: below them a feature is 0."""
+    """[M], for `jumprelu`: below them a feature is 0. For `gated` minus the bias of the
+    gate: what `x @ encoder` must exceed."""
+    magnitudes: Any = None
+    """[M], for `gated`: what `x @ encoder` is multiplied with before the bias is added,
+    for the size of a feature whose gate is open."""
     activation: str = field(default="relu", metadata={"static": True})
-    """`relu`, `jumprelu` or `topk`."""
+    """`relu`, `jumprelu`, `topk` or `gated`."""
     count: int | None = field(default=None, metadata={"static": True})
     """For `topk`: how many features are kept."""
     subtracts_bias: bool = field(default=False, metadata={"static": True})
@@ -62,7 +73,11 @@ class SparseAutoencoder:
         x = x.astype(jnp.float32)
         if self.subtracts_bias:
             x = x - self.decoder_bias
-        pre = x @ self.encoder + self.encoder_bias
+        pre = x @ self.encoder
+        if self.activation == "gated":
+            size = jax.nn.relu(pre * self.magnitudes + self.encoder_bias)
+            return jnp.where(pre > self.thresholds, size, 0.0)
+        pre = pre + self.encoder_bias
         features = jax.nn.relu(pre)
         if self.activation == "jumprelu":
             return jnp.where(pre > self.thresholds, features, 0.0)
@@ -125,7 +140,9 @@ def _from_weights(
             "the factor into the weights first"
         )
     activation = _ARCHITECTURES[name]
-    wanted = {*_WEIGHTS, *(("threshold",) if activation == "jumprelu" else ())}
+    wanted = {*_WEIGHTS, *_MORE_WEIGHTS.get(activation, ())}
+    if activation == "gated":
+        wanted -= {"b_enc"}  # the gate and the size have a bias each
     if set(weights) != wanted:
         wrong = ", ".join(sorted(set(weights) ^ wanted))
         raise ValueError(f"{path}: tensors missing or unknown: {wrong}")
@@ -133,7 +150,9 @@ def _from_weights(
     wrong_shape = (
         weights["W_enc"].ndim != 2
         or weights["W_dec"].shape != (M, *weights["b_dec"].shape)
-        or weights["b_enc"].shape != (M,)
+        or any(
+            weights[name].shape != (M,) for name in wanted - {"W_enc", "W_dec", "b_dec"}
+        )
     )
     if wrong_shape:
         shapes = {name: x.shape for name, x in weights.items()}
@@ -142,9 +161,14 @@ def _from_weights(
     if activation == "topk" and not (isinstance(count, int) and 0 < count <= M):
         raise ValueError(f"{path}: k is {count!r}: it must be from 1 to {M}")
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in weights.items()}
+    thresholds, magnitudes = arrays.get("threshold"), None
+    if activation == "gated":
+        arrays["b_enc"], magnitudes = arrays["b_mag"], jnp.exp(arrays["r_mag"])
+        thresholds = -arrays["b_gate"]
     return SparseAutoencoder(
         *(arrays[name] for name in _WEIGHTS),
-        thresholds=arrays.get("threshold"),
+        thresholds=thresholds,
+        magnitudes=magnitudes,
         activation=activation,
         count=count,
         subtracts_bias=bool(config.get("apply_b_dec_to_input", False)),

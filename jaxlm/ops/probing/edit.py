@@ -66,6 +66,9 @@ class Edit:
     of the queries. They mean the same with and without a cache."""
     head: Any = field(default=None, kw_only=True)
     """Heads, likewise: query heads, or those of keys and values for their sites."""
+    reads: str | None = field(default=None, kw_only=True, metadata={"static": True})
+    """For `call`: an earlier site of the same layer whose value the function gets, in
+    place of the edited site's own."""
 
     def __post_init__(self):
         if callable(self.value) and not isinstance(self.value, Partial):
@@ -75,7 +78,7 @@ class Edit:
                 object.__setattr__(self, name, np.asarray(getattr(self, name)))
 
     def __call__(
-        self, x: Array, layer: Any, positions: Int[Array, "B T"]
+        self, x: Array, layer: Any, positions: Int[Array, "B T"], read: Array
     ) -> tuple[Array, Int[Array, ""]]:
         """Returns the edited value, and how often the edit has fired.
 
@@ -83,6 +86,7 @@ class Edit:
           x: the value of one layer.
           layer: its number, which may be traced; None outside the layers.
           positions: of the tokens.
+          read: what the operation starts from: x, or the value of the site `reads`.
 
         Raises:
           ValueError: when the value does not fit the site.
@@ -101,7 +105,7 @@ class Edit:
             numbers = jnp.arange(x.shape[heads])
             chosen = numbers[:, None] == jnp.atleast_1d(self.head)
             mask &= _along(chosen.any(-1), (heads,), x.ndim)
-        new = jnp.asarray(OPERATIONS[self.op](x, self._value_for(x, layer)), x.dtype)
+        new = jnp.asarray(OPERATIONS[self.op](read, self._value_for(x, layer)), x.dtype)
         self._check_shape("result", new.shape, new.shape, x)
         x = jnp.where(_like(x, mask), _like(x, new), x)
         return x, jnp.sum(mask, dtype=jnp.int32)
@@ -167,10 +171,10 @@ def check_edits(
         if not isinstance(edit, Edit):
             raise ValueError(f"edits has {edit!r}, which is no Edit")
         check_site(edit.site, absent)
-        _check_edit(edit, sizes)
+        _check_edit(edit, sizes, absent)
 
 
-def _check_edit(edit: Edit, sizes: Mapping[str, int]) -> None:
+def _check_edit(edit: Edit, sizes: Mapping[str, int], absent: frozenset[str]) -> None:
     site, where = SITES[edit.site], f"edit of {edit.site!r}"
     if site.edit_instead is not None:
         raise ValueError(
@@ -190,6 +194,12 @@ def _check_edit(edit: Edit, sizes: Mapping[str, int]) -> None:
     if isinstance(edit.value, Partial) != (edit.op == "call"):
         needs = "a function" if edit.op == "call" else "an array or a number"
         raise ValueError(f"{where}: the value of {edit.op!r} is {needs}")
+    if edit.reads is not None:
+        check_site(edit.reads, absent)
+        if edit.op != "call":
+            raise ValueError(f"{where}: only 'call' reads another site")
+        if site.outside_layers or SITES[edit.reads].outside_layers:
+            raise ValueError(f"{where}: {edit.reads!r} is not read in the same layer")
     chosen = {name: getattr(edit, name) for name in ("layer", "position", "head")}
     check_chosen(where, site, chosen, sizes)
     if edit.op in ("freeze", "call") or site.outside_layers:

@@ -37,6 +37,7 @@ class Probe:
         self.hits: list[Any] = [0] * len(edits)
         """How often each edit has fired."""
         self.called: set[str] = set()
+        self._read: dict[str, Array] = {}
 
     def __contains__(self, site: str) -> bool:
         return site in self._taps
@@ -56,8 +57,19 @@ class Probe:
         for i, edit in enumerate(self._edits):
             if edit.site == site:
                 assert self._positions is not None
-                x, self.hits[i] = edit(x, self._layer, self._positions)
+                read = x if edit.reads is None else self._value_of(edit)
+                x, self.hits[i] = edit(x, self._layer, self._positions, read)
+        if any(edit.reads == site for edit in self._edits):
+            self._read[site] = x
         if site in self._taps:
             tap = self._taps[site]
             self.values[site] = tap.reduced(tap.take(x))
         return x
+
+    def _value_of(self, edit: Edit) -> Array:
+        """Returns the value of the site that an edit of another one reads."""
+        if edit.reads not in self._read:
+            raise ValueError(
+                f"edit of {edit.site!r}: {edit.reads!r} is not computed before it"
+            )
+        return self._read[edit.reads]

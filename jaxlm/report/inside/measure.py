@@ -28,6 +28,7 @@ from jaxlm.report.inside.view import (
     AnswerView,
     CacheView,
     ChoiceView,
+    ExpertView,
     HeadView,
     Json,
     StreamView,
@@ -57,6 +58,7 @@ def view_of(
     against: Integer[np.ndarray, " T"] | Sequence[int] | None = None,
     num_prompt: int | None = None,
     sample: SampleConfig | None = None,
+    jacobian: Float[np.ndarray, "L D D"] | None = None,
     title: str = "",
     call: str = "",
 ) -> View:
@@ -67,6 +69,7 @@ def view_of(
       against: another text of as many tokens, whose streams are put into this one.
       num_prompt: how many of the tokens are the prompt, if others were generated.
       sample: how the next token is chosen; None: by the model's distribution.
+      jacobian: a Jacobian lens of the model, which is shown beside the logit lens.
       title: a name of the model.
       call: what the reader can run to get the same.
 
@@ -100,6 +103,10 @@ def view_of(
     )
     best = jnp.asarray(answer.ids[:, 0])
     streams = StreamView(*map(np.asarray, readings.lens(config, params, trace, best)))
+    moved = None
+    if jacobian is not None:
+        numbers = readings.lens(config, params, trace, best, jnp.asarray(jacobian))
+        moved = StreamView(*map(np.asarray, numbers))
     units, units_refusal = _units(config, params, trace, best, position)
     other = None
     if against is not None:
@@ -116,6 +123,7 @@ def view_of(
             f"{len(ids) - len(choice.positions)} positions"
         )
     seen = [ids, answer.ids, streams.ids, choice_ids(choice)]
+    seen += [moved.ids] if moved else []
     seen += [units.promotes] if units else []
     seen += [comparison.ids] if comparison else []
     seen = {int(i) for array in seen for i in np.unique(array)}
@@ -133,10 +141,12 @@ def view_of(
         answer=answer,
         choice=choice,
         streams=streams,
+        jacobian=moved,
         cache=_cache(config, found, len(ids)),
         heads=heads,
         units=units,
         units_refusal=units_refusal,
+        experts=_experts(trace),
         additions=_additions(trace, found),
         causes=cause,
         comparison=comparison,
@@ -270,6 +280,13 @@ def _units(
     layers, units, parts, activations, promotes = map(np.asarray, numbers)
     activations = activations.astype(np.float16)
     return UnitView(positions, layers, units, parts, activations, promotes), None
+
+
+def _experts(trace: Trace) -> ExpertView | None:
+    if "expert_ids" not in trace:
+        return None
+    ids, weights = (np.asarray(trace[f"expert_{x}"][:, 0]) for x in ("ids", "weights"))
+    return ExpertView(ids.astype(np.int32), weights.astype(np.float32))
 
 
 def _additions(trace: Trace, found: Numbers) -> AdditionView:

@@ -16,6 +16,7 @@ from jaxlm.interp.cache_contents import cache_contents, read_mass
 from jaxlm.interp.causes.logit_attribution import head_rows, unit_attribution
 from jaxlm.interp.feed_forward_memory import promoted_tokens, strongest_units
 from jaxlm.interp.head_scores import duplicate_token, induction, previous_token
+from jaxlm.interp.jacobian_lens import transported
 from jaxlm.interp.lens import logit_lens, stream_alignment, stream_norms
 from jaxlm.interp.prediction import entropy, most_likely, rank, surprise
 from jaxlm.model.trace import absent_sites
@@ -44,6 +45,7 @@ def read(
         *(Tap(site) for site in ("embed", "pos_embed", "resid_pre", "resid_mid")),
         *(Tap(site) for site in ("resid_post", "k_rot", "v", "attn_lse", "attn_probs")),
         *(Tap(site) for site in ("attn_out_post", "mlp_out_post", "mlp_act")),
+        *(Tap(site) for site in ("expert_ids", "expert_weights")),
         *(Tap(site) for site in ("attn_norm_div", "mlp_norm_div", "final_norm_div")),
         *(Tap(site, reduce="norm") for site in ("attn_in", "mlp_in")),
         *(Tap(site, positions=(position,)) for site in (query, "q_rot", "head_out")),
@@ -95,17 +97,28 @@ def summary(
 
 @partial(jax.jit, static_argnums=0)
 def lens(
-    config: ModelConfig, params: Params, trace: Trace, answers: Int[Array, " T"]
+    config: ModelConfig,
+    params: Params,
+    trace: Trace,
+    answers: Int[Array, " T"],
+    jacobian: Float[Array, "L D D"] | None = None,
 ) -> tuple[Array, ...]:
-    """Returns the fields of a `StreamView`; all logits of one layer at a time."""
+    """Returns the fields of a `StreamView`; all logits of one layer at a time.
+
+    Args:
+      jacobian: of a Jacobian lens; None: by the logit lens.
+    """
 
     def one(stream: Float[Array, "1 T D"]) -> tuple[Array, ...]:
         logits = logit_lens(config, params, stream[None])[0, 0]
         ids, probabilities = most_likely(logits, min(LENS, logits.shape[-1]))
         return ids, probabilities, entropy(logits), rank(logits, answers)
 
-    streams = jnp.concatenate([trace["resid_pre"][:1], trace["resid_post"]])
-    return *jax.lax.map(one, streams), stream_norms(streams[:, 0])
+    start, after = trace["resid_pre"][:1], trace["resid_post"]
+    lengths = stream_norms(jnp.concatenate([start, after])[:, 0])
+    if jacobian is not None:
+        after = transported(jacobian, after)
+    return *jax.lax.map(one, jnp.concatenate([start, after])), lengths
 
 
 @partial(jax.jit, static_argnums=0)

@@ -36,15 +36,11 @@ function select(change) {
   }
   strip();
 }
-function section(id, title, intro, make) {
-  const number = updates.length + 1, body = element("section", "", byId("sections"));
-  body.id = id;
-  element("h2", "", body, `${number} ${title}`);
-  element("p", "intro", body, intro);
-  const link = element("a", "", byId("contents"), `${number} ${title}`);
+// Titles and introductions stand in the page.
+function section(id, make) {
+  const body = byId(id), link = element("a", "", byId("contents"), body.querySelector("h2").textContent);
   link.href = "#" + id;
-  const update = make(body) || (() => {});
-  updates.push({ body, update });
+  updates.push({ body, update: make(body) || (() => {}) });
 }
 // A part of a section that follows what is chosen.
 function redrawn(body, draw) {
@@ -100,7 +96,7 @@ const STAGES = [
   ["Last norm", ["final_norm_div", "final_norm"], ["final_norm"]],
   ["Output head", ["logits"], ["lm_head"]],
 ];
-section("map", "The model", "The way of a token, from its id to the logits of the next. The thick line is the residual stream: parts read it and add to it. Choose a part for its values, for taps and edits, and its weights.", (body) => {
+section("map", (body) => {
   const two = element("div", "two", body), picture = element("div", "", two), panel = element("div", "panel", two);
   panel.setAttribute("aria-live", "polite");
   const have = new Map(view.sites.map((s) => [s.name, s]));
@@ -125,10 +121,10 @@ section("map", "The model", "The way of a token, from its id to the logits of th
     const box = node("g", { role: "button", tabindex: 0, "aria-pressed": "false", class: "stage" }, svg);
     node("line", { x1: 30, x2: 60, y1: y + 15, y2: y + 15, class: onStream || adds || stage.name === "Norm" || stage.name === "Last norm" ? "reads" : "none" }, svg);
     if (adds) node("circle", { cx: 30, cy: y + 15, r: 8, class: "plus" }, svg), node("path", { d: `M25 ${y + 15}h10M30 ${y + 10}v10`, class: "reads" }, svg);
-    node("rect", { x: 60, y, width: 295, height: 30, rx: 6 }, box);
+    node("rect", { x: 60, y, width: 280, height: 30, rx: 6 }, box);
     node("text", { x: 70, y: y + 19 }, box, stage.name);
     const telling = stage.sites.find((s) => ["q", "attn_probs", "mlp_act"].includes(s.name)) || stage.sites.at(-1);
-    node("text", { x: 348, y: y + 19, "text-anchor": "end", class: "faint" }, box, telling.shape.slice(1).join(" × "));
+    node("text", { x: 333, y: y + 19, "text-anchor": "end", class: "faint" }, box, telling.shape.slice(1).join(" × "));
     box.addEventListener("click", () => show(i));
     box.addEventListener("keydown", (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); show(i); } });
   });
@@ -136,7 +132,7 @@ section("map", "The model", "The way of a token, from its id to the logits of th
 });
 
 // ---- 2 ----
-section("tokens", "Tokens", "The model reads numbers, one for each piece of text. Surprise is how little it expected a piece: −log of its probability, in nats.", (body) => redrawn(body, (part) => {
+section("tokens", (body) => redrawn(body, (part) => {
   const largest = most(text.surprise.values);
   table(part, ["", "text", "id", "surprise", "rank", "characters", "bytes"], tokens.map((t) => {
     const r = text.rows[t], s = text.surprise.at(t);
@@ -147,7 +143,7 @@ section("tokens", "Tokens", "The model reads numbers, one for each piece of text
 }));
 
 // ---- 3 ----
-section("answer", "The answer", "At each token the model gives a probability to every piece that could follow.", (body) => redrawn(body, (part) => {
+section("answer", (body) => redrawn(body, (part) => {
   const t = state.position, n = Math.min(12, answer.ids.shape[1]), next = t + 1 < T ? text.rows[t + 1].id : null;
   let rest = 1;
   const rows = range(n).map((k) => {
@@ -198,7 +194,7 @@ function chosenFrom(logits, { temperature, top_k, top_p, min_p }) {
   }
   return { p, alive, order, steps };
 }
-section("choosing", "Choosing a token", "Sampling draws from the distribution, after rules have changed it. The rules run here as in jaxlm, on all logits.", (body) => {
+section("choosing", (body) => {
   const settings = { ...choice.settings }, controls = element("form", "", body);
   controls.addEventListener("submit", (e) => e.preventDefault());
   let update = () => {};
@@ -223,40 +219,41 @@ section("choosing", "Choosing a token", "Sampling draws from the distribution, a
 });
 
 // ---- 5 ----
-section("streams", "Streams side by side", "Each token has a stream of numbers that every layer adds to. The logit lens asks what the model would answer if it ended there.", (body) => {
-  let measure = "probability";
-  let update = () => {};
+section("streams", (body) => {
+  let measure = "probability", update = () => {}, lens = view.jacobian || streams;
+  if (view.jacobian) choices(body, "read by", [["jacobian", "Jacobian lens"], ["streams", "logit lens"]], "jacobian", (v) => { lens = view[v]; update(); });
   choices(body, "colour", [["probability", "probability of its first choice"], ["entropy", "entropy"], ["rank", "rank of the final answer"]], measure, (v) => { measure = v; update(); });
-  const M = L + 1, name = (m) => m ? `after ${m - 1}` : "embedding";
+  const M = L + 1, name = (m) => m ? `after layer ${m - 1}` : "embedding";
   update = redrawn(body, (part) => {
     const highest = Math.log(model.vocab_size), forms = {
-      probability: (m, t) => streams.probabilities.at(m, t, 0),
-      entropy: (m, t) => streams.entropy.at(m, t) / highest,
-      rank: (m, t) => 1 - Math.log(1 + streams.answer_rank.at(m, t)) / highest,
+      probability: (m, t) => lens.probabilities.at(m, t, 0),
+      entropy: (m, t) => lens.entropy.at(m, t) / highest,
+      rank: (m, t) => 1 - Math.log(1 + lens.answer_rank.at(m, t)) / highest,
     };
-    const lines = (m, t) => [`token ${named(t)}, ${name(m)}`, ...range(streams.ids.shape[2]).map((k) => `${piece(streams.ids.at(m, t, k))} ${percent(streams.probabilities.at(m, t, k))}`),
-      `entropy ${streams.entropy.at(m, t).toFixed(2)} nats`, `the final answer has rank ${streams.answer_rank.at(m, t)}`, `length ${number(streams.lengths.at(m, t))}`];
+    const lines = (m, t) => [`token ${named(t)}, ${name(m)}`, ...range(lens.ids.shape[2]).map((k) => `${piece(lens.ids.at(m, t, k))} ${percent(lens.probabilities.at(m, t, k))}`),
+      `entropy ${lens.entropy.at(m, t).toFixed(2)} nats`, `the final answer has rank ${lens.answer_rank.at(m, t)}`, `length ${number(lens.lengths.at(m, t))}`];
     // The last layer is on top: the stream flows upwards.
     new Grid(part, { title: "What each stream would answer", rows: M, columns: T, high: 18, wide: T > 24 ? 40 : 52, value: (r, t) => forms[measure](L - r, t),
-      text: (r, t) => piece(streams.ids.at(L - r, t, 0)), tip: (r, t) => lines(L - r, t), rowName: (r) => name(L - r), columnName: token,
-      figure: (r, t) => `${piece(streams.ids.at(L - r, t, 0))} ${percent(streams.probabilities.at(L - r, t, 0))}`,
+      text: (r, t) => piece(lens.ids.at(L - r, t, 0)), tip: (r, t) => lines(L - r, t), rowName: (r) => name(L - r), columnName: token,
+      figure: (r, t) => `${piece(lens.ids.at(L - r, t, 0))} ${percent(lens.probabilities.at(L - r, t, 0))}`,
       chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ position: t, layer: Math.max(0, L - 1 - r) }) });
-    const median = range(M).map((m) => [...streams.lengths.row(m)].sort((a, b) => a - b)[T >> 1]);
-    const along = (t) => range(M).map((m) => streams.lengths.at(m, t));
+    if (view.jacobian) note(part, "The Jacobian lens moves a stream to the end by what it does there on average; the embedding is read as it is.");
+    const median = range(M).map((m) => [...lens.lengths.row(m)].sort((a, b) => a - b)[T >> 1]);
+    const along = (t) => range(M).map((m) => lens.lengths.at(m, t));
     const series = [{ label: named(state.position), values: along(state.position) }, { label: "median of all tokens", values: median, dash: "dashed" }];
     if (state.position) series.push({ label: "first token", values: along(0), dash: "dotted" });
     curves(part, { title: "Length of the stream after each layer, on a log scale", names: range(M).map((m) => m ? String(m - 1) : "start"), log: true, series,
       choose: (m) => select({ layer: Math.max(0, m - 1) }) });
     table(folded(part, `all layers at ${named(state.position)}`), ["layers read", "first choices of " + named(state.position), "entropy", "rank of answer", "length"], range(M).map((m) => [name(m),
-      range(streams.ids.shape[2]).map((k) => `${piece(streams.ids.at(m, state.position, k))} ${percent(streams.probabilities.at(m, state.position, k))}`).join(" · "),
-      streams.entropy.at(m, state.position).toFixed(2), String(streams.answer_rank.at(m, state.position)), number(streams.lengths.at(m, state.position))]),
+      range(lens.ids.shape[2]).map((k) => `${piece(lens.ids.at(m, state.position, k))} ${percent(lens.probabilities.at(m, state.position, k))}`).join(" · "),
+      lens.entropy.at(m, state.position).toFixed(2), String(lens.answer_rank.at(m, state.position)), number(lens.lengths.at(m, state.position))]),
       { name: "long", mark: (m) => m === state.layer + 1 ? "chosen" : "" });
   });
   return update;
 });
 
 // ---- 6 ----
-section("cache", "The KV cache", "Each layer keeps the keys and values of all tokens, so that no text is read twice.", (body) => {
+section("cache", (body) => {
   const sizes = [["a token", 1], ["this text", T], [`the whole context of ${count(model.context_length)}`, model.context_length]];
   const bytes = (n) => n >= 2 ** 30 ? number(n / 2 ** 30) + " GiB" : n >= 2 ** 20 ? number(n / 2 ** 20) + " MiB" : number(n / 1024) + " KiB";
   const tiles = element("dl", "tiles", body);
@@ -284,7 +281,7 @@ const triangle = (t, s) => t * (t + 1) / 2 + s;
 const probability = (i, t, s) => heads.probabilities.at(i, triangle(t, s));
 const brings = (i, t, s) => probability(i, t, s) * heads.value_lengths.at(i, s);
 const sumOf = (i, t) => tokens.slice(0, t).reduce((sum, s) => sum + brings(i, t, s), 0);
-section("attention", "Attention", "A head first compares its query with the keys of the text (relevance), and then adds up the values, each by its probability (combination). A key with much probability may bring nothing: look at what is brought first.", (body) => {
+section("attention", (body) => {
   let kind = "brings", update = () => {};
   const kindName = () => KINDS.find((k) => k[0] === kind)[1], KINDS = [["brings", "what it brings to the token"], ["previous", "previous token"], ["duplicate", "duplicate"], ["induction", "induction"], ["sink", "mass on the first token"]];
   choices(body, "heads by", KINDS, kind, (v) => { kind = v; update(); });
@@ -326,7 +323,18 @@ section("attention", "Attention", "A head first compares its query with the keys
 });
 
 // ---- 8 ----
-section("memory", "Feed-forward as memory", "Each unit of a feed-forward fires on some texts, and then adds its own direction to the stream, which makes some next tokens likelier. Below are the units that did most for or against the answer at the chosen token: what each adds to its logit, over what it adds to a mean token's.", (body) => redrawn(body, (part) => {
+// Which experts the router gave each token to.
+function experts(part) {
+  const { ids, weights } = view.experts, n = ids.shape[2], largest = most(weights.values), l = state.layer;
+  const all = (layer, t) => range(n).map((k) => `expert ${ids.at(layer, t, k)}: ${number(weights.at(layer, t, k))}`);
+  new Grid(part, { title: `First of ${n} experts of each token, by its weight`, rows: L, columns: T, high: 16, wide: T > 24 ? 26 : 34, widest: 60, value: (l, t) => weights.at(l, t, 0) / largest,
+    text: (l, t) => String(ids.at(l, t, 0)), rowName: (l) => `layer ${l}`, columnName: token, figure: (l, t) => all(l, t).join(", "),
+    tip: (l, t) => [`layer ${l}, ${named(t)}`, ...all(l, t)], chosen: () => [l, state.position], choose: (layer, t) => select({ layer, position: t }) });
+  const used = range(model.num_experts).map((e) => [e, tokens.filter((t) => ids.row(l, t).includes(e))]).filter(([, at]) => at.length).sort((a, b) => b[1].length - a[1].length);
+  table(part, [`expert of layer ${l}`, `${T} tokens × ${n}`, "which"], used.map(([e, at]) => [String(e), bar(at.length, T), at.map(token).join(" · ")]), { name: "bars long" });
+}
+section("memory", (body) => redrawn(body, (part) => {
+  if (view.experts) experts(part);
   if (!units) { note(part, `There are no units here: ${view.units_refusal}.`); return; }
   const all = [...units.positions.values], at = all.indexOf(state.position), t = at < 0 ? view.position : state.position, p = all.indexOf(t);
   if (at < 0) note(part, `Units were kept for tokens ${all[0]} to ${all.at(-1)}; this is token ${named(t)}.`);
@@ -344,7 +352,7 @@ section("memory", "Feed-forward as memory", "Each unit of a feed-forward fires o
 }));
 
 // ---- 9 ----
-section("adding", "Adding and normalizing", "What a layer adds is small beside a stream that grows; before each part reads it, a norm divides it to one size. A rotation then turns queries and keys by their position, so that a score depends on the distance of two tokens.", (body) => redrawn(body, (part) => {
+section("adding", (body) => redrawn(body, (part) => {
   const t = state.position, over = (array) => array ? layers.map((l) => array.at(l, t)) : layers.map(() => NaN), names = layers.map(String);
   const choose = (l) => select({ layer: l });
   const before = layers.map((l) => streams.lengths.at(l, t));
@@ -377,7 +385,8 @@ section("adding", "Adding and normalizing", "What a layer adds is small beside a
 
 // ---- 10 ----
 const [ours, theirs] = causes.tokens.map(piece);
-section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(causes.difference)} above ${theirs} at ${named(causes.position)}. The logits are a sum over all that was added to the stream, so each part's share can be read off (attribution). Whether it matters shows only when the model runs without it (ablation, patching).`, (body) => redrawn(body, (part) => {
+section("causes", (body) => redrawn(body, (part) => {
+  note(part, `${ours} has a logit ${number(causes.difference)} above ${theirs} at ${named(causes.position)}. Their difference is what is explained here.`);
   if (causes.refusal) note(part, `What is missing here: ${causes.refusal}.`);
   if (causes.parts) {
     const parts = [["embedding", causes.total.embedding], ...layers.flatMap((l) => [[`attn ${l}`, causes.parts.at(l, 0)], [`ffn ${l}`, causes.parts.at(l, 1)]])];
@@ -385,7 +394,7 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
     parts.reduce((sum, [, v]) => (running.push(sum + v), sum + v), 0);
     curves(part, { title: `Written so far to ${ours} − ${theirs} (logits), part by part`, names: parts.map((p) => p[0]), zero: true, series: [{ label: "sum so far", values: running }, { label: "part", values: parts.map((p) => p[1]), dash: "dotted" }],
       choose: (i) => i && select({ layer: Math.floor((i - 1) / 2) }) });
-    note(part, `All parts add up to ${number(causes.total.sum)}; the model's own difference is ${number(causes.difference)}.`);
+    note(part, `attn and ffn are what the attention and the feed-forward of a layer add. All parts add up to ${number(causes.total.sum)}; the model's own difference is ${number(causes.difference)}.`);
     const largest = most(parts.map((p) => p[1])), ordered = [...parts].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 10);
     table(part, ["largest parts", "adds"], ordered.map(([name, v]) => [name, bar(v, largest)]), { name: "bars" });
   }
@@ -398,7 +407,7 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
   grid(two, "What is lost without it (ablation)", (l, n) => removed.has(l * N + n) ? removed.get(l * N + n) : null);
   if (causes.heads) cloud(part, { title: `Do they agree? Correlation ${causes.ablation_agreement === null ? "–" : causes.ablation_agreement.toFixed(2)}, over ${removed.size} heads`, xName: "adds", yName: "lost without",
     points: [...removed].map(([key, v]) => ({ x: causes.heads.values[key], y: v, name: `layer ${Math.floor(key / N)}, head ${key % N}` })) });
-  note(part, "Where they differ, other heads made up for it, or it works through later parts.");
+  note(part, "Where they differ, other heads made up for it, or it works through later parts. Outlined cells were not measured: their shares or estimates are small.");
   if (!comparison) { note(part, 'With --against "another text" of as many tokens, its streams are put into this one.'); return; }
   element("h3", "", part, "What if: streams of another text");
   note(part, `The other text: ${view.against.map(shown).join(" ")}. There the difference is ${number(comparison.difference)}.`);
@@ -407,7 +416,7 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
     place.has(id) ? share(place.get(id)) : "less"]), { name: "bars" });
   const patched = new Map(range(comparison.patched.shape[0]).map((i) => [comparison.patched.at(i, 0) * T + comparison.patched.at(i, 1), comparison.change.at(i)]));
   const change = most([...patched.values()]), both = element("div", "two", part);
-  const plot = (title, get) => new Grid(both, { title, rows: L, columns: T, high: 14, wide: 14, widest: 44, rowName: (r) => `into ${L - 1 - r}`, columnName: token,
+  const plot = (title, get) => new Grid(both, { title, rows: L, columns: T, high: 14, wide: 14, widest: 44, rowName: (r) => `into layer ${L - 1 - r}`, columnName: token,
     value: scaled((r, t) => get(L - 1 - r, t), change), figure: (r, t) => number(get(L - 1 - r, t)), chosen: () => [L - 1 - state.layer, state.position], choose: (r, t) => select({ layer: L - 1 - r, position: t }),
     tip: (r, t) => [`layer ${L - 1 - r}, ${named(t)} from ${shown(view.against[t])}`, `estimate ${number(comparison.estimate.at(L - 1 - r, t))}`, `measured ${number(patched.get((L - 1 - r) * T + t))}`] });
   plot("Change of the difference, estimated by one backward pass", (l, t) => comparison.estimate.at(l, t));
@@ -417,20 +426,7 @@ section("causes", "Who wrote it, and what if", `${ours} has a logit ${number(cau
 }));
 
 // ---- 11 ----
-const WORDS = [
-  ["probability, logit", "The model gives each piece a number, its logit; softmax makes them probabilities."],
-  ["entropy, surprise", "−Σ p log p of a distribution, and −log p of what came, in nats. 0.69 nats are one bit."],
-  ["logit lens", "The stream after a layer through the last norm and the output head (nostalgebraist 2020)."],
-  ["brings, p × |v W_O|", "Length of what a key adds to a stream (Kobayashi et al. 2020, arXiv:2004.10102)."],
-  ["previous, duplicate, induction", "Mean probability on the token before, on earlier occurrences of the same token, and on what followed those (Olsson et al. 2022, arXiv:2209.11895)."],
-  ["sink", "A first token that takes the attention of heads with nothing to bring (Xiao et al. 2023, arXiv:2309.17453)."],
-  ["unit", "A row of the feed-forward: its activation times its output direction is added to the stream (Geva et al. 2021, arXiv:2012.14913)."],
-  ["attribution", "A part's share of a logit difference, with the divisor of the last norm held fixed (Elhage et al. 2021)."],
-  ["ablation", "The difference with a head's output set to 0, for the whole text."],
-  ["patching", "The difference with the stream that enters a layer, at one token, taken from another text (Wang et al. 2022, arXiv:2211.00593); estimated as (other − own) · gradient (Nanda 2023)."],
-];
-section("notes", "Definitions, the call, and the numbers", "", (body) => {
-  table(body, ["word", "meaning"], WORDS, { name: "long" });
+section("notes", (body) => {
   element("h3", "", body, "How to make this page again");
   element("pre", "", body, view.call).tabIndex = 0;
   element("h3", "", body, "What was left out");

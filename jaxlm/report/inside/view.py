@@ -57,7 +57,7 @@ class StreamView:
     """The residual stream of each token: what it would predict, and its length."""
 
     ids: Int[np.ndarray, "M T k"]
-    """The likeliest tokens of the logit lens."""
+    """The likeliest tokens of the lens."""
     probabilities: Float[np.ndarray, "M T k"]
     entropy: Float[np.ndarray, "M T"]
     answer_rank: Int[np.ndarray, "M T"]
@@ -114,6 +114,15 @@ class UnitView:
     """At every token."""
     promotes: Int[np.ndarray, "p u k"]
     """Tokens whose logits it raises most, as it is active at the position."""
+
+
+@dataclass(frozen=True)
+class ExpertView:
+    """The experts that the router chose for each token, best first."""
+
+    ids: Int[np.ndarray, "L T k"]
+    weights: Float[np.ndarray, "L T k"]
+    """What the output of each is multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +211,14 @@ class View:
     answer: AnswerView
     choice: ChoiceView
     streams: StreamView
+    jacobian: StreamView | None
+    """The same by the Jacobian lens, but for the embedding; None without one."""
     cache: CacheView
     heads: HeadView
     units: UnitView | None
     units_refusal: str | None
     """Why there are no units."""
+    experts: ExpertView | None
     additions: AdditionView
     causes: CauseView
     comparison: ComparisonView | None

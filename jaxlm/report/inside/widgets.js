@@ -54,7 +54,7 @@ async function unpack(json, text) {
 function percent(p) {
   if (!isFinite(p)) return "–";
   const v = 100 * p;
-  return (v === 0 ? "0" : v >= 99.95 && v < 100 ? v.toFixed(3) : v >= 10 ? v.toFixed(1) : v >= 0.01 ? String(Number(v.toPrecision(2))) : v.toExponential(0)) + " %";
+  return (v === 0 ? "0" : v >= 99.95 && v < 99.9995 ? v.toFixed(3) : v >= 10 ? v.toFixed(1) : v >= 0.01 ? String(Number(v.toPrecision(2))) : v.toExponential(0)) + " %";
 }
 function number(v) {
   if (v === null || v === undefined || !isFinite(v)) return "–";
@@ -265,7 +265,7 @@ function curves(parent, options) {
   const all = series.flatMap((s) => [...s.values]).filter((v) => isFinite(v) && (!log || v > 0));
   let low = Math.min(...all, ...(options.zero ? [0] : [])), high = Math.max(...all, ...(options.zero ? [0] : []));
   if (!(high > low)) { low = log ? low / 2 : low - 1; high = log ? high * 2 : high + 1; }
-  const scale = log ? Math.log : (v) => v, left = 58, right = width - 10, top = 8, bottom = height - 30;
+  const scale = log ? Math.log : (v) => v, left = 58, right = width - 20, top = 8, bottom = height - 30;
   const px = (i) => n > 1 ? left + i / (n - 1) * (right - left) : (left + right) / 2;
   const py = (v) => bottom - (scale(v) - scale(low)) / (scale(high) - scale(low)) * (bottom - top);
   for (const y of log ? logTicks(low, high) : ticks(low, high, 5)) {
@@ -318,7 +318,7 @@ function cloud(parent, options) {
   if (!(high > low)) { low -= 1; high += 1; }
   const left = 50, right = width - 8, top = 8, bottom = height - 34;
   const px = (v) => left + (v - low) / (high - low) * (right - left), py = (v) => bottom - (v - low) / (high - low) * (bottom - top);
-  for (const v of ticks(low, high, 4)) {
+  for (const v of ticks(low, high, 7)) {
     node("line", { x1: left, x2: right, y1: py(v), y2: py(v), class: "grid" }, svg);
     node("text", { x: left - 5, y: py(v) + 4, "text-anchor": "end" }, svg, number(v));
     node("text", { x: px(v), y: bottom + 14, "text-anchor": "middle" }, svg, number(v));

@@ -1,13 +1,16 @@
 """The page of a view in a browser, where there is one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from browser_case import CHROMIUM, Browser
-from inside_case import OTHER, TOKENIZER, view
+from inside_case import CONFIG, OTHER, TOKENIZER, view
 
 from jaxlm.config import SampleConfig
 from jaxlm.infer.sampling_steps import sampling_steps
 from jaxlm.report.inside.inside_page import MAX_BYTES, write_page
+from jaxlm.report.inside.view import ExpertView
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +42,13 @@ document.querySelectorAll("details").length
 @pytest.fixture(scope="module")
 def seen():
     sample = SampleConfig(temperature=0.7, top_k=40, top_p=0.8, min_p=0.02)
-    return view(against=TOKENIZER.encode(OTHER), sample=sample)
+    shape = CONFIG.num_layers, CONFIG.model_dim, CONFIG.model_dim
+    jacobian = np.broadcast_to(np.eye(CONFIG.model_dim, dtype=np.float32), shape)
+    seen = view(against=TOKENIZER.encode(OTHER), sample=sample, jacobian=jacobian)
+    # Experts are drawn beside the units, which such a model would not have.
+    ids = np.arange(CONFIG.num_layers * 9 * 2, dtype=np.int32).reshape(-1, 9, 2) % 4
+    experts = ExpertView(ids, np.full(ids.shape, 0.5, np.float32))
+    return replace(seen, experts=experts, model={**seen.model, "num_experts": 4})
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +139,17 @@ def test_numbers_are_those_of_the_view(browser, page, seen):
             assert float(score.replace("−", "-")) == pytest.approx(
                 expected, rel=2e-3, abs=2e-3
             )
+
+
+def test_experts_and_both_lenses_are_drawn(browser, page):
+    opened(browser, page)
+    head, *rows = cells(browser, "memory", 0)
+    assert head[:2] == ["expert of layer 1", "9 tokens × 2"]
+    assert [row[:2] for row in rows] == [["2", "5"], ["3", "5"], ["0", "4"], ["1", "4"]]
+    names = browser.evaluate(
+        "[...document.querySelectorAll('#streams label')].map(x => x.textContent.trim())"
+    )
+    assert names[:2] == ["Jacobian lens", "logit lens"]
 
 
 @pytest.mark.parametrize(

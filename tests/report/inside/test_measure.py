@@ -16,7 +16,7 @@ from rich.console import Console
 from jaxlm.model.transformer import forward
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
-from jaxlm.report.inside import causes, measure
+from jaxlm.report.inside import causes, measure, readings
 from jaxlm.report.inside.inside_page import page_text
 from jaxlm.report.inside.terminal_view import print_view
 
@@ -154,6 +154,34 @@ def test_units_are_those_that_wrote_the_answer(seen, out):
     np.testing.assert_array_equal(found, best)
     ratio = units.parts[AT] / wrote.reshape(-1)[best]
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)  # 1 / divisor
+
+
+def test_the_jacobian_lens_reads_what_it_has_moved():
+    shape = CONFIG.num_layers, 1, T, CONFIG.model_dim
+    draw = np.random.default_rng(0).normal
+    trace = {"resid_pre": draw(size=shape), "resid_post": draw(size=shape)}
+    jacobian = draw(size=(shape[0], shape[3], shape[3]))
+    trace, jacobian = jax.tree.map(np.float32, (trace, jacobian))
+    zeros = np.zeros(T, np.int32)
+    ids, _, _, ranks, lengths = readings.lens(CONFIG, PARAMS, trace, zeros, jacobian)
+    moved = np.einsum("lde,lte->ltd", jacobian, trace["resid_post"][:, 0])
+    moved = np.concatenate([trace["resid_pre"][:1, 0], moved])
+    moved /= np.sqrt(np.square(moved).mean(-1, keepdims=True) + CONFIG.norm_epsilon)
+    moved = moved * PARAMS["final_norm"]["scale"]
+    logits = moved @ PARAMS["embed"]["table"].T
+    np.testing.assert_array_equal(ids[..., 0], logits.argmax(-1))
+    np.testing.assert_array_equal(ranks, (logits > logits[..., :1]).sum(-1))
+    length = np.linalg.norm(trace["resid_post"][:, 0], axis=-1)
+    np.testing.assert_allclose(lengths[1:], length, rtol=1e-5)
+
+
+def test_experts_are_those_of_the_tap():
+    ids, weights = np.arange(12).reshape(2, 1, 3, 2), np.full((2, 1, 3, 2), 0.5)
+    trace = {"expert_ids": jnp.asarray(ids), "expert_weights": jnp.asarray(weights)}
+    found = measure._experts(trace)
+    np.testing.assert_array_equal(found.ids, ids[:, 0])
+    np.testing.assert_array_equal(found.weights, weights[:, 0])
+    assert measure._experts({}) is None
 
 
 def test_heads_that_bring_least_are_left_out(seen, monkeypatch):
