@@ -80,7 +80,7 @@ def fit_jacobian_lens(
     run = jax.jit(partial(jacobian_lens, config, skip=skip))
     total = np.zeros((config.num_layers, *(config.model_dim,) * 2), np.float32)
     for row in rows:
-        total += run(params, jnp.asarray(row, jnp.int32)[None])
+        total += np.asarray(run(params, jnp.asarray(row, jnp.int32)[None]))
     return total / len(rows)
 
 
