@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxlm.infer.conversation.chat_ids import chat_ids
     from jaxlm.infer.generate import Generation, generate
     from jaxlm.infer.scoring import score
+    from jaxlm.infer.speculative.proposals import DraftModel, PromptLookup
     from jaxlm.model.block import Block
     from jaxlm.model.initialization import init, init_cache
     from jaxlm.model.presets import preset
@@ -30,11 +31,13 @@ __all__ = [
     "AttentionSpec",
     "Block",
     "Config",
+    "DraftModel",
     "Edit",
     "Generation",
     "Mask",
     "ModelConfig",
     "Output",
+    "PromptLookup",
     "SampleConfig",
     "Tap",
     "attention",
@@ -60,6 +63,7 @@ _MODULES = {
     "infer.conversation.chat_ids": ("chat_ids",),
     "infer.generate": ("Generation", "generate"),
     "infer.scoring": ("score",),
+    "infer.speculative.proposals": ("DraftModel", "PromptLookup"),
     "model.block": ("Block",),
     "model.initialization": ("init", "init_cache"),
     "model.presets": ("preset",),

@@ -12,7 +12,11 @@ from jaxtyping import Bool, Int
 
 from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
-from jaxlm.commands.generating.generation import open_model, with_stop_ids
+from jaxlm.commands.generating.generation import (
+    open_model,
+    open_with_dtype,
+    with_stop_ids,
+)
 from jaxlm.commands.generating.sampled_text import colored_texts, json_lines
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import ModelConfig, SampleConfig
@@ -25,6 +29,7 @@ from jaxlm.infer.grammar.regex import regex
 from jaxlm.infer.grammar.token_grammar import token_grammar
 from jaxlm.infer.rules.automata import Automaton
 from jaxlm.infer.rules.stop_strings import StopText
+from jaxlm.infer.speculative.proposals import DraftModel, PromptLookup, Proposer
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
@@ -48,7 +53,8 @@ def main(chosen: SampleArguments) -> int:
             flag = "--prompt" if chosen.prompt_file is None else "--prompt-file"
             check_room(flag, prompt, 1, model.context_length)
             params = load_onto_mesh(checkpoint)
-        result = write_samples(model, params, tokenizer, text, chosen)
+            speculate = read_proposer(chosen, tokenizer)
+        result = write_samples(model, params, tokenizer, text, chosen, speculate)
     if chosen.look is not None:
         from jaxlm.commands.generating.generation_page import write_generation
 
@@ -108,6 +114,28 @@ def read_grammar(
         raise ValueError(f"{flag}: {error}") from None
 
 
+def read_proposer(chosen: SampleArguments, tokenizer: Tokenizer) -> Proposer | None:
+    """Returns what `--speculate` asks for; None without it.
+
+    Raises:
+      ValueError: if there is no such model, or it has other tokens.
+    """
+    if chosen.speculate is None:
+        return None
+    if chosen.speculate == "lookup":
+        return PromptLookup()
+    try:
+        checkpoint, config = open_with_dtype(chosen.speculate, chosen.dtype)
+    except ValueError as error:
+        raise ValueError(f"--speculate: {error}; or take lookup") from None
+    if list(checkpoint.tokenizer().token_bytes) != list(tokenizer.token_bytes):
+        raise ValueError(
+            f"--speculate {chosen.speculate}: it has other tokens, so it cannot "
+            "guess for the other: take one with the same tokenizer, or lookup"
+        )
+    return DraftModel(config, load_onto_mesh(checkpoint))
+
+
 def _open_model(chosen: SampleArguments) -> tuple[Checkpoint, ModelConfig]:
     try:
         return open_model(chosen)
@@ -124,6 +152,7 @@ def write_samples(
     tokenizer: Tokenizer,
     text: str,
     chosen: SampleArguments,
+    speculate: Proposer | None = None,
 ) -> Generation:
     """Samples continuations of a text, writes them to stdout, and returns them.
 
@@ -153,6 +182,7 @@ def write_samples(
             cache=chosen.cache,
             on_tokens=printer.feed,
             grammars=[grammar] * chosen.num_samples,
+            speculate=speculate,
         )
     if not streams:
         form = json_lines if chosen.json else colored_texts
@@ -246,13 +276,15 @@ class Printer:
 
 
 def print_stats(result: Generation) -> None:
-    """Prints the tokens per second and the size of the cache to stderr."""
+    """Prints the tokens per second, the size of the cache and the guesses to stderr."""
+    guessed, right = int(result.num_proposed.sum()), int(result.num_accepted.sum())
+    guesses = f", {right} of {guessed} guesses right" if guessed else ""
     old, new = int(result.prefill_tokens.sum()), int(result.lengths.sum())
     print(
         f"prefill {old} tokens in {result.prefill_s:.2f} s "
         f"({old / result.prefill_s:.0f} tokens/s), decode {new} tokens in "
         f"{result.decode_s:.2f} s ({new / result.decode_s:.0f} tokens/s), "
         f"compiling {result.compile_s:.1f} s, "
-        f"cache {result.cache_bytes / 2**20:,.3g} MiB",
+        f"cache {result.cache_bytes / 2**20:,.3g} MiB{guesses}",
         file=sys.stderr,
     )

@@ -61,9 +61,13 @@ class SampleArguments(GenerationArguments):
     """With --json, also the most likely tokens in the place of each; so many."""
     show_probs: bool = False
     """Color each new token by the probability that the model gives it."""
+    speculate: str | None = None
+    """Read several guessed tokens in one pass: `lookup` guesses that the text repeats
+    itself, the path of a smaller model with the same tokens lets that guess. The text
+    stays the same."""
     stats: bool = False
-    """Print the tokens per second of prefill and decoding, and the memory of keys and
-    values, to stderr."""
+    """Print the tokens per second of prefill and decoding, the memory of keys and
+    values, and how many guesses of --speculate were right, to stderr."""
     look: Path | None = None
     """Also write a page like that of `jaxlm look`, of the first sample."""
     chat: bool = False

@@ -13,9 +13,12 @@ from jaxlm.config import CacheKind, ModelConfig, SampleConfig
 from jaxlm.fields import nearest
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.rules.automata import ENDS, Automaton
+from jaxlm.infer.speculative.proposals import DraftModel, Proposer
 from jaxlm.model.block import Block
-from jaxlm.model.checks import check_ids, check_key
+from jaxlm.model.checks import check_ids, check_key, check_model
 from jaxlm.model.initialization import init_cache
+from jaxlm.model.positions import max_fixed_rotation_length
+from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.types import Params
 
@@ -116,9 +119,17 @@ def check_room(name: str, tokens: Sized, max_new_tokens: int, max_length: int) -
 
 
 def check_cache(
-    config: ModelConfig, params: Params, num_rows: int, max_length: int, kind: CacheKind
+    config: ModelConfig,
+    params: Params,
+    num_rows: int,
+    max_length: int,
+    kind: CacheKind,
+    spare: int = 0,
 ) -> int:
     """Returns the bytes of a cache on a device of the current mesh.
+
+    Args:
+      spare: as for `init_cache`.
 
     Raises:
       ValueError: for a kind that does not exist, and a cache that does not fit beside
@@ -133,7 +144,8 @@ def check_cache(
         shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
         return math.prod(shape) * x.dtype.itemsize
 
-    cache = jax.eval_shape(lambda: init_cache(config, num_rows, max_length, kind=kind))
+    size = (config, num_rows, max_length)
+    cache = jax.eval_shape(lambda: init_cache(*size, kind=kind, spare=spare))
     needed = sum(map(on_device, jax.tree.leaves(cache.layers)))
     present = sum(map(on_device, jax.tree.leaves(params)))
     available = available_memory()
@@ -145,6 +157,38 @@ def check_cache(
             "texts, or take the cache ring_int8"
         )
     return needed
+
+
+def check_speculation(
+    speculate: Any, config: ModelConfig, max_length: int, taps: Sequence[Tap]
+) -> None:
+    """Raises a ValueError for a way to speculate that a model cannot take.
+
+    Args:
+      max_length: tokens for which the cache has room.
+    """
+    if not isinstance(speculate, Proposer):
+        raise ValueError(
+            f"speculate is a {type(speculate).__name__}: give PromptLookup() or "
+            "DraftModel(config, params)"
+        )
+    if taps:
+        raise ValueError(
+            "taps read one token after the other: leave out taps or speculate"
+        )
+    if max_fixed_rotation_length(config) is not None:
+        raise ValueError(
+            f"speculate: rope_scaling {config.rope_scaling.kind!r} rotates by the "
+            "length of the text, which guesses would change: leave out speculate"
+        )
+    if isinstance(speculate, DraftModel):
+        check_model(speculate.config, speculate.params, Block)
+        context = speculate.config.context_length
+        if context < max_length:
+            raise ValueError(
+                f"speculate: the draft model has a context of {context}, and the cache "
+                f"has room for {max_length}: take another draft model or shorter texts"
+            )
 
 
 def check_grammar(grammar: Any, vocab_size: int, max_new_tokens: int) -> None:

@@ -17,6 +17,12 @@ from jaxlm.infer.rules.automata import ENDED, StateTable
 from jaxlm.infer.rules.filters import NEVER
 from jaxlm.infer.rules.penalties import History
 from jaxlm.infer.sampling import sample_tokens
+from jaxlm.infer.speculative.proposals import (
+    DraftModel,
+    PromptLookup,
+    positions_within,
+)
+from jaxlm.infer.speculative.speculative_step import keep_drawn, read_guesses
 from jaxlm.model.block import Block, layer_kinds
 from jaxlm.model.divisible import divisible_config, divisible_params
 from jaxlm.model.initialization import init_cache
@@ -60,10 +66,15 @@ class DecodeState:
     settings: RowSettings
     hits: tuple[Any, ...] = ()
     """How often each edit has fired."""
+    draft: tuple[LayerCache, ...] = ()
+    """The cache of a draft model."""
 
 
 class Drawn(NamedTuple):
-    """What one step draws for each row; a chunk has a second axis, of its steps."""
+    """What one step draws for each row; a chunk has a second axis, of its steps.
+
+    With speculation a step is several of them: see `speculative_step.py`.
+    """
 
     tokens: Any
     """[B] int32."""
@@ -75,6 +86,8 @@ class Drawn(NamedTuple):
     """[B, n] int32: the n most likely ones, likewise."""
     top_logprobs: Any
     """[B, n] f32."""
+    is_proposed: Any = None
+    """[B] bool: whether there was a guess in its place; None without speculation."""
 
 
 class Program:
@@ -118,10 +131,11 @@ class Programs(NamedTuple):
     advance: Program
     """(params, cache, tokens, probes) -> cache with these, logits, hits, trace"""
     decode: Program
-    """(params, state, table, num_ids, probes) -> state, `Drawn` of a few tokens, trace
+    """(params, state, table, num_ids, probes, proposer) -> state, `Drawn` of a few
+    tokens, trace
 
-    That is the `StateTable` of all rows, the number of ids, and the trace of each
-    token."""
+    That is the `StateTable` of all rows, the number of ids, a `Proposer` or None, and
+    the trace of each token."""
 
     @property
     def compile_s(self) -> float:
@@ -137,11 +151,13 @@ def programs(
     steps: int,
     num_top: int,
     block: type[Block],
+    spare: int = 0,
 ) -> Programs:
     """Returns the programs of a model.
 
     Args:
       max_length: tokens for which each row of the cache has room.
+      spare: room beyond it, for tokens that are taken back.
       kind: of the cache.
       steps: tokens that a call of `decode` draws for each row. Between calls a stream
         prints its text, rows come and go, and generation can stop.
@@ -149,11 +165,14 @@ def programs(
     """
     dtype = compute_dtype(config.dtype)
 
+    def empty_layers(num_rows):
+        size = {"kind": kind, "spare": spare}
+        return init_cache(config, num_rows, max_length, **size).layers
+
     def begin(params, tokens, lengths, probes):
         """Reads the first tokens of each row, up to `lengths` in all."""
         start, ends = (reshard(x, "B") for x in (jnp.zeros_like(lengths), lengths))
-        stacked = init_cache(config, len(lengths), max_length, kind=kind).layers
-        cache = Cache(stacked, start, is_empty=True, ends=ends)
+        cache = Cache(empty_layers(len(lengths)), start, is_empty=True, ends=ends)
         none = jnp.zeros((len(lengths), config.vocab_size), jnp.float32)
         return _prefill(config, block, params, tokens, lengths, cache, none, probes)
 
@@ -167,14 +186,11 @@ def programs(
     def grow(layers):
         rows = len(layers[0].keys)
         larger = jax.eval_shape(
-            lambda: unstack_layers(
-                init_cache(config, rows, max_length, kind=kind).layers,
-                config.num_layers,
-            )
+            lambda: unstack_layers(empty_layers(rows), config.num_layers)
         )
 
         def longer(x, new):
-            missing = new.shape[1] - x.shape[1]
+            missing = max(new.shape[1] - x.shape[1], 0)
             return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
 
         # The tokens stay where they are, also where a ring is new.
@@ -203,29 +219,36 @@ def programs(
         params = cast_matrices(divisible_params(on_mesh, params, block), dtype)
         return {**params, "layers": unstack(params["layers"], config.num_layers)}
 
-    def advance(params, cache, tokens, probes):
+    def read(params, cache, tokens, probes, positions=None):
         on_mesh = divisible_config(config, block)
         edits, taps = probes
         out = forward(
-            *(on_mesh, params, tokens[:, None]),
+            *(on_mesh, params, tokens),
+            positions=positions,
             cache=cache,
             taps=taps,
             edits=edits,
             block=block,
         )
         assert out.cache is not None and out.logits is not None
+        return out
+
+    def advance(params, cache, tokens, probes):
+        out = read(params, cache, tokens[:, None], probes)
         logits = reshard(out.logits[:, 0], "B_")[:, : config.vocab_size]
         return out.cache, logits, out.hits, out.trace
 
-    def decode(params, state: DecodeState, table, num_ids, probes):
+    def decode(params, state: DecodeState, table, num_ids, probes, proposer):
         keys, settings = state.keys, state.settings
+
+        def draw(logits, rows):
+            by_row = (logits, rows, keys, settings)
+            return _on_each_device(partial(_draw, num_top), by_row, (table, num_ids))
 
         def step(carry, _):
             cache, logits, rows, hits = carry
             was_done = rows.is_done
-            by_row = (logits, rows, keys, settings)
-            draw = partial(_draw, num_top)
-            rows, drawn = _on_each_device(draw, by_row, (table, num_ids))
+            rows, drawn = draw(logits, rows)
             new, logits, fired, trace = advance(params, cache, drawn.tokens, probes)
             hits = total_hits(probes[0], hits, fired)
             # What follows the end of a text is not kept.
@@ -233,11 +256,45 @@ def programs(
             carry = replace(new, lengths=lengths), logits, rows, hits
             return carry, (drawn, trace)
 
-        carry = (state.cache, state.logits, state.rows, state.hits)
-        carry, (drawn, trace) = jax.lax.scan(step, carry, length=steps)
+        def read_several(cache, tokens):
+            positions = positions_within(config, cache, tokens)
+            out = read(params, cache, tokens, probes, positions)
+            logits = reshard(out.logits, "B__")[..., : config.vocab_size]
+            return out.cache, logits, out.hits
+
+        def speculative_step(carry, _):
+            (cache, logits, rows, hits), draft = carry
+            start = rows.history.lengths
+            rows, first = draw(logits, rows)
+            if isinstance(proposer, DraftModel):
+                draft, proposals = proposer.propose(
+                    *(draft, cache.lengths, rows, draw, config.vocab_size)
+                )
+            else:
+                propose = partial(_propose, proposer)
+                proposals = _on_each_device(propose, rows, ())
+            new, logits, fired = read_guesses(
+                read_several, cache, first.tokens, proposals
+            )
+            hits = total_hits(probes[0], hits, fired)
+            rows, logits, drawn = keep_drawn(draw, first, rows, proposals, logits)
+            # Nothing sees what was read of the tokens that were not kept.
+            lengths = cache.lengths + rows.history.lengths - start
+            kept = replace(new, lengths=lengths), logits, rows, hits
+            return (kept, draft), (drawn, {})
+
+        carry: Any = (state.cache, state.logits, state.rows, state.hits)
+        if proposer is None:
+            carry, (drawn, trace) = jax.lax.scan(step, carry, length=steps)
+            draft = state.draft
+        else:
+            (carry, draft), (drawn, trace) = jax.lax.scan(
+                speculative_step, (carry, state.draft), length=steps
+            )
         cache, logits, rows, hits = carry
         drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
-        return DecodeState(cache, logits, rows, keys, settings, hits), drawn, trace
+        state = DecodeState(cache, logits, rows, keys, settings, hits, draft)
+        return state, drawn, trace
 
     return Programs(
         Program(begin),
@@ -356,6 +413,11 @@ def _draw(
         Rows(history, states[0], states[1], is_done),
         Drawn(tokens, inside, chosen, top_tokens, top_logprobs),
     )
+
+
+def _propose(proposer: PromptLookup, rows: Rows, _: Any) -> Int[Array, "B K"]:
+    """Returns the guesses of each row whose text goes on."""
+    return jnp.where(rows.is_done[:, None], -1, proposer.propose(rows.history))
 
 
 def _on_each_device(function: Callable[..., Any], by_row: Any, shared: Any) -> Any:

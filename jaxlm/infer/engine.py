@@ -9,7 +9,7 @@ for a prompt of a size that was not there before (`prefill.py`).
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -23,6 +23,7 @@ from jaxlm.infer.check_arguments import (
     check_grammar,
     check_room,
     check_samples,
+    check_speculation,
     row_ids,
 )
 from jaxlm.infer.decoding import DecodeState, Programs, Rows
@@ -34,15 +35,18 @@ from jaxlm.infer.row_settings import row_settings
 from jaxlm.infer.rules.automata import ENDED, FREE, Automata, Automaton, StateTable
 from jaxlm.infer.rules.penalties import History
 from jaxlm.infer.rules.stop_strings import stop_automaton
+from jaxlm.infer.speculative.proposals import DraftModel, Proposer
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import Cache, unstack_layers
+from jaxlm.model.kv_cache import Cache, LayerCache, unstack_layers
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.processes import whole
 from jaxlm.sharding.rules import activation_spec, batch_parts
 from jaxlm.types import Params, Trace
+
+Layers = tuple[LayerCache, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,10 @@ class NewTokens:
     """Why the text ends here; None: it goes on."""
     trace: Trace
     """What the taps have read at these tokens; the first has the prompt's too."""
+    num_proposed: int = 0
+    """Tokens that `speculate` has guessed."""
+    num_accepted: int = 0
+    """Those of them that are among `tokens`."""
 
 
 @dataclass
@@ -134,6 +142,7 @@ class Engine:
         taps: Sequence[Tap] = (),
         resume: GenerationState | None = None,
         block: type[Block] = Block,
+        speculate: Proposer | None = None,
     ):
         """Prepares the parameters; the cache is made with the first request.
 
@@ -150,9 +159,11 @@ class Engine:
           edits, taps: as for `generate`, of all requests.
           resume: what `begin` goes on from.
           block: what computes a layer; see `Block`.
+          speculate: as for `generate`.
 
         Raises:
-          ValueError: for a model that cannot be, or a cache that does not fit.
+          ValueError: for a model that cannot be, a cache that does not fit, or a way
+            to speculate that cannot be.
         """
         check_model(config, params, block)
         num_slots += -num_slots % batch_parts()
@@ -163,15 +174,32 @@ class Engine:
         self.token_bytes = None if token_bytes is None else tuple(token_bytes)
         self.num_top = top_logprobs
         self.cache: CacheKind = cache
-        self.cache_bytes = check_cache(
-            *(config, params, num_slots, self.max_length, cache)
-        )
+        self._spare = 0
+        if speculate is not None:
+            check_speculation(speculate, config, self.max_length, taps)
+            self._spare = speculate.num_speculative_tokens
+            # As many tokens, if half of the guesses are right.
+            steps = -(-2 * steps // (self._spare + 1))
+        size = (num_slots, self.max_length, cache, self._spare)
+        self.cache_bytes = check_cache(config, params, *size)
         """Bytes of the cache of all slots, on a device."""
         self._edits = jax.tree.map(jnp.asarray, tuple(edits))
         self._taps = jax.tree.map(jnp.asarray, tuple(taps))
         top = bucket(top_logprobs, config.vocab_size) if top_logprobs else 0
-        self._programs = programs_of(config, self.max_length, cache, steps, top, block)
+        self._programs = programs_of(
+            *(config, self.max_length, cache, steps, top, block, self._spare)
+        )
         self.clock = Clock(self._programs)
+        self._draft: DraftModel | None = None
+        self._proposer = speculate
+        if isinstance(speculate, DraftModel):
+            self._draft = speculate
+            self._draft_programs = programs_of(
+                *(speculate.config, self.max_length, cache, 1, 0, Block, self._spare)
+            )
+            self.cache_bytes += check_cache(speculate.config, speculate.params, *size)
+            split = self._draft_programs.split(speculate.params)
+            self._proposer = replace(speculate, params=split)
         self._resume = resume
         split = self._programs.split(params) if resume is None else resume.split_params
         self._split = jax.block_until_ready(split)
@@ -180,7 +208,7 @@ class Engine:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._num_submitted = 0
         self._state: DecodeState | None = None
-        self._last_prompt: tuple[bytes, Prefilled] | None = None
+        self._last_prompt: tuple[bytes, tuple[Prefilled, Layers]] | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -233,11 +261,13 @@ class Engine:
         self.clock.lap()
         state, drawn, trace = self._programs.decode(
             *(self._split, self._state, self._table[1]),
-            *(np.int32(self.num_tokens), (self._edits, self._taps)),
+            *(np.int32(self.num_tokens), (self._edits, self._taps), self._proposer),
         )
         self._state, rows = state, state.rows
         ends = (rows.is_done, rows.stop_states, rows.grammar_states)
         drawn, trace, (is_done, *states) = whole((drawn, trace, ends))
+        if self._proposer is not None:
+            drawn = jax.tree.map(_in_a_row, drawn)
         self.clock.decode_s += self.clock.lap()
         has_ended = np.any([x == ENDED for x in states], axis=0)
         return [
@@ -258,7 +288,8 @@ class Engine:
                 "the model's logits are not finite: its parameters hold NaN or "
                 "infinities, or the compute dtype overflows (compute in float32)"
             )
-        count = int(drawn.inside[slot].sum())
+        inside = drawn.inside[slot]
+        count = int(inside.sum())
         running.length += count
         own = row_of_steps(self._taps, trace, slot, count)
         if running.prompt_trace is not None:
@@ -269,12 +300,13 @@ class Engine:
             self._free(slot)
         return NewTokens(
             running.number,
-            drawn.tokens[slot, :count],
-            drawn.logprobs[slot, :count],
-            drawn.top_tokens[slot, :count, : self.num_top],
-            drawn.top_logprobs[slot, :count, : self.num_top],
+            drawn.tokens[slot, inside],
+            drawn.logprobs[slot, inside],
+            drawn.top_tokens[slot, inside, : self.num_top],
+            drawn.top_logprobs[slot, inside, : self.num_top],
             ("length" if is_full and not has_ended else "stop") if is_done else None,
             own,
+            *_num_guesses(drawn.is_proposed, inside, slot),
         )
 
     def _free(self, slot: int) -> None:
@@ -295,8 +327,8 @@ class Engine:
         self._slots[: len(running)] = running
         # Slots without a request repeat the first: nothing reads them.
         rows = running + running[:1] * (len(self._slots) - len(running))
-        found = self._prefill([r.request.tokens for r in rows], self._resume)
-        self._state = self._state_of(rows, found)
+        found, draft = self._prefill([r.request.tokens for r in rows], self._resume)
+        self._state = self._state_of(rows, found, draft)
         for row, trace in zip(running, found.traces, strict=False):
             row.prompt_trace = trace
         self.clock.prefill_s += self.clock.lap()
@@ -313,9 +345,9 @@ class Engine:
             if self._last_prompt is None or self._last_prompt[0] != data:
                 rows = [running.request.tokens] * batch_parts()
                 self._last_prompt = data, self._prefill(rows, None)
-            found = self._last_prompt[1]
+            found, draft = self._last_prompt[1]
             running.prompt_trace = found.traces[0]
-            row = self._state_of([running] * batch_parts(), found)
+            row = self._state_of([running] * batch_parts(), found, draft)
             if self._state is None:
                 self._state = self._empty_state()
             state = self._programs.insert(self._state, row, np.int32(slot))
@@ -324,13 +356,20 @@ class Engine:
 
     def _prefill(
         self, rows: list[Int[np.ndarray, " _"]], resume: GenerationState | None
-    ) -> Prefilled:
+    ) -> tuple[Prefilled, Layers]:
+        """Returns prompts in the cache, and the cache of the draft model."""
         found = prefill(
             *(self.config, self._programs, self.params, rows, self.max_length),
-            *((self._edits, self._taps), resume),
+            *((self._edits, self._taps), resume, self._spare),
         )
         jax.block_until_ready(found.logits)
-        return found
+        if self._draft is None:
+            return found, ()
+        draft, programs = self._draft, self._draft_programs
+        none = ((), ())
+        own = prefill(draft.config, programs, draft.params, rows, self.max_length, none)
+        jax.block_until_ready(own.logits)
+        return found, own.layers
 
     def _hold(self, number: int, request: Request) -> _Running:
         """Puts the automata of a request into the table."""
@@ -352,7 +391,9 @@ class Engine:
         table, needs = self._automata.table, self._automata.needs
         return StateTable(jnp.asarray(table), jnp.asarray(needs))
 
-    def _state_of(self, running: Sequence[_Running], found: Prefilled) -> DecodeState:
+    def _state_of(
+        self, running: Sequence[_Running], found: Prefilled, draft: Layers
+    ) -> DecodeState:
         """Returns the state of rows that have no new token yet."""
         requests = [r.request for r in running]
         tokens = np.zeros((len(running), self.max_length), np.int32)
@@ -374,13 +415,13 @@ class Engine:
             (lengths, rows, keys, settings)
         )
         cache = Cache(found.layers, filled)
-        return DecodeState(cache, found.logits, rows, keys, settings, found.hits)
+        return DecodeState(cache, found.logits, rows, keys, settings, found.hits, draft)
 
     def _empty_state(self) -> DecodeState:
         """Returns a state of slots in which nothing runs."""
         config, num_slots = self.config, len(self._slots)
-        cache = init_cache(config, num_slots, self.max_length, kind=self.cache)
-        layers = unstack_layers(cache.layers, config.num_layers)
+        layers = self._empty_layers(config)
+        draft = () if self._draft is None else self._empty_layers(self._draft.config)
         logits = jnp.zeros(
             (num_slots, config.vocab_size),
             jnp.float32,
@@ -389,7 +430,12 @@ class Engine:
         nothing = Request(np.ones(1, np.int32), SampleConfig(), jax.random.key(0))
         hits = (jnp.int32(0),) * len(self._edits)
         found = Prefilled(layers, logits, np.zeros(num_slots, np.int32), hits, [])
-        return self._state_of([_Running(-1, nothing, {})] * num_slots, found)
+        return self._state_of([_Running(-1, nothing, {})] * num_slots, found, draft)
+
+    def _empty_layers(self, config: ModelConfig) -> Layers:
+        size = (len(self._slots), self.max_length)
+        cache = init_cache(config, *size, kind=self.cache, spare=self._spare)
+        return unstack_layers(cache.layers, config.num_layers)
 
     @property
     def hits(self) -> tuple[Any, ...]:
@@ -408,5 +454,18 @@ class Engine:
         rows = [row[:length] for row, length in pairs]
         return GenerationState(
             *(self.config, self.params, self.block, self.cache, self.max_length),
-            *(self._split, rows, self._state.cache),
+            *(self._spare, self._split, rows, self._state.cache),
         )
+
+
+def _in_a_row(x: np.ndarray) -> np.ndarray:
+    """[B, passes, K + 1, ...] -> [B, passes * (K + 1), ...]."""
+    return x.reshape(len(x), x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def _num_guesses(is_proposed: Any, inside: np.ndarray, slot: int) -> tuple[int, int]:
+    """Returns how many tokens of a row were guessed, and how many of these it has."""
+    if is_proposed is None:
+        return 0, 0
+    proposed = is_proposed[slot]
+    return int(proposed.sum()), int((proposed & inside).sum())

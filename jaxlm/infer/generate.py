@@ -29,6 +29,7 @@ from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.generation_trace import check_generation_taps, joined
 from jaxlm.infer.prefill import capacity
 from jaxlm.infer.rules.automata import Automaton
+from jaxlm.infer.speculative.proposals import Proposer
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
 from jaxlm.model.params import sizes
@@ -72,6 +73,10 @@ class Generation:
     tokens, without a batch axis. Index t of the tokens is position t."""
     cache_bytes: int
     """Bytes of keys and values on a device, used or not."""
+    num_proposed: Int[np.ndarray, " B"]
+    """Tokens that `speculate` has guessed in each row; 0 without it."""
+    num_accepted: Int[np.ndarray, " B"]
+    """Those of them that became new tokens."""
     state: GenerationState | None
     """What a next call can go on from; None unless `return_state`."""
 
@@ -112,6 +117,7 @@ def generate(
     cache: CacheKind = "full",
     num_slots: int = 64,
     block: type[Block] = Block,
+    speculate: Proposer | None = None,
     **unknown: Any,
 ) -> Generation:
     """Continues each prompt.
@@ -155,6 +161,9 @@ def generate(
         that end, with a bar on the terminal. With `resume` or `return_state` all are
         decoded at once.
       block: what computes a layer; see `Block`.
+      speculate: what guesses the next tokens, several of which are then read in one
+        pass: `PromptLookup` or a `DraftModel`. The texts are those without it, up to
+        the rounding of sums in another order. Not with taps.
 
     Raises:
       TypeError: for an argument that does not exist.
@@ -199,6 +208,7 @@ def generate(
         taps=taps,
         resume=resume,
         block=block,
+        speculate=speculate,
     )
     grammars = [None] * len(rows) if grammars is None else grammars
     if len(grammars) != len(rows):
@@ -222,6 +232,9 @@ def generate(
             row[: sum(map(len, parts))] = np.concatenate([one[:0], *parts])
         return out
 
+    def sums(name: str) -> np.ndarray:
+        return np.array([sum(getattr(p, name) for p in t) for t in texts], np.int32)
+
     return Generation(
         tokens=padded("tokens"),
         lengths=np.array([sum(len(p.tokens) for p in t) for t in texts], np.int32),
@@ -232,6 +245,8 @@ def generate(
         decode_s=engine.clock.decode_s,
         compile_s=engine.clock.compile_s,
         cache_bytes=engine.cache_bytes,
+        num_proposed=sums("num_proposed"),
+        num_accepted=sums("num_accepted"),
         prefill_tokens=np.array([len(row) for row in rows], np.int32) - kept,
         traces=[joined(taps, [part.trace for part in text]) for text in texts],
         state=engine.generation_state() if return_state else None,

@@ -24,6 +24,8 @@ class GenerationState:
     cache_kind: CacheKind
     max_length: int
     """Tokens for which each row has room."""
+    spare: int
+    """Room beyond it, and how many tokens that were taken back may be in the cache."""
     split_params: Params
     """One tree for each layer, as decoding reads them."""
     tokens: list[Int[np.ndarray, " _"]]
@@ -64,6 +66,6 @@ class GenerationState:
         if not rings:
             return True
         # One more may have been written after the end of a text.
-        written = np.array([len(row) for row in self.tokens]) + 1
+        written = np.array([len(row) for row in self.tokens]) + 1 + self.spare
         oldest = written - rings[0].keys.shape[1]
         return bool(((oldest <= 0) | (kept - rings[0].window >= oldest)).all())

@@ -47,6 +47,7 @@ def init_cache(
     max_length: int,
     dtype: Any = None,
     kind: CacheKind = "full",
+    spare: int = 0,
 ) -> Cache:
     """Makes an empty cache, stacked over layers: [L, B, max_length, K, H].
 
@@ -56,6 +57,7 @@ def init_cache(
       dtype: of keys and values that are not int8; None takes the compute dtype.
       kind: `ring`: local layers have room for their window and `SPARE` tokens only, if
         that is less; `int8`: keys and values are quantized; `ring_int8`: both.
+      spare: room beyond `max_length`, for tokens that are taken back; rings have it.
 
     Raises:
       ValueError: when `max_length` is more than the model's context.
@@ -71,7 +73,7 @@ def init_cache(
     is_int8 = kind in ("int8", "ring_int8")
 
     def stack(num_layers: int, window: int | None) -> LayerCache:
-        size = max_length if window is None else window + SPARE
+        size = max_length + spare if window is None else window + SPARE
         shape = (num_layers, batch_size, size, *heads)
 
         def zeros(letters: str, dtype: Any) -> Array:

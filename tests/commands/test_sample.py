@@ -20,10 +20,16 @@ from toy_case import make_params, toy
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
 from jaxlm.commands.generating.generation import open_model
-from jaxlm.commands.sample import Printer, read_prompt, write_samples
+from jaxlm.commands.sample import (
+    Printer,
+    read_prompt,
+    read_proposer,
+    write_samples,
+)
 from jaxlm.config import SampleConfig
 from jaxlm.flags.arguments import SampleArguments
 from jaxlm.infer.generate import generate
+from jaxlm.infer.speculative.proposals import PromptLookup
 from jaxlm.terminal.printable import printable
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
@@ -363,3 +369,12 @@ def test_a_grammar_from_a_flag(tmp_path, capsys):
             )
     with pytest.raises(ValueError, match="--regex or --json-schema, not both"):
         SampleArguments(regex="a", json_schema=file)
+
+
+def test_speculate_is_lookup_or_a_model(tmp_path):
+    chosen = SampleArguments(speculate="lookup")
+    assert read_proposer(chosen, TOKENIZER) == PromptLookup()
+    assert read_proposer(SampleArguments(), TOKENIZER) is None
+    chosen = SampleArguments(speculate=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"^--speculate: .*; or take lookup$"):
+        read_proposer(chosen, TOKENIZER)

@@ -8,7 +8,7 @@ import pytest
 from toy_case import make_params, toy
 
 from jaxlm.config import SampleConfig
-from jaxlm.infer import check_arguments
+from jaxlm.infer import check_arguments, prefill
 from jaxlm.infer.generate import generate
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.kv_cache import SPARE
@@ -56,6 +56,24 @@ def test_a_ring_gives_the_same_in_less_memory(plain):
     assert ring.cache_bytes == plain.cache_bytes * sum(lengths) // 600
     # In slots, where each prompt is read alone and put into its place.
     assert_same(run(CONFIG, "ring", num_slots=2), plain)
+
+
+def test_a_common_beginning_is_read_once(monkeypatch):
+    """It is longer than the ring; rows end at once or much later."""
+    common = PROMPTS[-1][:70]
+    prompts = [[*common, *row[:50]] for row in PROMPTS]
+    read, one = [], prefill._prefill
+
+    def record(config, programs, params, rows, *rest, **options):
+        read.append([len(row) for row in rows])
+        return one(config, programs, params, rows, *rest, **options)
+
+    monkeypatch.setattr(prefill, "_prefill", record)
+    ours = run(CONFIG, "ring", prompts)
+    assert read == [[70], [71, 76, 108, 109, 120]]
+    monkeypatch.setattr(prefill, "SHORTEST_COMMON", 71)
+    assert_same(ours, run(CONFIG, "ring", prompts))
+    assert len(read) == 3
 
 
 def test_prompts_in_chunks_turn_the_ring_around(plain, monkeypatch):
