@@ -1,31 +1,47 @@
-"""Compiles a step of a config for devices that are not here; prints its memory.
+"""Compiles a step of a config for devices that are not here; prints its figures.
 
-python launch_case.py CONFIG TARGET ATTENTION LAYERS (0: all)
+python launch_case.py CONFIG TARGET ATTENTION LAYERS (0: all) [CHANGES ...]
+
+More chips than the config has take as many rows each. Each of CHANGES is JSON of fields,
+such as {"optimizer.name": "muon"}, and compiles once more.
 """
 
 import dataclasses
 import json
 import runpy
 import sys
+from functools import reduce
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def main(name, target, attention, layers):
+def replaced(config, changes):
+    """Returns the config with fields, by their dotted names, replaced."""
+    for name, value in changes.items():
+        part, field = name.split(".")
+        section = dataclasses.replace(getattr(config, part), **{field: value})
+        config = dataclasses.replace(config, **{part: section})
+    return config
+
+
+def main(name, target, attention, layers, *changes):
     sys.path += [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
     from compile_train_step import compile_config, devices_of
 
     config = runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]()
-    model = config.model
-    model = dataclasses.replace(
-        model,
-        num_layers=int(layers) or model.num_layers,
-        dtype="bfloat16",
-        attention=attention,
-    )
-    config = dataclasses.replace(config, model=model)
-    print(json.dumps(compile_config(config, devices_of(target))))
+    devices = devices_of(target)
+    fixed = {
+        "model.num_layers": int(layers) or config.model.num_layers,
+        "model.dtype": "bfloat16",
+        "model.attention": attention,
+        "mesh.fsdp": len(devices),
+        "train.batch_size": config.train.batch_size
+        * (len(devices) // config.mesh.fsdp),
+    }
+    for change in changes or ("{}",):
+        changed = reduce(replaced, [fixed, json.loads(change)], config)
+        print(json.dumps(compile_config(changed, devices)))
 
 
 if __name__ == "__main__":

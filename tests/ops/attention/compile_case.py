@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compile_train_step import compile_step, devices_of, figures
+from compile_train_step import devices_of, figures
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ops_case import make_spec
@@ -96,9 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "step":
-        target, _, implementation, layers = sys.argv[1:]
-        sizes = {"layers": int(layers), "rows": 2, "length": 4096}
-        print(json.dumps(compile_step(devices_of(target), implementation, **sizes)))
-    else:
-        main()
+    main()
