@@ -1,14 +1,18 @@
 """Builds the optax transformation of an `OptimizerConfig`."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from jaxlm import tree
 from jaxlm.config import OptimizerConfig
 from jaxlm.model.params import Role, weight_of
 from jaxlm.ops.layout import layout
+from jaxlm.ops.orthogonalize import COEFFICIENTS, STEPS, orthogonalize
 from jaxlm.types import Params
 
 
@@ -65,17 +69,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
     else:
         peak = config.adam_learning_rate or config.learning_rate
-        rule = optax.contrib.muon(
-            rate,
-            beta=config.momentum,
-            eps=config.epsilon,
-            weight_decay=decay,
-            adam_b1=b1,
-            adam_b2=b2,
-            adam_learning_rate=make_schedule(config, steps, peak),
-            muon_weight_dimension_numbers=_matrix_axes,
+        rule = optax.partition(
+            {
+                "muon": optax.chain(
+                    _scale_by_muon(config.momentum, config.epsilon),
+                    optax.stateless(_scale_by_shape),
+                    optax.add_decayed_weights(decay),
+                    optax.scale_by_learning_rate(rate),
+                ),
+                "adam": optax.nadamw(
+                    *(make_schedule(config, steps, peak), b1, b2, config.epsilon),
+                    weight_decay=0.0,
+                ),
+            },
+            _muon_or_adam,
         )
-    if config.name in ("muon", "adafactor"):
+    if config.name == "adafactor":
         rule = compiler_sharded(rule)
     if config.clip_norm is None:
         return rule
@@ -89,16 +98,50 @@ def decay_mask(params: Params) -> Any:
     )
 
 
-def _matrix_axes(params: Any) -> Any:
-    """Returns Muon's axes of the matrices in the layers; None for other leaves."""
+def _muon_or_adam(params: Params) -> Any:
+    """Returns `muon` for the matrices in the layers, and `adam` for other leaves."""
 
-    def axes(path: str, leaf: Any) -> Any:
-        weight = weight_of(path, leaf)
-        if weight.role not in (Role.MATRIX, Role.ROUTER):
-            return None
-        return optax.contrib.MuonDimensionNumbers(*weight.matrix_axes)
+    def label(path: str, leaf: Any) -> str:
+        role = weight_of(path, leaf).role
+        return "muon" if role in (Role.MATRIX, Role.ROUTER) else "adam"
 
-    return tree.map_with_name(axes, params)
+    return tree.map_with_name(label, params)
+
+
+def _scale_by_muon(decay: float, epsilon: float) -> optax.GradientTransformation:
+    """As optax's, which would gather every matrix in each of its steps."""
+    init = optax.contrib.scale_by_muon(COEFFICIENTS, STEPS, decay, epsilon).init
+
+    def update(updates, state, params=None):
+        correct = optax.tree.bias_correction
+        momentum = optax.tree.update_moment(updates, state.mu, decay, 1)
+        count = optax.safe_increment(state.count)
+        # With Nesterov's look ahead.
+        means = jax.tree.map(
+            lambda m, g: decay * m + (1 - decay) * g,
+            correct(momentum, decay, optax.safe_increment(count)),
+            correct(updates, decay, count),
+        )
+        updates = tree.map_with_name(
+            lambda path, x: orthogonalize(x, *weight_of(path, x).matrix_axes, epsilon),
+            means,
+        )
+        return updates, optax.contrib.MuonState(count, momentum, state.ns_coeffs)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_shape(updates: Any, params: Any = None) -> Any:
+    """Multiplies matrices with more columns than rows by the root of their ratio."""
+
+    def scaled(path: str, x: Array) -> Array:
+        rows, columns = (
+            math.prod(x.shape[axis] for axis in axes)
+            for axes in weight_of(path, x).matrix_axes
+        )
+        return jnp.sqrt(jnp.maximum(1, columns / rows)) * x
+
+    return tree.map_with_name(scaled, updates)
 
 
 def compiler_sharded(
