@@ -11,6 +11,7 @@ from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
 from jaxlm.config import OptimizerConfig, TrainConfig
+from jaxlm.model.params import Role, weight_of
 from jaxlm.train.optimizer import decay_mask, make_optimizer, make_schedule
 from jaxlm.train.step import loss_and_grads
 
@@ -202,6 +203,33 @@ def test_muon_makes_the_update_of_each_layer_nearly_orthogonal():
             # The iteration ends between 0.7 and 1.2 by design; a small singular
             # value of a square matrix may be left behind.
             assert values.max() < 1.3 and np.median(values) > 0.6, name
+
+
+def test_muon_on_one_device_is_that_of_optax():
+    """Bit for bit, with a state of the same tree: checkpoints of either resume."""
+
+    def axes(path, leaf):
+        weight = weight_of(path, leaf)
+        if weight.role is Role.MATRIX:
+            return optax.contrib.MuonDimensionNumbers(*weight.matrix_axes)
+        return None
+
+    ours = make_optimizer(config("muon"), STEPS)
+    theirs = optax.contrib.muon(
+        optax.constant_schedule(RATE),
+        weight_decay=DECAY,
+        adam_b2=config("muon").b2,
+        adam_learning_rate=optax.constant_schedule(RATE),
+        muon_weight_dimension_numbers=lambda p: tree.map_with_name(axes, p),
+    )
+
+    def updated(rule):
+        state, g = rule.init(PARAMS), gradients(1)
+        return tree.flatten(jax.jit(rule.update)(g, state, PARAMS))
+
+    one, other = updated(ours), updated(theirs)
+    assert list(one) == list(other)
+    assert all((np.asarray(one[n]) == np.asarray(other[n])).all() for n in one)
 
 
 def test_muon_treats_stacked_layers_one_by_one():
