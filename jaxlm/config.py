@@ -517,6 +517,10 @@ class TrainConfig:
     """Rows in a step, over all devices."""
     accumulation_steps: int = 1
     """Microbatches in a step, whose gradients are summed, weighted by tokens."""
+    accumulate_whole: bool = False
+    """Whether devices along mesh.fsdp exchange weights and gradients once a step, not
+    once a microbatch. Each then holds all weights in the compute dtype and a whole
+    gradient in f32."""
     seed: int = 0
     """Seed of the parameters and of the data order."""
     run_dir: str = "runs/default"

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -80,7 +79,7 @@ def divisible_params(
             if x.shape[axis] < sizes.get(letter, 0):
                 enlarge = _repeat if letter == "K" else _pad
                 x = enlarge(x, axis, sizes[letter])
-                return jax.sharding.reshard(x, rules.spec(*weight.axes[-x.ndim :]))
+                return rules.reshard_axes(x, weight.axes[-x.ndim :])
         return x
 
     return tree.map_with_name(leaf, params)

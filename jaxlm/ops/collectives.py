@@ -125,6 +125,17 @@ def torus_dimensions() -> int:
     return 1 if device is None else _TORUS.get(device.device_kind, 1)
 
 
+def compiler_scatters(axes: tuple[str, ...]) -> bool:
+    """Whether the compiler adds gradients up along `axes` by scatters, overlapped.
+
+    Those for GPUs do, and those for TPUs with a torus of two dimensions up to 16 chips;
+    otherwise they reduce gradients whole.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    chips = math.prod(shape[axis] for axis in axes)
+    return torus_dimensions() < (3 if chips <= 16 else 2)
+
+
 def _rings(cut: str | tuple[str, ...] | None) -> list[int]:
     """Returns the lengths of the rings that the devices along `cut` form, last first.
 

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from jaxlm.ops.collectives import (
     all_gather,
+    compiler_scatters,
     shared_axes,
     sum_over_tokens,
-    torus_dimensions,
 )
 from jaxlm.ops.layout import layout
 
@@ -112,8 +112,7 @@ def _einsum_backward(equation, out_sharding, out_dtype, precision, residuals, g)
     )
     gradient = partial(f32_sums, f"{x_axes},{out}->{w_axes}")
     with jax.named_scope("weight_gradient"):
-        # Compilers overlap their own scatters, but for tori of three dimensions.
-        if whole is None or torus_dimensions() < 3:
+        if whole is None or compiler_scatters(shared_axes(w, x)):
             dw = gradient(x, g, out_sharding=layout(w))
         else:
             dw = sum_over_tokens(gradient, (x, g), like=w)

@@ -71,16 +71,26 @@ def spec(*axes: str | None) -> P:
 def activation_spec(letters: str) -> P | None:
     """Returns the partition of an activation, e.g. `BTNH`, in the current mesh.
 
-    None without a mesh or if its axes are not Explicit: then the compiler decides.
+    None without a mesh or if no axes are Explicit: then the compiler decides. Inside a
+    `shard_map` of some axes, it is the partition over the others.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
+    if AxisType.Explicit not in mesh.axis_types or AxisType.Auto in mesh.axis_types:
         return None
     whole = {"model", "experts"}
     if _parts("length", mesh) == 1:
         whole.add("length")
     axes = logical_axes(letters)
-    return spec(*(None if axis in whole else axis for axis in axes))
+    return _here(spec(*(None if axis in whole else axis for axis in axes)))
+
+
+def _here(partition: P) -> P:
+    """Drops the axes of the `shard_map` that this is called in."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual:
+        return partition
+    kept = [tuple(a for a in _mesh_axes(e) if a not in manual) for e in partition]
+    return P(*(entry or None for entry in kept))
 
 
 def reshard(x: Array, letters: str) -> Array:
@@ -89,15 +99,19 @@ def reshard(x: Array, letters: str) -> Array:
     return x if partition is None else jax.sharding.reshard(x, partition)
 
 
+def reshard_axes(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """Shards x by logical axes; a no-op without an Explicit mesh."""
+    if activation_spec("B") is None:
+        return x
+    return jax.sharding.reshard(x, _here(spec(*axes)))
+
+
 def reshard_weight(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Shards a weight for its use: as it is stored, but whole along the width.
 
     A no-op without an Explicit mesh.
     """
-    if activation_spec("B") is None:
-        return x
-    cut = spec(*(None if axis == "model" else axis for axis in axes))
-    return jax.sharding.reshard(x, cut)
+    return reshard_axes(x, tuple(None if axis == "model" else axis for axis in axes))
 
 
 def batch_parts() -> int:
@@ -122,7 +136,9 @@ def _parts_here(axis: str) -> int:
 
 
 def _parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
-    return math.prod(mesh.shape[name] for name in _mesh_axes(MESH_AXES[axis]))
+    manual = mesh.manual_axes if isinstance(mesh, AbstractMesh) else ()
+    names = [name for name in _mesh_axes(MESH_AXES[axis]) if name not in manual]
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def sharding(

@@ -1,6 +1,7 @@
 """The training step and the evaluation step: pure, jitted functions."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,18 +10,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig, TrainConfig
+from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, head_params, unembed
 from jaxlm.ops.attention.context_parallel import to_zigzag
+from jaxlm.ops.collectives import all_gather, axes_of, psum_scatter
 from jaxlm.ops.layout import reshape
+from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
 from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
-from jaxlm.sharding.rules import context_parts, reshard
+from jaxlm.sharding.rules import activation_spec, context_parts, reshard
 from jaxlm.train.optimizer import make_schedule
 from jaxlm.train.spikes import after_step
 from jaxlm.train.state import TrainState
@@ -157,7 +163,7 @@ def loss_and_grads(
     """
     total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
 
-    def mean_loss(params, microbatch):
+    def mean_loss(params, microbatch, total):
         sums = loss_sums(config, train, params, microbatch, edits)
         aux = sums.entropy / total, sums.hits, sums.expert_tokens
         return sums.objective / total, aux
@@ -165,8 +171,92 @@ def loss_and_grads(
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     count = train.accumulation_steps
     if count == 1:
-        (_, (loss, *counts)), grads = gradient(params, batch)
+        (_, (loss, *counts)), grads = gradient(params, batch, total)
         return loss, grads, total, *counts
+    reported: Any = (
+        jax.ShapeDtypeStruct((), jnp.float32),
+        (jax.ShapeDtypeStruct((), jnp.int32),) * len(edits),
+        None,
+    )
+    if config.num_experts:
+        shape = config.num_layers, config.num_experts
+        reported = (*reported[:2], jax.ShapeDtypeStruct(shape, jnp.float32))
+    accumulate = partial(_accumulate, gradient, count, reported)
+    axes = _added_up_last(train, edits)
+    if axes:
+        accumulate = _on_each_device(accumulate, axes, compute_dtype(config.dtype))
+    (loss, *counts), grads = accumulate(params, batch, total)
+    return loss, grads, total, *counts
+
+
+def _added_up_last(train: TrainConfig, edits: Sequence[Edit]) -> tuple[str, ...]:
+    """Returns the mesh axes along which gradients are added up after all microbatches.
+
+    Along `data` each device has a whole gradient in any case. Edits and the balance of
+    experts are computed from the rows of all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if activation_spec("B") is None or edits or train.load_balance_loss:
+        return ()
+    axes = ("data", "fsdp") if train.accumulate_whole else ("data",)
+    return axes if math.prod(mesh.shape[axis] for axis in axes) > 1 else ()
+
+
+def _on_each_device(
+    accumulate: Callable[..., Any], axes: tuple[str, ...], dtype: DTypeLike
+) -> Callable[..., Any]:
+    """Runs `accumulate` on the rows of each device along `axes`, and adds up the rest.
+
+    Weights that are cut along `axes` are gathered before, in `dtype`.
+    """
+
+    def added_up(params, batch, total):
+        stored = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+        cuts, whole = stored, params
+        if "fsdp" in axes:
+            cuts = jax.tree.map(partial(_cut_by_either, axes), stored)
+            whole = jax.sharding.reshard(cast_matrices(params, dtype), cuts)
+            whole = jax.tree.map(lambda x, cut: all_gather(x, cut, axes), whole, cuts)
+
+        def local(whole, batch, total):
+            # The products cast weights back, and XLA drops both casts.
+            given = jax.tree.map(lambda w, x: w.astype(x.dtype), whole, params)
+            reported, grads = accumulate(given, batch, total)
+            return jax.lax.psum(reported, axes), jax.tree.map(lambda g: g[None], grads)
+
+        run: Any = jax.shard_map(
+            local,
+            in_specs=(P(), P(axes), P()),
+            out_specs=(P(), P(axes)),
+            axis_names=set(axes),
+            check_vma=False,
+        )
+        reported, parts = run(whole, batch, total)
+        grads = jax.tree.map(lambda g, cut: psum_scatter(g, cut, axes), parts, cuts)
+        return reported, jax.sharding.reshard(grads, stored)
+
+    return added_up
+
+
+def _cut_by_either(axes: tuple[str, ...], partition: P) -> P:
+    """Cuts each dimension by axes among `axes` alone, or by others alone."""
+    entries = ([a for a in axes_of(entry) if a in axes] or entry for entry in partition)
+    return P(*(tuple(e) if isinstance(e, list) else e for e in entries))
+
+
+def _accumulate(
+    gradient: Callable[..., Any],
+    count: int,
+    reported: Any,
+    params: Params,
+    batch: Batch,
+    total: Float[Array, ""],
+) -> tuple[Any, Params]:
+    """Sums what is reported, and the gradients, of `count` microbatches.
+
+    Args:
+      reported: its shapes and dtypes.
+    """
 
     def split(x: Array) -> Array:
         """[B, T] -> [count, B / count, T]; each microbatch has rows from all shards."""
@@ -175,20 +265,18 @@ def loss_and_grads(
 
     # Scans over plain arrays: those of a `Batch` are [B, T], without a leading axis.
     leaves, structure = jax.tree.flatten(batch)
+    microbatches = [split(x) for x in leaves]
 
     def accumulate(sums, microbatch):
-        (_, aux), grads = gradient(params, jax.tree.unflatten(structure, microbatch))
+        part = jax.tree.unflatten(structure, microbatch)
+        (_, aux), grads = gradient(params, part, total)
         return jax.tree.map(jnp.add, sums, (aux, grads)), None
 
-    no_hits = (jnp.zeros((), jnp.int32),) * len(edits)
-    no_tokens = None
-    if config.num_experts:
-        no_tokens = jnp.zeros((config.num_layers, config.num_experts))
-    start = ((jnp.zeros(()), no_hits, no_tokens), jax.tree.map(jnp.zeros_like, params))
-    ((loss, *counts), grads), _ = jax.lax.scan(
-        accumulate, start, [split(x) for x in leaves]
-    )
-    return loss, grads, total, *counts
+    def zeros(x: Any) -> Array:
+        return jnp.zeros(x.shape, x.dtype)
+
+    start = jax.tree.map(zeros, reported), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(accumulate, start, microbatches)[0]
 
 
 def make_train_step(

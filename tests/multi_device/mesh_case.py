@@ -559,7 +559,8 @@ def main():
         "experts_muon": lambda: case_losses(["2x2x2"], "muon", EXPERTS),
         "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
         "accumulation": lambda: case_losses(
-            ["data8", "tensor8"], "adamw", ODD, accumulation_steps=2, loss_chunk=64
+            *(["2x2x2", "fsdp2_tensor4"], "adamw", ODD),
+            **{"accumulation_steps": 2, "accumulate_whole": True, "loss_chunk": 64},
         ),
         "skips": lambda: case_skips(folder),
         "resume": lambda: case_resume(

@@ -59,7 +59,7 @@ def layer_gib(model, layers=2):
     return layers * size / GIB
 
 
-def check_traffic(found, config, chips):
+def check_traffic(found, config, chips, slack=1.05):
     """Weights are gathered in bf16 once in each pass, gradients scattered once in f32.
 
     The head likewise, whatever the number of chunks. Of the embedding only rows move:
@@ -68,15 +68,17 @@ def check_traffic(found, config, chips):
     model, rows = config.model, config.train.batch_size // config.mesh.fsdp
     sent, others = found["gib_sent"], (chips - 1) / chips
     layers = layer_gib(model) * others
-    assert sent["layer weights"] < 1.05 * 2 * 2 * layers
+    assert sent["layer weights"] < slack * 2 * 2 * layers
     # Some scatters have no name.
     gradients = sent["gradients"] + sent["optimizer"] + sent["rest"]
-    assert gradients < 1.05 * 4 * layers
+    assert gradients < slack * 4 * layers
     head = model.vocab_size * model.model_dim / GIB * others
     assert sent["head"] < 1.05 * (2 + 4) * head
     tokens = rows * config.data.sequence_length / GIB * others
     values, ids = 2 * 2 * model.model_dim * tokens, 2 * 4 * chips * tokens
     assert sent["embedding"] < 1.05 * (values + ids)
+    needed = (2 * 2 + 4) * layers + (2 + 4) * head + values + ids
+    assert sum(sent.values()) < 1.15 * needed
 
 
 @pytest.mark.aot
@@ -96,15 +98,18 @@ def test_two_layers_on_sixteen_times_as_many_chips():
     check_memory(found, gib=15.75)
     # One forward kernel, one more where the block is recomputed, and two backward.
     assert found["kernels"] == 4
-    check_traffic(found, config_of("llama_1b_v5e_16"), chips=256)
+    # Rows of 8 among 256 are padded to tiles, and the smallest are reduced whole.
+    check_traffic(found, config_of("llama_1b_v5e_16"), chips=256, slack=1.3)
 
 
 @pytest.mark.aot
 @needs_cuda
 def test_two_layers_on_gpus():
-    found, muon = compiled(
-        *("llama_8b_h100_8", "h100:8", "pallas_gpu", 2),
-        *("{}", '{"optimizer.name": "muon"}'),
+    found, muon, whole = compiled(
+        *("llama_8b_h100_8", "h100:8", "pallas_gpu", 2, "{}"),
+        '{"optimizer.name": "muon"}',
+        '{"train.batch_size": 16, "train.accumulation_steps": 2,'
+        ' "train.accumulate_whole": true}',
     )
     check_memory(found, gib=79)
     assert found["kernels"] == 4
@@ -113,6 +118,14 @@ def test_two_layers_on_gpus():
     check_traffic(found, config, chips=8)
     # Twice the weights in bf16, though most devices have no layer to orthogonalize.
     assert muon["gib_sent"]["optimizer"] < 2 * 2 * layer_gib(config.model)
+    # Gathered once and added up once, in two microbatches.
+    layers = layer_gib(config.model) * 7 / 8
+    assert (
+        whole["gib_sent"]["layer weights"]
+        + whole["gib_sent"]["gradients"]
+        + whole["gib_sent"]["rest"]
+        < 1.05 * (2 + 4) * layers
+    )
 
 
 @pytest.mark.aot

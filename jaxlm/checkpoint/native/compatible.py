@@ -20,7 +20,7 @@ _FREE_TRAIN = (
     "on_save_error",
 )
 # Fields that affect only the order of floating-point operations.
-_ROUNDING_TRAIN = ("accumulation_steps", "loss_chunk")
+_ROUNDING_TRAIN = ("accumulation_steps", "accumulate_whole", "loss_chunk")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm")
 
@@ -41,7 +41,10 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
     """
     rounding = _ROUNDING_TRAIN
     if old.train.load_balance_loss:
-        rounding = ("loss_chunk",)  # each part of a batch has its own balance loss
+        rounding = (
+            "accumulate_whole",
+            "loss_chunk",
+        )  # each part of a batch has its own balance loss
     train = (*_FREE_TRAIN, *rounding, "steps", "skip_batches")
     if new.train.skip_spikes:  # Off, the count of skipped steps would be lost.
         train += ("skip_spikes",)
