@@ -182,21 +182,23 @@ def loss_and_grads(
         shape = config.num_layers, config.num_experts
         reported = (*reported[:2], jax.ShapeDtypeStruct(shape, jnp.float32))
     accumulate = partial(_accumulate, gradient, count, reported)
-    axes = _added_up_last(train, edits)
+    axes = _added_up_last(config, train, edits)
     if axes:
         accumulate = _on_each_device(accumulate, axes, compute_dtype(config.dtype))
     (loss, *counts), grads = accumulate(params, batch, total)
     return loss, grads, total, *counts
 
 
-def _added_up_last(train: TrainConfig, edits: Sequence[Edit]) -> tuple[str, ...]:
+def _added_up_last(
+    config: ModelConfig, train: TrainConfig, edits: Sequence[Edit]
+) -> tuple[str, ...]:
     """Returns the mesh axes along which gradients are added up after all microbatches.
 
-    Along `data` each device has a whole gradient in any case. Edits and the balance of
+    Along `data` each device has a whole gradient in any case. Edits and the load of
     experts are computed from the rows of all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if activation_spec("B") is None or edits or train.load_balance_loss:
+    if activation_spec("B") is None or edits or config.num_experts:
         return ()
     axes = ("data", "fsdp") if train.accumulate_whole else ("data",)
     return axes if math.prod(mesh.shape[axis] for axis in axes) > 1 else ()
@@ -209,6 +211,17 @@ def _on_each_device(
 
     Weights that are cut along `axes` are gathered before, in `dtype`.
     """
+    # Named as in the model, so that what is sent is told apart.
+    scopes = {"layers": "Block", "embed": "embed", "lm_head": "head"}
+
+    def gathered(path, x, cut):
+        with jax.named_scope(scopes.get(path.partition("/")[0], path)):
+            return all_gather(x, cut, axes)
+
+    def summed(path, g, cut):
+        scope = scopes.get(path.partition("/")[0], path)
+        with jax.named_scope(f"{scope}/weight_gradient"):
+            return psum_scatter(g, cut, axes)
 
     def added_up(params, batch, total):
         stored = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
@@ -216,7 +229,7 @@ def _on_each_device(
         if "fsdp" in axes:
             cuts = jax.tree.map(partial(_cut_by_either, axes), stored)
             whole = jax.sharding.reshard(cast_matrices(params, dtype), cuts)
-            whole = jax.tree.map(lambda x, cut: all_gather(x, cut, axes), whole, cuts)
+            whole = tree.map_with_name(gathered, whole, cuts)
 
         def local(whole, batch, total):
             # The products cast weights back, and XLA drops both casts.
@@ -232,7 +245,7 @@ def _on_each_device(
             check_vma=False,
         )
         reported, parts = run(whole, batch, total)
-        grads = jax.tree.map(lambda g, cut: psum_scatter(g, cut, axes), parts, cuts)
+        grads = tree.map_with_name(summed, parts, cuts)
         return reported, jax.sharding.reshard(grads, stored)
 
     return added_up

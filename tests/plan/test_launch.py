@@ -119,13 +119,9 @@ def test_two_layers_on_gpus():
     # Twice the weights in bf16, though most devices have no layer to orthogonalize.
     assert muon["gib_sent"]["optimizer"] < 2 * 2 * layer_gib(config.model)
     # Gathered once and added up once, in two microbatches.
-    layers = layer_gib(config.model) * 7 / 8
-    assert (
-        whole["gib_sent"]["layer weights"]
-        + whole["gib_sent"]["gradients"]
-        + whole["gib_sent"]["rest"]
-        < 1.05 * (2 + 4) * layers
-    )
+    sent, layers = whole["gib_sent"], layer_gib(config.model) * 7 / 8
+    assert 0 < sent["layer weights"] < 1.05 * 2 * layers
+    assert 0 < sent["gradients"] < 1.05 * 4 * layers
 
 
 @pytest.mark.aot
