@@ -520,7 +520,7 @@ class TrainConfig:
     accumulate_whole: bool = False
     """Whether devices along mesh.fsdp exchange weights and gradients once a step, not
     once a microbatch. Each then holds all weights in the compute dtype and a whole
-    gradient in f32."""
+    gradient in f32. Models with experts ignore it."""
     seed: int = 0
     """Seed of the parameters and of the data order."""
     run_dir: str = "runs/default"
