@@ -3,18 +3,22 @@
 import html
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jaxlm.files.durable import replacing
 from jaxlm.report.inside.packed_arrays import packed
-from jaxlm.report.inside.view import View
 from jaxlm.report.page import asset, fill, script_json
 
 MAX_BYTES = 5_000_000
 """Of a page. What does not fit was left out of the `View`, which says so."""
 
 
-def write_page(view: View, out: Path | str) -> Path:
+def write_page(view: Any, out: Path | str) -> Path:
     """Writes the page of a view, and returns its path.
+
+    Args:
+      view: a `View`. Its file imports this one.
+      out: the file.
 
     Raises:
       OSError: if `out` cannot be written; a file that was there is left as it was.
@@ -26,13 +30,13 @@ def write_page(view: View, out: Path | str) -> Path:
     return out
 
 
-def page_text(view: View) -> str:
+def page_text(view: Any) -> str:
     """Returns the page of a view."""
     json, arrays = packed(view)
     text = fill(
         _own("inside.html"),
         {
-            "title": html.escape(f"Inside {view.title}"),
+            "title": html.escape(f"Inside {json['title']}"),
             "style": asset("page.css") + _own("inside.css"),
             "script": asset("drawing.js") + _own("widgets.js") + _own("sections.js"),
             "data": script_json(json),
@@ -43,7 +47,7 @@ def page_text(view: View) -> str:
     return text
 
 
-def notebook_frame(view: View, height: int = 800) -> str:
+def notebook_frame(view: Any, height: int = 800) -> str:
     """Returns the page in a frame, as a notebook shows it."""
     text = html.escape(page_text(view))
     return (

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float16, Int
 
+from jaxlm.report.inside.inside_page import notebook_frame
+
 # A JSON object.
 Json = dict[str, Any]
 
@@ -226,6 +228,4 @@ class View:
     """Tokens of the other text; empty without one."""
 
     def _repr_html_(self) -> str:
-        from jaxlm.report.inside.inside_page import notebook_frame
-
         return notebook_frame(self)
