@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from threading import Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -99,14 +101,39 @@ class Program:
         self.compile_s = 0.0
 
     def __call__(self, *arguments: Any) -> Any:
-        leaves, structure = jax.tree.flatten(arguments)
-        types = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
-        key = (jax.sharding.get_mesh(), structure, types)
+        key = self._key(arguments)
         if key not in self._compiled:
             start = time.perf_counter()
             self._compiled[key] = self._jitted.lower(*arguments).compile()
             self.compile_s += time.perf_counter() - start
         return self._compiled[key](*arguments)
+
+    def compile_beside(self, *arguments: Any) -> Future[None] | None:
+        """Compiles for arguments like these in a thread; None if that is done.
+
+        The time is not counted: nothing waits for it.
+        """
+        key, done = self._key(arguments), Future[None]()
+        if key in self._compiled:
+            return None
+        # Between calls the program may delete what it was given.
+        lowered = self._jitted.lower(*arguments)
+
+        def compile_it():
+            try:
+                self._compiled[key] = lowered.compile()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        Thread(target=compile_it, daemon=True).start()
+        return done
+
+    @staticmethod
+    def _key(arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        types = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        return jax.sharding.get_mesh(), structure, types
 
 
 class Programs(NamedTuple):

@@ -8,7 +8,8 @@ for a prompt of a size that was not there before (`prefill.py`).
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,13 +27,20 @@ from jaxlm.infer.check_arguments import (
     check_speculation,
     row_ids,
 )
-from jaxlm.infer.decoding import DecodeState, Programs, Rows
+from jaxlm.infer.decoding import DecodeState, Program, Programs, Rows
 from jaxlm.infer.decoding import programs as programs_of
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.generation_trace import joined, row_of_steps
-from jaxlm.infer.prefill import Prefilled, bucket, prefill
+from jaxlm.infer.prefill import Prefilled, bucket, chunk_widths, prefill
 from jaxlm.infer.row_settings import row_settings
-from jaxlm.infer.rules.automata import ENDED, FREE, Automata, Automaton, StateTable
+from jaxlm.infer.rules.automata import (
+    ENDED,
+    FREE,
+    Automata,
+    Automaton,
+    NoRoom,
+    StateTable,
+)
 from jaxlm.infer.rules.penalties import History
 from jaxlm.infer.rules.stop_strings import stop_automaton
 from jaxlm.infer.speculative.proposals import DraftModel, Proposer
@@ -77,7 +85,7 @@ class NewTokens:
     """The most likely tokens in the place of each, the first first."""
     top_logprobs: Float[np.ndarray, "n top"]
     """Their log-probabilities."""
-    ended: Literal["stop", "length"] | None
+    ended: Literal["stop", "length", "error"] | None
     """Why the text ends here; None: it goes on."""
     trace: Trace
     """What the taps have read at these tokens; the first has the prompt's too."""
@@ -85,6 +93,8 @@ class NewTokens:
     """Tokens that `speculate` has guessed."""
     num_accepted: int = 0
     """Those of them that are among `tokens`."""
+    error: Exception | None = None
+    """What has failed, of this request only."""
 
 
 @dataclass
@@ -206,6 +216,9 @@ class Engine:
         self._automata = Automata(config.vocab_size)
         self._table = self._automata.table, self._device_table()
         self._waiting: deque[tuple[int, Request]] = deque()
+        # What they wait for is compiled, or there is no room for their automata.
+        self._deferred: list[tuple[int, Request, Future[None] | None]] = []
+        self._compiling: dict[tuple[str, int], Future[None] | None] = {}
         self._num_submitted = 0
         self._state: DecodeState | None = None
         self._last_prompt: tuple[bytes, tuple[Prefilled, Layers]] | None = None
@@ -213,7 +226,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests without a slot."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._deferred)
 
     @property
     def num_running(self) -> int:
@@ -244,6 +257,7 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Drops a request, which may wait, run or have ended."""
         self._waiting = deque(w for w in self._waiting if w[0] != number)
+        self._deferred = [d for d in self._deferred if d[0] != number]
         for slot, running in enumerate(self._slots):
             if running is not None and running.number == number:
                 self._free(slot)
@@ -251,12 +265,13 @@ class Engine:
     def step(self) -> list[NewTokens]:
         """Gives free slots to waiting requests, and continues all texts by some tokens.
 
-        Raises:
-          ValueError: if logits are not finite.
+        What fails for one request is its `error`, and does not stop the others: logits
+        that are not finite, or a prompt for which memory does not suffice. A request
+        for which something must be compiled first waits for that while others run.
         """
-        self._admit()
+        failed = self._admit()
         if not self.num_running:
-            return []
+            return failed
         assert self._state is not None
         self.clock.lap()
         state, drawn, trace = self._programs.decode(
@@ -270,7 +285,7 @@ class Engine:
             drawn = jax.tree.map(_in_a_row, drawn)
         self.clock.decode_s += self.clock.lap()
         has_ended = np.any([x == ENDED for x in states], axis=0)
-        return [
+        return failed + [
             self._update(
                 *(slot, drawn, trace, bool(is_done[slot]), bool(has_ended[slot]))
             )
@@ -284,10 +299,12 @@ class Engine:
         running = self._slots[slot]
         assert running is not None
         if np.isnan(drawn.logprobs[slot]).any():
-            raise ValueError(
+            self._free(slot)
+            error = ValueError(
                 "the model's logits are not finite: its parameters hold NaN or "
                 "infinities, or the compute dtype overflows (compute in float32)"
             )
+            return self._failed(running.number, error)
         inside = drawn.inside[slot]
         count = int(inside.sum())
         running.length += count
@@ -308,6 +325,11 @@ class Engine:
             own,
             *_num_guesses(drawn.is_proposed, inside, slot),
         )
+
+    def _failed(self, number: int, error: Exception) -> NewTokens:
+        none, top = np.zeros(0, np.float32), np.zeros((0, self.num_top), np.float32)
+        parts = (none.astype(np.int32), none, top.astype(np.int32), top)
+        return NewTokens(number, *parts, "error", [], error=error)
 
     def _free(self, slot: int) -> None:
         running = self._slots[slot]
@@ -334,25 +356,97 @@ class Engine:
         self.clock.prefill_s += self.clock.lap()
         return found
 
-    def _admit(self) -> None:
-        for slot, running in enumerate(self._slots):
-            if running is not None or not self._waiting:
-                continue
-            self.clock.lap()
-            running = self._hold(*self._waiting.popleft())
-            self._slots[slot] = running
-            data = running.request.tokens.tobytes()
+    def _admit(self) -> list[NewTokens]:
+        """Fills free slots; returns what has become of requests that cannot run."""
+        failed, deferred = [], self._deferred
+        # First those for which everything is compiled now.
+        is_ready = [future is None or future.done() for _, _, future in deferred]
+        pairs = list(zip(deferred, is_ready, strict=True))
+        self._deferred = [one for one, ready in pairs if not ready]
+        self._waiting.extendleft(one[:2] for one, ready in reversed(pairs) if ready)
+        for slot in range(len(self._slots)):
+            while self._slots[slot] is None and self._waiting:
+                number, request = self._waiting.popleft()
+                try:
+                    self._join(slot, number, request)
+                except (ValueError, jax.errors.JaxRuntimeError) as error:
+                    failed.append(self._failed(number, error))
+        return failed
+
+    def _join(self, slot: int, number: int, request: Request) -> None:
+        """Gives a request a slot, or defers it.
+
+        Raises:
+          ValueError, JaxRuntimeError: for a request that cannot be run; no other is
+            touched.
+        """
+        self.clock.lap()
+        try:
+            future = self._to_compile(request)
+        except NoRoom:
+            if not self.num_running:
+                raise
+            self._deferred.append((number, request, None))
+            return
+        if future is not None:
+            self._deferred.append((number, request, future))
+            return
+        running = self._hold(number, request)
+        try:
+            data = request.tokens.tobytes()
             if self._last_prompt is None or self._last_prompt[0] != data:
-                rows = [running.request.tokens] * batch_parts()
+                rows = [request.tokens] * batch_parts()
                 self._last_prompt = data, self._prefill(rows, None)
             found, draft = self._last_prompt[1]
             running.prompt_trace = found.traces[0]
             row = self._state_of([running] * batch_parts(), found, draft)
-            if self._state is None:
-                self._state = self._empty_state()
-            state = self._programs.insert(self._state, row, np.int32(slot))
-            self._state = jax.block_until_ready(state)
-            self.clock.prefill_s += self.clock.lap()
+        except Exception:
+            self._automata.release(running.automata)
+            raise
+        self._slots[slot] = running
+        if self._state is None:
+            self._state = self._empty_state()
+        state = self._programs.insert(self._state, row, np.int32(slot))
+        self._state = jax.block_until_ready(state)
+        self.clock.prefill_s += self.clock.lap()
+
+    def _to_compile(self, request: Request) -> Future[None] | None:
+        """Compiles beside what a request needs; None if it can join now.
+
+        Where no text has begun, it is compiled when it is called.
+        """
+        size = self._automata.size_with(self._automata_of(request))
+        widths = chunk_widths(len(request.tokens), batch_parts(), self.max_length)
+        rows, probes = batch_parts(), (self._edits, self._taps)
+        needs: dict[tuple[str, int], tuple[Program, Callable[[], Any]]] = {}
+
+        def decoding() -> Any:
+            needs = jnp.zeros(size, np.int16)
+            states = jnp.zeros((size, self.config.vocab_size), np.int16)
+            table, num_tokens = StateTable(states, needs), np.int32(self.num_tokens)
+            return (
+                *(self._split, self._state, table, num_tokens, probes),
+                self._proposer,
+            )
+
+        def prompt() -> Any:
+            tokens = np.zeros((rows, widths[0]), np.int32)
+            return self.params, tokens, np.zeros(rows, np.int32), probes
+
+        if size > len(self._automata.table):
+            needs["table", size] = self._programs.decode, decoding
+        if len(widths) == 1:
+            needs["prompt", widths[0]] = self._programs.begin, prompt
+        has_begun = any(running and running.length for running in self._slots)
+        for key, (program, arguments) in needs.items():
+            if has_begun and key not in self._compiling:
+                self._compiling[key] = program.compile_beside(*arguments())
+            future = self._compiling.get(key)
+            if future is not None and has_begun and not future.done():
+                return future
+            if future is not None:
+                future.result()
+        return None
 
     def _prefill(
         self, rows: list[Int[np.ndarray, " _"]], resume: GenerationState | None
@@ -371,8 +465,7 @@ class Engine:
         jax.block_until_ready(own.logits)
         return found, own.layers
 
-    def _hold(self, number: int, request: Request) -> _Running:
-        """Puts the automata of a request into the table."""
+    def _automata_of(self, request: Request) -> dict[Any, Automaton]:
         automata: dict[Any, Automaton] = {}
         if request.sample.stop_strings:
             strings = request.sample.stop_strings
@@ -382,7 +475,12 @@ class Engine:
             )
         if request.grammar is not None:
             automata[id(request.grammar)] = request.grammar
-        running = _Running(number, request, self._automata.hold(automata))
+        return automata
+
+    def _hold(self, number: int, request: Request) -> _Running:
+        """Puts the automata of a request into the table."""
+        held = self._automata.hold(self._automata_of(request))
+        running = _Running(number, request, held)
         if self._table[0] is not self._automata.table:
             self._table = self._automata.table, self._device_table()
         return running

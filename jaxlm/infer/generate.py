@@ -270,6 +270,8 @@ def _run(
         if show is not None:
             show(num_rows - engine.num_waiting - engine.num_running)
         for part in found:
+            if part.error is not None:
+                raise part.error
             texts[part.number].append(part)
         if on_tokens is not None:
             width = max(len(part.tokens) for part in found)

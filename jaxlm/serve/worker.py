@@ -59,7 +59,7 @@ class Worker:
         Raises:
           Busy: if there are too many requests.
           ValueError: for a request that cannot be run.
-          RuntimeError: if the engine has failed.
+          RuntimeError: if the engine has failed, or the device for this request.
         """
         if self.num_requests >= self._max_requests:
             raise Busy
@@ -119,7 +119,7 @@ class Worker:
                         if part.ended is not None:
                             self._listeners.pop(part.number, None)
                         if listener is not None:
-                            listener(part)
+                            listener(part if part.error is None else part.error)
         except Exception as error:
             # Told to all who wait, and to all who come; the server stays to say so.
             self.failure = error

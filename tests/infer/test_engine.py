@@ -1,6 +1,7 @@
 """Slots: rows of a batch that join and leave equal the same prompts alone."""
 
 import contextlib
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from toy_case import make_params, toy
 
 from jaxlm.config import SampleConfig
+from jaxlm.infer.decoding import Program
 from jaxlm.infer.engine import Engine, Request
 from jaxlm.infer.generate import generate
 from jaxlm.infer.rules.automata import ENDS, FORBIDDEN, Automaton
@@ -195,3 +197,71 @@ def test_a_request_that_cannot_be_is_refused_when_it_comes():
         with pytest.raises(ValueError, match=message):
             engine.submit(Request(np.array(prompt, np.int32), sample, KEYS[0]))
     assert engine.is_idle and engine.step() == []
+
+
+def test_what_fails_for_one_request_fails_it_alone(alone, monkeypatch):
+    """A prompt that memory does not suffice for, and logits that are not finite."""
+    engine = Engine(CONFIG, PARAMS, num_slots=2, token_bytes=LETTERS, top_logprobs=2)
+    read = Engine._prefill
+
+    def prefill(self, rows, resume):
+        found = read(self, rows, resume)
+        if len(rows[0]) == 40:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        if len(rows[0]) == 9:
+            return found._replace(logits=found.logits * np.nan)
+        return found
+
+    monkeypatch.setattr(Engine, "_prefill", prefill)
+    too_long = SampleConfig(max_new_tokens=9, stop_strings=("a" * 40_000,))
+    order = [0, 1, 5, 8, 2]
+    requests = [request(i) for i in order]
+    requests.insert(2, Request(requests[0].tokens, too_long, KEYS[0]))
+    numbers = [engine.submit(one) for one in requests]
+    parts = {number: [] for number in numbers}
+    while not engine.is_idle:
+        for part in engine.step():
+            parts[part.number].append(part)
+    for number, expected in ((1, "RESOURCE"), (2, "too long"), (3, "not finite")):
+        (part,) = parts[number]
+        assert part.ended == "error" and expected in str(part.error)
+    for number, i in ((0, 0), (4, 8), (5, 2)):
+        assert_same(alone[i], parts[number])
+
+
+def test_a_larger_table_compiles_beside_and_a_full_one_is_waited_for(
+    alone, monkeypatch
+):
+    engine = Engine(CONFIG, PARAMS, num_slots=2, token_bytes=LETTERS, top_logprobs=2)
+    futures, compile_beside = [], Program.compile_beside
+
+    def held_back(self, *arguments):
+        if self is engine._programs.decode:
+            futures.append(compile_beside(self, *arguments))
+            futures.append(Future())
+            return futures[-1]
+        return None
+
+    monkeypatch.setattr(Program, "compile_beside", held_back)
+    loop = Automaton(np.zeros((20, 48), np.int16), np.zeros(20, np.int16))
+    first = engine.submit(request(0))
+    assert engine.step()[0].number == first
+    larger = engine.submit(request(8, loop))
+    other = engine.submit(request(2))
+    numbers = [part.number for _ in range(2) for part in engine.step()]
+    # The one that came later runs meanwhile.
+    assert set(numbers) == {first, other} and engine.num_waiting == 1
+    futures[0].result()
+    futures[1].set_result(None)
+    before = engine._programs.decode.compile_s
+    parts = engine.step()
+    assert larger in [part.number for part in parts]
+    assert engine._programs.decode.compile_s == before
+    # No room for this one while the others hold theirs.
+    full = Automaton(np.zeros((32_760, 48), np.int16), np.zeros(32_760, np.int16))
+    monkeypatch.setattr(Program, "compile_beside", lambda *_: None)
+    last = engine.submit(request(8, full))
+    while not engine.is_idle:
+        parts += engine.step()
+    assert_same(alone[8], [p for p in parts if p.number == larger])
+    assert all(part.error is None for part in parts) and parts[-1].number == last

@@ -16,6 +16,7 @@ import jsonschema
 import openai
 import pytest
 import uvicorn
+from browser_case import CHROMIUM, Browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_case import make_params, toy
@@ -309,3 +310,32 @@ def test_many_mixed_requests_lose_nothing_and_no_memory(served):
             gc.collect()
             sizes.append(resident())
     assert sizes[-1] - sizes[1] < 16, sizes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_the_chat_page_shows_an_answer_and_an_error(served, tmp_path):
+    with Browser(tmp_path) as browser:
+        browser.call("Page.navigate", url=served.url)
+        browser.wait_for_load()
+        browser.evaluate(f"sessionStorage.setItem('key', '{KEY}')")
+        texts = "[...document.querySelectorAll('.message')].map((e) => e.textContent)"
+
+        def send(text):
+            browser.evaluate(
+                f"byId('text').value = {json.dumps(text)}; byId('send').click()"
+            )
+            ended = "new Promise((f) => {const t = setInterval(() => {"
+            ended += "if (!running) {clearInterval(t); f(0)}}, 20)})"
+            browser.evaluate(ended)
+            return browser.evaluate(texts)
+
+        shown = send("<b>Hi")
+        assert shown[0] == "<b>Hi" and len(shown[1]) > 0
+        assert browser.evaluate("document.querySelectorAll('.message b').length") == 0
+        assert "the prompt has" in send("x" * 300)[-1]
+        # Nothing but this server is asked, and the console holds the refusal only.
+        urls = [one for one in browser.problems if isinstance(one, str)]
+        assert all(url.startswith(served.url) for url in urls) and len(urls) >= 2
+        entries = [one for one in browser.problems if not isinstance(one, str)]
+        assert all("400" in one.get("text", "") or "favicon" in one.get("url", "") for one in entries)  # fmt: skip

@@ -1,8 +1,8 @@
 """Automata over tokens, which the decoding scan follows: stop strings and grammars.
 
 The automata of all rows of a batch are regions of one table, so one lookup a token
-serves any number of rows. The table has a power of two of states: others of the same
-size compile nothing.
+serves any number of rows. The table has a power of two of states, or as many as
+int16 counts: others of the same size compile nothing.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
@@ -41,6 +41,10 @@ ENDED, FREE = 0, 1
 _SMALLEST_TABLE = 16
 
 
+class NoRoom(ValueError):
+    """The automata that are in use leave no room in the table."""
+
+
 @dataclass
 class _Region:
     start: int
@@ -74,14 +78,10 @@ class Automata:
           The first state of each in the table.
 
         Raises:
-          ValueError: if the table would have more states than int16 counts.
+          NoRoom: if the table would have more states than int16 counts.
         """
-        added = {n: one for n, one in automata.items() if n not in self._regions}
-        sizes = {name: len(one.needs) for name, one in added.items()}
-        places = self._places(sizes)
-        size = len(self.table)
-        while any(start + sizes[name] > size for name, start in places.items()):
-            size *= 2
+        places, size = self._places(automata)
+        added = {name: automata[name] for name in places}
         if added:
             table = self._free(size, self.table.shape[1]).copy()
             table[: len(self.table)] = self.table
@@ -104,14 +104,31 @@ class Automata:
         for name in names:
             self._regions[name].users -= 1
 
-    def _places(self, sizes: Mapping[Hashable, int]) -> dict[Hashable, int]:
-        """Finds room: after what is there, or else where nothing is used."""
+    def size_with(self, automata: Mapping[Hashable, Automaton]) -> int:
+        """Returns how many states the table would have with these too.
+
+        Raises:
+          NoRoom: as `hold`.
+        """
+        return self._places(automata)[1]
+
+    def _places(
+        self, automata: Mapping[Hashable, Automaton]
+    ) -> tuple[dict[Hashable, int], int]:
+        """Finds room for those that are new, and the size of the table with them.
+
+        It is after what is there, or else where nothing is used.
+        """
+        sizes = {n: len(a.needs) for n, a in automata.items() if n not in self._regions}
         end = max((r.end for r in self._regions.values()), default=FREE + 1)
         if end + sum(sizes.values()) > len(self.table):
-            used = {n: region for n, region in self._regions.items() if region.users}
-            self._regions = used
+            self._regions = {
+                name: region
+                for name, region in self._regions.items()
+                if region.users or name in automata
+            }
         taken = [(r.start, r.end) for r in self._regions.values()]
-        places = {}
+        places, table_size = {}, len(self.table)
         for name, size in sizes.items():
             at = FREE + 1
             for start, end in sorted(taken):
@@ -119,10 +136,13 @@ class Automata:
                     break
                 at = max(at, end)
             if at + size > np.iinfo(np.int16).max:
-                raise ValueError("stop strings, grammars: together they are too long")
+                raise NoRoom("stop strings, grammars: together they are too long")
             places[name] = at
             taken.append((at, at + size))
-        return places
+            while at + size > table_size:
+                # The size itself must be an int16, too.
+                table_size = min(2 * table_size, np.iinfo(np.int16).max)
+        return places, table_size
 
     @staticmethod
     def _free(size: int, vocab_size: int) -> Transitions:

@@ -24,9 +24,10 @@ def stop_automaton(
       strings: at least one.
       token_bytes: UTF-8 bytes of each id; ids beyond have none.
     """
-    by_byte = _byte_transitions([text.encode() for text in strings])
-    if len(by_byte) > np.iinfo(np.int16).max:
+    patterns = [text.encode() for text in strings]
+    if sum(map(len, patterns)) >= np.iinfo(np.int16).max:
         raise ValueError("stop_strings: together they are too long")
+    by_byte = _byte_transitions(patterns)
     states = np.broadcast_to(
         np.arange(len(by_byte), dtype=np.int16)[:, None], (len(by_byte), vocab_size)
     ).copy()
@@ -44,13 +45,29 @@ def _byte_transitions(patterns: list[bytes]) -> Int16[np.ndarray, "states 256"]:
     """The automaton of Aho and Corasick (1975); `ENDS` after a pattern."""
     parts = {b""} | {pattern[:n] for pattern in patterns for n in range(len(pattern))}
     state_of = {part: i for i, part in enumerate(sorted(parts, key=len))}
-    table = np.full((len(parts), 256), ENDS, np.int16)
+    next_bytes: dict[bytes, set[int]] = {part: set() for part in parts}
+    for pattern in patterns:
+        for n, byte in enumerate(pattern):
+            next_bytes[pattern[:n]].add(byte)
+    whole = set(patterns)
+    table = np.zeros((len(parts), 256), np.int16)
+    # Of each state, that of the longest shorter suffix of its part.
+    suffixes = np.zeros(len(parts), np.int16)
     for part, state in state_of.items():
-        for byte in range(256):
-            text = part + bytes([byte])
-            if not any(text.endswith(pattern) for pattern in patterns):
-                suffixes = (text[i:] for i in range(len(text) + 1))
-                table[state, byte] = next(state_of[s] for s in suffixes if s in parts)
+        if part:
+            shorter = suffixes[state_of[part[:-1]]]
+            suffix = table[shorter, part[-1]] if len(part) > 1 else 0
+            if shorter == ENDS or suffix == ENDS:
+                # A pattern ends inside of this part, which no text reaches.
+                suffixes[state], table[state] = ENDS, ENDS
+                continue
+            suffixes[state], table[state] = suffix, table[suffix]
+        for byte in next_bytes[part]:
+            longer = part + bytes([byte])
+            if longer in whole:
+                table[state, byte] = ENDS
+            elif table[state, byte] != ENDS:
+                table[state, byte] = state_of[longer]
     return table
 
 
