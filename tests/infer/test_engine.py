@@ -205,12 +205,12 @@ def test_what_fails_for_one_request_fails_it_alone(alone, monkeypatch):
     read = Engine._prefill
 
     def prefill(self, rows, resume):
-        found = read(self, rows, resume)
+        found, draft = read(self, rows, resume)
         if len(rows[0]) == 40:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
         if len(rows[0]) == 9:
-            return found._replace(logits=found.logits * np.nan)
-        return found
+            found = found._replace(logits=found.logits * np.nan)
+        return found, draft
 
     monkeypatch.setattr(Engine, "_prefill", prefill)
     too_long = SampleConfig(max_new_tokens=9, stop_strings=("a" * 40_000,))
