@@ -32,6 +32,7 @@ from train_step import machine
 
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 BODY_BYTES = 20_000
+PORT = 8765
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 JSON = {"Content-Type": "application/json"}
 
@@ -90,15 +91,16 @@ def serve_tiny() -> None:
 
 
 def serve_llama(model: str, slots: int) -> None:
-    """Serves a GGUF file with llama.cpp, and prints the address."""
+    """Serves a GGUF file with llama.cpp."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_parallel, params.n_ctx, params.warmup = slots, 512 * slots, True
     params.cpuparams.n_threads = len(os.sched_getaffinity(0))
+    params.hostnames, params.port = ["127.0.0.1"], PORT
     server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)
+    assert str(PORT) in server.listening_address
     time.sleep(10_000)
 
 
@@ -165,7 +167,8 @@ async def streamed(client: httpx.AsyncClient, path: str, body: dict) -> list[str
 async def load(url: str, pid: int, num_requests: int, num_clients: int) -> dict:
     """Sends the requests; any answer that is not the expected one is counted."""
     kinds = calls()
-    limits = httpx.Limits(max_connections=num_clients)
+    # The server closes idle connections after 5 s; the client must not use them then.
+    limits = httpx.Limits(max_connections=num_clients, keepalive_expiry=2)
     wrong: list[str] = []
     counts = dict.fromkeys(("whole", "stream", "hang-up", "hostile"), 0)
     memory: list[float] = []
@@ -234,7 +237,9 @@ async def load(url: str, pid: int, num_requests: int, num_clients: int) -> dict:
 async def latency(url: str, num_requests: int, num_clients: int) -> dict:
     """Streams completions of 48 tokens, and returns quantiles in milliseconds."""
     first, gaps, rates = [], [], []
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    # No connection is kept that a server may just be closing.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
         async def one(i: int) -> None:
             prompt = f"Question {i}: tell a long story about the sea. " * (1 + i % 3)
@@ -271,16 +276,21 @@ async def latency(url: str, num_requests: int, num_clients: int) -> dict:
     return {**found, "tokens_per_s": 48 * num_requests / seconds}
 
 
-def started(*command: str) -> tuple[subprocess.Popen, str]:
-    """Starts a server, and returns it with its address."""
-    process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("http"):
-            return process, line.strip()
-    raise SystemExit(f"{command} has not started")
+def started(*command: str, url: str | None = None) -> tuple[subprocess.Popen, str]:
+    """Starts a server, and returns it with its address, which it prints or is given."""
+    pipe = subprocess.PIPE if url is None else None
+    process = subprocess.Popen([sys.executable, *command], stdout=pipe, text=True)
+    if url is None:
+        assert process.stdout is not None
+        url = next(line.strip() for line in process.stdout if line.startswith("http"))
+    while True:
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return process, url
+        except httpx.HTTPError:
+            if process.poll() is not None:
+                raise SystemExit(f"{command} has ended") from None
+        time.sleep(0.2)
 
 
 def main() -> None:
@@ -310,17 +320,18 @@ def main() -> None:
             parser.error("--model is needed: a GGUF file")
         clients = arguments.clients or 4
         ours = ["-m", "jaxlm.cli", "serve", arguments.model, "--slots", str(clients)]
-        ours += ["--max-length", "512", "--port", "8765"]
+        ours += ["--max-length", "512", "--port", str(PORT)]
         peer = [__file__, "llama", "--model", arguments.model]
         peer += ["--clients", str(clients)]
         results["latency"] = {"clients": clients, "load_average": os.getloadavg()[0]}
         for name, command in (("llama.cpp", peer), ("jaxlm", ours)):
-            process, url = started(*command)
+            process, url = started(*command, url=f"http://127.0.0.1:{PORT}")
             try:
                 sizes = arguments.requests or 32, clients
                 results["latency"][name] = asyncio.run(latency(url, *sizes))
             finally:
                 process.kill()
+                process.wait()
     print(json.dumps(results, indent=2))
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 

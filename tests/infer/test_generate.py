@@ -498,7 +498,7 @@ def test_decoding_with_taps_moves_few_more_bytes():
         runs.begin()
         given = (runs._split, runs._state, runs._table[1], np.int32(512))
         probes = (runs._edits, runs._taps)
-        program = runs._programs.decode._jitted.lower(*given, probes).compile()
+        program = runs._programs.decode._jitted.lower(*given, probes, None).compile()
         return program.cost_analysis()["bytes accessed"]
 
     taps = (Tap("resid_post"), Tap("attn_probs", layers=(2,)), Tap("mlp_act", (1,)))
