@@ -379,8 +379,9 @@ def _holds(ranges: _Ranges, number: tuple[int, ...]) -> bool:
 def _shard_at(
     shards: Mapping[_Ranges, np.ndarray],
     shape: tuple[int, ...],
-    index: tuple[slice, ...],
+    index: tuple[slice, ...] | None,
 ) -> np.ndarray:
+    assert index is not None
     return shards[_ranges(index, shape)]
 
 

@@ -176,9 +176,10 @@ def check_speculation(
         raise ValueError(
             "taps read one token after the other: leave out taps or speculate"
         )
-    if max_fixed_rotation_length(config) is not None:
+    scaling = config.rope_scaling
+    if scaling is not None and max_fixed_rotation_length(config) is not None:
         raise ValueError(
-            f"speculate: rope_scaling {config.rope_scaling.kind!r} rotates by the "
+            f"speculate: rope_scaling {scaling.kind!r} rotates by the "
             "length of the text, which guesses would change: leave out speculate"
         )
     if isinstance(speculate, DraftModel):

@@ -262,6 +262,7 @@ def programs(
 
     def advance(params, cache, tokens, probes):
         out = read(params, cache, tokens[:, None], probes)
+        assert out.cache is not None
         logits = reshard(out.logits[:, 0], "B_")[:, : config.vocab_size]
         return out.cache, logits, out.hits, out.trace
 

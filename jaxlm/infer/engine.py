@@ -329,7 +329,7 @@ class Engine:
     def _failed(self, number: int, error: Exception) -> NewTokens:
         none, top = np.zeros(0, np.float32), np.zeros((0, self.num_top), np.float32)
         parts = (none.astype(np.int32), none, top.astype(np.int32), top)
-        return NewTokens(number, *parts, "error", [], error=error)
+        return NewTokens(number, *parts, "error", {}, error=error)
 
     def _free(self, slot: int) -> None:
         running = self._slots[slot]

@@ -49,8 +49,8 @@ def orthogonalize(
             x = jax.lax.all_to_all(x, axes, dimension, 0, tiled=True)
         return x[:layers]
 
-    specs = {"in_specs": placed.spec, "out_specs": placed.spec}
-    return jax.shard_map(local, **specs, check_vma=False)(x)
+    spec = placed.spec
+    return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def _orthogonalize_whole(x: Array, inputs: tuple[int, ...], eps: float) -> Array:

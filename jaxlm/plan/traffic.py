@@ -81,7 +81,7 @@ def traffic(text: str, mesh_shape: Mapping[str, int]) -> list[Transfer]:
             if computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             members, axes = _group(instruction.attributes, mesh_shape)
-            operands = program.operand_sizes(computation, instruction)
+            operands = list(program.operand_sizes(computation, instruction))
             if instruction.opcode.startswith("ragged"):
                 # Rows of the first go into the second, the longer of which is not full.
                 operands = [min(operands[:2], key=lambda operand: operand[1])]

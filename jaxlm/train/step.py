@@ -214,11 +214,11 @@ def _on_each_device(
     # Named as in the model, so that what is sent is told apart.
     scopes = {"layers": "Block", "embed": "embed", "lm_head": "head"}
 
-    def gathered(path, x, cut):
+    def gathered(path: str, x, cut):
         with jax.named_scope(scopes.get(path.partition("/")[0], path)):
             return all_gather(x, cut, axes)
 
-    def summed(path, g, cut):
+    def summed(path: str, g, cut):
         scope = scopes.get(path.partition("/")[0], path)
         with jax.named_scope(f"{scope}/weight_gradient"):
             return psum_scatter(g, cut, axes)

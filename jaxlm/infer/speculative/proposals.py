@@ -13,7 +13,7 @@ from jaxlm.infer.rules.filters import NEVER
 from jaxlm.infer.rules.penalties import History, suffix_matches
 from jaxlm.model.block import Block
 from jaxlm.model.divisible import divisible_config
-from jaxlm.model.kv_cache import SPARE, Cache, LayerCache
+from jaxlm.model.kv_cache import SPARE, Cache
 from jaxlm.model.transformer import forward
 from jaxlm.sharding.rules import reshard
 from jaxlm.types import Params
@@ -84,16 +84,16 @@ class DraftModel:
 
     def propose(
         self,
-        layers: tuple[LayerCache, ...],
+        layers: Any,
         lengths: Int[Array, " B"],
         rows: Any,
         draw: Draw,
         vocab_size: int,
-    ) -> tuple[tuple[LayerCache, ...], Int[Array, "B K"]]:
+    ) -> tuple[Any, Int[Array, "B K"]]:
         """Returns its cache, and the tokens that it draws next.
 
         Args:
-          layers: its cache of the first `lengths` - 1 tokens, or more.
+          layers: its cache (`Cache.layers`) of the first `lengths` - 1 tokens, or more.
           lengths: tokens of each row without the newest.
           rows: `decoding.Rows`, the newest token included.
           vocab_size: of the model that it guesses for.

@@ -145,8 +145,8 @@ def _changes(
         removed = Edit("z", "scale", 0.0, layer=cell[2], head=cell[3])
         if source is None:
             return (removed,)
-        at = {"layer": cell[0], "position": cell[1]}
-        return (Edit("resid_pre", "set", source, **at), removed)
+        copied = Edit("resid_pre", "set", source, layer=cell[0], position=cell[1])
+        return (copied, removed)
 
     return sweep(config, metric, params, row, edits_of, cells, position=position)
 
