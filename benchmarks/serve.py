@@ -10,7 +10,8 @@ request gave alone, and the server's memory is read after each tenth.
 
 `latency`: times of the first token and of those that follow, of the same requests to
 `jaxlm serve` and to llama.cpp's server (package xllamacpp), in turns, one at a time.
-llama.cpp computes with the file's quantized weights, jaxlm with float32.
+llama.cpp computes with the file's quantized weights, jaxlm with float32. It has not run
+to its end yet: there are no figures.
 
 Results go to benchmarks/results/serve.json.
 """
