@@ -3,7 +3,7 @@
 python benchmarks/attention.py [--lengths 128 ... 4096] [--rounds 5] [--out FILE]
 
 For each length it times forward, and forward with backward, of every implementation
-that can run (`pallas_gpu` with each of its forward kernels), of
+that can run (`pallas_gpu` also with each kind of its kernels), of
 `jax.nn.dot_product_attention`, and of JAX's stock Pallas kernel and tokamax where they
 run: with a causal mask, with a window of an eighth, and with rows of eight documents.
 Rounds alternate between all of them, so that disturbances affect all; figures are
@@ -111,11 +111,10 @@ def contestants(q, k, mask: Mask) -> dict[str, Callable]:
     if "pallas_gpu" in found:
         from jaxlm.ops.attention.gpu import pallas_gpu
 
-        del found["pallas_gpu"]
-        for forward in ("plain", "specialized"):
-            settings = pallas_gpu.default_settings(q, segments, forward)
+        for kernels in ("plain", "specialized"):
+            settings = pallas_gpu.default_settings(q, segments, kernels)
             run = partial(pallas_gpu.attention, spec=spec, settings=settings)
-            found[f"pallas_gpu, {forward}"] = lambda *qkv, run=run: run(*qkv)[0]
+            found[f"pallas_gpu, {kernels}"] = lambda *qkv, run=run: run(*qkv)[0]
     if what.platform != "cpu":
         if find_spec("tokamax"):
             found["tokamax"] = partial(tokamax, mask=mask)

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.ops.attention.dispatch import attention, choose
-from jaxlm.ops.attention.request import Request, request_of_sizes
+from jaxlm.ops.attention.request import AttentionRequest, request_of_sizes
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "attention_choice.json"
@@ -60,7 +60,7 @@ DECODING: dict[str, dict[str, Any]] = {
 }
 
 
-def request_of(sizes: dict[str, Any]) -> Request:
+def request_of(sizes: dict[str, Any]) -> AttentionRequest:
     """Returns a request for this device; 4,096 tokens and head_dim 128 by default."""
     sizes = {"num_queries": 4096, "head_dim": 128, **sizes}
     sizes = {"num_keys": sizes["num_queries"], **sizes}
@@ -69,7 +69,7 @@ def request_of(sizes: dict[str, Any]) -> Request:
     )
 
 
-def compiled_text(call: Request, mesh: Mesh, gradient: bool) -> str:
+def compiled_text(call: AttentionRequest, mesh: Mesh, gradient: bool) -> str:
     """Compiles a call with `auto`, perhaps with its gradient, for the mesh in use."""
 
     def total(q, k, v, spec):

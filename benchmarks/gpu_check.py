@@ -112,11 +112,11 @@ def attention_of(name: str, q: Any, segments: bool, interpret: bool) -> Callable
 
     from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS as FOUND
 
-    name, _, forward = name.partition(", ")
+    name, _, kernels = name.partition(", ")
     if name == "pallas_gpu":
         from jaxlm.ops.attention.gpu.pallas_gpu import attention, default_settings
 
-        settings = default_settings(q, segments, forward)
+        settings = default_settings(q, segments, kernels)
         settings = replace(settings, interpret=interpret)
         return partial(attention, settings=settings)
     if interpret:
@@ -312,8 +312,10 @@ class Worker:
             environment = {
                 **os.environ,
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-                # The reference need not be fast.
-                "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+                # The reference need not be fast. Interpreted warpgroups wait for one
+                # another, and each needs a thread of the host.
+                "XLA_FLAGS": "--xla_gpu_autotune_level=0 "
+                "--xla_force_host_platform_device_count=8",
             }
             self._process = subprocess.Popen(
                 self._command,

@@ -56,7 +56,8 @@ def main() -> None:
 
     def head_attribution():
         cache = model.run_with_cache(long)[1]
-        heads = cache.stack_head_results(layer=-1, pos_slice=-1, apply_ln=True)
+        # `logit_attrs` divides by the norm's divisor.
+        heads = cache.stack_head_results(layer=-1, pos_slice=-1, apply_ln=False)
         return cache.logit_attrs(heads, token, against, pos_slice=-1)
 
     def sweep():

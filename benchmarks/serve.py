@@ -9,9 +9,10 @@ some hang up, some send hostile bodies. Each answer is compared with what the sa
 request gave alone, and the server's memory is read after each tenth.
 
 `latency`: times of the first token and of those that follow, of the same requests to
-`jaxlm serve` and to llama.cpp's server (package xllamacpp), in turns, one at a time.
-llama.cpp computes with the file's quantized weights, jaxlm with float32. It has not run
-to its end yet: there are no figures.
+`jaxlm serve` and to llama.cpp's server (package xllamacpp), in turns of a few requests
+each, and the CPU seconds that each server took. Both run all the time; the one whose
+turn it is not is idle. llama.cpp computes with the file's quantized weights, jaxlm with
+float32.
 
 Results go to benchmarks/results/serve.json.
 """
@@ -44,8 +45,9 @@ def serve_tiny() -> None:
     import uvicorn
 
     import jaxlm
-    from jaxlm.infer.engine import Engine
+    from jaxlm.infer.slots.engine import Engine
     from jaxlm.serve.app import Limits, Server
+    from jaxlm.serve.connections import connection_options
     from jaxlm.serve.worker import Worker
     from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
@@ -71,6 +73,8 @@ def serve_tiny() -> None:
             num_slots=32,
             token_bytes=tokenizer.token_bytes,
             top_logprobs=20,
+            steps=1,
+            prompt_tokens=64,
         ),
         1000,
     )
@@ -88,20 +92,15 @@ def serve_tiny() -> None:
             port = self.servers[0].sockets[0].getsockname()[1]
             print(f"http://127.0.0.1:{port}", flush=True)
 
-    Announced(uvicorn.Config(app, port=0, log_level="error")).run()
+    config = uvicorn.Config(app, port=0, log_level="error", **connection_options())
+    Announced(config).run()
 
 
 def serve_llama(model: str, slots: int) -> None:
     """Serves a GGUF file with llama.cpp."""
-    import xllamacpp
+    from peer_llama import llama_server
 
-    params = xllamacpp.CommonParams()
-    params.model.path = model
-    params.n_parallel, params.n_ctx, params.warmup = slots, 512 * slots, True
-    params.cpuparams.n_threads = len(os.sched_getaffinity(0))
-    params.hostnames, params.port = ["127.0.0.1"], PORT
-    server = xllamacpp.Server(params)
-    assert str(PORT) in server.listening_address
+    _server = llama_server(model, slots, 512, PORT + 1)
     time.sleep(10_000)
 
 
@@ -123,12 +122,23 @@ def calls() -> list[tuple[str, dict[str, Any]]]:
                 "type": "json_schema",
                 "json_schema": {"name": "a", "schema": SCHEMA},
             }
-        if i % 6 == 2:
+        if i % 6 == 4:
+            found.append(("/v1/responses", as_response({"input": text, **rules})))
+        elif i % 6 == 2:
             message = {"role": "user", "content": text}
             found.append(("/v1/chat/completions", {"messages": [message], **rules}))
         else:
             found.append(("/v1/completions", {"prompt": text, **rules}))
     return found
+
+
+def as_response(body: dict[str, Any]) -> dict[str, Any]:
+    """Returns a body in the form of `/v1/responses`."""
+    body["max_output_tokens"] = body.pop("max_tokens")
+    if "response_format" in body:
+        schema = body.pop("response_format")["json_schema"]
+        body["text"] = {"format": {"type": "json_schema", **schema}}
+    return body
 
 
 HOSTILE = [
@@ -147,6 +157,8 @@ HOSTILE = [
 
 def texts_of(answer: dict[str, Any]) -> list[str]:
     """Returns the text of each choice."""
+    if "output" in answer:
+        return [answer["output"][0]["content"][0]["text"]]
     choices = answer["choices"]
     return [c["message"]["content"] if "message" in c else c["text"] for c in choices]
 
@@ -157,7 +169,10 @@ async def streamed(client: httpx.AsyncClient, path: str, body: dict) -> list[str
     async with client.stream("POST", path, json={**body, "stream": True}) as response:
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                for choice in json.loads(line[6:])["choices"]:
+                event = json.loads(line[6:])
+                if event.get("type") == "response.output_text.delta":
+                    texts[0] += event["delta"]
+                for choice in event.get("choices", []):
                     delta = choice.get("delta", choice)
                     texts[choice["index"]] += delta.get(
                         "content", delta.get("text", "")
@@ -168,8 +183,7 @@ async def streamed(client: httpx.AsyncClient, path: str, body: dict) -> list[str
 async def load(url: str, pid: int, num_requests: int, num_clients: int) -> dict:
     """Sends the requests; any answer that is not the expected one is counted."""
     kinds = calls()
-    # The server closes idle connections after 5 s; the client must not use them then.
-    limits = httpx.Limits(max_connections=num_clients, keepalive_expiry=2)
+    limits = httpx.Limits(max_connections=num_clients)
     wrong: list[str] = []
     counts = dict.fromkeys(("whole", "stream", "hang-up", "hostile"), 0)
     memory: list[float] = []
@@ -193,7 +207,8 @@ async def load(url: str, pid: int, num_requests: int, num_clients: int) -> dict:
                     wrong.append(f"{i}: {response.status_code} for {data[:60]!r}")
                 return
             if kind == "hang-up":
-                body = {**body, "max_tokens": 90, "stream": True}
+                name = next(n for n in body if n.startswith("max_"))
+                body = {**body, name: 90, "stream": True}
                 async with client.stream("POST", path, json=body) as response:
                     async for _ in response.aiter_lines():
                         break
@@ -227,6 +242,8 @@ async def load(url: str, pid: int, num_requests: int, num_clients: int) -> dict:
         "requests": num_requests,
         "clients": num_clients,
         "seconds": seconds,
+        "server_cpu_s": cpu_seconds(pid),
+        "load_average": os.getloadavg()[0],
         "by_kind": counts,
         "wrong": wrong[:20],
         "num_wrong": len(wrong),
@@ -235,46 +252,92 @@ async def load(url: str, pid: int, num_requests: int, num_clients: int) -> dict:
     }
 
 
-async def latency(url: str, num_requests: int, num_clients: int) -> dict:
-    """Streams completions of 48 tokens, and returns quantiles in milliseconds."""
-    first, gaps, rates = [], [], []
-    # No connection is kept that a server may just be closing.
-    limits = httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+def cpu_seconds(pid: int) -> float:
+    """Returns what a process and its threads have taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
-        async def one(i: int) -> None:
-            prompt = f"Question {i}: tell a long story about the sea. " * (1 + i % 3)
-            body = {"prompt": prompt, "max_tokens": 48, "temperature": 0}
-            body |= {"stream": True}
-            began, times = time.perf_counter(), []
-            path = "/v1/completions"
-            async with client.stream("POST", path, json=body) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        times.append(time.perf_counter())
-            first.append(times[0] - began)
-            gaps.extend(b - a for a, b in pairwise(times))
-            rates.append((times[-1] - began) / 48)
 
-        for i in range(3):
-            await one(i)
-        first.clear(), gaps.clear(), rates.clear()
-        numbers = iter(range(num_requests))
+class Latency:
+    """Times of the requests to one server."""
 
-        async def one_client() -> None:
-            for i in numbers:
-                await one(i)
+    def __init__(self, name: str, url: str, pid: int):
+        self.name, self.url, self.pid = name, url, pid
+        self.first, self.gaps, self.per_token = [], [], []
+        self.seconds = self.cpu_s = 0.0
 
-        began = time.perf_counter()
-        await asyncio.gather(*(one_client() for _ in range(num_clients)))
-        seconds = time.perf_counter() - began
-    named = {"first_token": first, "between_events": gaps, "per_token": rates}
-    found = {
-        f"{name}_ms_p{q}": float(np.percentile(values, q) * 1e3)
-        for name, values in named.items()
-        for q in (50, 99)
+    async def turn(self, numbers: range, num_clients: int) -> None:
+        """Streams completions of 48 tokens, and keeps their times."""
+        # No connection is kept that a server may just be closing.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        left, before = iter(numbers), cpu_seconds(self.pid)
+        async with httpx.AsyncClient(
+            base_url=self.url, timeout=600, limits=limits
+        ) as client:
+
+            async def one_client() -> None:
+                for i in left:
+                    await self._one(client, i)
+
+            began = time.perf_counter()
+            await asyncio.gather(*(one_client() for _ in range(num_clients)))
+        self.seconds += time.perf_counter() - began
+        self.cpu_s += cpu_seconds(self.pid) - before
+
+    async def _one(self, client: httpx.AsyncClient, i: int) -> None:
+        prompt = f"Question {i}: tell a long story about the sea. " * (1 + i % 3)
+        body = {"prompt": prompt, "max_tokens": 48, "temperature": 0, "stream": True}
+        began, times = time.perf_counter(), []
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    times.append(time.perf_counter())
+        self.first.append(times[0] - began)
+        self.gaps.extend(b - a for a, b in pairwise(times))
+        self.per_token.append((times[-1] - began) / 48)
+
+    def found(self) -> dict[str, float]:
+        """Returns quantiles in milliseconds, and rates."""
+        named = {"first_token": self.first, "between_events": self.gaps}
+        named["per_token"] = self.per_token
+        num_tokens = 48 * len(self.first)
+        return {
+            f"{name}_ms_p{q}": float(np.percentile(values, q) * 1e3)
+            for name, values in named.items()
+            for q in (50, 99)
+        } | {
+            "tokens_per_s": num_tokens / self.seconds,
+            "cpu_ms_per_token": self.cpu_s / num_tokens * 1e3,
+        }
+
+
+async def latencies(
+    servers: list[Latency], num_requests: int, num_clients: int
+) -> dict[str, Any]:
+    """Measures servers in turns, each of two requests of each client."""
+    loads, turn = [os.getloadavg()[0]], 2 * num_clients
+    for server in servers:
+        # Compiles what there is to compile, by prompts that are not measured:
+        # llama.cpp keeps those that it has read.
+        unmeasured = Latency(server.name, server.url, server.pid)
+        await unmeasured.turn(range(1000, 1003), 1)
+        await unmeasured.turn(range(1003, 1003 + turn), num_clients)
+    for first in range(0, num_requests, turn):
+        for server in servers:
+            await server.turn(range(first, first + turn), num_clients)
+            loads.append(os.getloadavg()[0])
+    cores, note = len(os.sched_getaffinity(0)), "the machine had nothing else to do"
+    if max(loads) > 2 * cores:
+        # llama.cpp's threads spin while they wait for each other.
+        note = "the machine was shared: wall times, and llama.cpp's CPU, say little"
+    return {
+        "clients": num_clients,
+        "requests": len(servers[0].first),
+        "note": note,
+        "load_average_min": min(loads),
+        "load_average_max": max(loads),
+        **{server.name: server.found() for server in servers},
     }
-    return {**found, "tokens_per_s": 48 * num_requests / seconds}
 
 
 def started(*command: str, url: str | None = None) -> tuple[subprocess.Popen, str]:
@@ -324,13 +387,16 @@ def main() -> None:
         ours += ["--max-length", "512", "--port", str(PORT)]
         peer = [__file__, "llama", "--model", arguments.model]
         peer += ["--clients", str(clients)]
-        results["latency"] = {"clients": clients, "load_average": os.getloadavg()[0]}
-        for name, command in (("llama.cpp", peer), ("jaxlm", ours)):
-            process, url = started(*command, url=f"http://127.0.0.1:{PORT}")
-            try:
-                sizes = arguments.requests or 32, clients
-                results["latency"][name] = asyncio.run(latency(url, *sizes))
-            finally:
+        servers, processes = [], []
+        try:
+            for i, command in enumerate((ours, peer)):
+                process, url = started(*command, url=f"http://127.0.0.1:{PORT + i}")
+                processes.append(process)
+                servers.append(Latency(("jaxlm", "llama.cpp")[i], url, process.pid))
+            sizes = arguments.requests or 64, clients
+            results["latency"] = asyncio.run(latencies(servers, *sizes))
+        finally:
+            for process in processes:
                 process.kill()
                 process.wait()
     print(json.dumps(results, indent=2))

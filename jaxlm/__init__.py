@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxlm.infer.speculative.proposals import DraftModel, PromptLookup
     from jaxlm.model.block import Block
     from jaxlm.model.initialization import init, init_cache
+    from jaxlm.model.params import quantize_matrices
     from jaxlm.model.presets import preset
     from jaxlm.model.transformer import Output, forward, unembed
     from jaxlm.ops.attention.dispatch import attention
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "preset",
+    "quantize_matrices",
     "save",
     "score",
     "unembed",
@@ -66,6 +68,7 @@ _MODULES = {
     "infer.speculative.proposals": ("DraftModel", "PromptLookup"),
     "model.block": ("Block",),
     "model.initialization": ("init", "init_cache"),
+    "model.params": ("quantize_matrices",),
     "model.presets": ("preset",),
     "model.transformer": ("Output", "forward", "unembed"),
     "ops.attention.dispatch": ("attention",),

@@ -4,12 +4,14 @@ Everything else is imported where it is needed: Ctrl-C ends the program without 
 traceback from the moment that `main` runs.
 """
 
+import contextlib
 import errno
+import gc
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, EXIT_USAGE
@@ -121,12 +123,31 @@ def run(verb: str, arguments: Sequence[str], prog: str, **options: Any) -> int:
             )
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """A command starts with a third less CPU time; what imports left stays."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
-    from jaxlm.commands.process import discard_stdout, fail, log_on_stderr
+    from jaxlm.commands.process import (
+        discard_stdout,
+        fail,
+        is_of_devices,
+        log_on_stderr,
+    )
     from jaxlm.flags.arguments import ARGUMENTS, read_arguments
     from jaxlm.flags.config_file import ConfigFileError
     from jaxlm.flags.flag_table import in_flags
     from jaxlm.terminal.interrupts import Interrupts
+    from jaxlm.terminal.printable import error_line
     from jaxlm.terminal.progress import Waiting
 
     rest = [a for a in arguments if a not in _VERBOSE]
@@ -136,9 +157,10 @@ def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
         verb, prog = "chat", f"{prog} {_CHAT}"
     try:
         with log_on_stderr(verbose):
-            chosen = read_arguments(verb, rest, prog)
-            with Waiting("starting", in_logs=False):
-                command = importlib.import_module(f"jaxlm.commands.{verb}")
+            with _without_collections():
+                chosen = read_arguments(verb, rest, prog)
+                with Waiting("starting", in_logs=False):
+                    command = importlib.import_module(f"jaxlm.commands.{verb}")
             with Interrupts({signal.SIGINT: EXIT_INTERRUPTED}):
                 code = command.main(*chosen, **options)
             sys.stdout.flush()
@@ -169,6 +191,19 @@ def _run(verb: str, arguments: Sequence[str], prog: str, options: Any) -> int:
             discard_stdout()  # Files have names.
             fail(f"the output cannot be written ({error.strerror})")
         fail(error)
+    except MemoryError as error:
+        fail(f"the memory of this process is not enough ({error_line(error)})")
+    except (RuntimeError, AssertionError) as error:
+        words = error_line(error)
+        if words.startswith("RESOURCE_EXHAUSTED"):  # XLA's
+            fail(f"the memory of a device is not enough ({words})")
+        if not is_of_devices(error):
+            raise
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        fail(
+            f"JAX finds no device with JAX_PLATFORMS={platforms!r} "
+            f"({words}): unset it, or install JAX for that device"
+        )
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ EXECUTION_FIELDS = (
     "unroll_layers",
     "attention",
     "context_attention",
+    "sequence_parallel",
     "decode_attention",
 )
-CacheKind = Literal["full", "ring", "int8", "ring_int8"]
+WeightKind = Literal["float", "int8", "int4"]
+CacheKind = Literal["full", "ring", "int8", "ring_int8", "int4", "ring_int4"]
 AttentionName = Literal[
     "auto",
     "reference",
@@ -212,6 +214,9 @@ class ModelConfig:
     context_attention: Literal["auto", "ring", "gather"] = "auto"
     """With mesh.context: ring passes keys on from device to device, gather holds those
     of whole rows; auto is ring where the kernel can (docs/attention.md)."""
+    sequence_parallel: bool = False
+    """With mesh.tensor: between attention and feed-forward each device has its part of
+    the tokens, which saves memory (docs/training.md)."""
     decode_attention: AttentionName = "auto"
     """Attention kernel for new tokens that read the KV cache, as when sampling; not
     every kernel can do it (docs/attention.md)."""
@@ -222,6 +227,8 @@ class ModelConfig:
         positive += ("head_dim", "hidden_dim", "context_length", "norm_epsilon")
         positive += ("attention_soft_cap", "final_soft_cap", "attention_scale")
         check(self, "model", "> 0", *positive)
+        # Positions and ids are int32.
+        check(self, "model", "below 2**31", "context_length", "vocab_size")
         check(self, "model", ">= 0", "vocab_size", "init_std", "unroll_layers")
         check(self, "model", ">= 0", "num_experts")
         check(self, "model", "at least one value", "layer_pattern", "rope_pattern")
@@ -425,19 +432,20 @@ class ProcessesConfig:
     """
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, on which it listens; None: as the launcher tells."""
+    """HOST:PORT of process 0, on which it listens; None: from the launcher."""
     count: int | None = None
-    """Number of processes; None: as the launcher tells."""
+    """Number of processes; None: from the launcher."""
     index: int | None = None
-    """Number of this process, from 0; None: as the launcher tells."""
+    """Number of this process, from 0; None: from the launcher."""
     detect: bool = True
     """Read what a launcher tells; False: this process is alone unless flags say
     otherwise."""
     heartbeat_seconds: float = 30.0
-    """A process from which nothing is heard for so long ends the others."""
+    """A process that is silent for this long ends the others."""
     barrier_minutes: float = 30.0
-    """How long the processes wait for one another, before the first step and when they
-    save."""
+    """How long the processes wait for one another: before the first step, when they
+    save, and for one that hangs, or ten times the longest wait before if that is more.
+    """
 
     def __post_init__(self):
         check_types(self, "processes")
@@ -520,7 +528,7 @@ class TrainConfig:
     accumulate_whole: bool = False
     """Whether devices along mesh.fsdp exchange weights and gradients once a step, not
     once a microbatch. Each then holds all weights in the compute dtype and a whole
-    gradient in f32. Models with experts ignore it."""
+    gradient in f32."""
     seed: int = 0
     """Seed of the parameters and of the data order."""
     run_dir: str = "runs/default"
@@ -552,7 +560,7 @@ class TrainConfig:
     """New tokens in each text sample."""
     look_every: int = 0
     """Steps between looks inside while the model reads a sentence, drawn in the report:
-    entropy, lens depth, head scores; 0: none."""
+    entropy, lens depth, head scores, feed-forward memory; 0: none."""
     look_text: str = "The cat sat on the mat, and the dog sat"
     """That sentence; its first 32 tokens are read, and then again."""
     checkpoint_every: int = 500
@@ -571,11 +579,14 @@ class TrainConfig:
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Also send metrics and samples there; each needs the extra of its name."""
     compile_cache: bool = True
-    """Keep compiled programs in jaxlm/xla in the user's cache folder."""
+    """Keep compiled programs in jaxlm/xla in the user's cache folder, unless
+    JAX_COMPILATION_CACHE_DIR names another."""
 
     def __post_init__(self):
         check_types(self, "train")
         positive = ("steps", "batch_size", "accumulation_steps", "log_every", "keep")
+        if self.steps >= 2**31:
+            raise ValueError(f"train.steps is {self.steps}: it must be below 2**31")
         check(self, "train", "> 0", *positive)
         not_negative = ("seed", "z_loss", "loss_chunk", "eval_every", "sample_every")
         not_negative += ("look_every",)

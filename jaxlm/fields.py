@@ -23,6 +23,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "in [0, 1)": lambda x: 0 <= x < 1,
     "in [0, 1]": lambda x: 0 <= x <= 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
+    "below 2**31": lambda x: x < 2**31,
     "in [0, 100]": lambda x: 0 <= x <= 100,
     "all at least 0.001": lambda x: all(v >= 0.001 for v in x),
     "at least one path": lambda x: bool(x) and all(x),

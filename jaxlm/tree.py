@@ -1,4 +1,7 @@
-"""Pure functions over trees of arrays; selecting nothing is an error."""
+"""Pure functions over trees of arrays; selecting nothing is an error.
+
+Where leaves have names, a `Quantized` weight is one leaf.
+"""
 
 import math
 import re
@@ -10,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlm.types import Quantized
+
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a JAX key path as `layers/attn/q`."""
@@ -18,7 +23,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Returns the leaves by path name, in the order of the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_quantized)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
@@ -37,8 +42,14 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` for a function that takes each leaf's path name first."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+        lambda path, *leaves: function(path_name(path), *leaves),
+        *(tree, *rest),
+        is_leaf=_is_quantized,
     )
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
 
 
 def mask(tree: Any, patterns: Mapping[str, bool]) -> Any:
@@ -83,7 +94,7 @@ def unstack(tree: Any, count: int) -> tuple[Any, ...]:
 
 def count(tree: Any) -> int:
     """Number of elements in all leaves (arrays or shapes)."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())
 
 
 def num_bytes(tree: Any) -> int:

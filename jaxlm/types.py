@@ -40,3 +40,27 @@ class Batch:
     each row is one document: padding at its end is not seen by what is before it."""
     loss_weights: Any
     """[B, T] f32: weight of each target in the loss; 0 leaves it out."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in few bits: `values` times `scale`; see `ops/quantization.py`.
+
+    In a tree of parameters it stands where the array would, and has its shape.
+    """
+
+    values: Any
+    """int8 or int4, of the shape of the weight."""
+    scale: Any
+    """f32, with as many axes; each entry is that of a block of values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return self.values.ndim

@@ -22,9 +22,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     flags = "--xla_backend_optimization_level=0"
     flags += " --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
-    # A quarter of what takes over 0.1 s to compile is compiled more than once.
+    # Processes share small programs too: writing and reading one costs less than LLVM.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_CACHE.name}/compiled")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # What a shell runs in the background ignores Ctrl-C, and child processes inherit that.
@@ -38,6 +38,10 @@ gc.set_threshold(50_000, 20, 50)
 # Test folders are no packages, so that two files may have one name. Modules that
 # several files of a folder share are found by name.
 sys.path += [str(p.parent) for p in Path(__file__).parent.glob("**/*_case.py")]
+
+import shape_checks_case
+
+shape_checks_case.install()
 
 
 def pytest_addoption(parser):
@@ -59,6 +63,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
     if config.getoption("--run-slow"):
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
         return
     skip = pytest.mark.skip(reason="slow: needs --run-slow")
     for item in items:

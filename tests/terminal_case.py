@@ -88,7 +88,7 @@ class Terminal:
             lines.pop()
         return lines
 
-    def wait_for(self, pattern: str, *, timeout_s: float = 60) -> re.Match[str]:
+    def wait_for(self, pattern: str, *, timeout_s: float = 300) -> re.Match[str]:
         """Waits until a regular expression matches what is on the terminal."""
         end = time.monotonic() + timeout_s
         while not (match := re.search(pattern, "\n".join(self.lines()))):
@@ -100,7 +100,7 @@ class Terminal:
             )
         return match
 
-    def wait(self, *, timeout_s: float = 120) -> int:
+    def wait(self, *, timeout_s: float = 300) -> int:
         """Waits for the end of the program and returns its exit code."""
         end = time.monotonic() + timeout_s
         while self._read(end - time.monotonic()):

@@ -164,6 +164,11 @@ WRONG = [
         r"model\.qk_norm is 'heads': it must be one of 'none', 'head', 'full' "
         r"\(did you mean 'head'\?\)",
     ),
+    (
+        "model",
+        {"context_length": 2**31},
+        r"context_length is 2147483648.*below 2\*\*31",
+    ),
     ("model", {"num_layers": 2.0}, r"model\.num_layers is 2\.0: it must be an integer"),
     (
         "model",

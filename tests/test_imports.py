@@ -11,8 +11,8 @@ REPOSITORY = Path(__file__).parents[1]
 # A folder imports from earlier rows only, never from its own row.
 ROWS = (
     ("terminal",),
-    ("fields",),
-    ("config", "types", "tree", "files"),
+    ("fields", "types"),
+    ("config", "tree", "files"),
     ("ops", "sharding", "tokenizers"),
     ("data", "model"),
     ("checkpoint",),

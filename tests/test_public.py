@@ -101,6 +101,8 @@ WRONG = {
     "forward(CONFIG, params, [[1, 2], [1]])": "rows of 1 to 2 ids: pad them",
     "forward(CONFIG, params, TOKENS + 5)": "tokens has the id 8: ids are 0 to 7",
     "forward(CONFIG, params, TOKENS - 2)": "tokens has the id -1: ids are 0 to 7",
+    "forward(CONFIG, params, [[1, 2]], positions=np.zeros((1, 1), int))": "positions has shape (1, 1) and dtype",
+    "forward(CONFIG, params, [[1, 2]], segment_ids=np.ones((1, 2)))": "give an integer for each token, (1, 2)",
     "forward(CONFIG, params, np.zeros((1, 7), int))": "rows of 7, more than model.context_length 6",
     "forward(CONFIG, params, TOKENS, cache=full_cache())": "the cache holds 2 of 4 tokens, and 3 more do not fit",
     "forward(params, CONFIG, TOKENS)": "config is a dict, not a ModelConfig: the order is (config, params, ...)",
@@ -136,6 +138,7 @@ WRONG = {
     "load_tokenizer('runs/nope')": "it does not exist",
     "save('.', CONFIG, params, ByteTokenizer())": ". already exists: choose another name",
     "save('new', CONFIG, params, 'chars')": "tokenizer is a str",
+    "save('new', CONFIG, quantize_matrices(params, 'int8'), ByteTokenizer())": "embed/table is quantized, which no checkpoint holds",
     "save('new', params, CONFIG, ByteTokenizer())": "config is a dict, not a ModelConfig",
 }
 

@@ -10,15 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from jax.errors import JaxRuntimeError
+
 from jaxlm.chat import transcript
 from jaxlm.chat.prompt import DraftDropped
 from jaxlm.fields import nearest
 from jaxlm.infer.conversation.conversation import Answer, ContextFull, Conversation
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
-from jaxlm.terminal.printable import printable
+from jaxlm.terminal.printable import error_line, printable
 from jaxlm.terminal.progress import Waiting
 
+# The end of the program would be that of the conversation: a device or this process
+# without memory, a file that cannot be.
+_SURVIVED = (ValueError, OSError, MemoryError, JaxRuntimeError)
 WAIT = "compiling and reading the message"
 KEYS = """\
 //...         send a message that begins with a slash
@@ -75,10 +80,14 @@ class Dialogue:
             may_leave = False
             try:
                 self._take(text)
-            except (ValueError, KeyboardInterrupt) as error:
+            except KeyboardInterrupt:
                 if not self._on_terminal:
                     raise
-                say(f"error: {error}" if str(error) else "stopped")
+                say("stopped")
+            except _SURVIVED as error:
+                if not self._on_terminal:
+                    raise
+                say(f"error: {error_line(error)}")
 
     def _take(self, text: str) -> None:
         if text.startswith("//"):

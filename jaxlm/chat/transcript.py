@@ -1,12 +1,16 @@
 """Conversations in files: a JSON list of messages, each with a role and a content."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.files import durable
+from jaxlm.files.bounded import read_bounded
 from jaxlm.files.strict_json import parse
 from jaxlm.infer.conversation.conversation import Message
+
+_MAX_BYTES = 64 << 20  # No context is that long.
 
 
 def save(messages: Sequence[Message], path: Path) -> None:
@@ -15,13 +19,15 @@ def save(messages: Sequence[Message], path: Path) -> None:
     Raises:
       ValueError: if it cannot be written, or the file is something else.
     """
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            load(path)
+            earlier = load(path)
         except ValueError:
             raise ValueError(
                 f"{path} exists and is not a conversation: choose another name"
             ) from None
+        if earlier and not messages:
+            raise ValueError(f"{path} has messages, and there are none to replace them")
     text = json.dumps(list(messages), indent=1, ensure_ascii=False)
     try:
         with durable.replacing(path) as file:
@@ -39,7 +45,7 @@ def load(path: Path) -> list[Message]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is not a file")
-        messages = parse(path.read_bytes(), str(path))
+        messages = parse(read_bounded(path, _MAX_BYTES), str(path))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     if not isinstance(messages, list):

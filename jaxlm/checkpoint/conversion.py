@@ -4,12 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from jaxlm import tree
+from jaxlm.checkpoint.finite import is_finite
 from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_checkpoint
+from jaxlm.checkpoint.native.run_folder import is_new
 from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.checkpoint.save import save
 from jaxlm.fields import nearest
+from jaxlm.files.local_path import local_path
 
 DType = Literal["f32", "f16", "bf16", "q8_0"]
 
@@ -40,16 +46,20 @@ def convert(
 
     Raises:
       ValueError: if the source cannot be read, the kind cannot express this model or
-        its tokenizer, or the destination already exists or has the name of another
-        kind.
+        its tokenizer, or the destination already exists, is a URL or has the name of
+        another kind.
     """
-    if dst.exists():
-        raise ValueError(f"{dst} already exists: choose another name, or remove it")
+    dst = local_path(dst, "the destination")
+    exists = f"{dst} already exists: choose another name, or remove it"
+    if dst.exists() and not is_new(dst):
+        raise ValueError(exists)
     _check_name(dst, to)
     opened = open_checkpoint(src, report=report)
     if to is None:
         default: Kind = "hf" if opened.kind == "jaxlm" else "jaxlm"
         to = "gguf" if dst.suffix == ".gguf" else default
+    if to != "jaxlm" and dst.exists():  # `save` goes on where it was interrupted.
+        raise ValueError(exists)
     if dtype == "q8_0" and to != "gguf":
         raise ValueError(f"--dtype q8_0 is only for gguf, not for {to}")
     if to == "jaxlm" and not with_tokenizer:
@@ -65,6 +75,10 @@ def convert(
         write_hf(dst, opened.config, opened.params(), tokenizer, stored)
         return to
     params = opened.params(dtype=stored)
+    if stored is not None:
+        for name, leaf in tree.flatten(params).items():
+            if not is_finite(np.asarray(leaf)):
+                raise ValueError(f"{name} has values that {stored.name} cannot hold")
     assert tokenizer is not None
     save(dst, opened.config, params, tokenizer, report=report)
     return to

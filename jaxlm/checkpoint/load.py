@@ -13,10 +13,11 @@ from jaxlm.checkpoint.hf import hf_folder
 from jaxlm.checkpoint.hf.hf_folder import HFCheckpoint
 from jaxlm.checkpoint.native.checkpoint_reader import NativeCheckpoint
 from jaxlm.checkpoint.opened import Checkpoint, print_to_stderr
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, WeightKind
 from jaxlm.files.hub import HUB, download
 from jaxlm.model.initialization import init
-from jaxlm.model.params import parameter_shardings
+from jaxlm.model.params import cast_matrices, parameter_shardings, quantize_matrices
+from jaxlm.ops.linear import compute_dtype
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
@@ -77,6 +78,7 @@ def load(
     *,
     dtype: Any = None,
     shardings: Any = None,
+    weights: WeightKind = "float",
     report: Callable[[str], None] = print_to_stderr,
 ) -> tuple[ModelConfig, Params]:
     """Reads a model.
@@ -85,6 +87,8 @@ def load(
       path: as `open_checkpoint`, or its result.
       dtype: as `Checkpoint.params`.
       shardings: as `Checkpoint.params`.
+      weights: `int8` or `int4` rounds the matrices, for a model that only generates or
+        predicts; see `quantize_matrices`.
       report: as `open_checkpoint`; also gets the result of `jaxlm verify` if there is
         a certificate.
 
@@ -96,19 +100,26 @@ def load(
     params = checkpoint.params(dtype=dtype, shardings=shardings)
     if line := certificate.summary(checkpoint):
         report(line)
-    return checkpoint.config, params
+    return checkpoint.config, quantize_matrices(params, weights)
 
 
-def load_onto_mesh(checkpoint: Checkpoint) -> Params:
+def load_onto_mesh(
+    checkpoint: Checkpoint, weights: WeightKind = "float", dtype: str | None = None
+) -> Params:
     """Reads the parameters directly onto the devices of the current mesh.
+
+    Args:
+      weights: as for `load`.
+      dtype: of computing, as in a config: matrices are held in it, with the same
+        result, so that not every call casts them. None: as the file has them.
 
     Raises:
       ValueError: as `Checkpoint.params`.
     """
     shapes = jax.eval_shape(lambda: init(checkpoint.config, jax.random.key(0)))
     shardings = parameter_shardings(shapes, jax.sharding.get_mesh())
-    _, params = load(checkpoint, shardings=shardings)
-    return params
+    _, params = load(checkpoint, shardings=shardings, weights=weights)
+    return params if dtype is None else cast_matrices(params, compute_dtype(dtype))
 
 
 def load_tokenizer(

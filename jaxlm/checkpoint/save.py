@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxlm import tree
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.run_folder import is_new
 from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config, DataConfig, ModelConfig
 from jaxlm.model.checks import check_config, check_params
 from jaxlm.tokenizers.base import Tokenizer
-from jaxlm.types import Params
+from jaxlm.types import Params, Quantized
 
 
 def save(
@@ -23,7 +25,8 @@ def save(
     """Writes a model into a new run folder, as its step 0, and waits until it is there.
 
     Args:
-      path: a folder that does not exist, or is empty.
+      path: a folder that does not exist, or is empty. What an interrupted call has left
+        is taken for nothing.
       params: stacked over layers; parameters that a block of one's own adds are saved
         too.
       report: gets a line for what else a person should know.
@@ -35,12 +38,18 @@ def save(
     path = Path(os.path.expanduser(path))
     check_config(config)
     check_params(config, params, own_layers=True)
+    for name, leaf in tree.flatten(params).items():
+        if isinstance(leaf, Quantized):
+            raise ValueError(
+                f"{name} is quantized, which no checkpoint holds: save the parameters "
+                "as they were loaded"
+            )
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(
             f"tokenizer is a {type(tokenizer).__name__}: give a jaxlm tokenizer, as "
             "load_tokenizer returns it"
         )
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not is_new(path):
         raise ValueError(f"{path} already exists: choose another name, or remove it")
     length = min(DataConfig().sequence_length, config.context_length)
     run = Config(model=config, data=DataConfig(sequence_length=length))
@@ -52,5 +61,4 @@ def save(
             config=run,
             tokenizer=tokenizer,
             data_fingerprint="",
-            finite=True,
         )

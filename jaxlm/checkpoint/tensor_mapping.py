@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
+from jaxlm.checkpoint.finite import EXPONENT, is_finite, narrowed
 from jaxlm.checkpoint.tensor_file import BFLOAT16, ReadTensor, StoredTensor, TensorSpecs
 from jaxlm.config import ModelConfig
 from jaxlm.fields import nearest
@@ -29,8 +30,6 @@ from jaxlm.types import Params
 
 # Transposed tensors are copied in square tiles of this side, which fit the cache.
 _TILE = 256
-# Number of values that are checked at once; they fit the cache.
-_CHUNK = 1 << 18
 # In bytes: XLA:CPU takes over memory with this alignment without copying it.
 _ALIGNMENT = 64
 # More do not read faster, and each holds a tensor.
@@ -244,7 +243,7 @@ class TensorMapping:
                     f"{tensors[name].where} has shape {list(tensors[name].shape)}, but "
                     f"the config requires {list(shape)}"
                 )
-            if tensors[name].dtype not in _EXPONENT:
+            if tensors[name].dtype not in EXPONENT:
                 raise ValueError(
                     f"{tensors[name].where} is stored as {tensors[name].stored_as}: "
                     "this jaxlm reads floating-point weights only, so convert it first"
@@ -319,7 +318,7 @@ class TensorMapping:
                 at = (i - r[0] for i, r in zip(number, ranges, strict=False))
                 target = shards[ranges][tuple(at)]
                 _copy(target, x[tuple(slice(*r) for r in ranges[leading:])])
-                if not _is_finite(target):
+                if not is_finite(target):
                     not_finite.add(name)
 
         # Consuming the results raises the errors of the threads here.
@@ -352,14 +351,7 @@ class TensorMapping:
             if table_factor != 1.0 and rule.parts[0][0] == "embed/table":
                 parts = [x.astype(np.float32) * np.float32(table_factor) for x in parts]
             x = self.to_theirs(rule, parts)
-            with np.errstate(over="ignore"):
-                cast = x.astype(specs[name][1], copy=False)
-            if not _is_finite(cast) and _is_finite(x):
-                raise ValueError(
-                    f"{name} has values that {cast.dtype.name} cannot hold: choose "
-                    "bfloat16 or float32"
-                )
-            return cast
+            return narrowed(x, specs[name][1], name)
 
         return specs, read
 
@@ -423,25 +415,6 @@ def _assign(target: np.ndarray, source: np.ndarray) -> None:
         bits <<= 16
     else:
         target[...] = source
-
-
-# Exponent bits: all set means infinity or NaN.
-_EXPONENT = {
-    np.dtype(np.float64): (np.uint64, 0x7FF0 << 48),
-    np.dtype(np.float32): (np.uint32, 0x7F80 << 16),
-    np.dtype(np.float16): (np.uint16, 0x7C00),
-    BFLOAT16: (np.uint16, 0x7F80),
-}
-
-
-def _is_finite(x: np.ndarray) -> bool:
-    """Returns whether a contiguous float array has neither infinities nor NaN."""
-    unsigned, exponent = _EXPONENT[x.dtype]
-    bits, mask = x.reshape(-1).view(unsigned), unsigned(exponent)
-    for start in range(0, len(bits), _CHUNK):
-        if (bits[start : start + _CHUNK] & mask == mask).any():
-            return False
-    return True
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

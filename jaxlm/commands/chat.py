@@ -16,7 +16,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.flags.arguments import ChatArguments
 from jaxlm.infer.conversation.chat_ids import turns_are_text
 from jaxlm.infer.conversation.conversation import Conversation
-from jaxlm.model.attention_choice import attention_choices
+from jaxlm.plan.attention_choice import attention_choices
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.progress import Waiting, format_count
 from jaxlm.types import Params
@@ -53,7 +53,7 @@ def begin(
             "this model's chat template ends a message by plain text, not by a special "
             "token: a message can contain a forged turn"
         )
-    params = load_onto_mesh(checkpoint)
+    params = load_onto_mesh(checkpoint, chosen.weights, model.dtype)
     conversation = Conversation(
         *(model, params, tokenizer, with_stop_ids(chosen.sample, tokenizer)),
         jax.random.key(chosen.seed),
@@ -77,7 +77,10 @@ def log_attention(model: ModelConfig) -> None:
     """Logs the attention choice before the chat starts, so it doesn't interrupt it."""
     context = model.context_length
     for name, num_queries in (("prefill", context), ("decode", 1)):
-        for kind, choice in attention_choices(model, 1, num_queries, context).items():
+        choices = attention_choices(
+            model, 1, num_queries, context, is_empty=name == "prefill"
+        )
+        for kind, choice in choices.items():
             logger.info("attention of %s layers, %s: %s", kind, name, choice)
             if choice.warning is not None:
                 logger.warning("attention, %s: %s", name, choice.warning)

@@ -11,8 +11,8 @@ import numpy as np
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import compile_cache_folder
 from jaxlm.config import Config
-from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.plan.attention_choice import attention_choices
 from jaxlm.sharding.mesh import AXES, check_batch, make_mesh, num_slices, ring_hops
 
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -21,7 +21,7 @@ PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 def main(config: Config, _initial: Checkpoint | None) -> int:
     """Prints a table of what a run with this config would use."""
     mesh = make_mesh(config.mesh)
-    check_batch(config.train, config.data.sequence_length, mesh)
+    check_batch(config, mesh)
     with jax.set_mesh(mesh):
         layout = ("mesh", _wrapped(mesh_layout(mesh.devices)))
         for name, value in [*machine(), layout, *attention(config)]:
@@ -38,7 +38,7 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "devices", f"{len(devices)} {devices[0].device_kind} ({devices[0].platform})"
     yield "dtype auto", compute_dtype("auto").name
     try:
-        yield "compiled programs", str(compile_cache_folder())
+        yield "compiled programs", compile_cache_folder()
     except OSError as error:
         yield "compiled programs", f"not kept ({error.strerror})"
 
@@ -67,13 +67,15 @@ def attention(config: Config) -> Iterator[tuple[str, str]]:
     packed = config.data.segment_attention
     rows, context = config.train.batch_size, model.context_length
     calls = {
-        f"training {rows} x {length}": (rows, length, None),
-        f"prefill 1 x {length}": (1, length, context),
-        f"decode 1 of {context}": (1, 1, context),
+        f"training {rows} x {length}": (rows, length, None, False),
+        f"prefill 1 x {length}": (1, length, context, True),
+        f"decode 1 of {context}": (1, 1, context, False),
     }
-    for name, sizes in calls.items():
+    for name, (*sizes, is_empty) in calls.items():
         try:
-            choices = attention_choices(model, *sizes, segments=packed)
+            choices = attention_choices(
+                model, *sizes, is_empty=is_empty, segments=packed
+            )
         except ValueError as error:
             yield name, _wrapped(str(error))
             continue

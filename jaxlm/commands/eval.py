@@ -41,7 +41,7 @@ def main(chosen: EvalArguments) -> int:
     with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
         with Waiting("loading the model"):
             tokenizer = checkpoint.tokenizer()
-            params = load_onto_mesh(checkpoint)
+            params = load_onto_mesh(checkpoint, chosen.weights, model.dtype)
         if source is not None:
             figures = _measure_text(model, params, tokenizer, source, chosen)
         else:

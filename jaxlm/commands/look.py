@@ -19,9 +19,9 @@ from jaxlm.interp.jacobian_lens import (
     read_jacobian_lens,
     write_jacobian_lens,
 )
-from jaxlm.report.inside.inside_page import write_page
-from jaxlm.report.inside.measure import view_of
-from jaxlm.report.inside.terminal_view import print_view
+from jaxlm.report.look.look_page import write_page
+from jaxlm.report.look.make_view import view_of
+from jaxlm.report.look.terminal_view import print_view
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.progress import Waiting
 from jaxlm.tokenizers.base import Tokenizer
@@ -98,9 +98,11 @@ def _lens_rows(path: Path, model: ModelConfig, tokenizer: Tokenizer) -> np.ndarr
 def _lens(
     model: ModelConfig, params: Params, rows: np.ndarray | None, path: Path
 ) -> Float[np.ndarray, "L D D"]:
-    """Reads a lens, or makes one from rows and writes it."""
+    """Reads a lens, or makes one from rows and writes it, in place of a lens only."""
     if rows is None:
         return read_jacobian_lens(model, path)
+    if path.exists():
+        read_jacobian_lens(model, path)  # Nothing else is replaced.
     with Waiting(f"making a lens of {rows.size} tokens"):
         # The first tokens are unlike the others, as `jacobian_lens` says.
         jacobian = fit_jacobian_lens(model, params, rows, skip=rows.shape[1] // 8)

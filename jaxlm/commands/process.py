@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from jaxlm.terminal.printable import one_line
 
 STARTED = time.monotonic()
 """About the start of the process: nothing slow is imported before this."""
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event after a program was compiled and cached."""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
@@ -51,7 +53,7 @@ def restart_with_malloc_options() -> None:
 
 
 class _Lossy(io.FileIO):
-    """Drops what cannot be written: nobody reads any more, or the disk is full."""
+    """Drops what cannot be written: the reader is gone, or the disk is full."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -101,8 +103,18 @@ def open_standard_streams() -> None:
 
 
 def discard_stdout() -> None:
-    """Drops what is left for stdout; at its end Python would try to write it again."""
+    """Drops what is left for stdout, which Python would try to write again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_of_devices(error: BaseException) -> bool:
+    """Whether JAX raised this error because it found none of the requested devices.
+
+    It is a RuntimeError, or for a missing GPU an AssertionError without a message.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    return bool(last and last.name == "backends" and "xla_bridge" in last.filename)
 
 
 def fail(error: Exception | str, code: int = EXIT_USAGE) -> NoReturn:
@@ -146,21 +158,24 @@ def log_paused() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def compile_cache_folder() -> Path:
-    """Returns the folder of compiled programs."""
-    return user_cache() / "xla"
+def compile_cache_folder() -> str:
+    """Returns the folder of compiled programs; JAX takes URLs, such as gs://, too."""
+    return os.environ.get(CACHE_VARIABLE) or str(user_cache() / "xla")
 
 
 def use_compile_cache() -> None:
     """Caches compiled programs in a folder of the user, mode 0700.
 
     Where that cannot be used, it warns, and nothing is cached. Damaged programs are
-    removed first, as JAX would run them.
+    removed first, as JAX would run them. A folder that JAX_COMPILATION_CACHE_DIR names,
+    which may be shared by hosts, is used as it is.
     """
     import jax
 
+    if os.environ.get(CACHE_VARIABLE):
+        return
     try:
-        folder = compile_cache_folder()
+        folder = Path(compile_cache_folder())
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Cached programs run unchecked, so nobody else may write there.
         folder.chmod(0o700)

@@ -1,8 +1,6 @@
 """Plot one run, or compare several: an HTML page and a PNG."""
 
-from pathlib import Path
-
-from jaxlm.flags.arguments import ReportArguments
+from jaxlm.flags.arguments import COMPARISON, ReportArguments
 from jaxlm.report.curves import load_runs
 from jaxlm.report.live import PICTURE, REPORT
 from jaxlm.report.page import write_report
@@ -15,7 +13,7 @@ def main(chosen: ReportArguments) -> int:
     if out is None and len(folders) == 1:
         page, picture = folders[0] / REPORT, folders[0] / PICTURE
     else:
-        page = out or Path("comparison.html")
+        page = out or COMPARISON
         picture = page.with_suffix(".png")
     runs = load_runs(folders)
     print(write_report(runs, page))

@@ -1,6 +1,7 @@
 """Continue a text with a trained model."""
 
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -14,14 +15,22 @@ from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.generating.generation import (
     open_model,
-    open_with_dtype,
+    read_proposer,
     with_stop_ids,
 )
-from jaxlm.commands.generating.sampled_text import colored_texts, json_lines
+from jaxlm.commands.generating.sampled_text import (
+    beam_lines,
+    colored_texts,
+    for_stdout,
+    json_lines,
+    plain_texts,
+)
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import ModelConfig, SampleConfig
+from jaxlm.files.bounded import read_bounded
 from jaxlm.files.strict_json import parse
 from jaxlm.flags.arguments import SampleArguments
+from jaxlm.infer.beam_search import beam_search
 from jaxlm.infer.check_arguments import check_room
 from jaxlm.infer.generate import Generation, generate
 from jaxlm.infer.grammar.json_schema import json_schema
@@ -29,13 +38,16 @@ from jaxlm.infer.grammar.regex import regex
 from jaxlm.infer.grammar.token_grammar import token_grammar
 from jaxlm.infer.rules.automata import Automaton
 from jaxlm.infer.rules.stop_strings import StopText
-from jaxlm.infer.speculative.proposals import DraftModel, PromptLookup, Proposer
+from jaxlm.infer.speculative.proposals import Proposer
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
 from jaxlm.terminal.progress import Waiting
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
+
+# No context is that long, and /dev/zero has no end.
+_MAX_PROMPT_BYTES = 64 << 20
 
 
 def main(chosen: SampleArguments) -> int:
@@ -52,8 +64,11 @@ def main(chosen: SampleArguments) -> int:
             prompt = tokenizer.encode_prompt(text)
             flag = "--prompt" if chosen.prompt_file is None else "--prompt-file"
             check_room(flag, prompt, 1, model.context_length)
-            params = load_onto_mesh(checkpoint)
-            speculate = read_proposer(chosen, tokenizer)
+            params = load_onto_mesh(checkpoint, chosen.weights)
+            speculate = read_proposer(chosen.speculate, chosen.dtype, tokenizer)
+        if chosen.beams:
+            write_beams(model, params, tokenizer, text, chosen)
+            return 0
         result = write_samples(model, params, tokenizer, text, chosen, speculate)
     if chosen.look is not None:
         from jaxlm.commands.generating.generation_page import write_generation
@@ -75,7 +90,13 @@ def read_prompt(chosen: SampleArguments) -> str:
         return "\n" if chosen.prompt is None else chosen.prompt
     name = "stdin" if str(path) == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()
+        if name == "stdin":
+            data = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
+            if len(data) > _MAX_PROMPT_BYTES:
+                words = f"it has more than {_MAX_PROMPT_BYTES:,} bytes"
+                raise OSError(errno.EFBIG, words)
+        else:
+            data = read_bounded(path, _MAX_PROMPT_BYTES)
         text = data.decode("utf-8")
     except OSError as error:
         raise ValueError(f"--prompt-file {name}: {error.strerror}") from None
@@ -92,10 +113,10 @@ def read_grammar(
     tokenizer: Tokenizer,
     sample: SampleConfig,
 ) -> Automaton | None:
-    """Returns what `--regex` or `--json-schema` ask for; None without them.
+    """Returns the automaton of `--regex` or `--json-schema`; None without them.
 
     Raises:
-      ValueError: if the pattern or the schema is wrong, or cannot be held.
+      ValueError: if the pattern or the schema is wrong, or is not supported.
     """
     flag = "--regex" if chosen.json_schema is None else "--json-schema"
     try:
@@ -112,28 +133,6 @@ def read_grammar(
         raise ValueError(f"{flag}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
-
-
-def read_proposer(chosen: SampleArguments, tokenizer: Tokenizer) -> Proposer | None:
-    """Returns what `--speculate` asks for; None without it.
-
-    Raises:
-      ValueError: if there is no such model, or it has other tokens.
-    """
-    if chosen.speculate is None:
-        return None
-    if chosen.speculate == "lookup":
-        return PromptLookup()
-    try:
-        checkpoint, config = open_with_dtype(chosen.speculate, chosen.dtype)
-    except ValueError as error:
-        raise ValueError(f"--speculate: {error}; or take lookup") from None
-    if list(checkpoint.tokenizer().token_bytes) != list(tokenizer.token_bytes):
-        raise ValueError(
-            f"--speculate {chosen.speculate}: it has other tokens, so it cannot "
-            "guess for the other: take one with the same tokenizer, or lookup"
-        )
-    return DraftModel(config, load_onto_mesh(checkpoint))
 
 
 def _open_model(chosen: SampleArguments) -> tuple[Checkpoint, ModelConfig]:
@@ -164,16 +163,17 @@ def write_samples(
     sample = dataclasses.replace(chosen.sample, max_new_tokens=limit)
     sample = with_stop_ids(sample, tokenizer)
     grammar = read_grammar(chosen, model, tokenizer, sample)
-    streams = not (chosen.json or chosen.show_probs)
+    num_samples = chosen.best_of or chosen.num_samples
+    streams = not (chosen.json or chosen.show_probs or chosen.best_of)
     with Printer(
-        *(tokenizer, text, chosen.num_samples),
+        *(tokenizer, text, num_samples),
         stop_strings=sample.stop_strings,
         streams=streams,
     ) as printer:
         result = generate(
             model,
             params,
-            [prompt] * chosen.num_samples,
+            [prompt] * num_samples,
             sample,
             jax.random.key(chosen.seed),
             num_tokens=tokenizer.vocab_size,
@@ -181,11 +181,15 @@ def write_samples(
             top_logprobs=chosen.top_logprobs,
             cache=chosen.cache,
             on_tokens=printer.feed,
-            grammars=[grammar] * chosen.num_samples,
+            grammars=[grammar] * num_samples,
             speculate=speculate,
         )
+    if chosen.best_of:
+        result = result.best(chosen.num_samples)
     if not streams:
-        form = json_lines if chosen.json else colored_texts
+        form = plain_texts
+        if chosen.json or chosen.show_probs:
+            form = json_lines if chosen.json else colored_texts
         for line in form(result, tokenizer, text, sample):
             print(line)
     if limit < chosen.sample.max_new_tokens and (result.lengths == limit).any():
@@ -197,6 +201,33 @@ def write_samples(
     if chosen.stats:
         print_stats(result)
     return result
+
+
+def write_beams(
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    text: str,
+    chosen: SampleArguments,
+) -> None:
+    """Searches for the likeliest continuations, and writes them to stdout."""
+    assert chosen.beams is not None
+    prompt = tokenizer.encode_prompt(text)
+    room = model.context_length - len(prompt)
+    with Waiting("searching for the likeliest texts"):
+        (beams,) = beam_search(
+            *(model, params, [prompt]),
+            num_beams=chosen.beams,
+            max_new_tokens=min(room, chosen.sample.max_new_tokens),
+            length_penalty=chosen.length_penalty,
+            stop_ids=with_stop_ids(chosen.sample, tokenizer).stop_ids,
+            num_tokens=tokenizer.vocab_size,
+            cache=chosen.cache,
+        )
+    for line in beam_lines(
+        beams[: chosen.num_samples], tokenizer, text, as_json=chosen.json
+    ):
+        print(line)
 
 
 class Printer:
@@ -263,7 +294,7 @@ class Printer:
         if not self._begun and len(self._texts) > 1:
             print("--- sample 1")
         self._begun = True
-        print(self._texts[0][shown:], end="", flush=True)
+        print(for_stdout(self._texts[0][shown:]), end="", flush=True)
 
     def _finish(self) -> None:
         self._add(
@@ -272,7 +303,7 @@ class Printer:
         )
         print()
         for i, text in enumerate(self._texts[1:], start=2):
-            print(f"--- sample {i}\n{text}")
+            print(f"--- sample {i}\n{for_stdout(text)}")
 
 
 def print_stats(result: Generation) -> None:

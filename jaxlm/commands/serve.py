@@ -7,18 +7,25 @@ import jax
 import uvicorn
 
 from jaxlm.checkpoint.load import load_onto_mesh
-from jaxlm.commands.generating.generation import open_with_dtype
+from jaxlm.commands.generating.generation import open_with_dtype, read_proposer
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.flags.arguments import ServeArguments
-from jaxlm.infer.engine import Engine
+from jaxlm.infer.slots.engine import Engine
 from jaxlm.serve.app import Limits, Server
 from jaxlm.serve.bodies import MAX_TOP_LOGPROBS
+from jaxlm.serve.connections import bound, connection_options
 from jaxlm.serve.worker import Worker
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.progress import Waiting
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# Answers have so long to end after the first Ctrl-C or SIGTERM.
+# Tokens that answers grow by in a step. Where a token takes much longer than to hand it
+# out, few at a time cost nothing, and a request that comes waits for no more.
+_STEPS = {"cpu": 2}
+# Tokens of prompts that are read between two steps of the answers that run. On a CPU
+# more of them take as long for each, and all answers wait meanwhile.
+_PROMPT_TOKENS = {"cpu": 128}
+# How long answers may still run after the first Ctrl-C or SIGTERM.
 _GRACE_SECONDS = 30
 
 
@@ -33,21 +40,31 @@ def main(chosen: ServeArguments) -> int:
         )
     checkpoint, model = open_with_dtype(chosen.src, chosen.dtype)
     max_length = min(chosen.max_length or model.context_length, model.context_length)
-    with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
+    with (
+        bound(chosen.host, chosen.port) as sockets,
+        jax.set_mesh(make_mesh_of_size(chosen.mesh)),
+    ):
         with Waiting("loading the model"):
             tokenizer = checkpoint.tokenizer()
-            params = load_onto_mesh(checkpoint)
-        worker = Worker(
-            lambda: Engine(
+            params = load_onto_mesh(checkpoint, chosen.weights, model.dtype)
+            speculate = read_proposer(chosen.speculate, chosen.dtype, tokenizer)
+
+        def make_engine() -> Engine:
+            engine = Engine(
                 *(model, params),
                 num_slots=chosen.slots,
                 max_length=max_length,
                 num_tokens=tokenizer.vocab_size,
                 token_bytes=tokenizer.token_bytes,
                 top_logprobs=min(MAX_TOP_LOGPROBS, tokenizer.vocab_size),
-            ),
-            chosen.max_requests,
-        )
+                steps=_STEPS.get(jax.default_backend(), 4),
+                prompt_tokens=_PROMPT_TOKENS.get(jax.default_backend(), 2048),
+                speculate=speculate,
+            )
+            engine.compile()
+            return engine
+
+        worker = Worker(make_engine, chosen.max_requests)
         server = Server(
             *(chosen.name or checkpoint.path.name, model, tokenizer, worker),
             max_length=max_length,
@@ -58,13 +75,12 @@ def main(chosen: ServeArguments) -> int:
         print(f"http://{chosen.host}:{chosen.port}", file=sys.stderr, flush=True)
         config = uvicorn.Config(
             server.app,
-            host=chosen.host,
-            port=chosen.port,
             log_level="warning",
+            **connection_options(),
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
         try:
-            uvicorn.Server(config).run()
+            uvicorn.Server(config).run(sockets)
         finally:
             worker.stop()
     return 0

@@ -9,12 +9,13 @@ import sys
 
 import jax
 
+from jaxlm.checkpoint.certificate import fingerprint
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import STARTED, use_compile_cache
 from jaxlm.commands.training_run.completed_config import completed
 from jaxlm.commands.training_run.hooks import make_hooks
-from jaxlm.commands.training_run.initial_state import initial_state
+from jaxlm.commands.training_run.initial_state import check_source, initial_state
 from jaxlm.commands.training_run.run_outputs import how_to_go_on, run_outputs
 from jaxlm.config import Config
 from jaxlm.data.loader import Dataset, batches, open_dataset
@@ -27,10 +28,14 @@ from jaxlm.sharding.processes import ALONE, Processes, connect
 from jaxlm.terminal.exit_codes import EXIT_DONE
 from jaxlm.terminal.interrupts import Interrupts
 from jaxlm.terminal.progress import Waiting
-from jaxlm.train.loop import due_kinds, fit
+from jaxlm.train.loop import Hooks, due_kinds, fit
 from jaxlm.train.metrics import kinds_at
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.stopping import SIGNAL_CODES, StopRequest
+
+# Parts of a config that may differ between processes: files may lie elsewhere, and the
+# text and the weights that they hold are compared.
+_OF_ONE_PROCESS = ("data", "init_from", "processes", "profile")
 
 
 def main(
@@ -73,7 +78,8 @@ def train(
       NotFinite: at the first step whose loss or gradient is not finite.
     """
     given, settings = config, config.train
-    check_batch(settings, config.data.sequence_length, jax.sharding.get_mesh())
+    check_batch(config, jax.sharding.get_mesh())
+    check_source(config, initial)
     checkpoints = CheckpointManager(
         settings.run_dir,
         settings.keep,
@@ -85,25 +91,17 @@ def train(
     # Until the first step there is nothing to save, so a signal ends the run.
     with checkpoints, Interrupts(SIGNAL_CODES):
         # Read the text.
-        tokenizer = None if initial is None else initial.tokenizer()
-        began = read_record(checkpoints.run) if checkpoints.steps() else None
-        with Waiting("reading the text", in_logs=False):
-            dataset = open_dataset(
-                config.data, tokenizer, seed=settings.seed, began=began
-            )
+        dataset = _read_text(config, initial, checkpoints)
         config = completed(given, dataset.tokenizer)
-        _check_same_run(config, dataset, processes)
+        source = None if checkpoints.steps() else initial
+        _check_same_run(config, dataset, source, processes)
         hooks = make_hooks(config, dataset, checkpoints)
 
         # Make or restore the state.
         optimizer = make_optimizer(config.optimizer, settings.steps)
         state, resumed = initial_state(config, optimizer, checkpoints, dataset, initial)
         step = int(state.step)
-        # What a stop during the evaluation of this step has left out.
-        due = due_kinds(settings, hooks, step) if resumed else set()
-        missing = due.difference(
-            processes.of_first("rows", lambda: [*kinds_at(settings.run_dir, step)])
-        )
+        missing = _missing_rows(config, hooks, step, processes) if resumed else set()
         if resumed and step >= settings.steps and not missing:
             print(how_to_go_on(given, config))
             return EXIT_DONE
@@ -141,11 +139,42 @@ def train(
     return code
 
 
-def _check_same_run(config: Config, dataset: Dataset, processes: Processes) -> None:
-    """Raises ValueError if another process has another text or another config."""
-    parts = {n: to_dict(getattr(config, n)) for n in ("model", "mesh", "optimizer")}
-    own = named_values({**parts, "train": to_dict(config.train)})
+def _read_text(
+    config: Config, initial: Checkpoint | None, checkpoints: CheckpointManager
+) -> Dataset:
+    """Opens the text, as the run has begun with it; may train a tokenizer."""
+    tokenizer = None if initial is None else initial.tokenizer()
+    began = read_record(checkpoints.run) if checkpoints.steps() else None
+    with Waiting("reading the text", in_logs=False):
+        return open_dataset(config.data, tokenizer, seed=config.train.seed, began=began)
+
+
+def _missing_rows(
+    config: Config, hooks: Hooks, step: int, processes: Processes
+) -> set[str]:
+    """Returns the kinds of rows that a stop while this step was evaluated left out."""
+    written = processes.of_first(
+        "rows", lambda: [*kinds_at(config.train.run_dir, step)]
+    )
+    return due_kinds(config.train, hooks, step).difference(written)
+
+
+def _check_same_run(
+    config: Config,
+    dataset: Dataset,
+    source: Checkpoint | None,
+    processes: Processes,
+) -> None:
+    """Raises ValueError if another process has other weights, text or settings.
+
+    Each of them would train its own model, or wait for what the others do not do.
+    """
+    if processes.count == 1:
+        return
+    own = {n: v for n, v in to_dict(config).items() if n not in _OF_ONE_PROCESS}
+    own = named_values(own)
     own["the fingerprint of the text"] = dataset.fingerprint
+    own["the fingerprint of --init-from"] = source and fingerprint(source)
     for index, other in enumerate(processes.gather("reading the config", own)):
         for name, value in other.items():
             if value != own[name]:

@@ -36,10 +36,14 @@ MAX_LINE_BYTES = 32 << 20
 _BATCH_ROWS = 16
 # What Zstandard decompresses at once: at worst to 32 MiB, as four bytes make 128 KiB.
 _ZSTD_BYTES = 1 << 10
+# Text becomes 3 to 10 times smaller, and a log perhaps 100 times. A file of a megabyte
+# that unfolds to a terabyte would be tokenized until the disk is full.
+MAX_UNFOLDED_BYTES = 1 << 30
+MAX_RATIO = 200
 _log = logging.getLogger(__name__)
 
 
-class Part(NamedTuple):
+class DocumentPart(NamedTuple):
     """A part of a document, or all of it, and its origin."""
 
     text: str
@@ -56,7 +60,7 @@ class Part(NamedTuple):
 
 def read_documents(
     file: TextFile, field: str = "text", invalid_utf8: str = "error"
-) -> Iterator[Part]:
+) -> Iterator[DocumentPart]:
     """Yields the documents of a file in parts, without empty ones.
 
     A text file is one document. A byte order mark at the start is dropped; line ends
@@ -70,12 +74,13 @@ def read_documents(
       ValueError: for anything wrong in the file, with its line and the remedy.
     """
     count = 0
-    damage = _Damage(str(file.path), replace=invalid_utf8 == "replace")
-    if file.format == ".parquet":
-        pieces = _read_parquet(file, field, damage)
-    else:
-        pieces = _read_text(file, field, damage)
     try:
+        stored = file.path.stat().st_size
+        damage = _Damage(str(file.path), stored, replace=invalid_utf8 == "replace")
+        if file.format == ".parquet":
+            pieces = _read_parquet(file, field, damage)
+        else:
+            pieces = _read_text(file, field, damage)
         for part in _cut(pieces):
             count += 1
             yield part
@@ -89,7 +94,7 @@ def read_documents(
     damage.warn()
 
 
-def _cut(pieces: Iterable[Part]) -> Iterator[Part]:
+def _cut(pieces: Iterable[DocumentPart]) -> Iterator[DocumentPart]:
     """Cuts documents after a line, wherever the pieces that they are read in end."""
     rest, before = "", 0
     for text, where, done, _, ends in pieces:
@@ -103,7 +108,7 @@ def _cut(pieces: Iterable[Part]) -> Iterator[Part]:
             at = before + start
             origin = f"{where}, from character {at}" if at else where
             is_last = ends and end >= len(rest)
-            yield Part(rest[start:end], origin, done, at == 0, is_last)
+            yield DocumentPart(rest[start:end], origin, done, at == 0, is_last)
             start = end
         rest, before = rest[start:], 0 if ends else before + start
 
@@ -113,7 +118,11 @@ class _Damage:
     """Decodes the text of one file, and counts what was not valid UTF-8."""
 
     path: str
+    stored: int
+    """Bytes of the file, perhaps compressed."""
     replace: bool
+    size: int = 0
+    """Bytes that were decoded."""
     count: int = 0
     nuls: int = 0
 
@@ -142,6 +151,13 @@ class _Damage:
             text, used = codecs.utf_8_decode(data, "replace", is_last)
             real = data.count("\ufffd".encode(), 0, used)
             self.count += text.count("\ufffd") - real
+        self.size += used
+        if self.size > max(MAX_UNFOLDED_BYTES, MAX_RATIO * self.stored):
+            raise ValueError(
+                f"{self.path}: {self.stored:,} bytes unfold to {self.size:,} and more, "
+                f"over {MAX_RATIO} times as many, which would fill the disk: if it is "
+                "text, store it uncompressed"
+            )
         self.nuls += text.count("\0")
         return text, used
 
@@ -235,7 +251,7 @@ def _damaged_archive() -> tuple[type[Exception], ...]:
     return (*errors, zstandard.ZstdError)
 
 
-def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Part]:
+def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[DocumentPart]:
     with open(file.path, "rb") as raw:
         stream = _open(file, raw)
         try:
@@ -255,7 +271,7 @@ def _read_blocks(
     stream: io.BufferedIOBase,
     raw: io.BufferedIOBase,
     damage: _Damage,
-) -> Iterator[Part]:
+) -> Iterator[DocumentPart]:
     data, line, offset = stream.read(_BLOCK_BYTES), 1, 0
     if data.startswith(BOM):
         data, offset = data[len(BOM) :], len(BOM)
@@ -265,7 +281,7 @@ def _read_blocks(
         more = stream.read(_BLOCK_BYTES)
         is_last = not more
         text, used = damage.decode_block(data, line, offset, is_last)
-        yield Part(text, str(file.path), raw.tell(), ends=is_last)
+        yield DocumentPart(text, str(file.path), raw.tell(), ends=is_last)
         line, offset = line + data.count(b"\n", 0, used), offset + used
         data = data[used:] + more
 
@@ -287,7 +303,7 @@ def _read_json_lines(
     raw: io.BufferedIOBase,
     field: str,
     damage: _Damage,
-) -> Iterator[Part]:
+) -> Iterator[DocumentPart]:
     offset = 0
     lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
     for number, line in enumerate(lines, start=1):
@@ -299,10 +315,10 @@ def _read_json_lines(
         start, offset = offset, offset + len(line)
         if number == 1:
             line = line.removeprefix(BOM)
+        text = damage.decode(line, number, start)
         if not line.strip():
             continue
         where = f"{file.path}, line {number}"
-        text = damage.decode(line, number, start)
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -311,7 +327,7 @@ def _read_json_lines(
                 "object per line"
             ) from None
         document = _field_of(value, field, where)
-        yield Part(damage.check_surrogates(document, number), where, raw.tell())
+        yield DocumentPart(damage.check_surrogates(document, number), where, raw.tell())
 
 
 def _field_of(value: Any, field: str, where: str) -> str:
@@ -340,7 +356,9 @@ def _which(field: str, what: str, names: Iterable[str]) -> str:
     return f"{nearest(field, names)}; {there}"
 
 
-def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Part]:
+def _read_parquet(
+    file: TextFile, field: str, damage: _Damage
+) -> Iterator[DocumentPart]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -378,16 +396,23 @@ def _read_parquet(file: TextFile, field: str, damage: _Damage) -> Iterator[Part]
                     text = damage.decode(stored, 1, 0)
                 except ValueError as error:
                     raise ValueError(f"row {row} of {error}") from None
-                yield Part(text, where, size * row // rows)
+                yield DocumentPart(text, where, size * row // rows)
             del batch, data  # before the next one is read
 
 
 def _chunks(metadata: Any, field: str) -> Iterator[Any]:
-    """Yields the chunks of a column, one in each group of rows."""
+    """Yields the chunks of a column, one in each group of rows.
+
+    Raises:
+      ValueError: for a group without it, which a whole file does not have.
+    """
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         columns = map(group.column, range(group.num_columns))
-        yield next(c for c in columns if c.path_in_schema == field)
+        chunk = next((c for c in columns if c.path_in_schema == field), None)
+        if chunk is None:
+            raise ValueError(f"no column {field!r} in group {number} of its rows")
+        yield chunk
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data.documents import Part, read_documents
+from jaxlm.data.documents import DocumentPart, read_documents
 from jaxlm.data.sources import Source
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
@@ -27,7 +27,7 @@ TASK_CHARACTERS = 500_000
 
 def encode_source(
     source: Source, tokenizer: Tokenizer, folder: Path, config: DataConfig
-) -> Generator[tuple[Part, np.ndarray], None, None]:
+) -> Generator[tuple[DocumentPart, np.ndarray], None, None]:
     """Yields parts with their ids, in order; uses processes where that is faster.
 
     Args:
@@ -47,7 +47,7 @@ def encode_source(
         yield part, _encode(tokenizer, part.text, part.where)
 
 
-def _parts(source: Source, config: DataConfig) -> Iterator[Part]:
+def _parts(source: Source, config: DataConfig) -> Iterator[DocumentPart]:
     before = 0
     for file in source.files:
         for part in read_documents(file, config.field, config.invalid_utf8):
@@ -103,7 +103,7 @@ def _encode_task(parts: list[tuple[str, str]]) -> list[np.ndarray]:
     return [_encode(_worker_tokenizer, text, where) for text, where in parts]
 
 
-def _tasks(parts: Iterable[Part]) -> Iterator[list[Part]]:
+def _tasks(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
     task, size = [], 0
     for part in parts:
         task.append(part)
@@ -116,17 +116,17 @@ def _tasks(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def _encode_in_pool(
-    parts: Iterable[Part], tokenizer: Tokenizer, folder: Path, workers: int
-) -> Iterator[tuple[Part, np.ndarray]]:
+    parts: Iterable[DocumentPart], tokenizer: Tokenizer, folder: Path, workers: int
+) -> Iterator[tuple[DocumentPart, np.ndarray]]:
     tokenizer.save(folder)
     # Spawn, because a fork of a process with JAX's threads can hang.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (str(folder),))
-    waiting: deque[tuple[list[Part], Future]] = deque()
+    waiting: deque[tuple[list[DocumentPart], Future]] = deque()
     finished = False
 
-    def submit(task: list[Part]) -> Future:
+    def submit(task: list[DocumentPart]) -> Future:
         texts = [(part.text, part.where) for part in task]
         try:
             return pool.submit(_encode_task, texts)
@@ -134,7 +134,7 @@ def _encode_in_pool(
             # Python 3.11 closes its pipe before it marks the pool as broken.
             raise BrokenProcessPool(str(error)) from error
 
-    def oldest() -> Iterator[tuple[Part, np.ndarray]]:
+    def oldest() -> Iterator[tuple[DocumentPart, np.ndarray]]:
         task, future = waiting[0]
         ids = future.result()
         waiting.popleft()

@@ -14,6 +14,7 @@ from pathlib import Path
 from jaxlm.fields import nearest
 
 BUNDLED = "bundled:"
+_RUN_FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlflow")
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 COMPRESSIONS = (".gz", ".zst")
 # Suffix -> format, where it is not plain text.
@@ -136,6 +137,11 @@ def _files_below(folder: Path) -> tuple[TextFile, ...]:
     read, skipped, files = Counter[str](), Counter[str](), []
     paths = []
     for inside, below, names in os.walk(folder, onerror=_refuse):
+        # What a run writes is no text, and differs at each start.
+        if "checkpoints" in below and {".lock", "metrics.jsonl"} & {*names}:
+            below[:] = [name for name in below if name not in _RUN_FOLDERS]
+            names = [name for name in names if not name.startswith("metrics.")]
+            skipped["runs"] += 1
         below[:] = [name for name in below if name[0] != "."]
         links = sum(os.path.islink(os.path.join(inside, name)) for name in below)
         if links:

@@ -10,10 +10,12 @@ from typing import Any
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import FULL_HASH_BYTES, content_hashes
 from jaxlm.data.sources import Source, TextFile, find_source
+from jaxlm.files.bounded import read_bounded
 from jaxlm.files.durable import replacing
 from jaxlm.files.strict_json import parse
 
 FILE_NAME = "texts.json"
+MAX_BYTES = 1 << 30  # a million files have a quarter of it
 _REMEDY = (
     "data.old_tokens goes on with the tokens of the text as it was, if they are still "
     "in the cache; or restore the text, or start a new run with --train.run-dir NEW "
@@ -131,7 +133,7 @@ def read_record(run: Path) -> tuple[TextRecord, ...] | None:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")  # a pipe would be waited for
-        return tuple(map(_from_json, parse(path.read_bytes(), "its text")))
+        return tuple(map(_from_json, parse(read_bounded(path, MAX_BYTES), "its text")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:

@@ -1,17 +1,26 @@
 """Writes and renames that survive a power cut: a name never holds half a file."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
+def sync(path: Path, *, strict: bool = False) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk.
+
+    Some file systems (older CIFS, vboxsf, 9p) cannot wait for a folder, which is an
+    error only if `strict`.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        cannot = error.errno in (errno.EINVAL, errno.ENOTSUP) and path.is_dir()
+        if strict or not cannot:
+            raise OSError(*error.args, str(path)) from None
     finally:
         os.close(descriptor)
 
@@ -29,8 +38,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Until then `path` stays as it was, even through a power cut.
 
     Raises:
-      OSError: if it cannot be written; names `path` and the reason.
+      OSError: if it cannot be written; names `path` and the reason. What is no file
+        stays: the system's /dev/null can be replaced too.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, "cannot write: it is not a file", str(path))
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with temporary.open("wb") as file:

@@ -8,10 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.config import AttentionName, CacheKind, MeshConfig, SampleConfig
+from jaxlm.config import (
+    AttentionName,
+    CacheKind,
+    MeshConfig,
+    SampleConfig,
+    WeightKind,
+)
 from jaxlm.flags.config_file import RunArguments, read_config
 from jaxlm.flags.flag_table import Flat, Positional
 from jaxlm.flags.parse import parse
+
+COMPARISON = Path("comparison.html")
+"""The page of a report on several runs."""
+# How the files begin that these verbs write.
+_PAGE = b"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src """
+_CERTIFICATE = b'{\n "format": '
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +44,12 @@ class GenerationArguments:
     """Seed of the sampling."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Compute dtype; None keeps the run's."""
+    weights: WeightKind = "float"
+    """Bits of the matrices: `float` keeps them, `int8` and `int4` take less memory and
+    time on accelerators, and change the texts; docs/decoding.md has the loss."""
     cache: CacheKind = "full"
     """How keys and values are kept: `ring` holds the window of layers that have one,
-    `int8` rounds them to 8 bits."""
+    `int8` and `int4` round them to 8 or 4 bits."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
     def __post_init__(self):
@@ -51,6 +70,14 @@ class SampleArguments(GenerationArguments):
     """File with the text to continue, without its last line break; - reads stdin."""
     num_samples: int = 1
     """Number of continuations, sampled as one batch."""
+    best_of: int | None = None
+    """Sample this many, and print the --num-samples whose tokens the model finds most
+    likely on average."""
+    beams: int | None = None
+    """Search for the likeliest texts instead of sampling, following this many at once,
+    and print the best --num-samples; no rule of sampling is used."""
+    length_penalty: float = 1.0
+    """With --beams, above 0 favors long texts, below 0 short ones."""
     regex: str | None = None
     """Regular expression that the whole new text matches."""
     json_schema: Path | None = None
@@ -58,7 +85,7 @@ class SampleArguments(GenerationArguments):
     json: bool = False
     """Print each sample as a line of JSON: text, tokens and log-probabilities."""
     top_logprobs: int = 0
-    """With --json, also the most likely tokens in the place of each; so many."""
+    """With --json, also this many of the most likely tokens at each position."""
     show_probs: bool = False
     """Color each new token by the probability that the model gives it."""
     speculate: str | None = None
@@ -78,15 +105,48 @@ class SampleArguments(GenerationArguments):
         _check_at_least_1(self, "num_samples")
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give --prompt or --prompt-file, not both")
+        _check_at_least_1(self, "best_of", "beams")
+        self._check_choice()
         if self.regex is not None and self.json_schema is not None:
             raise ValueError("give --regex or --json-schema, not both")
         if self.json and self.show_probs:
             raise ValueError("give --json or --show-probs, not both")
+        if self.look is not None:
+            _check_page("--look", self.look)
+        if self.look is not None and self.weights != "float":
+            raise ValueError(
+                f"--look reads matrices: leave out --weights {self.weights}"
+            )
         if self.top_logprobs < 0 or (self.top_logprobs and not self.json):
             raise ValueError(
                 f"--top-logprobs is {self.top_logprobs}: it must be 0 or more, and "
                 "needs --json"
             )
+
+    def _check_choice(self) -> None:
+        """Checks the flags by which the best of several texts are chosen."""
+        if self.best_of is not None and self.beams is not None:
+            raise ValueError("give --best-of or --beams, not both")
+        for flag, count in (("--best-of", self.best_of), ("--beams", self.beams)):
+            if count is not None and count < self.num_samples:
+                raise ValueError(
+                    f"{flag} is {count}: it must be at least --num-samples, "
+                    f"{self.num_samples}"
+                )
+        if self.beams is None:
+            return
+        absent = {
+            "--stop-strings": self.sample.stop_strings,
+            "--regex": self.regex,
+            "--json-schema": self.json_schema,
+            "--show-probs": self.show_probs,
+            "--top-logprobs": self.top_logprobs,
+            "--speculate": self.speculate,
+            "--stats": self.stats,
+            "--look": self.look,
+        }
+        for flag in (flag for flag, value in absent.items() if value):
+            raise ValueError(f"--beams searches without {flag}: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +194,29 @@ class LookArguments:
             raise ValueError('--prompt is missing: give a text, --prompt "ROMEO:"')
         if self.lens_text is not None and self.lens is None:
             raise ValueError("--lens-text needs --lens, the file to write the lens to")
+        _check_page("--out", self.out)
+
+
+def _check_page(flag: str, path: Path) -> None:
+    """Keeps a page from replacing anything but a page of this package."""
+    _check_written(flag, path, "a page", (".html", ".htm"), _PAGE)
+
+
+def _check_written(
+    flag: str, path: Path, kind: str, endings: Sequence[str], beginning: bytes
+) -> None:
+    """Keeps a file from replacing what is not of its kind: a log, weights, notes."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {path}: the name of {kind} ends in {endings[0]}")
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = file.read(len(beginning))
+    if found and found != beginning:
+        raise ValueError(
+            f"{flag} {path} is there, and is not {kind} of jaxlm: choose another name, "
+            "or remove it"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +260,9 @@ class VerifyArguments:
             raise ValueError(
                 f"--out {self.out}: {self.out.parent} is not a folder; make it first"
             )
+        if self.out is not None and not self.out.is_dir():
+            kind = "a certificate", (".json",), _CERTIFICATE
+            _check_written("--out", self.out, *kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +288,9 @@ class EvalArguments:
     """Print the figures as a line of JSON."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Compute dtype; None keeps the run's."""
+    weights: WeightKind = "float"
+    """Bits of the matrices: `float` keeps them, `int8` and `int4` take less memory and
+    time on accelerators, and change the texts; docs/decoding.md has the loss."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
     def __post_init__(self):
@@ -236,13 +325,20 @@ class ServeArguments:
     """Answers that run or wait at once; more are refused."""
     max_seconds: int = 600
     """Time for an answer, waiting included."""
+    speculate: str | None = None
+    """As for `jaxlm sample`: `lookup`, or the path of a smaller model."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
     """Compute dtype; None keeps the run's."""
+    weights: WeightKind = "float"
+    """Bits of the matrices: `float` keeps them, `int8` and `int4` take less memory and
+    time on accelerators, and change the texts; docs/decoding.md has the loss."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
     def __post_init__(self):
         names = ("slots", "max_length", "max_requests", "max_seconds", "port")
         _check_at_least_1(self, *names)
+        if self.port > 65_535:
+            raise ValueError(f"--port is {self.port}: it must be at most 65535")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +356,16 @@ class ReportArguments:
     def __post_init__(self):
         if not self.runs:
             raise ValueError("RUNS is missing: name at least one run folder")
+        if self.out is None and len(self.runs) == 1:
+            return
+        page = self.out or COMPARISON
+        _check_page("--out", page)
+        picture = page.with_suffix(".png")
+        if picture.exists() and not page.exists():
+            raise ValueError(
+                f"{picture} is there, and the picture beside {page} would replace it: "
+                "choose another --out, or remove it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

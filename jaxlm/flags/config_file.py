@@ -4,6 +4,7 @@ Nothing here imports JAX, so a wrong file or flag is reported at once.
 """
 
 import dataclasses
+import os
 import re
 import runpy
 import sys
@@ -20,6 +21,7 @@ from jaxlm.fields import nearest
 from jaxlm.flags.flag_table import Positional
 from jaxlm.flags.help_text import help_text
 from jaxlm.flags.parse import read_flags, with_values
+from jaxlm.terminal.printable import shown_value
 
 if TYPE_CHECKING:
     from jaxlm.checkpoint.opened import Checkpoint
@@ -92,7 +94,11 @@ def read_config(
             initial = open_checkpoint(path)
             config = _with_model_of(initial, config, "data.sequence_length" in values)
         except ValueError as error:
-            raise ValueError(f"--init-from: {error}") from error
+            run = values.get("train.run_dir", config.train.run_dir)
+            # A run holds the model and the tokenizer with which it goes on.
+            begun = (Path(run) / "checkpoints").is_dir()
+            hint = f"; the run in {run} goes on with --init-from {run}" * begun
+            raise ValueError(f"--init-from: {error}{hint}") from error
     return with_values(Config, config, values), initial
 
 
@@ -103,14 +109,15 @@ def _find(name: str | None, default_file: Path) -> Path:
     folder = default_file.parent
     file = Path(name)
     for path in (file, folder / f"{name}.py", folder / f"{name.replace('-', '_')}.py"):
-        if path.is_file() and path.suffix == ".py":
+        # Path.is_file fails for names that are too long.
+        if os.path.isfile(path) and path.suffix == ".py":
             return path
-    if file.is_file():
+    if os.path.isfile(file):
         raise ValueError(
             f"{name} is no config file, which is in Python: to train on a text, give "
             f"--data.path {name}"
         )
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ValueError(
             f"{name} is a folder, not a config file: a text is given by --data.path, a "
             "checkpoint by --init-from"
@@ -119,7 +126,7 @@ def _find(name: str | None, default_file: Path) -> Path:
     names = [path.stem for path in known]
     near = nearest(name, names) or nearest(name, [str(path) for path in known])
     raise ValueError(
-        f"no config file {name!r}{near}: give the path of one, or a name of "
+        f"no config file {shown_value(name)}{near}: give the path of one, or a name of "
         f"{', '.join(names)}"
     )
 

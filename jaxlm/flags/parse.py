@@ -11,12 +11,15 @@ import dataclasses
 import itertools
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jaxlm.fields import matches, must_be
+from jaxlm.files.local_path import local_path
 from jaxlm.flags.flag_table import Flag, default_of, flags_of, section_of
 from jaxlm.flags.help_text import add_flags, help_text
 from jaxlm.flags.suggestions import suggestion
+from jaxlm.terminal.printable import shown_value
 
 T = TypeVar("T")
 _MORE = "--help lists the flags, the most useful first"
@@ -87,10 +90,10 @@ def read_flags(kind: type, arguments: Sequence[str]) -> dict[str, Any]:
             known = [name for f in flags.values() for name in (f.name, f.off) if name]
             typed = arguments[words.index(word)]
             raise ValueError(
-                f"unknown flag {typed!r}{suggestion(word, known)}; {_MORE}"
+                f"unknown flag {shown_value(typed)}{suggestion(word, known)}; {_MORE}"
             )
     if left:
-        raise ValueError(f"unexpected argument {left[0]!r}; {_MORE}")
+        raise ValueError(f"unexpected argument {shown_value(left[0])}; {_MORE}")
     return {
         path: _value(flags[path], given) if path in flags else given
         for path, given in vars(found).items()
@@ -122,12 +125,16 @@ def _value(flag: Flag, given: Any) -> Any:
     if flag.takes_many:
         (element, *_) = get_args(flag.hint)
         return tuple(_from_text(flag, element, text) for text in given)
+    if isinstance(given, list):
+        given = "--"  # argparse drops it from `--prompt=--`, before Python 3.12.5
     return _from_text(flag, flag.hint, given)
 
 
 def _from_text(flag: Flag, hint: Any, text: str) -> Any:
     is_union = get_origin(hint) in (types.UnionType, Union)
     options = get_args(hint) if is_union else (hint,)
+    if Path in options:
+        local_path(text, flag.name)
     # So that `None` is no text.
     for option in sorted(options, key=lambda x: x is not types.NoneType):
         try:
@@ -138,7 +145,9 @@ def _from_text(flag: Flag, hint: Any, text: str) -> Any:
             return value
     # A value None is that of a flag that is left out.
     kinds = [must_be(x, text) for x in options if x is not types.NoneType]
-    raise ValueError(f"{flag.name} is {text!r}: it must be {' or '.join(kinds)}")
+    raise ValueError(
+        f"{flag.name} is {shown_value(text)}: it must be {' or '.join(kinds)}"
+    )
 
 
 def _convert(hint: Any, text: str) -> Any:

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 
 from jaxlm.config import CacheKind, ModelConfig
 from jaxlm.infer.check_arguments import check_cache, check_count, check_room, row_ids
-from jaxlm.infer.decoding import programs as programs_of
-from jaxlm.infer.prefill import capacity, prefill
+from jaxlm.infer.decoding.decoding_spec import DecodingSpec
+from jaxlm.infer.decoding.model_programs import programs_of
+from jaxlm.infer.prefill import CompiledModel, capacity, prefill
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
 from jaxlm.model.kv_cache import Cache
@@ -120,9 +121,9 @@ def beam_search(
     max_length = capacity(most, config.context_length)
     repeated = [row for row in rows for _ in range(num_beams)]
     check_cache(config, params, len(repeated), max_length, cache)
-    programs = programs_of(config, max_length, cache, 1, 0, block)
+    programs = programs_of(DecodingSpec(config, max_length, cache, block=block))
     split, none = programs.split(params), ((), ())
-    found = prefill(config, programs, params, repeated, max_length, none)
+    found = prefill(CompiledModel(programs, params, none), repeated)
     layers, logits = found.layers, found.logits
     lengths = np.array([len(row) for row in repeated], np.int32)
     searches = [_Search(num_beams, length_penalty) for _ in rows]
@@ -141,7 +142,7 @@ def beam_search(
                 tokens[own] = [text[-1] for text in search.texts]
         if all(search.is_done for search in searches):
             break
-        layers, _ = programs.repeat(layers, logits, places)
+        layers, _ = programs.take_rows(layers, logits, places)
         (placed,) = programs.place((lengths,))
         new, logits, _, _ = programs.advance(split, Cache(layers, placed), tokens, none)
         layers, lengths = new.layers, lengths + np.int32(1)

@@ -89,6 +89,24 @@ def row_samples(sample: Any, num_rows: int) -> list[SampleConfig]:
     return list(sample)
 
 
+def row_grammars(
+    grammars: Sequence[Automaton | None] | None, num_rows: int
+) -> list[Automaton | None]:
+    """Returns the grammar of each row, or None for it.
+
+    Raises:
+      ValueError: if there is not one entry for each.
+    """
+    if grammars is None:
+        return [None] * num_rows
+    if len(grammars) != num_rows:
+        raise ValueError(
+            f"grammars has {len(grammars)} entries for {num_rows} prompts: give one "
+            "for each, or None"
+        )
+    return list(grammars)
+
+
 def check_unknown(unknown: Mapping[str, Any]) -> None:
     """Raises a TypeError for an argument that `generate` does not have."""
     for name, value in unknown.items():
@@ -154,7 +172,7 @@ def check_cache(
             f"the {kind} cache of {num_rows} rows of {max_length:,} tokens needs "
             f"{gib(needed)} on a device, which has {gib(available)} for it and for "
             f"{gib(present)} of parameters: decode fewer rows at once or shorter "
-            "texts, or take the cache ring_int8"
+            "texts, or take the cache ring_int8 or ring_int4"
         )
     return needed
 

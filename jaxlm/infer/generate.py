@@ -7,7 +7,7 @@ text is left to the caller.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,17 @@ from jaxlm.infer.check_arguments import (
     check_samples,
     check_state,
     check_unknown,
+    row_grammars,
     row_ids,
     row_keys,
     row_samples,
 )
-from jaxlm.infer.engine import Engine, NewTokens, Request
 from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.generation_trace import check_generation_taps, joined
 from jaxlm.infer.prefill import capacity
 from jaxlm.infer.rules.automata import Automaton
+from jaxlm.infer.slots.engine import Engine
+from jaxlm.infer.slots.slot_request import NewTokens, Request
 from jaxlm.infer.speculative.proposals import Proposer
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
@@ -61,7 +63,7 @@ class Generation:
     top_logprobs: Float[np.ndarray, "B max_new_tokens n"]
     """Their log-probabilities, as `logprobs`."""
     prefill_s: float
-    """Seconds for the prompts, without compiling."""
+    """Seconds for the prompts, without compiling and preparing the weights."""
     decode_s: float
     """Seconds for decoding, without compiling."""
     compile_s: float
@@ -94,6 +96,20 @@ class Generation:
         """
         sums = self.logprobs.sum(axis=1, dtype=np.float64)
         return sums / np.maximum(self.lengths, 1)
+
+    def best(self, count: int) -> "Generation":
+        """Returns the `count` rows with the largest mean log-probability, best first.
+
+        Without the state, which is that of all rows.
+        """
+        chosen = np.argsort(-self.mean_logprobs, kind="stable")[:count]
+        arrays = {
+            field.name: value[chosen]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), np.ndarray)
+        }
+        traces = [self.traces[row] for row in chosen]
+        return replace(self, **arrays, traces=traces, state=None)
 
 
 def generate(
@@ -156,7 +172,7 @@ def generate(
       grammars: for each row None or an automaton that its text follows; see `Request`.
       cache: how keys and values are kept. `full`: all tokens; `ring`: layers with a
         window have room for that and a few tokens, with the same result; `int8`: all,
-        rounded to 8 bits; `ring_int8`: both.
+        rounded to 8 bits; `int4`: to 4 bits; `ring_int8`, `ring_int4`: both.
       num_slots: rows that are decoded at once; others wait, and take the place of those
         that end, with a bar on the terminal. With `resume` or `return_state` all are
         decoded at once.
@@ -182,6 +198,7 @@ def generate(
     keys = row_keys(key, len(rows))
     samples = row_samples(sample, len(rows))
     check_samples(config, samples, num_tokens, token_bytes)
+    grammars = row_grammars(grammars, len(rows))
     needed = [len(r) + s.max_new_tokens for r, s in zip(rows, samples, strict=True)]
     for i, (row, one) in enumerate(zip(rows, samples, strict=True)):
         check_room(f"prompt {i}", row, one.max_new_tokens, config.context_length)
@@ -210,23 +227,40 @@ def generate(
         block=block,
         speculate=speculate,
     )
-    grammars = [None] * len(rows) if grammars is None else grammars
-    if len(grammars) != len(rows):
-        raise ValueError(
-            f"grammars has {len(grammars)} entries for {len(rows)} prompts: give one "
-            "for each, or None"
-        )
     for request in zip(rows, samples, keys, grammars, strict=True):
         engine.submit(Request(*request))
-    kept = engine.begin().kept[: len(rows)] if together else 0
+    if together:
+        kept = engine.begin().kept[: len(rows)]
+    else:
+        kept = np.zeros(len(rows), np.int32)
+        engine.share_beginning()
     with progress_bar("generating", len(rows), "texts") as show:
         texts = _run(engine, len(rows), on_tokens, None if together else show)
     check_hits(edits, engine.hits)
+    return _collected(
+        *(engine, texts, samples),
+        prefill_tokens=np.array([len(row) for row in rows], np.int32) - kept,
+        traces=[joined(taps, [part.trace for part in text]) for text in texts],
+        state=engine.generation_state() if return_state else None,
+    )
+
+
+def _collected(
+    engine: Engine,
+    texts: list[list[NewTokens]],
+    samples: Sequence[SampleConfig],
+    **others: Any,
+) -> Generation:
+    """Puts the parts of each text together.
+
+    Args:
+      others: what the parts do not tell, by the names of `Generation`.
+    """
     most = max(sample.max_new_tokens for sample in samples)
 
     def padded(name: str) -> np.ndarray:
         one = getattr(next(text for text in texts if text)[0], name)
-        out = np.zeros((len(rows), most, *one.shape[1:]), one.dtype)
+        out = np.zeros((len(texts), most, *one.shape[1:]), one.dtype)
         for row, text in zip(out, texts, strict=True):
             parts = [getattr(part, name) for part in text]
             row[: sum(map(len, parts))] = np.concatenate([one[:0], *parts])
@@ -247,9 +281,7 @@ def generate(
         cache_bytes=engine.cache_bytes,
         num_proposed=sums("num_proposed"),
         num_accepted=sums("num_accepted"),
-        prefill_tokens=np.array([len(row) for row in rows], np.int32) - kept,
-        traces=[joined(taps, [part.trace for part in text]) for text in texts],
-        state=engine.generation_state() if return_state else None,
+        **others,
     )
 
 
@@ -273,7 +305,7 @@ def _run(
             if part.error is not None:
                 raise part.error
             texts[part.number].append(part)
-        if on_tokens is not None:
+        if on_tokens is not None and found:
             width = max(len(part.tokens) for part in found)
             new, inside = np.zeros((2, num_rows, width), np.int32)
             for part in found:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.trace import absent_sites, letter_sizes
+from jaxlm.model.recording import letter_sizes
+from jaxlm.model.trace import absent_sites
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap, check_taps
 from jaxlm.types import Trace

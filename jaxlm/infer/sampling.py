@@ -73,11 +73,11 @@ def keep_allowed(
     """Keeps the tokens after which a text can still end in time, in its grammar.
 
     The grammar comes before the other rules: if those left none of its tokens, all of
-    them are as likely.
+    them are equally likely.
 
     Args:
-      left: new tokens that each row has room for, this one included; from the first
-        one on, as many as its state needs.
+      left: new tokens that each row has room for, this one included. It is at least
+        what the state of the row needs.
     """
     next_states = table.next_states[states]
     needs = table.needs[jnp.maximum(next_states, 0)]
@@ -128,7 +128,7 @@ def penalized(
 def filtered(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], settings: RowSettings
 ) -> Float[Array, "B V"]:
-    """Applies the temperature and the filters; greedy rows keep their temperature."""
+    """Applies the temperature and the filters, to rows that are not greedy."""
     for rule in filter_rules(keys, settings).values():
         logits = rule(logits)
     return logits

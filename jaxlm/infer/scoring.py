@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxlm.config import ModelConfig
 from jaxlm.infer.check_arguments import check_count, row_ids
-from jaxlm.infer.decoding import Program
+from jaxlm.infer.decoding.timed_program import TimedProgram
 from jaxlm.infer.prefill import PREFILL_TOKENS, bucket
 from jaxlm.infer.rules.filters import NEVER
 from jaxlm.model.block import Block
@@ -150,7 +150,7 @@ def _joined(parts: np.ndarray, num_rows: int, width: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def _program(config: ModelConfig, block: type[Block]) -> Program:
+def _program(config: ModelConfig, block: type[Block]) -> TimedProgram:
     """Returns (params, tokens, num_ids) -> the two fields of `Scored`, [n, B, C]."""
 
     def run(params, tokens, num_ids):
@@ -164,13 +164,15 @@ def _program(config: ModelConfig, block: type[Block]) -> Program:
             def part(x):
                 return jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
 
+            # On some meshes there are a few more than the vocabulary has.
             logits = unembed(config, params, part(hidden))
-            logits = jnp.where(jnp.arange(config.vocab_size) < num_ids, logits, NEVER)
-            chosen = jnp.arange(config.vocab_size) == part(targets)[..., None]
+            ids = jnp.arange(logits.shape[-1])
+            logits = jnp.where(ids < num_ids, logits, NEVER)
+            chosen = ids == part(targets)[..., None]
             largest = logits.max(axis=-1, keepdims=True)
             is_largest = (chosen & (logits == largest)).any(axis=-1)
             return -cross_entropy(logits, part(targets)), is_largest
 
         return jax.lax.map(one, jnp.array(starts))
 
-    return Program(run)
+    return TimedProgram(run)

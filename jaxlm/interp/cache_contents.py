@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import layer_kinds
@@ -17,8 +17,8 @@ class CacheContents(NamedTuple):
     key_lengths: Float[Array, "L B T K"]
     """Euclidean length of each key, f32."""
     value_lengths: Float[Array, "L B T K"]
-    """Of each value, f32. The first token often has a long key and a short value: it is
-    read much, and adds little."""
+    """Of each value, f32. The first token often has a short value: it is read much, and
+    adds little."""
     visible: Bool[np.ndarray, "L T"]
     """Whether the next token can read it: a layer with a window forgets."""
 
@@ -66,3 +66,11 @@ def read_mass(probs: Float[Array, "*L B N T S"]) -> Float[Array, "*L B N S"]:
       probs: the site `attn_probs`.
     """
     return jnp.sum(probs, axis=-2)
+
+
+def num_readers(config: ModelConfig, num_tokens: int) -> Int[np.ndarray, "L T"]:
+    """Returns how many queries of a text can read each token, its own included."""
+    after = num_tokens - np.arange(num_tokens)
+    kinds, window = layer_kinds(config), config.window or num_tokens
+    local = [kinds[i % len(kinds)].local for i in range(config.num_layers)]
+    return np.stack([np.minimum(after, window) if one else after for one in local])

@@ -30,18 +30,6 @@ def stream_norms(stream: Float[Array, "*B D"]) -> Float[Array, "*B"]:
     return jnp.linalg.norm(stream.astype(jnp.float32), axis=-1)
 
 
-def stream_alignment(
-    addends: Float[Array, "*B D"], stream: Float[Array, "*B D"]
-) -> Float[Array, "*B"]:
-    """Returns the cosine of what is added to the stream and of the stream, f32.
-
-    1 makes it longer, 0 turns it, a negative value takes from it.
-    """
-    x, y = addends.astype(jnp.float32), stream.astype(jnp.float32)
-    lengths = stream_norms(x) * stream_norms(y)
-    return jnp.sum(x * y, axis=-1) / jnp.maximum(lengths, 1e-30)
-
-
 def lens_depth(choices: Int[Array, "L *B"]) -> Int[Array, "*B"]:
     """Returns how many layers the answer needs: from then on it stays the last one's.
 

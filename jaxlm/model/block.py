@@ -6,87 +6,38 @@ letters of shapes.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, Num
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.kv_cache import Cache, LayerCache, append, extend
+from jaxlm.model.kv_cache import LayerCache, extend
 from jaxlm.model.params import param, weights
-from jaxlm.model.positions import Rotation, rotations
+from jaxlm.model.positions import Context, make_context
+from jaxlm.ops.activations import activate
 from jaxlm.ops.attention.dispatch import attention
 from jaxlm.ops.attention.reference import probed_attention
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
-from jaxlm.ops.feed_forward import activate
+from jaxlm.ops.experts.moe import mixture, route
 from jaxlm.ops.layout import layout, reshape
 from jaxlm.ops.linear import compute_dtype, einsum
-from jaxlm.ops.moe import mixture, route
 from jaxlm.ops.norm import divisor, normalize, normalize_by
 from jaxlm.ops.probing.probe import Probe
 from jaxlm.ops.probing.sites import ATTENTION_SITES
 from jaxlm.ops.rope import rotate
-from jaxlm.sharding.rules import activation_spec, batch_parts, reshard_weight
+from jaxlm.sharding.rules import (
+    activation_spec,
+    batch_parts,
+    gather_stream,
+    reshard_input,
+    reshard_output,
+    summed_once,
+)
 from jaxlm.types import Params
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Context:
-    """What all layers of one call share."""
-
-    positions: Int[Array, "B T"]
-    """Position of each token in its text."""
-    rotation: Rotation | None
-    """cos and sin of global layers."""
-    local_rotation: Rotation | None
-    """cos and sin of local layers."""
-    segment_ids: Int[Array, "B T"] | None
-    query_positions: Int[Array, "B T"] | None
-    """Index of each token in the cache; None without a cache, or with an empty one."""
-    lengths: Int[Array, " B"] | None
-    """Tokens already in the cache."""
-    ends: Int[Array, " B"] | None = None
-    """As `Cache.ends`."""
-    zigzag: bool = field(default=False, metadata={"static": True})
-    """Whether the tokens are in zigzag order (`ops/attention/context_parallel.py`)."""
-
-
-def make_context(
-    config: ModelConfig,
-    tokens: Int[Array, "B T"] | jax.ShapeDtypeStruct,
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    cache: Cache | None = None,
-    zigzag: bool = False,
-) -> Context:
-    """Returns what the layers share.
-
-    Arguments as in `forward`; of the tokens only the shape matters.
-
-    Raises:
-      ValueError: for segments with a cache.
-    """
-    if cache is not None and segment_ids is not None:
-        raise ValueError("segment_ids: a cache holds one text in each row")
-    query_positions, lengths, ends = None, None, None
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    default: Array = jnp.broadcast_to(index, tokens.shape)
-    if cache is not None:
-        lengths, ends = cache.lengths, cache.ends
-        default = lengths[:, None] + index
-        query_positions = None if cache.is_empty else default
-    if positions is None:
-        positions = default
-    rotation, local_rotation = rotations(config, positions)
-    return Context(
-        *(positions, rotation, local_rotation, segment_ids, query_positions),
-        *(lengths, ends),
-        zigzag=zigzag,
-    )
 
 
 @dataclass(frozen=True)
@@ -192,9 +143,10 @@ class Attention(nn.Module):
         probe: Probe,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config, kind = self.config, self.kind
-        q = probe("q", linear(self, "BTD,DNH->BTNH", x, "layers/attn/q"))
-        k = probe("k", linear(self, "BTD,DKH->BTKH", x, "layers/attn/k"))
-        v = probe("v", linear(self, "BTD,DKH->BTKH", x, "layers/attn/v"))
+        h = reshard_input(x)
+        q = probe("q", project(self, "BTD,DNH->BTNH", h, "layers/attn/q"))
+        k = probe("k", project(self, "BTD,DKH->BTKH", h, "layers/attn/k"))
+        v = probe("v", project(self, "BTD,DKH->BTKH", h, "layers/attn/v"))
         if config.qk_norm != "none":
             q = probe("q_normed", self._qk_norm("q_norm", q))
             k = probe("k_normed", self._qk_norm("k_norm", k))
@@ -206,34 +158,39 @@ class Attention(nn.Module):
 
         sinks = param(self, "layers/attn/sinks") if config.attention_sinks else None
         spec = attention_spec(config, kind, context, sinks)
-        implementation = config.attention
         if cache is not None:
-            implementation = config.decode_attention
             assert context.lengths is not None
-            if context.query_positions is None:
-                cache = append(cache, context.lengths, k, v, context.ends)
-            else:
-                cache, k, v, spec = extend(
-                    *(cache, context.lengths, k, v, spec), context.ends
-                )
-        if probe.edits(*ATTENTION_SITES):
-            z = probed_attention(q, k, v, spec, probe)
-        else:
-            tapped = "attn_lse" in probe
-            z, lse = attention(
-                *(q, k, v, spec),
-                implementation=implementation,
-                across=config.context_attention,
-                zigzag=context.zigzag,
-                return_lse=tapped,
-            )
-            if lse is not None:
-                probe("attn_lse", lse)
-        y = linear(self, "BTNH,NHD->BTD", probe("z", z), "layers/attn/o")
+            cache, k, v, spec = extend(cache, context.lengths, k, v, spec, context.ends)
+        z = probe("z", self._attend(q, k, v, spec, context, probe))
+        y = project(self, "BTNH,NHD->BTD", z, "layers/attn/o", out_like=x)
         return probe("attn_out", y), cache
 
+    def _attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Num[Array, "B S K H"],
+        v: Num[Array, "B S K H"],
+        spec: AttentionSpec,
+        context: Context,
+        probe: Probe,
+    ) -> Float[Array, "B T N H"]:
+        """Runs the kernel that the config names, or the reference for edited scores."""
+        if probe.is_edited(*ATTENTION_SITES):
+            return probed_attention(q, k, v, spec, probe)
+        config, cached = self.config, context.lengths is not None
+        z, lse = attention(
+            *(q, k, v, spec),
+            implementation=config.decode_attention if cached else config.attention,
+            across=config.context_attention,
+            zigzag=context.zigzag,
+            return_lse="attn_lse" in probe,
+        )
+        if lse is not None:
+            probe("attn_lse", lse)
+        return z
+
     def _qk_norm(self, name: str, x: Float[Array, "B T N H"]) -> Array:
-        """Over each head, or over all heads together."""
+        """Normalizes each head alone, or all heads together."""
         norm = Norm(self.config, f"layers/attn/{name}", name=name)
         if self.config.qk_norm == "head":
             return norm(x)
@@ -249,14 +206,16 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], probe: Probe) -> Float[Array, "B T D"]:
-        up = linear(self, "BTD,DF->BTF", x, "layers/mlp/up")
+        h = reshard_input(x)
+        up = project(self, "BTD,DF->BTF", h, "layers/mlp/up")
         if self.config.gated:
-            pre = linear(self, "BTD,DF->BTF", x, "layers/mlp/gate")
+            pre = project(self, "BTD,DF->BTF", h, "layers/mlp/gate")
             pre, up = probe("mlp_pre", pre), probe("mlp_up", up)
         else:
             pre, up = probe("mlp_pre", up), None
         act = probe("mlp_act", activate(pre, up, self.config.activation))
-        return probe("mlp_out", linear(self, "BTF,FD->BTD", act, "layers/mlp/down"))
+        y = project(self, "BTF,FD->BTD", act, "layers/mlp/down", out_like=x)
+        return probe("mlp_out", y)
 
 
 class MixtureOfExperts(nn.Module):
@@ -266,17 +225,15 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], probe: Probe) -> Float[Array, "B T D"]:
-        config = self.config
+        config, x32 = self.config, x.astype(jnp.float32)
         # Always in f32: rounding would change which of two close experts runs.
-        x32 = x.astype(jnp.float32)
-        logits = linear(
+        logits = project(
             self, "BTD,DE->BTE", x32, "layers/moe/router", precision="highest"
         )
-        logits = probe("router_logits", logits)
+        logits = probe("router_logits", gather_stream(logits))
         routing = route(logits, config.experts_per_token, config.router_normalize)
-        # `mixture` needs the whole of D on each device.
         matrices = {
-            weight.name: reshard_weight(param(self, path), weight.axes[1:])
+            weight.name: param(self, path)
             for path, weight in weights(config).items()
             if "E" in weight.stacked
         }
@@ -284,40 +241,53 @@ class MixtureOfExperts(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis; its weights are below `folder`.
+    """RMSNorm or LayerNorm over the last axis.
 
-    Given a probe, it divides by what an edit makes of its divisor.
+    Given a probe, it divides by what an edit makes of its divisor. A divisor that is
+    only tapped is computed in `trace.py`, from the input of the norm.
     """
 
     config: ModelConfig
-    folder: str
+    prefix: str
+    """Path of its weights, such as `layers/attn_norm`, before `/scale` and `/bias`."""
 
     @nn.compact
     def __call__(self, x: Array, probe: Probe | None = None) -> Array:
         config = self.config
-        scale = param(self, f"{self.folder}/scale").reshape(-1)
+        scale = param(self, f"{self.prefix}/scale").reshape(-1)
         bias = None
         if config.norm_bias:
-            bias = param(self, f"{self.folder}/bias").reshape(-1)
-        site = f"{self.folder.rpartition('/')[2]}_div"
-        if probe is not None and probe.edits(site):
+            bias = param(self, f"{self.prefix}/bias").reshape(-1)
+        site = f"{self.prefix.rpartition('/')[2]}_div"
+        if probe is not None and probe.is_edited(site):
             div = probe(site, divisor(x, config.norm_epsilon, config.norm))
             return normalize_by(x, div, scale, bias, config.norm)
         return normalize(x, scale, bias, config.norm_epsilon, config.norm)
 
 
-def linear(
+def project(
     module: nn.Module,
     equation: str,
     x: Float[Array, "..."],
     path: str,
     precision: jax.lax.PrecisionLike = None,
+    out_like: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """Multiplies x by the weight `path`, and adds its bias where the model has one."""
+    """Multiplies x by the weight `path`, and adds its bias where the model has one.
+
+    Args:
+      x: its axes begin with B and T, as those of the result do.
+      out_like: an activation that the result is sharded as; for products that sum over
+        what `tensor` cuts.
+    """
     out, tokens = activation_spec(equation.partition("->")[2]), layout(x)
     if out is not None and tokens is not None:
-        out = P(*tokens.spec[:2], *out[2:])
+        out = P(*tokens.spec.partitions[:2], *out[2:])
+    if out is not None and out_like is not None:
+        out = out.update(unreduced=summed_once())
     y = einsum(equation, x, param(module, path), out, precision=precision)
+    if out_like is not None:
+        y = reshard_output(y, out_like)
     if f"{path}_bias" in weights(module.config):
         y += param(module, f"{path}_bias").astype(y.dtype)
     return y
@@ -329,7 +299,7 @@ def attention_spec(
     """Returns what attention computes in a layer of this kind."""
     return AttentionSpec(
         config.attention_scale or config.head_dim**-0.5,
-        # The causal mask also hides the part of the cache that is still empty.
+        # Causal, which also hides the part of the cache that is still empty.
         Mask(
             window=config.window if kind.local else None,
             query_positions=context.query_positions,

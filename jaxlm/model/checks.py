@@ -168,6 +168,22 @@ def as_tokens(
     return array
 
 
+def check_of_tokens(name: str, values: Any, shape: tuple[int, ...]) -> None:
+    """Checks positions or segments; None is always fine.
+
+    Raises:
+      ValueError: unless there is an integer for each token.
+    """
+    if values is None:
+        return
+    found, dtype = np.shape(values), jnp.result_type(values)
+    if found != shape or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"{name} has shape {found} and dtype {dtype}: give an integer for each "
+            f"token, {shape}"
+        )
+
+
 def check_cut_rows(
     taps: Sequence[Tap], edits: Sequence[Edit], cache: Cache | None
 ) -> None:

@@ -10,27 +10,30 @@ devices exchange the parts when a step begins. Gradients come back the same way.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.params import weights
-from jaxlm.ops.layout import reshape
+from jaxlm.ops.layout import layout, reshape
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding import rules
-from jaxlm.types import Params
+from jaxlm.types import Params, Quantized
 
 
 def divisible_config(config: ModelConfig, block: type[Block] = Block) -> ModelConfig:
     """Returns the config of the model that runs on the current mesh.
 
-    It is `config` itself, or has more key heads or a larger vocabulary. Key heads of
-    another `block` are its own concern.
+    It is `config` itself, or has more key heads or a larger vocabulary. Another `block`
+    has to divide its key heads itself.
 
     Raises:
       ValueError: if mesh.tensor does not divide the query heads.
@@ -71,31 +74,36 @@ def divisible_params(
     if block is Block:
         sizes["K"] = config.num_kv_heads
 
-    def leaf(path: str, x: Array) -> Array:
+    def leaf(path: str, x: Array | Quantized) -> Array | Quantized:
         weight = weights(config).get(re.sub(r"^layers/\d+/", "layers/", path))
         if weight is None:
             return x
+        axes = weight.axes[-x.ndim :]
         for axis, letter in enumerate(weight.dimensions[-x.ndim :]):
-            if x.shape[axis] < sizes.get(letter, 0):
+            size = sizes.get(letter, 0)
+            if x.shape[axis] < size:
                 enlarge = _repeat if letter == "K" else _pad
-                x = enlarge(x, axis, sizes[letter])
-                return rules.reshard_axes(x, weight.axes[-x.ndim :])
+                x = jax.tree.map(partial(enlarge, axis=axis, size=size), x)
+                return jax.tree.map(partial(rules.reshard_axes, axes=axes), x)
         return x
 
     return tree.map_with_name(leaf, params)
 
 
 def check_sites(
-    config: ModelConfig, taps: Sequence[Tap], edits: Sequence[Edit]
+    config: ModelConfig,
+    taps: Sequence[Tap],
+    edits: Sequence[Edit],
+    block: type[Block] = Block,
 ) -> None:
     """Checks that sites have their own shapes in the form that runs on this mesh.
 
-    A tap of the logits may: `forward` cuts off the padding.
+    Logits may be tapped: `forward` cuts off their padding.
 
     Raises:
       ValueError: if one has another shape.
     """
-    running = divisible_config(config)
+    running = divisible_config(config, block)
     keys = "K" * (running.num_kv_heads != config.num_kv_heads)
     tokens = "V" * (running.vocab_size != config.vocab_size)
     for one in (*taps, *edits):
@@ -123,3 +131,15 @@ def _pad(x: Array, axis: int, size: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths)
+
+
+def without_padding(
+    logits: Float[Array, "B T V"], vocab_size: int
+) -> Float[Array, "B T {vocab_size}"]:
+    """Returns the logits of a vocabulary that may have been padded."""
+    if logits.shape[-1] == vocab_size:
+        return logits
+    placed = layout(logits)
+    assert placed is not None
+    whole = P(*placed.spec.partitions[:-1], None)
+    return jax.sharding.reshard(logits, whole)[..., :vocab_size]

@@ -54,13 +54,16 @@ def init_cache(
     K is larger than `num_kv_heads` where mesh.tensor is.
 
     Args:
-      dtype: of keys and values that are not int8; None takes the compute dtype.
+      dtype: of keys and values that are not quantized; None takes the compute dtype.
       kind: `ring`: local layers have room for their window and `SPARE` tokens only, if
-        that is less; `int8`: keys and values are quantized; `ring_int8`: both.
-      spare: room beyond `max_length`, for tokens that are taken back; rings have it.
+        that is less; `int8`, `int4`: keys and values are quantized; `ring_int8`,
+        `ring_int4`: both.
+      spare: room beyond `max_length`, for tokens that are taken back; rings have
+        their own.
 
     Raises:
-      ValueError: when `max_length` is more than the model's context.
+      ValueError: when `max_length` is more than the model's context, and for `int4`
+        with an odd `head_dim`.
     """
     check_config(config)
     if max_length > config.context_length:
@@ -68,9 +71,16 @@ def init_cache(
             f"a cache of {max_length} tokens is longer than model.context_length "
             f"{config.context_length}"
         )
-    heads = (divisible_config(config).num_kv_heads, config.head_dim)
+    head_dim = config.head_dim
     dtype = compute_dtype(config.dtype) if dtype is None else jnp.dtype(dtype)
-    is_int8 = kind in ("int8", "ring_int8")
+    is_quantized = kind.endswith(("int8", "int4"))
+    if kind.endswith("int8"):
+        dtype = jnp.int8
+    elif kind.endswith("int4"):
+        if head_dim % 2:
+            raise ValueError(f"int4 packs two values: model.head_dim {head_dim} is odd")
+        dtype, head_dim = jnp.uint8, head_dim // 2
+    heads = (divisible_config(config).num_kv_heads, head_dim)
 
     def stack(num_layers: int, window: int | None) -> LayerCache:
         size = max_length + spare if window is None else window + SPARE
@@ -80,15 +90,15 @@ def init_cache(
             partition = activation_spec(letters)
             return jnp.zeros(shape[: len(letters)], dtype, out_sharding=partition)
 
-        keys, values = (zeros("LBSKH", jnp.int8 if is_int8 else dtype) for _ in "kv")
-        if not is_int8:
+        keys, values = (zeros("LBSKH", dtype) for _ in "kv")
+        if not is_quantized:
             return LayerCache(keys, values, window=window)
         key_scale, value_scale = (zeros("LBSK", jnp.float32) for _ in "kv")
         return LayerCache(keys, values, key_scale, value_scale, window)
 
     lengths = jnp.zeros(batch_size, jnp.int32, out_sharding=activation_spec("B"))
     windows: list[int | None] = [None]
-    if kind in ("ring", "ring_int8") and config.window is not None:
+    if kind.startswith("ring") and config.window is not None:
         fits = config.window + SPARE < max_length
         kinds = layer_kinds(config)
         windows = [config.window if k.local and fits else None for k in kinds]

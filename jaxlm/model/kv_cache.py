@@ -2,7 +2,7 @@
 
 Its kinds differ in how a layer holds its tokens, and have one interface (`append`,
 `extend`): all tokens; in a ring, where a layer with a window has room for that and a
-few more; and either of them in int8.
+few more; and either of them in int8, or in 4 bits, two in a byte.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Int8, Num, UInt8
 
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
 from jaxlm.ops.layout import layout
 
-# Tokens for which a ring has room beyond its window: so many at its end can be taken
-# back, for another continuation.
+# Tokens for which a ring has room beyond its window: as many of its newest ones can be
+# taken back, for another continuation.
 SPARE = 32
 _UNBOUNDED = 2**31 - 1
 
@@ -28,11 +28,13 @@ class LayerCache:
 
     # `Any`: see `jaxlm/types.py` on leaves.
     keys: Any
-    """[B, S, K, H], or stacked [L, B, S, K, H]; any float dtype, or int8."""
+    """[B, S, K, H], or stacked [L, B, S, K, H]; any float dtype, or int8. In 4 bits
+    uint8 [B, S, K, H / 2], see `pack`."""
     values: Any
     """Same shape as the keys."""
     key_scale: Any = None
-    """[B, S, K] f32, or stacked: of int8 keys, see `quantize`; None for others."""
+    """[B, S, K] f32, or stacked: of keys in 8 or 4 bits, see `quantize`; None for
+    others."""
     value_scale: Any = None
     """The same for the values."""
     window: int | None = field(default=None, metadata={"static": True})
@@ -156,12 +158,15 @@ def extend(
     """Adds tokens as `append` does, for queries that see them and those before.
 
     Args:
-      spec: of the attention over a cache that holds all tokens.
+      spec: of the attention over a cache that holds all tokens; without positions of
+        the queries the cache is empty, and they see the new tokens only.
 
     Returns:
       The new cache, the keys and values that the queries attend to, and how.
     """
     after = append(cache, lengths, keys, values, ends)
+    if spec.mask.query_positions is None:
+        return after, keys, values, spec
     seen, mask = after, spec.mask
     if cache.window is not None:
         if keys.shape[1] == 1:
@@ -172,6 +177,8 @@ def extend(
     k, v = seen.keys, seen.values
     if seen.key_scale is None:
         k, v = k.astype(keys.dtype), v.astype(values.dtype)
+    elif k.dtype == jnp.uint8:
+        k, v = unpack(k), unpack(v)
     scales = {"key_scale": seen.key_scale, "value_scale": seen.value_scale}
     return after, k, v, replace(spec, mask=mask, **scales)
 
@@ -182,8 +189,25 @@ def _stored(
     """Returns tokens in the form in which the cache holds them."""
     if cache.key_scale is None:
         return replace(cache, keys=keys, values=values)
-    (keys, key_scale), (values, value_scale) = quantize(keys), quantize(values)
+    is_packed = cache.keys.dtype == jnp.uint8
+    (keys, key_scale), (values, value_scale) = (
+        quantize(x, 4 if is_packed else 8) for x in (keys, values)
+    )
+    if is_packed:
+        keys, values = pack(keys), pack(values)
     return LayerCache(keys, values, key_scale, value_scale, cache.window)
+
+
+def pack(x: Int8[Array, "*B H"]) -> UInt8[Array, "*B half"]:
+    """Packs integers from -8 to 7, two in a byte: x[i] is below x[i + H / 2]."""
+    low, high = jnp.split(x.astype(jnp.uint8), 2, axis=-1)
+    return (low & 15) | (high << 4)
+
+
+def unpack(x: UInt8[Array, "*B half"]) -> Int8[Array, "*B H"]:
+    """The inverse of `pack`."""
+    low, high = (y.astype(jnp.int8) >> 4 for y in (x << 4, x))
+    return jnp.concatenate([low, high], axis=-1)
 
 
 def _ring_positions(last: Int[Array, " B"], size: int) -> Int[Array, "B S"]:

@@ -6,19 +6,23 @@ decoding, FLOP counts and the page `docs/params.md` are made from it.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
+import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from jaxlm import tree
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, WeightKind
+from jaxlm.ops.quantization import quantize_weight
 from jaxlm.sharding import rules
+from jaxlm.types import Params, Quantized
 
 Initializer = Callable[..., Array]
 
@@ -247,7 +251,13 @@ WEIGHTS: tuple[Weight, ...] = (
     *_norm("final_norm", "D", FINAL_NORM),
     Weight("lm_head/kernel", "D -> V", Role.HEAD, _head, UNTIED),
 )
+_quantize = jax.jit(quantize_weight, static_argnums=(1, 2))
 _BY_PATH_AND_RANK = {(w.path, len(w.dimensions)): w for w in WEIGHTS}
+_MATRICES = {
+    w.path: w
+    for w in WEIGHTS
+    if w.role in (Role.MATRIX, Role.HEAD) and "E" not in w.stacked
+}
 
 
 @lru_cache
@@ -271,8 +281,10 @@ def weight_of(path: str, leaf: Any) -> Weight:
     return _BY_PATH_AND_RANK[path, rank]
 
 
-def param(module: nn.Module, path: str) -> Array:
+def param(module: nn.Module, path: str) -> Any:
     """Declares the weight `path` in a module; below `layers`, that of one layer.
+
+    It is an array, or `Quantized` if it was made so.
 
     Args:
       module: has a `config`, and sits where `path` says in the tree.
@@ -300,18 +312,89 @@ def cast_matrices(params: Any, dtype: Any) -> Any:
     """Casts to `dtype` the weights that the model would cast before use.
 
     Norms, routers and sinks are used in f32; they and the biases stay as they are, and
-    so do parameters that a block of one's own adds.
+    so do quantized weights and parameters that a block of one's own adds.
 
     Args:
       params: stacked.
     """
     roles = (Role.EMBEDDING, Role.MATRIX, Role.HEAD)
 
-    def cast(path: str, x: Array) -> Array:
+    def cast(path: str, x: Array | Quantized) -> Array | Quantized:
         weight = _BY_PATH_AND_RANK.get((path, x.ndim))
-        return x.astype(dtype) if weight and weight.role in roles else x
+        if isinstance(x, Quantized) or not weight or weight.role not in roles:
+            return x
+        return x.astype(dtype)
 
     return tree.map_with_name(cast, params)
+
+
+def quantize_matrices(params: Params, kind: str) -> Params:
+    """Rounds the matrices, the table of tokens and the head to fewer bits.
+
+    The model then multiplies by the integers. Norms, routers, biases, learned positions
+    and parameters that a block of one's own adds stay as they are.
+
+    Args:
+      params: stacked.
+      kind: `int8`: a scale for each output; `int4`: one for each 32 values, with the
+        table and the head in int8, as they lose most; `float` changes nothing.
+
+    Raises:
+      ValueError: for a kind that does not exist.
+    """
+    kinds = get_args(WeightKind)
+    if kind not in kinds:
+        raise ValueError(f"weights is {kind!r}: choose one of {', '.join(kinds)}")
+
+    def quantized(path: str, x: Array | Quantized) -> Array | Quantized:
+        weight = _BY_PATH_AND_RANK.get((path, x.ndim))
+        if weight is None or isinstance(x, Quantized):
+            return x
+        if weight.role is Role.MATRIX:
+            return _quantize(x, weight.matrix_axes[0], kind)
+        if weight.role is Role.HEAD:
+            return _quantize(x, weight.matrix_axes[0], "int8")
+        return _quantize(x, (1,), "int8") if path == "embed/table" else x
+
+    return params if kind == "float" else tree.map_with_name(quantized, params)
+
+
+def with_outputs_first(params: Params) -> Params:
+    """Returns parameters whose matrices, [inputs, outputs], are [outputs, inputs].
+
+    Those of experts and routers stay as they are.
+
+    Args:
+      params: their `layers` are a tuple, one tree for each layer.
+    """
+    return _turned(params, lambda inputs, outputs: (*outputs, *inputs))
+
+
+def with_inputs_first(params: Params) -> Params:
+    """The inverse of `with_outputs_first`."""
+
+    def order(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[int, ...]:
+        now = (*outputs, *inputs)
+        return tuple(now.index(axis) for axis in range(len(now)))
+
+    return _turned(params, order)
+
+
+def _turned(
+    params: Params,
+    order: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]],
+) -> Params:
+    """Transposes the matrices of one layer, and the head."""
+
+    def turn(path: str, x: Array | Quantized) -> Array | Quantized:
+        weight = _MATRICES.get(re.sub(r"^layers/\d+/", "layers/", path))
+        if weight is None:
+            return x
+        stacked = len(weight.dimensions) - x.ndim
+        axes = order(*(tuple(a - stacked for a in s) for s in weight.matrix_axes))
+        return jax.tree.map(lambda leaf: leaf.transpose(axes), x)
+
+    return tree.map_with_name(turn, params)
 
 
 def count_matmul_params(config: ModelConfig) -> int:

@@ -1,12 +1,79 @@
-"""Rotary angles for the position fields of a `ModelConfig`."""
+"""Where the tokens of a call stand: their positions, rotary angles and segments."""
 
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.kv_cache import Cache
 from jaxlm.ops import rope
 
 Rotation = tuple[Float[Array, "B T P"], Float[Array, "B T P"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one call share."""
+
+    positions: Int[Array, "B T"]
+    """Position of each token in its text."""
+    rotation: Rotation | None
+    """cos and sin of global layers; None without RoPE."""
+    local_rotation: Rotation | None
+    """The same of local layers."""
+    segment_ids: Int[Array, "B T"] | None
+    query_positions: Int[Array, "B T"] | None
+    """Index of each token in the cache; None without a cache, or with an empty one."""
+    lengths: Int[Array, " B"] | None
+    """Tokens already in the cache."""
+    ends: Int[Array, " B"] | None = None
+    """As `Cache.ends`."""
+    zigzag: bool = field(default=False, metadata={"static": True})
+    """Whether the tokens are in zigzag order (`ops/attention/context_parallel.py`)."""
+
+
+def make_context(
+    config: ModelConfig,
+    tokens: Int[Array, "B T"] | jax.ShapeDtypeStruct,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+    zigzag: bool = False,
+) -> Context:
+    """Returns what the layers share.
+
+    Arguments as in `forward`; of the tokens only the shape matters.
+
+    Raises:
+      ValueError: for segments with a cache.
+    """
+    if cache is not None and segment_ids is not None:
+        raise ValueError("segment_ids: a cache holds one text in each row")
+    assert not zigzag or positions is not None
+    query_positions, lengths, ends = None, None, None
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    default: Array = jnp.broadcast_to(index, tokens.shape)
+    if cache is not None:
+        lengths, ends = cache.lengths, cache.ends
+        default = lengths[:, None] + index
+        query_positions = None if cache.is_empty else default
+    if positions is None:
+        positions = default
+    rotation, local_rotation = rotations(config, positions)
+    return Context(
+        positions=positions,
+        rotation=rotation,
+        local_rotation=local_rotation,
+        segment_ids=segment_ids,
+        query_positions=query_positions,
+        lengths=lengths,
+        ends=ends,
+        zigzag=zigzag,
+    )
 
 
 def rotations(

@@ -5,33 +5,32 @@ is computed from recorded ones, for the tapped layers only. The table of sites i
 `ops/probing/sites.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from operator import add
+from operator import add, itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.block import Context, LayerKind, attention_spec, layer_kinds
+from jaxlm.model.block import LayerKind, attention_spec, layer_kinds
 from jaxlm.model.kv_cache import Cache
-from jaxlm.model.layers import Caches, Part
-from jaxlm.model.params import sizes
+from jaxlm.model.layer_stack import ModelPart
+from jaxlm.model.positions import Context
 from jaxlm.ops.attention.reference import attention_scores, join_heads
-from jaxlm.ops.linear import compute_dtype, einsum
-from jaxlm.ops.moe import route
+from jaxlm.ops.experts.moe import route
+from jaxlm.ops.linear import einsum
 from jaxlm.ops.norm import divisor
-from jaxlm.ops.probing.edit import Edit, check_edits
+from jaxlm.ops.probing.edit import Edit
+from jaxlm.ops.probing.probe import Probe
 from jaxlm.ops.probing.recorder import Recorder
-from jaxlm.ops.probing.sites import ATTENTION_SITES, SITES, computed_aside
-from jaxlm.ops.probing.tap import Tap, check_taps, choose
-from jaxlm.sharding.device_memory import available_memory, gib
+from jaxlm.ops.probing.sites import SITES, computed_aside
+from jaxlm.ops.probing.tap import Tap, choose
+from jaxlm.ops.quantization import dequantize_weight
 from jaxlm.sharding.rules import activation_spec
 from jaxlm.types import Params, Trace
 
@@ -88,221 +87,32 @@ def _norm_inputs(config: ModelConfig, site: str) -> tuple[str, ...]:
     return (mid, "mlp_out_post")
 
 
-def recorded_taps(
-    config: ModelConfig,
-    taps: Sequence[Tap],
-    edits: Sequence[Edit] = (),
-    layers: Sequence[int] | None = None,
-) -> tuple[Tap, ...]:
-    """Returns the sites inside the layers to record for these taps, each once.
-
-    What a tap selects is recorded alone, unless another tap needs the rest.
-
-    Args:
-      layers: those that run; None for all.
-    """
-    every = range(config.num_layers) if layers is None else layers
-    derived = _derived(edits)
-    chosen: dict[str, dict[int, None]] = {}
-    whole: dict[str, Tap] = {}
-    for tap in taps:
-        wanted = tap.layers or every
-        if SITES[tap.site].outside_layers:
-            wanted = (config.num_layers - 1,)
-        for source in sources(config, tap.site, derived):
-            if not SITES[source].outside_layers:
-                alone = source == tap.site and source not in whole
-                chosen.setdefault(source, {}).update(dict.fromkeys(wanted))
-                whole[source] = tap if alone else Tap(source)
-
-    def of(site: str) -> Tap:
-        numbers = tuple(chosen[site])
-        is_all = set(numbers) == set(every)
-        return replace(whole[site], layers=None if is_all else numbers)
-
-    return tuple(map(of, chosen))
-
-
-def _derived(edits: Sequence[Edit]) -> frozenset[str]:
+def derived_sites(edits: Sequence[Edit]) -> frozenset[str]:
     """Returns the sites that are computed after the pass."""
     return computed_aside(frozenset(edit.site for edit in edits))
-
-
-def start_recording(
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    cache: Cache | None,
-    taps: Sequence[Tap],
-    edits: Sequence[Edit],
-    part: Part,
-) -> tuple[tuple[Tap, ...], Recorder]:
-    """Returns what to record inside the layers for these taps, and empty slots for it.
-
-    Raises:
-      ValueError: for taps and edits that this call cannot have, or taps whose trace
-        does not fit into the memory of a device.
-    """
-    letters = _letters(config, tokens, cache)
-    absent, layers = absent_sites(config), part.layers(config)
-    check_taps(taps, letters, absent)
-    check_edits(edits, letters, absent)
-    unavailable = part.unavailable()
-    for chosen, how in ((taps, "tapped"), (edits, "edited")):
-        for one in chosen:
-            if one.site in unavailable:
-                raise ValueError(
-                    f"site {one.site!r} cannot be {how} {unavailable[one.site]}"
-                )
-    holds_keys = cache is None or cache.is_empty or (cache.is_plain and cache.is_kept)
-    for tap in taps:
-        if tap.site in ("attn_scores", "attn_probs") and not holds_keys:
-            raise ValueError(
-                f"site {tap.site!r} is computed from the keys in the cache: take one "
-                "that holds all tokens as they are (cache='full'), and is kept"
-            )
-        outside = set(tap.layers or ()) - set(layers)
-        if outside:
-            raise ValueError(
-                f"tap of {tap.site!r}: layer {min(outside)} does not run: start is "
-                f"{layers.start}, stop {layers.stop}"
-            )
-    recorded = recorded_taps(config, taps, edits, layers)
-    if recorded and not isinstance(part.start, int):
-        raise ValueError(
-            f"site {recorded[0].site!r} cannot be tapped with a traced start: which "
-            "layers run is not known while compiling"
-        )
-    by_key = sorted({edit.site for edit in edits} & ATTENTION_SITES)
-    if by_key and cache is not None and not cache.is_plain:
-        raise ValueError(
-            f"site {by_key[0]!r} has a value for each token of the cache: to edit it, "
-            "take one that holds all tokens as they are (cache='full')"
-        )
-    _check_memory(config, tokens, cache, taps, edits, layers)
-    recorder = Recorder.empty(
-        *(recorded, layers, letters, compute_dtype(config.dtype)),
-        activation_spec,
-        len(edits),
-    )
-    return recorded, recorder
-
-
-def letter_sizes(
-    config: ModelConfig, batch: int, length: int, keys: int
-) -> dict[str, int]:
-    """Returns the size of each letter in the shapes of sites, for one call."""
-    given = {"B": batch, "T": length, "S": keys}
-    return {**sizes(config), **given, "1": 1, "k": config.experts_per_token}
-
-
-def _letters(
-    config: ModelConfig,
-    tokens: Array | np.ndarray | jax.ShapeDtypeStruct,
-    cache: Cache | None,
-) -> dict[str, int]:
-    B, T = tokens.shape
-    S = T if cache is None or cache.is_empty else cache.max_length
-    return letter_sizes(config, B, T, S)
-
-
-def trace_bytes(
-    config: ModelConfig,
-    tokens: Int[Array | np.ndarray, "B T"] | jax.ShapeDtypeStruct,
-    taps: Sequence[Tap],
-    *,
-    cache: Cache | None = None,
-    edits: Sequence[Edit] = (),
-    layers: Sequence[int] | None = None,
-) -> dict[str, int]:
-    """Returns the bytes that each tap keeps on a device of the current mesh.
-
-    What is recorded in the layers, and what is computed from it after the pass. Only
-    the shape of the tokens matters, so nothing is computed.
-
-    Args:
-      layers: those that run; None for all.
-    """
-    letters, dtype = _letters(config, tokens, cache), compute_dtype(config.dtype)
-    every = range(config.num_layers) if layers is None else layers
-    derived, mesh = _derived(edits), jax.sharding.get_abstract_mesh()
-
-    def kept(tap: Tap) -> int:
-        shape = list(tap.shape(letters))
-        if not SITES[tap.site].outside_layers:
-            shape = [("L", len(tap.layers or every)), *shape]
-        names, numbers = zip(*shape, strict=True)
-        spec = activation_spec("".join(names))
-        if spec is not None:
-            numbers = NamedSharding(mesh, spec).shard_shape(tuple(numbers))
-        width = jnp.dtype(tap.dtype(dtype)).itemsize
-        return math.prod(numbers) * (width + 4 * (tap.count is not None))
-
-    total = {}
-    for tap in taps:
-        needed = recorded_taps(config, (tap,), edits, every)
-        aside = (tap,) if tap.site in derived or not needed else ()
-        total[tap.site] = sum(map(kept, (*needed, *aside)))
-    return total
-
-
-def _check_memory(
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    cache: Cache | None,
-    taps: Sequence[Tap],
-    edits: Sequence[Edit],
-    layers: Sequence[int],
-) -> None:
-    """Raises a ValueError for a trace that is larger than a device, and says less."""
-    if not taps:
-        return
-    measure = partial(
-        trace_bytes, config, tokens, cache=cache, edits=edits, layers=layers
-    )
-    needed, available = measure(taps), available_memory()
-    if sum(needed.values()) <= available:
-        return
-    largest = max(taps, key=lambda tap: needed[tap.site])
-    cheaper, last = largest, layers[-1:] or layers
-    if not SITES[largest.site].outside_layers:
-        cheaper = replace(cheaper, layers=tuple(last))
-    if measure([cheaper])[largest.site] > available // 2:
-        cheaper = replace(cheaper, positions=(-1,))
-    least = measure([cheaper])[largest.site]
-    chosen = ", ".join(
-        f"{name}={getattr(cheaper, name)}"
-        for name in ("layers", "positions")
-        if getattr(cheaper, name) != getattr(largest, name)
-    )
-    raise ValueError(
-        f"the trace needs {gib(sum(needed.values()))} on a device, which has "
-        f"{gib(available)}: most of it is {largest.site!r}; with {chosen} that keeps "
-        f"{gib(least)}"
-    )
 
 
 def complete(
     config: ModelConfig,
     params: Params,
     taps: Sequence[Tap],
+    probe: Probe,
     recorder: Recorder,
-    outside: Mapping[str, Any],
     context: Context,
-    caches: Caches,
-    edits: Sequence[Edit],
-    layers: Sequence[int],
+    cache: Cache | None,
+    part: ModelPart,
 ) -> Trace:
-    """Returns the trace of all taps.
+    """Returns the trace of all taps, with the sites that are computed after the pass.
 
     Args:
+      probe: of the call; has what was kept of sites outside the layers.
       recorder: has the recorded sites inside the layers.
-      outside: what was kept of sites outside the layers.
-      caches: of all layers, after the pass; None without a cache.
-      layers: those that have run.
+      cache: after the pass.
+      part: what was computed of the model.
     """
-    available, derived = dict(recorder.layers), _derived(edits)
-    recorded = recorded_taps(config, taps, edits, layers)
-    selects = {tap.site: tap.selects for tap in recorded}
+    available, derived = dict(recorder.layers), derived_sites(probe.edits)
+    layers, outside = part.layers(config), probe.values
+    selects = {tap.site: tap.selects for tap in probe.taps}
 
     def at(site: str, wanted: Sequence[int]) -> Any:
         """Returns a recorded site at these layers, in this order."""
@@ -319,10 +129,10 @@ def complete(
             trace[site] = outside[site]
         elif SITES[site].outside_layers:  # derived from the last layer
             last = (config.num_layers - 1,)
-            value = _derive(config, params, tap, last, at, context, caches)
+            value = _derive(config, params, tap, last, at, context, cache)
             trace[site] = tap.reduced(value[0])
         elif site in derived:
-            value = _derive(config, params, tap, wanted, at, context, caches)
+            value = _derive(config, params, tap, wanted, at, context, cache)
             trace[site] = tap.reduced(value)
         elif selects[site]:
             trace[site] = at(site, wanted)
@@ -338,7 +148,7 @@ def _derive(
     layers: Sequence[int],
     at: Callable[[str, Sequence[int]], Array],
     context: Context,
-    caches: Caches,
+    cache: Cache | None,
 ) -> Array:
     """Computes a derived site at these layers, for the tokens and heads of the tap."""
     site = tap.site
@@ -357,19 +167,20 @@ def _derive(
         return ids if site == "expert_ids" else weights
     if site == "head_out":
         w = _of_layers(params["layers"], layers, "attn", "o")
+        w = dequantize_weight(w, values[0].dtype)
         if tap.heads is not None:
             w = choose(w, 1, tap.heads)
         return _head_out(values[0], w)
-    if caches is not None and context.query_positions is not None:
-        values[1] = _of_layers(caches, layers, "keys").astype(values[1].dtype)
+    if cache is not None and context.query_positions is not None:
+        values[1] = _of_layers(cache.layers, layers, "keys").astype(values[1].dtype)
     if tap.heads is not None:
         group = config.num_heads // config.num_kv_heads
         values[1] = choose(values[1], 3, [head // group for head in tap.heads])
     return _scores_or_probs(config, tap, layers, values, context)
 
 
-def _of_layers(stack, layers: Sequence[int], *path: str) -> Array:
-    """Returns one array of these layers, from stacked or separate layers."""
+def _of_layers(stack, layers: Sequence[int], *path: str) -> Any:
+    """Returns one weight or array of these layers, from stacked or separate layers."""
 
     def leaf(tree):
         for name in path:
@@ -377,8 +188,9 @@ def _of_layers(stack, layers: Sequence[int], *path: str) -> Array:
         return tree
 
     if isinstance(stack, tuple):
-        return jnp.stack([leaf(stack[layer]) for layer in layers])
-    return leaf(stack)[jnp.array(layers)]
+        chosen = [leaf(stack[layer]) for layer in layers]
+        return jax.tree.map(lambda *x: jnp.stack(x), *chosen)
+    return jax.tree.map(itemgetter(jnp.array(layers)), leaf(stack))
 
 
 def _head_out(z: Array, w: Array) -> Array:

@@ -1,8 +1,9 @@
 """The Transformer: one network for every choice in `ModelConfig`.
 
-Read `forward` first, then `block.py`. Parameters go in as a nested dict, values come
-out. Each weight is described in `params.py`, formulas are in `jaxlm/ops`, and the
-letters of shapes are explained in `jaxlm/types.py`.
+Read `forward` first, then `block.py`, which has one layer (`layer_stack.py` runs all
+of them). Parameters go in as a nested dict, values come out. Each weight is described
+in `params.py`, formulas are in `jaxlm/ops`, and the letters of shapes are explained in
+`jaxlm/types.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +18,21 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import trace
-from jaxlm.model.block import Block, Norm, make_context
+from jaxlm.model.block import Block, Norm
 from jaxlm.model.checks import (
     as_tokens,
     check_config,
-    check_cut_rows,
     check_layers,
     check_model,
+    check_of_tokens,
 )
-from jaxlm.model.divisible import check_sites, divisible_config, divisible_params
+from jaxlm.model.divisible import divisible_config, divisible_params, without_padding
 from jaxlm.model.kv_cache import Cache
-from jaxlm.model.layers import Part, run_layers
+from jaxlm.model.layer_stack import ModelPart, run_layers
 from jaxlm.model.params import param
+from jaxlm.model.positions import Context, make_context
+from jaxlm.model.recording import start_recording
+from jaxlm.model.trace import complete
 from jaxlm.ops.embedding import lookup
 from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype, einsum
@@ -37,8 +40,11 @@ from jaxlm.ops.probing.edit import Edit, total_hits
 from jaxlm.ops.probing.probe import Probe
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.ops.rope import sinusoids
-from jaxlm.sharding.rules import activation_spec, reshard
+from jaxlm.sharding.rules import activation_spec, gather_stream, reshard
 from jaxlm.types import Params
+
+# Logit of an id that pads the vocabulary; sampling takes it for an id that is excluded.
+NO_TOKEN = -1e30
 
 
 @jax.tree_util.register_dataclass
@@ -96,8 +102,8 @@ def forward(
         only and call `unembed` themselves.
       start: the first layer to run, on `stream`. It may be traced: then one program
         serves all, without gradients and without taps inside the layers.
-      stop: the layer to stop before; the result is then its residual stream, without
-        the final norm and the head.
+      stop: the layer to stop before; the result is then the residual stream that
+        enters it, without the final norm and the head.
       stream: the residual stream that enters layer `start`, as the site `resid_pre` or
         `hidden_states` of a call with `stop`; the tokens are not embedded, and only
         their shape matters.
@@ -110,55 +116,44 @@ def forward(
       ValueError: for arguments of the wrong type or shape, parameters of another model,
         layers that are not there, taps or edits that cannot be, a trace that does not
         fit into memory, segments with a cache, or rows that mesh.context does not cut
-        into equal parts; outside jit also for ids
-        outside the vocabulary, a cache without room, and an edit that changes nothing.
+        into equal parts; outside jit also for ids outside the vocabulary, a cache
+        without room, and an edit that changes nothing.
     """
     check_model(config, params, block)
+    check_layers(config, params, start, stop, stream)
     tokens = as_tokens(config, tokens, cache)
-    assert not zigzag or (positions is not None and not edits)
+    check_of_tokens("positions", positions, tokens.shape)
+    check_of_tokens("segment_ids", segment_ids, tokens.shape)
     context = make_context(config, tokens, positions, segment_ids, cache, zigzag)
+    part = ModelPart(start, stop, stream is not None, head)
+    probe, recorder = start_recording(
+        config, tokens, context, cache, taps, edits, part, block
+    )
+    # What runs on this mesh may have more key heads and a padded vocabulary.
+    running = divisible_config(config, block)
+    weights = divisible_params(running, params, block)
     # With a cache rows are whole on each device: one new token cannot be cut.
     rows = "BT" if cache is None else "B_"
-    tokens = reshard(tokens, rows)
-    given, config = config, divisible_config(config, block)
-    params = divisible_params(config, params, block)
-    check_layers(config, params, start, stop, stream)
-    part = Part(start, stop, stream is not None, head)
-    recorded, recorder = trace.start_recording(config, tokens, cache, taps, edits, part)
-    check_cut_rows(taps, edits, cache)
-    probe = Probe(taps, edits, context.positions)
-    if config != given:
-        check_sites(given, taps, edits)
 
-    layers = part.layers(config)
     if stream is None:
-        embed: Callable[..., Any] = Embedder(config, parent=None).apply
-        x = embed({"params": params["embed"]}, tokens, context.positions, probe)
+        x = _embed(running, weights, reshard(tokens, rows), context, probe)
     else:
         x = reshard(stream.astype(compute_dtype(config.dtype)), f"{rows}D")
-    caches = None if cache is None else cache.layers
-    keeps = cache is not None and cache.is_kept
-    x, caches, recorder = run_layers(
-        *(config, params["layers"], x, context, caches, recorder, recorded, edits),
-        *(block, start, layers.stop, keeps),
+    x, cache, recorder = run_layers(
+        running, weights["layers"], x, context, cache, recorder, probe, part, block
     )
-    if stop is None:
-        x = probe("final_norm", _final_norm(config, params, x, probe))
     logits = None
-    if head and stop is None:
-        logits = unembed(config, params, x)
-        if config.vocab_size != given.vocab_size:
-            logits = reshard(logits, f"{rows}_")[..., : given.vocab_size]
-        logits = probe("logits", logits)
+    if stop is not None:
+        x = gather_stream(x)
+    else:
+        x = probe("final_norm", gather_stream(_final_norm(running, weights, x, probe)))
+        if head:
+            logits = without_padding(unembed(running, weights, x), config.vocab_size)
+            logits = probe("logits", logits)
 
-    tapped = trace.complete(
-        *(config, params, taps, recorder, probe.values, context, caches, edits, layers)
-    )
+    trace = complete(running, weights, taps, probe, recorder, context, cache, part)
     hits = total_hits(edits, recorder.hits, probe.hits)
-    new_cache = None
-    if cache is not None and caches is not None:
-        new_cache = Cache(layers=caches, lengths=cache.lengths + tokens.shape[1])
-    return Output(x, logits, new_cache, tapped, hits)
+    return Output(x, logits, cache, trace, hits)
 
 
 class Embedder(nn.Module):
@@ -188,6 +183,17 @@ class Embedder(nn.Module):
         return x
 
 
+def _embed(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    context: Context,
+    probe: Probe,
+) -> Float[Array, "B T D"]:
+    apply: Callable[..., Any] = Embedder(config, parent=None).apply
+    return apply({"params": params["embed"]}, tokens, context.positions, probe)
+
+
 def _final_norm(
     config: ModelConfig,
     params: Params,
@@ -203,7 +209,8 @@ def _final_norm(
 def head_params(config: ModelConfig, params: Params) -> Params:
     """Returns the part of the parameters that `unembed` multiplies by.
 
-    In the form that the mesh needs, so that no call of `unembed` makes it again.
+    In the form that the mesh needs, so that no call of `unembed` makes it again: what
+    has that form already stays as it is.
     """
     if config.tied_embeddings:
         part = {"embed": {"table": params["embed"]["table"]}}
@@ -222,7 +229,7 @@ def unembed(
     """Computes logits (f32) from hidden states, by the tied table or the head.
 
     Where mesh.tensor does not divide the vocabulary there are a few more logits than
-    tokens, all -1e30.
+    tokens, all `NO_TOKEN`.
 
     Args:
       x: with up to three leading axes, e.g. [B, T, D], or [L, B, T, D] from a tap.
@@ -248,5 +255,5 @@ def unembed(
         ids = jax.lax.broadcasted_iota(
             jnp.int32, logits.shape, logits.ndim - 1, out_sharding=layout(logits)
         )
-        logits = jnp.where(ids < config.vocab_size, logits, -1e30)
+        logits = jnp.where(ids < config.vocab_size, logits, NO_TOKEN)
     return logits

@@ -5,6 +5,7 @@ Left alone, compilers choose others: twice the bytes, or once for each use.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,37 +20,47 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def shared_axes(weight: Array, activation: Array) -> tuple[str, ...]:
-    """Returns the mesh axes, of several devices, that cut both arrays.
+def gathered_axes(equation: str, x: Array, w: Array) -> tuple[str, ...]:
+    """Returns the mesh axes, of several devices, along which `einsum(x, w)` gathers w.
 
-    A product of the two gathers the weight along them.
+    They cut w and x, but not along the same dimension.
     """
-    first, second = layout(weight), layout(activation)
+    first, second = layout(x), layout(w)
     if first is None or second is None:
         return ()
-    one, other = (
-        {a for entry in cut.spec for a in axes_of(entry)} for cut in (first, second)
+    x_letters, w_letters = equation.partition("->")[0].split(",")
+    cut_x, cut_w = (
+        {axis: letter for letter, entry in cuts for axis in axes_of(entry)}
+        for cuts in (
+            zip(x_letters, first.spec.partitions, strict=True),
+            zip(w_letters, second.spec.partitions, strict=True),
+        )
     )
-    shape = first.mesh.shape
-    return tuple(a for a in shape if a in one & other and shape[a] > 1)
+    return tuple(
+        axis
+        for axis, size in first.mesh.shape.items()
+        if size > 1 and axis in cut_x and cut_w.get(axis, cut_x[axis]) != cut_x[axis]
+    )
 
 
 def all_gather(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     """Returns x, which is cut as `partition` says, whole along the mesh axes `axes`."""
-
-    def local(x):
-        for dimension, cut in enumerate(_only(partition, axes)):
-            # Two rings at once; all three would become an all-reduce.
-            sizes = _rings(cut)
-            sizes = [*sizes[:-2], math.prod(sizes[-2:])]
-            for groups in _groups(sizes) if cut else ():
-                x = jax.lax.all_gather(
-                    x, cut, axis=dimension, tiled=True, axis_index_groups=groups
-                )
-        return x
-
+    local = partial(all_gather_parts, partition=partition, axes=axes)
     out = _without(partition, axes)
     return jax.shard_map(local, in_specs=partition, out_specs=out, check_vma=False)(x)
+
+
+def all_gather_parts(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
+    """As `all_gather`, from each device's part of x, inside a `shard_map`."""
+    for dimension, cut in enumerate(_only(partition, axes)):
+        # Two rings at once; all three would become an all-reduce.
+        sizes = _rings(cut)
+        sizes = [*sizes[:-2], math.prod(sizes[-2:])]
+        for groups in _groups(sizes) if cut else ():
+            x = jax.lax.all_gather(
+                x, cut, axis=dimension, tiled=True, axis_index_groups=groups
+            )
+    return x
 
 
 def psum_scatter(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
@@ -59,25 +70,28 @@ def psum_scatter(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
       x: the arrays, stacked; the first dimension is cut over `axes`.
       partition: of the result.
     """
-
-    def local(x):
-        x, rest = x[0], set(axes)
-        for dimension, cut in enumerate(_only(partition, axes)):
-            rest -= set(axes_of(cut))
-            for groups in reversed(_groups(_rings(cut))) if cut else ():
-                x = jax.lax.psum_scatter(
-                    x,
-                    cut,
-                    scatter_dimension=dimension,
-                    tiled=True,
-                    axis_index_groups=groups,
-                )
-        return jax.lax.psum(x, tuple(a for a in axes if a in rest)) if rest else x
-
+    local = partial(psum_scatter_parts, partition=partition, axes=axes)
     stacked = P(axes, *_without(partition, axes))
-    return jax.shard_map(local, in_specs=stacked, out_specs=partition, check_vma=False)(
+    # Checked, so that the gradient of a whole sum is not exchanged again.
+    return jax.shard_map(lambda x: local(x[0]), in_specs=stacked, out_specs=partition)(
         x
     )
+
+
+def psum_scatter_parts(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
+    """As `psum_scatter`, from each device's array, inside a `shard_map`."""
+    rest = set(axes)
+    for dimension, cut in enumerate(_only(partition, axes)):
+        rest -= set(axes_of(cut))
+        for groups in reversed(_groups(_rings(cut))) if cut else ():
+            x = jax.lax.psum_scatter(
+                x,
+                cut,
+                scatter_dimension=dimension,
+                tiled=True,
+                axis_index_groups=groups,
+            )
+    return jax.lax.psum(x, tuple(a for a in axes if a in rest)) if rest else x
 
 
 def sum_over_tokens(
@@ -93,7 +107,7 @@ def sum_over_tokens(
     """
     cut, rows = layout(like), layout(arrays[0])
     assert cut is not None and rows is not None
-    axes = axes_of(rows.spec[0])
+    axes = axes_of(rows.spec.partitions[0])
     inside = _without(cut.spec, axes)
 
     def local(*arrays):

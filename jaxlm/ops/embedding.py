@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxlm.ops.collectives import axes_of
 from jaxlm.ops.layout import layout
+from jaxlm.ops.quantization import dequantize_weight
+from jaxlm.types import Quantized
 
 
 def lookup(
-    table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype: DTypeLike
+    table: Num[Array, "V D"] | Quantized, ids: Int[Array, "B T"], dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
     """Returns the row of each id, rounded to `dtype`; cut over devices as the ids are.
 
@@ -24,6 +26,9 @@ def lookup(
     Args:
       ids: in an Explicit mesh, the axes that cut D are among those that cut B.
     """
+    if isinstance(table, Quantized):
+        parts = (lookup(x, ids, jnp.float32) for x in (table.values, table.scale))
+        return dequantize_weight(Quantized(*parts), dtype)
     cut, tokens = layout(table), layout(ids)
     if cut is None or tokens is None:
         return table[ids].astype(dtype)

@@ -30,6 +30,17 @@ def layout(x: Array | jax.ShapeDtypeStruct) -> NamedSharding | None:
     return sharding
 
 
+def cotangent_layout(x: Array) -> NamedSharding | None:
+    """Returns the sharding of a gradient of x; where x is `reduced`, not summed yet."""
+    sharding = layout(x)
+    if sharding is None:
+        return None
+    spec = sharding.spec
+    return sharding.update(
+        spec=spec.update(unreduced=spec.reduced, reduced=spec.unreduced)
+    )
+
+
 def reshape(x: Array, shape: Sequence[int], kept: Sequence[int | None]) -> Array:
     """`x.reshape(shape)` with an explicit sharding of each dimension.
 

@@ -1,9 +1,11 @@
 """The einsum through which parameters multiply (but for experts, see `moe.py`).
 
 It asks for f32 accumulation, casts the parameter once, and gives XLA:CPU the forms
-that it runs fast, forward and backward; on accelerators the same forms are as good.
+that it runs fast, forward and backward; on accelerators the same forms are as good, but
+for a single row, which GPUs and CPUs multiply in forms of their own.
 """
 
+import math
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,15 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
+from jaxlm.ops.attention.request import target
 from jaxlm.ops.collectives import (
     all_gather,
+    axes_of,
     compiler_scatters,
-    shared_axes,
+    gathered_axes,
     sum_over_tokens,
 )
-from jaxlm.ops.layout import layout
+from jaxlm.ops.layout import cotangent_layout, layout
+from jaxlm.ops.quantization import dequantize_weight
+from jaxlm.types import Quantized
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -47,7 +53,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 def einsum(
     equation: str,
     x: Float[Array, "..."],
-    w: Float[Array, "..."],
+    w: Num[Array, "..."] | Quantized,
     out_sharding: P | None = None,
     out_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -55,64 +61,180 @@ def einsum(
     """`einsum(equation, x, w)` of an activation and a parameter.
 
     The parameter is rounded to x's dtype, sums are kept in f32, and the gradient of
-    the parameter stays in the parameter's dtype.
+    the parameter stays in the parameter's dtype. A quantized one has no gradient.
 
     Args:
       equation: with an explicit output; each letter of x is in w or in the output, and
-        each letter of w in x or in the output.
-      out_sharding: layout of the result where the mesh makes it ambiguous.
+        each letter of w in x or in the output, there at the end and in w's order.
+      out_sharding: layout of the result where the mesh makes it ambiguous. With
+        `unreduced` axes the sums over devices are left to the caller, who makes them in
+        the result's dtype; so are those of the gradient of an x that is `reduced`. Sums
+        with integers are made here.
       out_dtype: dtype of the result; None is x's.
       precision: of f32 inputs on accelerators, which otherwise use fewer bits; forward
         and backward.
     """
-    y = jnp.einsum(
-        equation,
-        x,
-        _gathered(w, x),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
-    )
+    if isinstance(w, Quantized):
+        return _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision)
+    one_row = _is_on_one_device(w) and _is_one_row(equation, x)
+    platform, rows = target()[0], _row_axes(equation)
+    if one_row and platform == "gpu":
+        y = _one_row(equation, x, w.astype(x.dtype), out_sharding)
+    else:
+        whole = _gathered(equation, x, w)
+        repeats = one_row and platform == "cpu" and x.dtype == jnp.bfloat16 and rows
+        if repeats:
+            # XLA:CPU multiplies several rows in bfloat16. For one it writes w in f32.
+            x = jnp.concatenate([x, x], equation.index(rows[0]))
+        product = _product_in_shard_map if _in_shard_map(x) else _product
+        y = product(equation, x, whole, out_sharding=out_sharding, precision=precision)
+        if repeats:
+            row = equation.partition("->")[2].index(rows[0])
+            y = jax.lax.slice_in_dim(y, 0, 1, axis=row)
     return y.astype(x.dtype if out_dtype is None else out_dtype)
 
 
-def _gathered(w: Array, x: Array) -> Array:
-    """Returns w in x's dtype, whole along the mesh axes that cut both."""
-    axes = shared_axes(w, x)
+def _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision):
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    inputs, out = equation.split("->")
+    summed = [i for i, c in enumerate(inputs.partition(",")[2]) if c not in out]
+    if out_sharding is not None:
+        out_sharding = P(*out_sharding.partitions)
+    if any(w.scale.shape[axis] > 1 for axis in summed):
+        # For a product of matrices XLA would write the whole weight first.
+        if _is_on_one_device(w.values) and _is_one_row(equation, x):
+            w = dequantize_weight(w, jnp.float32)
+            return _one_row(equation, x, w, out_sharding).astype(out_dtype)
+        w = dequantize_weight(w, x.dtype)
+        return einsum(equation, x, w, out_sharding, out_dtype, precision)
+    # Small integers are exact in each dtype, so that compilers convert them while they
+    # are read, and nothing rounds them.
+    y = einsum(equation, x, w.values, out_sharding, jnp.float32, precision)
+    scale, placed = w.scale.squeeze(summed), layout(y)
+    if placed is not None:
+        scale = jax.sharding.reshard(
+            scale, P(*placed.spec.partitions[y.ndim - scale.ndim :])
+        )
+    return (y * scale).astype(out_dtype)
+
+
+def _is_on_one_device(x: Array) -> bool:
+    placed = layout(x)
+    return placed is None or placed.mesh.size == 1
+
+
+# Sums are f32.
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _in_shard_map(x: Array) -> bool:
+    return bool(jax.typeof(x).sharding.mesh.manual_axes)
+
+
+def _product_in_shard_map(equation, x, w, *, out_sharding, precision) -> Array:
+    """The product, where XLA takes no `unreduced` arrays.
+
+    Devices that sum over parts of an axis add up their results in x's dtype.
+    """
+    axes = _summed_axes(equation, x)
+    if not axes:
+        return _product(equation, x, w, out_sharding=out_sharding, precision=precision)
+
+    def local(x, w):
+        y = _product(equation, x, w, precision=precision)
+        return jax.lax.psum(y.astype(x.dtype), axes)
+
+    specs = tuple(jax.typeof(array).sharding.spec for array in (x, w))
+    out = getattr(out_sharding, "spec", out_sharding)
+    return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(x, w)
+
+
+def _summed_axes(equation: str, x: Array) -> tuple[str, ...]:
+    """Returns the mesh axes, of several devices, that cut what is summed over."""
+    x_axes, out = equation.partition(",")[0], equation.partition("->")[2]
+    sharding = jax.typeof(x).sharding
+    return tuple(
+        axis
+        for letter, entry in zip(x_axes, sharding.spec.partitions, strict=True)
+        for axis in axes_of(entry)
+        if letter not in out and sharding.mesh.shape[axis] > 1
+    )
+
+
+def _row_axes(equation: str) -> str:
+    """Returns the axes of x that w has not."""
+    x_axes, w_axes = equation.partition("->")[0].split(",")
+    return "".join(axis for axis in x_axes if axis not in w_axes)
+
+
+def _is_one_row(equation: str, x: Array) -> bool:
+    rows = _row_axes(equation)
+    return math.prod(x.shape[equation.index(axis)] for axis in rows) == 1
+
+
+def _one_row(equation: str, x: Array, w: Array, out_sharding: P | None) -> Array:
+    """Multiplies and sums outside of the matrix units, which one row leaves empty.
+
+    XLA for GPUs then reads w as fast as memory gives it, best where the axes that are
+    summed come last, and fuses what surrounds the product. f32.
+    """
+    inputs, _, out = equation.partition("->")
+    x_axes, w_axes = inputs.split(",")
+    if layout(w) is not None:  # one device, of which shapes need no layout
+        x, w = (jax.sharding.reshard(a, P()) for a in (x, w))
+    size = dict(zip(w_axes, w.shape, strict=True))
+    shared = [axis for axis in w_axes if axis in x_axes]
+    x = jnp.einsum(f"{x_axes}->{''.join(shared)}", x)
+    x = x.reshape([size[axis] if axis in shared else 1 for axis in w_axes])
+    products = x.astype(jnp.float32) * w.astype(jnp.float32)
+    y = jnp.sum(products, [i for i, axis in enumerate(w_axes) if axis not in out])
+    y = y.reshape([size.get(axis, 1) for axis in out])
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+def _gathered(equation: str, x: Array, w: Array) -> Array:
+    """Returns w in x's dtype, whole along the mesh axes that x needs otherwise."""
+    axes = gathered_axes(equation, x, w)
     if not axes:
         return w.astype(x.dtype)
     sharding = layout(w)
     assert sharding is not None
-    return all_gather(w.astype(x.dtype), sharding.spec, axes)
+    if jnp.issubdtype(w.dtype, jnp.floating):
+        w = w.astype(x.dtype)
+    return all_gather(w, sharding.spec, axes).astype(x.dtype)
 
 
 def _einsum_forward(equation, x, w, out_sharding, out_dtype, precision):
+    if isinstance(w, Quantized):
+        options = (out_sharding, out_dtype, precision)
+        return jax.vjp(lambda x: _quantized_einsum(equation, x, w, *options), x)
     # Gathered once in a pass, here, and used twice in the backward pass of a layer
     # that is computed again.
-    whole = _gathered(w, x)
+    whole = _gathered(equation, x, w)
     y = einsum(equation, x, whole, out_sharding, out_dtype, precision)
-    return y, (x, w, whole if shared_axes(w, x) else None)
+    return y, (x, w, whole if gathered_axes(equation, x, w) else None)
 
 
 def _einsum_backward(equation, out_sharding, out_dtype, precision, residuals, g):
+    if not isinstance(residuals, tuple):  # of a quantized weight
+        return *residuals(g), None
     x, w, whole = residuals
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     # Cotangents are rounded to the compute dtype so that both products of the
     # backward pass run in it; their sums are f32 again.
     g = g.astype(x.dtype)
-    f32_sums = partial(
-        jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+    whole_w = w.astype(x.dtype) if whole is None else whole
+    dx_equation = f"{out},{w_axes}->{x_axes}"
+    product = _product_in_shard_map if _in_shard_map(g) else _product
+    dx = product(
+        dx_equation, g, whole_w, out_sharding=cotangent_layout(x), precision=precision
     )
-    dx = f32_sums(
-        f"{out},{w_axes}->{x_axes}",
-        g,
-        w.astype(x.dtype) if whole is None else whole,
-        out_sharding=layout(x),
-    )
-    gradient = partial(f32_sums, f"{x_axes},{out}->{w_axes}")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        return dx.astype(x.dtype), None
+    gradient = partial(_product, f"{x_axes},{out}->{w_axes}", precision=precision)
     with jax.named_scope("weight_gradient"):
-        if whole is None or compiler_scatters(shared_axes(w, x)):
+        if whole is None or compiler_scatters(gathered_axes(equation, x, w)):
             dw = gradient(x, g, out_sharding=layout(w))
         else:
             dw = sum_over_tokens(gradient, (x, g), like=w)

@@ -36,21 +36,45 @@ def orthogonalize(
     placed = layout(x)
     if placed is None:
         return _orthogonalize_whole(x, inputs, eps)
-    cut = {d: axes_of(placed.spec[d]) for d in (*inputs, *outputs) if placed.spec[d]}
-    parts = math.prod(placed.mesh.shape[a] for axes in cut.values() for a in axes)
+    spec, shape = placed.spec, placed.mesh.shape
+    cut = {d: axes_of(spec[d]) for d in (*inputs, *outputs) if spec[d]}
+    axes = tuple(axis for names in cut.values() for axis in names)
+    sizes = {d: math.prod(shape[axis] for axis in cut[d]) for d in cut}
+    devices = math.prod(sizes.values())
+
+    def exchange(x):
+        # Once for all dimensions: of one exchange after another, the second would send
+        # most parts again.
+        return jax.lax.all_to_all(x, axes, 0, 0) if devices > 1 else x
 
     def local(x):
         layers = len(x)
-        x = jnp.pad(x, [(0, -layers % parts)] + [(0, 0)] * (x.ndim - 1))
-        for dimension, axes in cut.items():
-            x = jax.lax.all_to_all(x, axes, 0, dimension, tiled=True)
+        x = jnp.pad(x, [(0, -layers % devices)] + [(0, 0)] * (x.ndim - 1))
+        x = exchange(x.reshape(devices, -1, *x.shape[1:]))
+        x = _joined(x, sizes)
         x = _orthogonalize_whole(x, inputs, eps)
-        for dimension, axes in reversed(cut.items()):
-            x = jax.lax.all_to_all(x, axes, dimension, 0, tiled=True)
-        return x[:layers]
+        x = exchange(_split(x, sizes))
+        return jax.lax.collapse(x, 0, 2)[:layers]
 
-    spec = placed.spec
     return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def _joined(parts: Array, sizes: dict[int, int]) -> Array:
+    """Joins parts, stacked in row-major order, of an array with dimensions so cut."""
+    x = parts.reshape(*sizes.values(), *parts.shape[1:])
+    for left, dimension in zip(reversed(range(len(sizes))), sizes, strict=True):
+        x = jnp.moveaxis(x, 0, left + dimension)
+        x = jax.lax.collapse(x, left + dimension, left + dimension + 2)
+    return x
+
+
+def _split(x: Array, sizes: dict[int, int]) -> Array:
+    """The inverse of `_joined`."""
+    for done, (dimension, size) in enumerate(reversed(sizes.items())):
+        at = done + dimension
+        x = x.reshape(*x.shape[:at], size, -1, *x.shape[at + 1 :])
+        x = jnp.moveaxis(x, at, 0)
+    return x.reshape(-1, *x.shape[len(sizes) :])
 
 
 def _orthogonalize_whole(x: Array, inputs: tuple[int, ...], eps: float) -> Array:

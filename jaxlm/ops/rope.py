@@ -1,5 +1,8 @@
 """Rotary position embeddings (RoPE) with their scalings, and sinusoidal positions.
 
+`rotate` is applied to queries and keys in `model/block.py`, with the cosines and sines
+of `rotation`; `model/positions.py` chooses the frequencies by the config.
+
 Dimension i is paired with i + R/2 (the "half" layout of the Hugging Face weights).
 The scalings follow transformers' `modeling_rope_utils.py`; tests compare them.
 """

@@ -44,7 +44,7 @@ class Instruction:
         return int(self.operands[0]) if number else None
 
 
-class Program:
+class HloProgram:
     """The computations of an HLO text, and which of them call which."""
 
     def __init__(self, text: str):

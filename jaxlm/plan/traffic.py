@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from jaxlm.plan.hlo import Program
+from jaxlm.plan.hlo import HloProgram
 
 
 class Part(StrEnum):
@@ -67,7 +67,7 @@ def traffic(text: str, mesh_shape: Mapping[str, int]) -> list[Transfer]:
       mesh_shape: axis names and sizes of the mesh that the program was made for, as
         `mesh.shape`; partitions are numbered in its order.
     """
-    program = Program(text)
+    program = HloProgram(text)
     found = []
     # A fusion that starts a transfer, those that compute beside it and the one that
     # ends it all hold the same operation, with one channel.
@@ -81,6 +81,8 @@ def traffic(text: str, mesh_shape: Mapping[str, int]) -> list[Transfer]:
             if computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             members, axes = _group(instruction.attributes, mesh_shape)
+            if not axes:  # Each device sends to itself.
+                continue
             operands = list(program.operand_sizes(computation, instruction))
             if instruction.opcode.startswith("ragged"):
                 # Rows of the first go into the second, the longer of which is not full.
@@ -113,10 +115,12 @@ def part_of(op_name: str, kind: str, axes: tuple[str, ...]) -> Part:
     for scope, part in _SCOPES.items():
         if re.search(rf"\b{scope}\b", op_name):
             return part
-    if not re.search(r"\bBlock\b", op_name):
-        return Part.REST
-    if axes == ("tensor",):
+    # Compilers for TPUs leave some scatters without a name.
+    in_layer = re.search(r"\bBlock\b", op_name)
+    if axes == ("tensor",) and (in_layer or not op_name):
         return Part.TENSOR
+    if not in_layer:
+        return Part.REST
     # The compiler may gather weights by an all-reduce of mostly zeros, too.
     reduces = kind in ("all-reduce", "reduce-scatter")
     weights = re.search(r"->B\w+/dot_general|(convert_element_type|gather)$", op_name)

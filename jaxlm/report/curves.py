@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.fields import from_dict
+from jaxlm.files.bounded import read_bounded
 from jaxlm.files.strict_json import parse_object
 from jaxlm.model.params import count_matmul_params
 from jaxlm.terminal.progress import format_count, format_seconds
@@ -21,8 +22,9 @@ from jaxlm.train.metrics import read_metrics
 
 # Points of a curve; longer ones are thinned.
 MAX_POINTS = 2000
-# The smoothing averages over one in so many rows on either side; page.js: the slider.
+# Smoothing averages over 1/50 of the rows on either side; page.js has the slider.
 SMOOTHING = 50
+MAX_CONFIG_BYTES = 16 << 20
 
 # JSON can hold integers that no float can.
 _MAX = 1 << 1000
@@ -76,7 +78,7 @@ def _read_config(folder: Path) -> Json:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    return parse_object(path.read_bytes(), str(path))
+    return parse_object(read_bounded(path, MAX_CONFIG_BYTES), str(path))
 
 
 def column(rows: Sequence[Json], name: str) -> Float[np.ndarray, " rows"]:

@@ -17,10 +17,12 @@ const CHARTS = [
   { title: "Best previous-token and induction head (probability)", curves: ["previous", "induction"], zero: true },
   { title: "Entropy of a sentence (nats)", curves: ["entropy"], zero: true },
   { title: "Layers until the logit lens has the answer", curves: ["lens_depth"], zero: true },
+  { title: "What feed-forwards add to the next token's logit", curves: ["memory"], zero: true },
 ];
 const CURVE_NAMES = { train: "train", eval: "held-out", lr: "learning rate",
   grad_norm: "gradient norm", tokens_per_s: "tokens/s", mfu: "MFU", expert_load: "busiest expert", entropy: "entropy",
-  lens_depth: "layers", previous: "previous token", induction: "induction" };
+  lens_depth: "layers", previous: "previous token", induction: "induction",
+  memory: "feed-forwards" };
 
 function clock(v) {
   if (v > 0 && v < 10 && v % 1) return v.toFixed(1) + " s";

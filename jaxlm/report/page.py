@@ -42,6 +42,7 @@ CURVES = {
     "lens_depth": ("look", "lens_depth"),
     "previous": ("look", "previous"),
     "induction": ("look", "induction"),
+    "memory": ("look", "memory"),
 }
 
 
@@ -80,7 +81,7 @@ def write_report(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:
-        file.write(fill(asset("page.html"), page).encode())
+        file.write(fill(asset("page.html"), page).encode("utf-8", "backslashreplace"))
     return out
 
 

@@ -1,40 +1,48 @@
-"""The HTTP application: OpenAI's endpoints for completions and chats."""
+"""The HTTP application: OpenAI's endpoints for completions, chats and responses."""
 
 import asyncio
 import contextlib
 import hmac
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
 import jax
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxlm.config import ModelConfig, SampleConfig
 from jaxlm.files.strict_json import parse_object
-from jaxlm.infer.conversation.chat_ids import chat_ids
-from jaxlm.infer.engine import Request
 from jaxlm.infer.grammar.json_schema import any_object, json_schema
 from jaxlm.infer.grammar.token_grammar import token_grammar
 from jaxlm.infer.rules.automata import Automaton
+from jaxlm.infer.rules.automaton_cache import AutomatonCache
+from jaxlm.infer.slots.slot_request import Request
 from jaxlm.serve import bodies
-from jaxlm.serve.answers import Answer, chat_logprobs, completion_logprobs
+from jaxlm.serve.answers import Addition, Answer
 from jaxlm.serve.bodies import Settings, Wrong
+from jaxlm.serve.formats import Chats, Completions, Format, Prompts, Responses
+from jaxlm.serve.tool_calls import OPENING
 from jaxlm.serve.worker import Busy, Worker
 from jaxlm.tokenizers.base import Tokenizer
 
-DEFAULT_COMPLETION_TOKENS = 16
+FORMATS = {
+    "/v1/completions": Completions,
+    "/v1/chat/completions": Chats,
+    "/v1/responses": Responses,
+}
+_LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?")
 # Of the automata of all slots, which int16 counts; half of them may lie in gaps.
 _ALL_STATES = 16_000
 
@@ -45,6 +53,8 @@ class Limits:
 
     body_bytes: int = 1 << 20
     """Bytes of a body."""
+    body_seconds: float = 30.0
+    """Time for a body."""
     seconds: float = 600.0
     """Time for an answer, waiting included."""
 
@@ -57,12 +67,11 @@ class Failure(Exception):
         self.status, self.field = status, field
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status)
+        return JSONResponse({"error": self.error()}, self.status)
 
-    def body(self) -> dict[str, Any]:
+    def error(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": self.field, "code": None}
-        return {"error": error}
+        return {"message": str(self), "type": kind, "param": self.field, "code": None}
 
 
 class Server:
@@ -101,6 +110,10 @@ class Server:
         self._tokens = Counter(
             *("jaxlm_tokens", "Tokens by kind.", ["kind"]), registry=self._registry
         )
+        self._guesses = Counter(
+            *("jaxlm_guesses", "Tokens that speculation guessed.", ["kind"]),
+            registry=self._registry,
+        )
         self._first_token = Histogram(
             *("jaxlm_first_token_seconds", "Time to the first tokens of an answer."),
             registry=self._registry,
@@ -109,15 +122,17 @@ class Server:
             *("jaxlm_requests_open", "Answers that run or wait."),
             registry=self._registry,
         ).set_function(lambda: worker.num_requests)
-        self._grammar = lru_cache(maxsize=32)(self._make_grammar)
+        self._grammars = AutomatonCache(1 << 30)
         self.app = Starlette(
             routes=[
                 Route("/", self._page),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/v1/models", self._models),
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                *(
+                    Route(path, partial(self._answer, kind), methods=["POST"])
+                    for path, kind in FORMATS.items()
+                ),
             ]
         )
 
@@ -157,33 +172,31 @@ class Server:
             {"object": "list", "data": [{**model, "owned_by": "jaxlm"}]}
         )
 
-    async def _completions(self, http: HttpRequest) -> Response:
-        return await self._answer(http, is_chat=False)
-
-    async def _chat(self, http: HttpRequest) -> Response:
-        return await self._answer(http, is_chat=True)
-
-    async def _answer(self, http: HttpRequest, is_chat: bool) -> Response:
+    async def _answer(self, kind: type[Format], http: HttpRequest) -> Response:
         try:
-            response = await self._respond(http, is_chat)
+            response = await self._respond(kind, http)
         except Wrong as error:
             response = Failure(400, str(error), error.field).response()
         except Failure as failure:
             response = failure.response()
+        except ClientDisconnect:  # before all of the body was there
+            response = Failure(499, "the client is gone").response()
         self._requests.labels(response.status_code).inc()
         return response
 
-    async def _respond(self, http: HttpRequest, is_chat: bool) -> Response:
+    async def _respond(self, kind: type[Format], http: HttpRequest) -> Response:
         self._check_key(http)
         body = await self._read(http)
-        known = bodies.CHAT if is_chat else bodies.COMPLETION
-        chosen = bodies.settings(body, known, self._tokenizer.stop_ids)
+        chosen = bodies.settings(body, kind.fields, self._tokenizer.stop_ids)
         if body.get("model", self._name) != self._name:
             raise Failure(404, f"this server has the model {self._name}", "model")
-        # A template is rendered in a process of its own, and a grammar takes time too.
-        rows = await asyncio.to_thread(self._prompts, body, is_chat)
-        requests = await asyncio.to_thread(self._engine_requests, rows, chosen, is_chat)
-        job = _Job(self, requests, rows, chosen, is_chat)
+        # Templates, grammars and long texts take time.
+        rows = await asyncio.to_thread(self._prompts, kind, body)
+        requests = await asyncio.to_thread(
+            self._engine_requests, rows, chosen, kind.default_tokens
+        )
+        form = kind(self._name, body, chosen, sum(map(len, rows)))
+        job = _Job(self, requests, form)
         if chosen.stream:
             # What is wrong has an HTTP status: the stream begins with the first tokens.
             stream = job.stream()
@@ -203,6 +216,11 @@ class Server:
 
     def _check_key(self, http: HttpRequest) -> None:
         if self._api_key is None:
+            # A page of another site has its own name here, even if it has had that
+            # name resolved to this machine.
+            host = http.headers.get("host", "localhost").lower()
+            if not _LOCAL.fullmatch(host):
+                raise Failure(403, "without an API key only localhost is answered")
             return
         given = http.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), self._api_key.encode()):
@@ -214,34 +232,32 @@ class Server:
             # Also keeps other sites' forms away, which cannot send this type.
             raise Failure(415, "the Content-Type must be application/json")
         data, most = b"", self._limits.body_bytes
-        async for part in http.stream():
-            data += part
-            if len(data) > most:
-                raise Failure(413, f"the body has more than {most:,} bytes")
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                async for part in http.stream():
+                    data += part
+                    if len(data) > most:
+                        raise Failure(413, f"the body has more than {most:,} bytes")
+        except TimeoutError:
+            seconds = self._limits.body_seconds
+            raise Failure(408, f"the body took more than {seconds:g} s") from None
         try:
             return parse_object(data, "the body", allow_nan=False)
         except ValueError as error:
             raise Failure(400, str(error)) from None
 
-    def _prompts(self, body: dict[str, Any], is_chat: bool) -> list[np.ndarray]:
+    def _prompts(self, kind: type[Format], body: dict[str, Any]) -> Prompts:
         try:
-            if is_chat:
-                return [chat_ids(self._tokenizer, bodies.messages(body))]
-            return [
-                self._tokenizer.encode_prompt(prompt)
-                if isinstance(prompt, str)
-                else np.array(prompt, np.int64)
-                for prompt in bodies.prompts(body)
-            ]
+            return kind.prompts(self._tokenizer, body)
         except Wrong:
             raise
+        except RecursionError:
+            raise Failure(400, "it is nested too deeply", kind.prompt_field) from None
         except (ValueError, OverflowError) as error:
-            raise Failure(
-                400, str(error), "messages" if is_chat else "prompt"
-            ) from None
+            raise Failure(400, str(error), kind.prompt_field) from None
 
     def _engine_requests(
-        self, rows: list[np.ndarray], chosen: Settings, is_chat: bool
+        self, rows: Prompts, chosen: Settings, default_tokens: int | None
     ) -> list[Request]:
         """Returns a request for each choice of each prompt."""
         seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
@@ -254,8 +270,7 @@ class Server:
                     f"the prompt has {len(row)} tokens: it and its answer may have "
                     f"{self._max_length} together",
                 )
-            limit = room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
-            limit = chosen.max_tokens or limit
+            limit = chosen.max_tokens or min(default_tokens or room, room)
             sample = replace(chosen.sample, max_new_tokens=limit)
             grammar = self._grammar_of(chosen.schema, sample)
             states = 1 + sum(len(s.encode()) for s in sample.stop_strings)
@@ -278,49 +293,33 @@ class Server:
         plain = SampleConfig(
             stop_ids=sample.stop_ids, forbidden_ids=sample.forbidden_ids
         )
+        vocabulary = self._tokenizer.token_bytes, self._config.vocab_size
+
+        def make() -> Automaton:
+            part = any_object() if schema is True else json_schema(schema)
+            return token_grammar(part, *vocabulary, plain)
+
         try:
-            return self._grammar(json.dumps(schema), plain)
+            return self._grammars.get((json.dumps(schema), plain), make)
         except ValueError as error:
             raise Failure(400, str(error), "response_format") from None
-
-    def _make_grammar(self, schema: str, sample: SampleConfig) -> Automaton:
-        value = json.loads(schema)
-        part = any_object() if value is True else json_schema(value)
-        vocab_size = self._config.vocab_size
-        return token_grammar(part, self._tokenizer.token_bytes, vocab_size, sample)
 
 
 class _Job:
     """The requests of one body, and their answers."""
 
-    def __init__(
-        self,
-        server: Server,
-        requests: list[Request],
-        rows: list[np.ndarray],
-        chosen: Settings,
-        is_chat: bool,
-    ):
-        self._server, self._requests, self._chosen = server, requests, chosen
-        self._is_chat = is_chat
-        self._prompt_tokens = sum(len(row) for row in rows)
-        stops = chosen.sample.stop_strings
-        self._answers = [Answer(server._tokenizer, stops) for _ in requests]
-        name = "chat.completion" if is_chat else "text_completion"
-        if chosen.stream and is_chat:
-            name += ".chunk"
-        self._head = {
-            "id": ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
-            "object": name,
-            "created": int(time.time()),
-            "model": server._name,
-        }
+    def __init__(self, server: Server, requests: list[Request], form: Format):
+        self._server, self._requests, self._form = server, requests, form
+        stops = form.chosen.sample.stop_strings
+        # What a model that was trained on another form writes stays text.
+        has_form = OPENING in (server._tokenizer.chat_template or "")
+        tools = form.tools if has_form else ()
+        self._answers = [Answer(server._tokenizer, stops, tools) for _ in requests]
 
-    async def _parts(
-        self,
-    ) -> AsyncGenerator[tuple[int, str, list[dict[str, Any]]], None]:
+    async def _parts(self) -> AsyncGenerator[tuple[int, Addition], None]:
         """Yields the number of an answer, and what is new in it."""
         parts: asyncio.Queue[Any] = asyncio.Queue()
+        num_top = self._form.chosen.logprobs or 0
 
         async def one(number: int, request: Request) -> None:
             try:
@@ -346,11 +345,11 @@ class _Job:
                     if is_first:
                         self._server._first_token.observe(time.monotonic() - began)
                         is_first = False
+                    guesses = self._server._guesses
+                    guesses.labels("all").inc(part.num_proposed)
+                    guesses.labels("right").inc(part.num_accepted)
                     left -= part.ended is not None
-                    yield (
-                        number,
-                        *self._answers[number].add(part, self._chosen.logprobs or 0),
-                    )
+                    yield number, self._answers[number].add(part, num_top)
         except TimeoutError:
             raise Failure(504, f"the answer took more than {deadline:g} s") from None
         finally:
@@ -358,7 +357,7 @@ class _Job:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             new = sum(answer.num_tokens for answer in self._answers)
-            self._server._tokens.labels("prompt").inc(self._prompt_tokens)
+            self._server._tokens.labels("prompt").inc(self._form.prompt_tokens)
             self._server._tokens.labels("new").inc(new)
 
     async def whole(self) -> dict[str, Any]:
@@ -366,62 +365,27 @@ class _Job:
         async with contextlib.aclosing(self._parts()) as parts:
             async for _ in parts:
                 pass
-        choices = [
-            self._choice(number, answer.text, answer.tokens, 0, "message")
-            for number, answer in enumerate(self._answers)
-        ]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return self._form.whole(self._answers)
 
     async def stream(self) -> AsyncIterator[str]:
         """Yields the events of a stream.
 
         An error before the first of them is raised; later it is an event.
         """
-        begun = set()
+        has_begun = False
         try:
             async with contextlib.aclosing(self._parts()) as parts:
-                async for number, text, tokens in parts:
-                    offset = len(self._answers[number].text) - len(text)
-                    choice = self._choice(number, text, tokens, offset, "delta")
-                    if self._is_chat and number in begun:
-                        del choice["delta"]["role"]
-                    begun.add(number)
-                    yield _event({**self._head, "choices": [choice]})
+                async for number, new in parts:
+                    first = "" if has_begun else "".join(self._form.begin())
+                    has_begun = True
+                    events = self._form.add(number, self._answers[number], new)
+                    yield first + "".join(events)
         except Failure as failure:
-            if not begun:
+            if not has_begun:
                 raise
-            yield _event(failure.body())
+            yield self._form.failed(failure.error())
             return
-        if self._chosen.include_usage:
-            yield _event({**self._head, "choices": [], "usage": self._usage()})
-        yield "data: [DONE]\n\n"
-
-    def _choice(
-        self,
-        number: int,
-        text: str,
-        tokens: list[dict[str, Any]],
-        offset: int,
-        name: str,
-    ) -> dict[str, Any]:
-        reason = self._answers[number].finish_reason
-        choice: dict[str, Any] = {"index": number, "finish_reason": reason}
-        wanted = self._chosen.logprobs is not None
-        if self._is_chat:
-            choice[name] = {"role": "assistant", "content": text}
-            choice["logprobs"] = chat_logprobs(tokens) if wanted else None
-        else:
-            choice["text"] = text
-            choice["logprobs"] = completion_logprobs(tokens, offset) if wanted else None
-        return choice
-
-    def _usage(self) -> dict[str, int]:
-        new = sum(answer.num_tokens for answer in self._answers)
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": new,
-            "total_tokens": self._prompt_tokens + new,
-        }
+        yield "".join(self._form.end(self._answers))
 
 
 class _EventStream(StreamingResponse):
@@ -451,7 +415,3 @@ def _failure_of(error: Exception) -> Failure:
     if isinstance(error, Busy):
         return Failure(503, "there are too many requests: try again later")
     return Failure(400 if isinstance(error, ValueError) else 500, str(error))
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"

@@ -9,38 +9,52 @@ from jaxlm.config import SampleConfig
 from jaxlm.fields import nearest
 from jaxlm.terminal.printable import shown_value
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 _MAX_STOPS = 16
-# Field of both endpoints -> what it must be. `user` names a person: it changes nothing.
+# Field of all endpoints -> what it must be. `user` names a person: it changes nothing.
 _COMMON = {
     "model": str,
-    "max_tokens": int,
     "temperature": float,
     "top_p": float,
     "top_k": int,
     "min_p": float,
-    "n": int,
     "stream": bool,
-    "stream_options": dict,
-    "stop": (str, list),
     "seed": int,
     "presence_penalty": float,
     "frequency_penalty": float,
     "repetition_penalty": float,
     "logit_bias": dict,
-    "response_format": dict,
+    "stop": (str, list),
     "user": str,
 }
-COMPLETION = {**_COMMON, "prompt": (str, list), "logprobs": int}
-CHAT = {
+_CHOICES = {
     **_COMMON,
+    "max_tokens": int,
+    "n": int,
+    "stream_options": dict,
+    "response_format": dict,
+}
+COMPLETION = {**_CHOICES, "prompt": (str, list), "logprobs": int}
+CHAT = {
+    **_CHOICES,
     "messages": list,
     "max_completion_tokens": int,
     "logprobs": bool,
     "top_logprobs": int,
+    "tools": list,
+    "tool_choice": (str, dict),
 }
+RESPONSE = {
+    **_COMMON,
+    "input": (str, list),
+    "instructions": str,
+    "max_output_tokens": int,
+    "text": dict,
+    "store": bool,
+    "previous_response_id": str,
+}
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _RULES = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty"),
@@ -102,66 +116,36 @@ def settings(
         or type(options.get("include_usage", True)) is not bool
     ):
         raise Wrong("stream_options", "it has one field, include_usage: true or false")
-    limits = [body[n] for n in ("max_tokens", "max_completion_tokens") if n in body]
+    limits = [name for name in _LIMITS if name in body]
     if len(limits) > 1:
-        raise Wrong("max_tokens", "give it or max_completion_tokens, not both")
+        raise Wrong(limits[0], f"give it or {limits[1]}, not both")
+    limit = body[limits[0]] if limits else None
+    if body.get("store") or "previous_response_id" in body:
+        name = "store" if body.get("store") else "previous_response_id"
+        raise Wrong(name, "this server keeps no responses: send the whole input")
     rules = {name: body[name] for name in _RULES if name in body}
     rules |= {n: float(v) for n, v in rules.items() if n != "top_k"}
     try:
         sample = SampleConfig(
-            max_new_tokens=limits[0] if limits else 1,
+            max_new_tokens=1 if limit is None else limit,
             stop_ids=stop_ids,
             stop_strings=_stops(body.get("stop", ())),
             **_biases(body.get("logit_bias", {})),
             **rules,
         )
     except ValueError as error:
-        message = str(error).replace("sample.max_new_tokens", "max_tokens")
+        message = str(error).replace("sample.max_new_tokens", "".join(limits))
         raise Wrong(None, message.replace("sample.", "")) from None
     return Settings(
         sample=sample,
-        max_tokens=limits[0] if limits else None,
+        max_tokens=limit,
         num_choices=num_choices,
         seed=seed,
         stream=body.get("stream", False),
         include_usage=options.get("include_usage", False),
         logprobs=_logprobs(body),
-        schema=_schema(body.get("response_format", {"type": "text"})),
+        schema=_schema(body),
     )
-
-
-def messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Returns the messages of a chat, with text as their content.
-
-    Raises:
-      Wrong: for another role, or a content that is no text.
-    """
-    given = body.get("messages")
-    if not given:
-        raise Wrong("messages", "give at least one")
-    return [_message(f"messages[{i}]", message) for i, message in enumerate(given)]
-
-
-def _message(at: str, message: Any) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise Wrong(at, "it is no object with a role and a content")
-    for name in message:
-        if name not in ("role", "content"):
-            near = nearest(name, ["role", "content"])
-            raise Wrong(f"{at}.{name}", f"this server has no such field{near}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise Wrong(f"{at}.role", f"{shown_value(role)} is none of {', '.join(ROLES)}")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or set(part) != {"type", "text"}:
-                raise Wrong(f"{at}.content", "this server takes parts of text only")
-            if part["type"] != "text" or not isinstance(part["text"], str):
-                raise Wrong(f"{at}.content", "this server takes parts of text only")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise Wrong(f"{at}.content", "it is no text")
-    return {"role": role, "content": content}
 
 
 def prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
@@ -235,18 +219,35 @@ def _logprobs(body: Mapping[str, Any]) -> int | None:
     return count
 
 
-def _schema(given: Mapping[str, Any]) -> Any:
+def _schema(body: Mapping[str, Any]) -> Any:
+    if "text" not in body:
+        given = body.get("response_format", {"type": "text"})
+        return _schema_of("response_format", given, given.get("json_schema"))
+    others = sorted(set(body["text"]) - {"format"})
+    if others:
+        raise Wrong(f"text.{others[0]}", "this server has no such field")
+    given = body["text"].get("format", {"type": "text"})
+    if not isinstance(given, dict):
+        raise Wrong("text.format", "it is no object")
+    # Its fields are beside the type.
+    inner = {name: value for name, value in given.items() if name != "type"}
+    return _schema_of("text.format", given, inner)
+
+
+def _schema_of(at: str, given: Mapping[str, Any], inner: Any) -> Any:
     kind = given.get("type")
     if kind in ("text", "json_object") and set(given) == {"type"}:
         return None if kind == "text" else True
-    inner = given.get("json_schema")
     if kind == "json_schema" and isinstance(inner, dict) and "schema" in inner:
         extra = sorted(set(inner) - {"name", "schema", "strict", "description"})
         if extra:
-            raise Wrong(f"response_format.json_schema.{extra[0]}", "no such field")
+            raise Wrong(f"{at}: {extra[0]}", "no such field")
         return inner["schema"]
+    form = '"json_schema": {"name": ..., "schema": ...}'
+    if at == "text.format":
+        form = '"name": ..., "schema": ...'
     raise Wrong(
-        "response_format",
-        'it is {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", '
-        '"json_schema": {"name": ..., "schema": ...}}',
+        at,
+        '{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", '
+        f"{form}}}",
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from jaxlm.infer.engine import Engine, NewTokens, Request
+from jaxlm.infer.slots.engine import Engine
+from jaxlm.infer.slots.slot_request import NewTokens, Request
 
 
 class Busy(Exception):
@@ -130,6 +131,8 @@ class Worker:
 
     def _take(self, engine: Engine) -> bool:
         """Does what has come in; waits if there is nothing else to do."""
+        while self._inbox.empty() and engine.is_idle and engine.compile_next():
+            pass
         while not self._inbox.empty() or engine.is_idle:
             job = self._inbox.get()
             if job is None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxlm.config import MeshConfig, TrainConfig
+from jaxlm.config import Config, MeshConfig
 
 AXES = tuple(axis.name for axis in dataclasses.fields(MeshConfig))
 
@@ -127,14 +127,13 @@ def _is_on_torus(device: Any) -> bool:
     return device.platform == "tpu" and hasattr(device, "coords")
 
 
-def check_batch(
-    train: TrainConfig, sequence_length: int, mesh: Mesh | AbstractMesh
-) -> None:
+def check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Checks that a batch and its rows can be cut into equal parts on this mesh.
 
     Raises:
       ValueError: if they cannot.
     """
+    train, length = config.train, config.data.sequence_length
     axes = ["data", "fsdp"] + ["expert"] * (mesh.shape["expert"] > 1)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if train.batch_size % (parts * train.accumulation_steps):
@@ -147,9 +146,16 @@ def check_batch(
         )
     # Each device holds two pieces of a row, see `ops/attention/context_parallel.py`.
     pieces = 2 * mesh.shape["context"]
-    if pieces > 2 and sequence_length % pieces:
+    if pieces > 2 and length % pieces:
         raise ValueError(
-            f"data.sequence_length is {sequence_length}, which does not divide into "
-            f"the {pieces} pieces of mesh.context {mesh.shape['context']}: make it a "
+            f"data.sequence_length is {length}, which does not divide into the "
+            f"{pieces} pieces of mesh.context {mesh.shape['context']}: make it a "
             f"multiple of {pieces}"
+        )
+    parts = mesh.shape["context"] * mesh.shape["tensor"]
+    if config.model.sequence_parallel and length % parts:
+        raise ValueError(
+            f"data.sequence_length is {length}, which model.sequence_parallel cannot "
+            f"cut over mesh.context {mesh.shape['context']} x mesh.tensor "
+            f"{mesh.shape['tensor']}: make it a multiple of {parts}"
         )

@@ -43,6 +43,8 @@ T = TypeVar("T")
 _TICK_SECONDS = 0.25
 # A process that sees another one fail has this long to fail in its own words.
 _GRACE_SECONDS = 3.0
+# A process that takes this many times as long as any point of the run before hangs.
+_SLOWER = 10
 _ALIVE, _NOTICES = "jaxlm/alive/", "jaxlm/notices/"
 
 
@@ -51,7 +53,7 @@ class ProcessFailed(ValueError):
 
     def __init__(self, index: int, code: int, line: str):
         super().__init__(f"process {index}: {line}")
-        self.exit_code = code
+        self.index, self.exit_code = index, code
 
 
 class ProcessMissing(ValueError):
@@ -81,6 +83,10 @@ class Processes(contextlib.AbstractContextManager):
         self._uses: Counter[str] = Counter()
         self._agreements: dict[str, Agreement] = {}
         self._leaving = threading.Event()
+        # How many points of the program this process has reached; of the one that has
+        # reached least, how many, since when, and the longest time for one so far.
+        self._points = 0
+        self._least, self._least_since_s, self._longest_s = 0, 0.0, 0.0
         if cluster is not None:
             self.index, self.count = cluster.index, cluster.count
             self._connect(cluster)
@@ -216,9 +222,12 @@ class Processes(contextlib.AbstractContextManager):
             return
         self._streams.close()
         if error is None:
-            self.gather("the end of the run")
+            # Process 0 may be faster, and with it the coordinator gone: all are done.
+            with contextlib.suppress(JaxRuntimeError):
+                self.gather("the end of the run")
             self._leaving.set()
-            self._client.shutdown()
+            with contextlib.suppress(JaxRuntimeError):
+                self._client.shutdown()
             if self.is_first:
                 self._service.communicate(b"done\n")
             return
@@ -239,11 +248,14 @@ class Processes(contextlib.AbstractContextManager):
         while not self._leaving.wait(min(_TICK_SECONDS, self._heartbeat_s / 8)):
             count += 1
             with contextlib.suppress(JaxRuntimeError):  # `_watch` ends the process.
-                self._client.key_value_set(
-                    f"{_ALIVE}{self.index}", str(count), allow_overwrite=True
-                )
+                self._show(count)
                 self._look(alive)
                 self._heard_s = time.monotonic()
+
+    def _show(self, count: int) -> None:
+        """Writes that this process lives, and how far its program has come."""
+        beat = f"{count} {self._points}"
+        self._client.key_value_set(f"{_ALIVE}{self.index}", beat, allow_overwrite=True)
 
     def _look(self, alive: dict[int, tuple[str, float]]) -> None:
         notices = dict(self._client.key_value_dir_get(_NOTICES))
@@ -251,6 +263,9 @@ class Processes(contextlib.AbstractContextManager):
             index, code, line = json.loads(end)
             if index != self.index:
                 self._end(code, f"process {index} of {self.count} has ended: {line}")
+            # This process was stopped, and goes on.
+            line = f"process {index} of {self.count} was given up by the others: {line}"
+            self._end(code, line, grace_s=0.0)
         for name in list(self._agreements):
             if name in notices:
                 self._agreements.pop(name).close(json.loads(notices[name]))
@@ -261,25 +276,43 @@ class Processes(contextlib.AbstractContextManager):
             if alive.get(index, ("", 0.0))[0] != beat:
                 alive[index] = beat, now
             elif now - alive[index][1] > self._heartbeat_s:
-                self._lost(index)
+                line = f"nothing was heard of it for {self._heartbeat_s:g} s"
+                self._lost(index, line)
+        if len(beats) == self.count:
+            self._check_points({i: int(b.split()[1]) for i, b in beats.items()}, now)
+
+    def _check_points(self, points: dict[int, int], now: float) -> None:
+        """Ends the run if the process that is behind does not go on, though it lives.
+
+        Only from its first point on, after which most has been compiled.
+        """
+        index = min(points, key=points.__getitem__)
+        waited_s = now - self._least_since_s
+        if points[index] != self._least:
+            if self._least:
+                self._longest_s = max(self._longest_s, waited_s)
+            self._least, self._least_since_s = points[index], now
+        elif self._least and waited_s > max(self._limit_s, _SLOWER * self._longest_s):
+            self._lost(index, f"it lives, but hangs for {waited_s:.0f} s")
 
     def _beat_of_first(self) -> dict[int, str]:
         with contextlib.suppress(JaxRuntimeError):  # It has none yet.
             return {0: self._client.key_value_try_get(f"{_ALIVE}0")}
         return {}
 
-    def _lost(self, index: int) -> None:
-        line = f"nothing was heard of it for {self._heartbeat_s:g} s"
+    def _lost(self, index: int, line: str) -> None:
         self._tell_end(index, EXIT_PROCESS_LOST, line)
-        self._end(
-            EXIT_PROCESS_LOST,
-            f"process {index} of {self.count} is gone: {line}",
-            grace_s=0.0,
-        )
+        line = f"process {index} of {self.count} is gone: {line}"
+        self._end(EXIT_PROCESS_LOST, line, grace_s=0.0)
 
     def _watch(self) -> None:
         """Ends this process if even the coordinator does not answer."""
+        looked_s = time.monotonic()
         while not self._leaving.wait(_TICK_SECONDS):
+            if time.monotonic() - looked_s > self._heartbeat_s / 2:
+                # Nothing was heard as this process itself was stopped.
+                self._heard_s = time.monotonic()
+            looked_s = time.monotonic()
             if time.monotonic() - self._heard_s > 1.5 * self._heartbeat_s:
                 line = "its coordinator does not answer"
                 self._end(EXIT_PROCESS_LOST, f"process 0 is gone: {line}", grace_s=0.0)
@@ -318,6 +351,7 @@ class Agreement:
         """
         if self._processes.count == 1:
             return wanted
+        self._processes._points += 1
         with self._lock:
             is_open = self._is_open
             self._points += is_open

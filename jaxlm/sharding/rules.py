@@ -71,8 +71,8 @@ def spec(*axes: str | None) -> P:
 def activation_spec(letters: str) -> P | None:
     """Returns the partition of an activation, e.g. `BTNH`, in the current mesh.
 
-    None without a mesh or if no axes are Explicit: then the compiler decides. Inside a
-    `shard_map` of some axes, it is the partition over the others.
+    None without a mesh, if an axis is Auto or if none is Explicit: then the compiler
+    decides. Inside a `shard_map` of some axes, it is the partition over the others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types or AxisType.Auto in mesh.axis_types:
@@ -100,18 +100,68 @@ def reshard(x: Array, letters: str) -> Array:
 
 
 def reshard_axes(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """Shards x by logical axes; a no-op without an Explicit mesh."""
+    """Shards x by logical axes; a no-op without an Explicit mesh.
+
+    An axis of size 1, as scales of quantized weights have, is not cut.
+    """
     if activation_spec("B") is None:
         return x
+    pairs = zip(x.shape, axes, strict=True)
+    axes = tuple(None if size == 1 else axis for size, axis in pairs)
     return jax.sharding.reshard(x, _here(spec(*axes)))
 
 
-def reshard_weight(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """Shards a weight for its use: as it is stored, but whole along the width.
+def cut_stream(x: Array) -> Array:
+    """Cuts the residual stream [B, T, D] along T over `tensor` too."""
+    batch, length, model = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, P(batch, (*_mesh_axes(length), "tensor"), model))
 
-    A no-op without an Explicit mesh.
+
+def gather_stream(x: Array) -> Array:
+    """Undoes `cut_stream`; a no-op for x that is not cut so."""
+    if tensor_parts() == 1:
+        return x
+    whole, cut = _without_tensor(x), jax.typeof(x).sharding.spec
+    return x if whole == cut else jax.sharding.reshard(x, whole)
+
+
+def reshard_input(x: Array) -> Array:
+    """Shards a block's input [B, T, D] for weights that `tensor` cuts: T and D whole.
+
+    Devices along `tensor` add up its gradient once, after that of all its uses. A no-op
+    with one such device.
     """
-    return reshard_axes(x, tuple(None if axis == "model" else axis for axis in axes))
+    if tensor_parts() == 1:
+        return x
+    whole = _without_tensor(x).update(reduced=summed_once())
+    return jax.sharding.reshard(x, whole)
+
+
+def _without_tensor(x: Array) -> P:
+    """Returns the partition of x with T whole along `tensor`."""
+    batch, length, model = jax.typeof(x).sharding.spec
+    kept = tuple(axis for axis in _mesh_axes(length) if axis != "tensor")
+    return P(batch, kept or None, model)
+
+
+def reshard_output(y: Array, x: Array) -> Array:
+    """Shards the output y of a block as its input x. A no-op as `reshard_input` is.
+
+    Devices exchange their sums here, if y is `unreduced`.
+    """
+    if tensor_parts() == 1:
+        return y
+    return jax.sharding.reshard(y, jax.typeof(x).sharding.spec)
+
+
+def summed_once() -> set[str]:
+    """Returns the mesh axes along which sums are made by `reshard`, not by products.
+
+    There are none inside a `shard_map`: there XLA of jax 0.10 to 0.12 cannot partition
+    `unreduced` arrays.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return set() if manual or tensor_parts() == 1 else {"tensor"}
 
 
 def batch_parts() -> int:

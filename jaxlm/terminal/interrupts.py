@@ -19,6 +19,10 @@ from typing import Any
 
 # A main thread that has not answered by then runs compiled code.
 _PATIENCE_SECONDS = 0.3
+# What follows the first signal within this time repeats it: a terminal that is closed
+# sends SIGHUP to a program, and so does its shell; `timeout` signals a program and the
+# group it is in. A person is slower than 0.1 s, and only a person sends SIGINT later.
+_REPEAT_SECONDS, _CTRL_C_REPEAT_SECONDS = 2.0, 0.1
 
 
 class Interrupts(contextlib.AbstractContextManager):
@@ -26,7 +30,8 @@ class Interrupts(contextlib.AbstractContextManager):
 
     With `raises`, the main thread gets an exception: KeyboardInterrupt for SIGINT, and
     SystemExit with the exit code for others. Without, the program reads `received`. A
-    signal that comes before an earlier one had its effect ends the process at once.
+    signal that comes before an earlier one had its effect ends the process at once,
+    unless it only repeats it.
     Python drops what is raised in a callback of the garbage collector: then the program
     can read `received`, and the next signal ends the process.
 
@@ -52,7 +57,8 @@ class Interrupts(contextlib.AbstractContextManager):
         self.received: int | None = None
         """The first signal since this was entered, or None."""
         self._exit_codes, self._notice, self._raises = exit_codes, notice, raises
-        self._is_unanswered = False
+        # The signal that has had no effect yet, and when it came.
+        self._unanswered: tuple[int, float] | None = None
         # The handler can interrupt itself.
         self._lock = threading.RLock()
 
@@ -87,7 +93,7 @@ class Interrupts(contextlib.AbstractContextManager):
         if not self._raises:
             return
         with self._lock:
-            self._is_unanswered = False
+            self._unanswered = None
             self._take()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -102,15 +108,33 @@ class Interrupts(contextlib.AbstractContextManager):
     def _listen(self) -> None:
         with self._heard:
             while not self._is_over():
-                if self._raises and not self._is_unanswered:
+                now = time.monotonic()
+                if self._raises and self._unanswered is None:
                     time.sleep(_PATIENCE_SECONDS)
                 with self._lock:
-                    numbers = [n for n in self._take() if n in self._exit_codes]
-                    if numbers and len(numbers) + self._is_unanswered > 1:
-                        _end(self._exit_codes[numbers[-1]])
-                    self._is_unanswered |= bool(numbers)
-                if numbers:
+                    is_first = False
+                    for number in set(self._take()) & self._exit_codes.keys():
+                        if self._unanswered is None:
+                            self._unanswered, is_first = (number, now), True
+                        elif self._is_another(number, *self._unanswered):
+                            _end(self._exit_codes[number])
+                if is_first:
                     self._acknowledge()
+
+    @staticmethod
+    def _is_another(number: int, first: int, since: float) -> bool:
+        """Whether a signal is more than a repetition of the `first`, at `since`.
+
+        Batch systems announce an end by one signal and then by another, long before
+        they kill: by SIGUSR1 or SIGINT, and by SIGTERM. That is one request.
+        """
+        is_ctrl_c = number == signal.SIGINT
+        if number == signal.SIGXCPU:  # comes once a second
+            return False
+        if number != first and not is_ctrl_c:
+            return False
+        seconds = _CTRL_C_REPEAT_SECONDS if is_ctrl_c else _REPEAT_SECONDS
+        return time.monotonic() - since > seconds
 
     def _acknowledge(self) -> None:
         # A terminal shows ^C at the start of the line.
@@ -120,10 +144,11 @@ class Interrupts(contextlib.AbstractContextManager):
 
     def _dropped(self, unraisable: Any) -> None:
         """Takes the place of Python's traceback for an exception that it drops."""
-        ours = self._raises and self.received is not None
-        if ours and unraisable.exc_type in (KeyboardInterrupt, SystemExit):
+        received = self.received if self._raises else None
+        is_ours = unraisable.exc_type in (KeyboardInterrupt, SystemExit)
+        if received is not None and is_ours:
             with self._lock:
-                self._is_unanswered = True
+                self._unanswered = received, time.monotonic()
             self._acknowledge()
         else:
             self._old_hook(unraisable)

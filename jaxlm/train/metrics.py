@@ -9,6 +9,7 @@ that damage which leaves valid JSON is seen too; rows of earlier versions have n
 import contextlib
 import errno
 import io
+import itertools
 import json
 import logging
 import math
@@ -19,11 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from jaxlm.files.bounded import read_bounded
 from jaxlm.files.durable import replacing
-from jaxlm.terminal.printable import error_line
+from jaxlm.terminal.printable import error_line, shown_value
 
 FILE_NAME = "metrics.jsonl"
-DAMAGED = "metrics.damaged.jsonl"
+MAX_BYTES = 1 << 30  # of a log: about four million rows
+PREVIOUS, DAMAGED = "metrics.previous.jsonl", "metrics.damaged.jsonl"
 
 # The required fields of each kind of row; a row may have more.
 FIELDS: Mapping[str, Mapping[str, str]] = {
@@ -49,8 +52,11 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
         "lens_depth": "mean number of layers until the logit lens has the answer",
         "previous": "the best head's probability on the token before",
         "induction": "the best head's on what followed the same token before",
+        "memory": "what feed-forwards add to the logit of the token that follows, over "
+        "the mean of all tokens; null if logits are no sum over layers",
         "previous_heads": "that of all heads, by layer",
         "induction_heads": "that of all heads, by layer",
+        "memory_layers": "that of each feed-forward; null likewise",
     },
     "event": {"event": "what happened, such as 'resume'"},
 }
@@ -122,9 +128,23 @@ def _parse_line(line: bytes, where: str, checked: bool) -> tuple[dict[str, Any],
     if not isinstance(row.get("kind"), str):
         raise ValueError(f"{where}: no text field 'kind'")
     step = row.get("step")
-    if not isinstance(step, int) or isinstance(step, bool):
+    if not _is_number(step) or isinstance(step, float):
         raise ValueError(f"{where}: no whole number 'step'")
-    return _decode(row), checksum is not None
+    row = _decode(row)
+    for name in FIELDS[row["kind"]] if row["kind"] in ("train", "eval") else ():
+        if name in row and row[name] is not None and not _is_number(row[name]):
+            raise ValueError(f"{where}: {name} is {shown_value(row[name])}")
+    times = row.get("time_s", {})
+    if not isinstance(times, dict) or not all(map(_is_number, times.values())):
+        raise ValueError(f"{where}: time_s is {shown_value(times)}")
+    return row, checksum is not None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 1000
+    return isinstance(value, float)
 
 
 class _Log(NamedTuple):
@@ -166,7 +186,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{path}: no such file; is {run_dir} the folder of a run?")
-    log = _parse(path.read_bytes(), path)
+    log = _parse(read_bounded(path, MAX_BYTES), path)
     if log.damaged:
         raise log.damaged[0][1]
     return [row for _, row in log.rows]
@@ -177,7 +197,7 @@ def kinds_at(run_dir: Path | str, step: int) -> set[str]:
     path = Path(run_dir) / FILE_NAME
     try:
         # A pipe would be waited for.
-        log = _parse(path.read_bytes() if path.is_file() else b"", path)
+        log = _parse(read_bounded(path, MAX_BYTES) if path.is_file() else b"", path)
     except OSError:
         return set()
     return {row["kind"] for _, row in log.rows if row["step"] == step}
@@ -188,9 +208,9 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
     Each row is a single write, so a killed process loses no earlier row and leaves at
     most half of one, which the next start removes. Nothing here ends a run: damaged
-    lines are moved to `metrics.damaged.jsonl`; if the file cannot be written (a full
-    disk), it warns once and tries again with each row; a file that was deleted is begun
-    anew; and a sink that fails gets no more rows.
+    lines are moved to `metrics.damaged.jsonl`, or `metrics.damaged-2.jsonl` and so on;
+    if the file cannot be written (a full disk), it warns once and tries again with each
+    row; a file that was deleted is begun anew; and a sink that fails gets no more rows.
     """
 
     def __init__(
@@ -206,7 +226,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
           run_dir: folder of the run.
           resume_step: the step to resume after. Rows of later steps are dropped, since
             those steps will be repeated. None starts an empty file, and keeps the rows
-            of an earlier run as `metrics.previous.jsonl`.
+            of an earlier run as `metrics.previous.jsonl`, or `-2.jsonl` and so on.
           sinks: what also receives each row.
         """
         self.path = Path(run_dir) / FILE_NAME
@@ -224,7 +244,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
             if resume_step is not None:
                 self._keep_up_to(resume_step)
             elif self.path.exists() and self.path.stat().st_size:
-                os.replace(self.path, self.path.with_name("metrics.previous.jsonl"))
+                os.replace(self.path, self._new_file(PREVIOUS))
             self._open()
         except OSError as error:
             self._warn_of(error)
@@ -233,14 +253,15 @@ class MetricsWriter(contextlib.AbstractContextManager):
         """Drops later rows, damaged ones and a half-written last line, all at once."""
         if not self.path.is_file():
             return
-        data = self.path.read_bytes()
+        data = read_bounded(self.path, MAX_BYTES)
         log = _parse(data, self.path)
         if log.damaged:
-            with open(self.path.with_name(DAMAGED), "ab") as file:
+            damaged = self._new_file(DAMAGED)
+            with open(damaged, "xb") as file:
                 file.writelines(line + b"\n" for line, _ in log.damaged)
             logger.warning(
                 "%s; moved to %s (%d damaged in all), and the log goes on",
-                *(log.damaged[0][1], DAMAGED, len(log.damaged)),
+                *(log.damaged[0][1], damaged.name, len(log.damaged)),
             )
         kept = [(line, row) for line, row in log.rows if row["step"] <= step]
         trains = [row for _, row in log.rows if row["kind"] == "train"]
@@ -253,6 +274,14 @@ class MetricsWriter(contextlib.AbstractContextManager):
             return
         with replacing(self.path) as file:
             file.write(text)
+
+    def _new_file(self, name: str) -> Path:
+        """Returns a path beside the log that nothing has yet."""
+        first = path = self.path.with_name(name)
+        numbers = itertools.count(2)
+        while os.path.lexists(path):
+            path = first.with_stem(f"{first.stem}-{next(numbers)}")
+        return path
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends a row.
@@ -290,13 +319,14 @@ class MetricsWriter(contextlib.AbstractContextManager):
             file = self._file
             if file is None or not self._is_there(file):
                 file = self._open()
-            if file.tell() != self._good_size:  # left by a failed write
-                file.truncate(self._good_size)
-                file.seek(self._good_size)
+            # Somebody else may have cut the file, or added to it.
+            size = os.fstat(file.fileno()).st_size
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                line = b"\n" + line
             written = file.write(line)
             if written != len(line):
+                file.truncate(size)
                 raise OSError(f"only {written} of {len(line)} bytes were written")
-            self._good_size += len(line)
         except OSError as error:
             self.lost_rows += 1
             self._warn_of(error)
@@ -307,8 +337,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._file = None
         if self.path.is_fifo():
             raise OSError(errno.EINVAL, "a pipe, which would be waited for")
-        self._file = io.FileIO(self.path, "ab")
-        self._good_size = self._file.tell()
+        self._file = io.FileIO(self.path, "a+b")
         return self._file
 
     def _is_there(self, file: io.FileIO) -> bool:

@@ -1,4 +1,9 @@
-"""The training step and the evaluation step: pure, jitted functions."""
+"""The training step and the evaluation step: pure, jitted functions.
+
+Read `make_train_step` first: it takes a gradient (`loss_and_grads`, of the loss that
+`loss_sums` adds up) and lets the optimizer update the state. The functions between are
+how microbatches and devices share that work.
+"""
 
 import dataclasses
 import math
@@ -20,10 +25,10 @@ from jaxlm.model.params import cast_matrices
 from jaxlm.model.transformer import forward, head_params, unembed
 from jaxlm.ops.attention.context_parallel import to_zigzag
 from jaxlm.ops.collectives import all_gather, axes_of, psum_scatter
+from jaxlm.ops.experts.moe import load_balance_loss, route
 from jaxlm.ops.layout import reshape
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.loss import chunked_cross_entropy_sums, cross_entropy_sums
-from jaxlm.ops.moe import load_balance_loss, route
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.rules import activation_spec, context_parts, reshard
@@ -45,11 +50,11 @@ class StepMetrics:
     """Mean cross-entropy in nats per token, before the update."""
     grad_norm: Any
     """Global norm of the gradient, before clipping."""
-    targets: Any
+    weight_sum: Any
     """Sum of the loss weights, at least 1."""
     lr: Any
     """Learning rate of the update."""
-    skipped: Any = None
+    skipped_in_a_row: Any = None
     """How many steps in a row, up to this one, were skipped, an int32; None if spikes
     are not skipped."""
     hits: tuple[Any, ...] = ()
@@ -63,6 +68,7 @@ class LossSums(NamedTuple):
     """Sums over the tokens of a batch."""
 
     objective: Float[Array, ""]
+    """What training minimizes: cross-entropy, z-loss and load-balance loss."""
     entropy: Float[Array, ""]
     """The cross-entropy alone, in nats."""
     hits: tuple[Any, ...]
@@ -89,7 +95,7 @@ def loss_sums(
         batch = jax.tree.map(_to_zigzag, batch)
     balanced = train.load_balance_loss > 0
     routing = Tap("router_logits")
-    if not balanced:  # Only who was chosen.
+    if not balanced:  # Only which experts were chosen.
         routing = Tap("router_logits", reduce="top_k", count=config.experts_per_token)
     out = forward(
         config,
@@ -125,7 +131,9 @@ def loss_sums(
     logits = out.trace["router_logits"]
     if balanced:
         _, experts = route(logits, config.experts_per_token, config.router_normalize)
-        balance = load_balance_loss(logits, experts, weights)
+        # In a `shard_map` each device has some of the rows.
+        manual_axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+        balance = load_balance_loss(logits, experts, weights, manual_axes)
         objective += train.load_balance_loss * balance * jnp.sum(weights)
     else:
         experts = logits.indices
@@ -139,54 +147,74 @@ def _to_zigzag(x: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
     return reshard(to_zigzag(reshard(x, "B_"), context_parts()), "BT")
 
 
+class LossAndGrads(NamedTuple):
+    """The mean loss of a batch, its gradient and counts."""
+
+    loss: Float[Array, ""]
+    """Mean cross-entropy, in nats per token."""
+    grads: Params
+    """Of the mean objective."""
+    weight_sum: Float[Array, ""]
+    """Sum of the loss weights, at least 1: a batch without any is not divided by 0."""
+    hits: tuple[Any, ...]
+    """As in `LossSums`."""
+    expert_tokens: Float[Array, "L E"] | None
+    """As in `LossSums`."""
+
+
+class _Reported(NamedTuple):
+    """What is summed over microbatches and devices, beside the gradient."""
+
+    loss: Any
+    """The part of the mean cross-entropy that these tokens contribute."""
+    hits: Any
+    expert_tokens: Any
+
+
 def loss_and_grads(
     config: ModelConfig,
     train: TrainConfig,
     params: Params,
     batch: Batch,
     edits: Sequence[Edit] = (),
-) -> tuple[
-    Float[Array, ""],
-    Params,
-    Float[Array, ""],
-    tuple[Any, ...],
-    Float[Array, "L E"] | None,
-]:
-    """Returns the mean loss, its gradient, the sum of the loss weights, and the hits.
-
-    The sum is at least 1, so a batch without weights divides by no zero. The hits are
-    those of the edits. Last is how many tokens chose each expert, see `LossSums`.
+) -> LossAndGrads:
+    """Returns the mean loss and its gradient.
 
     The batch is split into `train.accumulation_steps` microbatches. Sums over tokens
     are divided by the weights of the whole batch, so the split does not change the
     result, except for the load-balance loss, which is computed per microbatch.
     """
-    total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
+    weight_sum = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
 
-    def mean_loss(params, microbatch, total):
+    def mean_objective(params, microbatch, weight_sum):
         sums = loss_sums(config, train, params, microbatch, edits)
-        aux = sums.entropy / total, sums.hits, sums.expert_tokens
-        return sums.objective / total, aux
+        loss = sums.entropy / weight_sum
+        reported = _Reported(loss, sums.hits, sums.expert_tokens)
+        return sums.objective / weight_sum, reported
 
-    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    gradient = jax.value_and_grad(mean_objective, has_aux=True)
     count = train.accumulation_steps
     if count == 1:
-        (_, (loss, *counts)), grads = gradient(params, batch, total)
-        return loss, grads, total, *counts
-    reported: Any = (
-        jax.ShapeDtypeStruct((), jnp.float32),
-        (jax.ShapeDtypeStruct((), jnp.int32),) * len(edits),
-        None,
+        (_, reported), grads = gradient(params, batch, weight_sum)
+    else:
+        expert_tokens = None
+        if config.num_experts:
+            shape = config.num_layers, config.num_experts
+            expert_tokens = jax.ShapeDtypeStruct(shape, jnp.float32)
+        shapes = _Reported(
+            jax.ShapeDtypeStruct((), jnp.float32),
+            (jax.ShapeDtypeStruct((), jnp.int32),) * len(edits),
+            expert_tokens,
+        )
+        accumulate = partial(_accumulate, gradient, count, shapes)
+        axes = _added_up_last(config, train, edits)
+        if axes:
+            dtype = compute_dtype(config.dtype)
+            accumulate = partial(_accumulate_on_devices, accumulate, axes, dtype)
+        reported, grads = accumulate(params, batch, weight_sum)
+    return LossAndGrads(
+        reported.loss, grads, weight_sum, reported.hits, reported.expert_tokens
     )
-    if config.num_experts:
-        shape = config.num_layers, config.num_experts
-        reported = (*reported[:2], jax.ShapeDtypeStruct(shape, jnp.float32))
-    accumulate = partial(_accumulate, gradient, count, reported)
-    axes = _added_up_last(config, train, edits)
-    if axes:
-        accumulate = _on_each_device(accumulate, axes, compute_dtype(config.dtype))
-    (loss, *counts), grads = accumulate(params, batch, total)
-    return loss, grads, total, *counts
 
 
 def _added_up_last(
@@ -194,81 +222,95 @@ def _added_up_last(
 ) -> tuple[str, ...]:
     """Returns the mesh axes along which gradients are added up after all microbatches.
 
-    Along `data` each device has a whole gradient in any case. Edits and the load of
-    experts are computed from the rows of all devices.
+    Along `data` each device has a whole gradient in any case. Edits may be computed
+    from the rows of all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if activation_spec("B") is None or edits or config.num_experts:
+    if activation_spec("B") is None or edits:
         return ()
     axes = ("data", "fsdp") if train.accumulate_whole else ("data",)
     return axes if math.prod(mesh.shape[axis] for axis in axes) > 1 else ()
 
 
-def _on_each_device(
-    accumulate: Callable[..., Any], axes: tuple[str, ...], dtype: DTypeLike
-) -> Callable[..., Any]:
-    """Runs `accumulate` on the rows of each device along `axes`, and adds up the rest.
+def _accumulate_on_devices(
+    accumulate: Callable[..., tuple[_Reported, Params]],
+    axes: tuple[str, ...],
+    dtype: DTypeLike,
+    params: Params,
+    batch: Batch,
+    weight_sum: Float[Array, ""],
+) -> tuple[_Reported, Params]:
+    """Lets each device along `axes` accumulate over its own rows; then adds all up.
 
-    Weights that are cut along `axes` are gathered before, in `dtype`.
+    Weights that are cut along `axes` are gathered once, in `dtype`, before the first
+    microbatch. Gradients come back as the parameters are stored.
     """
-    # Named as in the model, so that what is sent is told apart.
+    stored = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+    cuts = jax.tree.map(partial(_without_mixed_cuts, axes), stored)
+    weights = params
+    if "fsdp" in axes:
+        weights = jax.sharding.reshard(cast_matrices(params, dtype), cuts)
+        weights = tree.map_with_name(partial(_gather, axes), weights, cuts)
+
+    def on_one_device(weights, batch, weight_sum):
+        # Gradients have the dtype of the weights that are given here: that of `params`,
+        # in which they can be summed. The model casts to `dtype` again, and XLA drops
+        # both casts.
+        weights = jax.tree.map(lambda w, x: w.astype(x.dtype), weights, params)
+        reported, grads = accumulate(weights, batch, weight_sum)
+        return jax.lax.psum(reported, axes), jax.tree.map(lambda g: g[None], grads)
+
+    run: Any = jax.shard_map(
+        on_one_device,
+        in_specs=(P(), P(axes), P()),
+        out_specs=(P(), P(axes)),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    reported, grads_of_devices = run(weights, batch, weight_sum)
+    grads = tree.map_with_name(partial(_add_up, axes), grads_of_devices, cuts)
+    return reported, jax.sharding.reshard(grads, stored)
+
+
+def _without_mixed_cuts(axes: tuple[str, ...], partition: P) -> P:
+    """Drops other axes from the dimensions that `axes` cut too.
+
+    What both cut cannot be gathered along `axes` alone.
+    """
+    kept = [tuple(axis for axis in axes_of(cut) if axis in axes) for cut in partition]
+    return P(*(own or cut for own, cut in zip(kept, partition, strict=True)))
+
+
+def _gather(axes: tuple[str, ...], path: str, weight: Array, cut: P) -> Array:
+    """Returns the weight `path`, which is cut as `cut` tells, whole along `axes`."""
+    with jax.named_scope(_scope(path)):
+        return all_gather(weight, cut, axes)
+
+
+def _add_up(axes: tuple[str, ...], path: str, grads: Array, cut: P) -> Array:
+    """Adds up the gradients that devices along `axes` have of the weight `path`."""
+    with jax.named_scope(f"{_scope(path)}/weight_gradient"):
+        return psum_scatter(grads, cut, axes)
+
+
+def _scope(path: str) -> str:
+    """Returns the part of the model that a weight belongs to, as the model names it."""
     scopes = {"layers": "Block", "embed": "embed", "lm_head": "head"}
-
-    def gathered(path: str, x, cut):
-        with jax.named_scope(scopes.get(path.partition("/")[0], path)):
-            return all_gather(x, cut, axes)
-
-    def summed(path: str, g, cut):
-        scope = scopes.get(path.partition("/")[0], path)
-        with jax.named_scope(f"{scope}/weight_gradient"):
-            return psum_scatter(g, cut, axes)
-
-    def added_up(params, batch, total):
-        stored = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
-        cuts, whole = stored, params
-        if "fsdp" in axes:
-            cuts = jax.tree.map(partial(_cut_by_either, axes), stored)
-            whole = jax.sharding.reshard(cast_matrices(params, dtype), cuts)
-            whole = tree.map_with_name(gathered, whole, cuts)
-
-        def local(whole, batch, total):
-            # The products cast weights back, and XLA drops both casts.
-            given = jax.tree.map(lambda w, x: w.astype(x.dtype), whole, params)
-            reported, grads = accumulate(given, batch, total)
-            return jax.lax.psum(reported, axes), jax.tree.map(lambda g: g[None], grads)
-
-        run: Any = jax.shard_map(
-            local,
-            in_specs=(P(), P(axes), P()),
-            out_specs=(P(), P(axes)),
-            axis_names=set(axes),
-            check_vma=False,
-        )
-        reported, parts = run(whole, batch, total)
-        grads = tree.map_with_name(summed, parts, cuts)
-        return reported, jax.sharding.reshard(grads, stored)
-
-    return added_up
-
-
-def _cut_by_either(axes: tuple[str, ...], partition: P) -> P:
-    """Cuts each dimension by axes among `axes` alone, or by others alone."""
-    entries = ([a for a in axes_of(entry) if a in axes] or entry for entry in partition)
-    return P(*(tuple(e) if isinstance(e, list) else e for e in entries))
+    return scopes.get(path.partition("/")[0], path)
 
 
 def _accumulate(
     gradient: Callable[..., Any],
     count: int,
-    reported: Any,
+    shapes: _Reported,
     params: Params,
     batch: Batch,
-    total: Float[Array, ""],
-) -> tuple[Any, Params]:
+    weight_sum: Float[Array, ""],
+) -> tuple[_Reported, Params]:
     """Sums what is reported, and the gradients, of `count` microbatches.
 
     Args:
-      reported: its shapes and dtypes.
+      shapes: shapes and dtypes of what is reported.
     """
 
     def split(x: Array) -> Array:
@@ -282,13 +324,13 @@ def _accumulate(
 
     def accumulate(sums, microbatch):
         part = jax.tree.unflatten(structure, microbatch)
-        (_, aux), grads = gradient(params, part, total)
-        return jax.tree.map(jnp.add, sums, (aux, grads)), None
+        (_, reported), grads = gradient(params, part, weight_sum)
+        return jax.tree.map(jnp.add, sums, (reported, grads)), None
 
     def zeros(x: Any) -> Array:
         return jnp.zeros(x.shape, x.dtype)
 
-    start = jax.tree.map(zeros, reported), jax.tree.map(jnp.zeros_like, params)
+    start = jax.tree.map(zeros, shapes), jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(accumulate, start, microbatches)[0]
 
 
@@ -299,9 +341,9 @@ def make_train_step(
 
     A third argument gives edits, with which the loss and its gradient are computed.
 
-    If the state has a history of spikes, a step that is one changes nothing but `step`
-    and that history: parameters and optimizer state, with the counts from which the
-    optimizer takes its learning rate, stay as they were, bit for bit.
+    If the state has a history of spikes, a step that is a spike changes nothing but
+    `step` and that history: parameters and optimizer state, with the counts from which
+    the optimizer takes its learning rate, stay as they were, bit for bit.
     """
     model, train = config.model, config.train
     peak = config.optimizer.learning_rate
@@ -310,7 +352,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, edits: Sequence[Edit] = ()
     ) -> tuple[TrainState, StepMetrics]:
-        loss, grads, total, hits, expert_tokens = loss_and_grads(
+        loss, grads, weight_sum, hits, expert_tokens = loss_and_grads(
             model, train, state.params, batch, edits
         )
         with jax.named_scope("optimizer"):
@@ -320,7 +362,7 @@ def make_train_step(
         updates_done = state.step if spikes is None else state.step - spikes.skipped
         rate = jnp.asarray(schedule(updates_done), jnp.float32)
         norm = tree.global_norm(grads)
-        metrics = StepMetrics(loss, norm, total, rate, hits=hits)
+        metrics = StepMetrics(loss, norm, weight_sum, rate, hits=hits)
         if expert_tokens is not None:
             load = jnp.max(expert_tokens / jnp.mean(expert_tokens, 1, keepdims=True))
             metrics = dataclasses.replace(metrics, expert_load=load)
@@ -329,7 +371,7 @@ def make_train_step(
             old, new = (state.params, state.opt_state), (params, opt_state)
             choose = partial(jax.lax.select, spikes.in_a_row > 0)
             params, opt_state = jax.tree.map(choose, old, new)
-            metrics = dataclasses.replace(metrics, skipped=spikes.in_a_row)
+            metrics = dataclasses.replace(metrics, skipped_in_a_row=spikes.in_a_row)
         return TrainState(state.step + 1, params, opt_state, spikes), metrics
 
     return jax.jit(train_step, donate_argnums=0)

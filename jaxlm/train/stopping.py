@@ -10,11 +10,16 @@ from jaxlm.terminal.exit_codes import (
     EXIT_PREEMPTED,
 )
 from jaxlm.terminal.interrupts import Interrupts
+from jaxlm.train.cloud_notice import CloudNotice
 
 SIGNAL_CODES: dict[int, int] = {
     signal.SIGINT: EXIT_INTERRUPTED,
     signal.SIGTERM: EXIT_PREEMPTED,
     signal.SIGHUP: EXIT_PREEMPTED,
+    # Batch systems send these before they end a job.
+    signal.SIGUSR1: EXIT_PREEMPTED,
+    signal.SIGUSR2: EXIT_PREEMPTED,
+    signal.SIGXCPU: EXIT_PREEMPTED,
 }
 
 
@@ -25,9 +30,10 @@ class NotFinite(ValueError):
 
 
 class StopRequest(Interrupts):
-    """Turns signals and the time limit into a request that the loop reads.
+    """Turns signals, notices of a cloud and a time limit into what the loop asks for.
 
-    The signals are Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed.
+    The signals are Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed, and those by
+    which batch systems announce that a limit of time is near.
 
     After the first signal the loop finishes its step and saves the state. A second
     signal ends the process at once; earlier checkpoints stay. Use it as a context
@@ -45,17 +51,29 @@ class StopRequest(Interrupts):
             raises=False,
         )
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+        self._cloud = CloudNotice()
         self._agreement = processes.agreement("stop")
         self.exit_code: int | None = None
         """The exit code to stop with, since `is_requested` is True; None to go on."""
         self.by_signal = False
-        """Whether a signal, not the time limit, is why."""
+        """Whether a signal or a notice, not the time limit, is why."""
+
+    def __enter__(self) -> "StopRequest":
+        self._cloud.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._cloud.__exit__(*exception)
 
     def is_requested(self) -> bool:
         """Whether to stop."""
         wanted = None
         if self.received is not None:
             wanted = SIGNAL_CODES[self.received], True
+        elif self._cloud.text is not None:
+            wanted = EXIT_PREEMPTED, True
         elif self._deadline is not None and time.monotonic() > self._deadline:
             wanted = EXIT_PREEMPTED, False
         agreed = self._agreement.reached(wanted)

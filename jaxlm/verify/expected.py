@@ -27,7 +27,7 @@ _MAX_NUMBERS = 1 << 24
 
 
 @runtime_checkable
-class Engine(Protocol):
+class ReferenceModel(Protocol):
     """An implementation that has loaded a model."""
 
     name: str
@@ -237,7 +237,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def observe(
-    engine: Engine,
+    model: ReferenceModel,
     tokens: Int32[np.ndarray, "T"],
     prompt_length: int,
     num_greedy: int,
@@ -259,15 +259,15 @@ def observe(
     greedy, gaps = [], []
     for _ in range(num_greedy):
         so_far = np.concatenate([tokens[:prompt_length], np.array(greedy, np.int32)])
-        logits = engine.run(so_far)[0][-1]
+        logits = model.run(so_far)[0][-1]
         second, first = np.partition(logits, -2)[-2:]
         greedy.append(int(np.argmax(logits)))
         gaps.append(first - second)
-    logits, residual = engine.run(tokens)
+    logits, residual = model.run(tokens)
     if not (np.isfinite(logits).all() and np.isfinite(residual).all()):
-        raise ValueError(f"{engine.name} computes numbers that are not finite")
+        raise ValueError(f"{model.name} computes numbers that are not finite")
     return Expected(
-        name=engine.name,
+        name=model.name,
         made=datetime.date.today().isoformat(),
         model_dim=residual.shape[2],
         vocab_size=logits.shape[1],

@@ -5,10 +5,12 @@ import signal
 
 import pytest
 from conversation_case import scripted
+from jax.errors import JaxRuntimeError
 
 from jaxlm.chat import dialogue
 from jaxlm.chat.dialogue import COMMANDS, Dialogue
 from jaxlm.chat.prompt import DraftDropped
+from jaxlm.terminal import progress
 from jaxlm.terminal.progress import Waiting
 
 
@@ -30,6 +32,8 @@ def hold(monkeypatch, tmp_path, capsys):
     """Holds a dialogue; returns stdout, stderr and the conversation."""
 
     def hold(typed, answers=(), on_terminal=True, **options):
+        # A line about a wait, however busy the machine is.
+        monkeypatch.setattr(progress, "WAIT_SECONDS", 1000)
         talk = scripted(monkeypatch, tmp_path, answers, **options)
         Dialogue(talk, Keyboard(typed), on_terminal=on_terminal).hold()
         return *capsys.readouterr(), talk
@@ -163,6 +167,23 @@ def test_no_other_file_is_overwritten(hold, tmp_path):
     assert "exists and is not a conversation: choose another name\n" in err
     assert err.endswith("No such file or directory\n") and err.count("\n") == 2
     assert file.read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_does_not_end_it(hold, tmp_path):
+    file = tmp_path / "talk.json"
+    with (tmp_path / "hole").open("wb") as hole:
+        hole.truncate(1 << 40)
+    typed = ["Hi", f"/save {file}", f"/save {tmp_path / ('x' * 300)}"]
+    typed += [f"/load {hole.name}", "/reset", f"/save {file}", "again", "Ho"]
+    _, err, talk = hold(typed, ["1", JaxRuntimeError("RESOURCE_EXHAUSTED"), "2"])
+    assert contents(talk) == ["Ho", "2"]
+    lines = err.splitlines()
+    assert [line[:5] for line in lines if "forgotten" not in line] == [
+        *("saved", "error", "error", "error", "error"),
+    ]
+    assert "File name too long" in lines[1] and "more than" in lines[2]
+    # The earlier conversation is not replaced by an empty one.
+    assert "none to replace them" in lines[4] and len(json.loads(file.read_text())) == 2
 
 
 def test_a_full_context_does_not_end_it_on_a_terminal(hold):

@@ -1,7 +1,6 @@
 """A small run for checkpoint tests, also imported by their child processes."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from forked_case import Forked
 
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import Config, ModelConfig, OptimizerConfig
@@ -65,11 +65,14 @@ def two_optimizers():
 
 
 def updated_state(optimizer, seed=0):
-    params = make_params(seed)
-    updates, state = optimizer.update(
-        make_params(seed + 1), optimizer.init(params), params
-    )
-    return optax.apply_updates(params, updates), state
+    def update(seed):
+        params, gradients = make_params(seed), make_params(seed + 1)
+        start = optimizer.init(params)
+        updates, state = optimizer.update(gradients, start, params)
+        return optax.apply_updates(params, updates), state
+
+    # As one program: op by op, each shape would be compiled.
+    return jax.jit(update)(seed)
 
 
 def state_of_step(step):
@@ -90,7 +93,6 @@ def save(
     wait=True,
     config=CONFIG,
     tokenizer=None,
-    finite=True,
 ):
     params, opt_state = state_of_step(step) if state is None else state
     checkpoints.save(
@@ -100,7 +102,6 @@ def save(
         config=config,
         tokenizer=tokenizer or FakeTokenizer(),
         data_fingerprint="data-1",
-        finite=finite,
     )
     if wait:
         checkpoints.wait()
@@ -124,19 +125,22 @@ def run_with_steps(folder, *steps, **kwargs):
     return Path(folder)
 
 
-def start_child(code, *arguments, **environment):
-    """Starts a Python process that runs `code`, with this folder on its path."""
-    here = str(Path(__file__).parent)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": here, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def run_code(code, *arguments):
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
+
+
+def start_child(code, folder, *arguments, **environment):
+    """Starts a process that runs `code`, whose first argument is a folder."""
+    return Forked(
+        *(run_code, code, str(folder), *map(str, arguments)),
+        output=f"{folder}.child",
+        environment={**os.environ, **environment},
+        folder=Path(folder).parent,
     )
 
 
-def run_child(code, *arguments, **environment):
-    child = start_child(code, *arguments, **environment)
-    out, err = child.communicate(timeout=120)
-    return child.returncode, out, err
+def run_child(code, folder, *arguments, **environment):
+    child = start_child(code, folder, *arguments, **environment)
+    assert child.wait() is not None
+    return child.code, child.out, child.err

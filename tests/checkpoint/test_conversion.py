@@ -1,9 +1,6 @@
 """Converts every kind of checkpoint to every other, then trains and samples."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +61,9 @@ def same(a, b):
 
 def test_around_all_three_kinds(run, folder, tmp_path):
     same(run, folder)
+    # Left by one that was interrupted.
+    (tmp_path / "run/checkpoints/.tmp-0-1").mkdir(parents=True)
+    (tmp_path / "run/.lock").touch()
     assert convert(folder, tmp_path / "run") == "jaxlm"
     same(folder, tmp_path / "run")
     gguf = tmp_path / "m.gguf"
@@ -117,6 +117,21 @@ def test_the_default_model(tmp_path, to, dtype, limit):
     assert difference <= limit * jnp.std(logits)
 
 
+def test_no_cast_makes_infinities(tmp_path):
+    params = params_of(MODEL)
+    for large, wrong, right in ((1e5, "f16", "bf16"), (3.4e38, "bf16", "f32")):
+        up = params["layers"]["mlp"]["up"]
+        params["layers"]["mlp"]["up"] = up.at[0, 0, 0].set(large)
+        run = tmp_path / wrong
+        save(run, MODEL, params, ByteTokenizer())
+        for kind, name in NAMES.items():
+            with pytest.raises(ValueError, match="float16 cannot hold"):
+                convert(run, tmp_path / f"{wrong}-{name}", to=kind, dtype=wrong)
+        file = tmp_path / f"{right}.gguf"
+        convert(run, file, dtype=right)
+        assert np.isfinite(load(file)[1]["layers"]["mlp"]["up"]).all()
+
+
 def test_without_a_tokenizer(folder, tmp_path):
     main(["convert", str(folder), str(tmp_path / "m"), "--to", "hf", "--no-tokenizer"])
     names = {p.name for p in (tmp_path / "m").iterdir()}
@@ -164,30 +179,21 @@ def test_init_from_a_path_that_is_not_a_checkpoint(tmp_path, repository):
 
 
 @pytest.mark.slow
-def test_training_from_a_published_model_and_export(folder, tmp_path, repository):
-    """Runs `train.py --init-from`, `jaxlm convert` and `sample.py` in turn."""
+def test_training_from_a_published_model_and_export(
+    folder, tmp_path, repository, monkeypatch, capsys
+):
+    """Runs `jaxlm train --init-from`, `jaxlm convert` and `jaxlm sample` in turn."""
     (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 100)
-
-    def python(*words):
-        done = subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(repository)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    python(
-        *(repository / "train.py", repository / "configs" / "finetune.py"),
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *("train", repository / "configs" / "finetune.py"),
         *("--init-from", folder, "--data.path", "text.txt", "--train.steps", "3"),
         *("--data.sequence-length", "32", "--optimizer.warmup-steps", "0"),
         *("--train.run-dir", "run", "--train.sample-every", "0"),
         *("--optimizer.learning-rate", "1e-3", "--model.dtype", "float32"),
-    )
-    main(["convert", str(tmp_path / "run"), str(tmp_path / "out")])
+    ]
+    assert main([*map(str, words)]) == 0
+    main(["convert", "run", "out"])
     before, after = load(folder)[1], load(tmp_path / "out")[1]
     moved = [
         float(jnp.abs(a - b).max())
@@ -195,8 +201,7 @@ def test_training_from_a_published_model_and_export(folder, tmp_path, repository
     ]
     # Adam's first steps are about as large as the learning rate.
     assert 1e-3 < max(moved) < 1e-2
-    text = python(
-        *(repository / "sample.py", "out", "--prompt", "It was"),
-        *("--max-new-tokens", "4", "--temperature", "0"),
-    )
-    assert text.startswith("It was")
+    capsys.readouterr()
+    words = ["--prompt", "It was", "--max-new-tokens", "4", "--temperature", "0"]
+    assert main(["sample", "out", *words]) == 0
+    assert capsys.readouterr().out.startswith("It was")

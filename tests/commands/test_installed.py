@@ -75,6 +75,7 @@ def add_dependencies(distribution, site, extras=frozenset()):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_wheel_trains_samples_and_chats(repository, tmp_path):
     environment, home = tmp_path / "environment", tmp_path / "home"
     home.mkdir()

@@ -6,8 +6,9 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from inside_case import CONFIG, PARAMS, TOKENIZER
+from look_case import CONFIG, OTHER, PARAMS, TEXT, TOKENIZER
 
+from jaxlm.checkpoint.hf.safetensors_file import write_safetensors
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
 from jaxlm.commands.generating.generation_page import write_generation
@@ -37,7 +38,8 @@ def data_of(path):
 def test_the_page_of_a_text(tmp_path, capsys):
     run, page = tmp_path / "tiny", tmp_path / "look.html"
     save(run, CONFIG, PARAMS, TOKENIZER)
-    text = ["look", str(run), "--prompt", "abcab", "--against", "abxab"]
+    # The texts of other tests, which have compiled for their length.
+    text = ["look", str(run), "--prompt", TEXT, "--against", OTHER]
     lens, corpus = tmp_path / "lens.safetensors", tmp_path / "corpus.txt"
     corpus.write_text("some text " * 20)
     # The lens is made first.
@@ -45,16 +47,23 @@ def test_the_page_of_a_text(tmp_path, capsys):
     assert main([*text, *more, "-o", str(page)]) == 0
     assert capsys.readouterr().out == f"{page}\n"
     data = data_of(page)
-    assert data["against"] == list("abxab") and data["position"] == 4
-    call = f"jaxlm look {run} --prompt abcab --against abxab --lens {lens}"
+    assert data["against"] == list(OTHER) and data["position"] == 8
+    call = f"jaxlm look {run} --prompt '{TEXT}' --against '{OTHER}' --lens {lens}"
     assert data["call"] == call
     assert data["title"] == "tiny" and data["jacobian"] is not None
-    rows = np.asarray(TOKENIZER.encode_prompt("abcab"))[None]
+    rows = np.asarray(TOKENIZER.encode_prompt(TEXT))[None]
     logits = jax.jit(partial(forward, CONFIG))(PARAMS, rows).logits[0, -1]
     ours, theirs = data["causes"]["tokens"]
     difference = float(logits[ours] - logits[theirs])
     assert data["causes"]["difference"] == pytest.approx(difference, abs=1e-4)
     assert read_jacobian_lens(CONFIG, lens).any()
+    # Weights whose name was given by mistake stay.
+    write_safetensors(
+        lens, {"other": ((1,), np.dtype("f4"))}, lambda _: np.ones(1, np.float32)
+    )
+    with pytest.raises(SystemExit):
+        main([*text, *more])
+    assert "is no Jacobian lens" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -63,11 +72,11 @@ def test_the_page_of_a_generation(tmp_path):
     chosen = SampleArguments(
         run="runs/tiny", look=page, sample=SampleConfig(temperature=0.0)
     )
-    new = np.array([100, 101, 102])
-    write_generation(CONFIG, PARAMS, TOKENIZER, TOKENIZER.encode("abc"), new, chosen)
+    prompt, new = np.split(TOKENIZER.encode(TEXT), [7])
+    write_generation(CONFIG, PARAMS, TOKENIZER, prompt, new, chosen)
     data = data_of(page)
-    assert (data["position"], data["text"]["num_prompt"]) == (2, 3)
-    assert [row["id"] for row in data["text"]["rows"]] == list(b"abcdef")
+    assert (data["position"], data["text"]["num_prompt"]) == (6, 7)
+    assert [row["id"] for row in data["text"]["rows"]] == list(TEXT.encode())
     steps = data["choice"]["steps"]
     assert [step["rule"] for step in steps] == ["model", "temperature"]
     assert steps[-1]["kept"] == 1 and data["choice"]["settings"]["temperature"] == 0

@@ -28,7 +28,8 @@ def test_the_row_of_a_sentence():
         row = make_looks(config("abcd"), ByteTokenizer())(PARAMS)
     assert set(row) == set(FIELDS["look"])
     tokens = np.resize(np.array([97, 98, 99, 100]), 64)[None]
-    taps = (Tap("resid_post"), Tap("attn_probs"))
+    sites = "resid_post", "attn_probs", "mlp_out_post"
+    taps = tuple(Tap(site) for site in sites)
     out = jax.jit(partial(forward, MODEL, taps=taps))(PARAMS, tokens)
     p = np.asarray(jax.nn.softmax(out.logits[0, :4]))
     assert row["entropy"] == pytest.approx(-(p * np.log(p)).sum(-1).mean(), rel=1e-4)
@@ -44,6 +45,21 @@ def test_the_row_of_a_sentence():
     lens = (x * PARAMS["final_norm"]["scale"]) @ PARAMS["embed"]["table"].T
     first, last = np.asarray(lens).argmax(-1)
     assert row["lens_depth"] == pytest.approx(np.where(first == last, 1, 2).mean())
+    # Without what a feed-forward adds, and with the same divisor, the logits that follow
+    # are lower by as much.
+    stream = np.asarray(out.trace["resid_post"][-1, 0, :3], np.float64)
+    divisor = np.sqrt(np.square(stream).mean(-1, keepdims=True) + MODEL.norm_epsilon)
+
+    def over_the_mean(x):
+        gain, table = PARAMS["final_norm"]["scale"], PARAMS["embed"]["table"]
+        logits = x / divisor * np.asarray(gain) @ np.asarray(table).T
+        return np.mean(logits[np.arange(3), tokens[0, 1:4]] - logits.mean(-1))
+
+    for layer, memory in enumerate(row["memory_layers"]):
+        without = stream - np.asarray(out.trace["mlp_out_post"][layer, 0, :3])
+        lost = over_the_mean(stream) - over_the_mean(without)
+        assert memory == pytest.approx(lost, abs=1e-4)
+    assert row["memory"] == pytest.approx(sum(row["memory_layers"]), abs=1e-3)
 
 
 def test_a_sentence_that_cannot_be_read():

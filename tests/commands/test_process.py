@@ -18,6 +18,7 @@ def test_the_compile_cache_is_the_users_own(monkeypatch, tmp_path):
     names.append("jax_persistent_cache_min_entry_size_bytes")
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     folder = tmp_path / "jaxlm" / "xla"
     folder.mkdir(parents=True, mode=0o777)
     folder.chmod(0o777)

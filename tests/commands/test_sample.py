@@ -1,6 +1,7 @@
 """sample.py in child processes, on a run made without training."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from terminal_case import CTRL_C, Terminal
 from toy_case import make_params, toy
 
@@ -24,19 +26,25 @@ from jaxlm.commands.sample import (
     Printer,
     read_prompt,
     read_proposer,
+    write_beams,
     write_samples,
 )
-from jaxlm.config import SampleConfig
+from jaxlm.config import MeshConfig, SampleConfig
 from jaxlm.flags.arguments import SampleArguments
+from jaxlm.infer.beam_search import beam_search
 from jaxlm.infer.generate import generate
 from jaxlm.infer.speculative.proposals import PromptLookup
+from jaxlm.model.params import quantize_matrices
+from jaxlm.sharding.mesh import make_mesh_of_size
+from jaxlm.terminal import progress
 from jaxlm.terminal.printable import printable
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 # One new token that is part of the text.
 A = np.full((1, 1), ord("a")), np.ones((1, 1), bool)
-CONTEXT = 8192
+# Half of it is more than what a program can write ahead of a reader into a small pipe.
+CONTEXT, PIPE_BYTES = 16_384, 4096
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +64,14 @@ def start(home, repository, *arguments, **streams):
         [sys.executable, repository / "sample.py", *arguments],
         cwd=home,
         env={**os.environ, "PYTHONPATH": str(repository)},
-        **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams),
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
+        pipesize=PIPE_BYTES,
     )
 
 
 def run(home, repository, *arguments):
     child = start(home, repository, *arguments)
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate()
     return child.returncode, out.decode(), err.decode()
 
 
@@ -102,7 +111,7 @@ sys.exit(cli.run("sample", sys.argv[1:], "sample.py"))
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["-v"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["-v"], marks=pytest.mark.slow)])
 def test_a_terminal_shows_each_wait_and_then_only_the_text(home, repository, flags):
     """The output of -v comes before the prompt."""
     arguments = ["runs/tiny", "--prompt", "<abc>", "--max-new-tokens", "40", *flags]
@@ -186,6 +195,57 @@ def test_json_and_colors_show_what_is_streamed(capsys):
     assert len(set(re.findall(r"\x1b\[38;5;(\d+)m", "".join(rest)))) > 1
 
 
+def test_the_best_of_several(capsys):
+    """By the mean log-probability of their tokens."""
+    sample, first = SampleConfig(temperature=0.9, max_new_tokens=12), set()
+    for seed in range(6):
+        options = {"sample": sample, "seed": seed}
+        shown = sample_short(capsys, "a", num_samples=2, json=True, **options).out
+        lines = [json.loads(line) for line in shown.splitlines()]
+        order = np.argsort([-np.mean(line["logprobs"]) for line in lines])
+        one, two = (lines[i]["text"] for i in order)
+        shown = sample_short(capsys, "a", num_samples=2, best_of=2, **options).out
+        assert shown == f"--- sample 1\na{one}\n--- sample 2\na{two}\n"
+        assert sample_short(capsys, "a", best_of=2, **options).out == f"a{one}\n"
+        first.add(int(order[0]))
+    assert first == {0, 1}
+
+
+def test_beams(capsys):
+    model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64)
+    call = (model, make_params(model), TOKENIZER, "a")
+    sample = SampleConfig(max_new_tokens=6)
+    chosen = SampleArguments(sample=sample, beams=3, num_samples=2, length_penalty=-1.0)
+    write_beams(*call, chosen)
+    texts = capsys.readouterr().out.split("--- sample ")[1:]
+    write_beams(*call, dataclasses.replace(chosen, json=True))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert texts == [f"{i + 1}\na{line['text']}\n" for i, line in enumerate(lines)]
+    settings = {"num_beams": 3, "max_new_tokens": 6, "length_penalty": -1.0}
+    prompt, num_tokens = [TOKENIZER.encode_prompt("a")], TOKENIZER.vocab_size
+    (beams,) = beam_search(*call[:2], prompt, num_tokens=num_tokens, **settings)
+    assert [line["tokens"] for line in lines] == [b.tokens.tolist() for b in beams[:2]]
+    scores = [b.score for b in beams[:2]]
+    np.testing.assert_allclose([line["score"] for line in lines], scores, atol=1e-6)
+
+
+def test_weights_in_8_bits(tmp_path, capsys):
+    model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64)
+    params = make_params(model)
+    save(tmp_path / "run", model, params, TOKENIZER)
+    flags = ["--prompt", "a", "--max-new-tokens", "12", "--json"]
+    assert main(["sample", str(tmp_path / "run"), *flags, "--weights", "int8"]) == 0
+    shown = capsys.readouterr().out
+    sample = SampleConfig(temperature=0.8, max_new_tokens=12)
+    arguments = SampleArguments(prompt="a", sample=sample, json=True)
+    with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):
+        params = jax.device_put(params, P())
+        rounded = quantize_matrices(params, "int8")
+        for own, is_same in ((rounded, True), (params, False)):
+            write_samples(model, own, TOKENIZER, "a", arguments)
+            assert (capsys.readouterr().out == shown) == is_same
+
+
 def test_a_stop_string_is_cut_off_every_form_of_the_text(capsys):
     """The text of a seed, up to where two of its characters stand."""
     sample = SampleConfig(max_new_tokens=20)
@@ -211,6 +271,10 @@ def test_a_prompt_comes_from_a_file_or_from_stdin(tmp_path, monkeypatch):
         stdin = io.TextIOWrapper(io.BytesIO(data))
         monkeypatch.setattr("sys.stdin", stdin)
         assert read_prompt(SampleArguments(prompt_file=Path("-"))) == text
+    monkeypatch.setattr("jaxlm.commands.sample._MAX_PROMPT_BYTES", 3)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"four")))
+    with pytest.raises(ValueError, match="--prompt-file stdin: it has more than 3 by"):
+        read_prompt(SampleArguments(prompt_file=Path("-")))
     assert read_prompt(SampleArguments()) == "\n"
     assert read_prompt(SampleArguments(prompt="")) == ""
 
@@ -219,12 +283,19 @@ def test_a_prompt_comes_from_a_file_or_from_stdin(tmp_path, monkeypatch):
     "flags, message",
     [
         (["--prompt-file", "none.txt"], "--prompt-file none.txt: No such file or dir"),
+        (
+            ["--prompt-file", "/dev/zero"],
+            "--prompt-file /dev/zero: it has more than 67",
+        ),
         (["--prompt-file", "."], "--prompt-file .: Is a directory"),
         (["--prompt-file", "latin.txt"], "--prompt-file latin.txt is not UTF-8 at by"),
         (["--prompt", "a", "--prompt-file", "b"], "give --prompt or --prompt-file, no"),
         (["--json", "--show-probs"], "give --json or --show-probs, not both"),
         (["--top-logprobs", "3"], "--top-logprobs is 3: it must be 0 or more, and ne"),
         (["--show-probs"], "--show-probs colors a terminal: take --json for a file"),
+        (["--best-of", "2", "--beams", "2"], "give --best-of or --beams, not both"),
+        (["--beams", "2", "--num-samples", "3"], "--beams is 2: it must be at least -"),
+        (["--beams", "2", "--regex", "a"], "--beams searches without --regex: leave "),
         (["--min-p", "2"], "--min-p is 2.0: it must be in [0, 1]"),
         (["--typical-p", "0"], "--typical-p is 0.0: it must be in (0, 1]"),
         (["--repetition-penalty", "0"], "--repetition-penalty is 0.0: it must be > 0"),
@@ -256,6 +327,7 @@ def test_without_a_run_the_way_to_one_is_told(tmp_path, monkeypatch, capsys):
 
 
 def test_the_run_that_it_takes_is_told(home, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "WAIT_SECONDS", 1000)  # however busy the machine is
     monkeypatch.chdir(home[0])
     told = "sampling from runs/tiny, the newest run\n"
     open_model(SampleArguments())
@@ -264,6 +336,7 @@ def test_the_run_that_it_takes_is_told(home, monkeypatch, capsys):
     assert told not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_stream(home, repository):
     folder, _, _ = home
     child = start(
@@ -274,7 +347,7 @@ def test_ctrl_c_ends_a_stream(home, repository):
         first = child.stdout.read(20)  # the text is streamed
         assert first.startswith(b"a") and child.poll() is None
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate()
         assert child.returncode == 130, err
         assert out.endswith(b"\n") and b"Traceback" not in err
         # Each token is a character: most of them were not sampled.
@@ -283,6 +356,7 @@ def test_ctrl_c_ends_a_stream(home, repository):
         child.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_text_leaves_no_traceback(home, repository):
     arguments = ["runs/tiny", "--max-new-tokens", str(CONTEXT - 1)]
     with Terminal(
@@ -299,8 +373,11 @@ def test_ctrl_c_before_the_text_leaves_no_traceback(home, repository):
         assert "Traceback" not in shown and "compiling" not in shown
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_program_without_a_word(home, repository):
-    child = start(home[0], repository, "runs/tiny", "--max-new-tokens", "4000")
+    child = start(
+        home[0], repository, "runs/tiny", "--max-new-tokens", str(CONTEXT // 2)
+    )
     with child:
         assert child.stdout.read(5)
         child.stdout.close()
@@ -331,6 +408,14 @@ def test_the_prompt_comes_with_the_first_tokens(num_samples, header, capsys):
         assert capsys.readouterr().out == "a"
     rest = "--- sample 2\nprompt aa\n" if num_samples == 2 else ""
     assert capsys.readouterr().out == f"\n{rest}"
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_terminal_gets_no_control_characters(on_terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    with Printer(TOKENIZER, "", 2) as printer:
+        printer.feed(np.full((2, 1), 27), np.ones((2, 1), bool))
+    assert ("\x1b" in capsys.readouterr().out) != on_terminal
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -372,9 +457,7 @@ def test_a_grammar_from_a_flag(tmp_path, capsys):
 
 
 def test_speculate_is_lookup_or_a_model(tmp_path):
-    chosen = SampleArguments(speculate="lookup")
-    assert read_proposer(chosen, TOKENIZER) == PromptLookup()
-    assert read_proposer(SampleArguments(), TOKENIZER) is None
-    chosen = SampleArguments(speculate=str(tmp_path / "none"))
+    assert read_proposer("lookup", None, TOKENIZER) == PromptLookup()
+    assert read_proposer(None, None, TOKENIZER) is None
     with pytest.raises(ValueError, match=r"^--speculate: .*; or take lookup$"):
-        read_proposer(chosen, TOKENIZER)
+        read_proposer(str(tmp_path / "none"), None, TOKENIZER)

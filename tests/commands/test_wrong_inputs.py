@@ -10,6 +10,7 @@ from toy_case import make_params, toy
 
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
+from jaxlm.terminal import progress
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 CONFIG = """
@@ -46,6 +47,9 @@ FILES = {
     "broken/config.json": "{",
     "unknown/config.json": '{"model_type": "unheard-of"}',
     "nothing/": "",
+    "site.html": "<!doctype html>\n<p>mine",
+    "photo.png": b"\x89PNG",
+    "notes.json": "[]",
     "lost/metrics.jsonl": "",
 }
 
@@ -84,6 +88,7 @@ WRONG = {
     "train --train.steps": "--train.steps needs a value",
     "train --train.steps --fresh": "--train.steps needs a value",
     "train --train.steps 0": "--train.steps is 0: it must be > 0",
+    "train --train.steps 2147483648": "--train.steps is 2147483648: it must be below",
     "train --train.steps 99999999999999999999": "it must be below 2**63",
     "train --train.step=3": "'--train.step=3' (did you mean '--train.steps'?)" + FLAGS,
     "train --modl.num-layers 3": "(did you mean '--model.num-layers'?)",
@@ -208,6 +213,17 @@ WRONG = {
     "convert runs/tiny": "DST is missing" + FLAGS,
     "convert nope x": f"nope {NO_CHECKPOINT}",
     "convert runs/tiny nothing": "nothing already exists: choose another name",
+    "convert runs/tiny s3://bucket/x.gguf": "DST s3://bucket/x.gguf is a URL, and it mu",
+    "convert runs/tiny '~/x.gguf'": "DST ~/x.gguf begins with ~, which the shell has no",
+    "report runs/tiny --out site.html": "--out site.html is there, and is not a page of",
+    "report runs/tiny --out photo.html": "photo.png is there, and the picture beside ph",
+    "look runs/tiny --prompt x --out site.html": "site.html is there, and is not a page",
+    "sample runs/tiny --look text.txt": "--look text.txt: the name of a page ends in .h",
+    "sample runs/tiny --look site.html": "--look site.html is there, and is not a page",
+    "verify runs/tiny --out notes.json": "notes.json is there, and is not a certificate",
+    "verify runs/tiny --out broken.gguf": "the name of a certificate ends in .json",
+    "report runs/tiny --out=~/x.html": "--out ~/x.html begins with ~, which the shell",
+    "train --train.run-dir runs/tiny --init-from runs/tiny --fresh": "--fresh moves as",
     "convert runs/tiny x.gguf --dtype q9": "of 'f32', 'f16', 'bf16', 'q8_0'\n",
     "convert runs/tiny new/x.ggf": "new/x.ggf: did you mean new/x.gguf? --to hf or --to",
     "convert runs/tiny x --to gguf": "a GGUF file ends in .gguf: write x.gguf",
@@ -218,6 +234,8 @@ WRONG = {
     "verify runs/tiny --out no/x.json": "--out no/x.json: no is not a folder; make it",
     "report": "RUNS is missing: name at least one run folder",
     "report nope": "nope/metrics.jsonl: no such file; is nope the folder of a run?",
+    "serve runs/tiny --port 99999": "--port is 99999: it must be at most 65535",
+    "report runs/tiny --out runs/tiny/metrics.jsonl": "page ends in .html",
     "report lost --uot x": "'--uot' (did you mean '--out'?)",
     "tune": "WHAT is missing" + FLAGS,
     "tune attn": "WHAT is 'attn': it must be 'attention'",
@@ -239,6 +257,7 @@ def with_config(line):
 @pytest.mark.parametrize("line", WRONG)
 def test_a_wrong_input_is_one_line_with_a_remedy(line, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(progress, "WAIT_SECONDS", 600)  # however busy the machine is
     with pytest.raises(SystemExit) as end:
         main(with_config(line))
     out, err = capsys.readouterr()

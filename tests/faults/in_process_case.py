@@ -76,7 +76,7 @@ def saving(manager, config):
     def save(state):
         manager.save(
             *(int(state.step), state.params, state.opt_state, state.spikes),
-            **{"config": config, "tokenizer": ByteTokenizer(), "finite": True, **SAME},
+            **{"config": config, "tokenizer": ByteTokenizer(), **SAME},
         )
 
     return save

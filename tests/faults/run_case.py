@@ -1,14 +1,26 @@
 """Tiny runs of train.py in child processes, and the comparison of two runs."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import random
-import subprocess
+import resource
+import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
+import jax
+import numpy as np
+from forked_case import Forked
+
+from jaxlm import cli
 from jaxlm.checkpoint.load import load
 from jaxlm.checkpoint.native.integrity import state_hash
+from jaxlm.commands import train
+from jaxlm.data.loader import place
 from jaxlm.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,66 +43,66 @@ def get_config():
     )
 """
 
-# Runs `jaxlm train` with a recorder around its batches, which writes a line for each
-# batch, and raises a signal or a fault at a given step.
-CHILD = """
-import dataclasses, hashlib, os, resource, shutil, signal, sys, time
-import jax, numpy as np
-from jaxlm import cli
-from jaxlm.commands import train
-from jaxlm.data.loader import place
 
-action, _, at = os.environ.get("FAULT", "").partition("@")
-real_batches, real_make_hooks = train.batches, train.make_hooks
+def train_with_faults(*arguments):
+    """Runs `jaxlm train`, writes a line for each batch, and raises a signal or a fault.
 
-def batches(dataset, batch_size, start_step, *rest):
-    record = open(os.environ["RECORD"], "a")
-    for step, batch in enumerate(real_batches(dataset, batch_size, start_step, *rest)):
-        step += start_step + 1
-        if at and step == int(at) and not action.startswith("evaluation"):
-            if action in ("SIGKILL", "SIGTERM", "SIGINT"):
-                os.kill(os.getpid(), getattr(signal, action))
-            elif action == "TWICE":
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGINT)
-            elif action == "swap":  # with the batch after it
-                batch = place(
-                    lambda rows: dataset.train_batch(step, batch_size, rows),
-                    (batch_size, dataset.sequence_length), rest[0])
-            elif action == "nan":
-                weights = batch.loss_weights * float("nan")
-                batch = dataclasses.replace(batch, loss_weights=weights)
-            elif action == "delete":
-                shutil.rmtree(os.environ["RUN"])
-            elif action == "fill":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-            elif action == "wait":
-                print("waiting", flush=True)
-                time.sleep(60)
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(batch):
-            digest.update(np.asarray(leaf).tobytes())
-        print(step, digest.hexdigest(), file=record, flush=True)
-        yield batch
+    FAULT is `SIGTERM@5` or another action at a given step; `evaluation-SIGTERM@2` comes
+    in this process's second evaluation.
+    """
+    action, _, at = os.environ["FAULT"].partition("@")
+    real_batches, real_make_hooks = train.batches, train.make_hooks
 
-def make_hooks(*arguments):
-    "With `evaluation-SIGTERM@2`, the signal comes in this process's second evaluation."
-    real, count = real_make_hooks(*arguments), 0
-    def held_out():
-        nonlocal count
-        count += 1
-        for batch in real.held_out():
-            if count == int(at):
-                os.kill(os.getpid(), getattr(signal, action.partition("-")[2]))
+    def batches(dataset, batch_size, start_step, *rest):
+        taken = real_batches(dataset, batch_size, start_step, *rest)
+        for step, batch in enumerate(taken, start_step + 1):
+            if at and step == int(at) and not action.startswith("evaluation"):
+                if action in ("SIGKILL", "SIGTERM", "SIGINT"):
+                    os.kill(os.getpid(), getattr(signal, action))
+                elif action == "swap":  # with the batch after it
+                    batch = place(
+                        lambda rows, step=step: dataset.train_batch(
+                            step, batch_size, rows
+                        ),
+                        (batch_size, dataset.sequence_length),
+                        rest[0],
+                    )
+                elif action == "nan":
+                    weights = batch.loss_weights * float("nan")
+                    batch = dataclasses.replace(batch, loss_weights=weights)
+                elif action == "delete":
+                    shutil.rmtree(os.environ["RUN"])
+                elif action == "fill":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+                elif action == "wait":
+                    print("waiting", flush=True)
+                    time.sleep(3600)
+            digest = hashlib.sha256()
+            for leaf in jax.tree.leaves(batch):
+                digest.update(np.asarray(leaf).tobytes())
+            with open(os.environ["RECORD"], "a") as record:
+                print(step, digest.hexdigest(), file=record)
             yield batch
-    if not action.startswith("evaluation"):
-        return real
-    return dataclasses.replace(real, held_out=held_out)
 
-train.batches, train.make_hooks = batches, make_hooks
-names = {"prog": "python train.py", "sample_command": "python sample.py"}
-sys.exit(cli.run("train", sys.argv[1:], **names))
-"""
+    def make_hooks(*arguments):
+        real, count = real_make_hooks(*arguments), 0
+
+        def held_out():
+            nonlocal count
+            count += 1
+            for batch in real.held_out():
+                if count == int(at):
+                    os.kill(os.getpid(), getattr(signal, action.partition("-")[2]))
+                yield batch
+
+        if not action.startswith("evaluation"):
+            return real
+        return dataclasses.replace(real, held_out=held_out)
+
+    train.batches, train.make_hooks = batches, make_hooks
+    train.STARTED = time.monotonic()
+    names = {"prog": "python train.py", "sample_command": "python sample.py"}
+    sys.exit(cli.run("train", arguments, **names))
 
 
 def make_text(length=900, seed=0):
@@ -116,36 +128,26 @@ class Run:
         self.config = self.folder / f"{name}.py"
         self.config.write_text(config.format(text=str(text), run=str(self.path)))
 
-    def start(self, *flags, fault="", program=CHILD, **options):
-        """Starts a child; its output is in `.out` and `.err` after `wait`."""
+    def start(self, *flags, fault=""):
+        """Starts a process that trains."""
         environment = {
-            **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "RECORD": str(self.record),
             "RUN": str(self.path),
             "FAULT": fault,
-            # Otherwise train.py restarts itself, without the recorder.
-            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
         }
-        command = [sys.executable, "-c", program]
-        if program is None:
-            del environment["GLIBC_TUNABLES"]
-            command = [sys.executable, str(REPOSITORY / "train.py")]
-        return subprocess.Popen(
-            [*command, str(self.config), *flags],
-            env=environment,
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
+        return Forked(
+            *(train_with_faults, str(self.config), *flags),
+            output=self.config,
+            environment=os.environ | environment,
+            folder=self.folder,
         )
 
-    def train(self, *flags, fault="", program=CHILD):
-        """Trains until the child ends; returns its exit code, stdout and stderr."""
-        child = self.start(*flags, fault=fault, program=program)
-        out, err = child.communicate(timeout=200)
-        return child.returncode, out, err
+    def train(self, *flags, fault=""):
+        """Trains until the process ends; returns its exit code, stdout and stderr."""
+        child = self.start(*flags, fault=fault)
+        code = child.wait(1000)
+        return code, child.out, child.err
 
     def steps(self):
         folder = self.path / "checkpoints"

@@ -26,6 +26,7 @@ from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_file
 from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 from jaxlm.train.metrics import FILE_NAME, MetricsWriter, read_metrics
+from jaxlm.train.run_log import Goodput
 
 # The log of a run.
 
@@ -33,6 +34,7 @@ from jaxlm.train.metrics import FILE_NAME, MetricsWriter, read_metrics
 def _rows(folder):
     values = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 10.0}
     values |= {"mfu": None, "data_wait_s": 0.0, "step_s": 0.1, "tokens": 9, "wall_s": 1}
+    values["time_s"] = {"steps": 1.0, "lost": 0.0}
     with MetricsWriter(folder) as log:
         for step in range(1, 5):
             log.write("train", step, **values)
@@ -68,6 +70,7 @@ def metrics(folder):
         path.write_bytes(content)
         with MetricsWriter(folder, resume_step=3) as log:
             assert log.lost_rows == 0
+            Goodput(log.last_train, log.last_before)
         read_metrics(folder)  # what was kept
         path.write_bytes(content)
         read_metrics(folder)
@@ -194,10 +197,10 @@ def config_files(folder):
 
 
 FUZZERS = {
-    "metrics.jsonl": (metrics, 200),
+    "metrics.jsonl": (metrics, 100),
     "report": (reports, 60),
-    "conversation": (transcripts, 200),
-    "tuning cache": (tuning_cache, 200),
+    "conversation": (transcripts, 100),
+    "tuning cache": (tuning_cache, 100),
     "command line": (command_lines, 60),
     "config file": (config_files, 60),
 }

@@ -37,7 +37,7 @@ def log(tmp_path):
 def test_every_flip_of_a_bit_is_seen_and_costs_only_its_row(log, caplog):
     whole, rows = log.read_bytes(), read_metrics(log.parent)
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(80):
         caplog.clear()
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole) - 1)] ^= 1 << rng.randrange(8)

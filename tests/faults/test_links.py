@@ -11,6 +11,7 @@ from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.config import ModelConfig
 from jaxlm.data.text_record import read_record
+from jaxlm.files.durable import replacing
 from jaxlm.model.initialization import init
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
@@ -116,6 +117,9 @@ def test_a_run_writes_to_no_target_of_a_link(tmp_path):
         assert outside.read_text() == "mine"
         (run / "metrics.jsonl").unlink()
         (run / "metrics.jsonl").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"has a metrics\.jsonl that is not a run's"):
+        CheckpointManager(run)
+    (run / "metrics.jsonl").unlink()
     (run / ".lock").symlink_to(outside)
     with pytest.raises((ValueError, OSError), match="symbolic link"):
         CheckpointManager(run)
@@ -126,6 +130,7 @@ def test_a_run_writes_to_no_target_of_a_link(tmp_path):
 def test_pipes_in_a_run_folder_are_not_waited_for(tmp_path, caplog):
     for name in ("metrics.jsonl", "texts.json", ".lock"):
         os.mkfifo(tmp_path / name)
+    (tmp_path / "config.json").write_text('{"model": {}, "data": {}, "train": {}}')
     assert kinds_at(tmp_path, 3) == set()
     with MetricsWriter(tmp_path, resume_step=3):
         pass
@@ -134,3 +139,8 @@ def test_pipes_in_a_run_folder_are_not_waited_for(tmp_path, caplog):
     assert "texts.json cannot be read (it is not a regular file)" in caplog.messages[1]
     with pytest.raises(ValueError, match=r"\.lock cannot be opened \(it is not a reg"):
         CheckpointManager(tmp_path)
+    # As root a report to /dev/null would have taken its place.
+    is_refused = pytest.raises(OSError, match="cannot write: it is not a file")
+    with is_refused, replacing(tmp_path / "texts.json"):
+        pass
+    assert (tmp_path / "texts.json").is_fifo()

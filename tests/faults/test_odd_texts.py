@@ -80,7 +80,7 @@ def test_passages_do_not_depend_on_the_parts(monkeypatch):
 
 
 def test_a_large_text_is_never_in_memory_as_a_whole(tmp_path):
-    path, size = tmp_path / "a.txt", 100_000_000
+    path, size = tmp_path / "a.txt", 40_000_000
     with open(path, "wb") as file:
         for _ in range(size // 1_000_000):
             file.write(b"0123456789abcde\n" * 62_500)
@@ -102,11 +102,11 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
         read(path)
 
 
-def zstd_of_equal_bytes(count, head=b""):
-    """Returns a frame of `head` and blocks of 128 KiB of "a", of four bytes each."""
+def zstd_of_equal_bytes(count, head=b"", letter=b"a"):
+    """Returns a frame of `head` and blocks of 128 KiB of one letter, of four bytes each."""
     frame = b"\x28\xb5\x2f\xfd\x00\x58"  # a window of 2 MiB, no size, no checksum
     frame += (len(head) << 3).to_bytes(3, "little") + head
-    block = ((1 << 17) << 3 | 1 << 1).to_bytes(3, "little") + b"a"
+    block = ((1 << 17) << 3 | 1 << 1).to_bytes(3, "little") + letter
     return frame + block * count + (1).to_bytes(3, "little")
 
 
@@ -136,7 +136,7 @@ def test_small_files_that_unfold_to_gigabytes(tmp_path):
     assert peak < 120_000_000 and pool.max_memory() == before
 
 
-def test_a_small_parquet_file_of_a_long_text_in_many_rows(tmp_path):
+def test_a_small_parquet_file_of_a_long_text_in_many_rows(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
     path, text = tmp_path / "a.parquet", 2_000_000 * "a"
@@ -149,6 +149,26 @@ def test_a_small_parquet_file_of_a_long_text_in_many_rows(tmp_path):
     parts = read_documents(file)
     assert next(parts).text == text
     assert pool.bytes_allocated() < 200_000_000
+    # 256 MB of text in all.
+    monkeypatch.setattr(documents, "MAX_UNFOLDED_BYTES", 3_000_000)
+    with pytest.raises(
+        ValueError, match=r"a\.parquet.* unfold to 4,000,000 and more, "
+    ):
+        read(path)
+
+
+def test_a_compressed_file_without_end_is_left(tmp_path, monkeypatch):
+    """Before it has filled the disk of the cache, even if it has no text to store."""
+    pytest.importorskip("zstandard")
+    monkeypatch.setattr(documents, "MAX_UNFOLDED_BYTES", 600_000)
+    large, lines, small = (tmp_path / f"{n}.zst" for n in ("a.txt", "a.jsonl", "b.txt"))
+    large.write_bytes(zstd_of_equal_bytes(8))  # 1 MiB
+    lines.write_bytes(zstd_of_equal_bytes(8, letter=b"\n"))
+    small.write_bytes(zstd_of_equal_bytes(4))
+    for path in (large, lines):
+        with pytest.raises(ValueError, match=r"a\..*: 4\d bytes unfold to .*disk"):
+            read(path)
+    assert sum(len(part.text) for part in read(small)) == 4 << 17
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])

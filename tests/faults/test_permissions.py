@@ -60,7 +60,7 @@ def test_as_another_user(folder):
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder), *names],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
-        **{"capture_output": True, "text": True, "timeout": 120},
+        **{"capture_output": True, "text": True, "timeout": 1000},
     )
     for path in folder.rglob("*"):  # so that it can be removed
         if path.is_dir():

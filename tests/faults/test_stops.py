@@ -1,6 +1,8 @@
 """How a run ends: exit codes, the files left behind, and rejected runs."""
 
+import os
 import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -177,8 +179,9 @@ def test_init_from_refuses_another_shape(done):
         f"the model of --init-from {done.path} is another one (--model.hidden-dim: "
         "48 -> 64): leave out the --model flags that change it"
     ) in one_line(err)
-    code, _, err = run.train("--init-from", str(done.folder / "no-such-run"))
+    code, _, err = done.train("--init-from", "no-such-run")
     assert code == 2 and "no-such-run" in one_line(err)
+    assert one_line(err).endswith(f" goes on with --init-from {done.path}")
 
 
 @pytest.mark.slow
@@ -187,20 +190,25 @@ def test_a_second_run_in_one_folder_is_refused_and_a_second_signal_ends_at_once(
     flags = ("--train.steps", "12", "--train.checkpoint-every", "2")
     child = run.start(*flags, "--fresh", fault="wait@4")
     try:
-        assert child.stdout.readline() == "waiting\n"
-        code, _, err = run.train(*flags)
+        child.wait_for("waiting\n")
+        other = Run(run.folder, "other", BASE)  # whose output is in other files
+        code, _, err = other.train(*flags, "--train.run-dir", str(run.path))
         assert code == 2
         message = one_line(err)
         assert f"another process (pid {child.pid} on " in message
         assert f") is training in {run.path}: " in message
-        child.terminate()
-        time.sleep(0.5)
-        assert child.poll() is None  # it would finish its step
-        child.terminate()
-        assert child.wait(60) == 75  # its step would never end
+        # A terminal that is closed, with a shell in it: the same request.
+        os.kill(child.pid, signal.SIGHUP)
+        while "stopping after this step" not in child.err:
+            assert child.code is None
+            time.sleep(0.01)
+        os.kill(child.pid, signal.SIGHUP)
+        time.sleep(0.3)  # It would finish its step, which never ends.
+        os.kill(child.pid, signal.SIGINT)
+        assert child.wait() == 130
     finally:
         child.kill()
-        child.communicate()
+        child.wait()
     assert run.steps() == [2]
     _, params = load(run.path)
     assert all(np.isfinite(x).all() for x in tree.flatten(params).values())

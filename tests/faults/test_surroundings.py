@@ -42,6 +42,7 @@ def file_for_cache(monkeypatch, tmp_path):
 def test_without_a_cache_folder_it_goes_on(fault, request, caplog, monkeypatch):
     """As a user of `docker run --user` who is in no list of users."""
     reason = request.getfixturevalue(fault)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     changed = []
     monkeypatch.setattr(jax.config, "update", lambda *c: changed.append(c))
     process.use_compile_cache()
@@ -53,6 +54,11 @@ def test_without_a_cache_folder_it_goes_on(fault, request, caplog, monkeypatch):
     assert tokens.startswith("tokens are not kept: ")
     assert reason in compiled and reason in tokens
     assert tuning_cache.measured("key", "default") == "default"
+    # A folder that the user names is left to JAX.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
+    process.use_compile_cache()
+    assert process.compile_cache_folder() == "gs://bucket/compiled"
+    assert changed == [] and len(caplog.messages) == 2
 
 
 def shell(command, folder, **environment):
@@ -60,7 +66,7 @@ def shell(command, folder, **environment):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
-        **{"env": environment, "cwd": folder, "timeout": 200},
+        **{"env": environment, "cwd": folder, "timeout": 1000},
         **{"capture_output": True, "text": True},
     )
     return done.returncode, done.stderr
@@ -84,6 +90,7 @@ def test_a_cache_that_is_a_file_and_files_that_are_folders(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     places = {"XDG_CACHE_HOME": str(file), "HOME": str(file)}
+    places["JAX_COMPILATION_CACHE_DIR"] = ""
     code, err = shell(f"{TRAIN} {run.config}", tmp_path, **places)
     assert code == 0 and "Traceback" not in err, err
     lines = err.splitlines()
@@ -142,7 +149,7 @@ print([float(jax.jit(lambda x: jnp.sin(x @ x * k).sum())(x)) for k in range(1, 5
 @pytest.mark.slow
 def test_a_damaged_program_is_compiled_again(tmp_path):
     """One flipped bit of a program is machine code too."""
-    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    cache = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
     command = f"{sys.executable} -c '{PROGRAMS}'"
     code, first = shell(f"{command} >&2", tmp_path, **cache)
     assert code == 0 and "damaged" not in first, first

@@ -124,16 +124,16 @@ def text_record(folder):
 
 
 FUZZERS = {
-    "text": (_of_kind("a.txt", damaged(_PLAIN) | st.binary(max_size=99)), 150),
+    "text": (_of_kind("a.txt", damaged(_PLAIN) | st.binary(max_size=99)), 100),
     "unknown suffix": (_of_kind("a.bin", damaged(_PLAIN)), 100),
-    "txt.gz": (_of_kind("a.txt.gz", _compressed(_PLAIN)["gz"]), 200),
-    "txt.zst": (_of_kind("a.txt.zst", _compressed(_PLAIN)["zst"]), 200),
-    "jsonl": (_of_kind("a.jsonl", _JSONL), 300),
-    "jsonl.gz": (_of_kind("a.jsonl.gz", _compressed(_JSON_LINES)["gz"]), 150),
+    "txt.gz": (_of_kind("a.txt.gz", _compressed(_PLAIN)["gz"]), 100),
+    "txt.zst": (_of_kind("a.txt.zst", _compressed(_PLAIN)["zst"]), 100),
+    "jsonl": (_of_kind("a.jsonl", _JSONL), 100),
+    "jsonl.gz": (_of_kind("a.jsonl.gz", _compressed(_JSON_LINES)["gz"]), 100),
     "parquet": (
         _of_kind("a.parquet", st.sampled_from(_tables()).flatmap(damaged)),
-        200,
+        100,
     ),
-    "tokens": (tokens, 150),
-    "texts.json": (text_record, 150),
+    "tokens": (tokens, 100),
+    "texts.json": (text_record, 100),
 }

@@ -403,11 +403,11 @@ def chat_templates(folder):
 
 
 FUZZERS = {
-    "tokenizer.json": (tokenizer_json, 300),
-    "settings of a tokenizer": (tokenizer_settings, 200),
+    "tokenizer.json": (tokenizer_json, 100),
+    "settings of a tokenizer": (tokenizer_settings, 100),
     "vocab.json and merges.txt": (gpt2_files, 100),
     "saved tokenizer": (saved_tokenizer, 100),
-    "tokenizer of a GGUF file": (gguf_tokenizer, 150),
-    "SentencePiece": (sentencepiece, 300),
+    "tokenizer of a GGUF file": (gguf_tokenizer, 100),
+    "SentencePiece": (sentencepiece, 100),
     "chat template": (chat_templates, 12),
 }

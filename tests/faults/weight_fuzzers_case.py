@@ -246,12 +246,12 @@ def certificates(folder):
 
 
 FUZZERS = {
-    "safetensors": (safetensors, 300),
-    "safetensors index": (safetensors_index, 150),
-    "gguf": (gguf_files, 300),
-    "config.json": (config_json, 150),
-    "gguf keys": (gguf_keys, 150),
+    "safetensors": (safetensors, 100),
+    "safetensors index": (safetensors_index, 100),
+    "gguf": (gguf_files, 100),
+    "config.json": (config_json, 100),
+    "gguf keys": (gguf_keys, 100),
     "config of a run": (run_config, 100),
     "step folder": (steps, 40),
-    "certificate": (certificates, 200),
+    "certificate": (certificates, 100),
 }

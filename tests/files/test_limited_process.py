@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxlm.files import limited_process
-from jaxlm.files.limited_process import run_limited
+from jaxlm.files.limited_process import LimitedProgram, run_limited
 
 
 def run(path, source, job=None):
@@ -15,6 +15,7 @@ def run(path, source, job=None):
 
 def test_answers_and_failures(tmp_path, monkeypatch):
     program = tmp_path / "program.py"
+    monkeypatch.setattr(limited_process, "MAX_SECONDS", 1000)  # on a busy machine
     echo = "import json, sys; print(json.dumps({'job': json.load(sys.stdin)}))"
     assert run(program, echo, [1, "é"]) == {"job": [1, "é"]}
     for source, message in (
@@ -39,3 +40,20 @@ def test_answers_and_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(limited_process, "MAX_SECONDS", 0.5)
     with pytest.raises(ValueError, match="did not finish within"):
         run(program, "import time; time.sleep(100)")
+
+
+def test_jobs_share_a_process_until_one_fails(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import json, os, sys\n"
+        "for line in sys.stdin:\n"
+        "    key = 'error' if json.loads(line) == 'fail' else 'pid'\n"
+        "    print(json.dumps({key: os.getpid()}), flush=True)\n"
+    )
+    program = LimitedProgram(str(path), [json], "it", cpu_seconds=1, most=1000)
+    first = program.run("a")["pid"]
+    assert program.run("b")["pid"] == first
+    with pytest.raises(ValueError, match=f"^it {first}$"):
+        program.run("fail")
+    assert program.run("c")["pid"] != first
+    program.close()

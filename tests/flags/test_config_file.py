@@ -102,6 +102,7 @@ def test_a_wrong_name_of_a_config(default_file, tmp_path):
     for name, message in {
         "tinny": r"no config file 'tinny' \(did you mean 'tiny'\?\): .* large, tiny$",
         wrong: rf"\(did you mean '{default_file}'\?\)",
+        "y" * 300: r"no config file 'y{46,49}\.{3}y{46,49}': give the path of one",
         "xyz": r"no config file 'xyz': give the path of one, or a name of large, tiny$",
         str(tmp_path): r"is a folder, not a config file: .*--data\.path.*--init-from",
         str(tmp_path / "text.txt"): r"is no config file.*give --data\.path .*text\.txt",

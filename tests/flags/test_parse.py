@@ -48,6 +48,7 @@ def test_values_have_the_types_of_their_fields():
         *("--size", "None", "--ratios", "1", "2.5", "--kind", "small", "--no-on"),
         *("--top_k", "3", "--mesh.fsdp=-1", "--mesh.data", "1", "--end=-v", "x", "y"),
     )
+    assert read("x", "--end=--").end == "--"
     assert everything == Arguments(
         source=Path("x"),
         more=("y",),
@@ -73,6 +74,7 @@ WRONG = {
     "--device cpu": r"unknown flag '--device' \(JAX_PLATFORMS=cpu in the environment",
     "--size": r"--size needs a value",
     "--size --on": r"--size needs a value",
+    f"--size {'4' * 5000}": r"--size is '4{46,49}\.{3}4{46,49}': it must be an integer$",
     "--size many": r"--size is 'many': it must be an integer$",
     "--size 2.5": r"--size is '2\.5': it must be an integer$",
     "--ratios 1 x": r"--ratios is 'x': it must be a number",

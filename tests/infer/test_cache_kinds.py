@@ -1,8 +1,10 @@
 """Generation with each kind of cache equals that with the plain one."""
 
 import inspect
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_case import make_params, toy
@@ -11,8 +13,10 @@ from jaxlm.config import SampleConfig
 from jaxlm.infer import check_arguments, prefill
 from jaxlm.infer.generate import generate
 from jaxlm.model.initialization import init_cache
-from jaxlm.model.kv_cache import SPARE
+from jaxlm.model.kv_cache import SPARE, append, extend, unstack_layers
 from jaxlm.model.transformer import forward
+from jaxlm.ops.attention.dispatch import attention
+from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 
@@ -54,7 +58,11 @@ def test_a_ring_gives_the_same_in_less_memory(plain):
     lengths = [layer.keys.shape[1] for layer in ring.state.cache.layers]
     assert lengths == [WINDOW + SPARE, 200, WINDOW + SPARE]
     assert ring.cache_bytes == plain.cache_bytes * sum(lengths) // 600
-    # In slots, where each prompt is read alone and put into its place.
+
+
+@pytest.mark.slow
+def test_a_ring_in_slots(plain):
+    """Each prompt is read alone and put into its place."""
     assert_same(run(CONFIG, "ring", num_slots=2), plain)
 
 
@@ -62,18 +70,23 @@ def test_a_common_beginning_is_read_once(monkeypatch):
     """It is longer than the ring; rows end at once or much later."""
     common = PROMPTS[-1][:70]
     prompts = [[*common, *row[:50]] for row in PROMPTS]
-    read, one = [], prefill._prefill
+    read, begin = [], prefill.Reading.__init__
 
-    def record(config, programs, params, rows, *rest, **options):
+    def record(self, reader, rows, *rest, **options):
         read.append([len(row) for row in rows])
-        return one(config, programs, params, rows, *rest, **options)
+        begin(self, reader, rows, *rest, **options)
 
-    monkeypatch.setattr(prefill, "_prefill", record)
+    monkeypatch.setattr(prefill.Reading, "__init__", record)
     ours = run(CONFIG, "ring", prompts)
     assert read == [[70], [71, 76, 108, 109, 120]]
+    # In slots each row begins with a copy of it, two of one size at once.
+    read.clear()
+    slots = run(CONFIG, "ring", prompts, num_slots=2)
+    assert read == [[70], [71, 76], [108, 109], [120]]
     monkeypatch.setattr(prefill, "SHORTEST_COMMON", 71)
-    assert_same(ours, run(CONFIG, "ring", prompts))
-    assert len(read) == 3
+    plain = run(CONFIG, "ring", prompts)
+    for result in (ours, slots):
+        assert_same(result, plain)
 
 
 def test_prompts_in_chunks_turn_the_ring_around(plain, monkeypatch):
@@ -109,14 +122,55 @@ def test_a_conversation_goes_on_from_a_ring():
         run(CONFIG, "full", other, short, resume=state)
 
 
+def test_quantized_keys_are_those_that_numpy_rounds():
+    """Attention over them is that over a plain cache of the rounded keys and values."""
+    keys, values = RNG.normal(size=(2, 2, 6, CONFIG.num_kv_heads, CONFIG.head_dim))
+    query = RNG.normal(size=(2, 1, CONFIG.num_heads, CONFIG.head_dim))
+
+    def attended(kind, keys, values):
+        layers = init_cache(CONFIG, 2, 200, kind=kind).layers
+        layer, *_ = unstack_layers(layers, CONFIG.num_layers)
+        keys, values = jnp.asarray(keys), jnp.asarray(values)
+        start, lengths = jnp.zeros(2, jnp.int32), jnp.full(2, 5, jnp.int32)
+        layer = append(layer, start, keys[:, :5], values[:, :5])
+        spec = AttentionSpec(1.0, Mask(query_positions=lengths[:, None]))
+        after, *seen = extend(layer, lengths, keys[:, 5:], values[:, 5:], spec)
+        found, _ = attention(jnp.asarray(query), *seen, implementation="reference")
+        return sum(x.nbytes for x in jax.tree.leaves(after)), found
+
+    query, keys, values = jax.tree.map(np.float32, (query, keys, values))
+    size = {}
+    for kind, plain, most in (
+        ("int8", "full", 127),
+        ("int4", "full", 7),
+        ("ring_int4", "ring", 7),
+    ):
+        scales = [abs(x).max(-1, keepdims=True) / most for x in (keys, values)]
+        rounded = [
+            np.round(x / s) * s for x, s in zip((keys, values), scales, strict=True)
+        ]
+        size[kind], ours = attended(kind, keys, values)
+        size[plain], expected = attended(plain, *rounded)
+        np.testing.assert_allclose(ours, expected, **CLOSE)
+    # Of a head's H values a byte or half of one, and a scale of 4 bytes.
+    head_dim = CONFIG.head_dim
+    for kind, plain, stored in (
+        ("int8", "full", head_dim + 4),
+        ("int4", "full", head_dim / 2 + 4),
+        ("ring_int4", "ring", head_dim / 2 + 4),
+    ):
+        assert size[kind] == size[plain] * stored / (4 * head_dim)
+    assert size["ring"] < size["full"]
+
+
 @pytest.mark.slow
-def test_int8_loses_little(plain):
+def test_fewer_bits_lose_little(plain):
     """Of the probabilities of the same text, read in one piece and by tokens."""
     tokens = np.array([[*PROMPTS[-1], *plain.tokens[-1]]])
 
-    @jax.jit
-    def read(params, tokens):
-        cache = init_cache(CONFIG, 1, 200, kind="ring_int8")
+    @partial(jax.jit, static_argnums=2)
+    def read(params, tokens, kind):
+        cache = init_cache(CONFIG, 1, 200, kind=kind)
         first = forward(CONFIG, params, tokens[:, :30], cache=cache)
 
         def one(cache, token):
@@ -129,7 +183,8 @@ def test_int8_loses_little(plain):
         return (jax.numpy.exp(exact) * (exact - ours)).sum(-1).mean()
 
     # In nats a token; see docs/decoding.md for a trained model.
-    assert 1e-7 < float(read(PARAMS[CONFIG], tokens)) < 5e-4
+    int8, int4 = (read(PARAMS[CONFIG], tokens, f"ring_{n}") for n in ("int8", "int4"))
+    assert 1e-7 < float(int8) < 5e-4 < float(int4) < 0.2
     # One byte and a scale of four for 4 elements, instead of 16 bytes.
     int8 = run(CONFIG, "int8", num_slots=2)
     assert int8.cache_bytes * 2 == plain.cache_bytes * 2 // 5

@@ -9,13 +9,16 @@ import pytest
 from toy_case import make_params, toy
 
 from jaxlm import tree
-from jaxlm.config import SampleConfig
-from jaxlm.infer import engine, prefill
+from jaxlm.config import MeshConfig, SampleConfig
+from jaxlm.infer import prefill
 from jaxlm.infer.generate import CHUNK, generate
 from jaxlm.infer.prefill import bucket, capacity
+from jaxlm.infer.slots import engine
 from jaxlm.model.transformer import forward
+from jaxlm.ops import linear
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
+from jaxlm.sharding.mesh import make_mesh_of_size
 
 CONFIG = toy()
 PARAMS = make_params(CONFIG, std=0.5)
@@ -28,6 +31,9 @@ RAGGED = [
     for n in (1, 7, 32)
 ]
 LENGTH = 96
+# Of one layer: caches of 512 tokens.
+LONG = toy(num_layers=1, context_length=600)
+LONG_PARAMS = make_params(LONG)
 
 
 @jax.jit
@@ -104,6 +110,27 @@ def test_a_row_is_what_its_prompt_gives_alone(greedy, drawn):
             same = generate(CONFIG, PARAMS, mates, sample, KEY)
             np.testing.assert_array_equal(same.tokens[row], batch.tokens[row])
     assert (drawn.tokens != greedy.tokens).any()
+
+
+@pytest.mark.slow
+def test_one_row_on_a_gpu_reads_matrices_with_their_outputs_first(greedy, monkeypatch):
+    for module in (engine, linear):
+        monkeypatch.setattr(module, "target", lambda: ("gpu", "a card"))
+    alone = generate(CONFIG, PARAMS, RAGGED[1:2], GREEDY, KEY, return_state=True)
+    assert alone.tokens.tolist() == greedy.tokens[1:2].tolist()
+    np.testing.assert_allclose(alone.logprobs, greedy.logprobs[1:2], atol=1e-5)
+    q = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim
+    split = alone.state.split_params["layers"][0]["attn"]["q"]
+    assert split.shape == (*q[1:], q[0])
+
+    # On a mesh of one device, as commands have it.
+    rows, one_row = [], linear._one_row
+    monkeypatch.setattr(linear, "_one_row", lambda *a: rows.append(a) or one_row(*a))
+    with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):
+        meshed = generate(CONFIG, PARAMS, RAGGED[1:2], GREEDY, KEY)
+    assert rows
+    assert meshed.tokens.tolist() == greedy.tokens[1:2].tolist()
+    np.testing.assert_allclose(meshed.logprobs, greedy.logprobs[1:2], atol=1e-5)
 
 
 def test_a_longer_neighbour_changes_nothing(greedy, drawn):
@@ -318,16 +345,14 @@ def test_chunks_fit_the_memory_and_the_cache():
 
 def test_another_length_or_temperature_compiles_nothing(compilations):
     """Neither where prompt and new tokens are more than a power of two."""
-    config = toy(num_layers=1, context_length=600)
-    params = make_params(config)
-    generate(config, params, [[1] * 5], GREEDY)
+    generate(LONG, LONG_PARAMS, [[1] * 5] * 2, GREEDY)
     before = list(compilations)
     for length, new, temperature in ((30, 2, 0.5), (32, 97, 0.0), (7, 505, 1.0)):
         sample = SampleConfig(max_new_tokens=new, temperature=temperature)
-        generate(config, params, [[1] * length], sample)
+        generate(LONG, LONG_PARAMS, [[1] * length] * 2, sample)
     assert compilations == before
     # A longer prompt is read by another program, and decoded by the same.
-    generate(config, params, [[1] * 40], GREEDY)
+    generate(LONG, LONG_PARAMS, [[1] * 40] * 2, GREEDY)
     assert compilations[len(before) :] == ["jit(begin)"]
 
 
@@ -395,6 +420,7 @@ WRONG = [
     ({"sample": SampleConfig(stop_strings=("a",))}, r"needs the text of the tokens: g"),
     ({"sample": SampleConfig(dry_multiplier=1.0)}, r"dry_multiplier needs the text"),
     ({"token_bytes": [b""] * 49}, r"token_bytes has 49 texts for the 48 ids"),
+    ({"num_slots": 0}, r"num_slots is 0: it must be at least 1"),
     ({"top_logprobs": 49}, r"top_logprobs is 49: it must be from 0 to model.vocab"),
     ({"resume": [1]}, r"resume is a list: give the `state` of an earlier result"),
 ]
@@ -440,14 +466,12 @@ def test_parameters_that_are_not_finite_are_refused(bad, sample):
 
 def test_prompts_may_be_an_array_and_the_rest_has_defaults(compilations):
     """In a notebook: no mesh, no key, and the sampling of `SampleConfig()`."""
-    config = toy(num_layers=1, context_length=260)
-    params = make_params(config)
     prompts = np.arange(6).reshape(2, 3)
-    first = generate(config, params, prompts)
+    first = generate(LONG, LONG_PARAMS, prompts)
     assert first.tokens.shape == (2, 256) and first.lengths.tolist() == [256, 256]
     before = len(compilations)
     for same in (prompts.tolist(), jax.numpy.asarray(prompts), list(prompts)):
-        again = generate(config, params, same, SampleConfig(), jax.random.key(0))
+        again = generate(LONG, LONG_PARAMS, same, SampleConfig(), jax.random.key(0))
         np.testing.assert_array_equal(again.tokens, first.tokens)
     assert "decode" not in compilations[before:]
 
@@ -496,9 +520,8 @@ def test_decoding_with_taps_moves_few_more_bytes():
         request = engine.Request(np.ones(3, np.int32), GREEDY, jax.random.key(0))
         runs.submit(request)
         runs.begin()
-        given = (runs._split, runs._state, runs._table[1], np.int32(512))
-        probes = (runs._edits, runs._taps)
-        program = runs._programs.decode._jitted.lower(*given, probes, None).compile()
+        given = runs._decoding(runs._automata.on_device)
+        program = runs._programs.decode._jitted.lower(*given, steps=8).compile()
         return program.cost_analysis()["bytes accessed"]
 
     taps = (Tap("resid_post"), Tap("attn_probs", layers=(2,)), Tap("mlp_act", (1,)))
@@ -532,14 +555,18 @@ def test_edits_change_prompts_and_new_tokens_where_a_full_pass_would():
     np.testing.assert_array_equal(logprobs.argmax(-1), out.tokens[0])
     chosen = np.take_along_axis(logprobs, out.tokens[0][:, None], 1)[:, 0]
     np.testing.assert_allclose(chosen, out.logprobs[0], atol=1e-4)
-    plain = generate(CONFIG, PARAMS, [prompt], GREEDY)
-    assert (plain.tokens != out.tokens).any()
+    plain = generate(CONFIG, PARAMS, [prompt] * 3, GREEDY)
+    assert (plain.tokens[:1] != out.tokens).any()
 
 
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (Edit("z", "scale", 0.0, position=90), "'z' has changed nothing: position 90"),
+        pytest.param(
+            Edit("z", "scale", 0.0, position=90),
+            "'z' has changed nothing: position 90",
+            marks=pytest.mark.slow,
+        ),
         (Edit("z", "scale", 0.0, layer=9), "layer 9 is not among"),
     ],
 )

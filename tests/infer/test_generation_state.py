@@ -124,22 +124,22 @@ def test_texts_of_other_lengths_compile_nothing(compilations):
 def test_a_state_is_used_once_by_the_same_model():
     config = MODELS["window"]
     params = make_params(config)
-    call = (config, params, [[1, 2, 3]], GREEDY, KEY)
+    call = (config, params, FIRST, GREEDY, KEY)
     assert generate(*call).state is None
     state = generate(*call, return_state=True).state
-    with pytest.raises(ValueError, match="state has 1 rows, and there are 2 prompts"):
-        generate(config, params, [[1], [2]], GREEDY, KEY, resume=state)
+    with pytest.raises(ValueError, match="state has 3 rows, and there are 2 prompts"):
+        generate(config, params, FIRST[:2], GREEDY, KEY, resume=state)
     other = (
         "resume: this state belongs to another config, other params or another block"
     )
     for model in ((toy(context_length=32), params), (config, make_params(config))):
         with pytest.raises(ValueError, match=other):
-            generate(*model, [[1]], GREEDY, KEY, resume=state)
+            generate(*model, FIRST, GREEDY, KEY, resume=state)
     # Neither of them took it.
     for longer in (False, True):
         state = generate(*call, return_state=True).state
         sample = replace(GREEDY, max_new_tokens=40 if longer else 2)
-        generate(config, params, [[1, 2, 3, 4]], sample, KEY, resume=state)
+        generate(config, params, FIRST, sample, KEY, resume=state)
         with pytest.raises(
             ValueError, match="this state was used before, and a state "
         ):

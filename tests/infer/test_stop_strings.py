@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.infer.rules.automata import ENDED, Automata, Automaton
+from jaxlm.infer.rules.automaton_cache import AutomatonCache
 from jaxlm.infer.rules.stop_strings import StopText, stop_automaton, until_stop
 
 # Tokens of one to four letters, one without text, and one with half of a character.
@@ -131,3 +132,24 @@ def test_no_stop_strings_take_no_memory():
     """The table of a large vocabulary is a view of one column."""
     table = Automata(1_000_000).table
     assert isinstance(table, np.ndarray) and table.strides[1] == 0
+
+
+def test_automata_are_kept_up_to_a_number_of_bytes():
+    made = []
+
+    def get(cache, size):
+        def make():
+            made.append(size)
+            return Automaton(np.zeros((size, 9), np.int16), np.zeros(size, np.int16))
+
+        return cache.get(size, make)
+
+    # A state takes 20 bytes.
+    cache = AutomatonCache(100)
+    for size in (2, 3, 2):
+        get(cache, size)
+    assert made == [2, 3]
+    # The one that was used last stays; and the newest, though it is too large.
+    for size in (1, 2, 3, 90, 90, 3, 90):
+        get(cache, size)
+    assert made == [2, 3, 1, 3, 90, 3, 90]

@@ -19,6 +19,7 @@ def test_angles_distances_and_divergences():
     args = jnp.asarray(x), jnp.asarray(y)
     wanted = (x * y).sum(-1) / (lengths[0] * lengths[1])
     np.testing.assert_allclose(cosine(*args), wanted, rtol=1e-4)
+    assert float(cosine(jnp.zeros(2), jnp.ones(2))) == 0.0
     wanted = np.linalg.norm(x - y, axis=-1) / lengths[0]
     np.testing.assert_allclose(relative_distance(*args), wanted, rtol=1e-5)
     p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (x, y))

@@ -15,7 +15,6 @@ from jaxlm.interp.jacobian_lens import (
 from jaxlm.interp.lens import (
     lens_depth,
     logit_lens,
-    stream_alignment,
     stream_norms,
 )
 from jaxlm.model.transformer import forward
@@ -48,13 +47,6 @@ def test_the_lens_normalizes_and_the_last_layer_is_the_model():
 def test_the_depth_is_the_layer_from_which_the_answer_stays():
     choices = jnp.array([[7, 1, 7, 3], [5, 1, 5, 3], [7, 1, 7, 4], [7, 1, 8, 3]])
     assert lens_depth(choices).tolist() == [3, 1, 4, 4]
-
-
-def test_alignment_is_the_cosine():
-    x = jnp.array([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0], [0.0, 0.0]])
-    y = jnp.array([[6.0, 8.0], [5.0, 0.0], [9.0, 9.0], [1.0, 1.0]])
-    wanted = [1.0, 0.0, -np.sqrt(0.5), 0.0]
-    np.testing.assert_allclose(stream_alignment(x, y), wanted, atol=1e-6)
 
 
 def test_the_jacobian_lens_is_the_mean_derivative():

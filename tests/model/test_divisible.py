@@ -92,7 +92,7 @@ def test_it_computes_the_same(monkeypatch):
         np.testing.assert_allclose(hidden[..., :45], wanted, atol=1e-5)
         assert hidden.shape[-1] == 48 and (hidden[..., 45:] == -1e30).all()
         # Heads in another order are another model.
-        monkeypatch.setattr(divisible, "_repeat", lambda x, axis, _: _tile(x, axis))
+        monkeypatch.setattr(divisible, "_repeat", lambda x, axis, size: _tile(x, axis))
         assert np.abs(logits(params)[..., :45] - wanted).max() > 0.1
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from marks_case import slow_but
 from model_case import ids, make, small
-from test_probe import CONFIGS, T, everything, model, sites
+from test_probe import T, everything, model, sites
 
 import jaxlm
 from jaxlm.model.initialization import init_cache
@@ -22,7 +22,12 @@ from jaxlm.tree import unstack
 
 B = 2
 LAYER, POSITION = 1, 6
-EVERYWHERE = slow_but(["plain"], CONFIGS)
+# `test_probe.py` reads the sites of the others.
+EVERYWHERE = slow_but(["plain"], ["plain", "groups", "parallel", "experts"])
+EVERYWHERE += [
+    pytest.param(name, marks=pytest.mark.nightly)
+    for name in ("learned", "output", "post", "post after")
+]
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 
 

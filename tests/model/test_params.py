@@ -17,8 +17,11 @@ from jaxlm.model.params import (
     Role,
     cast_matrices,
     param,
+    quantize_matrices,
     weight_of,
     weights,
+    with_inputs_first,
+    with_outputs_first,
 )
 
 BIASES = {
@@ -158,6 +161,20 @@ def test_only_what_is_rounded_in_use_is_cast():
         role = weight_of(path, leaf).role
         rounded = role in (Role.MATRIX, Role.EMBEDDING, Role.HEAD)
         assert leaf.dtype == ("bfloat16" if rounded else "float32"), path
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_outputs_come_first_and_last_again(kind):
+    config = dataclasses.replace(VARIANTS["biases"], model_dim=24, hidden_dim=40)
+    params = quantize_matrices(init(config, jax.random.key(0)), kind)
+    params = {**params, "layers": tree.unstack(params["layers"], config.num_layers)}
+    turned = with_outputs_first(params)
+    inner = config.num_heads, config.head_dim
+    assert turned["layers"][1]["attn"]["q"].shape == (*inner, 24)
+    assert turned["layers"][0]["attn"]["o"].shape == (24, *inner)
+    assert turned["lm_head"]["kernel"].shape == (config.vocab_size, 24)
+    same = jax.tree.map(np.array_equal, with_inputs_first(turned), params)
+    assert all(jax.tree.leaves(same))
 
 
 def test_the_page_in_docs_is_up_to_date(repository):

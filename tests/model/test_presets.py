@@ -172,11 +172,25 @@ def kinds() -> dict[str, ModelConfig]:
 
 KINDS = kinds()
 # Always run: the one that transformers does not have. The others equal transformers in
-# any case (tests/parity).
+# any case (tests/parity); slow proofs are those that have every choice between them.
 QUICK = ("transformer-base",)
+SLOW = ("gpt2-124m", "gpt-oss-20b", "gemma2-2b", "gemma3-270m", "mistral-7b-v0.1")
+SLOW += ("phi4-mini", "olmo2-32b", "smollm3-3b")
+RARE = [
+    pytest.param(k, marks=pytest.mark.nightly) for k in KINDS if k not in QUICK + SLOW
+]
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK, KINDS))
+def test_slow_proofs_have_every_choice():
+    def choices(names):
+        numbers = {"rope_theta", "norm_epsilon"}
+        fields = {f.name for f in dataclasses.fields(ModelConfig)} - SIZES - numbers
+        return {(f, getattr(KINDS[name], f)) for name in names for f in fields}
+
+    assert choices(QUICK + SLOW) == choices(KINDS)
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, QUICK + SLOW) + RARE)
 def test_a_toy_trains_and_decodes(name):
     """A step of SGD lowers the loss; a token at a time gives the same logits."""
     config, params = make(KINDS[name])

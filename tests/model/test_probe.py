@@ -12,12 +12,14 @@ import pytest
 from marks_case import slow_but
 from model_case import ids, make, small
 
-from jaxlm.model import layers, trace, transformer
+from jaxlm.model import layer_stack, recording
 from jaxlm.model.initialization import init, init_cache
-from jaxlm.model.layers import Part
-from jaxlm.model.trace import absent_sites, start_recording, trace_bytes
+from jaxlm.model.layer_stack import ModelPart
+from jaxlm.model.positions import make_context
+from jaxlm.model.recording import start_recording, trace_bytes
+from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward, unembed
-from jaxlm.ops.moe import route
+from jaxlm.ops.experts.moe import route
 from jaxlm.ops.probing.probe import Probe
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Largest, Tap
@@ -286,8 +288,13 @@ def test_tokens_and_heads_are_selected_and_values_reduced(cached):
 def test_what_is_selected_is_all_that_is_kept():
     config, _ = model("groups")
 
+    tokens = ids(B, T)
+    context = make_context(config, tokens)
+
     def slots(*taps):
-        _, recorder = start_recording(config, ids(B, T), None, taps, (), Part())
+        _, recorder = start_recording(
+            config, tokens, context, None, taps, (), ModelPart()
+        )
         return {site: x.shape for site, x in recorder.slots.items()}
 
     chosen = slots(Tap("z", positions=(0,), heads=(1, 2), reduce="norm"), Tap("q"))
@@ -305,12 +312,12 @@ def test_a_trace_that_does_not_fit_is_refused_and_a_cheaper_tap_named(monkeypatc
     per_token = 6 * 8 + 3 * 8 + 6 + 6 * T
     assert needed["attn_probs"] == 5 * B * T * per_token * 4
     assert needed["resid_post"] == 5 * B * T * 4
-    monkeypatch.setattr(trace, "available_memory", lambda: 40_000)
+    monkeypatch.setattr(recording, "available_memory", lambda: 40_000)
     with pytest.raises(
         ValueError, match=r"'attn_probs'; with layers=\(4,\) that keeps"
     ):
         forward(config, params, ids(B, T), taps=taps)
-    monkeypatch.setattr(trace, "available_memory", lambda: 64_000)
+    monkeypatch.setattr(recording, "available_memory", lambda: 64_000)
     run(config, params, taps)
 
 
@@ -453,7 +460,7 @@ class NoProbe(Probe):
 
     called: ClassVar[set] = set()
     values: ClassVar[dict] = {}
-    hits = ()
+    taps = edits = hits = ()
 
     def __init__(self, *_):
         pass
@@ -464,7 +471,7 @@ class NoProbe(Probe):
     def __contains__(self, site):
         return False
 
-    def edits(self, *sites):
+    def is_edited(self, *sites):
         return False
 
 
@@ -489,7 +496,7 @@ def test_nothing_tapped_and_nothing_edited_is_the_same_program(name, monkeypatch
     assert len(ours) > 100
     if name == "plain":
         assert text((Tap("z", layers=(1,)),)) != ours
-    for module in (layers, transformer):
+    for module in (layer_stack, recording):
         monkeypatch.setattr(module, "Probe", NoProbe)
     assert text() == ours
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,14 @@ import pytest
 from marks_case import slow_but
 from model_case import ids, make, small
 
+import jaxlm
 from jaxlm import tree
 from jaxlm.config import MeshConfig
 from jaxlm.model.initialization import init, init_cache
-from jaxlm.model.layers import REMAT_POLICIES
+from jaxlm.model.layer_stack import REMAT_POLICIES
 from jaxlm.model.params import parameter_shardings
 from jaxlm.model.transformer import forward
+from jaxlm.ops import linear
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.sharding.rules import batch_sharding
 from jaxlm.tree import unstack
@@ -128,6 +132,23 @@ def test_with_and_without_a_mesh(model):
     assert np.isfinite(loss)
 
 
+class FirstProductError(Exception):
+    """Ends a call at its first product."""
+
+
+def test_eight_functions_lead_to_the_first_product(model, monkeypatch):
+    def product(*_args, **_kwargs):
+        raise FirstProductError
+
+    monkeypatch.setattr(linear, "_product", product)
+    with pytest.raises(FirstProductError) as raised:
+        jax.eval_shape(partial(forward, model[0]), model[1], ids(1, 4))
+    package = Path(jaxlm.__file__).parent
+    stack = [Path(entry.path) for entry in raised.traceback]
+    ours = [path for path in stack if path.is_relative_to(package)]
+    assert 0 < len(ours) <= 8, ours
+
+
 def test_vmap_over_models(model):
     """A batch of models is one vmap."""
     config, params = model
@@ -197,8 +218,13 @@ def test_segments_and_a_cache_exclude_each_other(model):
         forward(config, params, ids(B, T), segment_ids=ids(B, T), cache=cache)
 
 
+@cache
+def drawing(config):
+    return jax.jit(partial(init, config))
+
+
 def make_params(config, seed=0):
-    return jax.jit(lambda key: init(config, key))(jax.random.key(seed))
+    return drawing(config)(jax.random.key(seed))
 
 
 WIDE = small(model_dim=64, hidden_dim=96, vocab_size=128, tied_embeddings=False)

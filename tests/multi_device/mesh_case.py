@@ -1,17 +1,16 @@
 """Runs in a child process with 8 CPU devices: the same training on several meshes.
 
-Usage: python mesh_case.py CASE FOLDER; prints one JSON object of differences.
+`main` prints one JSON object of differences.
 """
 
 import dataclasses
 import json
-import sys
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from toy_case import make_batch, make_params, toy
 
@@ -27,8 +26,10 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.infer.generate import generate
+from jaxlm.infer.scoring import score
 from jaxlm.interp.causes.patching import activation_patching
-from jaxlm.model.params import parameter_shardings
+from jaxlm.interp.sentence_view import sentence_view
+from jaxlm.model.params import parameter_shardings, quantize_matrices
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward
 from jaxlm.ops import collectives
@@ -37,10 +38,12 @@ from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
 from jaxlm.ops.attention.tpu.tpu_blocks import TpuSettings
 from jaxlm.ops.embedding import lookup
+from jaxlm.ops.orthogonalize import orthogonalize
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.plan.traffic import Part, traffic
+from jaxlm.report.look.make_view import view_of
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -59,7 +62,7 @@ MESHES = {
     "tensor8": {"data": 1, "tensor": 8},  # more than key heads
 }
 CONTEXT_MESHES = {
-    "fsdp4_context2": {"data": 1, "fsdp": 4, "context": 2},
+    "fsdp2_context2_tensor2": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
     "context4_tensor2": {"data": 1, "context": 4, "tensor": 2},
     "context8": {"data": 1, "context": 8},
 }
@@ -110,31 +113,53 @@ def batch_of(step, mesh, rows=slice(None)):
     return jax.device_put(batch, rules.batch_sharding(mesh))
 
 
-def state_on(config, mesh, move=0.0):
-    """The same state on any mesh; `move` shifts one weight."""
+def params_on(config, mesh, move=0.0):
+    """The same parameters on any mesh; `move` shifts one weight."""
     params = make_params(config.model)
     params["layers"]["attn"]["q"][0, 3, 1, 2] += move
-    params = jax.device_put(params, parameter_shardings(params, mesh))
+    return jax.device_put(params, parameter_shardings(params, mesh))
+
+
+@cache
+def programs(config):
+    """The optimizer's `init` and the training step, for all meshes."""
     optimizer = make_optimizer(config.optimizer, STEPS)
-    opt_state = jax.jit(optimizer.init)(params)
+    return jax.jit(optimizer.init), make_train_step(config, optimizer)
+
+
+def state_on(config, mesh):
+    params = params_on(config, mesh)
+    start, train_step = programs(config)
     step = jax.device_put(jnp.zeros((), jnp.int32), jax.NamedSharding(mesh, jax.P()))
-    return TrainState(step, params, opt_state), make_train_step(config, optimizer)
+    return TrainState(step, params, start(params)), train_step
 
 
-# One function, so that the controls compile nothing.
-jitted_loss_and_grads = jax.jit(loss_and_grads, static_argnums=(0, 1))
+@cache
+def compiled_gradients(config, mesh):
+    """Once for each mesh, so that the controls compile nothing."""
+    step = jax.jit(partial(loss_and_grads, config.model, config.train))
+    return step.lower(params_on(config, mesh), batch_of(0, mesh)).compile()
 
 
 def gradients(config, mesh, move=0.0, rows=slice(None)):
     with jax.set_mesh(mesh):
-        state, _ = state_on(config, mesh, move)
-        loss, grads, *_ = jitted_loss_and_grads(
-            *(config.model, config.train, state.params, batch_of(0, mesh, rows))
-        )
+        params = params_on(config, mesh, move)
+        step = compiled_gradients(config, mesh)
+        loss, grads, *_ = step(params, batch_of(0, mesh, rows))
     for name, leaf in tree.flatten(grads).items():
-        wanted = tree.flatten(state.params)[name].sharding
+        wanted = tree.flatten(params)[name].sharding
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
     return float(loss), {n: np.asarray(g) for n, g in tree.flatten(grads).items()}
+
+
+def tensor_sent(config, mesh):
+    """What a device sends of the activations of a layer, as a multiple of them."""
+    shape, model = mesh.shape, config.model
+    rows = ROWS // (shape["data"] * shape["fsdp"] * shape["expert"])
+    activations = 4 * rows * LENGTH // shape["context"] * model.model_dim
+    sent = traffic(compiled_gradients(config, mesh).as_text(), shape)
+    total = sum(t.bytes for t in sent if t.part == Part.TENSOR)
+    return total / model.num_layers / activations
 
 
 def worst(one, other):
@@ -159,13 +184,18 @@ def difference(one, other):
     return float(np.abs(np.subtract(one, other)).max())
 
 
-def case_gradients(names, changes=None, controls=True, **train):
-    config = config_of(model=dataclasses.replace(MODEL, **(changes or {})), **train)
+def case_gradients(names, changes=None, controls=True, cut=(), **train):
+    """In the meshes of `cut` the residual stream is cut over `tensor`."""
+    model = dataclasses.replace(MODEL, **(changes or {}))
+    config = config_of(model=model, **train)
     loss, grads = gradients(config, mesh_of("one"))
     result = {"smallest_leaf": min(float(np.abs(g).max()) for g in grads.values())}
     for name in names:
+        model = dataclasses.replace(model, sequence_parallel=name in cut)
+        config = dataclasses.replace(config, model=model)
         other_loss, other = gradients(config, mesh_of(name))
         result[name] = {"loss": abs(loss - other_loss), **worst(grads, other)}
+        result[f"{name}_sent"] = tensor_sent(config, mesh_of(name))
     if not controls:
         return result
     last = mesh_of(names[-1])
@@ -242,6 +272,25 @@ def case_embedding():
     return result
 
 
+def case_orthogonalize():
+    """Matrices of 8 layers that two axes cut; what is sent, as a multiple of them."""
+    x = np.random.default_rng(0).normal(size=(8, 4, 6, 16)).astype(np.float32)
+    inputs, outputs, eps = (1, 2), (3,), 1e-8
+    wanted = orthogonalize(jnp.asarray(x), inputs, outputs, eps)
+    mesh = mesh_of("fsdp2_tensor4")
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(x, P(None, "tensor", None, "fsdp"))
+        run = jax.jit(partial(orthogonalize, inputs=inputs, outputs=outputs, eps=eps))
+        run = run.lower(cut).compile()
+        found = run(cut)
+        sent = sum(t.bytes for t in traffic(run.as_text(), mesh.shape))
+    return {
+        "difference": float(np.abs(np.asarray(found) - wanted).max()),
+        "cut": found.sharding.is_equivalent_to(cut.sharding, x.ndim),
+        "sent": sent / cut.addressable_shards[0].data.nbytes,
+    }
+
+
 def case_losses(names, optimizer, changes=None, **train):
     model = dataclasses.replace(MODEL, **(changes or {}))
     config = config_of(optimizer, model, **train)
@@ -270,12 +319,12 @@ def case_losses(names, optimizer, changes=None, **train):
     return result
 
 
-def case_resume(folder, others, optimizer="adamw"):
-    """Saved on one mesh after 4 steps, restored on others, then 4 more steps."""
-    config, saved = config_of(optimizer), 4
+def case_resume(folder, first, others, optimizer="adamw"):
+    """Saved on one mesh after 4 steps, restored on it and others, then 4 more steps."""
+    config, saved = config_of(optimizer, dataclasses.replace(MODEL, **ODD)), 4
     same = {"tokenizer_fingerprint": ByteTokenizer().fingerprint}
     same |= {"data_fingerprint": "data", "config": config}
-    mesh = mesh_of("2x2x2")
+    mesh = mesh_of(first)
     _, state = losses_on(config, mesh, saved)
     with CheckpointManager(folder) as checkpoints:
         checkpoints.save(
@@ -283,14 +332,14 @@ def case_resume(folder, others, optimizer="adamw"):
             config=config,
             tokenizer=ByteTokenizer(),
             data_fingerprint="data",
-            finite=True,
         )
     before = {n: np.asarray(x) for n, x in tree.flatten(state.params).items()}
     reference, _ = losses_on(config, mesh, saved + 4)
     result, said = {}, []
     optimizer = make_optimizer(config.optimizer, STEPS)
-    for name in ("2x2x2", *others, "control"):
-        mesh = mesh_of("fsdp8" if name == "control" else name)
+    start, train_step = programs(config)
+    for name in (first, *others, "control"):
+        mesh = mesh_of(others[-1] if name == "control" else name)
         with (
             jax.set_mesh(mesh),
             CheckpointManager(folder, report=said.append) as checkpoints,
@@ -301,10 +350,10 @@ def case_resume(folder, others, optimizer="adamw"):
             equal = all((np.asarray(after[n]) == x).all() for n, x in before.items())
             opt_state = restored.opt_state
             if name == "control":  # the moments lost
-                opt_state = jax.jit(optimizer.init)(restored.params)
+                opt_state = start(restored.params)
             step = jax.device_put(jnp.int32(saved), wanted.step.sharding)
             state = TrainState(step, restored.params, opt_state)
-            train_step, losses = make_train_step(config, optimizer), []
+            losses = []
             for number in range(saved, saved + 4):
                 state, metrics = train_step(state, batch_of(number, mesh))
                 losses.append(float(metrics.loss))
@@ -316,88 +365,97 @@ def case_resume(folder, others, optimizer="adamw"):
 
 def case_skips(folder):
     """NaN in one row, so on some devices: all of them skip the step."""
-    result, same = {}, {"data_fingerprint": "data"}
-    for name, optimizer in (("fsdp8", "adamw"), ("2x2x2", "muon")):
-        config, mesh = config_of(optimizer, skip_spikes=2), mesh_of(name)
-        with jax.set_mesh(mesh):
-            bad = make_batch(MODEL, ROWS, LENGTH, seed=9)
-            bad.loss_weights[1] = np.nan
-            bad = jax.device_put(bad, rules.batch_sharding(mesh))
-            good = [batch_of(step, mesh) for step in range(2)]
-            hashes = []
-            for batches in (good, [good[0], bad, bad, good[1]]):
-                state, train_step = state_on(config, mesh)
-                history = new_history(state.step.sharding)
-                state = dataclasses.replace(state, spikes=history)
-                for batch in batches:
-                    state, metrics = train_step(state, batch)
-                hashes.append(state_hash([state.params, state.opt_state]))
-            trees = (state.params, state.opt_state, state.spikes)
-            with CheckpointManager(Path(folder) / name) as checkpoints:
-                checkpoints.save(
-                    *(4, *trees),
-                    **{"config": config, "tokenizer": ByteTokenizer(), "finite": True},
-                    **same,
-                )
-                restored = checkpoints.restore(
-                    *trees,
-                    **{"config": config, **same},
-                    tokenizer_fingerprint=ByteTokenizer().fingerprint,
-                )
-        result[name] = {
-            "same": hashes[0] == hashes[1],
-            "skipped": int(restored.spikes.skipped),
-            "in_a_row": int(metrics.skipped),
-            "restored": state_hash([*trees])
-            == state_hash([*vars(restored).values()][1:]),
-            "devices": len(restored.spikes.losses.sharding.device_set),
-        }
-    return result
+    same = {"data_fingerprint": "data"}
+    config, mesh = config_of(skip_spikes=2), mesh_of("2x2x2")
+    with jax.set_mesh(mesh):
+        bad = make_batch(MODEL, ROWS, LENGTH, seed=9)
+        bad.loss_weights[1] = np.nan
+        bad = jax.device_put(bad, rules.batch_sharding(mesh))
+        good = [batch_of(step, mesh) for step in range(2)]
+        hashes = []
+        _, train_step = state_on(config, mesh)
+        for batches in (good, [good[0], bad, bad, good[1]]):
+            state, _ = state_on(config, mesh)
+            history = new_history(state.step.sharding)
+            state = dataclasses.replace(state, spikes=history)
+            for batch in batches:
+                state, metrics = train_step(state, batch)
+            hashes.append(state_hash([state.params, state.opt_state]))
+        trees = (state.params, state.opt_state, state.spikes)
+        with CheckpointManager(folder) as checkpoints:
+            checkpoints.save(
+                *(4, *trees),
+                **{"config": config, "tokenizer": ByteTokenizer()},
+                **same,
+            )
+            restored = checkpoints.restore(
+                *trees,
+                **{"config": config, **same},
+                tokenizer_fingerprint=ByteTokenizer().fingerprint,
+            )
+    return {
+        "same": hashes[0] == hashes[1],
+        "skipped": int(restored.spikes.skipped),
+        "in_a_row": int(metrics.skipped_in_a_row),
+        "restored": state_hash([*trees]) == state_hash([*vars(restored).values()][1:]),
+        "devices": len(restored.spikes.losses.sharding.device_set),
+    }
 
 
 def case_generate(names):
-    prompts = [[1, 2, 3], [4] * 9, [5, 6]]  # 3 rows on 8 parts: padded inside
+    prompts = [[1, 2, 3], [4] * 9, [5, 6]] * 2  # 6 rows on 8 parts: padded inside
     model, result = dataclasses.replace(MODEL, **ODD), {}
     model = dataclasses.replace(model, layer_pattern=("local", "global"), window=5)
-    for temperature in (0.0, 1.0):
-        # Every row beside rows with other rules.
-        rules = {"temperature": temperature, "max_new_tokens": 20}
-        rules = [rules, rules | {"top_p": 0.9}, rules | {"repetition_penalty": 1.5}]
-        sample = [SampleConfig(**fields) for fields in rules]
-        tokens = {}
-        for name in ("one", *names):
-            mesh = mesh_of(name)
-            with jax.set_mesh(mesh):
-                params = make_params(model, std=0.5)
-                params = jax.device_put(params, parameter_shardings(params, mesh))
-                call = (sample, jax.random.key(0))
-                out = generate(model, params, prompts, *call, return_state=True)
+    # Every row beside rows with other rules.
+    rules = [{}, {"top_p": 0.9}, {"repetition_penalty": 1.5}]
+    sample = [
+        SampleConfig(temperature=temperature, max_new_tokens=20, **fields)
+        for temperature in (0.0, 1.0)
+        for fields in rules
+    ]
+    tokens, resumed = {}, {}
+    for name in ("one", *names):
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            params = make_params(model, std=0.5)
+            params = jax.device_put(params, parameter_shardings(params, mesh))
+            call = (sample, jax.random.key(0))
+            # In a cache of 37 tokens for half of the layers.
+            cache = "ring" if name == "tensor8" else "full"
+            out = generate(
+                *(model, params, prompts, *call), return_state=True, cache=cache
+            )
+            tokens[name] = out.tokens
+            if name in ("one", "2x2x2"):
                 more = [
                     [*prompt, *new, 7]
                     for prompt, new in zip(prompts, out.tokens.tolist(), strict=True)
                 ]
                 next_out = generate(model, params, more, *call, resume=out.state)
-                if name == "2x2x2":
-                    # One prompt after another, into slots of a batch that runs.
-                    # In a cache of 37 tokens for half of the layers.
-                    slots = generate(
-                        *(model, params, prompts, *call), num_slots=1, cache="ring_int8"
-                    )
-                    ring = generate(model, params, prompts, *call, cache="ring")
-                    assert (ring.tokens == out.tokens).all()
-                    assert (slots.tokens == out.tokens).mean() > 0.5
-            assert next_out.prefill_tokens.tolist() == [1, 1, 1]
-            tokens[name] = np.concatenate([out.tokens, next_out.tokens], axis=1)
-        for name in names:
-            same = bool((tokens[name] == tokens["one"]).all())
-            result[f"{name}_{temperature}"] = same
-        result[f"different_{temperature}"] = len(np.unique(tokens["one"]))
+                assert next_out.prefill_tokens.tolist() == [1] * 6
+                resumed[name] = next_out.tokens
+            if name == "2x2x2":
+                # One prompt after another, into slots of a batch that runs.
+                slots = generate(
+                    *(model, params, prompts, *call), num_slots=1, cache="ring_int8"
+                )
+                assert (slots.tokens == out.tokens).mean() > 0.5
+                quantized = score(model, quantize_matrices(params, "int8"), prompts)
+    for name in names:
+        result[name] = bool((tokens[name] == tokens["one"]).all())
+    result["resumed"] = bool((resumed["2x2x2"] == resumed["one"]).all())
+    params = jax.tree.map(jnp.asarray, make_params(model, std=0.5))
+    params = quantize_matrices(params, "int8")
+    pairs = zip(quantized, score(model, params, prompts), strict=True)
+    result["int8"] = all(np.allclose(*pair, rtol=0, atol=1e-5) for pair in pairs)
+    halves = np.split(tokens["one"], 2)
+    result["different"] = [len(np.unique(half)) for half in halves]
     return result
 
 
-def case_edits(names, changes=None):
+def case_edits(names, changes=None, differentiate=True):
     """Every site edited at once: logits, every site as edited, and a gradient."""
-    model = dataclasses.replace(MODEL, **changes or {})
+    model = dataclasses.replace(MODEL, sequence_parallel=True, **changes or {})
     absent = absent_sites(model)
     sites = [s for s in SITES if s not in absent and SITES[s].edit_instead is None]
     sites.remove("tokens")
@@ -434,19 +492,24 @@ def case_edits(names, changes=None):
             params = make_params(model, std=0.3)
             params = jax.device_put(params, parameter_shardings(params, mesh))
             tokens = batch_of(0, mesh).tokens
-            call = jax.jit(jax.value_and_grad(run, argnums=2, has_aux=True))
-            (_, (trace, hits)), grad = call(params, tokens, 0.1)
+            call = run
+            if differentiate:
+                call = jax.grad(run, argnums=2, has_aux=True)
+            scalar, (trace, hits) = jax.jit(call)(params, tokens, 0.1)
         assert min(map(int, hits)) > 0
         named = [
             ("/".join(map(str, path)), np.asarray(leaf))
-            for path, leaf in jax.tree.leaves_with_path({**trace, "gradient": grad})
+            for path, leaf in jax.tree.leaves_with_path({**trace, "scalar": scalar})
         ]
         values[name] = dict(named)
     return {name: worst(values[name], values["one"]) for name in names}
 
 
 def case_inside(names):
-    """A sweep of patches, and what taps read while generating."""
+    """A sweep of patches, what taps read while generating, a look, and a page.
+
+    The page's mesh leaves it to the compiler how values are cut, as `jaxlm look` does.
+    """
     taps = (Tap("resid_post"), Tap("attn_probs", (1,)), Tap("logits"))
     tokens = np.arange(16).reshape(2, 8) % 7
     greedy = SampleConfig(temperature=0.0, max_new_tokens=3)
@@ -466,7 +529,20 @@ def case_inside(names):
             )
             grid = np.asarray(jax.jit(patch)(params, tokens, source))
             out = generate(MODEL, params, tokens, greedy, taps=taps)
-        values[name] = {"patches": grid, "tokens": out.tokens, **out.traces[1]}
+            rows = jnp.tile(tokens[:1], (rules.batch_parts(), 1))
+            look = jax.jit(partial(sentence_view, MODEL), static_argnums=2)
+            look = look(params, jax.device_put(rows, rules.batch_sharding(mesh)), 4)
+        auto = Mesh(mesh.devices, mesh.axis_names, (AxisType.Auto,) * mesh.devices.ndim)
+        with jax.set_mesh(auto):
+            params = jax.device_put(params, parameter_shardings(params, auto))
+            page = view_of(MODEL, params, ByteTokenizer(), tokens[0])
+        values[name] = {
+            **{"patches": grid, "tokens": out.tokens, **out.traces[1]},
+            **jax.tree.map(np.asarray, look._asdict()),
+            **{"read": page.cache.read, "probabilities": page.answer.probabilities},
+            **{"parts": page.causes.parts, "heads": page.causes.heads},
+            "ablation": page.causes.ablation,
+        }
     return {name: worst(values[name], values["one"]) for name in names}
 
 
@@ -504,76 +580,85 @@ def case_kernel():
     """
     IMPLEMENTATIONS["pallas_tpu"] = Interpreted("", "cpu")
     changes = {"attention": "pallas_tpu", "attention_sinks": True}
-    return case_gradients(["2x2x2"], changes, loss_chunk=24, z_loss=0.01)
+    train = {"loss_chunk": 24, "z_loss": 0.01}
+    return case_gradients(["2x2x2"], changes, cut=["2x2x2"], **train)
 
 
 def case_exchanged():
-    """Experts on several devices; and what a device sends in one of the meshes."""
+    """Experts on several devices; and in one of the meshes what a device sends.
+
+    There in two microbatches, whose load-balance loss is one of the rows of all devices.
+    """
     train = {"load_balance_loss": 0.1}
     names = ["fsdp2_expert2_tensor2", "expert4_context2"]
-    result = case_gradients(names, EXPERTS | CONTEXT, **train)
-    # Here no gradient is added up along the axis of the experts alone.
+    changes = EXPERTS | CONTEXT | {"layer_pattern": ("local",)}
+    result = case_gradients(names, changes, **train)
     mesh = mesh_of("data2_expert4")
     # Without biases, whose gathered vectors would count as weights.
     model = dataclasses.replace(
         MODEL, num_experts=4, experts_per_token=2, num_layers=1, remat="none"
     )
-    config = config_of(model=model, **train)
-    with jax.set_mesh(mesh):
-        state, _ = state_on(config, mesh)
-        arguments = (state.params, batch_of(0, mesh))
-        lowered = jitted_loss_and_grads.lower(model, config.train, *arguments)
-        sent = traffic(lowered.compile().as_text(), mesh.shape)
-    result["sent"] = [
-        (t.part, t.bytes)
-        for t in sent
-        if t.axes == ("expert",) or (t.part == Part.EXPERT)
-    ]
+    config = config_of(model=model, accumulation_steps=2, **train)
+    grads = [gradients(config, m)[1] for m in (mesh_of("one"), mesh)]
+    result["accumulated"] = max(worst(*grads).values())
+    sent = traffic(compiled_gradients(config, mesh).as_text(), mesh.shape)
+    result["sent"] = sum(t.bytes for t in sent if t.part == Part.EXPERT)
+    # Along the axis of the experts, the gradients of all other weights.
+    result["sent_others"] = sum(
+        t.bytes for t in sent if t.axes == ("expert",) and t.part != Part.EXPERT
+    )
+    result["other_weights"] = sum(
+        x.size for name, x in grads[0].items() if x.shape[1:2] != (4,)
+    )
+    result["sent_after_each"] = sum(
+        t.bytes for t in sent if "data" in t.axes and t.times > 1
+    )
     return result
 
 
-def case_context():
+def case_context(names):
     """A ring, with blocks no larger than these rows need."""
     blocked.settings_for = lambda q: blocked.BlockedSettings(8)
     changes = CONTEXT | ODD | {"context_attention": "ring"}
-    return case_gradients(list(CONTEXT_MESHES), changes, loss_chunk=24, z_loss=0.01)
+    train = {"loss_chunk": 24, "z_loss": 0.01}
+    return case_gradients(names, changes, cut=names, **train)
 
 
-def main():
-    case, folder = sys.argv[1:]
-    all_meshes = list(MESHES)[1:]
-    four = [name for name in all_meshes if name != "tensor8"]
+def main(case, folder):
     cases = {
         "embedding": case_embedding,
+        "orthogonalize": case_orthogonalize,
         "torus": case_torus,
         "errors": case_errors,
-        "experts": lambda: case_gradients(four, EXPERTS, load_balance_loss=0.1),
-        "gradients": lambda: case_gradients(all_meshes, ODD),
-        "blocked": lambda: case_gradients(["data8", "2x2x2"], {"attention": "xla"}),
+        "experts": lambda: case_gradients(
+            *(["fsdp2_tensor4"], EXPERTS | {"attention": "xla"}),
+            cut=["fsdp2_tensor4"],
+            load_balance_loss=0.1,
+        ),
+        "gradients": lambda: case_gradients(
+            ["data8", "fsdp2_tensor4", "tensor8"], ODD, cut=["tensor8"]
+        ),
         "kernel": case_kernel,
-        "context": case_context,
+        "context": lambda: case_context(["fsdp2_context2_tensor2"]),
+        "longer_rings": lambda: case_context(["context4_tensor2", "context8"]),
         "exchanged": case_exchanged,
-        "adamw": lambda: case_losses(four, "adamw"),
-        "muon": lambda: case_losses(["fsdp8", "2x2x2"], "muon"),
-        "experts_adamw": lambda: case_losses(["fsdp8"], "adamw", EXPERTS),
-        "experts_muon": lambda: case_losses(["2x2x2"], "muon", EXPERTS),
+        "experts_muon": lambda: case_losses(["fsdp8"], "muon", EXPERTS),
         "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
         "accumulation": lambda: case_losses(
-            *(["2x2x2", "fsdp2_tensor4"], "adamw", ODD),
+            *(["fsdp2_tensor4"], "adamw", ODD | {"sequence_parallel": True}),
             **{"accumulation_steps": 2, "accumulate_whole": True, "loss_chunk": 64},
         ),
         "skips": lambda: case_skips(folder),
-        "resume": lambda: case_resume(
-            folder, ["one", "data8", "fsdp8", "fsdp2_tensor4", "tensor8"]
-        ),
-        "resume_muon": lambda: case_resume(folder, ["one", "fsdp8"], "muon"),
-        "edits": lambda: case_edits(["fsdp2_tensor4", "2x2x2"]),
-        "edits_experts": lambda: case_edits(["2x2x2"], EXPERTS),
+        "adamw": lambda: {
+            **case_losses(["fsdp8"], "adamw", ODD),
+            "resumed": case_resume(
+                folder, "2x2x2", ["one", "data8", "tensor8", "fsdp8"]
+            ),
+        },
+        "muon": lambda: case_resume(folder, "fsdp2_tensor4", ["2x2x2"], "muon"),
+        "edits": lambda: case_edits(["fsdp2_tensor4"]),
+        "edits_experts": lambda: case_edits(["2x2x2"], EXPERTS, differentiate=False),
         "inside": lambda: case_inside(["fsdp2_tensor4"]),
-        "generate": lambda: case_generate(all_meshes),
+        "generate": lambda: case_generate(["data8", "fsdp8", "2x2x2", "tensor8"]),
     }
     print(json.dumps(cases[case]()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,15 @@
 """Attention over rows that are cut over devices equals attention on one device."""
 
+import context_case
+import mesh_case
 import pytest
 from test_meshes import TOLERANCE, check_gradients, run_child
 
 B, T, N, K, H = 2, 64, 4, 2, 8
 
 
-def check_cases(*cases):
-    result = run_child("context_case.py", *cases)
+def check_cases(folder, *cases):
+    result = run_child(context_case.main, folder, *cases)
     for case, found in result.items():
         wrong = {n: d for n, d in found["differences"].items() if d > TOLERANCE}
         assert wrong == {}, case
@@ -26,26 +28,30 @@ def check_ring(sent, devices):
 
 
 @pytest.mark.slow
-def test_rows_that_are_cut():
+def test_rows_that_are_cut(tmp_path):
     """Packed rows, a window, sinks, a soft cap and grouped heads at once."""
-    sent = check_cases("ring 4", "gather 2, row order")
+    sent = check_cases(
+        tmp_path,
+        *("ring 4", "gather 2, row order", "ring 2, heads 2", "gather 4"),
+        "kernel in a ring of 2",
+    )
     check_ring(sent["ring 4"], 4)
     assert "permute" not in sent["gather 2, row order"]
-
-
-@pytest.mark.slow
-def test_more_ways_to_cut_rows():
-    sent = check_cases(
-        *("ring 8", "ring 4, heads 2", "gather 4", "kernel in a ring of 2")
-    )
-    check_ring(sent["ring 8"], 8)
     assert sent["gather 4"]["all-gather"] >= 3 * (2 * B * T // 4 * K * H * 4)
     with pytest.raises(AssertionError):
-        check_cases("wrong order")
+        check_cases(tmp_path, "wrong order")
 
 
 @pytest.mark.slow
 def test_gradients_of_rows_that_are_cut(tmp_path):
-    """2, 4 and 8 parts, beside fsdp and tensor; windows, sinks, packed documents."""
-    result = run_child("mesh_case.py", "context", tmp_path)
-    check_gradients(result, ["fsdp4_context2", "context4_tensor2", "context8"])
+    """Beside fsdp and tensor; windows, sinks, packed documents."""
+    result = run_child(mesh_case.main, tmp_path, "context", tmp_path)
+    check_gradients(result, ["fsdp2_context2_tensor2"])
+
+
+@pytest.mark.nightly
+def test_longer_rings(tmp_path):
+    sent = check_cases(tmp_path, "ring 8", "gather 8")
+    check_ring(sent["ring 8"], 8)
+    result = run_child(mesh_case.main, tmp_path, "longer_rings", tmp_path)
+    check_gradients(result, ["context4_tensor2", "context8"])

@@ -1,17 +1,27 @@
-"""Runs of train.py in several processes, one of which is stopped or killed."""
+"""Runs of train.py in several processes, one of which is stopped, hung or killed."""
 
 import hashlib
 import json
 import os
+import resource
+import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
-HEARTBEAT_S = 4.0
-STEPS = 8
+import numpy as np
+from forked_case import Forked
+
+from jaxlm import cli
+from jaxlm.commands import train
+from jaxlm.sharding.processes import Agreement
+
+real_batches, real_close = train.batches, Agreement.close
+HEARTBEAT_S = 6.0
+STEPS = 10
+closed = []  # The agreements that this process has heard of.
 
 CONFIG = """
 from jaxlm.config import *
@@ -25,48 +35,73 @@ def get_config():
                         path=({text!r},)),
         mesh=MeshConfig(data=2, fsdp=2),
         optimizer=OptimizerConfig(warmup_steps=3, learning_rate=1e-2),
-        train=TrainConfig(steps=8, batch_size=8, log_every=1, eval_every=4,
+        train=TrainConfig(steps=10, batch_size=8, log_every=1, eval_every=4,
                           eval_batches=2, sample_every=0, sample_tokens=4,
                           checkpoint_every=2, run_dir={run!r}, compile_cache=False),
     )
 """
 
-# Runs `jaxlm train` and writes the hash of each row that this process gives to its
-# devices. FAULT=SIGTERM@5 raises a signal when the batch of step 5 is asked for.
-CHILD = """
-import hashlib, os, signal, sys, time
-import numpy as np
-from jaxlm import cli
-from jaxlm.commands import train
-
-action, _, at = os.environ.get("FAULT", "").partition("@")
-real = train.batches
 
 def batches(dataset, batch_size, start_step, *rest):
-    record = open(os.environ["RECORD"], "a")
-    for step, batch in enumerate(real(dataset, batch_size, start_step, *rest)):
-        step += start_step + 1
-        if at and step == int(at):
-            print("raises", action, flush=True, file=sys.__stderr__)
-            os.kill(os.getpid(), getattr(signal, action))
-        if at and step > int(at):  # Steps take far less than the processes to agree.
-            time.sleep(1)
-        for shard in batch.tokens.addressable_shards:
-            first = shard.index[0].indices(batch_size)[0]
-            for number, row in enumerate(np.asarray(shard.data)):
-                digest = hashlib.sha256(row.tobytes()).hexdigest()
-                print(step, first + number, digest, file=record, flush=True)
-        yield batch
+    """The batches of a run, with what goes wrong.
 
-train.batches = batches
-sys.exit(cli.run("train", sys.argv[1:], prog="jaxlm train"))
-"""
+    Writes the hash of each row that this process gives to its devices. FAULT=SIGTERM@5
+    raises a signal when the batch of step 5 is asked for, and FULL=4 lets no file grow
+    from the batch of step 4 until its save, which goes on beside later steps, has ended.
+    """
+    action, _, at = os.environ["FAULT"].partition("@")
+    full, unlimited = int(os.environ["FULL"] or -1), resource.RLIM_INFINITY
+    with open(os.environ["RECORD"], "a") as record:
+        for step, batch in enumerate(
+            real_batches(dataset, batch_size, start_step, *rest)
+        ):
+            step += start_step + 1
+            if step == full + 1:
+                wait_for_save()
+            limit = 0 if step == full else unlimited
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited))
+            if at and step == int(at):
+                if action == "SIGSTOP":
+                    wait_for_save()
+                print("raises", action, flush=True, file=sys.__stderr__)
+                os.kill(os.getpid(), getattr(signal, action))
+            # Steps take far less than the processes to agree, or to give this one up.
+            while (
+                at and step > int(at) and not (closed and closed[0]._is_known.is_set())
+            ):
+                time.sleep(0.05)
+            for shard in batch.tokens.addressable_shards if step != full else ():
+                first = shard.index[0].indices(batch_size)[0]
+                for number, row in enumerate(np.asarray(shard.data)):
+                    digest = hashlib.sha256(row.tobytes()).hexdigest()
+                    print(step, first + number, digest, file=record, flush=True)
+            yield batch
+
+
+def wait_for_save():
+    while "checkpoint" in str(threading.enumerate()):
+        time.sleep(0.05)
+
+
+def close(agreement, value):
+    closed.append(agreement)
+    real_close(agreement, value)
+
+
+def run_train(*arguments):
+    train.batches, Agreement.close = batches, close
+    sys.exit(cli.run("train", arguments, prog="jaxlm train"))
 
 
 def free_port():
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def is_stopped(child):
+    state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2]
+    return state.split()[0] == "T"
 
 
 class Hosts:
@@ -78,23 +113,23 @@ class Hosts:
         self.config = folder / "config.py"
         self.config.write_text(CONFIG.format(text=str(text), run=str(self.path)))
 
-    def start(self, processes, devices, fault="", of=0, flags=()):
-        """Starts processes and waits for all; `fault` happens in process `of`.
+    def start(self, processes, devices, fault="", of=0, full="", flags=()):
+        """Starts processes and waits for all; faults happen in process `of`.
+
+        One that hangs goes on when the others have ended.
 
         Returns:
-          (exit code, stderr, seconds) of each.
+          (exit code, stderr, seconds since the fault) of each.
         """
         port, children = free_port(), []
         for index in range(processes):
             count = f"--xla_force_host_platform_device_count={devices}"
-            quick = "--xla_backend_optimization_level=0"
             environment = {
                 **os.environ,
-                "XLA_FLAGS": f"{count} {quick}",
-                "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "XLA_FLAGS": f"{count} {os.environ['XLA_FLAGS']}",
                 "RECORD": str(self.folder / "rows.txt"),
                 "FAULT": fault if index == of else "",
+                "FULL": full if index == of else "",
             }
             arguments = [
                 f"--processes.coordinator=localhost:{port}",
@@ -103,27 +138,27 @@ class Hosts:
                 f"--processes.heartbeat-seconds={HEARTBEAT_S}",
                 *flags,
             ]
-            with (self.folder / f"stderr.{index}").open("w") as stderr:
-                child = subprocess.Popen(
-                    [sys.executable, "-c", CHILD, self.config, *arguments],
-                    env=environment,
-                    cwd=REPOSITORY,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                )
+            child = Forked(
+                *(run_train, str(self.config), *arguments),
+                output=self.folder / str(index),
+                environment=environment,
+                folder=self.folder,
+            )
             children.append(child)
-        ends = {}
+        ends, hung = {}, None
         while len(ends) < processes:
             for index, child in enumerate(children):
-                if index not in ends and child.poll() is not None:
+                if index not in ends and child.code is not None:
                     ends[index] = time.monotonic()
+            if hung is None and "SIGSTOP" in fault and is_stopped(children[of]):
+                hung = time.monotonic()
+            if hung is not None and ends.keys() == set(range(processes)) - {of}:
+                os.kill(children[of].pid, signal.SIGCONT)
             time.sleep(0.05)
-        texts = [
-            (self.folder / f"stderr.{index}").read_text() for index in range(processes)
-        ]
-        after = [ends[index] - ends[of] for index in range(processes)]
-        codes = [child.returncode for child in children]
-        return list(zip(codes, texts, after, strict=True))
+        since = hung or ends[of]
+        after = [ends[index] - since for index in range(processes)]
+        found = [(child.code, child.err) for child in children]
+        return [(*ends, seconds) for ends, seconds in zip(found, after, strict=True)]
 
     def rows(self):
         """Hash of each (step, row) that a process has given to its devices."""

@@ -1,25 +1,31 @@
 """Several real processes: stopped, killed, and resumed in another number."""
 
+import dataclasses
+import runpy
+import signal
+
+import jax
 import numpy as np
 import pytest
 from hosts_case import HEARTBEAT_S, STEPS, Hosts, make_text
 
-from jaxlm import tree
+from jaxlm import init, save, tree
 from jaxlm.checkpoint.load import load
 from jaxlm.terminal.exit_codes import EXIT_PREEMPTED, EXIT_PROCESS_LOST
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 from jaxlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
 
 def check_lost(ends, index, of):
-    """All others end within two heartbeats, with one line and their own exit code."""
+    """All others end by themselves, with one line and their own exit code."""
     for other, (code, text, after) in enumerate(ends):
         if other == index:
-            assert code == -9
             continue
         assert code == EXIT_PROCESS_LOST, text
-        assert after < 2 * HEARTBEAT_S
+        # Measured: 1.5 heartbeats. JAX itself waits for 100 s.
+        assert after < 10 * HEARTBEAT_S
         lines = [line for line in text.splitlines() if "error" in line]
         assert len(lines) == 1, text
         assert lines[0].startswith(f"error: process {index} of {of}")
@@ -27,18 +33,25 @@ def check_lost(ends, index, of):
         assert "Check failure" not in text
 
 
+@pytest.mark.long
 def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_path):
     text = make_text(tmp_path)
     folders = [tmp_path / "straight", tmp_path / "many"]
     for folder in folders:
         folder.mkdir()
     straight, many = (Hosts(folder, text) for folder in folders)
+    # Both begin with the same weights, of which each process loads its own parts.
+    model = runpy.run_path(str(many.config))["get_config"]().model
+    model = dataclasses.replace(model, vocab_size=ByteTokenizer().vocab_size)
+    params = init(model, jax.random.key(3))
+    save(tmp_path / "initial", model, params, ByteTokenizer())
+    initial = f"--init-from={tmp_path / 'initial'}"
 
     # A signal at one of two stops both, and both save the same step.
-    # They also evaluate and sample together.
-    ends = many.start(2, 2, "SIGTERM@5", of=1, flags=["--train.sample-every=4"])
+    # They also evaluate, sample and look inside together.
+    rows = [f"--train.{kind}-every=4" for kind in ("sample", "look")]
+    ends = many.start(2, 2, "SIGTERM@5", of=1, flags=[*rows, initial])
     assert [code for code, _, _ in ends] == [EXIT_PREEMPTED] * 2, ends
-    assert all(after < 10 for _, _, after in ends)
     stopped = many.steps()[-1]
     assert 4 <= stopped <= 6
     meta = many.meta(stopped)
@@ -47,18 +60,31 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     # Of each array the shards that one or the other has written.
     table = meta["shard_hashes"]["params/embed/table"]
     assert len(table) == 2, table
-    text = {row["step"]: row for row in read_metrics(many.path) if "text" in row}
-    assert text.keys() == {4}
+    for key in ("text", "induction_heads"):
+        assert [row["step"] for row in read_metrics(many.path) if key in row] == [4]
     # Only process 0 writes what a person reads.
     assert f"saved at step {stopped}" in ends[0][1]
     assert "saved" not in ends[1][1]
 
     # Process 0 of four is killed, which held the coordinator.
     ends = many.start(4, 1, f"SIGKILL@{stopped + 2}", of=0)
+    assert ends[0][0] == -signal.SIGKILL
     check_lost(ends, 0, of=4)
-    # One of two is killed.
-    ends = many.start(2, 2, f"SIGKILL@{many.steps()[-1] + 1}", of=1)
+    # The disk of one of two is full at a save, which both leave out. Then it hangs: the
+    # other ends, and it ends too when it goes on.
+    last = many.steps()[-1]
+    ends = many.start(
+        *(2, 2, f"SIGSTOP@{last + 3}"),
+        of=1,
+        full=str(last + 1),
+        flags=["--train.checkpoint-every=1", "--train.on-save-error=continue"],
+    )
+    assert many.steps()[-2:] == [last, last + 2]
+    failed = f"checkpoints/{last + 1} cannot be written (process 1: "
+    assert failed in ends[0][1] and "File too large" in ends[0][1]
     check_lost(ends, 1, of=2)
+    assert ends[1][0] == EXIT_PROCESS_LOST
+    assert "error: process 1 of 2 was given up by the others" in ends[1][1]
     # A process alone, with as many devices, ends the run.
     last = many.steps()[-1] + 1
     [(code, text, _)] = many.start(1, 4, flags=[f"--profile.steps={last}:{last + 1}"])
@@ -66,7 +92,7 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     [trace] = (many.path / "profile").rglob("*.xplane.pb")
     assert b"train" in trace.read_bytes()
 
-    [(code, text, _)] = straight.start(1, 4)
+    [(code, text, _)] = straight.start(1, 4, flags=[initial])
     assert code == 0, text
     rows = straight.rows()
     assert len(rows) == 8 * STEPS
@@ -91,10 +117,11 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
         [row["loss"] for row in read_metrics(hosts.path) if row["kind"] == "eval"]
         for hosts in (straight, many)
     ]
-    assert len(evaluations[0]) == 2
+    assert len(evaluations[0]) == 3
     np.testing.assert_allclose(*evaluations, rtol=2e-6)
 
-    # The time of all four starts.
-    [*_, row] = [r for r in read_metrics(many.path) if r["kind"] == "train"]
-    assert row["time_s"]["starting"] > 3 * 0.5
+    # The time of all four starts; the one that was killed may have left no row.
+    [*_, row] = rows = [r for r in read_metrics(many.path) if r["kind"] == "train"]
+    starting = [row["time_s"]["starting"] for row in rows]
+    assert starting == sorted(starting) and len({*starting}) >= 3
     assert all(row["time_s"][kind] > 0 for kind in ("steps", "saving", "compiling"))

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ops.attention.request import Request, request_of_sizes
+from jaxlm.ops.attention.request import AttentionRequest, request_of_sizes
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 
 
@@ -14,8 +14,8 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def plain_request(**asked) -> Request:
-    """Makes a `Request` of plain sizes with only the given options, for any device."""
+def plain_request(**asked) -> AttentionRequest:
+    """Makes an `AttentionRequest` of plain sizes, with only the given options."""
     device = {x: asked.pop(x) for x in ("platform", "device_kind") if x in asked}
     sizes = {"num_queries": 1024, "num_keys": 1024, "num_heads": 4, "num_kv_heads": 2}
     asked = {"batch": 2, **sizes, "head_dim": 80, "dtype": jnp.bfloat16, **asked}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ops_case import normal
 
+from jaxlm.ops import linear
 from jaxlm.ops.linear import compute_dtype, einsum
 
 # Each equation of the model: (shape of x, shape of w).
@@ -16,7 +17,6 @@ EQUATIONS = {
     "BTD,DF->BTF": ((2, 5, 12), (12, 20)),
     "BTF,FD->BTD": ((2, 5, 20), (20, 12)),
     "BTD,VD->BTV": ((2, 5, 12), (20, 12)),
-    "BTD,DV->BTV": ((2, 5, 12), (12, 20)),
 }
 
 
@@ -45,6 +45,17 @@ def test_value_and_gradient(equation, rows):
         np.testing.assert_allclose(ours, right, atol=2e-5)
 
 
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_a_gpu_multiplies_one_row_without_matrix_units(monkeypatch, equation):
+    monkeypatch.setattr(linear, "target", lambda: ("gpu", "a card"))
+    shape, w_shape = EQUATIONS[equation]
+    x, w = normal(1, 1, 1, *shape[2:]), normal(2, *w_shape)
+    product = jax.jit(lambda x, w: einsum(equation, x, w))
+    expected = np.einsum(equation, np.float64(x), np.float64(w))
+    np.testing.assert_allclose(product(x, w), expected, atol=1e-5)
+    assert "dot_general" not in str(product.trace(x, w).jaxpr)
+
+
 # XLA:CPU has no bf16 einsum with a batch dimension (heads); the model computes it in
 # f32.
 @pytest.mark.parametrize("equation", sorted(set(EQUATIONS) - {"BTNH,NHD->BTND"}))
@@ -59,11 +70,24 @@ def test_bfloat16(equation):
     assert y.dtype == jnp.bfloat16
     # One rounding to 8 bits; sums of bf16 numbers would be off by much more.
     np.testing.assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-3)
+    # A single row takes another way.
+    alone = einsum(equation, x[:1, :1], jnp.asarray(w))
+    assert alone.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.float64(alone), expected[:1, :1], rtol=2**-8, atol=1e-3
+    )
     dx, dw = pull(g)
     assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
     right_dx, right_dw = gradients(equation, x, rounded, g)
     np.testing.assert_allclose(np.float64(dx), right_dx, rtol=2**-8, atol=1e-3)
     np.testing.assert_allclose(dw, right_dw, rtol=1e-5, atol=1e-4)
+
+
+def test_a_cpu_multiplies_one_bfloat16_row_without_a_copy_of_the_matrix():
+    x = jnp.asarray(normal(1, 1, 1, 64)).astype(jnp.bfloat16)
+    w = jnp.asarray(normal(2, 512, 64)).astype(jnp.bfloat16)
+    product = jax.jit(lambda x, w: einsum("BTD,VD->BTV", x, w))
+    assert "f32[512,64]" not in product.lower(x, w).compile().as_text()
 
 
 def test_out_dtype():

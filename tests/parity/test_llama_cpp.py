@@ -57,7 +57,7 @@ def llama_cpp_tokens(path, prompt, banned=range(ASCII, 257)):
         [sys.executable, "-c", SERVER, arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from parity_case import CASES, GOLDENS, HIDDEN_ROWS, LOGIT_ROWS, nested, tokens,
 from test_goldens import GATE, run
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from jaxlm.ops.moe import load_balance_loss, route
+from jaxlm.ops.experts.moe import load_balance_loss, route
 
 pytestmark = pytest.mark.parity
 

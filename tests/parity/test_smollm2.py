@@ -44,21 +44,34 @@ def model(path):
     return dataclasses.replace(config, dtype="float32"), params
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_logits_log_probabilities_and_greedy_tokens(path, model, name):
+@pytest.fixture(scope="module")
+def computed(model):
+    """Logits and greedy tokens of all texts, as rows of one batch; shorter ones end with
+    padding, which nothing before it sees."""
     config, params = model
+    prompts = [np.array(text["input_ids"], np.int32) for text in EXPECTED.values()]
+    length = max(map(len, prompts))
+    rows = np.stack([np.pad(ids, (0, length - len(ids))) for ids in prompts])
+    count = max(len(text["greedy_ids"]) for text in EXPECTED.values())
+    with jax.default_matmul_precision("highest"):
+        logits = jax.jit(lambda p, t: forward(config, p, t).logits)(params, rows)
+        result = generate(
+            *(config, params, prompts),
+            SampleConfig(temperature=0.0, max_new_tokens=count),
+            jax.random.key(0),
+        )
+    found = zip(np.asarray(logits), result.tokens, result.logprobs, strict=True)
+    return dict(zip(EXPECTED, found, strict=True))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_logits_log_probabilities_and_greedy_tokens(path, computed, name):
     expected = EXPECTED[name]
     ids = np.array(expected["input_ids"], np.int32)
     if name != "p3_chat":
         assert load_tokenizer(path).encode(expected["text"]).tolist() == [*ids]
-    with jax.default_matmul_precision("highest"):
-        logits = jax.jit(lambda p, t: forward(config, p, t).logits)(params, ids[None])
-        result = generate(
-            *(config, params, [ids]),
-            SampleConfig(temperature=0.0, max_new_tokens=len(expected["greedy_ids"])),
-            jax.random.key(0),
-        )
-    logits = np.asarray(logits[0], np.float64)
+    logits, tokens, new_logprobs = computed[name]
+    logits = np.float64(logits[: len(ids)])
     lse = np.log(np.exp(logits).sum(-1))
     for token, value in expected["last_logits_top20"]:
         assert abs(logits[-1, token] - value) < GATE
@@ -66,9 +79,10 @@ def test_logits_log_probabilities_and_greedy_tokens(path, model, name):
     np.testing.assert_allclose(
         logprobs, expected["prompt_token_logprobs"][1:], atol=GATE
     )
-    assert result.tokens[0].tolist() == expected["greedy_ids"]
+    count = len(expected["greedy_ids"])
+    assert tokens[:count].tolist() == expected["greedy_ids"]
     np.testing.assert_allclose(
-        result.logprobs[0], expected["greedy_logprobs"], atol=GATE
+        new_logprobs[:count], expected["greedy_logprobs"], atol=GATE
     )
 
 

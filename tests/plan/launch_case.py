@@ -8,6 +8,7 @@ such as {"optimizer.name": "muon"}, and compiles once more.
 
 import dataclasses
 import json
+import math
 import runpy
 import sys
 from functools import reduce
@@ -18,9 +19,14 @@ REPOSITORY = Path(__file__).parents[2]
 
 def replaced(config, changes):
     """Returns the config with fields, by their dotted names, replaced."""
-    for name, value in changes.items():
-        part, field = name.split(".")
-        section = dataclasses.replace(getattr(config, part), **{field: value})
+    for part in {name.partition(".")[0] for name in changes}:
+        start = f"{part}."
+        fields = {
+            name.removeprefix(start): value
+            for name, value in changes.items()
+            if name.startswith(start)
+        }
+        section = dataclasses.replace(getattr(config, part), **fields)
         config = dataclasses.replace(config, **{part: section})
     return config
 
@@ -31,13 +37,14 @@ def main(name, target, attention, layers, *changes):
 
     config = runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]()
     devices = devices_of(target)
+    # How many times as many chips.
+    times = len(devices) // math.prod(vars(config.mesh).values())
     fixed = {
         "model.num_layers": int(layers) or config.model.num_layers,
         "model.dtype": "bfloat16",
         "model.attention": attention,
-        "mesh.fsdp": len(devices),
-        "train.batch_size": config.train.batch_size
-        * (len(devices) // config.mesh.fsdp),
+        "mesh.fsdp": config.mesh.fsdp * times,
+        "train.batch_size": config.train.batch_size * times,
     }
     for change in changes or ("{}",):
         changed = reduce(replaced, [fixed, json.loads(change)], config)

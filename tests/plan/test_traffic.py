@@ -38,7 +38,7 @@ def test_a_gather_in_a_scan_sends_what_it_must():
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert child.returncode == 0, child.stderr
     gather, reduction = json.loads(child.stdout)
@@ -102,6 +102,12 @@ def test_a_permute_sends_its_operand_along_one_axis():
     )
     assert (found.kind, found.bytes, found.axes) == ("permute", 2048, ("tensor",))
     assert not found.overlapped  # nothing is computed between the two
+
+
+def test_a_permute_of_each_device_to_itself_sends_nothing():
+    pairs = ",".join(f"{{{i},{i}}}" for i in range(16))
+    permute = f"collective-permute(%p), source_target_pairs={{{pairs}}}"
+    assert traffic(program(f"ROOT %x = bf16[1024] {permute}"), MESH) == []
 
 
 def test_overlap_is_computing_between_start_and_end():
@@ -231,8 +237,9 @@ def test_sums_and_rows():
     )
     sums = by_part(found)
     assert sums[Part.HEAD] == 2 * 7 * 2048 / 2**30
-    assert sums[Part.REST] == 2048 / 2**30
+    assert sums[Part.TENSOR] == 2048 / 2**30
     assert sums[Part.GRADIENTS] == 0
-    head, rest = rows(found)
-    assert (head["part"], head["kind"], rest["part"]) == ("head", "all-gather", "rest")
+    head, other = rows(found)
+    assert (head["part"], head["kind"]) == ("head", "all-gather")
+    assert other["part"] == "tensor parallelism"
     assert head["gib"] == pytest.approx(sums[Part.HEAD], rel=1e-3)

@@ -1,10 +1,19 @@
 """The files and names that the pages mention exist."""
 
+import dataclasses
 import importlib
+import inspect
+import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+import jaxlm
+import jaxlm.interp
+from jaxlm.flags.arguments import read_arguments
+from jaxlm.ops.probing.sites import SITES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
@@ -54,6 +63,43 @@ def test_what_a_page_names_exists(page):
     text = page.read_text()
     assert missing_files(text) == []
     assert missing_names(text) == []
+
+
+def training_commands(text: str) -> list[list[str]]:
+    """The arguments of each `train.py` in the blocks of a page, with `$i` as 0."""
+    blocks = "".join(re.findall(r"(?m)^```\n(.*?)^```", text, re.DOTALL))
+    joined = blocks.replace("\\\n", " ").replace("$i", "0")
+    lines = re.findall(r"\bpython train\.py ([^\n\"'&]*)", joined)
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_commands_that_launch_runs_are_complete(monkeypatch):
+    """Configs exist, flags too, and their values fit."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "launch.md").read_text()
+    commands = training_commands(text)
+    assert len(commands) >= 7
+    # From the hub come the tokenizers that the configs name.
+    installed = re.findall(r"install .*-e '\S*\[(.*)\]'", text)
+    assert sorted(installed) == ["cuda,hub", "tpu,hub", "tpu,hub"]
+    for command in commands:
+        config, _ = read_arguments("train", [x for x in command if x != "..."], "x")
+        for count in (config.processes.count, *dataclasses.astuple(config.mesh)):
+            assert count is None or count > 0 or count == -1
+    with pytest.raises(ValueError, match="barrier-minute"):
+        read_arguments("train", ["--processes.barrier-minute=3"], "x")
+
+
+def test_the_table_for_users_of_transformer_lens_names_what_exists():
+    text = (ROOT / "docs/inside.md").read_text().split("## From TransformerLens\n")[1]
+    known = {*SITES, *dir(jaxlm), *inspect.signature(jaxlm.forward).parameters, "trace"}
+    for module in pkgutil.walk_packages(jaxlm.interp.__path__, "jaxlm.interp."):
+        known |= set(dir(importlib.import_module(module.name)))
+    rows = re.findall(r"^\|[^|]*\|(.*)\|$", text, re.MULTILINE)[2:]
+    named = {
+        re.match(r"\w+", c).group(0) for r in rows for c in re.findall("`(.+?)`", r)
+    }
+    assert len(named) > 30 and named <= known
 
 
 def test_the_check_sees_what_is_missing():

@@ -65,6 +65,7 @@ def folder(tmp_path, monkeypatch, shakespeare):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_blocks_of_looking_inside(monkeypatch, capsys):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     config, params = random_model(65)
@@ -78,6 +79,7 @@ def test_blocks_of_looking_inside(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # those of Jupyter
 def test_blocks_in_a_notebook(folder):
     import nbformat

@@ -134,7 +134,7 @@ def test_only_the_last_page_does_not_reload(tmp_path):
         found.append(json.loads(re.search(r'id="data">(.*)</script>', text)[1]))
         report.close()
     assert found[0]["live"]["next_s"] == 15.0
-    assert found[0]["live"]["written_s"] == pytest.approx(time.time(), abs=60)
+    assert found[0]["live"]["written_s"] == pytest.approx(time.time(), abs=600)
     assert "live" not in found[1]
 
 

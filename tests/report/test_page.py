@@ -106,7 +106,7 @@ def test_hostile_text_is_inert(tmp_path):
         tmp_path / name, [2.0], samples=[(10, HOSTILE), (20, "\u2028\ud800")]
     )
     config = json.loads((run / "config.json").read_text())
-    config["data"]["path"] = [HOSTILE]
+    config["data"]["path"] = [HOSTILE, "\ud800"]
     (run / "config.json").write_text(json.dumps(config))
     text, page = report([run], tmp_path)
     assert page.tags.count("script") == 2 and "b" not in page.tags

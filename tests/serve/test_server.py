@@ -1,9 +1,12 @@
 """The server, in a thread, with OpenAI's own client and with hostile bodies."""
 
+import asyncio
+import contextlib
 import gc
 import json
 import os
 import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +15,9 @@ from types import SimpleNamespace
 
 import httpx
 import jax
+import jax.numpy as jnp
 import jsonschema
+import numpy as np
 import openai
 import pytest
 import uvicorn
@@ -21,11 +26,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_case import make_params, toy
 
+from jaxlm.checkpoint.save import save
+from jaxlm.commands import serve
 from jaxlm.config import MeshConfig
-from jaxlm.infer.engine import Engine
+from jaxlm.flags.arguments import ServeArguments
 from jaxlm.infer.generate import generate
-from jaxlm.serve import bodies
+from jaxlm.infer.slots.engine import Engine
+from jaxlm.infer.slots.slot_request import NewTokens
+from jaxlm.model.params import quantize_matrices
+from jaxlm.serve import bodies, messages
 from jaxlm.serve.app import Limits, Server
+from jaxlm.serve.tool_calls import CallText
 from jaxlm.serve.worker import Worker
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -55,7 +66,7 @@ def served():
     # As the command does it.
     with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):
         worker = Worker(engine, 24)
-    limits = Limits(body_bytes=20_000, seconds=60.0)
+    limits = Limits(body_bytes=20_000, seconds=600.0)
     app = Server(
         "tiny",
         CONFIG,
@@ -75,7 +86,7 @@ def served():
     headers = {"Authorization": f"Bearer {KEY}"}
     with (
         openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
-        httpx.Client(base_url=url, headers=headers, timeout=60) as http,
+        httpx.Client(base_url=url, headers=headers, timeout=600) as http,
     ):
         yield SimpleNamespace(client=client, http=http, url=url, worker=worker)
     server.should_exit = True
@@ -131,7 +142,7 @@ SCHEMA = {
 }
 
 
-def test_a_chat_answers_with_a_schema(served):
+def test_a_chat_answers_with_a_schema(served, compilations):
     message = {"role": "user", "content": [{"type": "text", "text": "Who?"}]}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
     call = {"model": "tiny", "messages": [message], "seed": 1, "response_format": form}
@@ -149,6 +160,15 @@ def test_a_chat_answers_with_a_schema(served):
     ]
     assert "".join(p.content for p in parts) == choice.message.content
     assert [p.role for p in parts] == ["assistant"] + [None] * (len(parts) - 1)
+    # Another length, another temperature and another grammar of that size.
+    before = list(compilations)
+    other = json.loads(json.dumps(form).replace('"name"', '"game"'))
+    other["json_schema"] = {"name": "a", "schema": other["json_schema"]["schema"]}
+    message = {"role": "user", "content": "Who is it?"}
+    served.client.chat.completions.create(
+        **{**call, "messages": [message], "response_format": other}, temperature=0.5
+    )
+    assert before and compilations == before
     form = {"type": "json_object"}
     answer = served.client.chat.completions.create(
         **{**call, "response_format": form}, max_tokens=30
@@ -179,7 +199,7 @@ def test_requests_at_once_are_what_they_are_alone(served):
         for one in gone:
             one.result()
     assert together == alone
-    until = time.monotonic() + 20
+    until = time.monotonic() + 200
     while served.worker.num_requests and time.monotonic() < until:
         time.sleep(0.05)
     assert served.worker.num_requests == 0
@@ -188,6 +208,203 @@ def test_requests_at_once_are_what_they_are_alone(served):
         "jaxlm_requests_open 0.0" in text
         and 'jaxlm_requests_total{status="200"}' in text
     )
+
+
+def test_speculation_does_not_change_the_texts(tmp_path, monkeypatch, compilations):
+    """Of more clients than slots, with weights in 8 bits; the command is called, but
+    for its socket."""
+    save(tmp_path / "tiny", CONFIG, PARAMS, TOKENIZER)
+    calls = [
+        {"prompt": "ab" * (i + 1), "max_tokens": 9 + 7 * i, "seed": i, "temperature": i % 2}
+        for i in range(6)
+    ]  # fmt: skip
+    # A text that repeats itself, so that guesses are right.
+    calls[4]["logit_bias"] = {"97": 100}
+    found = []
+
+    async def answers(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://[::1]"
+        ) as http:
+            posts = [http.post("/v1/completions", json=call) for call in calls]
+            for response in await asyncio.gather(*posts):
+                found.append(response.json()["choices"][0]["text"])
+            return (await http.get("/metrics")).text
+
+    def run(server, sockets):
+        # Clients close idle connections first: no request meets one that is closing.
+        theirs = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+        assert server.config.timeout_keep_alive > 2 * theirs
+        found.append(asyncio.run(answers(server.config.app)))
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.setattr(serve, "bound", lambda *_: contextlib.nullcontext([]))
+    folder = str(tmp_path / "tiny")
+    serve.main(ServeArguments(src=folder, slots=2, speculate="lookup", weights="int8"))
+    *texts, metrics = found
+    # Before the first request.
+    assert compilations.count("jit(decode)") == 1
+    fields = (bodies.COMPLETION, TOKENIZER.stop_ids)
+    plain = generate(
+        *(CONFIG, quantize_matrices(jax.tree.map(jnp.asarray, PARAMS), "int8")),
+        [TOKENIZER.encode(call["prompt"]) for call in calls],
+        [bodies.settings(call, *fields).sample for call in calls],
+        jnp.stack([jax.random.fold_in(jax.random.key(i), 0) for i in range(6)]),
+        num_tokens=257,
+    )
+    assert texts == [TOKENIZER.decode(row) for row in plain.rows]
+    counts = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
+    right = float(counts['jaxlm_guesses_total{kind="right"}'])
+    assert 0 < right <= float(counts['jaxlm_guesses_total{kind="all"}'])
+
+
+def test_responses_are_chats_in_another_form(served):
+    rules = {"model": "tiny", "extra_body": {"seed": 2}}
+    create = served.client.responses.create
+    form = {"type": "json_schema", "name": "a", "schema": SCHEMA}
+    call = {**rules, "instructions": "Say.", "text": {"format": form}}
+    asked = [{"role": "user", "content": [{"type": "input_text", "text": "Who?"}]}]
+    found = create(**call, input=asked)
+    chat = served.client.chat.completions.create(
+        **rules,
+        messages=[
+            {"role": "system", "content": "Say."},
+            {"role": "user", "content": "Who?"},
+        ],
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": SCHEMA},
+        },
+    )
+    assert found.output_text == chat.choices[0].message.content
+    assert found.status == "completed" and found.store is False
+    used = (found.usage.input_tokens, found.usage.output_tokens)
+    assert used == (chat.usage.prompt_tokens, chat.usage.completion_tokens)
+    # What it has answered is taken back as input.
+    more = [*asked, *found.output, asked[0]]
+    assert len(create(**rules, input=more, max_output_tokens=3).output_text) > 0
+
+    events = list(create(**call, input="Who?", stream=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    deltas = [e for e, kind in zip(events, kinds, strict=True) if "delta" in kind]
+    head = ["created", "in_progress", "output_item.added", "content_part.added"]
+    tail = ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    assert kinds == [*head, *["output_text.delta"] * len(deltas), *tail]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert len(deltas) > 1 and "".join(e.delta for e in deltas) == found.output_text
+    whole = events[-1].response
+    assert whole.usage == found.usage and whole.output_text == found.output_text
+
+    with served.client.responses.stream(
+        **rules, input="Who?", max_output_tokens=5
+    ) as stream:
+        last = list(stream)[-1]
+    assert last.type == "response.incomplete" and last.response.usage.output_tokens == 5
+    assert last.response.incomplete_details.reason == "max_output_tokens"
+    for fields, message in (
+        ({"previous_response_id": "resp_1"}, "this server keeps no responses"),
+        ({"store": True}, "this server keeps no responses"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "is no message"),
+        ({"max_output_tokens": 0}, "max_output_tokens is 0"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format: "),
+        ({"tools": []}, "tools: this server has no such field"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            create(**{**rules, "input": "a", **fields})
+
+
+class Scripted:
+    """In the place of a worker: writes a text, three tokens at a time."""
+
+    num_requests, failure = 0, None
+
+    def __init__(self, text):
+        self._tokens, self.prompts = list(text.encode()), []
+
+    async def run(self, request):
+        self.prompts.append(TOKENIZER.decode(request.tokens))
+        for i in range(0, len(self._tokens), 3):
+            tokens = np.array(self._tokens[i : i + 3], np.int32)
+            n, is_last = len(tokens), i + 3 >= len(self._tokens)
+            top = np.zeros((n, 1))
+            ended = "stop" if is_last else None
+            yield NewTokens(0, tokens, np.zeros(n), top.astype(int), top, ended, {})
+
+
+FUNCTION = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+ONE_CALL = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"at": "Rome"}}\n</tool_call>'
+)
+
+
+def test_tools_are_told_to_the_template_and_calls_are_found(served):
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = """{% for t in tools or [] %}{{ t | tojson }}
+{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.arguments.at }}
+{{ call.function.name }}</tool_call>{% endfor %}{% endfor %}"""
+    worker = Scripted(f"Let me see < \n{ONE_CALL}\n{ONE_CALL}")
+    sizes = {"max_length": 2000, "num_slots": 1}
+    app = Server("tiny", CONFIG, tokenizer, worker, **sizes).app
+    messages = [{"role": "user", "content": "Rain?"}]
+
+    async def converse():
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+        async with openai.AsyncOpenAI(
+            base_url="http://localhost:1/v1", api_key="-", http_client=http
+        ) as client:
+            rebound = await http.get("http://evil.example:1/v1/models")
+            assert rebound.status_code == 403
+            call = {"model": "tiny", "messages": messages, "tools": [TOOL]}
+            create = client.chat.completions.create
+            (choice,) = (await create(**call)).choices
+            # As a program of a user does it.
+            messages.append(choice.message)
+            for one in choice.message.tool_calls:
+                messages.append(
+                    {"role": "tool", "tool_call_id": one.id, "content": "no"}
+                )
+            second = await create(**call, tool_choice="none")
+            deltas = [e.choices[0] async for e in await create(**call, stream=True)]
+            with pytest.raises(openai.BadRequestError, match="no tool can be forced"):
+                await create(**call, tool_choice="required")
+            return choice, second.choices[0], deltas
+
+    choice, second, deltas = asyncio.run(converse())
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me see <"
+    assert [c.function.name for c in choice.message.tool_calls] == ["get_weather"] * 2
+    assert json.loads(choice.message.tool_calls[1].function.arguments) == {"at": "Rome"}
+    first_prompt, second_prompt, third_prompt = worker.prompts
+    assert json.dumps(TOOL) in first_prompt and json.dumps(TOOL) not in second_prompt
+    called = "<tool_call>Rome\nget_weather</tool_call>" * 2
+    assert second_prompt.endswith(f"Let me see <\n{called}tool: no\ntool: no\n")
+    assert third_prompt.startswith(json.dumps(TOOL))
+    # Without tools, or in another form, it is text.
+    assert second.message.tool_calls is None and ONE_CALL in second.message.content
+    calls = [call for d in deltas for call in d.delta.tool_calls or []]
+    assert [call.index for call in calls] == [0, 1]
+    assert "".join(d.delta.content or "" for d in deltas) == "Let me see <"
+    assert deltas[-1].finish_reason == "tool_calls"
+    with pytest.raises(openai.BadRequestError, match="does not write out tools"):
+        served.client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "a"}], tools=[TOOL]
+        )
+
+
+@given(st.text(alphabet="<tol_ca>x \n", max_size=60), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_calls_are_the_same_however_the_text_comes(text, width):
+    text = f"{text}{ONE_CALL}{text[:9]}"
+    whole, parts = CallText(["get_weather"]), CallText(["get_weather"])
+    shown = whole.feed(text) + whole.finish()
+    pieces = [text[i : i + width] for i in range(0, len(text), width)]
+    assert "".join(map(parts.feed, pieces)) + parts.finish() == shown
+    assert len(parts.calls) == len(whole.calls)
+    if "<tool_call>" not in text.replace(ONE_CALL, ""):
+        assert len(whole.calls) == 1 and ONE_CALL not in shown
 
 
 WRONG = [
@@ -251,20 +468,42 @@ def test_other_refusals(served):
     assert "http" not in page.text
 
 
+def test_a_client_that_leaves_with_half_a_body_is_no_error(served):
+    """It is counted as a request without an answer, and no traceback is logged."""
+
+    def gone():
+        text = served.http.get("/metrics").text
+        return re.findall(r'jaxlm_requests_total{status="499"} .*', text)
+
+    before = gone()
+    url = httpx.URL(served.url)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+    )
+    head += "Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(head.encode())
+    end = time.monotonic() + 100
+    while gone() == before:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)
 )
 OBJECTS = st.dictionaries(st.text(max_size=5), SCALARS, max_size=3)
 VALUES = SCALARS | OBJECTS | st.lists(SCALARS | OBJECTS, max_size=3)
-FIELDS = sorted({*bodies.CHAT, *bodies.COMPLETION, "other"})
+FIELDS = sorted({*bodies.CHAT, *bodies.COMPLETION, *bodies.RESPONSE, "other"})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_hostile_bodies_are_answered_or_refused(body):
     for known, rest in (
-        (bodies.CHAT, bodies.messages),
+        (bodies.CHAT, lambda body: (messages.messages(body), messages.tools(body))),
         (bodies.COMPLETION, bodies.prompts),
+        (bodies.RESPONSE, messages.input_messages),
     ):
         try:
             bodies.settings(body, known, (256,))

@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh, AxisType
 from topology_case import MESHES, TOPOLOGIES, devices_of
 
 from jaxlm.commands.doctor import mesh_layout
-from jaxlm.config import MeshConfig, TrainConfig
+from jaxlm.config import Config, DataConfig, MeshConfig, TrainConfig
+from jaxlm.model.presets import preset
 from jaxlm.sharding.mesh import (
     AXES,
     check_batch,
@@ -20,6 +21,7 @@ from jaxlm.sharding.mesh import (
 )
 
 ONE = jax.devices()[:1]
+MODEL = preset("smollm2-135m")
 
 
 def test_one_device():
@@ -134,16 +136,26 @@ def test_a_batch_that_cannot_be_cut_is_refused(rows, parts, message):
     mesh = AbstractMesh(sizes(data=2, fsdp=4, tensor=3), AXES)
     train = TrainConfig(batch_size=rows, accumulation_steps=parts)
     with pytest.raises(ValueError, match=message):
-        check_batch(train, 10, mesh)
-    check_batch(TrainConfig(batch_size=16, accumulation_steps=2), 10, mesh)
+        check_batch(Config(model=MODEL, train=train), mesh)
+    train = TrainConfig(batch_size=16, accumulation_steps=2)
+    check_batch(Config(model=MODEL, train=train), mesh)
 
 
-def test_rows_that_cannot_be_cut_are_refused():
-    train, mesh = TrainConfig(batch_size=2), AbstractMesh(sizes(context=4), AXES)
-    check_batch(train, 32, mesh)
+@pytest.mark.parametrize(
+    "sequence_parallel, length, message",
+    [
+        (False, 20, r"the 8 pieces of mesh\.context 4: make it a multiple of 8$"),
+        (True, 16, r"mesh\.context 4 x mesh\.tensor 3: make it a multiple of 12$"),
+    ],
+)
+def test_rows_that_cannot_be_cut_are_refused(sequence_parallel, length, message):
+    mesh = AbstractMesh(sizes(context=4, tensor=3), AXES)
+    model = dataclasses.replace(MODEL, sequence_parallel=sequence_parallel)
+    train, data = TrainConfig(batch_size=2), DataConfig(sequence_length=48)
+    config = Config(model=model, train=train, data=data)
+    check_batch(config, mesh)
+    data = DataConfig(sequence_length=length)
     with pytest.raises(
-        ValueError,
-        match=r"^data\.sequence_length is 20, .* the 8 pieces of mesh\.context 4: make "
-        r"it a multiple of 8$",
+        ValueError, match=rf"^data\.sequence_length is {length}, .*{message}"
     ):
-        check_batch(train, 20, mesh)
+        check_batch(dataclasses.replace(config, data=data), mesh)

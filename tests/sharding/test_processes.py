@@ -78,14 +78,14 @@ def test_a_failure_is_every_ones(three):
 
 def test_who_is_missing_is_named(three):
     for processes in three:
-        processes._limit_s = 0.3
+        processes._limit_s = 3.0
     found = in_each(three[::2], lambda p: p.gather("late"))
     for error in found:
         assert isinstance(error, ProcessMissing)
         assert str(error).startswith("late: process 1 of 3 did not come within ")
     three[1]._uses["late"] += 1
     for processes in three:
-        processes._limit_s = 6.0
+        processes._limit_s = 600.0
     assert in_each(three, lambda p: p.gather("late", 1)) == [[1, 1, 1]] * 3
 
 
@@ -114,6 +114,34 @@ def test_all_agree_at_the_same_point_wherever_they_are(three, asks):
         return point
 
     assert in_each(three, run) == [9 + (starts[asks] == 9)] * 3
+
+
+def test_one_that_lives_but_does_not_go_on_ends_all(three, monkeypatch):
+    """After the limit of a barrier, or ten times what any point has taken before."""
+    first, ended, now = three[0], [], 0.0
+    end = "jaxlm/notices/end"
+
+    def go_on(points, seconds, limit_s=2.0):
+        nonlocal now
+        now += seconds
+        first._limit_s = limit_s
+        for processes, processes._points in zip(three, points, strict=True):
+            processes._show(int(now))
+        first._look({})
+        return ended
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(first, "_end", lambda *end, **grace: ended.append(end))
+    assert go_on((0, 0, 0), 1) == go_on((0, 0, 0), 99) == []  # compiling
+    assert go_on((1, 1, 2), 9) == go_on((2, 2, 3), 5) == []  # 5 s for a point
+    assert go_on((3, 4, 5), 1) == go_on((6, 4, 7), 1) == []
+    assert go_on((6, 4, 7), 49) == []
+    assert go_on((6, 4, 7), 2, limit_s=60.0) == []
+    line = "process 1 of 3 is gone: it lives, but hangs for 52 s"
+    assert go_on((6, 4, 7), 1) == [(76, line)]
+    notice = first._client.key_value_try_get(end)
+    assert notice == '[1, 76, "it lives, but hangs for 52 s"]'
+    first._client.key_value_delete(end)
 
 
 def test_alone_nothing_waits():

@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.params import count_matmul_params
-from jaxlm.train.metrics import MetricsWriter, read_metrics
+from jaxlm.train.metrics import MetricsWriter, kinds_at, read_metrics
 from jaxlm.train.throughput import (
     flops_per_token,
     peak_flops,
@@ -123,8 +123,29 @@ def test_a_new_run_starts_empty_and_keeps_old_rows_aside(tmp_path):
     write_steps(tmp_path, [1, 2])
     old = (tmp_path / "metrics.jsonl").read_bytes()
     write_steps(tmp_path, [7])
-    assert steps_of(tmp_path) == [7]
+    write_steps(tmp_path, [8])
+    assert steps_of(tmp_path) == [8]
     assert (tmp_path / "metrics.previous.jsonl").read_bytes() == old
+    assert b'"step": 7' in (tmp_path / "metrics.previous-2.jsonl").read_bytes()
+
+
+def test_a_log_that_somebody_cuts_or_adds_to_loses_no_row(tmp_path):
+    """As logrotate's copytruncate, or an editor."""
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(tmp_path / "metrics.damaged.jsonl")  # would be waited for
+    with MetricsWriter(tmp_path) as writer:
+        for step, odd in enumerate((None, b"", b"half a line", None), start=1):
+            if odd is not None:
+                path.write_bytes(odd)
+            writer.write("train", step, **train_row(step))
+        with path.open("ab") as file:
+            file.write(b"a note\n")
+        writer.write("train", 5, **train_row(5))
+        writer.write("train", 6, **train_row(6))
+    with MetricsWriter(tmp_path, resume_step=6):
+        assert steps_of(tmp_path) == [3, 4, 5, 6]
+    set_aside = (tmp_path / "metrics.damaged-2.jsonl").read_bytes()
+    assert set_aside == b"half a line\na note\n"
 
 
 @pytest.mark.parametrize("cut", [1, 30, "zeros", "only the newline"])
@@ -162,11 +183,25 @@ def test_errors_name_file_and_line(tmp_path):
         ("[1]", "line 2: not a JSON object"),
         ('{"step": 1}', "line 2: no text field 'kind'"),
         ('{"kind": "train", "step": 1.5}', "line 2: no whole number 'step'"),
+        ('{"kind": "train", "step": 1, "wall_s": []}', r"line 2: wall_s is \[\]"),
+        (f'{{"kind": "eval", "step": 1, "loss": {10**400}}}', "line 2: loss is 10000"),
+        ('{"kind": "train", "step": 1, "time_s": {"steps": "x"}}', "line 2: time_s is"),
     ):
         path.write_text(f'{{"kind": "event", "step": 0}}\n{line}\n')
         with pytest.raises(ValueError, match=message) as caught:
             read_metrics(tmp_path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_terabyte_of_nothing_is_not_read(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # needs no space
+    with MetricsWriter(tmp_path, resume_step=3):
+        assert "has more than 1,073,741,824 bytes): training goes on" in caplog.text
+    assert kinds_at(tmp_path, 1) == set()
+    with pytest.raises(OSError, match="more than 1,073,741,824 bytes"):
+        read_metrics(tmp_path)
 
 
 def test_rows_are_checked(tmp_path):

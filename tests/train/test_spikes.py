@@ -34,7 +34,7 @@ def after(batches):
     state, lines = new_state(CONFIG), []
     for batch in batches:
         state, metrics = step_of(CONFIG)(state, batch)
-        lines.append((int(metrics.skipped), float(metrics.lr)))
+        lines.append((int(metrics.skipped_in_a_row), float(metrics.lr)))
     return state, lines
 
 
@@ -58,7 +58,7 @@ def test_a_skipped_step_leaves_the_state_as_if_its_batch_had_never_been():
 def test_without_it_one_such_step_leaves_nothing_finite():
     state = dataclasses.replace(new_state(CONFIG), spikes=None)
     state, metrics = step_of(CONFIG)(state, BAD)
-    assert metrics.skipped is None
+    assert metrics.skipped_in_a_row is None
     assert not np.isfinite(jax.tree.leaves(state.params)[0]).any()
 
 

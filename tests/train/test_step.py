@@ -9,11 +9,13 @@ import math
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
@@ -25,15 +27,16 @@ from jaxlm.config import (
     TrainConfig,
 )
 from jaxlm.model.transformer import forward
-from jaxlm.ops.moe import load_balance_loss, route
+from jaxlm.ops.experts.moe import load_balance_loss, route
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.terminal.progress import ProgressLine
-from jaxlm.train import loop
+from jaxlm.train import loop, run_log
 from jaxlm.train.loop import Hooks, fit
 from jaxlm.train.metrics import FIELDS, MetricsWriter, read_metrics
 from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.run_log import RunLog
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import (
     StepMetrics,
@@ -72,17 +75,21 @@ def loss_of(train, batch=BATCH):
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def plain(config, params, batch, edits=()):
+    """A plain call, with the logits of routers."""
+    return forward(
+        *(config, params, batch.tokens),
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        edits=edits,
+        taps=(Tap("router_logits"),) if config.num_experts else (),
+    )
+
+
 def nll_in_numpy(batch, edits=()):
     """Computes each token's cross-entropy in float64 from the logits of a plain call."""
-    logits = forward(
-        MODEL,
-        PARAMS,
-        jnp.asarray(batch.tokens),
-        positions=jnp.asarray(batch.positions),
-        segment_ids=jnp.asarray(batch.segment_ids),
-        edits=edits,
-    ).logits
-    logits = np.float64(logits)
+    logits = np.float64(plain(MODEL, PARAMS, batch, edits).logits)
     top = logits.max(-1, keepdims=True)
     log_z = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
     hit = np.take_along_axis(logits, batch.targets[..., None].astype(np.int64), -1)
@@ -124,10 +131,10 @@ def test_the_loss_is_the_weighted_mean(whole):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"accumulation_steps": 2}, marks=pytest.mark.slow),
-        pytest.param({"accumulation_steps": 4}, marks=pytest.mark.slow),
-        # 7 positions of 8 rows; 20 is not a multiple of 7
-        pytest.param({"loss_chunk": 56}, marks=pytest.mark.slow),
+        # 7 positions of 2 rows; 20 is not a multiple of 7
+        pytest.param(
+            {"accumulation_steps": 4, "loss_chunk": 14}, marks=pytest.mark.slow
+        ),
         {"accumulation_steps": 2, "loss_chunk": 1},
     ],
 )
@@ -156,6 +163,8 @@ def test_a_step_can_be_computed_with_edits():
     edits = (
         Edit("mlp_out", "scale", 0.0, layer=0),
         Edit("resid_post", "add", jnp.ones(MODEL.model_dim), position=[0, 2]),
+        Edit("attn_out", "call", jax.tree_util.Partial(jnp.multiply, 0.5), layer=1),
+        Edit("mlp_act", "freeze"),
     )
     config = config_of(steps=6, batch_size=ROWS, accumulation_steps=2)
     optimizer = make_optimizer(config.optimizer, 6)
@@ -168,7 +177,8 @@ def test_a_step_can_be_computed_with_edits():
     assert float(metrics.loss) == pytest.approx(wanted, rel=1e-6)
     assert abs(wanted - (nll_in_numpy(BATCH)[0] * weights).sum() / weights.sum()) > 0.01
     fired = np.isin(BATCH.positions, (0, 2)).sum()
-    assert list(map(int, metrics.hits)) == [2, MODEL.num_layers * fired]
+    layers = MODEL.num_layers
+    assert list(map(int, metrics.hits)) == [2, layers * fired, 2, 2 * layers]
 
 
 @pytest.mark.slow
@@ -176,7 +186,8 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_reported_loss(whole):
     loss, grads, _ = loss_of(TrainConfig(batch_size=ROWS, z_loss=0.1))
     assert loss == pytest.approx(whole[0], rel=1e-6)
     assert np.abs(grads["lm_head/kernel"] - whole[1]["lm_head/kernel"]).max() > 1e-3
-    objective, entropy, *_ = loss_sums(MODEL, TrainConfig(z_loss=0.1), PARAMS, BATCH)
+    sums = jax.jit(functools.partial(loss_sums, MODEL, TrainConfig(z_loss=0.1)))
+    objective, entropy, *_ = sums(PARAMS, BATCH)
     _, log_z = nll_in_numpy(BATCH)
     extra = 0.1 * (log_z**2 * BATCH.loss_weights).sum()
     assert float(objective - entropy) == pytest.approx(extra, rel=1e-4)
@@ -205,11 +216,7 @@ def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss()
     @jax.jit
     @jax.grad
     def extra(params):
-        given = dict(positions=BATCH.positions, segment_ids=BATCH.segment_ids)
-        given = jax.tree.map(jnp.asarray, given)
-        tap = Tap("router_logits")
-        logits = forward(EXPERTS, params, BATCH.tokens, taps=(tap,), **given)
-        logits = logits.trace["router_logits"]
+        logits = plain(EXPERTS, params, BATCH).trace["router_logits"]
         experts = route(logits, 2, True)[1]
         return load_balance_loss(logits, experts, jnp.asarray(BATCH.loss_weights))
 
@@ -228,9 +235,7 @@ def test_the_load_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss()
 def test_the_load_of_experts_is_measured():
     """With the load-balance loss and without it, and in parts."""
     tokens = np.asarray(experts_run(0.5, 1)(EXPERT_PARAMS, BATCH)[4])
-    given = dict(positions=BATCH.positions, segment_ids=BATCH.segment_ids)
-    tap = Tap("router_logits")
-    out = forward(EXPERTS, EXPERT_PARAMS, BATCH.tokens, taps=(tap,), **given)
+    out = plain(EXPERTS, EXPERT_PARAMS, BATCH)
     best = np.argsort(-np.asarray(out.trace["router_logits"]), axis=-1)[..., :2]
     counts = [np.bincount(chosen.ravel(), minlength=4) for chosen in best]
     np.testing.assert_array_equal(tokens, counts)
@@ -344,15 +349,15 @@ def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilation
 class Later:
     """A number that a device computes in so many seconds, after the one before it."""
 
-    device_is_free_at = 0.0
+    now = device_is_free_at = 0.0
 
     def __init__(self, value, seconds):
         self._value = value
-        self._at = max(Later.device_is_free_at, time.monotonic()) + seconds
+        self._at = max(Later.device_is_free_at, Later.now) + seconds
         Later.device_is_free_at = self._at
 
     def block_until_ready(self):
-        time.sleep(max(self._at - time.monotonic(), 0))
+        Later.now = max(self._at, Later.now)
         return self
 
     def __array__(self, *_):
@@ -375,14 +380,15 @@ def test_rates_hold_for_training_alone_whenever_the_run_is_evaluated(
 
     monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
     monkeypatch.setattr(loop, "make_eval_step", lambda *_: eval_step)
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: Later.now))
     config = config_of(log_every=4, eval_every=3, sample_every=3, steps=8)
     Trial(tmp_path, config, 8 * [BATCH])
     rows = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
     assert [r["step"] for r in rows] == [4, 8]
     for row in rows:
-        assert row["step_s"] == pytest.approx(step_s, rel=0.4)
+        assert row["step_s"] == pytest.approx(step_s)
         assert row["tokens_per_s"] == pytest.approx(ROWS * LENGTH / row["step_s"])
-    assert rows[-1]["wall_s"] == pytest.approx(8 * step_s, rel=0.4)
+    assert rows[-1]["wall_s"] == pytest.approx(8 * step_s)
 
 
 def test_the_steps_before_a_text_that_cannot_be_read_are_saved(tmp_path, monkeypatch):
@@ -467,11 +473,12 @@ def test_a_step_after_a_slow_one_is_read_at_once(tmp_path, monkeypatch):
         MetricsWriter(tmp_path) as writer,
         contextlib.closing(ProgressLine(9, stream=io.StringIO())) as progress,
     ):
-        log = loop._Log(config, writer, progress, 1)
+        now = 0.0
+        monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: now))
+        log = RunLog(config, writer, progress, 1)
         assert log.is_due(2) and not log.is_due(3)
-        monkeypatch.setattr(loop, "SHOW_SECONDS", 0.1)
         log.add(2, StepMetrics(*jnp.ones(4)))
-        time.sleep(0.1)
+        now = run_log.SHOW_SECONDS
         log.read()
         assert log.is_due(3)
 
@@ -479,22 +486,33 @@ def test_a_step_after_a_slow_one_is_read_at_once(tmp_path, monkeypatch):
 def test_a_slow_run_shows_every_step_and_writes_the_rows_that_are_due(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "SHOW_SECONDS", 0.0)
+    monkeypatch.setattr(run_log, "SHOW_SECONDS", 0.0)
     trial = Trial(tmp_path, config_of(log_every=4, steps=6), 6 * [BATCH], WITHOUT)
     rows = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
     assert [r["step"] for r in rows] == [4, 6]
     assert trial.shown == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_sample_that_fails_does_not_lose_the_state_of_its_step(tmp_path):
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_sample_that_fails_does_not_lose_the_state_of_its_step(
+    tmp_path, monkeypatch, steps
+):
+    """Whether a save is due then or not."""
+
+    def train_step(state, batch):
+        metrics = StepMetrics(1.0, 1.0, 1.0, 1.0)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
     def sample(params, step, is_over):
-        raise ValueError("no sample")
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     saved = []
     hooks = Hooks(save=lambda state: saved.append(int(state.step)), sample=sample)
-    with pytest.raises(ValueError, match="no sample"):
-        Trial(tmp_path, config_of(steps=1), [BATCH], hooks)
-    assert saved == [1]
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
+    config = config_of(steps=steps, sample_every=2, checkpoint_every=0)
+    with pytest.raises(JaxRuntimeError):
+        Trial(tmp_path, config, [BATCH] * steps, hooks)
+    assert saved == [2]
 
 
 def signal_at(number, values):
@@ -578,6 +596,18 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, log_
     assert all(math.isfinite(r["loss"]) for r in trains)
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tmp_path):
+    """The last step's weights are used nowhere else."""
+    optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e37)
+    config = dataclasses.replace(config_of(eval_every=1), optimizer=optimizer)
+    saved = []
+    hooks = Hooks(save=saved.append, held_out=lambda: iter([BATCH]))
+    with pytest.raises(NotFinite, match="step 1: held-out loss nan"):
+        Trial(tmp_path, config, 6 * [BATCH], hooks)
+    assert saved == []
+    assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "eval"] == [1]
+
+
 @pytest.mark.slow
 def test_an_evaluation_is_the_mean_over_the_whole_text(tmp_path):
     """The last batch is mostly padding."""
@@ -587,15 +617,7 @@ def test_an_evaluation_is_the_mean_over_the_whole_text(tmp_path):
     eval_step = make_eval_step(MODEL, TrainConfig())
     total = weight = 0.0
     for batch in trial.held_out:
-        logits = np.float64(
-            forward(
-                MODEL,
-                params,
-                jnp.asarray(batch.tokens),
-                positions=jnp.asarray(batch.positions),
-                segment_ids=jnp.asarray(batch.segment_ids),
-            ).logits
-        )
+        logits = np.float64(plain(MODEL, params, batch).logits)
         for row_logits, targets, weights in zip(
             logits, batch.targets, batch.loss_weights, strict=True
         ):

@@ -317,7 +317,6 @@ def test_a_run_and_its_steps(flat, tmp_path):
                 config=config,
                 tokenizer=TOKENIZER,
                 data_fingerprint="",
-                finite=True,
             )
     step = tmp_path / "checkpoints" / "1"
     for path in (tmp_path, step):

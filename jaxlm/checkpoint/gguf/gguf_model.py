@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.checkpoint.finite import narrowed
 from jaxlm.checkpoint.gguf.gguf_config import (
     ROPE_TENSORS,
     read_config,
@@ -184,7 +185,6 @@ def write_model(
     def values(name: str) -> np.ndarray:
         if name in divisors:
             return divisors[name].astype(f32)
-        x = read(name)
-        return x.astype(TYPES[typed[name][1].lower()], copy=False)
+        return narrowed(read(name), TYPES[typed[name][1].lower()], name)
 
     write_gguf(path, metadata, typed, values)

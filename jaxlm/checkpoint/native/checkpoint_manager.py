@@ -3,8 +3,9 @@
 Of several processes each writes its parts of the arrays, and they wait for each other
 between the stages of a save.
 
-Orbax writes the arrays of a step in the background, and a rename commits the step: a
-folder with the name of a step is complete. It contains `params/`, `opt_state/` and
+Orbax writes the arrays of a step in the background into a temporary folder. All files
+are hashed and synced to disk, and a rename commits the step: a folder with the name of
+a step is complete. It contains `params/`, `opt_state/` and
 perhaps `spikes/` (Orbax), `tokenizer/`, `meta.json` and `manifest.json`.
 `checkpoint_reader.py` opens a step for reading only.
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxlm.checkpoint.finite import first_not_finite
 from jaxlm.checkpoint.native import (
     arrays,
     compatible,
@@ -26,7 +28,11 @@ from jaxlm.checkpoint.native import (
     run_folder,
     step_folder,
 )
-from jaxlm.checkpoint.native.save_error import SaveError, save_failed
+from jaxlm.checkpoint.native.save_error import (
+    SaveError,
+    StateNotFinite,
+    save_failed,
+)
 from jaxlm.checkpoint.native.step_folder import Restored
 from jaxlm.checkpoint.opened import print_to_stderr
 from jaxlm.config import Config
@@ -73,7 +79,7 @@ class CheckpointManager:
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
-        self.run = Path(run_dir).absolute()
+        self.run = run_folder.named_folder(run_dir)
         self._keep, self._keep_every, self._report = keep, keep_every, report
         self._handler = arrays.new_handler()
         self._thread: threading.Thread | None = None
@@ -99,16 +105,10 @@ class CheckpointManager:
 
     def _start(self, fresh: bool) -> str:
         self._lock = run_folder.RunLock(self.run)
-        if leftovers := run_folder.remove_leftovers(self.run):
-            folder = self.run / run_folder.CHECKPOINTS
-            self._report(
-                f"removed {', '.join(leftovers)} in {folder}: left by a run that was "
-                "killed while saving or deleting"
-            )
+        run_folder.remove_leftovers(self.run, self._report)
         if fresh and run_folder.has_history(self.run):
             old = run_folder.move_aside(self.run)
             self._report(f"moved the earlier run in {self.run} to {old}")
-            (self.run / run_folder.CHECKPOINTS).mkdir()
         return self._lock.owner
 
     def __enter__(self) -> "CheckpointManager":
@@ -142,7 +142,9 @@ class CheckpointManager:
         """Waits until no save is in progress.
 
         Raises:
-          SaveError: if the last save failed twice. It is raised once.
+          SaveError: if the last save failed, as did its second attempt where `save`
+            makes one. It is raised once.
+          StateNotFinite: as `save`, likewise.
         """
         if self._thread is not None:
             self._thread.join()
@@ -161,14 +163,14 @@ class CheckpointManager:
         config: Config,
         tokenizer: Tokenizer,
         data_fingerprint: str,
-        finite: bool,
     ) -> None:
         """Starts saving a state and returns when its arrays may be overwritten.
 
         A step that this object has just saved or restored is not written again. Steps
         after the restored one belong to an abandoned continuation of the run: they are
-        moved to `RUN/old-N/`. A save that fails is tried once more; a run folder that
-        was deleted is made again.
+        moved to `RUN/old-N/`. A save that fails is tried once more, unless the arrays
+        are spread over several processes: none of them could write all. A run folder
+        that was deleted is made again.
 
         Args:
           step: number of optimizer steps that led to the state.
@@ -178,17 +180,12 @@ class CheckpointManager:
           config: the config of the whole run.
           tokenizer: saved beside the arrays.
           data_fingerprint: identifies the text and the order of its rows.
-          finite: whether the loss and the gradient norm of this step are finite.
 
         Raises:
-          ValueError: if `finite` is False: such a state must not replace a good one.
           SaveError: if the previous save failed, or this one cannot start.
+          StateNotFinite: if the previous state had NaN or infinities, or this one: it
+            must not replace a good one.
         """
-        if not finite:
-            raise ValueError(
-                f"step {step} has a loss or gradient that is not finite, so its state "
-                "is not saved: resume from the checkpoint before it"
-            )
         if step < 0:
             raise ValueError(f"step is {step}: it must be at least 0")
         self.wait()
@@ -210,7 +207,6 @@ class CheckpointManager:
             "arrays": {item: arrays.describe(flat) for item, flat in state.items()},
         }
         self._copied.clear()
-        self._saves += 1
         self._thread = threading.Thread(
             target=self._save_in_background,
             args=(state, meta, tokenizer),
@@ -254,13 +250,19 @@ class CheckpointManager:
         tokenizer: Tokenizer,
     ) -> None:
         step = meta["step"]
-        # The name is the same in each process; the lock makes it unique.
+        # The name is the same in each process; the lock makes it unique. What a save
+        # that failed has left may not be removable.
+        self._saves += 1
         temporary = self._folder(f"{run_folder.TEMPORARY}{step}-{self._saves}")
         try:
             files = self._write(temporary, state, host, meta, tokenizer)
             commit = functools.partial(self._commit, temporary, step, files)
             self._processes.of_first("commit", commit)
             self._last = step
+        except StateNotFinite:
+            if self._processes.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         except Exception as e:
             # A partial step is useless, and its space may be needed.
             if self._processes.is_first:
@@ -302,11 +304,15 @@ class CheckpointManager:
             state.update(host)
             self._copied.set()
         shards = {} if host else integrity.shard_hashes(state)
+        not_finite = None if host else first_not_finite(state)
         start = functools.partial(arrays.start_writes, self._handler, folder, state)
         futures = each("start of the writes", lambda: asyncio.run(start()))
         state.clear()  # releases the arrays on the device
         self._copied.set()
         each("writes", lambda: arrays.wait_for_writes(futures))
+        not_finite = first_not_finite(host) if host else not_finite
+        for name in filter(None, self._processes.gather("finite", not_finite)):
+            raise StateNotFinite(meta["step"], name)
         meta["state_hash"] = host and integrity.state_hash(host)
         if host is None:
             hashes = self._processes.gather("hashes", shards)
@@ -345,17 +351,9 @@ class CheckpointManager:
         for step in run_folder.list_steps(self.run)[: -self._keep]:
             if self._keep_every and step % self._keep_every == 0:
                 continue
-            # Renamed first, so that a kill cannot leave half a step.
-            doomed = self._folder(f"{run_folder.TEMPORARY}delete-{step}-{self._saves}")
-            try:
-                durable.rename(self._folder(step), doomed)
-                run_folder.remove(doomed)
-            except OSError as e:
-                raise SaveError(
-                    f"step {self._last} is saved, but the old step {step} in "
-                    f"{self.run} cannot be deleted ({e.strerror}: {e.filename}): fix "
-                    "the permissions"
-                ) from e
+            if not (self._folder(step) / integrity.MANIFEST).is_file():
+                continue  # no step: a folder or a file that somebody has put there
+            run_folder.remove_step(self.run, step, self._saves, self._report)
 
     def _folder(self, name: int | str) -> Path:
         return self.run / run_folder.CHECKPOINTS / str(name)

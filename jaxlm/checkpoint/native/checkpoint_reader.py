@@ -37,7 +37,9 @@ class NativeCheckpoint:
             run_folder.candidates(path), _open_step, report
         )
         self.config = from_dict(
-            ModelConfig, self._meta["config"]["model"], f"model of {self.step_folder}"
+            ModelConfig,
+            self._meta["config"].get("model"),
+            f"model of {self.step_folder}",
         )
 
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
@@ -84,9 +86,9 @@ class NativeCheckpoint:
 
 def _open_step(folder: Path) -> tuple[Path, bytes, dict[str, Any]]:
     """Verifies a step folder; returns it with its manifest and its meta.json."""
-    integrity.verify(folder, _PARTS)
     try:
-        manifest = (folder / integrity.MANIFEST).read_bytes()
-        return folder, manifest, step_folder.read_meta(folder)
+        meta = step_folder.open_step(folder)
+        integrity.verify(folder, _PARTS)
+        return folder, (folder / integrity.MANIFEST).read_bytes(), meta
     except OSError as error:
         raise UnreadableStep(f"{error.strerror}: {error.filename}") from error

@@ -15,6 +15,7 @@ from jaxlm.fields import diff
 _FREE_DATA = ("workers", "prefetch", "cache_dir", "old_tokens")
 _FREE_TRAIN = (
     *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
+    *("look_every", "look_text"),
     *("checkpoint_every", "checkpoint_minutes", "keep", "keep_every"),
     *("eval_batches", "max_minutes", "run_dir", "log_to", "compile_cache"),
     "on_save_error",

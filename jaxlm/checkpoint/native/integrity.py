@@ -67,8 +67,27 @@ def verify(
       share: of these, the files whose contents this process hashes.
 
     Raises:
-      UnreadableStep: for a missing or additional file, for another size or content, and
-        for symbolic links. Files whose names start with a dot (.DS_Store) are ignored.
+      UnreadableStep: as `verified_sizes`, and for another content.
+    """
+    files = verified_sizes(folder)
+    try:
+        for name in list(files)[share[0] :: share[1]]:
+            if parts is not None and name.partition("/")[0] not in parts:
+                continue
+            if _file_hash(folder / name) != files[name]["sha256"]:
+                raise UnreadableStep(f"the SHA-256 of {name} differs from {MANIFEST}")
+    except OSError as e:
+        raise UnreadableStep(f"{e.strerror}: {e.filename}") from e
+
+
+def verified_sizes(folder: Path) -> dict[str, Entry]:
+    """Returns the manifest, after a comparison of the names and sizes of the files.
+
+    Raises:
+      UnreadableStep: for a missing file, for another size, for an additional file
+        among those of an array or a tokenizer, and for symbolic links. Files whose
+        names start with a dot (.DS_Store), and what lies beside the step's own files,
+        are ignored.
     """
     if folder.is_symlink():
         raise UnreadableStep("it is a symbolic link")
@@ -77,21 +96,19 @@ def verify(
     try:
         files = _read_manifest(folder / MANIFEST)
         found = {n for n in _walk(folder) if not n.rpartition("/")[2].startswith(".")}
+        own = {n.partition("/")[0] for n in files}
         if missing := sorted(files.keys() - found):
             raise UnreadableStep(f"{_some(missing)} missing")
-        if extra := sorted(found - files.keys()):
+        extra = sorted(n for n in found - files.keys() if n.partition("/")[0] in own)
+        if extra:
             raise UnreadableStep(f"{_some(extra)} not in {MANIFEST}")
         for name, entry in files.items():
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise UnreadableStep(f"{name} has {size} bytes, not {entry['bytes']}")
-        for name, entry in list(files.items())[share[0] :: share[1]]:
-            if parts is not None and name.partition("/")[0] not in parts:
-                continue
-            if _file_hash(folder / name) != entry["sha256"]:
-                raise UnreadableStep(f"the SHA-256 of {name} differs from {MANIFEST}")
     except OSError as e:
         raise UnreadableStep(f"{e.strerror}: {e.filename}") from e
+    return files
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

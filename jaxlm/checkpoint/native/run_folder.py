@@ -14,23 +14,28 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxlm.checkpoint.native import integrity
 from jaxlm.files import durable
+from jaxlm.files.bounded import read_bounded
+from jaxlm.files.local_path import local_path
+from jaxlm.files.strict_json import parse_object
 
 CHECKPOINTS = "checkpoints"
 META = "meta.json"
 TOKENIZER = "tokenizer"
+METRICS = "metrics.jsonl"
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
-# The files that a run writes and `move_aside` moves.
+# The files that a run writes and `move_aside` moves; the last says whose they are.
 _RUN_FILES = (
-    *(CHECKPOINTS, "metrics.jsonl", "config.json", "report.html", "loss.png"),
-    "texts.json",
-    *("tensorboard", "wandb", "mlflow"),
+    *(METRICS, "report.html", "loss.png", "texts.json"),
+    *("tensorboard", "wandb", "mlflow", "config.json"),
 )
+_LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}((delete-)?[0-9]+-[0-9]+|probe-.*)")
 
 
 def list_steps(run: Path) -> list[int]:
@@ -40,30 +45,65 @@ def list_steps(run: Path) -> list[int]:
     return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9][0-9]*", n))
 
 
-def remove_leftovers(run: Path) -> list[str]:
+def remove_leftovers(run: Path, report: Callable[[str], None]) -> None:
     """Removes what a killed process left half written or half deleted.
 
-    Returns:
-      The names of the removed folders.
+    Args:
+      report: gets a line with the names, and one for each that cannot be removed.
     """
-    folder = run / CHECKPOINTS
-    leftovers = [p for p in folder.iterdir() if p.name.startswith(TEMPORARY)]
-    for path in leftovers:
-        remove(path)
-    return sorted(p.name for p in leftovers)
+    folder, removed = run / CHECKPOINTS, []
+    for path in sorted(folder.iterdir()):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        try:
+            remove(path)
+            removed.append(path.name)
+        except OSError as error:
+            report(f"{path} cannot be removed ({_reason(error)}); it stays")
+    if removed:
+        report(
+            f"removed {', '.join(removed)} in {folder}: left by a run that was "
+            "killed while saving or deleting"
+        )
+
+
+def remove_step(
+    run: Path, step: int, number: int, report: Callable[[str], None]
+) -> None:
+    """Deletes a step that is no longer needed; a failure is reported, and it stays.
+
+    Files that another process has open cannot be removed on some file systems.
+
+    Args:
+      number: makes the name unique that it has while it is deleted.
+    """
+    # Renamed first, so that a kill cannot leave half a step.
+    doomed = run / CHECKPOINTS / f"{TEMPORARY}delete-{step}-{number}"
+    try:
+        durable.rename(run / CHECKPOINTS / str(step), doomed)
+        remove(doomed)
+    except OSError as error:
+        report(
+            f"the old step {step} in {run} cannot be deleted ({_reason(error)}); it "
+            "takes space, and the run goes on"
+        )
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}"
 
 
 def remove(path: Path) -> None:
     """Deletes a folder, or a symbolic link but not its target."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()  # also a pipe, which rmtree would wait for
 
 
 def has_history(run: Path) -> bool:
     """Returns whether an earlier run has left steps or metrics in a folder."""
-    return bool(list_steps(run)) or (run / "metrics.jsonl").exists()
+    return bool(list_steps(run)) or (run / METRICS).exists()
 
 
 def move_aside(run: Path, steps: list[int] | None = None) -> Path:
@@ -76,26 +116,104 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
     Returns:
       The new folder. It is a run folder too: its checkpoints can be loaded.
     """
-    folders = (run / f"old-{number}" for number in itertools.count(1))
-    old = next(folder for folder in folders if not folder.exists())
+    names = (f"old-{number}" for number in itertools.count(1))
+    folders = [run, run / CHECKPOINTS]
+    name = next(n for n in names if not any(os.path.lexists(f / n) for f in folders))
+    old = run / name
     old.mkdir()
-    if steps is None:
-        for name in _RUN_FILES:
-            if (run / name).exists():
-                (run / name).rename(old / name)
+    if (run / CHECKPOINTS).is_symlink():
+        # Perhaps to another disk, to which nothing can be renamed: steps stay there.
+        (run / CHECKPOINTS / name).mkdir()
+        (old / CHECKPOINTS).symlink_to(Path("..") / CHECKPOINTS / name)
     else:
         (old / CHECKPOINTS).mkdir()
-        for step in steps:
-            name = f"{CHECKPOINTS}/{step}"
-            durable.rename(run / name, old / name)
+    for step in list_steps(run) if steps is None else steps:
+        part = f"{CHECKPOINTS}/{step}"
+        durable.rename(run / part, old / part)
+    for part in _RUN_FILES if steps is None else ():
+        if (run / part).exists():
+            (run / part).rename(old / part)
     return old
+
+
+def named_folder(run_dir: str | Path) -> Path:
+    """Returns the absolute path of a run folder that a person has named.
+
+    Raises:
+      ValueError: for a URL, for `~`, and in a working folder that was deleted.
+    """
+    path = local_path(run_dir, "the run folder")
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise ValueError(
+            f"the run folder {path} is relative to the working folder, which was "
+            "deleted: change to another one"
+        ) from None
+
+
+def check_free(run: Path) -> None:
+    """Checks that training in a folder spoils nothing that is not a run's.
+
+    Raises:
+      ValueError: for a step of a run, the folder of its steps, and what is inside of
+        them; and for a folder that is no run's, with files of the names of a run's,
+        which would be overwritten.
+    """
+    real = Path(os.path.realpath(run))
+    for folder in (real, *real.parents):
+        if all(os.path.isfile(folder / n) for n in (META, integrity.MANIFEST)):
+            raise ValueError(
+                f"{run} is {'' if folder == real else 'inside of '}a step, which "
+                "training in it would damage: give --train.run-dir the run folder, or "
+                "another one"
+            )
+        if folder.name == CHECKPOINTS and list_steps(folder.parent):
+            raise ValueError(
+                f"{run} is inside of a run: the run folder is {folder.parent}"
+            )
+    config = run / "config.json"
+    values: dict[str, Any] = {}
+    if config.is_file():
+        with contextlib.suppress(ValueError, OSError):
+            values = parse_object(read_bounded(config, 16 << 20), str(config))
+    if values.keys() & {"model_type", "architectures"}:
+        raise ValueError(
+            f"{run} is a Hugging Face model, whose config.json a run would overwrite: "
+            "choose another --train.run-dir (--init-from reads a model)"
+        )
+    # A run that was killed before its first row has left its config.
+    is_config = {"model", "data", "train"} <= values.keys()
+    if is_config or list_steps(run) or _has_row(run / METRICS):
+        return
+    for name in _RUN_FILES:
+        path = run / name
+        is_empty_log = name == METRICS and path.is_file() and not path.stat().st_size
+        if path.exists() and not (path.is_dir() or is_empty_log):
+            raise ValueError(
+                f"{run} has a {name} that is not a run's, and would be overwritten: "
+                "choose another --train.run-dir, or rename it"
+            )
+
+
+def _has_row(metrics: Path) -> bool:
+    """Whether a log begins with a row of a run, among lines that may be damaged."""
+    if not metrics.is_file():
+        return False
+    with contextlib.suppress(OSError), metrics.open("rb") as file:
+        for line in file.read(1 << 16).splitlines():
+            with contextlib.suppress(ValueError):
+                if {"kind", "step"} <= parse_object(line, "").keys():
+                    return True
+    return False
 
 
 def probe_writable(run: Path) -> None:
     """Creates the run folder and checks that files can be created and renamed in it.
 
     Raises:
-      ValueError: if the folder is not writable.
+      ValueError: if the folder is not writable, or on a file system that cannot wait
+        until names are on the disk.
     """
     try:
         str(run).encode()
@@ -104,6 +222,8 @@ def probe_writable(run: Path) -> None:
             f"the name of the run folder {run} is not UTF-8: choose another with "
             "--train.run-dir"
         ) from None
+    if len(run.parts) > 200:  # pathlib makes them by recursion
+        raise ValueError(f"the run folder {run} is {len(run.parts)} levels deep")
     try:
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         for folder in (run, run / CHECKPOINTS):
@@ -112,11 +232,28 @@ def probe_writable(run: Path) -> None:
             probe.write_bytes(b"probe")
             probe.rename(moved)
             moved.unlink()
+            # TensorStore waits for its folders too, and some file systems cannot.
+            durable.sync(folder, strict=True)
     except OSError as e:
         raise ValueError(
-            f"the run folder {run} cannot be written to ({e.strerror}: {e.filename}): "
-            "choose another with --train.run-dir, or fix its permissions"
+            f"the run folder {run} cannot be written to ({e.strerror}: "
+            f"{e.filename or run}): choose another with --train.run-dir, or fix its "
+            "permissions"
         ) from e
+
+
+def is_new(path: Path) -> bool:
+    """Whether a run may begin in a path.
+
+    Nothing is there, or what one that has ended before its first step leaves: a lock,
+    and a folder without a step.
+    """
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = {child.name for child in path.iterdir()}
+    return names <= {LOCK, CHECKPOINTS} and not list_steps(path)
 
 
 def remove_unused(run: Path) -> None:
@@ -148,6 +285,7 @@ class RunLock:
         self._descriptor: int | None = None
         # A run that ends without a step deletes the file, perhaps after it was opened
         # here: a third process would then lock another file of this name.
+        check_free(run)
         while self._descriptor is None:
             probe_writable(run)
             self._descriptor = self._locked()

@@ -1,6 +1,7 @@
 """Reads a step folder: the whole state, or one of its trees."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from jaxlm.terminal.exit_codes import EXIT_NO_CHECKPOINT
 from jaxlm.terminal.printable import error_line, shown_value
 
 META_FORMAT = 1
+# Of a tokenizer, or of Orbax's metadata of some arrays.
+MAX_BYTES_BESIDE = 1 << 30
 T = TypeVar("T")
 
 
@@ -56,6 +59,39 @@ def first_readable(
     )
 
 
+def open_step(folder: Path) -> dict[str, Any]:
+    """Returns the `meta.json` of a step whose other files are not yet hashed.
+
+    They may be as large as their arrays, and little more: a terabyte of zeros, which
+    takes no space on a disk, is not worth hashing.
+
+    Raises:
+      UnreadableStep: for damage that shows already.
+      ValueError: as `read_meta`.
+    """
+    sizes: Counter[str] = Counter()
+    for name, entry in integrity.verified_sizes(folder).items():
+        sizes[name.partition("/")[0]] += entry["bytes"]
+    if run_folder.META not in sizes:
+        raise UnreadableStep(f"{run_folder.META} missing")
+    _check_sizes({run_folder.META: sizes.pop(run_folder.META)}, {})
+    integrity.verify(folder, (run_folder.META,))
+    meta = read_meta(folder)
+    _check_sizes(sizes, meta["arrays"])
+    return meta
+
+
+def _check_sizes(
+    sizes: Mapping[str, int], items: Mapping[str, arrays.Description]
+) -> None:
+    for name, size in sizes.items():
+        expected = arrays.num_bytes(items.get(name, {}))
+        if size > 2 * expected + MAX_BYTES_BESIDE:
+            raise UnreadableStep(
+                f"{name} has {size:,} bytes, for arrays of {expected:,}"
+            )
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """Reads `meta.json` of a verified step; raises ValueError for another format."""
     file = folder / run_folder.META
@@ -70,22 +106,30 @@ def read_meta(folder: Path) -> dict[str, Any]:
     for name, kind in kinds.items():
         if not isinstance(meta.get(name), kind):
             raise ValueError(f"{file}: {name} is {shown_value(meta.get(name))}")
-    for item in ("params", "opt_state"):
+    for item in {"params": 0, "opt_state": 0} | meta["arrays"]:
         arrays.check_description(meta["arrays"].get(item), f"{file}: arrays.{item}")
     return meta
 
 
-def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any:
-    """Reads one tree of a step, in the structure and on the shardings of `wanted`."""
-    flat = arrays.flatten(wanted, item)
-    # Orbax would cast silently, so dtypes are compared here.
-    lines = arrays.differences(meta["arrays"][item], arrays.describe(flat))
+def _check_arrays(
+    folder: Path, meta: dict[str, Any], item: str, flat: Mapping[str, Any]
+) -> None:
+    """Raises ValueError if a tree of a step has not the arrays that are wanted.
+
+    Orbax would cast them in silence.
+    """
+    lines = arrays.differences(meta["arrays"].get(item, {}), arrays.describe(flat))
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ValueError(
             f"the arrays of {folder} are not those of this run: "
             f"{'; '.join(f'{item}/{line}' for line in lines[:3])}{more}"
         )
+
+
+def read_item(folder: Path, meta: dict[str, Any], item: str, wanted: Any) -> Any:
+    """Reads one tree of a step, in the structure and on the shardings of `wanted`."""
+    flat = arrays.flatten(wanted, item)
     try:
         read = arrays.read(folder / item, flat)
     except (ValueError, LookupError, TypeError, OSError) as error:
@@ -111,8 +155,9 @@ def read_state(
 
     Each of several processes hashes its share of the files.
     """
-    integrity.verify(folder, share=(processes.index, processes.count))
-    meta = read_meta(folder)
+    meta = open_step(folder)
+    if str(meta["step"]) != folder.name or meta["step"] >= 1 << 31:
+        raise UnreadableStep(f"its meta.json is of step {shown_value(meta['step'])}")
     stored = from_dict(Config, meta["config"], f"config of {folder}")
     notes = compatible.check_config(stored, config, meta["step"])
     compatible.check_fingerprint(
@@ -122,12 +167,19 @@ def read_state(
     wanted = {"params": params, "opt_state": opt_state}
     if "spikes" in meta["arrays"]:
         wanted["spikes"] = spikes
+    for item, tree in wanted.items():
+        _check_arrays(folder, meta, item, arrays.flatten(tree, item))
+    integrity.verify(folder, share=(processes.index, processes.count))
     state = {item: read_item(folder, meta, item, x) for item, x in wanted.items()}
     host = arrays.on_host(state)
     # The files match the manifest, so only Orbax or the memory can be at fault.
-    if host and meta["state_hash"] not in (None, state_hash(host)):
+    if host and meta.get("state_hash") not in (None, state_hash(host)):
         raise UnreadableStep("the state hash differs from the one in meta.json")
-    if differing := integrity.differing_shards(state, meta.get("shard_hashes", {})):
+    try:
+        differing = integrity.differing_shards(state, meta.get("shard_hashes", {}))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnreadableStep("the shard_hashes of meta.json are damaged") from error
+    if differing:
         raise UnreadableStep(f"a shard of {differing} differs from its hash")
     now = compatible.environment((params, opt_state))
     notes += compatible.environment_changes(meta["environment"], now)

@@ -10,8 +10,8 @@ from jaxtyping import Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.flags.arguments import SampleArguments
-from jaxlm.report.inside.inside_page import write_page
-from jaxlm.report.inside.measure import view_of
+from jaxlm.report.look.look_page import write_page
+from jaxlm.report.look.make_view import view_of
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 

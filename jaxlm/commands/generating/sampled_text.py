@@ -1,11 +1,13 @@
-"""What `sample` prints instead of a stream: JSON, or text in colors."""
+"""What `sample` prints instead of a stream: texts, JSON, or text in colors."""
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxlm.config import SampleConfig
+from jaxlm.infer.beam_search import Beam
 from jaxlm.infer.generate import Generation
 from jaxlm.infer.rules.stop_strings import StopText, until_stop
 from jaxlm.terminal.printable import printable
@@ -14,6 +16,38 @@ from jaxlm.tokenizers.base import TextStream, Tokenizer
 # Least probability and color of the terminal's 256, from likely to unlikely.
 _COLORS = ((0.6, 34), (0.3, 148), (0.1, 220), (0.01, 208), (0.0, 196))
 _END = "\x1b[0m"
+
+
+def for_stdout(text: str) -> str:
+    """Returns a text as it is shown: on a terminal, without what moves its cursor."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
+def plain_texts(
+    result: Generation, tokenizer: Tokenizer, prompt: str, sample: SampleConfig
+) -> Iterator[str]:
+    """Formats each sample as a stream would end, several with headers."""
+    for i, row in enumerate(result.rows):
+        text = prompt + until_stop(tokenizer.decode(row), sample.stop_strings)
+        yield for_stdout(_numbered(i, len(result.rows), text))
+
+
+def beam_lines(
+    beams: Sequence[Beam], tokenizer: Tokenizer, prompt: str, as_json: bool
+) -> Iterator[str]:
+    """Formats each text of a search, or a line of JSON with its tokens and score."""
+    for i, beam in enumerate(beams):
+        text = tokenizer.decode(beam.tokens)
+        if not as_json:
+            yield for_stdout(_numbered(i, len(beams), prompt + text))
+            continue
+        line = {"prompt": prompt, "text": text, "score": round(beam.score, 6)}
+        line["tokens"] = beam.tokens.tolist()
+        yield json.dumps(line, ensure_ascii=False)
+
+
+def _numbered(i: int, count: int, text: str) -> str:
+    return f"--- sample {i + 1}\n{text}" if count > 1 else text
 
 
 def json_lines(
@@ -68,8 +102,7 @@ def colored_texts(
             least = next(c for p, c in _COLORS if np.exp(logprob) >= p)
             parts.append(_color(text, least) if text else "")
         rest = stop.feed(stream.finish()) + stop.finish()
-        header = f"--- sample {i + 1}\n" if len(result.rows) > 1 else ""
-        yield header + "".join(parts) + printable(rest)
+        yield _numbered(i, len(result.rows), "".join(parts) + printable(rest))
 
 
 def _color(text: str, color: int) -> str:

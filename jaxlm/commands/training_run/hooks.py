@@ -42,7 +42,6 @@ def make_hooks(
             config=config,
             tokenizer=tokenizer,
             data_fingerprint=dataset.fingerprint,
-            finite=True,
         )
 
     return Hooks(

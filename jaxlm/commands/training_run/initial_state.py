@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 from jaxlm.checkpoint.families import NOT_KEPT
 from jaxlm.checkpoint.load import load
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.run_folder import CHECKPOINTS
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.config import Config
 from jaxlm.data.loader import Dataset
@@ -21,6 +23,18 @@ from jaxlm.terminal.progress import Waiting
 from jaxlm.train.metrics import FILE_NAME as METRICS
 from jaxlm.train.spikes import new_history
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
+
+
+def check_source(config: Config, initial: Checkpoint | None) -> None:
+    """Raises ValueError if --fresh would move aside what --init-from reads."""
+    if not config.fresh or initial is None:
+        return
+    run, source = Path(config.train.run_dir).resolve(), initial.path.resolve()
+    if source == run or source.is_relative_to((run / CHECKPOINTS).resolve()):
+        raise ValueError(
+            f"--init-from {config.init_from} is the run that --fresh moves aside: give "
+            "--train.run-dir a new folder"
+        )
 
 
 def initial_state(

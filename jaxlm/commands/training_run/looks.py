@@ -47,8 +47,14 @@ def make_looks(
             "lens_depth": seen.lens_depth,
             "previous": seen.previous.max(),
             "induction": seen.induction.max(),
+            "memory": None if seen.memory is None else seen.memory.sum(),
             "previous_heads": np.round(seen.previous.astype(float), 4).tolist(),
             "induction_heads": np.round(seen.induction.astype(float), 4).tolist(),
+            "memory_layers": (
+                None
+                if seen.memory is None
+                else np.round(seen.memory.astype(float), 4).tolist()
+            ),
         }
 
     return look

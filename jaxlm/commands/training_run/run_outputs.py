@@ -15,8 +15,8 @@ from jaxlm.data.loader import Dataset
 from jaxlm.data.text_record import write_record
 from jaxlm.fields import to_dict
 from jaxlm.files.durable import replacing
-from jaxlm.model.attention_choice import attention_choices
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.plan.attention_choice import attention_choices
 from jaxlm.report.live import REPORT, LiveReport
 from jaxlm.sharding.processes import ALONE, Processes
 from jaxlm.terminal.progress import ProgressLine

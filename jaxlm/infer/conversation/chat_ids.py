@@ -7,16 +7,19 @@ character, or makes the first character of a token itself, is found out: the sam
 conversation, of harmless words, must give the same special tokens.
 """
 
+import atexit
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jinja2
 import markupsafe
 import numpy as np
 from jaxtyping import Int32
 
-from jaxlm.files.limited_process import run_limited
+from jaxlm.files.limited_process import LimitedProgram
 from jaxlm.infer.conversation import chat_template
 from jaxlm.infer.conversation.chat_template import (
     MAX_CPU_SECONDS,
@@ -30,31 +33,51 @@ from jaxlm.tokenizers.base import Tokenizer
 _NONCHARACTERS = [*map(chr, range(0xFDD0, 0xFDF0)), "\ufffe", "\uffff"]
 # Marks of an assistant's reasoning: templates cut what is between out of the history.
 _THOUGHTS = ("<think>", "</think>")
+# What conversations with tools are made of; templates look for it.
+_FORM = {
+    *("type", "function", "id", "name", "description", "parameters", "arguments"),
+    *("object", "properties", "required", "array", "items", "enum", "null"),
+    *("string", "number", "integer", "boolean"),
+}
+_TOOLS = "tools and calls"
+# Two texts of a conversation at most.
+_PROGRAM = LimitedProgram(
+    chat_template.__file__,
+    [jinja2, markupsafe],
+    "the chat template",
+    cpu_seconds=MAX_CPU_SECONDS,
+    most=2 * 8 * MAX_OUTPUT_BYTES,
+)
+atexit.register(_PROGRAM.close)
 _WORD = re.compile(r"\w+")
 _WORD_WITH_HYPHENS = re.compile(r"\w[\w-]*")
 
 
 def chat_ids(
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
 ) -> Int32[np.ndarray, "n"]:
     """Formats a conversation with the tokenizer's chat template, as token ids.
 
-    Nothing in the messages becomes a special token. If they contain the text of none,
-    the ids equal those of `apply_chat_template` in transformers. The template decides
-    whether a bos token comes first.
+    Nothing in the messages and tools becomes a special token. If they contain the text
+    of none, the ids equal those of `apply_chat_template` in transformers. The template
+    decides whether a bos token comes first.
 
     Args:
       tokenizer: with a chat template.
-      messages: each with a `role` (system, user, assistant, ...) and a `content`.
+      messages: each with a `role` (system, user, assistant, ...) and a `content`; those
+        of the assistant may have `tool_calls`, in the form of OpenAI's API, but for
+        their `arguments`, which are an object.
+      tools: what the model may call, in that form too.
       add_generation_prompt: append the start of the assistant's next answer.
 
     Raises:
       ValueError: if there is no template; if it rejects the messages, fails, exceeds a
-        limit (size, output, time, memory), or turns text of a message into special
-        tokens; or if a message is malformed.
+        limit (size, output, time, memory), does not write out the tools and calls, or
+        turns text of a message into special tokens; or if a message is malformed.
     """
     template = template_of(tokenizer)
     for i, message in enumerate(messages):
@@ -66,9 +89,16 @@ def chat_ids(
                 raise ValueError(
                     f"message {i} has the {what} {shown_value(word)}: not a word"
                 )
-    barrier = _unused_character(template, messages)
-    both = [messages, _harmless(tokenizer, template, messages)]
-    text, harmless = _rendered(tokenizer, both, barrier, add_generation_prompt)
+    texts = {"messages": list(messages), "tools": list(tools) or None}
+    barrier = _unused_character(template, texts)
+    calm, names = _harmless(tokenizer, template, texts)
+    both = [_guarded(tokenizer, t, barrier) for t in (texts, calm)]
+    text, harmless = _rendered(tokenizer, both, add_generation_prompt)
+    if not all(name in harmless for name in names):
+        raise ValueError(
+            "the chat template of this model does not write out tools or their calls: "
+            "leave them out"
+        )
     if _structure(tokenizer, text) != _structure(tokenizer, harmless):
         raise ValueError(
             "the chat template would turn text of a message into special tokens, or "
@@ -100,8 +130,7 @@ def turns_are_text(tokenizer: Tokenizer) -> bool:
     """
     word = "zquestionz"
     messages = [{"role": "user", "content": word}]
-    barrier = _unused_character(template_of(tokenizer), messages)
-    (text,) = _rendered(tokenizer, [messages], barrier, True)
+    (text,) = _rendered(tokenizer, [{"messages": messages, "tools": None}], True)
     after = tokenizer.split_special(text.partition(word)[2])
     # Text up to the first special token, which ends the message if there is one.
     texts = list(itertools.takewhile(lambda part: isinstance(part, str), after))
@@ -116,32 +145,31 @@ def _structure(tokenizer: Tokenizer, text: str) -> list[int | None]:
 
 def _rendered(
     tokenizer: Tokenizer,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
-    barrier: str,
+    conversations: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
 ) -> list[str]:
     texts = {i: text for text, i in tokenizer.special_ids.items()}
     named = tokenizer.named_ids.items()
     variables = [
         {
-            "messages": [_guarded(tokenizer, m, barrier) for m in messages],
+            **conversation,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
             "documents": None,
             **{f"{name}_token": texts[i] for name, i in named if i in texts},
         }
-        for messages in conversations
+        for conversation in conversations
     ]
     return render(template_of(tokenizer), variables)
 
 
 def _harmless(
-    tokenizer: Tokenizer, template: str, messages: Sequence[Mapping[str, str]]
-) -> list[dict[str, str]]:
-    """Replaces the letters of messages, so that no special token can be in them.
+    tokenizer: Tokenizer, template: str, conversation: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Replaces the letters of a conversation, so that no special token can be in it.
 
     Words of the template stay, as it may depend on them, if no special token has them;
-    thoughts stay as in `_guarded`.
+    thoughts stay as in `_guarded`. Also returns the new names of tools that are offered
+    or called: no other text has them.
     """
     specials = [text.casefold() for text in tokenizer.special_ids]
     together = "\n".join(specials)
@@ -154,30 +182,78 @@ def _harmless(
     thoughts = [t for t in _THOUGHTS if not _is_control(tokenizer, t)]
     options = [*map(re.escape, thoughts), _WORD.pattern, *map(re.escape, sorted(signs))]
     pattern = re.compile("|".join(options))
+    names = {
+        name: f"{letter}_{i}_{letter}"
+        for i, name in enumerate(_tool_names(conversation))
+    }
 
-    def calm(role: str) -> Callable[[re.Match[str]], str]:
-        kept = thoughts if role == "assistant" else ()
-        return lambda match: (
-            match[0]
-            if match[0] in kept or match[0].casefold() in known
-            else _WORD.sub(lambda word: letter * len(word[0]), match[0])
-            if _WORD.search(match[0])
-            else letter
-        )
+    def calm(whose: str) -> Callable[[str], str]:
+        kept = thoughts if whose == "assistant" else ()
 
-    return [
-        {
-            key: text if key == "role" else pattern.sub(calm(m["role"]), text)
-            for key, text in m.items()
+        def calm_part(match: re.Match[str]) -> str:
+            if match[0] in kept or match[0].casefold() in known:
+                return match[0]
+            if _WORD.search(match[0]):
+                return _WORD.sub(lambda word: letter * len(word[0]), match[0])
+            return letter
+
+        def calm_text(text: str) -> str:
+            if whose == _TOOLS and (text in names or text in _FORM):
+                return names.get(text, text)
+            return pattern.sub(calm_part, text)
+
+        return calm_text
+
+    return _with_texts(conversation, calm, calm), list(names.values())
+
+
+def _tool_names(conversation: Mapping[str, Any]) -> list[str]:
+    calls = [c for m in conversation["messages"] for c in m.get("tool_calls", ())]
+    tools = [*(conversation["tools"] or ()), *calls]
+    return list(dict.fromkeys(tool["function"]["name"] for tool in tools))
+
+
+def _with_texts(
+    conversation: Mapping[str, Any],
+    change: Callable[[str], Callable[[str], str]],
+    change_key: Callable[[str], Callable[[str], str]],
+) -> dict[str, Any]:
+    """Changes all texts of a conversation but roles.
+
+    Both functions are called with whose text it is: a role, or `_TOOLS`.
+    """
+
+    def changed(whose: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return change(whose)(value)
+        if isinstance(value, list):
+            return [changed(whose, one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        found: dict[str, Any] = {}
+        for key, one in value.items():
+            new = change_key(whose)(key)
+            while new in found:
+                new += new[-1:] or "x"
+            found[new] = changed(whose, one)
+        return found
+
+    def changed_message(message: Mapping[str, Any]) -> dict[str, Any]:
+        def whose(name: str) -> str:
+            return _TOOLS if name == "tool_calls" else message["role"]
+
+        return {
+            k: t if k == "role" else changed(whose(k), t) for k, t in message.items()
         }
-        for m in messages
-    ]
+
+    messages = [changed_message(message) for message in conversation["messages"]]
+    return {"messages": messages, "tools": changed(_TOOLS, conversation["tools"])}
 
 
-def _unused_character(template: str, messages: Sequence[Mapping[str, str]]) -> str:
-    texts = [template, *(text for m in messages for text in m.values())]
+def _unused_character(template: str, conversation: Mapping[str, Any]) -> str:
+    texts = json.dumps(conversation, ensure_ascii=False)
     for character in _NONCHARACTERS:
-        if not any(character in text for text in texts):
+        if character not in template and character not in texts:
             return character
     raise ValueError(
         f"the messages use all of Unicode's {len(_NONCHARACTERS)} first noncharacters: "
@@ -186,25 +262,32 @@ def _unused_character(template: str, messages: Sequence[Mapping[str, str]]) -> s
 
 
 def _guarded(
-    tokenizer: Tokenizer, message: Mapping[str, str], barrier: str
-) -> dict[str, str]:
-    """Puts the barrier after each character with which a special token could start."""
+    tokenizer: Tokenizer, conversation: Mapping[str, Any], barrier: str
+) -> dict[str, Any]:
+    """Puts the barrier after each character with which a special token could start.
+
+    Keys that are words stay: templates know some of them.
+    """
     firsts = {text.lstrip()[0] for text in tokenizer.special_ids if text.strip()}
     if not firsts:
-        return dict(message)
-    pattern = f"[{re.escape(''.join(sorted(firsts)))}]"
-    if message["role"] == "assistant":
-        kept = [t for t in _THOUGHTS if not _is_control(tokenizer, t)]
-        pattern = "|".join([*(f"(?:{re.escape(t)})" for t in kept), f"({pattern})"])
-    else:
-        pattern = f"({pattern})"
-    guard = re.compile(pattern)
-    return {
-        key: text
-        if key == "role"
-        else guard.sub(lambda m: m[0] + (barrier if m[1] else ""), text)
-        for key, text in message.items()
-    }
+        return dict(conversation)
+    first = f"([{re.escape(''.join(sorted(firsts)))}])"
+    thoughts = [t for t in _THOUGHTS if not _is_control(tokenizer, t)]
+    # Of the assistant's words, thoughts are left to the template.
+    but_thoughts = "|".join([*(f"(?:{re.escape(t)})" for t in thoughts), first])
+
+    def guard(whose: str) -> Callable[[str], str]:
+        pattern = but_thoughts if whose == "assistant" else first
+        return lambda text: re.sub(
+            pattern, lambda m: m[0] + (barrier if m[1] else ""), text
+        )
+
+    def guard_key(role: str) -> Callable[[str], str]:
+        return lambda key: (
+            key if _WORD_WITH_HYPHENS.fullmatch(key) else guard(role)(key)
+        )
+
+    return _with_texts(conversation, guard, guard_key)
 
 
 def _is_control(tokenizer: Tokenizer, text: str) -> bool:
@@ -214,7 +297,7 @@ def _is_control(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def render(template: str, variables: Sequence[Mapping[str, object]]) -> list[str]:
-    """Renders a template with each of several variables, in a child process.
+    """Renders a template with each of several variables, in another process.
 
     Raises:
       ValueError: when the template fails or exceeds a limit of `chat_template`.
@@ -225,12 +308,4 @@ def render(template: str, variables: Sequence[Mapping[str, object]]) -> list[str
             f"the chat template has {size:,} bytes: at most {MAX_TEMPLATE_BYTES:,} are "
             "run"
         )
-    answer = run_limited(
-        chat_template.__file__,
-        [jinja2, markupsafe],
-        {"template": template, "variables": variables},
-        "the chat template",
-        cpu_seconds=MAX_CPU_SECONDS,
-        most=8 * len(variables) * MAX_OUTPUT_BYTES,
-    )
-    return answer["texts"]
+    return _PROGRAM.run({"template": template, "variables": variables})["texts"]

@@ -1,4 +1,4 @@
-"""A program that renders one chat template within limits; `messages.py` runs it.
+"""A program that renders chat templates within limits; `chat_ids.py` runs it.
 
 A template comes with a model's files and may be hostile. Jinja's sandbox keeps it away
 from the machine, but does not stop it from running forever or filling the memory; the
@@ -6,14 +6,18 @@ separate process and its limits do. The file is run by path in isolated mode, so
 imports neither jaxlm nor JAX.
 
 Reads {"template": ..., "variables": [{...}, ...]} from stdin and writes {"texts":
-[...]} or {"error": ...} to stdout, both JSON. The arguments are folders to import from.
-On macOS the memory limit is not enforced; the other limits are.
+[...]} or {"error": ...} to stdout, both JSON, a line each, for one job after the other.
+What a template does leaves nothing behind: the sandbox lets it change no value of
+others. The arguments are folders to import from. On macOS the memory limit is not
+enforced; the other limits are.
 """
 
 import datetime
 import json
+import math
 import resource
 import sys
+from functools import lru_cache
 from typing import Any, ClassVar
 
 MAX_TEMPLATE_BYTES = 64_000
@@ -26,11 +30,20 @@ TOO_LARGE = f"needs more than {MAX_MEMORY_BYTES >> 20} MB of memory"
 
 
 def set_limits() -> None:
-    """Limits this process's CPU time and memory, and turns core dumps off."""
+    """Limits this process's memory, and turns core dumps off."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 1))
     if sys.platform != "darwin":
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+
+
+def limit_time() -> None:
+    """Limits the CPU time that this process takes from now on."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = math.ceil(used.ru_utime + used.ru_stime) + MAX_CPU_SECONDS
+    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if most != resource.RLIM_INFINITY:
+        seconds = min(seconds, most)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
 
 
 def new_environment() -> Any:
@@ -110,13 +123,19 @@ def new_environment() -> Any:
     return environment
 
 
+@lru_cache(maxsize=4)
+def compiled(template: str) -> Any:
+    """Returns a template that can be rendered."""
+    return new_environment().from_string(template)
+
+
 def render(template: str, variables: list[dict[str, Any]]) -> list[str]:
     """Renders a template with each of the variables.
 
     Raises:
       OverflowError: if a text exceeds `MAX_OUTPUT_BYTES`.
     """
-    program, texts = new_environment().from_string(template), []
+    program, texts = compiled(template), []
     for values in variables:
         parts, size = [], 0
         for part in program.generate(**values):
@@ -128,24 +147,29 @@ def render(template: str, variables: list[dict[str, Any]]) -> list[str]:
     return texts
 
 
-def main() -> None:
-    """Renders the job on stdin and writes the answer to stdout."""
-    sys.path.extend(sys.argv[1:])
-    job = json.loads(sys.stdin.buffer.read())
-    set_limits()
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Renders a job; any failure is part of the answer."""
     try:
-        answer = {"texts": render(job["template"], job["variables"])}
+        return {"texts": render(job["template"], job["variables"])}
     except MemoryError:
-        answer = {"error": TOO_LARGE}
-    except Exception as error:  # Any failure is reported to the parent.
+        return {"error": TOO_LARGE}
+    except Exception as error:
+        if str(error) == TOO_LONG:
+            return {"error": TOO_LONG}
         line = getattr(error, "lineno", None)
         where = f" in line {line}" if line else ""
         message = " ".join(str(error)[:2000].split())[:300]
-        if str(error) == TOO_LONG:
-            answer = {"error": TOO_LONG}
-        else:
-            answer = {"error": f"fails{where}: {type(error).__name__}: {message}"}
-    sys.stdout.buffer.write(json.dumps(answer).encode())
+        return {"error": f"fails{where}: {type(error).__name__}: {message}"}
+
+
+def main() -> None:
+    """Renders the jobs on stdin and writes the answers to stdout."""
+    sys.path.extend(sys.argv[1:])
+    set_limits()
+    for line in sys.stdin.buffer:
+        limit_time()
+        sys.stdout.buffer.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

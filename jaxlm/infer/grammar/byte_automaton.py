@@ -111,7 +111,9 @@ def repeat(part: Part, least: int, most: int | None) -> Part:
 
     def add(builder: Builder, start: int) -> int:
         for _ in range(least):
-            start = part(builder, start)
+            before, start = start, part(builder, start)
+            if start == before:  # The part is the empty text.
+                break
         if most is None:
             # A state of its own: the one before may begin other parts too.
             loop = builder.new()

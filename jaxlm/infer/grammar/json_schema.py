@@ -93,6 +93,8 @@ class _Compiler:
         self._root = root
         self._open: tuple[str, ...] = ()
         """References that are being followed."""
+        self._followed: dict[str, Part] = {}
+        """What references lead to: schemas of a kilobyte can have 2**30 of them."""
 
     def part(self, schema: Any, at: str) -> Part:
         if schema is True or schema == {}:
@@ -181,6 +183,8 @@ class _Compiler:
                 f"{at}.$ref: {value} contains itself, which no finite automaton can "
                 "hold: write its levels out"
             )
+        if value in self._followed:
+            return self._followed[value]
         target = self._root
         for name in value.removeprefix("#").split("/")[1:]:
             name = name.replace("~1", "/").replace("~0", "~")
@@ -190,6 +194,7 @@ class _Compiler:
         before, self._open = self._open, (*self._open, value)
         part = self.part(target, value)
         self._open = before
+        self._followed[value] = part
         return part
 
     def _values(self, schema: dict[str, Any], types: list[str], at: str) -> Part:

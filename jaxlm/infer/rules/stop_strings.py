@@ -6,15 +6,16 @@ bytes, so finding a stop string takes one lookup a token (`automata.py`).
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int16
 
 from jaxlm.infer.rules.automata import ENDS, Automaton
+from jaxlm.infer.rules.automaton_cache import AutomatonCache
+
+_KEPT = AutomatonCache(512 << 20)
 
 
-@lru_cache(maxsize=32)
 def stop_automaton(
     strings: tuple[str, ...], token_bytes: tuple[bytes, ...], vocab_size: int
 ) -> Automaton:
@@ -24,6 +25,13 @@ def stop_automaton(
       strings: at least one.
       token_bytes: UTF-8 bytes of each id; ids beyond have none.
     """
+    key = strings, token_bytes, vocab_size
+    return _KEPT.get(key, lambda: _stop_automaton(*key))
+
+
+def _stop_automaton(
+    strings: tuple[str, ...], token_bytes: tuple[bytes, ...], vocab_size: int
+) -> Automaton:
     patterns = [text.encode() for text in strings]
     if sum(map(len, patterns)) >= np.iinfo(np.int16).max:
         raise ValueError("stop_strings: together they are too long")

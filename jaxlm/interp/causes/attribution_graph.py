@@ -2,10 +2,11 @@
 
 With attention probabilities, divisors of norms and gates of the feed-forward held at
 their values, a model is linear in its embeddings: each logit is a sum over paths, and
-each number here is exact for that linear model. Heads and units are nodes themselves,
-so no transcoder is needed. What is kept are the strongest nodes; how much of each flow
-comes from nodes that were left out, or from biases, is told with it. Sources: Ameisen
-et al. 2025, "Circuit tracing" (frozen attention); Elhage et al. 2021.
+each number here is exact for that linear model. A feed-forward without a gate, or with
+a clamp, is replaced by its derivative. Heads and units are nodes themselves, so no
+transcoder is needed. Only the strongest nodes are kept; how much of each flow comes
+from other nodes, or from biases, is reported with it. Sources: Ameisen et al. 2025,
+"Circuit tracing" (frozen attention); Elhage et al. 2021.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config import ModelConfig
 from jaxlm.interp.causes.logit_attribution import logit_weights, through_norm
 from jaxlm.model.transformer import forward
-from jaxlm.ops.feed_forward import ACTIVATIONS
+from jaxlm.ops.activations import ACTIVATIONS, FACTORS
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
@@ -60,8 +61,8 @@ def attribution_graph(
 ) -> AttributionGraph:
     """Returns the `count` nodes with the largest |parts| of the last token's logit.
 
-    One forward and one backward pass. A feed-forward without a gate is taken by its
-    derivative, and what that misses is part of what is unexplained.
+    One forward and one backward pass. What the derivative of a feed-forward without a
+    gate, or with a clamp, misses is part of what is unexplained.
 
     Args:
       direction: of `logit_direction`, also a difference of two tokens.
@@ -111,6 +112,8 @@ def _frozen_pass(
     held = tuple(Edit(site, "freeze") for site in frozen)
     moved = ("embed", "z", "mlp_act")
     read = {*frozen, *moved, "mlp_pre"}
+    if config.activation in FACTORS:
+        read.add("mlp_up")
     if config.position in ("learned", "sinusoidal"):
         read.add("pos_embed")
     taps = tuple(Tap(site) for site in sorted(read))
@@ -211,10 +214,14 @@ def _reads(
     probs = trace["attn_probs"][at, head, position]
     by_head = probs / trace["attn_norm_div"][at, :, 0]
 
-    # With the gate held, a unit is linear in its other projection.
+    # With the gate held, a unit is its other projection times a constant, unless the
+    # activation changes that projection too.
     function = ACTIVATIONS[config.activation]
     slope = function if config.gated else jax.vmap(jax.grad(function))
     scale = slope(trace["mlp_pre"][at, position, unit])
+    if config.activation in FACTORS:
+        slope = jax.vmap(jax.grad(FACTORS[config.activation]))
+        scale = scale * slope(trace["mlp_up"][at, position, unit])
     scale = scale * gradients["mlp_act"][at, position, unit]
     up = layers["mlp"]["up"][at, :, unit].astype(jnp.float32)
     unit_vectors = through_norm(config, layers["mlp_norm"]["scale"][at], up)

@@ -8,7 +8,7 @@ Elhage et al. 2021, "A mathematical framework for transformer circuits".
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.trace import absent_sites
@@ -60,7 +60,10 @@ def head_rows(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
 
 
 def logit_direction(
-    config: ModelConfig, params: Params, token: int, against: int | None = None
+    config: ModelConfig,
+    params: Params,
+    token: int | Int[Array, ""],
+    against: int | Int[Array, ""] | None = None,
 ) -> Float[Array, " D"]:
     """Returns what the head multiplies for a token's logit, f32.
 
@@ -106,6 +109,30 @@ def head_attribution(
     _check_addends(config, "heads", "attention")
     div = trace["final_norm_div"][..., None]
     return _projection(config, params, div, direction)(trace["head_out"])
+
+
+def key_attribution(
+    config: ModelConfig, params: Params, trace: Trace, direction: Float[Array, " D"]
+) -> Float[Array, "L B N T S"]:
+    """Returns what each head adds by what it reads of each key: `p (v W_O . w)`.
+
+    Over the keys they sum to `head_attribution`. Source: as the lengths of
+    `value_weighted`, but along one direction (Kobayashi et al. 2020, arXiv:2004.10102).
+
+    Args:
+      trace: of `attn_probs`, `v` and `final_norm_div`, for the same queries.
+
+    Raises:
+      ValueError: for a model that normalizes the sum of the heads.
+    """
+    _check_addends(config, "heads", "attention")
+    o = params["layers"]["attn"]["o"].astype(jnp.float32)
+    into = jnp.einsum("LNHD,D->LNH", o, logit_weights(config, params, direction))
+    group = config.num_heads // config.num_kv_heads
+    values = jnp.repeat(trace["v"].astype(jnp.float32), group, axis=3)
+    written = jnp.einsum("LBSNH,LNH->LBNS", values, into)
+    divisor = trace["final_norm_div"][:, None]  # [B, 1, T, 1]
+    return trace["attn_probs"] * written[:, :, :, None] / divisor
 
 
 def unit_attribution(

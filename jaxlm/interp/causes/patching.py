@@ -1,4 +1,4 @@
-"""What causes a prediction: the model is changed at many places, one after the other.
+"""What causes a prediction: the model is changed at many sites, one at a time.
 
 A metric is a function of the logits `[B, V]` at one position. A sweep computes it for
 each of many edits in one compiled program: `jax.jit` it, with the metric and the config
@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.kv_cache import Cache, LayerCache
 from jaxlm.model.transformer import forward, unembed
+from jaxlm.ops.layout import reshape
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
@@ -47,10 +49,32 @@ def metric_of(
     tokens: Int[Array, "B T"],
     edits: Sequence[Edit] = (),
     position: int = -1,
+    start: int | Int[Array, ""] = 0,
+    stream: Float[Array, "B T D"] | None = None,
 ) -> Float[Array, ""]:
-    """Returns the metric of the edited model; the head is applied at one position."""
-    out = forward(config, params, tokens, edits=edits, head=False)
+    """Returns the metric of the edited model; the head is applied at one position.
+
+    Args:
+      start, stream: as `forward`: the layers before `start` are not run.
+    """
+    out = forward(
+        *(config, params, tokens), edits=edits, head=False, start=start, stream=stream
+    )
     return metric(_logits(config, params, out.hidden_states[:, position]))
+
+
+def _in_batches(function: Callable[[Any], Any], cells: Any, batch_size: int) -> Any:
+    """Returns `function` of batches of the cells, one after the other, joined again.
+
+    All batches have one size, at most `batch_size`: a smaller last one would compile
+    another program. The last cell fills them.
+    """
+    count = len(jax.tree.leaves(cells)[0])
+    batches = -(-count // batch_size)
+    size = -(-count // batches)
+    filled = np.minimum(np.arange(batches * size), count - 1).reshape(batches, size)
+    found = jax.lax.map(function, jax.tree.map(lambda x: x[filled], cells))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
 
 
 def sweep(
@@ -61,6 +85,8 @@ def sweep(
     edits_of: Callable[[Any], Sequence[Edit]],
     cells: Any,
     *,
+    layers: Int[Array, " C"] | None = None,
+    stream: Float[Array, "L B T D"] | None = None,
     position: int = -1,
     batch_size: int = 32,
 ) -> Float[Array, " C"]:
@@ -69,14 +95,32 @@ def sweep(
     Args:
       edits_of: makes the edits of one cell.
       cells: arrays with one more axis in front, C; `edits_of` gets an entry of each.
+      layers: the first layer that each cell changes. Cells are then computed by layer,
+        and the layers before it only once, in `stream`.
+      stream: for `layers`: the trace of `resid_pre` of the unedited text.
       position: of the logits; -1 is the last.
       batch_size: how many cells are computed at once: a bound on memory.
     """
+    assert (layers is None) == (stream is None)
 
-    def one(cell: Any) -> Array:
-        return metric_of(config, metric, params, tokens, edits_of(cell), position)
+    def batch(chosen: Any) -> Array:
+        cells, layers = chosen
+        start = 0 if layers is None else jnp.min(layers)
+        begin = None if stream is None else stream[start]
 
-    return jax.lax.map(one, cells, batch_size=batch_size)
+        def one(cell: Any) -> Array:
+            edits = edits_of(cell)
+            return metric_of(
+                *(config, metric, params, tokens, edits, position, start, begin)
+            )
+
+        return jax.vmap(one)(cells)
+
+    if layers is None:
+        return _in_batches(batch, (cells, None), batch_size)
+    order = jnp.argsort(layers)
+    chosen = jax.tree.map(lambda x: x[order], (cells, layers))
+    return _in_batches(batch, chosen, batch_size)[jnp.argsort(order)]
 
 
 def _layer_sweep(
@@ -114,11 +158,11 @@ def _layer_sweep(
         stream = base["resid_pre"][start][:, first:]
         layers = jnp.minimum(start + jnp.arange(group), config.num_layers - 1)
 
-        def one(cell: Any) -> Array:
+        def one(pair: tuple[Array, Array]) -> Array:
             out = forward(
                 *(config, params, tokens[:, first:]),
                 cache=cache,
-                edits=edits_of(*cell),
+                edits=edits_of(*pair),
                 head=False,
                 start=start,
                 stream=stream,
@@ -126,11 +170,12 @@ def _layer_sweep(
             return out.hidden_states[:, position - first]
 
         pairs = jnp.repeat(layers, len(cells)), jnp.tile(cells, group)
-        return jax.lax.map(one, pairs, batch_size=batch_size)
+        return _in_batches(jax.vmap(one), pairs, batch_size)
 
     found = jax.lax.map(of_group, starts)
-    shape = (-1, len(cells), *found.shape[2:])
-    return found.reshape(shape)[: config.num_layers]
+    shape = (len(starts) * group, len(cells), *found.shape[2:])
+    kept = (None, None, *range(2, found.ndim))
+    return reshape(found, shape, kept)[: config.num_layers]
 
 
 def _metrics(
@@ -144,7 +189,7 @@ def _metrics(
         return metric(_logits(config, params, x))
 
     flat = hidden.reshape(-1, *hidden.shape[2:])
-    values = jax.lax.map(one, flat, batch_size=batch_size)
+    values = _in_batches(jax.vmap(one), flat, batch_size)
     return values.reshape(hidden.shape[:2])
 
 
@@ -278,13 +323,18 @@ def attribution_patching(
     largest by `activation_patching`. Source: Nanda 2023, "Attribution patching"; Syed
     et al. 2023, arXiv:2310.10348.
     """
-    own = forward(config, params, tokens, taps=(Tap(site),), head=False).trace[site]
 
-    def moved(change: Array) -> Array:
-        edits = (Edit(site, "add", change),)
-        return metric_of(config, metric, params, tokens, edits, position)
+    def moved(change: Array) -> tuple[Array, Array]:
+        out = forward(
+            *(config, params, tokens),
+            taps=(Tap(site),),
+            edits=(Edit(site, "add", change),),
+            head=False,
+        )
+        logits = _logits(config, params, out.hidden_states[:, position])
+        return metric(logits), out.trace[site]
 
-    gradient = jax.grad(moved)(jnp.zeros_like(own))
+    gradient, own = jax.grad(moved, has_aux=True)(jnp.zeros_like(source))
     axes = (1, *range(3, own.ndim))
     return jnp.sum((source - own) * gradient, axis=axes, dtype=jnp.float32)
 
@@ -315,5 +365,12 @@ def recheck(
     def edits_of(cell: Array) -> tuple[Edit, ...]:
         return (Edit(site, "set", source, layer=cell[0], position=cell[1]),)
 
-    exact = sweep(config, metric, params, tokens, edits_of, cells, position=position)
-    return cells, exact - metric_of(config, metric, params, tokens, (), position)
+    own = forward(config, params, tokens, taps=(Tap("resid_pre"),), head=False)
+    exact = sweep(
+        *(config, metric, params, tokens, edits_of, cells),
+        layers=cells[:, 0],
+        stream=own.trace["resid_pre"],
+        position=position,
+    )
+    logits = _logits(config, params, own.hidden_states[:, position])
+    return cells, exact - metric(logits)

@@ -108,11 +108,21 @@ def load_sparse_autoencoder(path: Path | str) -> SparseAutoencoder:
     path = Path(path)
     if path.is_dir():
         text = (path / "cfg.json").read_bytes()
-        config = parse_object(text, str(path / "cfg.json"))
+        config = _current_config(parse_object(text, str(path / "cfg.json")))
         return _from_weights(_read(path / "sae_weights.safetensors"), config, path)
     weights = _read(path)
     config = {"architecture": "jumprelu" if "threshold" in weights else "standard"}
     return _from_weights(weights, config, path)
+
+
+def _current_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config as sae_lens 6 writes it, also of one that is older."""
+    config = {"apply_b_dec_to_input": True, **config}
+    activation = config.get("activation_fn_str", config.get("activation_fn"))
+    more = config.get("activation_fn_kwargs")
+    if activation == "topk" and isinstance(more, dict) and "k" in more:
+        config |= {"architecture": "topk", "k": more["k"]}
+    return config
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -121,6 +131,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             weights = dict(file)
     else:
         weights = {name: x.read() for name, x in read_safetensors(path)[0].items()}
+    # Older files have a factor of each feature, which is 1 unless it was trained.
+    if np.all(weights.get("scaling_factor", 0) == 1):
+        del weights["scaling_factor"]
     # Gemma Scope 2 writes w_enc.
     names = {name.lower(): name for name in _WEIGHTS}
     return {names.get(name.lower(), name): x for name, x in weights.items()}
@@ -134,7 +147,7 @@ def _from_weights(
         raise ValueError(
             f"{path}: architecture {name!r}; {', '.join(_ARCHITECTURES)} can be read"
         )
-    if config.get("normalize_activations", "none") not in ("none", None):
+    if config.get("normalize_activations") not in ("none", None, False):
         raise ValueError(
             f"{path}: normalize_activations {config['normalize_activations']!r}: fold "
             "the factor into the weights first"
@@ -161,6 +174,13 @@ def _from_weights(
     if activation == "topk" and not (isinstance(count, int) and 0 < count <= M):
         raise ValueError(f"{path}: k is {count!r}: it must be from 1 to {M}")
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in weights.items()}
+    if activation == "topk" and config.get("rescale_acts_by_decoder_norm"):
+        # Features are as large as what they write, and so chosen.
+        lengths = jnp.linalg.norm(arrays["W_dec"], axis=-1)
+        arrays["W_enc"], arrays["b_enc"] = (
+            arrays[name] * lengths for name in ("W_enc", "b_enc")
+        )
+        arrays["W_dec"] /= lengths[:, None]
     thresholds, magnitudes = arrays.get("threshold"), None
     if activation == "gated":
         arrays["b_enc"], magnitudes = arrays["b_mag"], jnp.exp(arrays["r_mag"])
@@ -171,5 +191,5 @@ def _from_weights(
         magnitudes=magnitudes,
         activation=activation,
         count=count,
-        subtracts_bias=bool(config.get("apply_b_dec_to_input", False)),
+        subtracts_bias=bool(config.get("apply_b_dec_to_input")),
     )

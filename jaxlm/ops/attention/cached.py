@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Num
 from jaxlm.ops.attention import blocked, online_softmax
 from jaxlm.ops.attention.flash import FlashKernels, flash_attention
 from jaxlm.ops.attention.reference import join_heads
-from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.request import AttentionRequest
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens, dequantize
 from jaxlm.ops.layout import reshape
 
@@ -24,7 +24,7 @@ MAX_QUERIES = 16
 BLOCK = 128
 
 
-def declines(request: Request) -> str | None:
+def declines(request: AttentionRequest) -> str | None:
     """Returns why `cached_attention` cannot run the request; None: it can."""
     if request.spec.mask.query_positions is None:
         return "only for queries at given positions"

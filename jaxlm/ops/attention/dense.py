@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.ops.attention.reference import join_heads
-from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.request import AttentionRequest
 from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Mask
 from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_key
 from jaxlm.ops.layout import reshape
@@ -34,7 +34,7 @@ def settings_for(q: Array) -> DenseSettings:
     return measured(settings_key("dense", q), DenseSettings())
 
 
-def declines(request: Request) -> str | None:
+def declines(request: AttentionRequest) -> str | None:
     """Returns why `dense_attention` cannot run the request; None: it can."""
     return None if request.spec.soft_cap is None else "has no soft cap"
 

@@ -1,10 +1,10 @@
 """`attention`, and the choice of the implementation that computes it.
 
-Each implementation takes a `Request` and returns a reason to decline it, or None. An
-implementation requested by name runs, or raises with its reason; `auto` takes the first
-in the device's list that does not decline. The choice is logged once: at INFO what was
-chosen and why the others declined, and at WARNING when an accelerator runs long
-sequences without a kernel.
+Each implementation takes an `AttentionRequest` and returns a reason to decline it, or
+None. An implementation requested by name runs, or raises with its reason; `auto` takes
+the first in the device's list that does not decline. The choice is logged once: at INFO
+what was chosen and why the others declined, and at WARNING when an accelerator runs
+long sequences without a kernel.
 """
 
 import functools
@@ -24,7 +24,7 @@ from jaxlm.ops.attention import blocked, cached, dense
 from jaxlm.ops.attention.context_parallel import Cut, gathered_attention, ring_kernels
 from jaxlm.ops.attention.flash import FlashKernels, flash_attention
 from jaxlm.ops.attention.reference import reference_attention
-from jaxlm.ops.attention.request import Request, part_of_row, request
+from jaxlm.ops.attention.request import AttentionRequest, part_of_row, request
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, dequantize
 from jaxlm.ops.collectives import axes_of
 from jaxlm.ops.layout import layout
@@ -41,7 +41,7 @@ class Implementation:
 
     run: Callable[..., Result]
     """(q, k, v, spec, *, settings=None)"""
-    declines: Callable[[Request], str | None] = lambda request: None
+    declines: Callable[[AttentionRequest], str | None] = lambda request: None
     """Returns the reason why it cannot run a request; None: it can."""
     int8: bool = False
     """Whether it takes int8 keys and values; if not, they are dequantized first."""
@@ -78,7 +78,7 @@ class Kernel:
         module = importlib.import_module(self.module)
         return module.attention(q, k, v, spec, **settings)
 
-    def declines(self, request: Request) -> str | None:
+    def declines(self, request: AttentionRequest) -> str | None:
         if request.platform != self.platform:
             return f"needs a {self.platform.upper()}"
         if request.auto_mesh:
@@ -152,7 +152,7 @@ def _by_reason(declined: tuple[tuple[str, str], ...]) -> list[str]:
 
 def choose(
     implementation: str,
-    request: Request,
+    request: AttentionRequest,
     devices: int = 1,
     across: Across | Literal["auto"] = "auto",
 ) -> Choice:
@@ -175,7 +175,7 @@ def choose(
     return replace(choice, across=across)
 
 
-def _choose_named(implementation: str, request: Request) -> Choice:
+def _choose_named(implementation: str, request: AttentionRequest) -> Choice:
     if implementation == "auto":
         return _choose(request)
     if implementation not in IMPLEMENTATIONS:
@@ -194,14 +194,14 @@ def _choose_named(implementation: str, request: Request) -> Choice:
     return Choice(implementation)
 
 
-def _declines(name: str, request: Request) -> str | None:
+def _declines(name: str, request: AttentionRequest) -> str | None:
     """Returns why an implementation cannot run a request; None: it can."""
     if request.ring and IMPLEMENTATIONS[name].kernels is None:
         return "no ring, since it has no kernels for parts of the keys"
     return IMPLEMENTATIONS[name].declines(request)
 
 
-def _choose(request: Request) -> Choice:
+def _choose(request: AttentionRequest) -> Choice:
     order = AUTO[request.platform]
     others = [name for name in IMPLEMENTATIONS if name not in order]
     declined = [(n, _declines(n, request)) for n in others]
@@ -214,7 +214,7 @@ def _choose(request: Request) -> Choice:
     raise AssertionError(f"nothing computes {request}")
 
 
-def _not_chosen(name: str, request: Request) -> str | None:
+def _not_chosen(name: str, request: AttentionRequest) -> str | None:
     """Returns why `auto` skips an implementation that could run the request."""
     if name in PROVEN and request.device_kind not in PROVEN[name]:
         return f"not proven on {request.device_kind} yet, name it to run it"
@@ -229,7 +229,7 @@ def _not_chosen(name: str, request: Request) -> str | None:
 
 
 def _slow(
-    name: str, declined: tuple[tuple[str, str], ...], request: Request
+    name: str, declined: tuple[tuple[str, str], ...], request: AttentionRequest
 ) -> str | None:
     """Returns a warning if an accelerator runs long sequences without a kernel."""
     if request.platform == "cpu" or isinstance(IMPLEMENTATIONS[name], Kernel):

@@ -1,4 +1,4 @@
-"""`Request`: everything about one attention call that is known at trace time."""
+"""`AttentionRequest`: all that is known of an attention call at trace time."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,7 @@ def _auto_mesh() -> bool:
 
 
 @dataclass(frozen=True)
-class Request:
+class AttentionRequest:
     """One attention call, with its shapes before a mesh shards batch and heads.
 
     Each implementation decides from it whether it can run the call.
@@ -79,12 +79,14 @@ def request(
     spec: AttentionSpec,
     *,
     lse: bool = False,
-) -> Request:
+) -> AttentionRequest:
     """Builds the request of a call with these arguments on the current device."""
-    return Request(_shape(q), _shape(k), jax.tree.map(_shape, spec), lse)
+    return AttentionRequest(_shape(q), _shape(k), jax.tree.map(_shape, spec), lse)
 
 
-def part_of_row(whole: Request, devices: int, *, ring: bool) -> Request:
+def part_of_row(
+    whole: AttentionRequest, devices: int, *, ring: bool
+) -> AttentionRequest:
     """Returns the request of one of the devices that a row is cut over."""
     B, T, *heads = whole.q.shape
     q = jax.ShapeDtypeStruct((B, T // devices, *heads), whole.q.dtype)
@@ -114,7 +116,7 @@ def request_of_sizes(
     segments: bool = False,
     query_positions: bool = False,
     lse: bool = False,
-) -> Request:
+) -> AttentionRequest:
     """Builds a request from plain sizes, without arrays.
 
     Set `segments` for training, and `query_positions` for a call with a cache.
@@ -131,7 +133,7 @@ def request_of_sizes(
         query_segments=array(segments, batch, num_queries),
         key_segments=array(segments, batch, num_keys),
     )
-    return Request(
+    return AttentionRequest(
         jax.ShapeDtypeStruct((batch, num_queries, num_heads, head_dim), dtype),
         jax.ShapeDtypeStruct((batch, num_keys, num_kv_heads, head_dim), dtype),
         AttentionSpec(head_dim**-0.5, mask, soft_cap, sinks=array(sinks, num_heads)),

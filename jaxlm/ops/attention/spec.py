@@ -9,11 +9,13 @@ H head dimension.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8, Num
+
+from jaxlm.ops.quantization import round_to_integers
 
 # The score of a hidden key. Finite, so that a query without visible keys gives no NaN.
 MASKED = -1e30
@@ -117,17 +119,16 @@ class AttentionSpec:
 
 
 def quantize(
-    x: Float[Array, "*B H"],
+    x: Float[Array, "*B H"], bits: Literal[4, 8] = 8
 ) -> tuple[Int8[Array, "*B H"], Float[Array, "*B"]]:
     """Quantizes keys or values to int8, with one f32 scale per vector of length H.
 
-    Symmetric: x is close to int8 * scale, with scale = max(|x|) / 127. A vector of
-    zeros has scale 1.
+    Symmetric: x is close to int8 * scale, with scale = max(|x|) / 127, or 7 for 4 bits.
+    A vector of zeros has scale 1.
     """
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(largest > 0, largest / 127.0, 1.0)
-    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+    dtype = jnp.int8 if bits == 8 else jnp.int4
+    values, scale = round_to_integers(x, [-1], dtype)
+    return values.astype(jnp.int8), scale[..., 0]
 
 
 def dequantize(

@@ -30,8 +30,9 @@ class Probe:
         positions: Int[Array, "B T"] | None = None,
         layer: Any = None,
     ):
+        self.taps, self.edits = taps, edits
         self._taps = {tap.site: tap for tap in taps}
-        self._edits, self._positions, self._layer = edits, positions, layer
+        self._positions, self._layer = positions, layer
         self.values: dict[str, Any] = {}
         """What the taps keep."""
         self.hits: list[Any] = [0] * len(edits)
@@ -42,24 +43,24 @@ class Probe:
     def __contains__(self, site: str) -> bool:
         return site in self._taps
 
-    def edits(self, *sites: str) -> bool:
+    def is_edited(self, *sites: str) -> bool:
         """Whether one of these sites is edited."""
-        return any(edit.site in sites for edit in self._edits)
+        return any(edit.site in sites for edit in self.edits)
 
     def __call__(self, site: str, x: Array) -> Array:
         assert site in SITES, site
-        if site in self.called and self.edits(site):
+        if site in self.called and self.is_edited(site):
             raise ValueError(
                 f"edit of {site!r}: the block calls probe({site!r}, x) twice, so it "
                 "would be edited twice: call it once"
             )
         self.called.add(site)
-        for i, edit in enumerate(self._edits):
+        for i, edit in enumerate(self.edits):
             if edit.site == site:
                 assert self._positions is not None
                 read = x if edit.reads is None else self._value_of(edit)
                 x, self.hits[i] = edit(x, self._layer, self._positions, read)
-        if any(edit.reads == site for edit in self._edits):
+        if any(edit.reads == site for edit in self.edits):
             self._read[site] = x
         if site in self._taps:
             tap = self._taps[site]

@@ -197,9 +197,9 @@ def test_a_vocabulary_is_read_at_once(tmp_path):
     merges = [f"Ġto ken{i}" for i in range(48900)]
     metadata = {"tokens": tokens, "merges": merges, "types": np.ones(49152, np.int32)}
     write(tmp_path / "a.gguf", metadata)
-    start = time.perf_counter()
+    start = time.process_time()
     found = read_gguf(tmp_path / "a.gguf").metadata
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert found["tokens"] == tokens and found["merges"] == merges
     assert found["types"].sum() == 49152
 

@@ -345,7 +345,7 @@ def test_each_device_gets_its_part(tmp_path):
         [sys.executable, "-c", SHARDED, str(tmp_path / "m")],
         check=True,
         env={**os.environ, "XLA_FLAGS": flags},
-        timeout=120,
+        timeout=1200,
     )
 
 

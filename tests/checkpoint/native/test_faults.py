@@ -2,10 +2,13 @@
 
 import errno
 import fcntl
+import os
 import random
 import shutil
 import signal
 import socket
+import stat
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -27,6 +30,8 @@ from jaxlm.checkpoint.native import checkpoint_manager, integrity
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.run_folder import find_runs, list_steps, move_aside
 from jaxlm.checkpoint.native.save_error import SaveError, save_failed
+from jaxlm.files import durable
+from jaxlm.sharding.processes import ProcessFailed
 
 DIE = """
 import os, sys
@@ -90,12 +95,15 @@ while True:
 def test_sigkill_at_any_time_leaves_only_readable_steps(tmp_path):
     generator = random.Random(1)
     newest = 0
-    for _ in range(4):
+    for turn in range(4):
         child = start_child(SAVE_FOR_EVER, tmp_path)
-        assert child.stdout.readline() == f"start {newest}\n", child.stderr.read()
-        time.sleep(generator.uniform(0.2, 1.0))
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
+        child.wait_for(f"start {newest}\n")
+        # The first may have saved nothing yet.
+        while turn and list_steps(tmp_path)[-1:] in ([], [newest]):
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0.1, 0.6))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
         steps = list_steps(tmp_path)
         for step in steps:
             _, params = load(tmp_path / f"checkpoints/{step}")
@@ -170,9 +178,20 @@ def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path):
             "room, or raise your quota; earlier steps are intact",
         ),
         (
+            OSError(errno.ENOSPC, "inodes"),
+            "run/3 cannot be written (No space left on device): the disk has no room "
+            "for more files (df -i); its arrays have 215,708 bytes. Make room, or "
+            "raise your quota; earlier steps are intact",
+        ),
+        (
             ValueError("a paragraph [source locations='x'] [os_error_code='122']"),
             "run/3 cannot be written (Disk quota exceeded); its arrays have 215,708 "
             "bytes. Make room, or raise your quota; earlier steps are intact",
+        ),
+        (
+            ProcessFailed(1, 2, "a paragraph [os_error_code='122']"),
+            "run/3 cannot be written (process 1: Disk quota exceeded); its arrays have "
+            "215,708 bytes. Make room, or raise your quota; earlier steps are intact",
         ),
         (
             PermissionError(errno.EACCES, "x"),
@@ -181,7 +200,8 @@ def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path):
     ],
 )
 def test_what_a_save_that_failed_says_is_true(monkeypatch, error, words):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=258_048))
+    free = 1 << 40 if "inodes" in str(error) else 258_048
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=free))
     assert save_failed(Path("run/3"), 215_708, error) == words
 
 
@@ -191,20 +211,20 @@ from pathlib import Path
 from jaxlm.checkpoint.native.run_folder import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("locked", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
 def test_a_second_process_is_refused_until_the_first_dies(tmp_path):
     child = start_child(HOLD, tmp_path)
-    assert child.stdout.readline() == "locked\n"
+    child.wait_for("locked\n")
     try:
         expected = rf"pid {child.pid} on {socket.gethostname()}"
         with pytest.raises(ValueError, match=expected):
             CheckpointManager(tmp_path)
     finally:
         child.kill()
-        child.communicate()
+        child.wait()
     with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1)
 
@@ -276,6 +296,80 @@ def test_a_save_that_fails_once_is_tried_again_with_the_same_arrays(
     ]
 
 
+def test_what_a_save_that_failed_leaves_is_not_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+    real, errors = integrity.write_manifest, [OSError(errno.EMFILE, "x")]
+
+    def fails_once(folder, entries):
+        if errors:
+            raise errors.pop()
+        real(folder, entries)
+
+    monkeypatch.setattr(integrity, "write_manifest", fails_once)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    with CheckpointManager(tmp_path, report=lambda line: None) as checkpoints:
+        save(checkpoints, 1)
+        assert not errors and restore(checkpoints).step == 1
+
+
+def test_a_disk_that_cannot_wait_for_folders_is_refused_only_for_runs(
+    tmp_path, monkeypatch
+):
+    """As older CIFS, vboxsf and 9p; TensorStore could save no step there."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with durable.replacing(tmp_path / "page.html") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"cannot be written to \(Invalid argument"):
+        CheckpointManager(tmp_path / "run")
+
+
+def test_steps_on_another_disk_are_set_aside_there(tmp_path):
+    """In a folder whose name is a pattern for Orbax, which would merge nothing."""
+    run, disk = tmp_path / "lr[1e-3]*?", Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        run.mkdir()
+        (run / "checkpoints").symlink_to(disk)
+        run_with_steps(run, 1, 2)
+        with CheckpointManager(run, report=lambda line: None) as checkpoints:
+            assert restore(checkpoints, step=1).step == 1
+            save(checkpoints, 2)
+            assert checkpoints.steps() == [1, 2]
+        load(run / "old-1")
+        with CheckpointManager(run, fresh=True, report=lambda line: None):
+            assert list_steps(run / "old-2") == [1, 2] and not list_steps(run)
+        assert sorted(path.name for path in disk.iterdir()) == ["old-1", "old-2"]
+    finally:
+        shutil.rmtree(disk)
+
+
+def test_an_old_step_that_cannot_be_deleted_stops_no_run(tmp_path, monkeypatch):
+    """On NFS a folder stays whose files another process has open."""
+    run, said = run_with_steps(tmp_path, 1), []
+
+    def remove(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove)
+        with CheckpointManager(run, keep=1, report=said.append) as checkpoints:
+            restore(checkpoints)
+            save(checkpoints, 2)
+        assert "the old step 1 in" in said[0] and "the run goes on" in said[0]
+        with CheckpointManager(run, report=said.append) as checkpoints:
+            assert restore(checkpoints).step == 2
+        assert said[1].endswith("delete-1-1); it stays")
+    with CheckpointManager(run, report=said.append) as checkpoints:
+        assert checkpoints.steps() == [2]
+    assert said[2].startswith("removed .tmp-delete-1-1 in ") and len(said) == 3
+
+
 def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
     run, said = tmp_path / "run", []
     with CheckpointManager(run, report=said.append) as checkpoints:
@@ -284,8 +378,8 @@ def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
         save(checkpoints, 2)
         assert checkpoints.steps() == [2] and restore(checkpoints).step == 2
         assert said == [f"{run} was deleted during the run: it is made again"]
-        child = start_child(HOLD, run)
-        assert f") is training in {run}: " in child.communicate()[1]
+        _, _, err = run_child(HOLD, run)
+        assert f") is training in {run}: " in err
 
 
 def test_a_run_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch):
@@ -296,20 +390,51 @@ def test_a_run_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeyp
         shutil.rmtree(run)
         (run / "checkpoints" / "7").mkdir(parents=True)
         child = start_child(HOLD, run)
-        assert child.stdout.readline() == "locked\n"
+        child.wait_for("locked\n")
         try:
             with pytest.raises(SaveError, match=f"another process .*pid {child.pid}"):
                 save(checkpoints, 2)
             assert checkpoints.steps() == [7]
         finally:
             child.kill()
-            child.communicate()
+            child.wait()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"cannot be written to.*--train\.run-dir"):
         CheckpointManager(tmp_path / "file/run")
+
+
+def test_a_folder_that_training_would_spoil_is_refused(tmp_path, monkeypatch):
+    run = run_with_steps(tmp_path / "run", 1)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    others = ("config.json", "report.html", "loss.png", "texts.json", "metrics.jsonl")
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text('{"train": "station"}')
+    for folder, words in (
+        *((tmp_path / n, f"has a {n} that is not a run's") for n in others),
+        (run / "checkpoints/1/params", "params is inside of a step, which"),
+        (run / "checkpoints/1", "1 is a step, which training in it would damage"),
+        (run / "checkpoints", f"is inside of a run: the run folder is {run}$"),
+        (model, "is a Hugging Face model, whose config.json a run would overwrite"),
+    ):
+        names = sorted(folder.iterdir())
+        with pytest.raises(ValueError, match=words):
+            CheckpointManager(folder)
+        assert sorted(folder.iterdir()) == names
+    monkeypatch.chdir(tmp_path)
+    for name, words in (
+        ("gs://bucket/run", "is a URL, and it must be a path of this machine"),
+        ("~/run", "begins with ~, which the shell has not expanded"),
+        ("run/checkpoints/7", f"is inside of a run: the run folder is {run}$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            CheckpointManager(name)
+        assert not os.path.lexists(name)
 
 
 def test_fresh_moves_the_earlier_run_aside(tmp_path):
@@ -329,8 +454,28 @@ def test_fresh_moves_the_earlier_run_aside(tmp_path):
     assert move_aside(run).name == "old-3"
 
 
+def test_odd_files_in_a_run_folder_are_in_nobodys_way(tmp_path):
+    run = run_with_steps(tmp_path, 1)
+    os.mkfifo(run / "checkpoints/.tmp-2-1")
+    (run / "checkpoints/.tmp-notes").mkdir()  # no name of ours
+    (run / "old-1").symlink_to("nowhere")
+    with (run / "config.json").open("wb") as file:
+        file.truncate(1 << 40)  # needs no space
+    (run / "checkpoints/0").mkdir()
+    with CheckpointManager(run, keep=1, report=lambda line: None) as checkpoints:
+        restore(checkpoints)
+        save(checkpoints, 2)
+        assert checkpoints.steps() == [0, 2]
+    with CheckpointManager(run, fresh=True, report=lambda line: None) as checkpoints:
+        assert checkpoints.steps() == [] and list_steps(run / "old-2") == [0, 2]
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == [".tmp-notes"]
+    with pytest.raises(ValueError, match="levels deep"):
+        CheckpointManager(tmp_path / ("x/" * 1000))
+
+
 def test_fresh_moves_metrics_without_steps_too(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "metrics.jsonl").write_text('x\n{"kind": "event", "step": 0}\n')
     with CheckpointManager(tmp_path, fresh=True, report=lambda line: None):
         assert not (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "old-1/metrics.jsonl").exists()

@@ -1,6 +1,8 @@
 """Damage on disk is detected, and the previous step is used."""
 
+import json
 import random
+import shutil
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from checkpoint_case import restore, run_with_steps, save, state_of_step
 
-from jaxlm.checkpoint.native import integrity
+from jaxlm import tree
+from jaxlm.checkpoint.load import open_checkpoint
+from jaxlm.checkpoint.native import arrays, integrity, step_folder
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.integrity import UnreadableStep, state_hash
 from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
@@ -98,14 +102,19 @@ def test_a_missing_or_cut_file_makes_the_run_fall_back(run, name):
     path.write_bytes(before)
 
 
-def test_an_additional_file_is_found_but_not_a_hidden_one(run):
+def test_an_additional_file_is_found_but_not_a_hidden_one_or_one_beside(run):
     folder = run / "checkpoints/300"
     (folder / "params/.DS_Store").write_bytes(b"x")
+    (folder / "export").mkdir()
+    for note in ("notes.txt", "export/model.safetensors"):
+        (folder / note).write_text("somebody's")
     integrity.verify(folder)
     extra = folder / "params/extra"
     extra.write_bytes(b"x")
     expect_fallback(run, "params/extra not in manifest.json")
     extra.unlink()
+    shutil.rmtree(folder / "export")
+    (folder / "notes.txt").unlink()
 
 
 def test_symbolic_links_are_refused(run, tmp_path):
@@ -154,6 +163,42 @@ def test_wrong_values_under_a_right_manifest_are_found(tmp_path, monkeypatch):
     expect_fallback(run, "state hash")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"step": 3}, "its meta.json is of step 3"),
+        ({"step": 10**30}, "its meta.json is of step 1000"),
+        ({"step": True}, "its meta.json is of step True"),
+        ({"state_hash": None, "shard_hashes": 7}, "the shard_hashes of meta.json are"),
+    ],
+)
+def test_a_meta_json_that_is_wrong_under_a_right_manifest(run, change, words):
+    folder = run / "checkpoints/300"
+    before = {p: p.read_bytes() for p in folder.glob("*.json")}
+    meta, entries = (
+        json.loads(before[folder / name]) for name in ("meta.json", "manifest.json")
+    )
+    try:
+        (folder / "meta.json").write_text(json.dumps({**meta, **change}))
+        entry = integrity.manifest_entries(folder)["meta.json"]
+        integrity.write_manifest(folder, {**entries["files"], "meta.json": entry})
+        expect_fallback(run, words)
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+
+
+def test_arrays_of_another_shape_than_in_meta_json(run, capfd):
+    folder = run / "checkpoints/300"
+    meta = json.loads((folder / "meta.json").read_text())
+    (name, (dtype, shape)), *_ = meta["arrays"]["params"].items()
+    meta["arrays"]["params"][name] = dtype, [2 * size for size in shape]
+    wanted = tree.nest(arrays.abstract(meta["arrays"]["params"], {}))
+    with pytest.raises(UnreadableStep, match=f"Orbax cannot read params: {name} is "):
+        step_folder.read_item(folder, meta, "params", wanted)
+    assert capfd.readouterr().err == ""
+
+
 def test_state_hash_sees_one_ulp_and_nothing_but_the_state():
     params, opt_state = state_of_step(1)
     before = state_hash({"opt_state": opt_state, "params": params})
@@ -179,6 +224,29 @@ def test_state_hash_sees_dtype_shape_name_and_sign_of_zero():
     ]
     assert len({state_hash(tree) for tree in different}) == len(different)
     assert state_hash({"a": zero.T}) == state_hash({"a": jnp.asarray(zero)})
+
+
+@pytest.mark.parametrize("name", ["params/large", "meta.json"])
+def test_a_terabyte_of_nothing_is_not_hashed(run, name):
+    folder = run / "checkpoints/300"
+    large, manifest = folder / name, folder / "manifest.json"
+    content = large.read_bytes() if large.exists() else None
+    before = manifest.read_bytes()
+    files = json.loads(before)["files"]
+    try:
+        with large.open("wb") as file:
+            file.truncate(1 << 40)  # needs no space
+        entry = {"bytes": 1 << 40, "sha256": "0" * 64}
+        integrity.write_manifest(folder, {**files, name: entry})
+        part, reported = name.partition("/")[0], []
+        expect_fallback(run, f"{part} has 1,099,511,6")
+        assert open_checkpoint(run, report=reported.append).step_folder.name == "200"
+        assert f"{part} has 1,099,511,6" in reported[0]
+    finally:
+        manifest.write_bytes(before)
+        large.unlink()
+        if content is not None:
+            large.write_bytes(content)
 
 
 def test_a_manifest_that_claims_a_terabyte_is_not_read(run):

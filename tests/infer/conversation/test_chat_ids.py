@@ -1,7 +1,5 @@
 """Chat templates: goldens from transformers, and hostile ones."""
 
-import time
-
 import pytest
 from hugging_face_case import (
     GOLDENS,
@@ -11,6 +9,7 @@ from hugging_face_case import (
     smollm2_metadata,
 )
 
+from jaxlm.files import limited_process
 from jaxlm.infer.conversation import chat_ids as chat_ids_module
 from jaxlm.infer.conversation import chat_template
 from jaxlm.infer.conversation.chat_ids import chat_ids, render, turns_are_text
@@ -99,6 +98,78 @@ def test_parts_do_not_join_into_a_special_token(template, tmp_path, rendered_her
         ids = chat_ids(tokenizer, messages).tolist()
         assert not {0, 1, 2, 420, 421} & set(ids)
         assert "\ufdd0" not in tokenizer.decode(ids)
+
+
+# The form that Qwen's and Hermes' models are trained on, in short.
+TOOLS_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}
+{%- for call in m.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def weather(**changes):
+    place = {"type": "string", "description": "of <the> town"}
+    parameters = {"type": "object", "properties": {"place": place, "hours": place}}
+    function = {"name": "get_weather", "description": "Ask.", "parameters": parameters}
+    return {"type": "function", "function": {**function, **changes}}
+
+
+def calls(arguments):
+    function = {"name": "get_weather", "arguments": arguments}
+    call = {"type": "function", "id": "1", "function": function}
+    answer = {**assistant(""), "tool_calls": [call]}
+    return [
+        user("Rain?"),
+        answer,
+        {"role": "tool", "content": "no", "tool_call_id": "1"},
+    ]
+
+
+@pytest.mark.parity
+def test_tools_are_written_as_in_transformers(tmp_path, rendered_here):
+    tokenizer = golden_tokenizer("byte_level", tmp_path, chat_template=TOOLS_TEMPLATE)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = calls({"place": "Rome < é", "hours": [1, None, 2.5, True]})
+    expected = theirs.apply_chat_template(
+        messages, tools=[weather()], add_generation_prompt=True, return_dict=False
+    )
+    assert chat_ids(tokenizer, messages, tools=[weather()]).tolist() == expected
+
+
+def test_tools_hold_no_special_tokens(tmp_path, rendered_here):
+    tokenizer = golden_tokenizer("byte_level", tmp_path, chat_template=TOOLS_TEMPLATE)
+    plain = calls({"place": "x"})
+    benign = [i for i in chat_ids(tokenizer, plain, tools=[weather()]) if i < 3]
+    assert len(benign) > 4
+    bad = "<|im_end|>"
+    for messages, tool in (
+        (calls({bad: "x", "x" + bad: [{bad: bad}]}), weather()),
+        (plain, weather(description=bad)),
+        (plain, weather(parameters={bad: {"properties": {bad: 1, "a": [bad]}}})),
+    ):
+        ids = chat_ids(tokenizer, messages, tools=[tool])
+        assert [i for i in ids if i < 3] == benign
+        assert bad in tokenizer.decode(ids)
+
+
+def test_tools_that_a_template_does_not_write_are_refused(all_of_them, rendered_here):
+    tokenizer = all_of_them["byte_level"]
+    for messages, tools in (([user("get_weather")], [weather()]), (calls({}), [])):
+        with pytest.raises(ValueError, match="does not write out tools or their calls"):
+            chat_ids(tokenizer, messages, tools=tools)
 
 
 FORGERY = {
@@ -225,20 +296,20 @@ def test_a_template_without_text(tmp_path):
     ],
 )
 def test_hostile_templates(template, words):
-    start = time.monotonic()
     with pytest.raises(ValueError, match=f"^the chat template .*{words}") as error:
         render(template, [{"messages": [user("x")]}])
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert time.monotonic() - start < 10
 
 
-LOOP = "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}"
+LOOP = "{% for i in range(10000) %}" * 3 + "{% endfor %}" * 3
 
 
 @pytest.mark.slow
-def test_templates_that_run_for_long():
+def test_templates_that_run_for_long(monkeypatch):
+    monkeypatch.setattr(limited_process, "MAX_SECONDS", 1000)  # on a busy machine
     with pytest.raises(ValueError, match="ran for more than 2 s and was stopped"):
         render(LOOP, [{}])
+    assert render("a", [{}]) == ["a"]
 
 
 def test_what_templates_expect_to_find():

@@ -267,6 +267,7 @@ def test_characters_that_the_vocabulary_lacks_are_not_begun():
         ("a(?i:b)", "has a flag inside"),
         ("a^b", "inside, which no finite automaton"),
         ("(a{1000}){1000}", "too many repetitions"),
+        ("(){4294967294}b{90000}", "too many repetitions"),
         ("(a|b)*a(a|b){20}", "more than 8,192 states"),
         ("(" * 5000 + ")" * 5000, "nested or repeated too often"),
         ("a{" + "9" * 30 + "}", "nested or repeated too often"),
@@ -316,6 +317,16 @@ def test_wrong_schemas(schema, message):
     with pytest.raises(ValueError) as error:
         json_schema(schema)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["anyOf", "prefixItems"])
+def test_references_that_multiply_are_bounded(kind):
+    twice = {f"d{i}": {kind: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+    schema = {"$defs": {**twice, "d40": {"type": "null"}}, "$ref": "#/$defs/d0"}
+    # Where each call is checked, the limit of nesting is met first.
+    limits = "too many repetitions|nested or repeated too often"
+    with pytest.raises(ValueError, match=limits):
+        determinize(json_schema(schema))
 
 
 def test_references_are_followed():

@@ -19,12 +19,19 @@ PARALLEL = small(
     activation="relu",
     hidden_dim=8,
 )
-MODELS = {"plain": small(norm="rms_unit_offset", hidden_dim=8), "parallel": PARALLEL}
+CLAMPED = small(num_layers=1, activation="swiglu_clamped", hidden_dim=8)
+MODELS = {
+    "plain": small(norm="rms_unit_offset", hidden_dim=8),
+    "parallel": PARALLEL,
+    "clamped": CLAMPED,
+}
 
 
 def graph_of(name, count):
     """The graph, and the logit that it explains."""
     config, params = make(MODELS[name])
+    if name == "clamped":
+        params["layers"]["mlp"]["up"] *= 12
 
     @jax.jit
     def run(params):
@@ -39,7 +46,7 @@ def graph_of(name, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["plain", "parallel"])
 def test_flows_are_conserved(name):
     """A relu is linear where it is: without a bias it is explained too."""
     everything = T + 2 * T * 6 + 2 * T * 8
@@ -58,6 +65,18 @@ def test_flows_are_conserved(name):
     assert abs(graph.unexplained_logit) < 1e-3
     large = inner & (np.abs(graph.parts) > 0.01 * scale)
     assert np.abs(graph.unexplained[large]).max() < 0.01
+
+
+@pytest.mark.slow
+def test_a_clamped_unit_reads_nothing():
+    """About half of the units are clamped; flows still leave each node whole."""
+    graph, _ = graph_of("clamped", T + T * 6 + T * 8)
+    outflow = graph.edges.sum(1) + graph.logit_edges
+    scale = np.abs(graph.parts).max()
+    np.testing.assert_allclose(outflow, graph.parts, atol=1e-4 * scale)
+    units = np.asarray(graph.kinds) == 2
+    clamped = (np.asarray(graph.edges)[:, units] == 0).all(axis=0)
+    assert 0 < clamped.sum() < units.sum()
 
 
 @pytest.mark.slow

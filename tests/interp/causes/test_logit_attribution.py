@@ -11,6 +11,7 @@ from jaxlm import tree
 from jaxlm.interp.causes.logit_attribution import (
     attribution_taps,
     head_attribution,
+    key_attribution,
     logit_attribution,
     logit_direction,
     unit_attribution,
@@ -57,7 +58,8 @@ def test_the_parts_sum_to_the_logit(name):
     )
     heads = config.norm_placement == "pre"
     units = heads and not config.num_experts
-    taps = (*attribution_taps(config), *((Tap("head_out"),) if heads else ()))
+    of_heads = tuple(Tap(site) for site in ("head_out", "attn_probs", "v"))
+    taps = (*attribution_taps(config), *(of_heads if heads else ()))
     taps += (Tap("mlp_act"),) if units else ()
 
     @jax.jit
@@ -65,19 +67,23 @@ def test_the_parts_sum_to_the_logit(name):
         out = forward(config, params, ids(2, 7), taps=taps)
         direction = logit_direction(config, params, 5, against=9)
         parts = logit_attribution(config, params, out.trace, direction)
-        by_head = by_unit = None
+        by_head = by_key = by_unit = None
         if heads:
             by_head = head_attribution(config, params, out.trace, direction)
+            by_key = key_attribution(config, params, out.trace, direction)
         if units:
             by_unit = unit_attribution(config, params, out.trace, direction)
-        return out.logits, parts, by_head, by_unit
+        return out.logits, parts, by_head, by_key, by_unit
 
-    logits, parts, by_head, by_unit = run(params)
+    logits, parts, by_head, by_key, by_unit = run(params)
     wanted = logits[..., 5] - logits[..., 9]
     scale = max(np.abs(x).max() for x in parts)
     assert np.abs(parts.total - wanted).max() <= 5e-6 * scale
     if by_head is None:
         return
+    assert not np.triu(by_key, 1).any()  # of keys that come later
+    of_keys = np.moveaxis(by_key.sum(-1), 2, 3)
+    assert np.abs(of_keys - by_head).max() <= 5e-6 * scale
     if units:
         rest = np.asarray(parts.feed_forward - by_unit.sum(-1))
         is_bias = np.abs(rest).max() > 1e-3

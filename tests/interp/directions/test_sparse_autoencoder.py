@@ -1,6 +1,8 @@
-"""Published layouts are read, and do what their papers say."""
+"""Published layouts are read, and give what sae_lens computes from them."""
 
+import base64
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,48 +28,35 @@ WEIGHTS = {
     "b_dec": normal(3, D),
 }
 THRESHOLD = abs(normal(4, M))
-GATED = {"b_gate": normal(5, M), "b_mag": normal(6, M), "r_mag": normal(7, M)}
+GOLDENS = json.loads(Path(__file__).with_name("sae_lens_goldens.json").read_text())
+KINDS = [name for name in GOLDENS if name != "sae_lens"]
 
 
 def write(folder, config, **more):
-    weights = dict(WEIGHTS)
-    if config.get("architecture") == "gated":
-        del weights["b_enc"]
-    save_file({**weights, **more}, folder / "sae_weights.safetensors")
+    save_file({**WEIGHTS, **more}, folder / "sae_weights.safetensors")
     (folder / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": M, **config}))
     return folder
 
 
-def by_definition(x, kind):
-    x = np.float64(x)
-    pre = (x - WEIGHTS["b_dec"] * (kind == "standard")) @ WEIGHTS["W_enc"]
-    own, pre = pre, pre + WEIGHTS["b_enc"]
-    least = {
-        "standard": 0.0,
-        "jumprelu": THRESHOLD,
-        "gated": -GATED["b_gate"],
-        "topk": np.sort(pre, axis=-1)[..., -3, None] - 1e-9,
-    }[kind]
-    if kind == "gated":  # equations 3 to 6 of arXiv:2404.16014
-        size = own * np.exp(GATED["r_mag"]) + GATED["b_mag"]
-        features = (own > least) * np.maximum(size, 0)
-    else:
-        features = np.where((pre > 0) & (pre > least), pre, 0)
-    return features, features @ WEIGHTS["W_dec"] + WEIGHTS["b_dec"]
+def by_definition(x):
+    """A JumpReLU autoencoder's output: equation 3 of arXiv:2407.14435."""
+    pre = np.float64(x) @ WEIGHTS["W_enc"] + WEIGHTS["b_enc"]
+    features = np.where((pre > 0) & (pre > THRESHOLD), pre, 0)
+    return features @ WEIGHTS["W_dec"] + WEIGHTS["b_dec"]
 
 
-@pytest.mark.parametrize("kind", ["standard", "jumprelu", "topk", "gated"])
-def test_layouts_of_sae_lens(tmp_path, kind):
-    more = {"jumprelu": {"threshold": THRESHOLD}, "gated": GATED}.get(kind, {})
-    config = {"architecture": kind, "apply_b_dec_to_input": kind == "standard", "k": 3}
-    sae = load_sparse_autoencoder(write(tmp_path, config, **more))
-    x = normal(9, 2, 5, D)
-    features, output = by_definition(x, kind)
-    ours = sae.encode(jnp.asarray(x))
-    np.testing.assert_allclose(ours, features, atol=1e-4)
-    np.testing.assert_allclose(sae(jnp.asarray(x)), output, atol=1e-3)
-    if kind == "topk":
-        assert int((ours > 0).sum(-1).max()) <= 3
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_sae_lens_give_its_features(tmp_path, kind):
+    golden, path = GOLDENS[kind], tmp_path / "params.npz"
+    if "cfg" in golden:
+        (tmp_path / "cfg.json").write_text(json.dumps(golden["cfg"]))
+        path = tmp_path / "sae_weights.safetensors"
+    path.write_bytes(base64.b64decode(golden["weights"]))
+    sae = load_sparse_autoencoder(tmp_path if "cfg" in golden else path)
+    features = sae.encode(jnp.array(golden["x"]))
+    assert 0 < (features > 0).mean() < 1
+    np.testing.assert_allclose(features, golden["features"], atol=1e-5)
+    np.testing.assert_allclose(sae.decode(features), golden["output"], atol=1e-5)
 
 
 def test_gemma_scope_and_the_model_that_it_stands_in_for(tmp_path):
@@ -88,10 +77,10 @@ def test_gemma_scope_and_the_model_that_it_stands_in_for(tmp_path):
         return clean, out.trace
 
     clean, edited = run(params, sae)
-    wanted = by_definition(clean, "jumprelu")[1]
+    wanted = by_definition(clean)
     np.testing.assert_allclose(edited["resid_post"][0], wanted, rtol=1e-3, atol=1e-2)
     # A transcoder is the feed-forward of its layer, in the same pass.
-    wanted = by_definition(edited["mlp_in"][1], "jumprelu")[1]
+    wanted = by_definition(edited["mlp_in"][1])
     np.testing.assert_allclose(edited["mlp_out"][1], wanted, rtol=1e-3, atol=1e-2)
 
 
@@ -99,7 +88,12 @@ def test_gemma_scope_and_the_model_that_it_stands_in_for(tmp_path):
     "config, more, message",
     [
         ({"architecture": "matryoshka"}, {}, "architecture 'matryoshka'"),
-        ({"architecture": "gated"}, {}, "missing or unknown: b_gate, b_mag, r_mag"),
+        (
+            {"architecture": "gated"},
+            {},
+            "missing or unknown: b_enc, b_gate, b_mag, r_mag",
+        ),
+        ({}, {"scaling_factor": THRESHOLD}, "missing or unknown: scaling_factor"),
         ({"normalize_activations": "layer_norm"}, {}, "fold the factor"),
         ({"architecture": "topk", "k": 99}, {}, "k is 99"),
         ({}, {"W_skip": normal(5, D, D)}, "missing or unknown: W_skip"),

@@ -1,6 +1,6 @@
 """A planted feature is found by a probe, removed by a projection, restored by steering."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ FEATURE = np.random.default_rng(5).normal(size=24).astype(np.float32)
 FEATURE /= np.linalg.norm(FEATURE)
 
 
+@cache
 def planted():
     """Token 7 is token 9 with a feature, and the feature makes the model say 3."""
     params = jax.jit(partial(init, CONFIG))(jax.random.key(0))
@@ -31,9 +32,6 @@ def planted():
     table = table.at[PLANTED].set(table[TWIN] + 3 * FEATURE)
     head = head.at[:, SAYS].add(FEATURE)
     return {**params, "embed": {"table": table}, "lm_head": {"kernel": head}}
-
-
-PARAMS = planted()
 
 
 def pairs(count):
@@ -45,9 +43,11 @@ def pairs(count):
 
 def test_values_are_those_of_each_rows_last_token():
     rows = [[1, 2, 3], [4, 5, 6, 7, 8]]
-    values = last_token_values(CONFIG, PARAMS, rows, 0)
+    values = last_token_values(CONFIG, planted(), rows, 0)
     for row, value in zip(rows, values, strict=True):
-        out = forward(CONFIG, PARAMS, np.array([row]), taps=(Tap("resid_post", (0,)),))
+        out = forward(
+            CONFIG, planted(), np.array([row]), taps=(Tap("resid_post", (0,)),)
+        )
         np.testing.assert_allclose(value, out.trace["resid_post"][0, 0, -1], atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_a_probe_is_a_logistic_regression():
 @pytest.mark.slow
 def test_a_planted_feature_is_found_removed_and_restored():
     with_it, without = pairs(60)
-    read = partial(last_token_values, CONFIG, PARAMS, layer=0)
+    read = partial(last_token_values, CONFIG, planted(), layer=0)
     positive, negative = read(with_it), read(without)
     values = jnp.concatenate([positive, negative])
     probe = fit_probe(values, jnp.arange(120) < 60)
@@ -94,9 +94,9 @@ def test_a_planted_feature_is_found_removed_and_restored():
         logits = forward(CONFIG, params, tokens, edits=edits).logits[:, -1]
         return logits[:, SAYS] - jnp.mean(logits, axis=-1)
 
-    has, has_not = says(PARAMS)
-    removed, _ = says(PARAMS, Edit("resid_post", "project_out", vector, layer=0))
-    _, restored = says(PARAMS, Edit("resid_post", "add", vector, layer=0))
+    has, has_not = says(planted())
+    removed, _ = says(planted(), Edit("resid_post", "project_out", vector, layer=0))
+    _, restored = says(planted(), Edit("resid_post", "add", vector, layer=0))
     assert has > has_not + 1
     assert removed < has_not + 0.3 * (has - has_not)
     assert restored == pytest.approx(float(has), abs=0.2 * float(has - has_not))
@@ -105,9 +105,9 @@ def test_a_planted_feature_is_found_removed_and_restored():
     sample = SampleConfig(temperature=0.0, max_new_tokens=4)
     tap = Tap("resid_post", (0,), reduce="dot", direction=probe.direction)
     steer = Edit("resid_post", "add", 4 * vector, layer=0)
-    plain = generate(CONFIG, PARAMS, [without[0]], sample, taps=(tap,))
+    plain = generate(CONFIG, planted(), [without[0]], sample, taps=(tap,))
     steered = generate(
-        CONFIG, PARAMS, [without[0]], sample, taps=(tap,), edits=(steer,)
+        CONFIG, planted(), [without[0]], sample, taps=(tap,), edits=(steer,)
     )
     new = slice(len(without[0]), None)
     before, after = (run.traces[0]["resid_post"][0, new] for run in (plain, steered))

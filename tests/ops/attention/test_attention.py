@@ -74,9 +74,9 @@ else:
     settings = {"atol": 1e-5}
 # Small, because their interpreter is slow; it accepts f32 too.
 HOPPER = {"unit": 64, "head_dim": 32, "heads": (2, 1), **settings}
-FORWARDS = {"pallas_gpu": "plain", "pallas_gpu, specialized": "specialized"}
-for name, forward in FORWARDS.items():
-    settings = GpuSettings(forward=forward, interpret=DEVICE != "gpu")
+KERNELS = {"pallas_gpu": "plain", "pallas_gpu, specialized": "specialized"}
+for name, kind in KERNELS.items():
+    settings = GpuSettings(forward=kind, backward=kind, interpret=DEVICE != "gpu")
     run = partial(pallas_gpu.attention, settings=settings)
     CASES[name] = Case(run, **HOPPER)
 if DEVICE == "tpu":
@@ -166,8 +166,8 @@ def inputs(T, S, case=CASES["reference"]):
     ]
 
 
-# The specialized forward kernel has its own tests in the interpreter, and shares
-# everything else with the plain one.
+# The specialized kernels have tests of their own in the interpreter: the forward kernel in
+# gpu/test_specialized_forward.py, all in test_gpu_check.py.
 SHORT = [name for name in CASES if DEVICE == "gpu" or "specialized" not in name]
 
 
@@ -179,8 +179,13 @@ ALWAYS = (
 
 
 def marks(name, names):
-    """Single options are slow, except the reference's, and most of interpreted kernels."""
+    """Single options are slow, except the reference's, and most of interpreted kernels.
+
+    Of these the combinations show what single options do, which are tried nightly.
+    """
     if "pallas" in name and DEVICE == "cpu":
+        if len(names) < 2:
+            return [pytest.mark.nightly]
         quick = names in ALWAYS
     else:
         quick = name == "reference" or len(names) != 1
@@ -248,14 +253,26 @@ def test_value_and_gradient(name, names):
         assert ours == pytest.approx(right, rel=case.slope, abs=10 * case.slope), (
             argument
         )
+    if "pallas" in name and DEVICE == "cpu":
+        return  # Interpreted programs run in one order anyway.
     again = value_and_grads(q, k, v, spec.sinks)
     for one, other in zip(jax.tree.leaves(again[0]), grads, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-# Of the two forward kernels that are interpreted, the plain one is the quicker.
-@pytest.mark.parametrize("name", slow_but(SHORT, CASES))
-@pytest.mark.parametrize("grouped", slow_but([True], [True, False]))
+# Of the two forward kernels that are interpreted, the plain one is the quicker. A kernel's
+# blocks have one shape, grouped or not.
+BFLOAT16 = [
+    pytest.param(
+        *(name, grouped),
+        marks=[] if grouped and name in SHORT else pytest.mark.slow,
+    )
+    for name, grouped in itertools.product(CASES, (True, False))
+    if grouped or "pallas" not in name or DEVICE != "cpu"
+]
+
+
+@pytest.mark.parametrize("name, grouped", BFLOAT16)
 @pytest.mark.parametrize("queries", ["all", "one"])
 def test_bfloat16(name, grouped, queries):
     """bf16 results and gradients are as close to the oracle as rounding to bf16 allows.
@@ -367,8 +384,9 @@ def test_one_row_of_positions_serves_the_batch(name, queries):
 def test_large_scores_do_not_overflow(name):
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
-    z, lse = jax.jit(case.run)(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
-    expected = reference_attention(q * 100, k * 100, v, AttentionSpec(scale=SCALE))
+    large = (q * 100, k * 100, v, AttentionSpec(scale=SCALE))
+    z, lse = jax.jit(case.run)(*large)
+    expected = jax.jit(reference_attention)(*large)
     # Scores reach 3e4, where f32 numbers are 2e-3 apart.
     np.testing.assert_allclose(z, expected[0], atol=1e-2)
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)

@@ -35,35 +35,65 @@ def run_case(*arguments):
         timeout=900,
     )
     assert child.returncode == 0, child.stderr[-3000:]
-    # Registers that did not suffice, matrix instructions that wait for one another, and
-    # a register limit that was not taken.
-    text = child.stdout + child.stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
-    assert not any(spills), spills
-    assert bool(spills) == arguments[0].startswith("h100"), "no word from ptxas"
-    assert not re.search("serialized|setmaxnreg.*ignored", text)
+    # Registers that did not suffice, and matrix instructions that wait for one another.
+    words = "".join((child.stdout + child.stderr).split("Compile time")[:-1])
+    assert bool(words) == arguments[0].startswith("h100"), "no word from ptxas"
+    # Specialized kernels move registers from the producer to the consumers.
+    if re.search("setmaxnreg.*ignored", words):
+        pytest.fail(
+            "this environment has an assembler (such as nvjitlink 13.5) that ignores "
+            "setmaxnreg, so that it cannot judge: install the compilers alone, as in "
+            ".ci/run"
+        )
+    # The gradient of keys keeps the most: at head_dim 128, with 240 registers (960 bytes),
+    # specialized kernels write 68 to 136 bytes to memory, and were faster than the others
+    # on an H100 with that. More would be a change that should be seen.
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", words)]
+    assert max(spills, default=0) <= 136, spills
+    assert "serialized" not in words
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def check(found, backward=2, backward_256=2):
+def check(found, backward_256=2):
     """Every case compiles and has our kernels: one forward, and the backward ones."""
     assert {n: f["error"] for n, f in found.items() if "error" in f} == {}
     for name, case in found.items():
-        kernels = 1 + (backward_256 if name == "256" else backward)
+        kernels = 1 + (backward_256 if name == "256" else 2)
         assert case["kernels"] == (1 if name.startswith("decode") else kernels), name
+
+
+def check_long_rows(found):
     # The [T, S] scores of one head would take 2 GiB in bf16.
     assert found["32k"]["temporaries_mib"] < 1024
 
 
-@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_tpu(target):
-    check(run_case(target, "pallas_tpu"))
+# Of newer chips, which have no less of anything, the case with all options, and the one
+# with other dtypes.
+NEWER = ("everything", "decode int8")
+
+
+@pytest.mark.parametrize(
+    "target, names",
+    [
+        ("v5e:2x2", ()),
+        ("v5p:2x2x1", NEWER),
+        ("v6e:2x2", NEWER),
+        pytest.param("v5p:2x2x1", (), marks=pytest.mark.nightly),
+        pytest.param("v6e:2x2", (), marks=pytest.mark.nightly),
+    ],
+)
+def test_tpu(target, names):
+    found = run_case(target, "pallas_tpu", "auto", *names)
+    check(found)
+    if not names:
+        check_long_rows(found)
 
 
 @needs_cuda
-@pytest.mark.parametrize("forward", ["plain", "specialized"])
-def test_h100(forward):
-    found = run_case("h100:1", "pallas_gpu", forward)
+@pytest.mark.parametrize("kernels", ["plain", "specialized"])
+def test_h100(kernels):
+    found = run_case("h100:1", "pallas_gpu", kernels)
     assert "float32 is neither bfloat16 nor float16" in found.pop("float32")["error"]
     # Wide heads have separate kernels for dk and dv.
     check(found, backward_256=3)
+    check_long_rows(found)

@@ -24,7 +24,12 @@ from jaxlm.ops.attention.dispatch import (
     choose,
 )
 from jaxlm.ops.attention.reference import reference_attention
-from jaxlm.ops.attention.request import Request, request, request_of_sizes, target
+from jaxlm.ops.attention.request import (
+    AttentionRequest,
+    request,
+    request_of_sizes,
+    target,
+)
 from jaxlm.ops.attention.spec import AttentionSpec, Mask, quantize
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -36,7 +41,7 @@ def inputs(T=16, S=16, dtype=jnp.float32):
     return [jnp.asarray(normal(i, *s), dtype) for i, s in enumerate(shapes)]
 
 
-def make_request(platform="cpu", kind="cpu", **changes) -> Request:
+def make_request(platform="cpu", kind="cpu", **changes) -> AttentionRequest:
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     changes = {"head_dim": 128, "num_heads": 8, "dtype": dtype, **changes}
     return plain_request(platform=platform, device_kind=kind, **changes)
@@ -110,8 +115,13 @@ def test_what_is_proven_has_a_record():
             file = RESULTS / f"check_{kind.replace(' ', '_')}.json"
             record = json.loads(file.read_text())
             assert record["device"] == kind
-            # Each of its forward kernels.
+            # Each kind of its kernels.
             tested = {x for x in record["results"] if x.partition(",")[0] == name}
+            # Wide heads, which failed there, have had plain backward kernels since.
+            wide = record["results"].get("pallas_gpu, specialized backward", {})
+            failed = {label for label, found in wide.items() if not found["passed"]}
+            assert failed == {"head_dim 256: causal"}
+            tested.remove("pallas_gpu, specialized backward")
             assert tested and tested <= set(record["licensed"])
 
 

@@ -57,6 +57,19 @@ def test_a_right_kernel_passes_and_a_wrong_one_does_not(name):
 
 
 @pytest.mark.slow
+def test_specialized_kernels_pass():
+    """In a process of the gate: their warpgroups wait for one another in threads."""
+    (case,) = [
+        case
+        for case in gpu_check.cases("gpu", interpret=True)
+        if (case.implementation, case.option)
+        == ("pallas_gpu, specialized", "all options")
+    ]
+    ((_, found),) = gpu_check.check_all([case], ["--interpret", "gpu"], workers=1)
+    assert found["passed"] and found["same_twice"], found
+
+
+@pytest.mark.slow
 def test_what_stalls_or_dies_has_failed(tmp_path, monkeypatch):
     """The process is replaced, and the next case is checked."""
     worker = tmp_path / "worker.py"
@@ -77,3 +90,36 @@ def test_what_stalls_or_dies_has_failed(tmp_path, monkeypatch):
     assert found["dies"]["failure"].startswith("the process ended with")
     assert found["right"] == {"passed": True}
     assert json.dumps(found)
+
+
+def run_gate(platform, folder, monkeypatch):
+    arguments = ["gpu_check.py", "--interpret", platform, "--out", str(folder)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    gpu_check.main()
+    (file,) = folder.iterdir()
+    found = json.loads(file.read_text())
+    # What was interpreted licenses nothing, whatever passed.
+    assert found["passed"] and found["licensed"] == []
+    return found
+
+
+def test_the_interpreter_licenses_nothing(tmp_path, monkeypatch):
+    def pass_all(todo, flags, workers):
+        return [(case, {"passed": True}) for case in todo]
+
+    monkeypatch.setattr(gpu_check, "check_all", pass_all)
+    run_gate("gpu", tmp_path, monkeypatch)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "platform, kernels",
+    [
+        ("gpu", ["pallas_gpu, plain", "pallas_gpu, specialized"]),
+        ("tpu", ["pallas_tpu"]),
+    ],
+)
+def test_the_whole_gate_passes_in_the_interpreter(
+    platform, kernels, tmp_path, monkeypatch
+):
+    assert run_gate(platform, tmp_path, monkeypatch)["passed"] == kernels

@@ -101,7 +101,7 @@ def _forward_program(run: Program) -> None:
 
     def attend(j, slot, all_visible, carry):
         m, l, acc = carry
-        raw = run.warpgroup.dot(run.tile("q"), run.tile("k", slot))
+        raw = run.warpgroup.dot(run.tile("q", None), run.tile("k", slot))
         s = run.scores(raw, all_visible, j, slot, 0)
         m_new = jnp.maximum(m, jnp.max(s, axis=1))
         alpha = jnp.exp2(m - m_new)
@@ -110,40 +110,22 @@ def _forward_program(run: Program) -> None:
         acc = acc * spread(alpha, acc.shape, 0)
         return m_new, l, run.warpgroup.accumulate(acc, p, run.tile("v", slot))
 
-    start = run.warpgroup.softmax_start(*run.tile("q").shape)
+    start = run.warpgroup.softmax_start(*run.tile("q", None).shape)
     m, l, acc = run.stream(attend, start)
     sink = run.ins["sinks"][run.head] if "sinks" in run.ins else None
     factor, lse = online_softmax.finish(m / online_softmax.LOG2_E, l, sink)
     run.store({"z": acc * spread(factor, acc.shape, 0)}, lse)
 
 
-def _probs(run: Program, raw, all_visible, other, slot, axis: int):
-    """Recomputes probabilities; arguments as `Program.scores`."""
-    scores = run.scores(raw, all_visible, other, slot, axis)
-    # Queries along axis 1 are the streamed side.
-    lse = run.tile("lse", slot if axis == 1 else None)
-    return jnp.exp2(scores - run.warpgroup.load(lse, raw.shape, axis))
-
-
-def _dscores(run: Program, raw, p, dp, slot, axis: int):
-    """Computes the gradient of `raw`, without the scale, which comes at the end."""
-    spec = run.kernel.spec
-    delta = run.tile("delta", slot if axis == 1 else None)
-    capped = online_softmax.scores(raw, spec.scale, spec.soft_cap)
-    slope = online_softmax.slope(capped, 1.0, spec.soft_cap)
-    delta = run.warpgroup.load(delta, raw.shape, axis)
-    return online_softmax.dscores(p, dp, delta, slope)
-
-
 def _query_program(run: Program) -> None:
     """Computes dq of one block of queries of one head."""
 
     def add(j, slot, all_visible, dq):
-        q, dz = run.tile("q"), run.tile("dz")
+        q, dz = run.tile("q", None), run.tile("dz", None)
         k, v = run.tile("k", slot), run.tile("v", slot)
         raw, dp = run.warpgroup.dots([(q, k), (dz, v)])
-        p = _probs(run, raw, all_visible, j, slot, 0)
-        ds = _dscores(run, raw, p, dp, slot, 0)
+        p = run.probs(raw, all_visible, j, slot, 0)
+        ds = run.dscores(raw, p, dp, slot, 0)
         return run.warpgroup.accumulate(dq, ds, k)
 
     dq = run.stream(add, run.zeros("dq"))
@@ -159,17 +141,17 @@ def _key_program(run: Program) -> None:
 
     def add(i, slot, all_visible, sums):
         q, dz = run.tile("q", slot), run.tile("dz", slot)
-        pairs = [(run.tile("k"), q)]
+        pairs = [(run.tile("k", None), q)]
         if "dk" in sums:
-            pairs.append((run.tile("v"), dz))
+            pairs.append((run.tile("v", None), dz))
         products = run.warpgroup.dots(pairs)
         raw = products[0]
-        p = _probs(run, raw, all_visible, i, slot, 1)
+        p = run.probs(raw, all_visible, i, slot, 1)
         added = {}
         if "dv" in sums:
             added["dv"] = (sums["dv"], p, dz)
         if "dk" in sums:
-            ds = _dscores(run, raw, p, products[1], slot, 1)
+            ds = run.dscores(raw, p, products[1], slot, 1)
             added["dk"] = (sums["dk"], ds, q)
         results = run.warpgroup.accumulate_all(list(added.values()))
         return dict(zip(added, results, strict=True))

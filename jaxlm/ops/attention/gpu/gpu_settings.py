@@ -1,9 +1,9 @@
-"""Block sizes of the GPU kernels, and which forward kernel runs."""
+"""Block sizes of the GPU kernels, and which forward and backward kernels run."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-ForwardKernel = Literal["plain", "specialized"]
+KernelKind = Literal["plain", "specialized"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,17 @@ class GpuSettings:
       ValueError: for another block size.
     """
 
-    forward: ForwardKernel = "plain"
+    forward: KernelKind = "plain"
     """plain: one warpgroup per program (`gpu_flash.py`); specialized: one producer and
     two consumer warpgroups (`specialized_forward.py`), with 128 queries per block
     whatever `block_queries` is."""
     block_queries: int = 64
     block_keys: int = 64
     buffers: int = 2
+    backward: KernelKind = "plain"
+    """plain: as above; specialized: one producer and two consumer warpgroups of 64 rows
+    each (`specialized_backward.py`), up to head_dim 128. The blocks are then those that
+    they loop over: queries for dk and dv, keys for dq."""
     backward_block_queries: int = 64
     backward_block_keys: int = 64
     backward_buffers: int = 2

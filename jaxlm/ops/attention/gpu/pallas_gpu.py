@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention.flash import FlashKernels, flash_attention
-from jaxlm.ops.attention.gpu import gpu_decode, gpu_flash, specialized_forward
-from jaxlm.ops.attention.gpu.gpu_settings import ForwardKernel, GpuSettings
-from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.gpu import (
+    gpu_decode,
+    gpu_flash,
+    specialized_backward,
+    specialized_forward,
+)
+from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings, KernelKind
+from jaxlm.ops.attention.request import AttentionRequest
 from jaxlm.ops.attention.spec import AttentionSpec, dequantize
 from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_key
 
@@ -17,20 +22,30 @@ from jaxlm.ops.attention.tuning.tuning_cache import measured, settings_key
 def default_settings(
     q: Array | jax.ShapeDtypeStruct,
     segments: bool = False,
-    forward: ForwardKernel | None = None,
+    kernels: KernelKind | None = None,
 ) -> GpuSettings:
-    """Returns the settings measured on an H100 (benchmarks/results/attention_*.json).
+    """Returns the settings measured on an H100.
+
+    In benchmarks/results: attention_*.json and backward_*.json.
 
     Args:
       segments: whether the mask has segments. Packed documents are short, and smaller
         blocks skip more.
-      forward: the forward kernel; None: the faster one.
+      kernels: the forward and the backward kernels; None: the faster ones. Above
+        head_dim 128 the backward kernels are always plain.
     """
     H = q.shape[-1]
-    if forward is None:
-        forward = "specialized" if 64 < H <= 128 and not segments else "plain"
+    fast_forward = "specialized" if 64 < H <= 128 and not segments else "plain"
+    forward, backward = kernels or fast_forward, kernels or "specialized"
+    if H > specialized_backward.MAX_HEAD_DIM:
+        backward = "plain"
     large = H <= 128 if forward == "specialized" else H <= 64 and not segments
-    return GpuSettings(forward=forward, block_keys=128 if large else 64)
+    return GpuSettings(
+        forward=forward,
+        block_keys=128 if large else 64,
+        backward=backward,
+        backward_buffers=3 if backward == "specialized" else 2,
+    )
 
 
 def settings_for(
@@ -40,7 +55,7 @@ def settings_for(
     return measured(settings_key("pallas_gpu", q), default_settings(q, segments))
 
 
-def declines(request: Request) -> str | None:
+def declines(request: AttentionRequest) -> str | None:
     """Returns why these kernels cannot run the request; None: they can."""
     # No GPU before or after Hopper has its matrix instructions.
     if not request.device_kind.startswith(("NVIDIA H", "NVIDIA GH")):
@@ -107,7 +122,9 @@ def _backward(q, k, v, spec: AttentionSpec, lse, delta, dz, settings: GpuSetting
     """See `flash.FlashKernels`."""
     H = q.shape[-1]
     q, k, v, dz = _pad_head_dim(q, k, v, dz)
-    grads = gpu_flash.backward(q, k, v, spec, lse, delta, dz, settings)
+    specialized = settings.backward == "specialized"
+    kernel = specialized_backward if specialized else gpu_flash
+    grads = kernel.backward(q, k, v, spec, lse, delta, dz, settings)
     return tuple(x[..., :H] for x in grads)
 
 

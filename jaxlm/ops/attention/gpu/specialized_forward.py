@@ -4,7 +4,7 @@ After FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), in Pallas Mosaic GP
 producer warpgroup only starts copies of keys and values, several blocks ahead. Two
 consumer warpgroups take turns on the tensor cores (ping-pong), so that the softmax of
 one overlaps with the dot products of the other. Completely hidden blocks are not read,
-and completely visible blocks are not masked. The backward pass is in `gpu_flash.py`.
+and completely visible blocks are not masked.
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from jaxlm.ops.attention import online_softmax
 from jaxlm.ops.attention.block_skipping import BlockTable, Grid, make_table
 from jaxlm.ops.attention.gpu.gpu_settings import GpuSettings
 from jaxlm.ops.attention.gpu.warpgroup import (
+    CONSUMERS,
     ROWS,
     Warpgroup,
     mask_operands,
@@ -31,8 +32,6 @@ from jaxlm.ops.attention.gpu.warpgroup import (
 )
 from jaxlm.ops.attention.spec import AttentionSpec, Tokens
 
-# Number of consumer warpgroups.
-CONSUMERS = 2
 BLOCK_QUERIES = CONSUMERS * ROWS
 
 

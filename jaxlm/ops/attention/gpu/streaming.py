@@ -1,8 +1,10 @@
-"""GPU kernels with one resident block per program, and a stream of blocks to visit.
+"""GPU kernels with one resident block per warpgroup, and a stream of blocks to visit.
 
-Shared by the plain forward kernel and both backward kernels. Each program is one
+Shared by the plain forward kernel and all backward kernels. A plain program is one
 warpgroup and owns one block of queries or keys. It streams blocks of the other side:
 the next ones are copied to shared memory while it computes with the current one.
+A specialized program (`specialized_backward.py`) has several consumer warpgroups with a
+block each, and a producer that copies.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from jaxlm.ops.attention.gpu.warpgroup import (
     matrix_memory,
     pad_to_tiles,
 )
-from jaxlm.ops.attention.spec import AttentionSpec, Tokens
+from jaxlm.ops.attention.spec import MASKED, AttentionSpec, Tokens
 
 # An output is written through the shared memory of the operand of its shape.
 OUTPUT_BUFFER = {"z": "q", "dq": "q", "dk": "k", "dv": "v"}
@@ -82,17 +84,24 @@ class StreamingKernel:
     resident: Side
     streamed: Side
     interpret: bool
+    consumers: int = 0
+    """Warpgroups of a program that compute, beside one that copies; 0: it is plain."""
 
     @property
     def rows(self) -> int:
-        """Rows of the resident side, padded to whole blocks."""
-        return self._blocks * self.resident.block
+        """Rows of the resident side, padded to whole programs."""
+        return self._programs * max(self.consumers, 1) * self.resident.block
 
     @property
-    def _blocks(self) -> int:
-        """Number of blocks of the resident side; each has its own program."""
+    def blocks(self) -> int:
+        """Number of blocks of the resident side."""
         grid, queries = self.grid, self.resident.name == "query"
         return grid.query_blocks if queries else grid.key_blocks
+
+    @property
+    def _programs(self) -> int:
+        """Number of programs of one head; each has a block for every consumer."""
+        return -(-self.blocks // max(self.consumers, 1))
 
     def launch(
         self,
@@ -103,10 +112,12 @@ class StreamingKernel:
     ) -> dict[str, Array]:
         """Runs one program per (head, block, batch row), and returns the outputs.
 
+        A specialized program gets its index as its block.
+
         Args:
           matrices: q, k, v and dz, [B, rows, heads, H].
           floats: f32 [B, heads, rows], padded to whole blocks; sinks [heads].
-          outputs: shapes and dtypes of the outputs, with rows padded to whole blocks.
+          outputs: shapes and dtypes of the outputs, with `rows` rows.
         """
         q = matrices["q"]
         operands: dict[str, Any] = {
@@ -116,6 +127,10 @@ class StreamingKernel:
         operands["table"] = make_table(self.spec.mask, self.grid)
         memory = self.resident.memory(operands, q.shape[-1], q.dtype)
         memory |= self.streamed.memory(operands, q.shape[-1], q.dtype)
+        if self.consumers:
+            memory["free"] = plgpu.Barrier(
+                num_arrivals=self.consumers, num_barriers=self.streamed.buffers
+            )
         if "lse" in outputs:
             memory["lse"] = plgpu.SMEM((self.resident.block,), jnp.float32)
         trees = (operands, outputs, memory)
@@ -131,13 +146,21 @@ class StreamingKernel:
         body.__name__ = program.__name__.strip("_")
         arrays, types, scratch = leaves
         heads = matrices[self.resident.matrices[0]].shape[2]
+        sizes = {"head": heads, "block": self._programs, "row": q.shape[0]}
+        threads: dict[str, Any] = {}
+        if self.consumers:
+            # The last varies fastest: the longest programs of all heads come first, so
+            # that those that end last are short.
+            sizes = {name: sizes[name] for name in ("block", "head", "row")}
+            threads = {"num_threads": self.consumers + 1, "thread_name": "warpgroup"}
         results = Warpgroup(self.interpret).kernel(
             body,
             soft_cap=self.spec.soft_cap,
             out_type=types,
             scratch_types=scratch,
-            grid=(heads, self._blocks, q.shape[0]),
-            grid_names=("head", "block", "row"),
+            grid=tuple(sizes.values()),
+            grid_names=tuple(sizes),
+            **threads,
         )(*arrays)
         return jax.tree.unflatten(shapes[1], results)
 
@@ -154,6 +177,8 @@ class Program:
     block: Any
     row: Any
     """Of the batch."""
+    slot: Any = None
+    """Of the resident block, if there are several."""
 
     @property
     def warpgroup(self) -> Warpgroup:
@@ -163,19 +188,32 @@ class Program:
     def table(self) -> BlockTable:
         return self.ins["table"]
 
-    def _extent(self, side: Side, block: Any) -> Extent:
+    def extent(self, side: Side, block: Any) -> Extent:
         """Returns the range of positions and segments of a block."""
         keys = side.name == "key"
         read = self.table.key_extent if keys else self.table.query_extent
         return read(self.row, block)
 
-    def tile(self, name: str, slot: Any = None) -> Any:
-        """Returns a matrix or vector in shared memory; `slot` for the streamed side."""
+    def visibility(self, extent: Extent, other: Any) -> tuple[Any, Any]:
+        """Returns whether any score with a streamed block is visible, and whether all.
+
+        Args:
+          extent: of the resident block.
+          other: the index of the streamed block.
+        """
+        pair = (extent, self.extent(self.kernel.streamed, other))
+        if self.kernel.resident.name == "key":
+            pair = pair[::-1]
+        return self.table.visibility(*pair)
+
+    def tile(self, name: str, slot: Any) -> Any:
+        """Returns a matrix or vector in shared memory; `slot` None if it has none."""
         return self.memory[name] if slot is None else self.memory[name].at[slot]
 
     def zeros(self, name: str) -> Any:
         """Returns f32 zeros in the shape of this program's block of an output."""
-        return self.warpgroup.full(self.memory[OUTPUT_BUFFER[name]].shape, 0.0)
+        shape = self.tile(OUTPUT_BUFFER[name], self.slot).shape
+        return self.warpgroup.full(shape, 0.0)
 
     def fetch(self, side: Side, slot: Any, block: Any, head: Any) -> None:
         """Starts copying a block into shared memory."""
@@ -221,21 +259,18 @@ class Program:
         """
         resident, streamed = self.kernel.resident, self.kernel.streamed
         count, locate = self._visited()
-        extent = self._extent(resident, self.block)
+        extent = self.extent(resident, self.block)
         self.fetch(resident, None, self.block, self.head)
         for index in range(streamed.buffers):
             at = jnp.int32(index)
             pl.when(at < count)(lambda at=at: self.fetch(streamed, at, *locate(at)))
-        plgpu.barrier_wait(self.tile(resident.ready))
+        plgpu.barrier_wait(self.tile(resident.ready, None))
 
         def body(index, carry):
             slot = lax.rem(index, jnp.int32(streamed.buffers))
             plgpu.barrier_wait(self.tile(streamed.ready, slot))
             block, _ = locate(index)
-            pair = (extent, self._extent(streamed, block))
-            if resident.name == "key":
-                pair = pair[::-1]
-            any_visible, all_visible = self.table.visibility(*pair)
+            any_visible, all_visible = self.visibility(extent, block)
             visit = partial(step, block, slot, all_visible)
             carry = lax.cond(any_visible, visit, lambda carry: carry, carry)
             # Wait for all warps to read the slot before it is overwritten.
@@ -256,17 +291,48 @@ class Program:
         """
         spec = self.kernel.spec
         scores = online_softmax.scores_base_2(raw, spec.scale, spec.soft_cap)
+        return self._hide(scores, MASKED, all_visible, other, slot, axis)
 
-        def hide(scores):
+    def probs(self, raw: Any, all_visible: Any, other: Any, slot: Any, axis: int):
+        """Recomputes the probabilities, from the log-sum-exp; arguments as `scores`."""
+        spec = self.kernel.spec
+        scores = online_softmax.scores_base_2(raw, spec.scale, spec.soft_cap)
+        p = jnp.exp2(scores - self._of_queries("lse", raw.shape, slot, axis))
+        # Not the scores, so that their scale and the subtraction are one instruction.
+        return self._hide(p, 0.0, all_visible, other, slot, axis)
+
+    def dscores(self, raw: Any, p: Any, dp: Any, slot: Any, axis: int):
+        """Computes the gradient of `raw`, without the scale, which comes at the end.
+
+        Args:
+          p: the probabilities.
+          dp: their gradient.
+        """
+        spec = self.kernel.spec
+        capped = online_softmax.scores(raw, spec.scale, spec.soft_cap)
+        slope = online_softmax.slope(capped, 1.0, spec.soft_cap)
+        delta = self._of_queries("delta", raw.shape, slot, axis)
+        return online_softmax.dscores(p, dp, delta, slope)
+
+    def _of_queries(self, name: str, shape: tuple[int, int], slot: Any, axis: int):
+        """Loads a vector of the queries, which lie along `axis` of a matrix."""
+        # Queries along axis 1 are the streamed side.
+        vector = self.tile(name, slot if axis == 1 else self.slot)
+        return self.warpgroup.load(vector, shape, axis)
+
+    def _hide(self, x: Any, value: float, all_visible: Any, other, slot, axis: int):
+        """Sets hidden elements to a value; other arguments as `scores`."""
+
+        def hide(x):
             resident = self._tokens(
-                self.kernel.resident, self.block, None, raw.shape, 0
+                self.kernel.resident, self.block, self.slot, x.shape, 0
             )
-            streamed = self._tokens(self.kernel.streamed, other, slot, raw.shape, 1)
+            streamed = self._tokens(self.kernel.streamed, other, slot, x.shape, 1)
             pair = (resident, streamed) if axis == 0 else (streamed, resident)
-            allowed = spec.mask.allowed(*pair, self.kernel.grid.num_keys)
-            return online_softmax.hide(scores, allowed)
+            allowed = self.kernel.spec.mask.allowed(*pair, self.kernel.grid.num_keys)
+            return x if allowed is None else jnp.where(allowed, x, value)
 
-        return lax.cond(all_visible, lambda scores: scores, hide, scores)
+        return lax.cond(all_visible, lambda x: x, hide, x)
 
     def _tokens(self, side: Side, block: Any, slot: Any, shape: tuple, axis: int):
         """Returns the positions and segments of a block, broadcast to the scores."""
@@ -288,7 +354,7 @@ class Program:
         )
         copies = []
         for name, x in outputs.items():
-            buffer = self.memory[OUTPUT_BUFFER[name]]
+            buffer = self.tile(OUTPUT_BUFFER[name], self.slot)
             buffer[...] = x.astype(buffer.dtype)
             copies.append((buffer, self.out[name].at[self.row, rows, self.head]))
         if lse is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,6 +21,8 @@ from jaxlm.ops.attention.spec import MASKED, Mask
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # Rows of one warpgroup's matrix instruction.
 ROWS = 64
+# Warpgroups that compute in a specialized kernel, beside one that copies.
+CONSUMERS = 2
 # Bytes of shared memory that one program may use on an H100.
 SHARED_BYTES = 232448
 
@@ -162,6 +165,35 @@ class Warpgroup:
 
         return pl.run_state(run)([ACC.init(acc) for acc, _, _ in sums])
 
+    def pipeline(self, body: Any, starts: Sequence[Any]) -> list[Any]:
+        """Runs body(sums), which adds products to sums; returns the sums at its end.
+
+        Args:
+          starts: what the sums start with, f32 matrices.
+        """
+        if self.interpret:
+            sums = [_InterpretedSum(x) for x in starts]
+            body(sums)
+            return [x.value for x in sums]
+        return pl.run_state(body)([ACC.init(x) for x in starts])
+
+    def add(self, total: Any, a: Any, b: Any, transposed: bool = False) -> None:
+        """Starts adding a b, or a b^T, to a sum of `pipeline`.
+
+        a is in shared memory or, with 16 bits, in registers; b is in shared memory.
+        """
+        if self.interpret:
+            a = a if isinstance(a, jax.Array) else a[...]
+            total.value += _interpreted_dot(a, b[...], int(transposed))
+            return
+        plgpu.wgmma(total, a, b.transpose((1, 0)) if transposed else b)
+
+    def read(self, total: Any, pending: int) -> Any:
+        """Returns a sum of `pipeline` once at most `pending` products are not done."""
+        if self.interpret:
+            return total.value
+        return plgpu.wgmma_accumulator_load(total, wait_n=pending)
+
     def kernel(self, body: Any, *, soft_cap: float | None, **options: Any) -> Any:
         """Makes a kernel with `plgpu.kernel` and these options.
 
@@ -176,6 +208,11 @@ class Warpgroup:
             approx_math=soft_cap is None, reduction_scratch_bytes=512
         )
         return plgpu.kernel(body, compiler_params=params, **options)
+
+
+@dataclass
+class _InterpretedSum:
+    value: Any
 
 
 def _interpreted_dot(a: Any, b: Any, axis: int) -> Any:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.request import AttentionRequest
 from jaxlm.ops.attention.spec import AttentionSpec
 
 
-def declines(request: Request) -> str | None:
+def declines(request: AttentionRequest) -> str | None:
     """Returns why cuDNN cannot run the request; None: it can."""
     nvidia = request.platform == "gpu" and request.device_kind.startswith("NVIDIA")
     capability = _capability()

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float
 
-from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.request import AttentionRequest
 from jaxlm.ops.attention.spec import AttentionSpec
 
 # The kernel needs lengths in multiples of 128 lanes.
@@ -30,7 +30,7 @@ FUSED_BLOCKS = 4
 MAX_BLOCKS = 509 * 509
 
 
-def declines(request: Request) -> str | None:
+def declines(request: AttentionRequest) -> str | None:
     """Returns why splash attention cannot run the request; None: it can."""
     T, S, H = request.num_queries, request.num_keys, request.head_dim
     mask = request.spec.mask

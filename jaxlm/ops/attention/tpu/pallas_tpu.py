@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxlm.ops.attention.flash import FlashKernels, flash_attention
-from jaxlm.ops.attention.request import Request
+from jaxlm.ops.attention.request import AttentionRequest
 from jaxlm.ops.attention.spec import AttentionSpec, dequantize
 from jaxlm.ops.attention.tpu import tpu_backward, tpu_forward
 from jaxlm.ops.attention.tpu.tpu_blocks import LANES, TpuSettings
@@ -48,7 +48,7 @@ def settings_for(q: Array) -> TpuSettings:
     return measured(settings_key("pallas_tpu", q), default)
 
 
-def declines(request: Request) -> str | None:
+def declines(request: AttentionRequest) -> str | None:
     """Returns why these kernels cannot run the request; None: they can."""
     if request.dtype not in (jnp.float32, jnp.bfloat16):
         return f"no {request.dtype.name}: TPU kernels cannot load it"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.fields import nearest
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS
-from jaxlm.ops.attention.request import Request, request
+from jaxlm.ops.attention.request import AttentionRequest, request
 from jaxlm.ops.attention.spec import AttentionSpec, Mask
 from jaxlm.ops.attention.tuning.tuning_cache import record, settings_key
 
@@ -99,7 +99,7 @@ def tune(
         yield from _tune_one(name, q, k, v, spec)
 
 
-def _names(implementation: str | None, call: Request) -> list[str]:
+def _names(implementation: str | None, call: AttentionRequest) -> list[str]:
     reasons = {name: IMPLEMENTATIONS[name].declines(call) for name in TUNABLE}
     if implementation is None:
         return [name for name, reason in reasons.items() if reason is None]

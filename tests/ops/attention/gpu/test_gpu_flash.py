@@ -1,6 +1,7 @@
 """What is specific to the GPU kernels; test_attention.py checks their results."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,14 @@ def test_declines_say_why(monkeypatch):
     assert reason(dtype=jnp.float32) == "float32 is neither bfloat16 nor float16"
     assert reason(head_dim=260) == "head_dim 260 is above 256"
     assert reason(device_kind="NVIDIA B200").startswith("needs a Hopper GPU, not")
+    assert reason() is None  # a CPU has no CUDA runtime
     for runtime, reasons in ((12080, True), (12090, True), (12091, False)):
-        monkeypatch.setattr(
-            pallas_gpu, "_cuda_runtime", lambda runtime=runtime: runtime
-        )
+        # As in benchmarks/results/check_NVIDIA_H100_80GB_HBM3.json.
+        client = SimpleNamespace(platform_version=f"PJRT C API\ncuda {runtime}")
+        devices = [SimpleNamespace(client=client)]
+        monkeypatch.setattr(jax, "local_devices", lambda devices=devices: devices)
         assert bool(reason()) == reasons and reason(causal=False) is None
+    monkeypatch.undo()
     q, k, v = inputs(8, 8, 1, 16)
     with pytest.raises(ValueError, match="bfloat16, bfloat16 and float32"):
         pallas_gpu.attention(q, k, v.astype(jnp.float32), SPEC)
@@ -65,6 +69,7 @@ def test_settings_are_checked_and_fit():
         q = jnp.zeros((1, 1, 1, head_dim), jnp.bfloat16)
         room = warpgroup.SHARED_BYTES - 8192
         plain = pallas_gpu.default_settings(q, segments, "plain")
+        assert plain.backward == "plain"
         # Queries, and the buffers of keys and values.
         rows = plain.block_queries + 2 * plain.buffers * plain.block_keys
         assert 2 * rows * head_dim < room
@@ -76,17 +81,26 @@ def test_settings_are_checked_and_fit():
         rows = specialized_forward.BLOCK_QUERIES
         rows += 2 * special.buffers * special.block_keys
         assert 2 * rows * head_dim < room
+        assert special.backward == ("plain" if head_dim == 256 else "specialized")
+        if head_dim < 256:
+            # Two resident blocks; both sides have two matrices.
+            rows = 2 * 2 * warpgroup.ROWS
+            rows += 2 * special.backward_buffers * special.backward_block_keys
+            assert special.backward_block_queries == special.backward_block_keys
+            assert 2 * rows * head_dim < room
 
 
-def test_the_forward_kernel_is_the_faster_one():
-    """As benchmarks/results/attention_NVIDIA_H100_80GB_HBM3.json shows."""
+def test_the_kernels_are_the_faster_ones():
+    """As attention_* and backward_NVIDIA_H100_80GB_HBM3.json show."""
 
-    def forward(head_dim, segments):
+    def kinds(head_dim, segments=False):
         q = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.bfloat16)
-        return pallas_gpu.default_settings(q, segments).forward
+        found = pallas_gpu.default_settings(q, segments)
+        return found.forward, found.backward
 
-    assert forward(128, False) == "specialized"
-    assert {forward(128, True), forward(64, False), forward(256, False)} == {"plain"}
+    assert kinds(128) == ("specialized", "specialized")
+    assert kinds(128, segments=True) == kinds(64) == ("plain", "specialized")
+    assert kinds(256) == ("plain", "plain")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -39,6 +40,28 @@ def test_the_fastest_is_kept_and_used(monkeypatch):
     # A measurement holds only for its head_dim and dtype.
     assert dense.settings_for(q.astype(jnp.bfloat16)) == dense.DenseSettings()
     assert dense.settings_for(jnp.zeros((1, 256, 2, 16))) == dense.DenseSettings()
+
+
+def test_what_does_not_compile_is_passed_over(monkeypatch):
+    """The compilers of TPUs and GPUs raise these two where memory does not suffice."""
+    errors = {128: ValueError("smem"), 512: jax.errors.JaxRuntimeError("vmem\nmore")}
+
+    def seconds(*arguments):
+        block = arguments[-1].block
+        if block in errors:
+            raise errors[block]
+        return 1 / block
+
+    monkeypatch.setattr("jaxlm.ops.attention.tuning.tuning._seconds", seconds)
+    lines = list(tune("dense", **SMALL, dtype=jnp.float32))
+    assert lines[1].endswith("block 128: does not compile: smem")
+    assert lines[3].endswith("block 512: does not compile: vmem")
+    assert "block 1024 is the fastest" in lines[-1]
+    errors |= dict.fromkeys((64, 256, 1024), ValueError("smem"))
+    with pytest.raises(
+        ValueError, match="'dense': no candidate compiles on this device"
+    ):
+        list(tune("dense", **SMALL, dtype=jnp.float32))
 
 
 @pytest.mark.slow

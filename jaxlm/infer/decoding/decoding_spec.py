@@ -1,0 +1,25 @@
+"""What the programs of a model are compiled for."""
+
+from dataclasses import dataclass
+
+from jaxlm.config import CacheKind, ModelConfig
+from jaxlm.model.block import Block
+
+
+@dataclass(frozen=True)
+class DecodingSpec:
+    """A model, its cache, and what a step reports: all that is static."""
+
+    config: ModelConfig
+    max_length: int
+    """Tokens for which each row of the cache has room."""
+    kind: CacheKind = "full"
+    """Of the cache."""
+    num_top: int = 0
+    """How many of the most likely tokens each step reports."""
+    block: type[Block] = Block
+    spare: int = 0
+    """Room beyond `max_length`, for tokens that are taken back."""
+    outputs_first: bool = False
+    """`decode` reads matrices as [outputs, inputs]. A GPU reads them fastest so, where
+    there is one row."""
