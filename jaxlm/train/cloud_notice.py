@@ -47,10 +47,11 @@ class CloudNotice(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError, HTTPException):
                 answers = [*answers[-1:], ask()]
             if answers and answers[-1] not in (None, answers[0]):
-                self.text = answers[-1]
-                line = f"{self.text}: stopping after this step and saving"
+                # Said before what the run then says about its end.
+                line = f"{answers[-1]}: stopping after this step and saving"
                 with contextlib.suppress(OSError):  # The terminal may be gone.
                     print(line, file=sys.stderr, flush=True)
+                self.text = answers[-1]
                 return
             self._over.wait(_TICK_SECONDS)
 

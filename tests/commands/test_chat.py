@@ -23,6 +23,22 @@ from jaxlm.infer.conversation.conversation import Conversation
 CONTEXT = 65_536
 PASTE = "\x1b[200~one\n  two\x1b[201~"
 ALT_ENTER = "\x1b\r"
+# However busy the machine is, the terminal answers in time where the cursor is, and
+# the keys of an escape sequence belong together.
+PATIENT = """
+import sys
+from jaxlm import cli
+from prompt_toolkit.application import Application
+from prompt_toolkit.renderer import Renderer
+
+def patient(application, *arguments, **options):
+    begin(application, *arguments, **options)
+    application.ttimeoutlen, application.timeoutlen = 600.0, None
+
+begin, Application.__init__ = Application.__init__, patient
+Renderer.CPR_TIMEOUT = 600
+sys.exit(cli.main(["chat", *sys.argv[1:]]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +74,7 @@ class Chat(Terminal):
 
 def test_a_conversation_on_a_terminal(home, repository, tmp_path):
     environment = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(repository)}
-    program = [sys.executable, "-m", "jaxlm.cli", "chat", "--max-new-tokens", "60000"]
+    program = [sys.executable, "-c", PATIENT, "--max-new-tokens", "60000"]
     history = tmp_path / "jaxlm" / "chat_history"
     with Chat(program, cwd=home, environment=environment) as chat:
         chat.wait_for(r"\n\n>\Z")

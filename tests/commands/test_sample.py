@@ -100,14 +100,33 @@ def test_the_text_is_that_of_generate(home, repository):
     assert "prefill 6 tokens in" in err and "decode 40 tokens in" in err
 
 
-# Runs sample.py with waits that are shown at once.
+# Runs sample.py with waits that are shown at once, and before they go on: in their
+# first second, however busy the machine is.
 IMPATIENT = """
 import sys
-import time
+import types
 from jaxlm import cli
 from jaxlm.terminal import progress
+
+def show(waiting, *arguments, **options):
+    begin(waiting, *arguments, **options)
+    waiting._timer.join()
+
+begin, progress.Waiting.__init__ = progress.Waiting.__init__, show
 progress.WAIT_SECONDS = 0.0
+progress.time = types.SimpleNamespace(monotonic=lambda: 0.0)
 sys.exit(cli.run("sample", sys.argv[1:], "sample.py"))
+"""
+# Says that the wait for the first tokens has begun.
+TELLS = """
+import pathlib
+from jaxlm.commands import sample
+
+def generate(*arguments, **options):
+    pathlib.Path("waits").touch()
+    return generates(*arguments, **options)
+
+generates, sample.generate = sample.generate, generate
 """
 
 
@@ -359,14 +378,16 @@ def test_ctrl_c_ends_a_stream(home, repository):
 @pytest.mark.slow
 def test_ctrl_c_before_the_text_leaves_no_traceback(home, repository):
     arguments = ["runs/tiny", "--max-new-tokens", str(CONTEXT - 1)]
+    waits = home[0] / "waits"
     with Terminal(
-        [sys.executable, "-c", IMPATIENT, *arguments],
+        [sys.executable, "-c", TELLS + IMPATIENT, *arguments],
         cwd=home[0],
         environment={"PYTHONPATH": str(repository)},
     ) as terminal:
         terminal.wait_for("compiling and reading the prompt")
         # Only here is the line drawn in the moment in which the wait begins.
-        time.sleep(0.2)
+        while not waits.exists():
+            time.sleep(0.01)
         terminal.send(CTRL_C)
         assert terminal.wait() == 130
         shown = "\n".join(terminal.lines())

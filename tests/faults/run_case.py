@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from jaxlm.checkpoint.load import load
 from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.commands import train
 from jaxlm.data.loader import place
+from jaxlm.terminal import interrupts
 from jaxlm.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,6 +77,11 @@ def train_with_faults(*arguments):
                 elif action == "fill":
                     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
                 elif action == "wait":
+                    # The save before, in a thread, has ended, and a second signal is
+                    # no new one however long it takes to come.
+                    while "checkpoint-" in str(threading.enumerate()):
+                        time.sleep(0.01)
+                    interrupts._REPEAT_SECONDS = 3600.0
                     print("waiting", flush=True)
                     time.sleep(3600)
             digest = hashlib.sha256()

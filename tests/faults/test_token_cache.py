@@ -112,12 +112,12 @@ if __name__ == "__main__":
 
 def is_running(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):  # The second while it is read.
         return False
     # A process that nobody has waited for is a zombie.
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] != "Z"
+    return state != "Z"
 
 
 def test_workers_end_with_a_killed_parent_and_the_next_start_cleans_up(

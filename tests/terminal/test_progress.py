@@ -19,7 +19,7 @@ from jaxlm.terminal.progress import (
 
 # A run whose bars, notes, warnings and output all reach the terminal at the same time.
 RUN = r"""
-import sys, time, warnings
+import sys, warnings
 from jaxlm.terminal import progress
 
 progress.DELAY_SECONDS = -1.0  # Bars appear at once.
@@ -36,8 +36,10 @@ for step in range(1, 1001):
         line.note("a sample\n\x1b[2J\rTo be\nor not " + "x" * 80)
         with progress.progress_bar("hashing [a/b]", 1000) as advance_to:
             advance_to(10)
-            with progress.Waiting("learning [a]"):
-                time.sleep(0.3)  # The display is drawn ten times a second.
+            with progress.Waiting("learning [a]") as waiting:
+                waiting._timer.join()  # It is shown, however busy the machine is.
+                if waiting._live:
+                    waiting._live.refresh()
                 line.note("a note under three lines")
             advance_to(1000)
 line.update({"step": 2000, **row, "loss": 1.0})
@@ -193,6 +195,7 @@ progress.WAIT_SECONDS = 0.3
 waiting = progress.Waiting("compiling [it]")
 until = sys.argv[1]
 compute(pathlib.Path(until).exists if until.startswith("/") else ends_after(float(until)))
+waiting._timer.join()  # It is shown, however busy the machine is.
 waiting.finish()
 waiting.finish()
 print("first tokens")

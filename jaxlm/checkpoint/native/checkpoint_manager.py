@@ -84,7 +84,8 @@ class CheckpointManager:
         self._handler = arrays.new_handler()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._copied = threading.Event()
+        # Whether the arrays may be overwritten, and whether the save had ended by then.
+        self._copied, self._has_not_begun = threading.Event(), False
         self._last: int | None = None  # the step that this process saved or restored
         self._saves = 0
         self._lock: run_folder.RunLock | None = None
@@ -207,6 +208,7 @@ class CheckpointManager:
             "arrays": {item: arrays.describe(flat) for item, flat in state.items()},
         }
         self._copied.clear()
+        self._has_not_begun = False
         self._thread = threading.Thread(
             target=self._save_in_background,
             args=(state, meta, tokenizer),
@@ -214,7 +216,7 @@ class CheckpointManager:
         )
         self._thread.start()
         self._copied.wait()
-        if self._error is not None:
+        if self._has_not_begun:
             self.wait()
 
     def _save_in_background(
@@ -234,6 +236,8 @@ class CheckpointManager:
             self._delete_old()
         except BaseException as e:
             self._error = e  # raised by the next `wait` or `save`
+            # Later errors are not for this `save`, however late it looks.
+            self._has_not_begun = not self._copied.is_set()
             if not threading.main_thread().is_alive():
                 # The program is ending: nobody will call them.
                 self._report(

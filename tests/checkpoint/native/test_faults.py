@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -253,8 +254,17 @@ def test_errors_of_the_tokenizer_surface_and_leave_nothing(tmp_path, monkeypatch
         raise RuntimeError("no tokenizer today")
 
     monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+
+    class SeenLate(threading.Event):
+        """When the save that follows has failed already."""
+
+        def wait(self, timeout=None):
+            checkpoints._thread.join()
+            return super().wait(timeout)
+
     with CheckpointManager(tmp_path) as checkpoints:
         save(checkpoints, 1)
+        checkpoints._copied = SeenLate()
         monkeypatch.setattr("checkpoint_case.FakeTokenizer.save", broken)
         save(checkpoints, 2, wait=False)
         with pytest.raises(SaveError, match=r"checkpoints/2 .*no tokenizer today"):
