@@ -22,6 +22,7 @@ import openai
 import pytest
 import uvicorn
 from browser_case import CHROMIUM, Browser
+from examples_case import FIXED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_case import make_params, toy
@@ -395,7 +396,7 @@ def test_tools_are_told_to_the_template_and_calls_are_found(served):
 
 
 @given(st.text(alphabet="<tol_ca>x \n", max_size=60), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(**FIXED, max_examples=60)
 def test_calls_are_the_same_however_the_text_comes(text, width):
     text = f"{text}{ONE_CALL}{text[:9]}"
     whole, parts = CallText(["get_weather"]), CallText(["get_weather"])
@@ -497,7 +498,7 @@ VALUES = SCALARS | OBJECTS | st.lists(SCALARS | OBJECTS, max_size=3)
 FIELDS = sorted({*bodies.CHAT, *bodies.COMPLETION, *bodies.RESPONSE, "other"})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(**FIXED, max_examples=60)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_hostile_bodies_are_answered_or_refused(body):
     for known, rest in (

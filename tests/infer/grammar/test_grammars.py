@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from examples_case import FIXED
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_case import make_params, toy
 
@@ -107,7 +108,7 @@ def test_a_pattern_accepts_what_python_matches(pattern):
     assert matched < 200
 
 
-@settings(max_examples=30, deadline=None)
+@settings(**FIXED, max_examples=30)
 @given(st.data())
 def test_characters_are_exact(data):
     ends = data.draw(st.lists(st.tuples(*[st.integers(0, 0x10FFFF)] * 2), max_size=3))
@@ -154,7 +155,7 @@ ONCE = st.one_of(SCALARS, composed(SCALARS))
 SCHEMAS = st.one_of(ONCE, composed(ONCE))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(**FIXED, max_examples=30)
 @given(SCHEMAS, st.integers(0, 30), st.integers(0, 99))
 def test_each_text_parses_and_fits_its_schema(schema, more, seed):
     grammar = token_grammar(json_schema(schema), TOKEN_BYTES, V, SAMPLE)
