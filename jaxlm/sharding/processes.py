@@ -10,6 +10,7 @@ one line, since they would wait for it in the next collective operation.
 
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -87,6 +88,7 @@ class Processes(contextlib.AbstractContextManager):
         # reached least, how many, since when, and the longest time for one so far.
         self._points = 0
         self._least, self._least_since_s, self._longest_s = 0, 0.0, 0.0
+        self._looked_s = math.inf
         if cluster is not None:
             self.index, self.count = cluster.index, cluster.count
             self._connect(cluster)
@@ -271,6 +273,10 @@ class Processes(contextlib.AbstractContextManager):
                 self._agreements.pop(name).close(json.loads(notices[name]))
         # Process 0 watches all, and all others watch it.
         now, folder = time.monotonic(), _ALIVE
+        if now - self._looked_s > self._heartbeat_s / 2:
+            # Nothing was seen as this process itself was stopped.
+            alive.clear()
+        self._looked_s = now
         beats = self._read(folder) if self.is_first else self._beat_of_first()
         for index, beat in beats.items():
             if alive.get(index, ("", 0.0))[0] != beat:

@@ -53,8 +53,9 @@ def expect_refusal(path, reason="", file=None):
     assert len(message) < 500 + len(str(path)) and message.isprintable()
     assert reason in message
     assert type(error.value) is ValueError
-    # Of the processor. Measured: 0.01 s, and 0.05 s for two files of megabytes.
-    assert seconds < 1
+    # Of the processor. Measured: 0.01 s, and 0.05 s for two files of megabytes; looking
+    # through all objects of a process with JAX may take a second by itself.
+    assert seconds < 5
     size = path.stat().st_size if path.is_file() else 0
     assert peak < 300_000 + 3 * size
     return message

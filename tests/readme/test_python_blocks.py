@@ -95,7 +95,10 @@ def test_blocks_in_a_notebook(folder):
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("PYTHONPATH", path)
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-        client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+        # Its own limits are for machines with nothing else to do: outputs that come
+        # later would be left out.
+        limits = dict.fromkeys(("timeout", "startup_timeout", "iopub_timeout"), 1000)
+        client = NotebookClient(notebook, kernel_name="python3", **limits)
         client.execute(cwd=str(folder))
     outputs = [output for cell in notebook.cells for output in cell.outputs]
     text = "".join(o.text for o in outputs if o.output_type == "stream")

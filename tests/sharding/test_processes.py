@@ -144,6 +144,30 @@ def test_one_that_lives_but_does_not_go_on_ends_all(three, monkeypatch):
     first._client.key_value_delete(end)
 
 
+def test_who_was_stopped_itself_gives_nobody_up(three, monkeypatch):
+    """As in a virtual machine that is paused, or on one with too much to do."""
+    first, ended, now, alive = three[0], [], 0.0, {}
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(first, "_end", lambda *end, **grace: ended.append(end))
+    monkeypatch.setattr(first, "_check_points", lambda *_: None)
+    monkeypatch.setattr(first, "_heartbeat_s", 60.0)
+    monkeypatch.setattr(first, "_looked_s", 0.0)
+    for processes in three:
+        processes._show(1000)
+    for seconds in (1, 100, 20, 20, 20):
+        now += seconds
+        first._look(alive)
+        assert not ended
+    first._show(1001)
+    now += 1
+    first._look(alive)
+    lines = [line for _, line in ended]
+    assert len(lines) == 2 and all(
+        "nothing was heard of it for 60 s" in x for x in lines
+    )
+    first._client.key_value_delete("jaxlm/notices/end")
+
+
 def test_alone_nothing_waits():
     assert ALONE.is_first
     assert ALONE.gather("x", 3) == [3]
