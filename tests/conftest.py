@@ -81,6 +81,14 @@ def pytest_unconfigure(config):
         _CACHE.cleanup()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_lines_about_waits():
+    """In this process, however busy the machine is; children begin with their own."""
+    from jaxlm.terminal import progress
+
+    progress.WAIT_SECONDS = progress.DELAY_SECONDS = 1000.0
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The folder of train.py and sample.py."""

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def _run(program, arguments, files, environment, folder):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # Another process writes the program just now, and JAX compiles it once more.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
     # What was imported stays, and need not be looked through again.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

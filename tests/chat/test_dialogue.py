@@ -10,7 +10,6 @@ from jax.errors import JaxRuntimeError
 from jaxlm.chat import dialogue
 from jaxlm.chat.dialogue import COMMANDS, Dialogue
 from jaxlm.chat.prompt import DraftDropped
-from jaxlm.terminal import progress
 from jaxlm.terminal.progress import Waiting
 
 
@@ -32,8 +31,6 @@ def hold(monkeypatch, tmp_path, capsys):
     """Holds a dialogue; returns stdout, stderr and the conversation."""
 
     def hold(typed, answers=(), on_terminal=True, **options):
-        # A line about a wait, however busy the machine is.
-        monkeypatch.setattr(progress, "WAIT_SECONDS", 1000)
         talk = scripted(monkeypatch, tmp_path, answers, **options)
         Dialogue(talk, Keyboard(typed), on_terminal=on_terminal).hold()
         return *capsys.readouterr(), talk

@@ -36,7 +36,6 @@ from jaxlm.infer.generate import generate
 from jaxlm.infer.speculative.proposals import PromptLookup
 from jaxlm.model.params import quantize_matrices
 from jaxlm.sharding.mesh import make_mesh_of_size
-from jaxlm.terminal import progress
 from jaxlm.terminal.printable import printable
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
@@ -346,7 +345,6 @@ def test_without_a_run_the_way_to_one_is_told(tmp_path, monkeypatch, capsys):
 
 
 def test_the_run_that_it_takes_is_told(home, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "WAIT_SECONDS", 1000)  # however busy the machine is
     monkeypatch.chdir(home[0])
     told = "sampling from runs/tiny, the newest run\n"
     open_model(SampleArguments())
