@@ -11,7 +11,7 @@ from jaxlm.checkpoint.finite import is_finite
 from jaxlm.checkpoint.gguf import gguf_model as gguf
 from jaxlm.checkpoint.hf.hf_folder import write_hf
 from jaxlm.checkpoint.load import open_checkpoint
-from jaxlm.checkpoint.native.run_folder import is_new
+from jaxlm.checkpoint.native.run_folder import check_no_step, is_new
 from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.checkpoint.save import save
 from jaxlm.fields import nearest
@@ -46,13 +46,14 @@ def convert(
 
     Raises:
       ValueError: if the source cannot be read, the kind cannot express this model or
-        its tokenizer, or the destination already exists, is a URL or has the name of
-        another kind.
+        its tokenizer, or the destination already exists, is a URL, has the name of
+        another kind, or is in a step of a run.
     """
     dst = local_path(dst, "the destination")
     exists = f"{dst} already exists: choose another name, or remove it"
     if dst.exists() and not is_new(dst):
         raise ValueError(exists)
+    check_no_step(dst)
     _check_name(dst, to)
     opened = open_checkpoint(src, report=report)
     if to is None:

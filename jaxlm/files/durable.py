@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -43,9 +44,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise OSError(errno.EINVAL, "cannot write: it is not a file", str(path))
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    # Of its own in each process, also where all have the same number, as in containers.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
-        with temporary.open("wb") as file:
+        # Never through a link that somebody has laid.
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -59,6 +59,15 @@ def same(a, b):
     assert ids[0] == ids[1]
 
 
+def test_weights_of_64_bits_are_read_with_a_line(tmp_path):
+    config, params, tokenizer = default_model()
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    save(tmp_path / "run", config, wide, tokenizer)
+    said = []
+    load(open_checkpoint(tmp_path / "run", report=said.append))
+    assert said == ["float64 weights are read as float32"]
+
+
 def test_around_all_three_kinds(run, folder, tmp_path):
     same(run, folder)
     # Left by one that was interrupted.
@@ -77,6 +86,16 @@ def test_around_all_three_kinds(run, folder, tmp_path):
         assert found == (folder / name).read_bytes(), name
     found = (tmp_path / "back" / "model.safetensors").read_bytes()
     assert found == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("to", ["hf", "jaxlm", "gguf"])
+@pytest.mark.parametrize("where", ["", "0", "0/params"])
+def test_no_file_is_written_among_the_steps_of_a_run(run, to, where):
+    """They would be damage, or deleted with the step."""
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ValueError, match="is inside of a"):
+        convert(run, run / "checkpoints" / where / NAMES[to], to=to)
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize("to", ["hf", "jaxlm", "gguf"])

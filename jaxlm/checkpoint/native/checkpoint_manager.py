@@ -91,6 +91,7 @@ class CheckpointManager:
         self._lock: run_folder.RunLock | None = None
         self._processes = processes
         owner = processes.of_first("run folder", lambda: self._start(fresh))
+        self._start_id = owner.rpartition("\n")[2]
         processes.together("shared run folder", lambda: self._check_shared(owner))
 
     def _check_shared(self, owner: str) -> None:
@@ -254,10 +255,12 @@ class CheckpointManager:
         tokenizer: Tokenizer,
     ) -> None:
         step = meta["step"]
-        # The name is the same in each process; the lock makes it unique. What a save
-        # that failed has left may not be removable.
+        # The name is the same in each process, and in no earlier start of the run, of
+        # which a process that hung may still write. What a save that failed has left
+        # may not be removable.
         self._saves += 1
-        temporary = self._folder(f"{run_folder.TEMPORARY}{step}-{self._saves}")
+        name = f"{run_folder.TEMPORARY}{step}-{self._start_id}-{self._saves}"
+        temporary = self._folder(name)
         try:
             files = self._write(temporary, state, host, meta, tokenizer)
             commit = functools.partial(self._commit, temporary, step, files)
@@ -278,7 +281,7 @@ class CheckpointManager:
         """Makes and locks the run folder again if somebody has deleted it."""
         if self._lock is None or self._lock.is_held():
             return
-        lock = run_folder.RunLock(self.run)
+        lock = run_folder.RunLock(self.run, self._lock)
         self._lock.release()
         self._lock = lock
         self._report(f"{self.run} was deleted during the run: it is made again")

@@ -32,7 +32,7 @@ class NativeCheckpoint:
 
         Arguments and errors as `open_checkpoint`.
         """
-        self.path = path
+        self.path, self._report = path, report
         self.step_folder, self._manifest, self._meta = step_folder.first_readable(
             run_folder.candidates(path), _open_step, report
         )
@@ -45,7 +45,10 @@ class NativeCheckpoint:
     def params(self, *, dtype: Any = None, shardings: Any = None) -> Params:
         """As `Checkpoint.params`; raises ValueError if the step has been deleted."""
         by_path = {} if shardings is None else tree.flatten(shardings)
-        wanted = tree.nest(arrays.abstract(self._meta["arrays"]["params"], by_path))
+        stored = self._meta["arrays"]["params"]
+        if dtype is None and any(kind == "float64" for kind, _ in stored.values()):
+            self._report("float64 weights are read as float32")
+        wanted = tree.nest(arrays.abstract(stored, by_path))
         with self._same_step():
             params = step_folder.read_item(
                 self.step_folder, self._meta, "params", wanted

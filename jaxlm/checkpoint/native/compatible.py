@@ -1,15 +1,18 @@
 """Checks whether a run may continue from a checkpoint: config, data, environment."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.config import EXECUTION_FIELDS, Config, TrainConfig
 from jaxlm.fields import diff
+from jaxlm.ops.linear import compute_dtype
 
 # Fields that do not affect the numbers of a run.
 _FREE_DATA = ("workers", "prefetch", "cache_dir", "old_tokens")
@@ -141,7 +144,19 @@ def environment(state: Any) -> dict[str, Any]:
         "process_count": jax.process_count(),
         "mesh": _mesh_shape(state),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        # What XLA compiles for a CPU depends on it, and on it depends model.dtype auto.
+        "cpu": _cpu_name() if devices[0].platform == "cpu" else "",
+        "auto_dtype": compute_dtype("auto").name,
     }
+
+
+@functools.cache
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 @functools.cache  # each lookup in site-packages takes a millisecond
@@ -164,6 +179,8 @@ def environment_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     flat_new = {**new, **new["versions"]}
     # On one device there is no difference between a mesh and none.
     flat_old["mesh"], flat_new["mesh"] = old.get("mesh") or {}, new["mesh"] or {}
+    for name in ("cpu", "auto_dtype"):  # Steps of earlier versions have none.
+        flat_old.setdefault(name, flat_new[name])
     return [
         f"{name}: {flat_old.get(name)} -> {value}"
         for name, value in flat_new.items()

@@ -51,7 +51,7 @@ def write_manifest(folder: Path, entries: dict[str, Entry] | None = None) -> Non
     manifest = folder / MANIFEST
     manifest.write_bytes(_render(entries or manifest_entries(folder)))
     durable.sync(manifest)
-    for parent, _, _ in os.walk(folder):
+    for parent, _, _ in os.walk(folder, onerror=_refuse):
         durable.sync(Path(parent))
 
 
@@ -139,9 +139,13 @@ def _render(files: dict[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
 
+def _refuse(error: OSError) -> None:
+    raise error  # os.walk would leave out what it cannot list
+
+
 def _walk(folder: Path) -> Iterator[str]:
     """Yields the relative names of all files below `folder` except the manifest."""
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_refuse):
         for name in folders + files:
             path = Path(parent) / name
             relative = path.relative_to(folder).as_posix()

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
@@ -35,7 +36,9 @@ _RUN_FILES = (
     *(METRICS, "report.html", "loss.png", "texts.json"),
     *("tensorboard", "wandb", "mlflow", "config.json"),
 )
-_LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}((delete-)?[0-9]+-[0-9]+|probe-.*)")
+_LEFTOVER = re.compile(
+    rf"{re.escape(TEMPORARY)}((delete-)?[0-9]+-([0-9a-f]{{8}}-)?[0-9]+|probe-.*)"
+)
 
 
 def list_steps(run: Path) -> list[int]:
@@ -160,18 +163,7 @@ def check_free(run: Path) -> None:
         them; and for a folder that is no run's, with files of the names of a run's,
         which would be overwritten.
     """
-    real = Path(os.path.realpath(run))
-    for folder in (real, *real.parents):
-        if all(os.path.isfile(folder / n) for n in (META, integrity.MANIFEST)):
-            raise ValueError(
-                f"{run} is {'' if folder == real else 'inside of '}a step, which "
-                "training in it would damage: give --train.run-dir the run folder, or "
-                "another one"
-            )
-        if folder.name == CHECKPOINTS and list_steps(folder.parent):
-            raise ValueError(
-                f"{run} is inside of a run: the run folder is {folder.parent}"
-            )
+    check_no_step(run)
     config = run / "config.json"
     values: dict[str, Any] = {}
     if config.is_file():
@@ -193,6 +185,25 @@ def check_free(run: Path) -> None:
             raise ValueError(
                 f"{run} has a {name} that is not a run's, and would be overwritten: "
                 "choose another --train.run-dir, or rename it"
+            )
+
+
+def check_no_step(path: Path) -> None:
+    """Checks that a path to write is not among the steps of a run.
+
+    Raises:
+      ValueError: for a step, the folder of a run's steps, and what is inside of them.
+    """
+    real = Path(os.path.realpath(path))
+    for folder in (real, *real.parents):
+        if all(os.path.isfile(folder / n) for n in (META, integrity.MANIFEST)):
+            raise ValueError(
+                f"{path} is {'' if folder == real else 'inside of '}a step, which "
+                "would be damaged: give the run folder, or another one"
+            )
+        if folder.name == CHECKPOINTS and list_steps(folder.parent):
+            raise ValueError(
+                f"{path} is inside of a run: the run folder is {folder.parent}"
             )
 
 
@@ -269,36 +280,68 @@ def remove_unused(run: Path) -> None:
 class RunLock:
     """Keeps a second process from training in the same run folder.
 
-    It is a POSIX record lock on `RUN/.lock`: the system releases it when the process
-    ends, however it ends, and child processes do not inherit it. The same process can
-    still open a run folder twice.
+    It is a POSIX record lock on `RUN/.lock`, and on the same name in `RUN/checkpoints`
+    if that is a link. The system releases it when the process ends, however it ends,
+    and child processes do not inherit it. The same process can still open a run folder
+    twice.
     """
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, earlier: "RunLock | None" = None):
         """Creates the folder and takes the lock.
 
+        Args:
+          run: the run folder.
+          earlier: the lock of this process that is no longer in the folder. Steps that
+            are there must then be those of its run.
+
         Raises:
-          ValueError: if another process holds it (names its process id and host), or
-            if the folder cannot be written.
+          ValueError: if another process holds it (names its process id and host), if
+            the folder cannot be written, or if it has the steps of another run.
         """
         self._path = run / LOCK
         self._descriptor: int | None = None
+        self._of_target: int | None = None
         # A run that ends without a step deletes the file, perhaps after it was opened
         # here: a third process would then lock another file of this name.
         check_free(run)
         while self._descriptor is None:
             probe_writable(run)
-            self._descriptor = self._locked()
+            self._descriptor = self._locked(self._path)
             if not self.is_held():
                 self.release()
+        if (run / CHECKPOINTS).is_symlink():  # The links of two runs can lead there.
+            try:
+                self._of_target = self._locked(run / CHECKPOINTS / LOCK)
+            except ValueError:
+                self.release()
+                raise
+        self._folder = os.stat(run)
+        if earlier is not None and list_steps(run) and not self._continues(earlier):
+            self.release()
+            raise ValueError(
+                f"{run} was moved or deleted during the run, and has the steps of "
+                "another run now: those are left alone"
+            )
         os.ftruncate(self._descriptor, 0)
-        self.owner = f"pid {os.getpid()} on {socket.gethostname()}"
-        """What the file says of this process."""
+        self.owner = (
+            f"pid {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(4)}"
+        )
+        """What the file says of this process: no other one has the second line."""
         os.pwrite(self._descriptor, self.owner.encode(), 0)
+        if self._of_target is not None:
+            os.pwrite(self._of_target, self.owner.encode(), 0)
 
-    def _locked(self) -> int:
-        """Opens the file and locks it; raises as `__init__`."""
-        path, flags = self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    def _continues(self, earlier: "RunLock") -> bool:
+        """Whether this is the folder of another lock, or what it was moved to."""
+        assert self._descriptor is not None
+        written = os.pread(self._descriptor, 1000, 0)
+        if not written:  # the lock alone was deleted
+            return os.path.samestat(self._folder, earlier._folder)
+        return written == earlier.owner.encode()
+
+    def _locked(self, path: Path) -> int:
+        """Opens a file and locks it; raises as `__init__`."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             descriptor = os.open(path, flags, 0o644)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -312,7 +355,8 @@ class RunLock:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            written = os.pread(descriptor, 200, 0).decode(errors="replace")
+            owner = written.partition("\n")[0].strip()
             os.close(descriptor)
             raise ValueError(
                 f"another process ({owner or 'just starting'}) is training in "
@@ -338,9 +382,10 @@ class RunLock:
 
     def release(self) -> None:
         """Releases the lock; a second call does nothing."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        for descriptor in (self._descriptor, self._of_target):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptor = self._of_target = None
 
 
 def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:

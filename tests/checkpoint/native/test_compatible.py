@@ -161,6 +161,8 @@ def test_another_version_gives_one_line(tmp_path):
     meta = json.loads(path.read_text())
     meta["environment"]["versions"]["jax"] = "0.0.1"
     meta["environment"]["device_kind"] = "TPU v9"
+    # model.dtype auto depends on the CPU, and so does what XLA compiles for it.
+    meta["environment"] |= {"cpu": "Z80", "auto_dtype": "float8"}
     path.write_text(json.dumps(meta))
     integrity.write_manifest(path.parent)
     reported = []
@@ -168,6 +170,7 @@ def test_another_version_gives_one_line(tmp_path):
         assert restore(checkpoints).step == 5
     assert len(reported) == 1 and "\n" not in reported[0]
     assert "jax: 0.0.1 -> " in reported[0] and "device_kind: TPU v9 -> " in reported[0]
+    assert "cpu: Z80 -> " in reported[0] and "auto_dtype: float8 -> " in reported[0]
 
 
 def test_a_config_with_an_unknown_field_is_named(tmp_path):

@@ -230,6 +230,26 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path):
         save(checkpoints, 1)
 
 
+def test_two_runs_whose_steps_are_in_one_place_are_not_trained_at_once(tmp_path):
+    """Each would rotate the other's steps away."""
+    (tmp_path / "disk").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoints").symlink_to(tmp_path / "disk")
+    child = start_child(HOLD, tmp_path / "a")
+    child.wait_for("locked\n")
+    try:
+        match = f"pid {child.pid} .* is training in {tmp_path}/b/checkpoints: "
+        for _ in range(2):
+            with pytest.raises(ValueError, match=match):
+                CheckpointManager(tmp_path / "b")
+    finally:
+        child.kill()
+        child.wait()
+    with CheckpointManager(tmp_path / "b") as checkpoints:
+        save(checkpoints, 1)
+
+
 def test_a_lock_that_another_run_deletes_while_it_is_taken_is_taken_again(
     tmp_path, monkeypatch
 ):
@@ -354,7 +374,7 @@ def test_steps_on_another_disk_are_set_aside_there(tmp_path):
         load(run / "old-1")
         with CheckpointManager(run, fresh=True, report=lambda line: None):
             assert list_steps(run / "old-2") == [1, 2] and not list_steps(run)
-        assert sorted(path.name for path in disk.iterdir()) == ["old-1", "old-2"]
+        assert {path.name for path in disk.iterdir()} == {".lock", "old-1", "old-2"}
     finally:
         shutil.rmtree(disk)
 
@@ -410,6 +430,60 @@ def test_a_run_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeyp
             child.wait()
 
 
+def test_a_run_that_has_ended_in_this_ones_place_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    with CheckpointManager(run, keep=1, report=lambda line: None) as checkpoints:
+        save(checkpoints, 1)
+        run.rename(moved)
+        run_with_steps(run, 1, 2)
+        for step in (3, 4):  # One that failed must not hold the lock either.
+            with pytest.raises(SaveError, match="has the steps of another run"):
+                save(checkpoints, step)
+        assert checkpoints.steps() == [1, 2]
+        # Its own folder goes on: without its lock, and copied to another disk.
+        shutil.rmtree(run)
+        moved.rename(run)
+        (run / ".lock").unlink()
+        save(checkpoints, 5)
+        shutil.copytree(run, moved)
+        shutil.rmtree(run)
+        moved.rename(run)
+        save(checkpoints, 6)
+        assert checkpoints.steps() == [6] and restore(checkpoints).step == 6
+
+
+def test_no_save_writes_where_an_earlier_start_may_still_write(tmp_path, monkeypatch):
+    names = []
+    make = CheckpointManager._make
+    monkeypatch.setattr(
+        CheckpointManager,
+        "_make",
+        lambda self, folder, items: (names.append(folder), make(self, folder, items)),
+    )
+    for _ in range(2):
+        with CheckpointManager(tmp_path / "run") as checkpoints:
+            save(checkpoints, 1)
+        shutil.rmtree(tmp_path / "run")
+    assert len(names) == len(set(names)) == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+    scan, failures, said = os.scandir, [errno.ESTALE], []
+
+    def scandir(path):
+        if str(path).endswith("params") and failures:
+            raise OSError(failures.pop(), "Stale file handle", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with CheckpointManager(tmp_path / "run", report=said.append) as checkpoints:
+        save(checkpoints, 1)
+        assert not failures and said[0].endswith("trying again")
+        assert restore(checkpoints).step == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"cannot be written to.*--train\.run-dir"):
@@ -428,7 +502,7 @@ def test_a_folder_that_training_would_spoil_is_refused(tmp_path, monkeypatch):
     for folder, words in (
         *((tmp_path / n, f"has a {n} that is not a run's") for n in others),
         (run / "checkpoints/1/params", "params is inside of a step, which"),
-        (run / "checkpoints/1", "1 is a step, which training in it would damage"),
+        (run / "checkpoints/1", "1 is a step, which would be damaged"),
         (run / "checkpoints", f"is inside of a run: the run folder is {run}$"),
         (model, "is a Hugging Face model, whose config.json a run would overwrite"),
     ):
