@@ -101,6 +101,9 @@ WRONG = {
     "forward(CONFIG, params, [[1, 2], [1]])": "rows of 1 to 2 ids: pad them",
     "forward(CONFIG, params, TOKENS + 5)": "tokens has the id 8: ids are 0 to 7",
     "forward(CONFIG, params, TOKENS - 2)": "tokens has the id -1: ids are 0 to 7",
+    "forward(CONFIG, params, TOKENS.astype(np.int64) + 2**32)": "tokens has the id 42949672",
+    "forward(CONFIG, params, [[1, 2**32 + 1]])": "tokens has the id 4294967297: ids",
+    "forward(CONFIG, params, np.zeros((1, 0), int))": "rows without a token",
     "forward(CONFIG, params, [[1, 2]], positions=np.zeros((1, 1), int))": "positions has shape (1, 1) and dtype",
     "forward(CONFIG, params, [[1, 2]], segment_ids=np.ones((1, 2)))": "give an integer for each token, (1, 2)",
     "forward(CONFIG, params, np.zeros((1, 7), int))": "rows of 7, more than model.context_length 6",
@@ -128,6 +131,8 @@ WRONG = {
     "generate(params, CONFIG, [[1]])": "config is a dict, not a ModelConfig",
     "generate(CONFIG, KEY, [[1]])": "params is a PRNGKeyArray, not a nested dict",
     "cross_entropy(jnp.zeros((1, 3, 8)), TOKENS[:, 1:])": "logits[:, :-1] to tokens[:, 1:]",
+    "cross_entropy(jnp.zeros((1, 3, 8)), np.array([[1, 2, -100]]))": "targets has the id -100: ids are 0 to 7",
+    "cross_entropy(jnp.zeros((1, 2, 8)), np.array([[1, 2**32]]))": "targets has the id 4294967296: ids",
     "attention(*q_and_k(6, 4, 4))": "6 query heads (axis 2 of q) are not a multiple of 4 key/value heads (axis 2 of k)",
     "attention(*q_and_k(2, 2, 1))": "[B, S, K, H] for both k and v",
     "attention(*q_and_k(2), *q_and_k(2, 2, batch=2))": "must have the same batch and head dimension",
@@ -139,6 +144,7 @@ WRONG = {
     "save('.', CONFIG, params, ByteTokenizer())": ". already exists: choose another name",
     "save('new', CONFIG, params, 'chars')": "tokenizer is a str",
     "save('new', CONFIG, quantize_matrices(params, 'int8'), ByteTokenizer())": "embed/table is quantized, which no checkpoint holds",
+    "generate(CONFIG, jax.tree.map(lambda x: x.astype(int), params), [[1]])": "weights are floating-point numbers",
     "save('new', params, CONFIG, ByteTokenizer())": "config is a dict, not a ModelConfig",
 }
 

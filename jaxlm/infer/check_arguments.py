@@ -15,9 +15,10 @@ from jaxlm.infer.generation_state import GenerationState
 from jaxlm.infer.rules.automata import ENDS, Automaton
 from jaxlm.infer.speculative.proposals import DraftModel, Proposer
 from jaxlm.model.block import Block
-from jaxlm.model.checks import check_ids, check_key, check_model
+from jaxlm.model.checks import check_key, check_model
 from jaxlm.model.initialization import init_cache
 from jaxlm.model.positions import max_fixed_rotation_length
+from jaxlm.ops.ids import check_ids
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.types import Params

@@ -32,7 +32,6 @@ from jaxlm.ops.rope import rotate
 from jaxlm.sharding.rules import (
     activation_spec,
     batch_parts,
-    expert_axes,
     gather_stream,
     reshard_input,
     reshard_output,
@@ -238,8 +237,7 @@ class MixtureOfExperts(nn.Module):
             for path, weight in weights(config).items()
             if "E" in weight.stacked
         }
-        y = mixture(x, *routing, matrices, config.activation, expert_axes())
-        return probe("mlp_out", y)
+        return probe("mlp_out", mixture(x, *routing, matrices, config.activation))
 
 
 class Norm(nn.Module):

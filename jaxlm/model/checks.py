@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Int, Integer
+from jaxtyping import Array, Int
 
 from jaxlm import tree
 from jaxlm.config import Config, ModelConfig
 from jaxlm.model.block import Block
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.params import WEIGHTS, weights
+from jaxlm.ops.ids import check_ids, concrete_values
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import ATTENTION_SITES
 from jaxlm.ops.probing.tap import Tap
@@ -63,7 +63,8 @@ def check_params(config: ModelConfig, params: Any, *, own_layers: bool) -> None:
       own_layers: a block that is not `Block` reads the layers, and knows their shapes.
 
     Raises:
-      ValueError: names the first path that is missing, left over or of another shape.
+      ValueError: names the first path that is missing, left over, of another shape, or
+        not of floating-point numbers.
     """
     if not isinstance(params, Mapping):
         raise ValueError(
@@ -95,6 +96,12 @@ def check_params(config: ModelConfig, params: Any, *, own_layers: bool) -> None:
             raise ValueError(
                 f"params are of another model: {path} has shape {found[path]}, and "
                 f"the config asks for {wanted[path]}"
+            )
+    for path, leaf in tree.flatten(params).items():
+        dtype = getattr(leaf, "dtype", jnp.float32)  # a quantized weight has none
+        if path in wanted and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"params have {path} of {dtype}: weights are floating-point numbers"
             )
 
 
@@ -144,6 +151,9 @@ def as_tokens(
     dtype = getattr(tokens, "dtype", None) or np.asarray(tokens).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"tokens has dtype {dtype}: ids are integers")
+    # Before JAX, in which 2**32 + 5 becomes 5.
+    if (ids := concrete_values(tokens)) is not None:
+        check_ids("tokens", ids, config.vocab_size)
     array = jnp.asarray(tokens)
     if array.ndim != 2:
         raise ValueError(
@@ -151,6 +161,8 @@ def as_tokens(
             + (": a single row is tokens[None]" if array.ndim == 1 else "")
         )
     length = array.shape[1]
+    if not length:
+        raise ValueError("tokens has rows without a token: give at least one")
     if length > config.context_length:
         raise ValueError(
             f"tokens has rows of {length}, more than model.context_length "
@@ -161,8 +173,6 @@ def as_tokens(
             f"tokens has rows of {length}, which mesh.context {context_parts()} does "
             "not divide: pad them"
         )
-    if (ids := _concrete_values(array)) is not None:
-        check_ids("tokens", ids, config.vocab_size)
     if cache is not None:
         _check_room(cache, length)
     return array
@@ -204,27 +214,13 @@ def check_cut_rows(
         )
 
 
-def check_ids(name: str, ids: Integer[np.ndarray, "..."], num_ids: int) -> None:
-    """Raises ValueError for ids that are not 0 to `num_ids` - 1."""
-    wrong = ids[(ids < 0) | (ids >= num_ids)]
-    if wrong.size:
-        raise ValueError(f"{name} has the id {wrong[0]}: ids are 0 to {num_ids - 1}")
-
-
 def _check_room(cache: Cache, num_tokens: int) -> None:
-    room, lengths = cache.max_length, _concrete_values(cache.lengths)
+    room, lengths = cache.max_length, concrete_values(cache.lengths)
     if lengths is not None and lengths.max() + num_tokens > room:
         raise ValueError(
             f"the cache holds {lengths.max()} of {room} tokens, and {num_tokens} more "
             "do not fit: make a longer one with init_cache"
         )
-
-
-def _concrete_values(array: Array) -> np.ndarray | None:
-    """Returns the values of an array; None while it is traced, or on other hosts."""
-    if isinstance(array, Tracer) or not array.is_fully_addressable:
-        return None
-    return np.asarray(array)
 
 
 def check_key(key: Any, *shapes: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxlm.ops.collectives import all_gather, axes_of, psum_scatter
+from jaxlm.ops.ids import check_ids, concrete_values
 from jaxlm.ops.layout import layout, reshape
 
 
@@ -23,10 +24,12 @@ def cross_entropy(
 
     Args:
       logits: any float dtype.
-      targets: ids below V.
+      targets: ids below V. Of those that shall not count, take any id, and leave out
+        the result.
 
     Raises:
-      ValueError: when the shapes do not fit.
+      ValueError: when the shapes do not fit, and outside jit for an id that is not
+        below V, such as the -100 of other libraries.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
@@ -34,6 +37,8 @@ def cross_entropy(
             f"{targets.shape}: the logits of a token belong to the one after it, "
             "logits[:, :-1] to tokens[:, 1:]"
         )
+    if (ids := concrete_values(targets)) is not None:
+        check_ids("targets", ids, logits.shape[-1])
     return _nll_and_lse(logits.astype(jnp.float32), jnp.asarray(targets))[0]
 
 
