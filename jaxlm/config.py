@@ -613,6 +613,10 @@ class TrainConfig:
                     f"train.skip_batches is {text}: the second number must be the "
                     "larger"
                 )
+            if after >= 2**31:
+                raise ValueError(
+                    f"train.skip_batches is {text}: numbers must be below 2**31"
+                )
             if first <= end:
                 raise ValueError(
                     f"train.skip_batches is {' '.join(self.skip_batches)}: ranges must "

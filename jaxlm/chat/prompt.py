@@ -6,8 +6,10 @@ the input is a message.
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 PROMPT = "> "
 
@@ -67,14 +69,22 @@ def line_editor() -> Callable[[], str]:
     def read() -> str:
         nonlocal was_typed
         was_typed = False
+        before = signal.signal(signal.SIGTERM, _end)
         try:
             return session.prompt().strip("\n")
         except KeyboardInterrupt:
             if was_typed:
                 raise DraftDropped from None
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return read
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    """Lets the editor put the terminal back as it was, and ends the program."""
+    raise SystemExit(128 + number)
 
 
 def history_file() -> Path | None:

@@ -14,7 +14,7 @@ _MAX_BYTES = 64 << 20  # No context is that long.
 
 
 def save(messages: Sequence[Message], path: Path) -> None:
-    """Writes messages to a file, which replaces an earlier conversation.
+    """Writes messages to a file, which replaces what it has of the same conversation.
 
     Raises:
       ValueError: if it cannot be written, or the file is something else.
@@ -26,14 +26,26 @@ def save(messages: Sequence[Message], path: Path) -> None:
             raise ValueError(
                 f"{path} exists and is not a conversation: choose another name"
             ) from None
-        if earlier and not messages:
-            raise ValueError(f"{path} has messages, and there are none to replace them")
+        if earlier and not _goes_on(earlier, messages):
+            raise ValueError(
+                f"{path} has another conversation, of {len(earlier)} messages: choose "
+                "another name, or remove it"
+            )
     text = json.dumps(list(messages), indent=1, ensure_ascii=False)
     try:
         with durable.replacing(path) as file:
             file.write(text.encode("utf-8", "surrogatepass") + b"\n")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def _goes_on(earlier: Sequence[Message], messages: Sequence[Message]) -> bool:
+    """Whether messages are an earlier conversation, perhaps with other answers."""
+    begins = [
+        next((m["content"] for m in part if m["role"] == "user"), None)
+        for part in (earlier, messages)
+    ]
+    return begins[0] == begins[1] and len(messages) >= len(earlier)
 
 
 def load(path: Path) -> list[Message]:

@@ -36,6 +36,8 @@ MAX_LINE_BYTES = 32 << 20
 _BATCH_ROWS = 16
 # What Zstandard decompresses at once: at worst to 32 MiB, as four bytes make 128 KiB.
 _ZSTD_BYTES = 1 << 10
+# In its errors for what is sound, but needs an option: `zstd --ultra --long=31`, `-D`.
+_ZSTD_OPTIONS = ("too much memory", "Dictionary mismatch")
 # Text becomes 3 to 10 times smaller, and a log perhaps 100 times. A file of a megabyte
 # that unfolds to a terabyte would be tokenized until the disk is full.
 MAX_UNFOLDED_BYTES = 1 << 30
@@ -260,6 +262,11 @@ def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Document
             else:
                 yield from _read_json_lines(file, stream, raw, field, damage)
         except _damaged_archive() as error:
+            if any(words in str(error) for words in _ZSTD_OPTIONS):
+                raise ValueError(
+                    f"{file.path}: compressed with a window or a dictionary that is "
+                    f"not read here ({error}): decompress it first"
+                ) from None
             raise ValueError(
                 f"{file.path}: the compressed file is damaged or truncated at byte "
                 f"{raw.tell()} ({error}): get it again"
@@ -327,6 +334,8 @@ def _read_json_lines(
                 "object per line"
             ) from None
         document = _field_of(value, field, where)
+        if text.count(json.dumps(field)) > 1 and _is_twice(text, field):
+            raise ValueError(f"{where}: the field {field!r} is there twice: repair it")
         yield DocumentPart(damage.check_surrogates(document, number), where, raw.tell())
 
 
@@ -347,6 +356,17 @@ def _field_of(value: Any, field: str, where: str) -> str:
             "text: set data.field to the field that holds the text"
         )
     return value[field]
+
+
+def _is_twice(text: str, field: str) -> bool:
+    """Whether the outermost object has two values of a field."""
+    names: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        names[:] = [name for name, _ in pairs]
+
+    json.loads(text, object_pairs_hook=keep)  # the outermost is the last
+    return names.count(field) > 1
 
 
 def _which(field: str, what: str, names: Iterable[str]) -> str:
@@ -432,6 +452,10 @@ def _check_column(file: TextFile, schema: Any, field: str, pyarrow: Any) -> None
         raise ValueError(
             f"{file.path}: no column {field!r}{_which(field, 'column', schema.names)}: "
             "set data.field"
+        )
+    if schema.names.count(field) > 1:
+        raise ValueError(
+            f"{file.path}: two columns have the name {field!r}: rename one"
         )
     kind = schema.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

@@ -210,7 +210,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
     most half of one, which the next start removes. Nothing here ends a run: damaged
     lines are moved to `metrics.damaged.jsonl`, or `metrics.damaged-2.jsonl` and so on;
     if the file cannot be written (a full disk), it warns once and tries again with each
-    row; a file that was deleted is begun anew; and a sink that fails gets no more rows.
+    row; a file that was deleted is begun anew, but not that of another run, which has
+    taken the name of this one; and a sink that fails gets no more rows.
     """
 
     def __init__(
@@ -239,8 +240,10 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self._warned = False
         self._sinks = list(sinks)
         self._file: io.FileIO | None = None
+        self._folder: os.stat_result | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = os.stat(self.path.parent)
             if resume_step is not None:
                 self._keep_up_to(resume_step)
             elif self.path.exists() and self.path.stat().st_size:
@@ -323,10 +326,16 @@ class MetricsWriter(contextlib.AbstractContextManager):
             size = os.fstat(file.fileno()).st_size
             if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                 line = b"\n" + line
-            written = file.write(line)
-            if written != len(line):
-                file.truncate(size)
-                raise OSError(f"only {written} of {len(line)} bytes were written")
+            try:
+                while line:  # The system may take a part.
+                    count = file.write(line)
+                    if not count:
+                        raise OSError("nothing was written")
+                    line = line[count:]
+            except OSError:
+                with contextlib.suppress(OSError):  # It may be a device.
+                    file.truncate(size)
+                raise
         except OSError as error:
             self.lost_rows += 1
             self._warn_of(error)
@@ -337,7 +346,14 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._file = None
         if self.path.is_fifo():
             raise OSError(errno.EINVAL, "a pipe, which would be waited for")
-        self._file = io.FileIO(self.path, "a+b")
+        file = io.FileIO(self.path, "a+b")
+        folder = os.stat(self.path.parent)
+        if self._folder and not os.path.samestat(folder, self._folder):
+            if os.fstat(file.fileno()).st_size:
+                file.close()
+                raise OSError(errno.EEXIST, "the folder is that of another run now")
+            self._folder = folder
+        self._file = file
         return self._file
 
     def _is_there(self, file: io.FileIO) -> bool:

@@ -172,15 +172,18 @@ def test_a_file_that_cannot_be_does_not_end_it(hold, tmp_path):
         hole.truncate(1 << 40)
     typed = ["Hi", f"/save {file}", f"/save {tmp_path / ('x' * 300)}"]
     typed += [f"/load {hole.name}", "/reset", f"/save {file}", "again", "Ho"]
+    typed += [f"/save {file}"]
     _, err, talk = hold(typed, ["1", JaxRuntimeError("RESOURCE_EXHAUSTED"), "2"])
     assert contents(talk) == ["Ho", "2"]
     lines = err.splitlines()
     assert [line[:5] for line in lines if "forgotten" not in line] == [
-        *("saved", "error", "error", "error", "error"),
+        *("saved", "error", "error", "error", "error", "error"),
     ]
     assert "File name too long" in lines[1] and "more than" in lines[2]
-    # The earlier conversation is not replaced by an empty one.
-    assert "none to replace them" in lines[4] and len(json.loads(file.read_text())) == 2
+    # The earlier conversation is not replaced by an empty one, and by no other.
+    for line in (lines[4], lines[6]):
+        assert "talk.json has another conversation, of 2 messages: choose" in line
+    assert [m["content"] for m in json.loads(file.read_text())] == ["Hi", "1"]
 
 
 def test_a_full_context_does_not_end_it_on_a_terminal(hold):

@@ -3,7 +3,11 @@
 `tests/commands/test_chat.py` has it on a terminal.
 """
 
+import os
+import signal
 import stat
+import threading
+import time
 
 import pytest
 from prompt_toolkit.application import create_app_session
@@ -36,6 +40,28 @@ def test_ctrl_c_tells_a_draft_from_an_empty_line(monkeypatch, tmp_path):
         assert read() == "Hi"
         assert after(f"{UP}{CTRL_C}") is DraftDropped
         assert after(CTRL_C) is KeyboardInterrupt
+
+
+def test_sigterm_ends_the_editor_in_order(monkeypatch, tmp_path):
+    """Otherwise the terminal would stay without an echo."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        create_pipe_input() as keys,
+        create_app_session(input=keys, output=DummyOutput()),
+    ):
+        read = line_editor()
+        keys.send_text("\x18")  # C-x: the editor runs, and waits for the next key.
+        threading.Thread(target=_signal_when_handled).start()
+        with pytest.raises(SystemExit, match="143"):
+            read()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def _signal_when_handled():
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_the_history_is_the_users_own(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 
 import numpy as np
 import pyarrow
@@ -85,6 +86,7 @@ def test_half_of_a_surrogate_pair(tmp_path, caplog):
         ("[1]", "line 2: expected a JSON object .* found list"),
         ('{"texts": "a"}', r"line 2: no field 'text' \(did you mean 'texts'\?\)"),
         ('{"text": 3}', "line 2: the field 'text' holds int"),
+        ('{"text": "a", "text": "b"}', "line 2: the field 'text' is there twice"),
     ],
 )
 def test_bad_lines(line, message, tmp_path):
@@ -117,6 +119,38 @@ def test_damaged_archives(tmp_path):
     path.write_bytes(b"PAR1 nonsense")
     with pytest.raises(ValueError, match="not a complete Parquet file"):
         texts(path)
+
+
+def test_sound_archives_that_need_an_option_are_not_called_damaged(tmp_path):
+    data = b"text " * 1000
+    wide = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    samples = [random.Random(n).randbytes(8).hex().encode() * 20 for n in range(500)]
+    words = zstandard.train_dictionary(2048, samples)
+    for name, options in (
+        ("window", {"compression_params": wide}),
+        ("words", {"dict_data": words}),
+    ):
+        stream = zstandard.ZstdCompressor(**options).compressobj()
+        path = tmp_path / f"{name}.txt.zst"
+        path.write_bytes(stream.compress(data) + stream.flush())
+        with pytest.raises(
+            ValueError, match=rf"{name}\.txt\.zst: .*decompress it first"
+        ):
+            texts(path)
+
+
+def test_a_field_of_a_part_is_no_second_one(tmp_path):
+    line = r'{"text": "\"text\"", "about": {"text": "b"}}'
+    (tmp_path / "a.jsonl").write_text(line)
+    assert texts(tmp_path / "a.jsonl") == ['"text"']
+
+
+def test_two_parquet_columns_of_one_name(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.table(columns, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="two columns have the name 'text'"):
+        texts(tmp_path / "a.parquet")
 
 
 def test_parquet_columns(tmp_path):

@@ -1,5 +1,6 @@
 """metrics.jsonl, and the rates in it."""
 
+import io
 import json
 import math
 import os
@@ -167,6 +168,23 @@ def test_a_half_written_last_line_is_repaired(tmp_path, cut):
     assert steps_of(tmp_path) == [*whole, 4]
 
 
+def test_the_log_of_a_run_that_has_taken_the_name_is_left_alone(tmp_path, caplog):
+    run = tmp_path / "run"
+    with MetricsWriter(run) as writer:
+        writer.write("event", 0, event="start")
+        run.rename(tmp_path / "moved")
+        with MetricsWriter(run) as other:
+            other.write("event", 0, event="start")
+        log = (run / "metrics.jsonl").read_bytes()
+        writer.write("event", 1, event="a")
+        assert (run / "metrics.jsonl").read_bytes() == log
+        assert "the folder is that of another run now" in caplog.text
+        (run / "metrics.jsonl").unlink()
+        writer.write("event", 2, event="b")
+    (row,) = read_metrics(run)
+    assert row["lost_rows"] == 1
+
+
 def test_rows_are_in_the_file_at_once(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write("train", 1, **train_row(1))
@@ -243,6 +261,18 @@ def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 4]
     assert rows[1]["lost_rows"] == 2
+
+
+def test_a_row_that_the_system_takes_in_parts_is_whole(tmp_path, monkeypatch):
+    class Parts(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data)[:100])
+
+    monkeypatch.setattr("jaxlm.train.metrics.io.FileIO", Parts)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, **train_row(1))
+        assert not writer.lost_rows
+    assert steps_of(tmp_path) == [1]
 
 
 class Recorder:

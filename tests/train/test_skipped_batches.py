@@ -37,6 +37,7 @@ def test_steps_take_the_other_batches_in_order():
         (("5:7", "6:9"), "is 5:7 6:9: ranges must be in order"),
         (("5:7", "7:9"), "have other batches between them"),
         (("5:7", "1:2"), "ranges must be in order"),
+        (("1:2147483648",), "numbers must be below 2**31"),
     ],
 )
 def test_other_ranges_are_refused(ranges, words):
