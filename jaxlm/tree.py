@@ -1,6 +1,6 @@
 """Pure functions over trees of arrays; selecting nothing is an error.
 
-Where leaves have names, a `Quantized` weight is one leaf.
+Where leaves have names, a `Quantized` or `OutputsFirst` weight is one leaf.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.types import Quantized
+from jaxlm.types import OutputsFirst, Quantized
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -23,7 +23,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Returns the leaves by path name, in the order of the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_quantized)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_weight)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
@@ -44,12 +44,12 @@ def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves),
         *(tree, *rest),
-        is_leaf=_is_quantized,
+        is_leaf=_is_weight,
     )
 
 
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, Quantized)
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, Quantized | OutputsFirst)
 
 
 def mask(tree: Any, patterns: Mapping[str, bool]) -> Any:

@@ -64,3 +64,25 @@ class Quantized:
     def ndim(self) -> int:
         """Number of axes of the weight."""
         return self.values.ndim
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OutputsFirst:
+    """A matrix, [inputs, outputs], that lies in memory as [outputs, inputs].
+
+    Inside jit it stands where the array would, and has its shape.
+    """
+
+    values: Any
+    """An array or `Quantized`, of the shape of the weight."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return self.values.ndim

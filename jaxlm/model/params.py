@@ -22,7 +22,7 @@ from jaxlm import tree
 from jaxlm.config import ModelConfig, WeightKind
 from jaxlm.ops.quantization import quantize_weight
 from jaxlm.sharding import rules
-from jaxlm.types import Params, Quantized
+from jaxlm.types import OutputsFirst, Params, Quantized
 
 Initializer = Callable[..., Array]
 
@@ -370,29 +370,34 @@ def with_outputs_first(params: Params) -> Params:
     return _turned(params, lambda inputs, outputs: (*outputs, *inputs))
 
 
-def with_inputs_first(params: Params) -> Params:
-    """The inverse of `with_outputs_first`."""
+def read_with_outputs_first(params: Params) -> Params:
+    """Returns what `with_outputs_first` returned as `forward` reads it.
+
+    Matrices have their own shape again, and are marked as `OutputsFirst`. Inside jit,
+    nothing moves in memory.
+    """
 
     def order(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[int, ...]:
         now = (*outputs, *inputs)
         return tuple(now.index(axis) for axis in range(len(now)))
 
-    return _turned(params, order)
+    return _turned(params, order, OutputsFirst)
 
 
 def _turned(
     params: Params,
     order: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]],
+    mark: Callable[[Any], Any] = lambda x: x,
 ) -> Params:
-    """Transposes the matrices of one layer, and the head."""
+    """Transposes the matrices of each layer, and the head."""
 
-    def turn(path: str, x: Array | Quantized) -> Array | Quantized:
+    def turn(path: str, x: Array | Quantized) -> Any:
         weight = _MATRICES.get(re.sub(r"^layers/\d+/", "layers/", path))
         if weight is None:
             return x
         stacked = len(weight.dimensions) - x.ndim
         axes = order(*(tuple(a - stacked for a in s) for s in weight.matrix_axes))
-        return jax.tree.map(lambda leaf: leaf.transpose(axes), x)
+        return mark(jax.tree.map(lambda leaf: leaf.transpose(axes), x))
 
     return tree.map_with_name(turn, params)
 

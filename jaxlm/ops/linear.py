@@ -25,7 +25,10 @@ from jaxlm.ops.collectives import (
 )
 from jaxlm.ops.layout import cotangent_layout, layout
 from jaxlm.ops.quantization import dequantize_weight
-from jaxlm.types import Quantized
+from jaxlm.types import OutputsFirst, Quantized
+
+# XLA:CPU multiplies up to so many rows of bfloat16 faster by [outputs, inputs].
+FEW_ROWS = 32
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -40,20 +43,38 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-@cache
 def _cpu_multiplies_bfloat16() -> bool:
+    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
     info = Path("/proc/cpuinfo")
     if not info.exists():
-        return False
-    flags = info.read_text().partition("flags")[2].partition("\n")[0].split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return frozenset()
+    return frozenset(info.read_text().partition("flags")[2].partition("\n")[0].split())
+
+
+def reads_outputs_first(num_rows: int, dtype: DTypeLike) -> bool:
+    """Whether a device multiplies so many rows fastest by [outputs, inputs].
+
+    GPUs do with one row, and CPUs with bfloat16 units with few rows of bfloat16.
+    """
+    if target()[0] == "gpu":
+        return num_rows == 1
+    return _are_few_on_cpu(num_rows, dtype)
+
+
+def _are_few_on_cpu(num_rows: float, dtype: DTypeLike) -> bool:
+    few = num_rows <= FEW_ROWS and dtype == jnp.bfloat16
+    return few and target()[0] == "cpu" and _cpu_multiplies_bfloat16()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
 def einsum(
     equation: str,
     x: Float[Array, "..."],
-    w: Num[Array, "..."] | Quantized,
+    w: Num[Array, "..."] | Quantized | OutputsFirst,
     out_sharding: P | None = None,
     out_dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -61,7 +82,8 @@ def einsum(
     """`einsum(equation, x, w)` of an activation and a parameter.
 
     The parameter is rounded to x's dtype, sums are kept in f32, and the gradient of
-    the parameter stays in the parameter's dtype. A quantized one has no gradient.
+    the parameter stays in the parameter's dtype. A quantized one has no gradient; with
+    outputs first there is none at all.
 
     Args:
       equation: with an explicit output; each letter of x is in w or in the output, and
@@ -74,23 +96,22 @@ def einsum(
       precision: of f32 inputs on accelerators, which otherwise use fewer bits; forward
         and backward.
     """
+    if isinstance(w, OutputsFirst):
+        equation, w = _in_order_of_memory(equation, w.values)
     if isinstance(w, Quantized):
         return _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision)
-    one_row = _is_on_one_device(w) and _is_one_row(equation, x)
-    platform, rows = target()[0], _row_axes(equation)
-    if one_row and platform == "gpu":
+    num_rows = _num_rows(equation, x) if _is_on_one_device(w) else math.inf
+    if num_rows == 1 and target()[0] == "gpu":
         y = _one_row(equation, x, w.astype(x.dtype), out_sharding)
+    elif _is_outputs_first(equation) and _are_few_on_cpu(num_rows, x.dtype):
+        y = _few_rows(equation, x, w.astype(x.dtype), out_sharding)
     else:
         whole = _gathered(equation, x, w)
-        repeats = one_row and platform == "cpu" and x.dtype == jnp.bfloat16 and rows
-        if repeats:
-            # XLA:CPU multiplies several rows in bfloat16. For one it writes w in f32.
-            x = jnp.concatenate([x, x], equation.index(rows[0]))
+        as_two = num_rows == 1 and target()[0] == "cpu" and x.dtype == jnp.bfloat16
+        x = _as_two_rows(equation, x) if as_two else x
         product = _product_in_shard_map if _in_shard_map(x) else _product
         y = product(equation, x, whole, out_sharding=out_sharding, precision=precision)
-        if repeats:
-            row = equation.partition("->")[2].index(rows[0])
-            y = jax.lax.slice_in_dim(y, 0, 1, axis=row)
+        y = _first_row(equation, y) if as_two else y
     return y.astype(x.dtype if out_dtype is None else out_dtype)
 
 
@@ -102,7 +123,7 @@ def _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision):
         out_sharding = P(*out_sharding.partitions)
     if any(w.scale.shape[axis] > 1 for axis in summed):
         # For a product of matrices XLA would write the whole weight first.
-        if _is_on_one_device(w.values) and _is_one_row(equation, x):
+        if _is_on_one_device(w.values) and _num_rows(equation, x) == 1:
             w = dequantize_weight(w, jnp.float32)
             return _one_row(equation, x, w, out_sharding).astype(out_dtype)
         w = dequantize_weight(w, x.dtype)
@@ -167,9 +188,71 @@ def _row_axes(equation: str) -> str:
     return "".join(axis for axis in x_axes if axis not in w_axes)
 
 
-def _is_one_row(equation: str, x: Array) -> bool:
+def _num_rows(equation: str, x: Array) -> int:
+    return math.prod(x.shape[equation.index(axis)] for axis in _row_axes(equation))
+
+
+def _as_two_rows(equation: str, x: Array) -> Array:
+    """Repeats one row, for which alone XLA:CPU would write the matrix in f32."""
+    return jnp.concatenate([x, x], equation.index(_row_axes(equation)[0]))
+
+
+def _first_row(equation: str, y: Array) -> Array:
+    axis = equation.partition("->")[2].index(_row_axes(equation)[0])
+    return jax.lax.slice_in_dim(y, 0, 1, axis=axis)
+
+
+def _with_outputs_first(equation: str) -> str:
+    """Returns the axes of w, those of the output before those that are summed."""
+    inputs, out = equation.split("->")
+    return "".join(sorted(inputs.partition(",")[2], key=lambda axis: axis not in out))
+
+
+def _is_outputs_first(equation: str) -> bool:
+    return equation.partition("->")[0].endswith("," + _with_outputs_first(equation))
+
+
+def _in_order_of_memory(
+    equation: str, w: Array | Quantized
+) -> tuple[str, Array | Quantized]:
+    """Returns w as [outputs, inputs], as it lies in memory, and the equation for it."""
+    inputs, out = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    ordered = _with_outputs_first(equation)
+    order = [w_axes.index(axis) for axis in ordered]
+    return f"{x_axes},{ordered}->{out}", jax.tree.map(lambda a: a.transpose(order), w)
+
+
+def _few_rows(equation: str, x: Array, w: Array, out_sharding: P | None) -> Array:
+    """Multiplies few rows and w, [outputs, inputs], on a CPU with bfloat16 units.
+
+    XLA:CPU packs the right operand anew in each call, which takes longer than the
+    product. The tiles of AMX take as many rows of the left one, so there w is that.
+    bfloat16, with f32 sums.
+    """
+    inputs, _, out = equation.partition("->")
+    x_axes, w_axes = inputs.split(",")
+    if layout(w) is not None:  # one device, of which shapes need no layout
+        x, w = (jax.sharding.reshard(a, P()) for a in (x, w))
+    sizes = dict(zip(x_axes + w_axes, x.shape + w.shape, strict=True))
     rows = _row_axes(equation)
-    return math.prod(x.shape[equation.index(axis)] for axis in rows) == 1
+    summed = "".join(axis for axis in w_axes if axis not in out)
+    outputs = w_axes.removesuffix(summed)
+    num_rows, num_inputs = (
+        math.prod(sizes[a] for a in axes) for axes in (rows, summed)
+    )
+    # Two axes are summed as one: XLA would copy w for them.
+    w = w.reshape(-1, num_inputs)
+    x = jnp.einsum(f"{x_axes}->{rows}{summed}", x).reshape(num_rows, num_inputs)
+    x = jnp.concatenate([x, x]) if num_rows == 1 else x
+    if "amx_bf16" in _cpu_flags():
+        # Without the barrier XLA turns the product around to spare the transposition.
+        y = jax.lax.optimization_barrier(_product("oi,ri->or", w, x)).T
+    else:
+        y = _product("ri,oi->ro", x, w)
+    y = y[:num_rows].reshape([sizes[axis] for axis in rows + outputs])
+    y = jnp.einsum(f"{rows}{outputs}->{out}", y)
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
 def _one_row(equation: str, x: Array, w: Array, out_sharding: P | None) -> Array:

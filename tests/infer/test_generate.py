@@ -114,8 +114,7 @@ def test_a_row_is_what_its_prompt_gives_alone(greedy, drawn):
 
 @pytest.mark.slow
 def test_one_row_on_a_gpu_reads_matrices_with_their_outputs_first(greedy, monkeypatch):
-    for module in (engine, linear):
-        monkeypatch.setattr(module, "target", lambda: ("gpu", "a card"))
+    monkeypatch.setattr(linear, "target", lambda: ("gpu", "a card"))
     alone = generate(CONFIG, PARAMS, RAGGED[1:2], GREEDY, KEY, return_state=True)
     assert alone.tokens.tolist() == greedy.tokens[1:2].tolist()
     np.testing.assert_allclose(alone.logprobs, greedy.logprobs[1:2], atol=1e-5)
@@ -131,6 +130,28 @@ def test_one_row_on_a_gpu_reads_matrices_with_their_outputs_first(greedy, monkey
     assert rows
     assert meshed.tokens.tolist() == greedy.tokens[1:2].tolist()
     np.testing.assert_allclose(meshed.logprobs, greedy.logprobs[1:2], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_few_bfloat16_rows_on_a_cpu_read_matrices_with_their_outputs_first(monkeypatch):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+
+    def read(flags):
+        monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset(flags))
+        drawn = generate(config, PARAMS, RAGGED, GREEDY, KEY, return_state=True)
+        return drawn, drawn.state.split_params["layers"][0]["attn"]["q"].shape
+
+    plain, shape = read([])
+    drawn, turned = read(["amx_bf16"])
+    assert turned == (*shape[1:], shape[0])
+    with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):  # as commands have it
+        meshed, shape = read(["amx_bf16"])
+    assert shape == turned
+    for found in (drawn, meshed):
+        # Sums of another order change the last of 8 bits now and then.
+        np.testing.assert_allclose(
+            found.logprobs[:, :4], plain.logprobs[:, :4], atol=0.05
+        )
 
 
 def test_a_longer_neighbour_changes_nothing(greedy, drawn):

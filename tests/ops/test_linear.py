@@ -1,5 +1,8 @@
 """Compares `einsum` with NumPy's in float64: values, gradients and dtypes."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 from ops_case import normal
 
 from jaxlm.ops import linear
-from jaxlm.ops.linear import compute_dtype, einsum
+from jaxlm.ops.linear import compute_dtype, einsum, reads_outputs_first
+from jaxlm.types import OutputsFirst
 
 # Each equation of the model: (shape of x, shape of w).
 EQUATIONS = {
@@ -88,6 +92,47 @@ def test_a_cpu_multiplies_one_bfloat16_row_without_a_copy_of_the_matrix():
     w = jnp.asarray(normal(2, 512, 64)).astype(jnp.bfloat16)
     product = jax.jit(lambda x, w: einsum("BTD,VD->BTV", x, w))
     assert "f32[512,64]" not in product.lower(x, w).compile().as_text()
+
+
+@pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("equation", sorted(set(EQUATIONS) - {"BTNH,NHD->BTND"}))
+def test_few_rows_multiply_a_matrix_where_it_lies(monkeypatch, equation, rows, unit):
+    """XLA:CPU neither copies it nor writes it in f32."""
+    monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset([unit]))
+    x_axes, w_axes = equation.partition("->")[0].split(",")
+    sizes = dict(B=1, T=rows, D=96, N=6, H=16, F=160, V=256)
+    x, w = (normal(n, *(sizes[a] for a in s)) for n, s in enumerate((x_axes, w_axes)))
+    x, w = (jnp.asarray(a).astype(jnp.bfloat16) for a in (x, w))
+    first = [a for a in w_axes if a not in x_axes] + [a for a in w_axes if a in x_axes]
+    lying = w.transpose([w_axes.index(axis) for axis in first])
+
+    @jax.jit
+    def product(x, lying):
+        read = lying.transpose([first.index(axis) for axis in w_axes])
+        return einsum(equation, x, OutputsFirst(read), out_dtype=jnp.float32)
+
+    expected = np.einsum(equation, np.float64(x), np.float64(w))
+    np.testing.assert_allclose(product(x, lying), expected, rtol=1e-5, atol=1e-5)
+    text = product.lower(x, lying).compile().as_text()
+    written = re.findall(r"= \w+\[([\d,]+)\]\S* (\S+)\(", text)
+    whole = [
+        operation
+        for shape, operation in written
+        if math.prod(map(int, shape.split(","))) == w.size
+    ]
+    assert set(whole) <= {"parameter", "bitcast"}, whole
+
+
+def test_where_few_rows_read_outputs_first(monkeypatch):
+    def reads(rows, dtype, flags):
+        monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset(flags))
+        return reads_outputs_first(rows, jnp.dtype(dtype))
+
+    assert reads(1, "bfloat16", ["amx_bf16"]) and reads(32, "bfloat16", ["avx512_bf16"])
+    assert not reads(33, "bfloat16", ["amx_bf16"])
+    assert not reads(1, "float32", ["amx_bf16"])
+    assert not reads(1, "bfloat16", ["avx2"])
 
 
 def test_out_dtype():

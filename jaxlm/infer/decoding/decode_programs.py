@@ -26,7 +26,11 @@ from jaxlm.infer.speculative.proposals import (
 from jaxlm.infer.speculative.speculative_step import keep_drawn, read_guesses
 from jaxlm.model.divisible import divisible_config, divisible_params
 from jaxlm.model.kv_cache import Cache
-from jaxlm.model.params import cast_matrices, with_inputs_first, with_outputs_first
+from jaxlm.model.params import (
+    cast_matrices,
+    read_with_outputs_first,
+    with_outputs_first,
+)
 from jaxlm.model.transformer import Output, forward
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.probing.edit import total_hits
@@ -168,7 +172,7 @@ def _read(
     positions: Int[Array, "B T"] | None = None,
 ) -> Output:
     if spec.outputs_first:
-        params = with_inputs_first(params)
+        params = read_with_outputs_first(params)
     edits, taps = probes
     out = forward(
         *(divisible_config(spec.config, spec.block), params, tokens),

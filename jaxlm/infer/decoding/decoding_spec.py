@@ -21,5 +21,4 @@ class DecodingSpec:
     spare: int = 0
     """Room beyond `max_length`, for tokens that are taken back."""
     outputs_first: bool = False
-    """`decode` reads matrices as [outputs, inputs]. A GPU reads them fastest so, where
-    there is one row."""
+    """`decode` reads matrices as [outputs, inputs] (`reads_outputs_first`)."""

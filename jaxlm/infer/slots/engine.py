@@ -46,7 +46,7 @@ from jaxlm.infer.slots.step_result import StepResult
 from jaxlm.infer.speculative.proposals import DraftModel, Proposer
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
-from jaxlm.ops.attention.request import target
+from jaxlm.ops.linear import compute_dtype, reads_outputs_first
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.processes import whole
@@ -153,15 +153,16 @@ class Engine:
         speculate: Proposer | None,
     ) -> list[CompiledModel]:
         """Returns the model, and its draft model if there is one."""
-        # With one row on one GPU each matrix is read for one product only, fastest with
-        # its outputs first.
-        one_row = len(self._slots) == 1 and speculate is None
-        on_one_gpu = target()[0] == "gpu" and jax.sharding.get_abstract_mesh().size <= 1
-        spec = replace(spec, outputs_first=one_row and on_one_gpu)
+        num_rows = len(self._slots) * (1 + spec.spare)
+        dtype = compute_dtype(self.config.dtype)
+        on_one_device = jax.sharding.get_abstract_mesh().size <= 1
+        turns = on_one_device and reads_outputs_first(num_rows, dtype)
+        spec = replace(spec, outputs_first=turns)
         probes = jax.tree.map(jnp.asarray, (tuple(edits), tuple(taps)))
         models = [CompiledModel(programs_of(spec), self.params, probes)]
         if isinstance(speculate, DraftModel):
             draft = replace(spec, config=speculate.config, num_top=0, block=Block)
+            draft = replace(draft, outputs_first=False)
             models.append(CompiledModel(programs_of(draft), speculate.params, ((), ())))
         return models
 
