@@ -26,7 +26,7 @@ from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.sites import SITES
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding import rules
-from jaxlm.types import Params, Quantized
+from jaxlm.types import OutputsFirst, Params, Quantized
 
 
 def divisible_config(config: ModelConfig, block: type[Block] = Block) -> ModelConfig:
@@ -74,7 +74,9 @@ def divisible_params(
     if block is Block:
         sizes["K"] = config.num_kv_heads
 
-    def leaf(path: str, x: Array | Quantized) -> Array | Quantized:
+    def leaf(
+        path: str, x: Array | Quantized | OutputsFirst
+    ) -> Array | Quantized | OutputsFirst:
         weight = weights(config).get(re.sub(r"^layers/\d+/", "layers/", path))
         if weight is None:
             return x

@@ -65,7 +65,7 @@ def reads_outputs_first(num_rows: int, dtype: DTypeLike) -> bool:
     return _are_few_on_cpu(num_rows, dtype)
 
 
-def _are_few_on_cpu(num_rows: float, dtype: DTypeLike) -> bool:
+def _are_few_on_cpu(num_rows: int, dtype: DTypeLike) -> bool:
     few = num_rows <= FEW_ROWS and dtype == jnp.bfloat16
     return few and target()[0] == "cpu" and _cpu_multiplies_bfloat16()
 
@@ -100,14 +100,17 @@ def einsum(
         equation, w = _in_order_of_memory(equation, w.values)
     if isinstance(w, Quantized):
         return _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision)
-    num_rows = _num_rows(equation, x) if _is_on_one_device(w) else math.inf
-    if num_rows == 1 and target()[0] == "gpu":
+    on_one_device, num_rows = _is_on_one_device(w), _num_rows(equation, x)
+    one_row = on_one_device and num_rows == 1
+    few = on_one_device and _are_few_on_cpu(num_rows, x.dtype)
+    platform, rows = target()[0], _row_axes(equation)
+    if one_row and platform == "gpu":
         y = _one_row(equation, x, w.astype(x.dtype), out_sharding)
-    elif _is_outputs_first(equation) and _are_few_on_cpu(num_rows, x.dtype):
+    elif few and _is_outputs_first(equation):
         y = _few_rows(equation, x, w.astype(x.dtype), out_sharding)
     else:
         whole = _gathered(equation, x, w)
-        as_two = num_rows == 1 and target()[0] == "cpu" and x.dtype == jnp.bfloat16
+        as_two = one_row and platform == "cpu" and x.dtype == jnp.bfloat16 and rows
         x = _as_two_rows(equation, x) if as_two else x
         product = _product_in_shard_map if _in_shard_map(x) else _product
         y = product(equation, x, whole, out_sharding=out_sharding, precision=precision)
