@@ -32,6 +32,7 @@ from jaxlm.ops.rope import rotate
 from jaxlm.sharding.rules import (
     activation_spec,
     batch_parts,
+    expert_axes,
     gather_stream,
     reshard_input,
     reshard_output,
@@ -237,7 +238,8 @@ class MixtureOfExperts(nn.Module):
             for path, weight in weights(config).items()
             if "E" in weight.stacked
         }
-        return probe("mlp_out", mixture(x, *routing, matrices, config.activation))
+        y = mixture(x, *routing, matrices, config.activation, expert_axes())
+        return probe("mlp_out", y)
 
 
 class Norm(nn.Module):

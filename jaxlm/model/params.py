@@ -174,8 +174,10 @@ class Weight:
         return tuple(range(first, middle)), tuple(range(middle, end))
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Returns the shape of the stacked array."""
-        return tuple(sizes(config)[letter] for letter in self.dimensions)
+        """Returns the shape of the stacked array, of a device's own experts."""
+        size = sizes(config)
+        named = zip(self.dimensions, self.axes, strict=True)
+        return tuple(rules.own_size(size[letter], axis) for letter, axis in named)
 
     def initializer(self, config: ModelConfig) -> Initializer:
         """Returns `(key, shape) -> array`, f32."""

@@ -164,6 +164,22 @@ def summed_once() -> set[str]:
     return set() if manual or tensor_parts() == 1 else {"tensor"}
 
 
+def expert_axes() -> tuple[str, ...]:
+    """Returns the mesh axes that cut experts, in a `shard_map` of them; else none.
+
+    There each device has its own experts.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in _mesh_axes(MESH_AXES["experts"]) if axis in manual)
+
+
+def own_size(size: int, axis: str | None) -> int:
+    """Returns the size of a parameter along a logical axis, as this device has it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    own = expert_axes() if axis == "experts" else ()
+    return size // math.prod(mesh.shape[name] for name in own)
+
+
 def batch_parts() -> int:
     """Number of shards of a batch in the current mesh; 1 without an Explicit mesh."""
     return _parts_here("batch")

@@ -6,7 +6,6 @@ how microbatches and devices share that work.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -222,14 +221,14 @@ def _added_up_last(
 ) -> tuple[str, ...]:
     """Returns the mesh axes along which gradients are added up after all microbatches.
 
-    Along `data` each device has a whole gradient in any case. Edits may be computed
-    from the rows of all devices.
+    Along `data` and `expert` each device has a whole gradient in any case, but for the
+    experts of others. Edits may be computed from the rows of all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if activation_spec("B") is None or edits:
         return ()
-    axes = ("data", "fsdp") if train.accumulate_whole else ("data",)
-    return axes if math.prod(mesh.shape[axis] for axis in axes) > 1 else ()
+    named = ("data", "fsdp", "expert") if train.accumulate_whole else ("data", "expert")
+    return tuple(axis for axis in named if mesh.shape[axis] > 1)
 
 
 def _accumulate_on_devices(
@@ -242,15 +241,18 @@ def _accumulate_on_devices(
 ) -> tuple[_Reported, Params]:
     """Lets each device along `axes` accumulate over its own rows; then adds all up.
 
-    Weights that are cut along `axes` are gathered once, in `dtype`, before the first
-    microbatch. Gradients come back as the parameters are stored.
+    With `fsdp` among them, weights are gathered once, in `dtype`, before the first
+    microbatch. Experts stay where they are. Gradients come back as the parameters are
+    stored.
     """
     stored = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
     cuts = jax.tree.map(partial(_without_mixed_cuts, axes), stored)
     weights = params
     if "fsdp" in axes:
         weights = jax.sharding.reshard(cast_matrices(params, dtype), cuts)
-        weights = tree.map_with_name(partial(_gather, axes), weights, cuts)
+        weights = tree.map_with_name(_gather, weights, cuts)
+    own = jax.tree.map(partial(_own_experts, axes), cuts)
+    parts = jax.tree.map(partial(_parts, axes), own)
 
     def on_one_device(weights, batch, weight_sum):
         # Gradients have the dtype of the weights that are given here: that of `params`,
@@ -262,13 +264,14 @@ def _accumulate_on_devices(
 
     run: Any = jax.shard_map(
         on_one_device,
-        in_specs=(P(), P(axes), P()),
-        out_specs=(P(), P(axes)),
+        in_specs=(own, P(axes), P()),
+        out_specs=(P(), parts),
         axis_names=set(axes),
         check_vma=False,
     )
+    batch = jax.tree.map(partial(_rows_of_devices, axes), batch)
     reported, grads_of_devices = run(weights, batch, weight_sum)
-    grads = tree.map_with_name(partial(_add_up, axes), grads_of_devices, cuts)
+    grads = tree.map_with_name(_add_up, grads_of_devices, cuts, parts)
     return reported, jax.sharding.reshard(grads, stored)
 
 
@@ -281,16 +284,37 @@ def _without_mixed_cuts(axes: tuple[str, ...], partition: P) -> P:
     return P(*(own or cut for own, cut in zip(kept, partition, strict=True)))
 
 
-def _gather(axes: tuple[str, ...], path: str, weight: Array, cut: P) -> Array:
-    """Returns the weight `path`, which is cut as `cut` tells, whole along `axes`."""
+def _rows_of_devices(axes: tuple[str, ...], x: Array) -> Array:
+    """Cuts an array of a batch along `axes` first, as their `shard_map` must."""
+    rows, length = jax.typeof(x).sharding.spec
+    others = (axis for axis in axes_of(rows) if axis not in axes)
+    return jax.sharding.reshard(x, P((*axes, *others), length))
+
+
+def _own_experts(axes: tuple[str, ...], cut: P) -> P:
+    """Returns how a weight is cut into the experts of devices along `axes`."""
+    own = {"expert"} & set(axes)
+    return P(*("expert" if own & set(axes_of(entry)) else None for entry in cut))
+
+
+def _parts(axes: tuple[str, ...], own: P) -> P:
+    """Returns how the gradients of a weight, one of each device, are cut.
+
+    They are stacked, but for those of experts, which only their own device has.
+    """
+    return P(tuple(axis for axis in axes if axis not in own), *own)
+
+
+def _gather(path: str, weight: Array, cut: P) -> Array:
+    """Returns the weight `path`, which is cut as `cut` tells, whole along `fsdp`."""
     with jax.named_scope(_scope(path)):
-        return all_gather(weight, cut, axes)
+        return all_gather(weight, cut, ("fsdp",))
 
 
-def _add_up(axes: tuple[str, ...], path: str, grads: Array, cut: P) -> Array:
-    """Adds up the gradients that devices along `axes` have of the weight `path`."""
+def _add_up(path: str, grads: Array, cut: P, parts: P) -> Array:
+    """Adds up the gradients of the weight `path`, stacked as `parts` tells."""
     with jax.named_scope(f"{_scope(path)}/weight_gradient"):
-        return psum_scatter(grads, cut, axes)
+        return psum_scatter(grads, cut, axes_of(parts[0]))
 
 
 def _scope(path: str) -> str:

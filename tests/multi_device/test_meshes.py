@@ -115,16 +115,15 @@ def test_gradients_of_experts_on_several_devices(tmp_path):
     """2 and 4 parts, where rows are cut too, by gathered keys; with a window and sinks.
 
     Tokens are gathered by 2 devices, and exchanged by 4. Of two microbatches, statistics
-    of the router alone are added up along `data` after each, and gradients at the end.
+    of the router and biases of the experts are exchanged in each, gradients at the end.
     """
     result = run_case("exchanged", tmp_path)
     check_gradients(result, ["fsdp2_expert2_tensor2", "expert4_context2"])
-    assert result["accumulated"] < TOLERANCE
-    assert 0 < result["sent_after_each"] < 100
-    # Matrices of experts do not cross their axis, which would more than double this.
-    assert (
-        0 < result["sent_others"] < 1.6 * 2 * (2 * 3 / 4) * 4 * result["other_weights"]
-    )
+    assert max(result["accumulated"]) < TOLERANCE
+    assert 0 < result["sent_after_each"] < 600
+    # Once for both microbatches. Matrices of experts do not cross their axis, which
+    # would more than double this.
+    assert 0 < result["sent_others"] < 1.05 * (2 * 7 / 8) * 4 * result["other_weights"]
     # A CPU gets the rows of all, of which an accelerator would get its own. There and
     # back, in either direction, 16 f32 for 2 experts of each of 2 rows of 32 tokens; 3
     # others get them, and send as many as there is room for. And numbers of rows.

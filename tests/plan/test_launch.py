@@ -158,6 +158,27 @@ def test_tensor_parallelism_of_two_layers():
 
 @pytest.mark.aot
 @pytest.mark.nightly
+@needs_cuda
+def test_experts_of_two_layers_and_two_microbatches():
+    """Gradients are added up once; those of experts along `data` alone."""
+    changes = {"mesh.data": 2, "mesh.fsdp": 1, "mesh.expert": 4, "train.batch_size": 16}
+    changes |= {"model.num_experts": 4, "model.experts_per_token": 2}
+    changes |= {"model.hidden_dim": 4096, "train.accumulation_steps": 2}
+    (found,) = compiled(
+        *("llama_8b_h100_8", "h100:8", "pallas_gpu", 2, json.dumps(changes))
+    )
+    model = config_of("llama_8b_h100_8").model
+    experts = 2 * 4 * 3 * model.model_dim * 4096 / GIB
+    others = layer_gib(model) - 2 * 3 * model.model_dim * model.hidden_dim / GIB
+    table = model.vocab_size * model.model_dim / GIB
+    sent, twice = found["gib_sent"], 2 * 4 * 7 / 8
+    once = twice * others + 2 * 4 / 2 * experts / 4
+    assert 0 < sent["gradients"] < 1.02 * once
+    assert 0 < sent["head"] + sent["embedding"] < 1.02 * 2 * twice * table
+
+
+@pytest.mark.aot
+@pytest.mark.nightly
 @pytest.mark.parametrize("name, target, attention, gib", RUNS)
 def test_the_whole_model(name, target, attention, gib):
     """Recorded in benchmarks/results/step_traffic.json."""

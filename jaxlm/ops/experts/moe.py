@@ -137,6 +137,7 @@ def mixture(
     experts: Int[Array, "B T k"],
     matrices: Matrices,
     activation: str,
+    expert_axes: tuple[str, ...] = (),
 ) -> Float[Array, "B T D"]:
     """`sum over a token's experts of weight * (act(x gate) * (x up)) down`.
 
@@ -151,18 +152,28 @@ def mixture(
       experts: their indices, from `route`.
       matrices: see `Matrices`.
       activation: a name in `activations.ACTIVATIONS`.
+      expert_axes: those of a `shard_map` that this is called in, along which devices
+        have their own tokens and the matrices of their own experts.
     """
     inner = {name: m for name, m in matrices.items() if name != "down_bias"}
     run, out = partial(_sorted_mixture, activation), layout(x)
     if out is None:
         y = run(x, weights, experts, inner)
     else:
-        y = _on_each_device(activation, x, weights, experts, inner, out)
+        y = _on_each_device(activation, x, weights, experts, inner, out, expert_axes)
     if "down_bias" in matrices:  # not sharded, so it is added after the sum
-        share = _shares(weights, experts, matrices["down_bias"].shape[0])
+        bias = matrices["down_bias"]
+        if expert_axes:
+            bias = jax.shard_map(
+                partial(jax.lax.all_gather, axis_name=expert_axes, tiled=True),
+                in_specs=_partition(bias),
+                out_specs=_partition(bias),
+                check_vma=False,
+            )(bias)
+        share = _shares(weights, experts, len(bias))
         if out is not None:
             share = jax.sharding.reshard(share, P(*out.spec.partitions[:2], None))
-        y += einsum("BTE,ED->BTD", share, matrices["down_bias"])
+        y += einsum("BTE,ED->BTD", share, bias)
     return y.astype(x.dtype)
 
 
@@ -173,6 +184,7 @@ def _on_each_device(
     experts: Array,
     matrices: Matrices,
     out: NamedSharding,
+    expert_axes: tuple[str, ...],
 ) -> Array:
     """Computes `mixture` for the tokens of each device, with its hidden units.
 
@@ -181,14 +193,15 @@ def _on_each_device(
     arguments = (x, weights, experts, matrices)
     specs, shape = jax.tree.map(_partition, arguments), out.mesh.shape
     up = specs[-1]["up"]
-    expert_axes, *whole_axes = up.values if isinstance(up, Quantized) else up
+    cut_experts, *whole_axes = up.values if isinstance(up, Quantized) else up
     # E is cut in any case; D is needed whole, and F is not.
     gathered, hidden = (
         tuple(axis for axis in axes_of(entry) if shape[axis] > 1)
         for entry in whole_axes
     )
     cuts = {name: (spec, gathered) for name, spec in specs[-1].items() if gathered}
-    run, axes = partial(_sorted_mixture, activation, cuts=cuts), axes_of(expert_axes)
+    run = partial(_sorted_mixture, activation, cuts=cuts)
+    axes = expert_axes or axes_of(cut_experts)
     devices = math.prod(shape[axis] for axis in axes)
     if devices > 1:
         # What sends fewer bytes.
