@@ -121,7 +121,8 @@ def beam_search(
     max_length = capacity(most, config.context_length)
     repeated = [row for row in rows for _ in range(num_beams)]
     check_cache(config, params, len(repeated), max_length, cache)
-    programs = programs_of(DecodingSpec(config, max_length, cache, block=block))
+    spec = DecodingSpec(config, max_length, cache, block=block)
+    programs = programs_of(spec.for_rows(len(repeated)))
     split, none = programs.split(params), ((), ())
     found = prefill(CompiledModel(programs, params, none), repeated)
     layers, logits = found.layers, found.logits

@@ -46,7 +46,6 @@ from jaxlm.infer.slots.step_result import StepResult
 from jaxlm.infer.speculative.proposals import DraftModel, Proposer
 from jaxlm.model.block import Block
 from jaxlm.model.checks import check_model
-from jaxlm.ops.linear import compute_dtype, reads_outputs_first
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.processes import whole
@@ -123,6 +122,7 @@ class Engine:
         self._steps = steps
         top = bucket(top_logprobs, config.vocab_size) if top_logprobs else 0
         spec = DecodingSpec(config, self.max_length, cache, top, block, spare)
+        spec = spec.for_rows(num_slots * (1 + spare))
         self._models = self._make_models(spec, edits, taps, speculate)
         self._programs = self._models[0].programs
         size = (self.max_length, cache, spare)
@@ -153,16 +153,11 @@ class Engine:
         speculate: Proposer | None,
     ) -> list[CompiledModel]:
         """Returns the model, and its draft model if there is one."""
-        num_rows = len(self._slots) * (1 + spec.spare)
-        dtype = compute_dtype(self.config.dtype)
-        on_one_device = jax.sharding.get_abstract_mesh().size <= 1
-        turns = on_one_device and reads_outputs_first(num_rows, dtype)
-        spec = replace(spec, outputs_first=turns)
         probes = jax.tree.map(jnp.asarray, (tuple(edits), tuple(taps)))
         models = [CompiledModel(programs_of(spec), self.params, probes)]
         if isinstance(speculate, DraftModel):
-            draft = replace(spec, config=speculate.config, num_top=0, block=Block)
-            draft = replace(draft, outputs_first=False)
+            size = {"max_length": spec.max_length, "spare": spec.spare}
+            draft = DecodingSpec(speculate.config, kind=spec.kind, **size)
             models.append(CompiledModel(programs_of(draft), speculate.params, ((), ())))
         return models
 
