@@ -1,7 +1,6 @@
 """What the programs of a model are compiled for."""
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import jax
 
@@ -27,7 +26,7 @@ class DecodingSpec:
     outputs_first: bool = False
     """`decode` reads matrices as [outputs, inputs] (`reads_outputs_first`)."""
 
-    def for_rows(self, num_rows: int) -> Self:
+    def for_rows(self, num_rows: int) -> "DecodingSpec":
         """Returns the spec for steps that read so many tokens at once."""
         on_one_device = jax.sharding.get_abstract_mesh().size <= 1
         dtype = compute_dtype(self.config.dtype)
