@@ -10,7 +10,7 @@ shapes and dtypes are documented, not checked.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -71,16 +71,19 @@ class Quantized:
 class OutputsFirst:
     """A matrix, [inputs, outputs], that lies in memory as [outputs, inputs].
 
-    Inside jit it stands where the array would, and has its shape.
+    In a tree of parameters it stands where the array would, and has its shape.
     """
 
     values: Any
-    """An array or `Quantized`, of the shape of the weight."""
+    """An array or `Quantized`, [outputs, inputs]."""
+    num_outputs: int = field(metadata={"static": True})
+    """How many axes the outputs have."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return self.values.shape
+        shape = self.values.shape
+        return (*shape[self.num_outputs :], *shape[: self.num_outputs])
 
     @property
     def ndim(self) -> int:

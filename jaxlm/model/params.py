@@ -286,7 +286,7 @@ def weight_of(path: str, leaf: Any) -> Weight:
 def param(module: nn.Module, path: str) -> Any:
     """Declares the weight `path` in a module; below `layers`, that of one layer.
 
-    It is an array, or `Quantized` if it was made so.
+    It is an array, or `Quantized` or `OutputsFirst` if it was made so.
 
     Args:
       module: has a `config`, and sits where `path` says in the tree.
@@ -294,7 +294,12 @@ def param(module: nn.Module, path: str) -> Any:
     config, weight = module.config, weights(module.config)[path]
     assert path.endswith("/".join((*module.path, weight.name))), (path, module.path)
     one_layer = weight.shape(config)[weight.stacked.count("L") :]
-    return module.param(weight.name, weight.initializer(config), one_layer)
+    if not module.has_variable("params", weight.name):
+        return module.param(weight.name, weight.initializer(config), one_layer)
+    # Not `module.param`: Flax would compare the shape in memory.
+    value = module.get_variable("params", weight.name)
+    assert value.shape == one_layer, (path, value.shape, one_layer)
+    return value
 
 
 def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -362,44 +367,22 @@ def quantize_matrices(params: Params, kind: str) -> Params:
 
 
 def with_outputs_first(params: Params) -> Params:
-    """Returns parameters whose matrices, [inputs, outputs], are [outputs, inputs].
+    """Returns parameters whose matrices lie in memory as [outputs, inputs].
 
     Those of experts and routers stay as they are.
 
     Args:
       params: their `layers` are a tuple, one tree for each layer.
     """
-    return _turned(params, lambda inputs, outputs: (*outputs, *inputs))
 
-
-def read_with_outputs_first(params: Params) -> Params:
-    """Returns what `with_outputs_first` returned as `forward` reads it.
-
-    Matrices have their own shape again, and are marked as `OutputsFirst`. Inside jit,
-    nothing moves in memory.
-    """
-
-    def order(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[int, ...]:
-        now = (*outputs, *inputs)
-        return tuple(now.index(axis) for axis in range(len(now)))
-
-    return _turned(params, order, OutputsFirst)
-
-
-def _turned(
-    params: Params,
-    order: Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...]],
-    mark: Callable[[Any], Any] = lambda x: x,
-) -> Params:
-    """Transposes the matrices of each layer, and the head."""
-
-    def turn(path: str, x: Array | Quantized) -> Any:
+    def turn(path: str, x: Array | Quantized) -> Array | Quantized | OutputsFirst:
         weight = _MATRICES.get(re.sub(r"^layers/\d+/", "layers/", path))
         if weight is None:
             return x
-        stacked = len(weight.dimensions) - x.ndim
-        axes = order(*(tuple(a - stacked for a in s) for s in weight.matrix_axes))
-        return mark(jax.tree.map(lambda leaf: leaf.transpose(axes), x))
+        inputs, outputs = map(len, weight.matrix_axes)
+        order = (*range(inputs, inputs + outputs), *range(inputs))
+        values = jax.tree.map(lambda leaf: leaf.transpose(order), x)
+        return OutputsFirst(values, outputs)
 
     return tree.map_with_name(turn, params)
 

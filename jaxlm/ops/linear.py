@@ -97,7 +97,7 @@ def einsum(
         and backward.
     """
     if isinstance(w, OutputsFirst):
-        equation, w = _in_order_of_memory(equation, w.values)
+        equation, w = _with_outputs_first(equation), w.values
     if isinstance(w, Quantized):
         return _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision)
     on_one_device, num_rows = _is_on_one_device(w), _num_rows(equation, x)
@@ -106,7 +106,7 @@ def einsum(
     platform, rows = target()[0], _row_axes(equation)
     if one_row and platform == "gpu":
         y = _one_row(equation, x, w.astype(x.dtype), out_sharding)
-    elif few and _is_outputs_first(equation):
+    elif few and equation == _with_outputs_first(equation):
         y = _few_rows(equation, x, w.astype(x.dtype), out_sharding)
     else:
         whole = _gathered(equation, x, w)
@@ -206,24 +206,11 @@ def _first_row(equation: str, y: Array) -> Array:
 
 
 def _with_outputs_first(equation: str) -> str:
-    """Returns the axes of w, those of the output before those that are summed."""
-    inputs, out = equation.split("->")
-    return "".join(sorted(inputs.partition(",")[2], key=lambda axis: axis not in out))
-
-
-def _is_outputs_first(equation: str) -> bool:
-    return equation.partition("->")[0].endswith("," + _with_outputs_first(equation))
-
-
-def _in_order_of_memory(
-    equation: str, w: Array | Quantized
-) -> tuple[str, Array | Quantized]:
-    """Returns w as [outputs, inputs], as it lies in memory, and the equation for it."""
+    """Returns the equation for w as [outputs, inputs]."""
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
-    ordered = _with_outputs_first(equation)
-    order = [w_axes.index(axis) for axis in ordered]
-    return f"{x_axes},{ordered}->{out}", jax.tree.map(lambda a: a.transpose(order), w)
+    ordered = "".join(sorted(w_axes, key=lambda axis: axis not in out))
+    return f"{x_axes},{ordered}->{out}"
 
 
 def _few_rows(equation: str, x: Array, w: Array, out_sharding: P | None) -> Array:

@@ -2,8 +2,12 @@
 
 import dataclasses
 import inspect
+import math
+import re
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_case import make_params, toy
@@ -11,14 +15,18 @@ from toy_case import make_params, toy
 from jaxlm import tree
 from jaxlm.config import MeshConfig, SampleConfig
 from jaxlm.infer import prefill
+from jaxlm.infer.decoding.decode_programs import advance
+from jaxlm.infer.decoding.decoding_spec import DecodingSpec
 from jaxlm.infer.generate import CHUNK, generate
 from jaxlm.infer.prefill import bucket, capacity
 from jaxlm.infer.slots import engine
+from jaxlm.model.params import parameter_shardings
 from jaxlm.model.transformer import forward
 from jaxlm.ops import linear
 from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.sharding.mesh import make_mesh_of_size
+from jaxlm.types import OutputsFirst
 
 CONFIG = toy()
 PARAMS = make_params(CONFIG, std=0.5)
@@ -120,7 +128,7 @@ def test_one_row_on_a_gpu_reads_matrices_with_their_outputs_first(greedy, monkey
     np.testing.assert_allclose(alone.logprobs, greedy.logprobs[1:2], atol=1e-5)
     q = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim
     split = alone.state.split_params["layers"][0]["attn"]["q"]
-    assert split.shape == (*q[1:], q[0])
+    assert split.values.shape == (*q[1:], q[0])
 
     # On a mesh of one device, as commands have it.
     rows, one_row = [], linear._one_row
@@ -135,18 +143,34 @@ def test_one_row_on_a_gpu_reads_matrices_with_their_outputs_first(greedy, monkey
 @pytest.mark.slow
 def test_few_bfloat16_rows_on_a_cpu_read_matrices_with_their_outputs_first(monkeypatch):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    native = linear.compute_dtype("auto") == jnp.bfloat16
 
-    def read(flags):
+    def read(flags, params=PARAMS):
         monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset(flags))
-        drawn = generate(config, PARAMS, RAGGED, GREEDY, KEY, return_state=True)
-        return drawn, drawn.state.split_params["layers"][0]["attn"]["q"].shape
+        drawn = generate(config, params, RAGGED, GREEDY, KEY, return_state=True)
+        matrix = drawn.state.split_params["layers"][0]["attn"]["q"]
+        return drawn, isinstance(matrix, OutputsFirst)
 
-    plain, shape = read([])
+    plain, turned = read([])
+    assert not turned
     drawn, turned = read(["amx_bf16"])
-    assert turned == (*shape[1:], shape[0])
-    with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):  # as commands have it
-        meshed, shape = read(["amx_bf16"])
-    assert shape == turned
+    assert turned
+    mesh = make_mesh_of_size(MeshConfig(data=1))  # as commands have it
+    with jax.set_mesh(mesh):
+        params = jax.device_put(PARAMS, parameter_shardings(PARAMS, mesh))
+        meshed, turned = read(["amx_bf16"], params)
+        assert turned
+        state = meshed.state
+        spec = DecodingSpec(config, state.max_length).for_rows(3)
+        step = jax.jit(partial(advance, spec))
+        tokens = np.zeros(3, np.int32)
+        step = step.lower(state.split_params, state.cache, tokens, ((), ()))
+        text = step.compile().as_text()
+    # No matrix is written in f32.
+    matrices = {x.size for x in jax.tree.leaves(state.split_params) if x.ndim > 1}
+    shapes = re.findall(r"= f32\[([\d,]+)\]", text)
+    written = {math.prod(map(int, shape.split(","))) for shape in shapes}
+    assert shapes and not (native and written & matrices)
     for found in (drawn, meshed):
         # Sums of another order change the last of 8 bits now and then.
         np.testing.assert_allclose(

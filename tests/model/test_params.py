@@ -18,12 +18,11 @@ from jaxlm.model.params import (
     cast_matrices,
     param,
     quantize_matrices,
-    read_with_outputs_first,
     weight_of,
     weights,
     with_outputs_first,
 )
-from jaxlm.types import OutputsFirst
+from jaxlm.model.transformer import forward
 
 BIASES = {
     "attention_bias": True,
@@ -165,20 +164,24 @@ def test_only_what_is_rounded_in_use_is_cast():
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
-def test_outputs_come_first_and_last_again(kind):
+def test_the_model_reads_matrices_with_outputs_first(kind):
     config = dataclasses.replace(VARIANTS["biases"], model_dim=24, hidden_dim=40)
     params = quantize_matrices(init(config, jax.random.key(0)), kind)
     params = {**params, "layers": tree.unstack(params["layers"], config.num_layers)}
     turned = with_outputs_first(params)
     inner = config.num_heads, config.head_dim
-    assert turned["layers"][1]["attn"]["q"].shape == (*inner, 24)
-    assert turned["layers"][0]["attn"]["o"].shape == (24, *inner)
-    assert turned["lm_head"]["kernel"].shape == (config.vocab_size, 24)
-    read = read_with_outputs_first(turned)
-    assert isinstance(read["layers"][0]["attn"]["o"], OutputsFirst)
-    # Marked, but the same arrays.
-    for ours, given in zip(jax.tree.leaves(read), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(ours, given)
+    q, o = (turned["layers"][1]["attn"][name] for name in "qo")
+    assert q.values.shape == (*inner, 24) and q.shape == (24, *inner)
+    assert o.values.shape == (24, *inner) and o.shape == (*inner, 24)
+    head = turned["lm_head"]["kernel"]
+    assert head.values.shape == (config.vocab_size, 24)
+    tokens = np.arange(12).reshape(2, 6) % config.vocab_size
+    logits, expected = (forward(config, p, tokens).logits for p in (turned, params))
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    other = dataclasses.replace(config, hidden_dim=48)
+    with pytest.raises(ValueError) as error:
+        forward(other, turned, tokens)
+    assert "layers/0/mlp/up has shape (24, 40)" in str(error.value)
 
 
 def test_the_page_in_docs_is_up_to_date(repository):

@@ -2,15 +2,20 @@
 
 import math
 import re
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ops_case import normal
 
+from jaxlm.config import MeshConfig
 from jaxlm.ops import linear
 from jaxlm.ops.linear import compute_dtype, einsum, reads_outputs_first
+from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.types import OutputsFirst
 
 # Each equation of the model: (shape of x, shape of w).
@@ -95,33 +100,46 @@ def test_a_cpu_multiplies_one_bfloat16_row_without_a_copy_of_the_matrix():
 
 
 @pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows, meshed", [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("equation", sorted(set(EQUATIONS) - {"BTNH,NHD->BTND"}))
-def test_few_rows_multiply_a_matrix_where_it_lies(monkeypatch, equation, rows, unit):
+def test_few_rows_multiply_a_matrix_where_it_lies(
+    monkeypatch, equation, rows, meshed, unit
+):
     """XLA:CPU neither copies it nor writes it in f32."""
+    native = compute_dtype("auto") == jnp.bfloat16
     monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset([unit]))
     x_axes, w_axes = equation.partition("->")[0].split(",")
     sizes = dict(B=1, T=rows, D=96, N=6, H=16, F=160, V=256)
     x, w = (normal(n, *(sizes[a] for a in s)) for n, s in enumerate((x_axes, w_axes)))
     x, w = (jnp.asarray(a).astype(jnp.bfloat16) for a in (x, w))
-    first = [a for a in w_axes if a not in x_axes] + [a for a in w_axes if a in x_axes]
-    lying = w.transpose([w_axes.index(axis) for axis in first])
+    outputs = [a for a in w_axes if a not in x_axes]
+    first = outputs + [a for a in w_axes if a in x_axes]
+    lying = w  # the table of tokens as it is
+    if "".join(first) != w_axes:
+        lying = w.transpose([w_axes.index(axis) for axis in first])
+        lying = OutputsFirst(lying, num_outputs=len(outputs))
+    assert lying.shape == w.shape
 
     @jax.jit
     def product(x, lying):
-        read = lying.transpose([first.index(axis) for axis in w_axes])
-        return einsum(equation, x, OutputsFirst(read), out_dtype=jnp.float32)
+        return einsum(equation, x, lying, out_dtype=jnp.float32)
 
     expected = np.einsum(equation, np.float64(x), np.float64(w))
-    np.testing.assert_allclose(product(x, lying), expected, rtol=1e-5, atol=1e-5)
-    text = product.lower(x, lying).compile().as_text()
+    mesh, placed = nullcontext(), None
+    if meshed:  # of one device, as commands have it
+        devices = make_mesh_of_size(MeshConfig(data=1))
+        mesh, placed = jax.set_mesh(devices), NamedSharding(devices, P())
+    with mesh:
+        x, lying = jax.device_put((x, lying), placed)
+        np.testing.assert_allclose(product(x, lying), expected, rtol=1e-5, atol=1e-5)
+        text = product.lower(x, lying).compile().as_text()
     written = re.findall(r"= \w+\[([\d,]+)\]\S* (\S+)\(", text)
     whole = [
         operation
         for shape, operation in written
         if math.prod(map(int, shape.split(","))) == w.size
     ]
-    assert set(whole) <= {"parameter", "bitcast"}, whole
+    assert not native or set(whole) <= {"parameter", "bitcast"}, whole
 
 
 def test_where_few_rows_read_outputs_first(monkeypatch):

@@ -28,7 +28,6 @@ from jaxlm.model.divisible import divisible_config, divisible_params
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.params import (
     cast_matrices,
-    read_with_outputs_first,
     with_outputs_first,
 )
 from jaxlm.model.transformer import Output, forward
@@ -171,8 +170,6 @@ def _read(
     probes: Probes,
     positions: Int[Array, "B T"] | None = None,
 ) -> Output:
-    if spec.outputs_first:
-        params = read_with_outputs_first(params)
     edits, taps = probes
     out = forward(
         *(divisible_config(spec.config, spec.block), params, tokens),

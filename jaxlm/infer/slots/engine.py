@@ -158,6 +158,7 @@ class Engine:
         if isinstance(speculate, DraftModel):
             size = {"max_length": spec.max_length, "spare": spec.spare}
             draft = DecodingSpec(speculate.config, kind=spec.kind, **size)
+            draft = draft.for_rows(len(self._slots))
             models.append(CompiledModel(programs_of(draft), speculate.params, ((), ())))
         return models
 
