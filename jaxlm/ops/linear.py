@@ -97,7 +97,9 @@ def einsum(
         and backward.
     """
     if isinstance(w, OutputsFirst):
-        equation, w = _with_outputs_first(equation), w.values
+        equation = _with_outputs_first(equation)
+        lying: Array | Quantized = w.values
+        w = lying
     if isinstance(w, Quantized):
         return _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision)
     on_one_device, num_rows = _is_on_one_device(w), _num_rows(equation, x)

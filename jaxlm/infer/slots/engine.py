@@ -156,8 +156,7 @@ class Engine:
         probes = jax.tree.map(jnp.asarray, (tuple(edits), tuple(taps)))
         models = [CompiledModel(programs_of(spec), self.params, probes)]
         if isinstance(speculate, DraftModel):
-            size = {"max_length": spec.max_length, "spare": spec.spare}
-            draft = DecodingSpec(speculate.config, kind=spec.kind, **size)
+            draft = replace(spec, config=speculate.config, num_top=0, block=Block)
             draft = draft.for_rows(len(self._slots))
             models.append(CompiledModel(programs_of(draft), speculate.params, ((), ())))
         return models
