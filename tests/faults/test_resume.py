@@ -184,13 +184,18 @@ def test_stopped_again_and_again(straight):
     assert differences(straight.course(), run.course()) == set()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1))
-def test_killed_at_any_moment(straight, seed):
+@pytest.mark.parametrize(
+    "seed, kills",
+    [
+        pytest.param(1, 3, marks=pytest.mark.slow),
+        pytest.param(0, 9, marks=pytest.mark.nightly),
+    ],
+)
+def test_killed_at_any_moment(straight, seed, kills):
     """kill -9 from outside after a random time, also while compiling and saving."""
     rng = random.Random(seed)
     run = Run(straight.folder, f"killed{seed}")
-    for _ in range(5):
+    for _ in range(kills):
         child = run.start("--train.checkpoint-every", "1")
         if child.wait(rng.uniform(0.2, 6.0)) is not None:
             break

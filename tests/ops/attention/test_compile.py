@@ -89,10 +89,21 @@ def test_tpu(target, names):
         check_long_rows(found)
 
 
+# Of the plain kernels, with wide heads, the memory of long rows, and all options.
+PLAIN = ("32k", "256", "float32", "everything")
+
+
 @needs_cuda
-@pytest.mark.parametrize("kernels", ["plain", "specialized"])
-def test_h100(kernels):
-    found = run_case("h100:1", "pallas_gpu", kernels)
+@pytest.mark.parametrize(
+    "kernels, names",
+    [
+        ("plain", PLAIN),
+        ("specialized", ()),
+        pytest.param("plain", (), marks=pytest.mark.nightly),
+    ],
+)
+def test_h100(kernels, names):
+    found = run_case("h100:1", "pallas_gpu", kernels, *names)
     assert "float32 is neither bfloat16 nor float16" in found.pop("float32")["error"]
     # Wide heads have separate kernels for dk and dv.
     check(found, backward_256=3)
