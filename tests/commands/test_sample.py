@@ -183,6 +183,7 @@ def without_color(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
+@pytest.mark.slow
 def test_json_and_colors_show_what_is_streamed(capsys):
     sample = SampleConfig(temperature=0.9, max_new_tokens=12)
     options = {"sample": sample, "num_samples": 2, "seed": 4}
@@ -247,6 +248,7 @@ def test_beams(capsys):
     np.testing.assert_allclose([line["score"] for line in lines], scores, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits(tmp_path, capsys):
     model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64)
     params = make_params(model)
@@ -448,6 +450,7 @@ def test_a_text_that_was_begun_ends_its_line(begun, stop, capsys):
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.slow
 def test_a_grammar_from_a_flag(tmp_path, capsys):
     model = toy(vocab_size=TOKENIZER.vocab_size, context_length=96)
     params = make_params(model, std=0.5)

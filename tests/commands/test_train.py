@@ -70,6 +70,7 @@ def test_a_run_that_cannot_sample_is_refused_before_its_first_step(
     assert not (run / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_sample_ends_with_the_context():
     settings = TrainConfig(sample_prompt="x" * 30, sample_tokens=200)
     config = Config(model=MODEL, data=DataConfig(sequence_length=16), train=settings)
@@ -95,6 +96,7 @@ def test_samples_begin_and_end_as_those_of_jaxlm_sample():
     assert tokenizer.encode_prompt("").tolist() == [256]
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, caplog):
     data, run = make_data(tmp_path), tmp_path / "run"
     (run / "report.html").mkdir(parents=True)
@@ -121,6 +123,7 @@ def test_a_report_that_cannot_be_written_costs_one_line(tmp_path, caplog):
     assert any((run / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path, capsys):
     """A state of other types, if only weak ones, would be compiled for again."""
     data, states = make_data(tmp_path), []

@@ -177,6 +177,7 @@ def test_a_canceled_request_leaves_the_others_as_they_are(alone):
     assert len(parts[numbers[1]]) == 1 and not parts[numbers[2]]
 
 
+@pytest.mark.slow
 def test_more_prompts_than_slots_come_back_in_order(alone, monkeypatch):
     seen, shown = np.zeros(len(PROMPTS), int), []
 
@@ -302,6 +303,7 @@ def test_what_fails_for_one_request_fails_it_alone(alone, monkeypatch):
         assert_same(alone[i], parts[number])
 
 
+@pytest.mark.slow
 def test_a_larger_table_compiles_beside_and_a_full_one_is_waited_for(
     alone, monkeypatch
 ):

@@ -529,6 +529,7 @@ TAPS = (
 )
 
 
+@pytest.mark.slow
 def test_taps_read_prompts_and_new_tokens_as_a_full_pass_would():
     """Rows of different lengths, one at a time after another, and edited logits."""
     rng = np.random.default_rng(3)

@@ -93,6 +93,7 @@ def test_a_conversation_prefills_only_what_is_new(model):
     assert conversation.answer(other).prefill_tokens.tolist() == [1, 7, 20]
 
 
+@pytest.mark.slow
 def test_the_end_of_the_context():
     """Padding and the steps of the last chunk would go beyond the cache."""
     conversation = Resumed("window")

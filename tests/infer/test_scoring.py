@@ -47,6 +47,7 @@ def test_scores_are_those_of_a_full_forward_pass(monkeypatch, logits, num_tokens
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_generated_tokens_are_the_log_probabilities_of_the_result():
     prompts = [TEXTS[2], TEXTS[5]]
     sample = SampleConfig(max_new_tokens=12, temperature=0.7, top_p=0.9)

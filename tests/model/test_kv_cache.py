@@ -62,6 +62,7 @@ def test_a_row_equals_the_same_prompt_alone(model, stacked):
         np.testing.assert_allclose(decoded[row], full[row, n : n + 6], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_in_bfloat16_is_close(model):
     config, params = model
 

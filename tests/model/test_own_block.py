@@ -53,6 +53,7 @@ def adapted(config, seed=0):
     return tree.replace(params, "layers/adapter_up", up)
 
 
+@pytest.mark.slow
 def test_own_parameters_are_drawn_beside_those_of_the_table():
     key = jax.random.key(4)
     plain = jax.jit(partial(init, CONFIG))(key)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks_case import slow_but
 from model_case import ids, make, small
 
 from jaxlm import tree
@@ -24,7 +25,7 @@ TAPS = (Tap("head_out"), Tap("resid_post"), Tap("logits"))
 EDITS = (Edit("mlp_out", "scale", 0.5, layer=1),)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["dense"], MODELS))
 def test_the_integers_are_what_is_computed(name):
     config, params = make(MODELS[name])
     tokens = ids(2, 9)

@@ -149,6 +149,7 @@ def test_eight_functions_lead_to_the_first_product(model, monkeypatch):
     assert 0 < len(ours) <= 8, ours
 
 
+@pytest.mark.slow
 def test_vmap_over_models(model):
     """A batch of models is one vmap."""
     config, params = model

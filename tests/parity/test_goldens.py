@@ -176,6 +176,7 @@ def test_tiled_key_heads_fail_the_gate():
     assert max(errors(name, params=tiled_heads(CASES[name]))) > GATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "gpt-oss-20b"])
 @pytest.mark.parametrize("first, second", [("gate", "up"), (0, 1)])
 def test_exchanged_experts_fail_the_gate(name, first, second):

@@ -145,6 +145,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 def test_a_chat_answers_with_a_schema(served, compilations):
     message = {"role": "user", "content": [{"type": "text", "text": "Who?"}]}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
@@ -213,6 +214,7 @@ def test_requests_at_once_are_what_they_are_alone(served):
     )
 
 
+@pytest.mark.slow
 def test_speculation_does_not_change_the_texts(tmp_path, monkeypatch, compilations):
     """Of more clients than slots, with weights in 8 bits; the command is called, but
     for its socket."""

@@ -99,6 +99,7 @@ def whole():
     return loss_of(TrainConfig(batch_size=ROWS))
 
 
+@pytest.mark.slow
 def test_rows_of_one_document_need_no_segments():
     """Padding at the end of a row is not seen by what is before it."""
     length = BATCH.tokens.shape[1]
@@ -156,6 +157,7 @@ def test_a_mean_of_means_would_be_another_loss(whole):
     assert abs(np.mean(means) - whole[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_step_can_be_computed_with_edits():
     """Positions are those in the documents of a packed row."""
     edits = (

@@ -37,6 +37,7 @@ def expect_fallback(run, reason=""):
     assert reported[0].endswith("), using step 200") and reason in reported[0]
 
 
+@pytest.mark.slow
 def test_thirty_of_thirty_flipped_bits_are_found(run):
     generator = random.Random(0)
     files = files_of(run / "checkpoints/300")

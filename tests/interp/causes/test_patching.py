@@ -48,6 +48,7 @@ def value(params, tokens):
     return float(jax.jit(bound(metric_of))(params=params, tokens=tokens))
 
 
+@pytest.mark.slow
 def test_patching_moves_the_difference_of_two_texts():
     source, _ = streams()
     grid = sweep_of()(params=PARAMS, tokens=CORRUPT, source=source)

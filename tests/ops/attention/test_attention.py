@@ -169,6 +169,8 @@ def inputs(T, S, case=CASES["reference"]):
 # The specialized kernels have tests of their own in the interpreter: the forward kernel in
 # gpu/test_specialized_forward.py, all in test_gpu_check.py.
 SHORT = [name for name in CASES if DEVICE == "gpu" or "specialized" not in name]
+# Of the kernels that are interpreted, TPUs' is always tried.
+QUICK = [name for name in SHORT if DEVICE == "gpu" or "pallas_gpu" not in name]
 
 
 # With the first of both, each option of an interpreted kernel is always tried.
@@ -260,12 +262,11 @@ def test_value_and_gradient(name, names):
         np.testing.assert_array_equal(one, other)
 
 
-# Of the two forward kernels that are interpreted, the plain one is the quicker. A kernel's
-# blocks have one shape, grouped or not.
+# A kernel's blocks have one shape, grouped or not.
 BFLOAT16 = [
     pytest.param(
         *(name, grouped),
-        marks=[] if grouped and name in SHORT else pytest.mark.slow,
+        marks=[] if grouped and name in QUICK else pytest.mark.slow,
     )
     for name, grouped in itertools.product(CASES, (True, False))
     if grouped or "pallas" not in name or DEVICE != "cpu"
@@ -323,7 +324,7 @@ def test_query_head_n_is_served_by_key_head_n_over_g(name):
     np.testing.assert_allclose(z[0, :, :, 0], [served] * case.unit, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", slow_but(QUICK, SHORT))
 def test_a_window_off_by_one_is_seen(name):
     case = CASES[name]
     q, k, v = inputs(3 * case.unit, 3 * case.unit, case)
@@ -351,7 +352,7 @@ def test_sinks_take_their_share(name):
     assert np.abs(heavy).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", slow_but(QUICK, SHORT))
 def test_a_row_without_keys_is_finite(name):
     """Padding may see no key; it must not give NaN, forward or backward."""
     case = CASES[name]

@@ -198,6 +198,7 @@ def test_experts_that_no_token_takes_are_not_computed():
     assert np.isnan(run(case, moe.reference_mixture, x, logits, w)).any()
 
 
+@pytest.mark.slow
 def test_vmap():
     case = CASES["biases"]
     x, logits, w = inputs_of(case)
@@ -250,6 +251,7 @@ def test_load_balance_loss():
     assert moe.load_balance_loss(logits, experts, 0 * token_weights) == 0
 
 
+@pytest.mark.slow
 def test_an_even_load_has_the_least_loss():
     """It is k if all are chosen equally often, and up to E if one always is."""
     even = 1e-3 * np.eye(E, dtype=np.float32)[None]

@@ -85,6 +85,7 @@ def test_value(name):
     np.testing.assert_allclose(lse, expected_lse, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_hidden_blocks_are_not_read():
     """NaN in them reaches no result."""
     q, k, v, _, _ = prepare("all keys, large heads")
@@ -96,6 +97,7 @@ def test_hidden_blocks_are_not_read():
     np.testing.assert_allclose(np.float64(z), expected, atol=ERROR[F16])
 
 
+@pytest.mark.slow
 def test_queries_without_keys():
     """They give zeros and -1e30, alone in a block or beside queries that see keys."""
     q, k, v, _, _ = prepare("positions in a cache, heads share keys")
@@ -105,6 +107,7 @@ def test_queries_without_keys():
     assert np.all(np.any(z[:, 66:], axis=-1)) and np.all(lse[..., 66:] > -100)
 
 
+@pytest.mark.slow
 def test_no_races(monkeypatch):
     """No warpgroup reads what a copy may be writing, or the reverse."""
     params = dataclasses.replace(warpgroup.interpreter(), detect_races=True)

@@ -128,6 +128,7 @@ def test_a_window_off_by_one_is_seen():
         assert np.abs(z - other).max() > 0.05
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """Results and gradients are close to the oracle; those of the sinks stay f32."""
     options = {**CASES["all but the window"][-1], "window": 70}
