@@ -247,7 +247,13 @@ class MetricsWriter(contextlib.AbstractContextManager):
             if resume_step is not None:
                 self._keep_up_to(resume_step)
             elif self.path.exists() and self.path.stat().st_size:
-                os.replace(self.path, self._new_file(PREVIOUS))
+                previous = self._new_file(PREVIOUS)
+                os.replace(self.path, previous)
+                logger.warning(
+                    "%s is of a run without a checkpoint: training begins at step 0, "
+                    "and that log is now %s",
+                    *(self.path, previous.name),
+                )
             self._open()
         except OSError as error:
             self._warn_of(error)

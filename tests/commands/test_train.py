@@ -12,6 +12,7 @@ import pytest
 from terminal_case import CTRL_C, Terminal
 from toy_case import make_params, toy
 
+from jaxlm.checkpoint.load import load, open_checkpoint
 from jaxlm.commands import train as train_module
 from jaxlm.commands.train import _check_same_run, train
 from jaxlm.commands.training_run import sampler
@@ -24,6 +25,7 @@ from jaxlm.commands.training_run.sampler import make_sampler
 from jaxlm.config import Config, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.train.metrics import FIELDS, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -155,6 +157,82 @@ def test_a_resumed_run_takes_the_program_of_a_new_one(tmp_path, capsys):
     assert re.search(
         r"training for 1 steps, on \d+ CPU devices? in ", capsys.readouterr().err
     )
+
+
+def count_steps(last, dies=False):
+    """Returns a `fit` that counts to a step, writes its rows and saves each fourth."""
+
+    def fit(config, optimizer, state, batches, hooks, *, writer, **options):
+        for step in range(int(state.step) + 1, last + 1):
+            state = dataclasses.replace(state, step=jax.numpy.int32(step))
+            row = dict.fromkeys(FIELDS["train"], 0.0)
+            writer.write("train", step, **row)
+            if dies:
+                raise MemoryError
+            if step % 4 == 0:
+                hooks.save(state)
+        return state, 0
+
+    return fit
+
+
+def test_rows_and_steps_of_a_run_folder_that_is_not_whole(tmp_path, capsys, caplog):
+    run = tmp_path / "run"
+    config = Config(
+        model=MODEL,
+        data=make_data(tmp_path),
+        optimizer=OptimizerConfig(warmup_steps=0),
+        train=TrainConfig(steps=99, log_every=1, run_dir=str(run)),
+    )
+    rows_of = lambda run: [
+        row["step"] for row in read_metrics(run) if row["kind"] == "train"
+    ]
+
+    def start(last, config=config, **options):
+        with (
+            jax.set_mesh(make_mesh(config.mesh)),
+            mock.patch.object(train_module, "fit", count_steps(last, **options)),
+        ):
+            train(config)
+        return capsys.readouterr().err
+
+    assert "no rows" not in start(8)
+    # The newest step cannot be read at one start, which dies before it has saved.
+    away = run / "checkpoints/8/meta.json"
+    content = away.read_bytes()
+    away.unlink()
+    with pytest.raises(MemoryError):
+        start(9, dies=True)
+    moved = f"moved steps 8 to {run / 'old-1'}: the run continues from 4"
+    assert moved in capsys.readouterr().err
+    assert rows_of(run) == [1, 2, 3, 4, 5]
+    (run / "old-1/checkpoints/8/meta.json").write_bytes(content)
+    assert rows_of(run / "old-1") == [*range(1, 9)] and load(run / "old-1")
+    # Other weights are named, but the run has its own.
+    initial = open_checkpoint(run / "old-1")
+    other = dataclasses.replace(config, init_from=str(run / "old-1"))
+    with (
+        jax.set_mesh(make_mesh(config.mesh)),
+        mock.patch.object(train_module, "fit", count_steps(8)),
+    ):
+        train(other, initial)
+    words = f"resumed at step 4 of 99 steps, not from the weights of {run / 'old-1'}"
+    assert words in capsys.readouterr().err
+    # Somebody has restored an older log.
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    last = max(n for n, line in enumerate(lines) if b'"step": 6' in line)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[: last + 1]))
+    assert f"{run}/metrics.jsonl has no rows of steps 7 to 8" in start(9)
+    resumes = [row for row in read_metrics(run) if row.get("event") == "resume"]
+    assert resumes[-1]["missing_rows"] == [7, 8]
+    start(12)
+    assert "no rows" not in start(13)
+    # A disk with the steps is not mounted.
+    assert not caplog.messages
+    (run / "checkpoints").rename(tmp_path / "disk")
+    start(1)
+    assert "without a checkpoint: training begins at step 0" in caplog.messages[0]
+    assert caplog.messages[0].endswith("is now metrics.previous.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def verified_sizes(folder: Path) -> dict[str, Entry]:
     Raises:
       UnreadableStep: for a missing file, for another size, for an additional file
         among those of an array or a tokenizer, and for symbolic links. Files whose
-        names start with a dot (.DS_Store), and what lies beside the step's own files,
-        are ignored.
+        names start with a dot (.DS_Store), what lies beside the step's own files, and
+        data of arrays that nothing names are ignored.
     """
     if folder.is_symlink():
         raise UnreadableStep("it is a symbolic link")
@@ -99,7 +99,11 @@ def verified_sizes(folder: Path) -> dict[str, Entry]:
         own = {n.partition("/")[0] for n in files}
         if missing := sorted(files.keys() - found):
             raise UnreadableStep(f"{_some(missing)} missing")
-        extra = sorted(n for n in found - files.keys() if n.partition("/")[0] in own)
+        extra = sorted(
+            n
+            for n in found - files.keys()
+            if n.partition("/")[0] in own and not _is_of_earlier_copy(n)
+        )
         if extra:
             raise UnreadableStep(f"{_some(extra)} not in {MANIFEST}")
         for name, entry in files.items():
@@ -158,6 +162,15 @@ def _walk(folder: Path) -> Iterator[str]:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_of_earlier_copy(name: str) -> bool:
+    """Whether a file is one of Orbax's data, which are read only if they are named.
+
+    Their names are random, so that those of a step stay when a copy of it, saved
+    another time, is laid over it.
+    """
+    return name.rpartition("/")[0].endswith("/d")
 
 
 def _some(names: list[str]) -> str:

@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 META = "meta.json"
 TOKENIZER = "tokenizer"
 METRICS = "metrics.jsonl"
+MAX_LOG_BYTES = 1 << 30  # about four million rows
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
 # The files that a run writes and `move_aside` moves; the last says whose they are.
@@ -114,7 +115,8 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
 
     Args:
       run: the run folder.
-      steps: the steps to move; None moves all that the run has written.
+      steps: the steps to move, with a copy of the log, whose rows of them will be
+        dropped; None moves all that the run has written.
 
     Returns:
       The new folder. It is a run folder too: its checkpoints can be loaded.
@@ -124,6 +126,8 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
     name = next(n for n in names if not any(os.path.lexists(f / n) for f in folders))
     old = run / name
     old.mkdir()
+    if steps is not None:
+        _copy_log(run / METRICS, old)
     if (run / CHECKPOINTS).is_symlink():
         # Perhaps to another disk, to which nothing can be renamed: steps stay there.
         (run / CHECKPOINTS / name).mkdir()
@@ -132,11 +136,44 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
         (old / CHECKPOINTS).mkdir()
     for step in list_steps(run) if steps is None else steps:
         part = f"{CHECKPOINTS}/{step}"
-        durable.rename(run / part, old / part)
+        _move(run / part, old / part)
     for part in _RUN_FILES if steps is None else ():
         if (run / part).exists():
             (run / part).rename(old / part)
     return old
+
+
+def _copy_log(log: Path, folder: Path) -> None:
+    """Copies a log that is a file, and no hole of a terabyte; else `folder` is removed.
+
+    Raises:
+      OSError: if the disk has no room for it.
+    """
+    try:
+        if log.is_file() and log.stat().st_size <= MAX_LOG_BYTES:
+            shutil.copy(log, folder)
+            durable.sync(folder / log.name)
+    except OSError:
+        shutil.rmtree(folder)
+        raise
+
+
+def _move(source: Path, target: Path) -> None:
+    """Renames a step, or copies it where its file system cannot rename a folder.
+
+    In a container, those of the image's layers cannot be renamed.
+    """
+    try:
+        durable.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = target.with_name(f"{TEMPORARY}{target.name}-0")
+        shutil.copytree(source, copy, symlinks=True)
+        for path in copy.rglob("*"):
+            durable.sync(path)
+        durable.rename(copy, target)
+        shutil.rmtree(source)
 
 
 def named_folder(run_dir: str | Path) -> Path:
@@ -201,7 +238,10 @@ def check_no_step(path: Path) -> None:
                 f"{path} is {'' if folder == real else 'inside of '}a step, which "
                 "would be damaged: give the run folder, or another one"
             )
-        if folder.name == CHECKPOINTS and list_steps(folder.parent):
+        # Runs may lie in a folder of this name, and be called 1, 2 and so on.
+        if folder.name == CHECKPOINTS and any(
+            (folder / str(step) / META).is_file() for step in list_steps(folder.parent)
+        ):
             raise ValueError(
                 f"{path} is inside of a run: the run folder is {folder.parent}"
             )
@@ -442,7 +482,7 @@ def candidates(path: str | Path) -> list[Path]:
       ValueError: if it is neither; says what is there, and which runs are nearby.
     """
     path = Path(path)
-    if path.name == CHECKPOINTS:
+    if path.name == CHECKPOINTS and not list_steps(path):  # a run may have this name
         path = path.parent
     if steps := list_steps(path):
         return [path / CHECKPOINTS / str(step) for step in reversed(steps)]

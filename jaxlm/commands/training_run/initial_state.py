@@ -1,7 +1,6 @@
 """The state that a training run starts from."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import jax
@@ -20,7 +19,6 @@ from jaxlm.fields import diff
 from jaxlm.plan.memory import check_fits
 from jaxlm.sharding.device_memory import available_memory
 from jaxlm.terminal.progress import Waiting
-from jaxlm.train.metrics import FILE_NAME as METRICS
 from jaxlm.train.spikes import new_history
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_from
 
@@ -61,13 +59,10 @@ def initial_state(
             data_fingerprint=dataset.fingerprint,
             step=config.resume_step,
         )
-    if config.resume_step is not None:
-        # At once, as the rows of later steps are dropped when the metrics are opened.
-        old = checkpoints.move_aside_after(config.resume_step)
-        metrics = checkpoints.run / METRICS
-        if old is not None and metrics.is_file():
-            shutil.copy(metrics, old)
     if restored is not None:
+        # At once, as the rows of later steps are dropped when the metrics are opened. A
+        # step that cannot be read now may be readable at the next start.
+        checkpoints.move_aside_after(restored.step)
         # A Python integer has a weak type, for which the step would compile again.
         step = jax.device_put(np.int32(restored.step), wanted.step.sharding)
         state = TrainState(step, restored.params, restored.opt_state, restored.spikes)

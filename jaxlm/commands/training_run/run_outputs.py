@@ -69,6 +69,13 @@ def run_outputs(
     )
     progress = ProgressLine(settings.steps)
     progress.note(_opening(given, config, dataset, params, resume_step))
+    more = {}
+    if resumed and (missing := _missing_rows(writer, step, settings.log_every)):
+        more["missing_rows"] = missing
+        progress.note(
+            f"{writer.path} has no rows of steps {missing[0]} to {missing[1]}: the "
+            "checkpoint is newer, as when only a part was restored"
+        )
     with writer, contextlib.closing(progress):
         writer.write(
             "event",
@@ -76,8 +83,19 @@ def run_outputs(
             event="resume" if resumed else "start",
             params=params,
             attention={kind: choice.to_json() for kind, choice in choices.items()},
+            **more,
         )
         yield writer, progress
+
+
+def _missing_rows(
+    writer: MetricsWriter, step: int, log_every: int
+) -> tuple[int, int] | None:
+    """Returns the first and the last step of which the log of a run has no rows."""
+    last = (writer.last_train or {"step": 0})["step"]
+    if not log_every or last >= step - step % log_every:
+        return None
+    return last + 1, step
 
 
 @contextlib.contextmanager
@@ -117,8 +135,10 @@ def _opening(
         )
     begun = "training for" if is_new else f"resumed at step {resume_step} of"
     weights = ""
-    if config.init_from is not None and is_new:
+    if config.init_from is not None:
         weights = f" from the weights of {config.init_from}"
+        if not is_new:
+            weights = f", not from the weights of {config.init_from} (--init-from)"
     dtype, run = compute_dtype(config.model.dtype).name, Path(settings.run_dir)
     lines += [
         f"{run}: {params:,} parameters, {dataset.num_train_tokens:,} tokens of text",

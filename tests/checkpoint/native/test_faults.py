@@ -379,6 +379,54 @@ def test_steps_on_another_disk_are_set_aside_there(tmp_path):
         shutil.rmtree(disk)
 
 
+def test_later_steps_are_set_aside_with_the_log_and_not_without(tmp_path, monkeypatch):
+    """Its rows of them are dropped when the run goes on."""
+    run = run_with_steps(tmp_path, 1, 2)
+    (run / "metrics.jsonl").write_text("rows\n")
+    with CheckpointManager(run, report=lambda line: None) as checkpoints:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copy", full)
+            with pytest.raises(OSError, match="No space"):
+                checkpoints.move_aside_after(1)
+        assert checkpoints.steps() == [1, 2] and not (run / "old-1").exists()
+
+        def renaming(path, target, rename=Path.rename):
+            """As an overlay file system does with what is in a container's image."""
+            if path == run / "checkpoints/2":
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", renaming)
+        checkpoints.move_aside_after(1)
+        assert checkpoints.steps() == [1]
+    assert (run / "old-1/metrics.jsonl").read_text() == "rows\n"
+    load(run / "old-1")
+    assert [path.name for path in (run / "old-1/checkpoints").iterdir()] == ["2"]
+
+
+def test_runs_may_be_named_as_the_folder_of_steps_or_as_a_step(tmp_path):
+    run_with_steps(tmp_path / "checkpoints", 1)
+    assert load(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints")
+    for name in ("12", "13", "12"):
+        run = run_with_steps(tmp_path / "checkpoints" / name, 1)
+        assert load(run) and load(run / "checkpoints")
+
+
+def test_a_copy_of_a_run_that_is_laid_over_it_can_be_read(tmp_path):
+    """Data of arrays have random names, so those of both are there then."""
+    run, copy = (run_with_steps(tmp_path / name, 1) for name in ("run", "copy"))
+    count = len(list(run.rglob("*")))
+    shutil.copytree(copy, run, dirs_exist_ok=True)
+    assert len(list(run.rglob("*"))) > count
+    with CheckpointManager(run, report=lambda line: None) as checkpoints:
+        assert restore(checkpoints).step == 1
+
+
 def test_an_old_step_that_cannot_be_deleted_stops_no_run(tmp_path, monkeypatch):
     """On NFS a folder stays whose files another process has open."""
     run, said = run_with_steps(tmp_path, 1), []
