@@ -40,12 +40,14 @@ def save(messages: Sequence[Message], path: Path) -> None:
 
 
 def _goes_on(earlier: Sequence[Message], messages: Sequence[Message]) -> bool:
-    """Whether messages are an earlier conversation, perhaps with other answers."""
-    begins = [
-        next((m["content"] for m in part if m["role"] == "user"), None)
-        for part in (earlier, messages)
-    ]
-    return begins[0] == begins[1] and len(messages) >= len(earlier)
+    """Whether messages go on an earlier conversation; its last answer may be another.
+
+    Many conversations begin with the same words, and with the same answer.
+    """
+    old, new = ([m for m in p if m["role"] != "system"] for p in (earlier, messages))
+    answered = bool(old) and old[-1]["role"] == "assistant"
+    same = len(old) - answered
+    return len(new) >= len(old) > 0 and new[:same] == old[:same]
 
 
 def load(path: Path) -> list[Message]:

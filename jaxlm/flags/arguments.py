@@ -3,6 +3,7 @@
 They are apart from the verbs, so that a wrong flag is reported before JAX is imported.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,7 +206,16 @@ def _check_page(flag: str, path: Path) -> None:
 def _check_written(
     flag: str, path: Path, kind: str, endings: Sequence[str], beginning: bytes
 ) -> None:
-    """Keeps a file from replacing what is not of its kind: a log, weights, notes."""
+    """Keeps a file from replacing what is not of its kind: a log, weights, notes.
+
+    It must not be among the files of a step either, which would be damaged then.
+    """
+    for folder in Path(os.path.realpath(path)).parents:
+        if all((folder / name).is_file() for name in ("meta.json", "manifest.json")):
+            raise ValueError(
+                f"{flag} {path} is inside of a step, which would be damaged: choose "
+                "another folder"
+            )
     if path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path}: the name of {kind} ends in {endings[0]}")
     if not path.is_file():

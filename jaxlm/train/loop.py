@@ -162,7 +162,8 @@ def _save(
     *,
     is_last: bool,
 ) -> None:
-    """Saves a state. What fails may also be the save before."""
+    """Saves a state, after its rows. What fails may also be the save before."""
+    log.sync()
     goes_on = is_last or train.on_save_error == "continue"
     with log.waiting("saving"):
         for tries in (1, 2):

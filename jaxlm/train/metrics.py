@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxlm.files.bounded import read_bounded
-from jaxlm.files.durable import replacing
+from jaxlm.files.durable import replacing, sync
 from jaxlm.terminal.printable import error_line, shown_value
 
 FILE_NAME = "metrics.jsonl"
@@ -241,12 +241,11 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self._sinks = list(sinks)
         self._file: io.FileIO | None = None
         self._folder: os.stat_result | None = None
+        self._resume_step = resume_step  # None when later rows are dropped
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._folder = os.stat(self.path.parent)
-            if resume_step is not None:
-                self._keep_up_to(resume_step)
-            elif self.path.exists() and self.path.stat().st_size:
+            if resume_step is None and self.path.exists() and self.path.stat().st_size:
                 previous = self._new_file(PREVIOUS)
                 os.replace(self.path, previous)
                 logger.warning(
@@ -262,7 +261,18 @@ class MetricsWriter(contextlib.AbstractContextManager):
         """Drops later rows, damaged ones and a half-written last line, all at once."""
         if not self.path.is_file():
             return
-        data = read_bounded(self.path, MAX_BYTES)
+        try:
+            data = read_bounded(self.path, MAX_BYTES)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            previous = self._new_file(PREVIOUS)
+            os.replace(self.path, previous)
+            logger.warning(
+                "%s: %s; it is now %s, and the log begins anew",
+                *(self.path, error.strerror, previous.name),
+            )
+            return
         log = _parse(data, self.path)
         if log.damaged:
             damaged = self._new_file(DAMAGED)
@@ -276,7 +286,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         trains = [row for _, row in log.rows if row["kind"] == "train"]
         self.last_before = trains[-1] if trains else None
         trains = [row for row in trains if row["step"] <= step]
-        self.last_train = trains[-1] if trains else None
+        self.last_train = self.last_train or (trains[-1] if trains else None)
         text = b"".join(line + b"\n" for line, _ in kept)
         # A link is replaced by a file: its target is not this run's.
         if text == data and not self.path.is_symlink():
@@ -352,6 +362,9 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._file = None
         if self.path.is_fifo():
             raise OSError(errno.EINVAL, "a pipe, which would be waited for")
+        if self._resume_step is not None:  # With a full disk perhaps not at once.
+            self._keep_up_to(self._resume_step)
+            self._resume_step = None
         file = io.FileIO(self.path, "a+b")
         folder = os.stat(self.path.parent)
         if self._folder and not os.path.samestat(folder, self._folder):
@@ -361,6 +374,16 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._folder = folder
         self._file = file
         return self._file
+
+    def sync(self) -> None:
+        """Waits until the rows are on the disk, as the step of which they are will be.
+
+        After a power cut a run goes on from that step, and does not write them again.
+        """
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+                sync(self.path.parent)
 
     def _is_there(self, file: io.FileIO) -> bool:
         """Whether nobody has deleted or replaced the file."""
@@ -399,6 +422,9 @@ class NoMetrics(MetricsWriter):
         self.lost_rows = 0
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
         """Does nothing."""
 
     def close(self, failed: bool = False) -> None:

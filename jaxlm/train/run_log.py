@@ -178,6 +178,10 @@ class RunLog:
         """Writes what was seen inside."""
         self._writer.write("look", step, **fields)
 
+    def sync(self) -> None:
+        """Waits until the rows so far are on the disk."""
+        self._writer.sync()
+
     def save_failed(self, step: int, error: SaveError) -> None:
         """Writes that a checkpoint could not be saved."""
         self._writer.write("event", step, event="save failed", message=str(error))

@@ -1,5 +1,6 @@
 """The dialogue: what is sent, what is shown, and each command."""
 
+import itertools
 import json
 import signal
 
@@ -7,7 +8,7 @@ import pytest
 from conversation_case import scripted
 from jax.errors import JaxRuntimeError
 
-from jaxlm.chat import dialogue
+from jaxlm.chat import dialogue, transcript
 from jaxlm.chat.dialogue import COMMANDS, Dialogue
 from jaxlm.chat.prompt import DraftDropped
 from jaxlm.terminal.progress import Waiting
@@ -184,6 +185,33 @@ def test_a_file_that_cannot_be_does_not_end_it(hold, tmp_path):
     for line in (lines[4], lines[6]):
         assert "talk.json has another conversation, of 2 messages: choose" in line
     assert [m["content"] for m in json.loads(file.read_text())] == ["Hi", "1"]
+
+
+def test_only_the_same_conversation_is_replaced(tmp_path):
+    """Many begin with the same words. The last answer may be another: /retry."""
+    file, said = tmp_path / "talk.json", ["Hi", "Hello", "An essay", "Long"]
+
+    def save(*contents, system=None):
+        roles = itertools.cycle(["user", "assistant"])
+        messages = [
+            {"role": r, "content": c} for r, c in zip(roles, contents, strict=False)
+        ]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        transcript.save(messages, file)
+        assert transcript.load(file) == messages
+
+    save(*said)
+    for other in (
+        ("Hi", "Hello", "A joke", "Ha", "Another", "Ho"),
+        ("Hi", "Hey", *said[2:]),
+        said[:2],
+        (),
+    ):
+        with pytest.raises(ValueError, match="another conversation, of 4 messages"):
+            save(*other)
+    save(*said[:3], "Short")
+    save(*said[:3], "Short", "Thanks", "Welcome", system="Be polite.")
 
 
 def test_a_full_context_does_not_end_it_on_a_terminal(hold):

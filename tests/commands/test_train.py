@@ -184,9 +184,9 @@ def test_rows_and_steps_of_a_run_folder_that_is_not_whole(tmp_path, capsys, capl
         optimizer=OptimizerConfig(warmup_steps=0),
         train=TrainConfig(steps=99, log_every=1, run_dir=str(run)),
     )
-    rows_of = lambda run: [
-        row["step"] for row in read_metrics(run) if row["kind"] == "train"
-    ]
+
+    def rows_of(run):
+        return [row["step"] for row in read_metrics(run) if row["kind"] == "train"]
 
     def start(last, config=config, **options):
         with (

@@ -216,6 +216,7 @@ WRONG = {
     "convert runs/tiny '~/x.gguf'": "DST ~/x.gguf begins with ~, which the shell has no",
     "report runs/tiny --out site.html": "--out site.html is there, and is not a page of",
     "report runs/tiny --out photo.html": "photo.png is there, and the picture beside ph",
+    "report runs/tiny --out runs/tiny/checkpoints/0/params/x.html": "inside of a step, ",
     "look runs/tiny --prompt x --out site.html": "site.html is there, and is not a page",
     "sample runs/tiny --look text.txt": "--look text.txt: the name of a page ends in .h",
     "sample runs/tiny --look site.html": "--look site.html is there, and is not a page",

@@ -1,5 +1,6 @@
 """metrics.jsonl, and the rates in it."""
 
+import errno
 import io
 import json
 import math
@@ -10,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_case import toy
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.params import count_matmul_params
+from jaxlm.train import loop
+from jaxlm.train.loop import Hooks
 from jaxlm.train.metrics import MetricsWriter, kinds_at, read_metrics
+from jaxlm.train.run_log import RunLog
 from jaxlm.train.throughput import (
     flops_per_token,
     peak_flops,
@@ -215,11 +220,12 @@ def test_a_terabyte_of_nothing_is_not_read(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # needs no space
-    with MetricsWriter(tmp_path, resume_step=3):
-        assert "has more than 1,073,741,824 bytes): training goes on" in caplog.text
     assert kinds_at(tmp_path, 1) == set()
     with pytest.raises(OSError, match="more than 1,073,741,824 bytes"):
         read_metrics(tmp_path)
+    write_steps(tmp_path, [4], resume_step=3)
+    words = "has more than 1,073,741,824 bytes; it is now metrics.previous.jsonl, and"
+    assert words in caplog.text and steps_of(tmp_path) == [4]
 
 
 def test_rows_are_checked(tmp_path):
@@ -242,6 +248,45 @@ def test_a_full_disk_warns_once_and_goes_on(tmp_path, caplog):
         assert writer.lost_rows == 2
     (line,) = caplog.messages
     assert "No space left" in line and "training goes on" in line
+
+
+def test_later_rows_are_dropped_when_there_is_room_for_that(tmp_path, monkeypatch):
+    """They would be there twice, before and after those of the run that goes on."""
+    write_steps(tmp_path, [1, 2, 3, 4])
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxlm.train.metrics.replacing", full)
+        writer = MetricsWriter(tmp_path, resume_step=2)
+        writer.write("train", 3, **train_row(3))
+    with writer:
+        writer.write("event", 4, event="there is room")
+        assert writer.last_train["step"] == 3 and writer.lost_rows == 1
+    assert steps_of(tmp_path) == [1, 2, 4]
+
+
+def test_rows_are_on_the_disk_before_the_step_that_they_belong_to(
+    tmp_path, monkeypatch
+):
+    """After a power cut the run goes on from the step, and writes no row again."""
+    synced, real = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    model = toy(context_length=256)
+    config = Config(model=model, train=TrainConfig(steps=1))
+    saved = mock.Mock(side_effect=lambda state: synced.append(state))
+    with MetricsWriter(tmp_path) as writer:
+        log = RunLog(config, writer, mock.Mock(), 1)
+        options = {"log": log, "is_last": True}
+        loop._save("state", 1, config.train, Hooks(save=saved), **options)
+    files = (tmp_path / "metrics.jsonl", tmp_path)
+    assert synced == [*(path.stat().st_ino for path in files), "state"]
 
 
 def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
