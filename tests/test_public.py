@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 
 CONFIG = jaxlm.ModelConfig(
     vocab_size=8,
@@ -142,6 +142,7 @@ WRONG = {
     "load('runs/nope')": "runs/nope is not a checkpoint",
     "load_tokenizer('runs/nope')": "it does not exist",
     "save('.', CONFIG, params, ByteTokenizer())": ". already exists: choose another name",
+    "save('new', CONFIG, params, ByteTokenizer())": "the tokenizer has 257 tokens and the model 8",
     "save('new', CONFIG, params, 'chars')": "tokenizer is a str",
     "save('new', CONFIG, quantize_matrices(params, 'int8'), ByteTokenizer())": "embed/table is quantized, which no checkpoint holds",
     "generate(CONFIG, jax.tree.map(lambda x: x.astype(int), params), [[1]])": "weights are floating-point numbers",
@@ -206,11 +207,9 @@ def test_unembed_takes_any_leading_axes(params, axes):
 
 
 def test_what_is_saved_is_loaded(params, tmp_path):
-    jaxlm.save(tmp_path / "run", CONFIG, params, ByteTokenizer())
+    tokenizer = CharTokenizer("abcdef")
+    jaxlm.save(tmp_path / "run", CONFIG, params, tokenizer)
     config, loaded = jaxlm.load(tmp_path / "run")
     assert config == CONFIG
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    assert (
-        jaxlm.load_tokenizer(tmp_path / "run").fingerprint
-        == ByteTokenizer().fingerprint
-    )
+    assert jaxlm.load_tokenizer(tmp_path / "run").fingerprint == tokenizer.fingerprint

@@ -51,6 +51,11 @@ def save(
         )
     if not is_new(path):
         raise ValueError(f"{path} already exists: choose another name, or remove it")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{config.vocab_size}: it is of another model"
+        )
     length = min(DataConfig().sequence_length, config.context_length)
     run = Config(model=config, data=DataConfig(sequence_length=length))
     with CheckpointManager(path, report=report) as checkpoints:

@@ -39,6 +39,7 @@ from jaxlm.infer.grammar.token_grammar import token_grammar
 from jaxlm.infer.rules.automata import Automaton
 from jaxlm.infer.rules.stop_strings import StopText
 from jaxlm.infer.speculative.proposals import Proposer
+from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.interrupts import Interrupts
@@ -48,6 +49,7 @@ from jaxlm.types import Params
 
 # No context is that long, and /dev/zero has no end.
 _MAX_PROMPT_BYTES = 64 << 20
+_BYTES_OF_SAMPLE = 4096  # at least: its objects, and a token
 
 
 def main(chosen: SampleArguments) -> int:
@@ -157,13 +159,14 @@ def write_samples(
 
     The first is streamed, unless the form is another (`--json`, `--show-probs`).
     """
+    num_samples = chosen.best_of or chosen.num_samples
+    check_memory_of(num_samples)
     prompt = tokenizer.encode_prompt(text)
     room = model.context_length - len(prompt)
     limit = min(room, chosen.sample.max_new_tokens)
     sample = dataclasses.replace(chosen.sample, max_new_tokens=limit)
     sample = with_stop_ids(sample, tokenizer)
     grammar = read_grammar(chosen, model, tokenizer, sample)
-    num_samples = chosen.best_of or chosen.num_samples
     streams = not (chosen.json or chosen.show_probs or chosen.best_of)
     with Printer(
         *(tokenizer, text, num_samples),
@@ -201,6 +204,16 @@ def write_samples(
     if chosen.stats:
         print_stats(result)
     return result
+
+
+def check_memory_of(num_samples: int) -> None:
+    """Raises a ValueError for more samples than the memory holds: all are kept."""
+    needed, available = num_samples * _BYTES_OF_SAMPLE, available_memory()
+    if needed > available:
+        raise ValueError(
+            f"{num_samples:,} samples need at least {gib(needed)}, and there are "
+            f"{gib(available)}: take fewer at once, with another --seed each time"
+        )
 
 
 def write_beams(

@@ -14,7 +14,7 @@ from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 
 def test_matrices_in_the_dtype_of_computing_give_the_same_logits(tmp_path):
-    config = toy(dtype="bfloat16", num_layers=1)
+    config = toy(dtype="bfloat16", num_layers=1, vocab_size=257)
     save(tmp_path / "model", config, make_params(config), ByteTokenizer())
     checkpoint = open_checkpoint(tmp_path / "model")
     with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):

@@ -22,7 +22,14 @@ from jaxlm.commands.training_run.completed_config import (
 )
 from jaxlm.commands.training_run.hooks import eval_batch_numbers
 from jaxlm.commands.training_run.sampler import make_sampler
-from jaxlm.config import Config, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from jaxlm.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.train.metrics import FIELDS, read_metrics
@@ -188,15 +195,18 @@ def test_rows_and_steps_of_a_run_folder_that_is_not_whole(tmp_path, capsys, capl
     def rows_of(run):
         return [row["step"] for row in read_metrics(run) if row["kind"] == "train"]
 
-    def start(last, config=config, **options):
+    def start(last, config=config, initial=None, **options):
         with (
             jax.set_mesh(make_mesh(config.mesh)),
             mock.patch.object(train_module, "fit", count_steps(last, **options)),
         ):
-            train(config)
+            train(config, initial)
         return capsys.readouterr().err
 
-    assert "no rows" not in start(8)
+    late = dataclasses.replace(config, profile=ProfileConfig(steps="100:200"))
+    err = start(8, late)
+    assert "no rows" not in err
+    assert "no step of --profile.steps 100:200 is to come" in err
     # The newest step cannot be read at one start, which dies before it has saved.
     away = run / "checkpoints/8/meta.json"
     content = away.read_bytes()
@@ -211,13 +221,8 @@ def test_rows_and_steps_of_a_run_folder_that_is_not_whole(tmp_path, capsys, capl
     # Other weights are named, but the run has its own.
     initial = open_checkpoint(run / "old-1")
     other = dataclasses.replace(config, init_from=str(run / "old-1"))
-    with (
-        jax.set_mesh(make_mesh(config.mesh)),
-        mock.patch.object(train_module, "fit", count_steps(8)),
-    ):
-        train(other, initial)
     words = f"resumed at step 4 of 99 steps, not from the weights of {run / 'old-1'}"
-    assert words in capsys.readouterr().err
+    assert words in start(8, other, initial)
     # Somebody has restored an older log.
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     last = max(n for n, line in enumerate(lines) if b'"step": 6' in line)

@@ -184,6 +184,7 @@ WRONG = {
     "sample --top-p 2": "--top-p is 2.0: it must be in (0, 1]",
     "sample --max-tokens 3": "'--max-tokens' (did you mean '--max-new-tokens'?)",
     "sample --num-samples 0": "--num-samples is 0: it must be at least 1",
+    "sample runs/tiny --num-samples 1000000000": "1,000,000,000 samples need at least 3",
     "sample --dtype float16": "--dtype is 'float16': it must be one of 'auto', 'float3",
     "sample --seed -1": "--seed is -1: it must be in [0, 2**32)",
     "sample --stop-ids x": "--stop-ids is 'x': it must be an integer",

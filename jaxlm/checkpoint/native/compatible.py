@@ -26,6 +26,11 @@ _FREE_TRAIN = (
 # Fields that affect only the order of floating-point operations.
 _ROUNDING_TRAIN = ("accumulation_steps", "accumulate_whole", "loss_chunk")
 
+# Flags of JAX that change the numbers of a run, on some devices or on all.
+_JAX_FLAGS = (
+    *("jax_enable_x64", "jax_default_matmul_precision"),
+    *("jax_default_prng_impl", "jax_threefry_partitionable"),
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm")
 
 
@@ -147,6 +152,7 @@ def environment(state: Any) -> dict[str, Any]:
         # What XLA compiles for a CPU depends on it, and on it depends model.dtype auto.
         "cpu": _cpu_name() if devices[0].platform == "cpu" else "",
         "auto_dtype": compute_dtype("auto").name,
+        **{name: str(getattr(jax.config, name)) for name in _JAX_FLAGS},
     }
 
 
@@ -179,7 +185,7 @@ def environment_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     flat_new = {**new, **new["versions"]}
     # On one device there is no difference between a mesh and none.
     flat_old["mesh"], flat_new["mesh"] = old.get("mesh") or {}, new["mesh"] or {}
-    for name in ("cpu", "auto_dtype"):  # Steps of earlier versions have none.
+    for name in ("cpu", "auto_dtype", *_JAX_FLAGS):  # Earlier versions wrote none.
         flat_old.setdefault(name, flat_new[name])
     return [
         f"{name}: {flat_old.get(name)} -> {value}"

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,11 @@ def probe_writable(run: Path) -> None:
     try:
         str(run).encode()
     except UnicodeEncodeError:
+        if (encoding := sys.getfilesystemencoding()) != "utf-8":
+            raise ValueError(
+                f"the run folder {run} has a name that is not {encoding}, as which "
+                "Python reads it here: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            ) from None
         raise ValueError(
             f"the name of the run folder {run} is not UTF-8: choose another with "
             "--train.run-dir"

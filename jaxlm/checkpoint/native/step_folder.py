@@ -121,9 +121,10 @@ def _check_arrays(
     lines = arrays.differences(meta["arrays"].get(item, {}), arrays.describe(flat))
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        wide = ("unset" if jax.config.jax_enable_x64 else "set") + " JAX_ENABLE_X64: "
         raise ValueError(
-            f"the arrays of {folder} are not those of this run: "
-            f"{'; '.join(f'{item}/{line}' for line in lines[:3])}{more}"
+            f"{wide if 'float64' in lines[0] else ''}the arrays of {folder} are not "
+            f"those of this run: {'; '.join(f'{item}/{x}' for x in lines[:3])}{more}"
         )
 
 

@@ -133,6 +133,9 @@ def _opening(
             f"batches {skipped.start} to {skipped.stop - 1} are skipped "
             "(--train.skip-batches)"
         )
+    traced, first = config.profile.range, (resume_step or 0) + 1
+    if traced and not (first < traced.stop and traced.start <= settings.steps):
+        lines.append(f"no step of --profile.steps {config.profile.steps} is to come")
     begun = "training for" if is_new else f"resumed at step {resume_step} of"
     weights = ""
     if config.init_from is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from checkpoint_case import CONFIG, restore, run_with_steps
 
 from jaxlm.checkpoint.native import compatible, integrity
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.step_folder import _check_arrays
 from jaxlm.config import Config, DataConfig, TrainConfig
 from jaxlm.train.optimizer import make_schedule
 
@@ -163,6 +165,9 @@ def test_another_version_gives_one_line(tmp_path):
     meta["environment"]["device_kind"] = "TPU v9"
     # model.dtype auto depends on the CPU, and so does what XLA compiles for it.
     meta["environment"] |= {"cpu": "Z80", "auto_dtype": "float8"}
+    # Others have flags of JAX: those of an earlier version are not known.
+    meta["environment"] |= {"jax_default_matmul_precision": "highest"}
+    del meta["environment"]["jax_default_prng_impl"]
     path.write_text(json.dumps(meta))
     integrity.write_manifest(path.parent)
     reported = []
@@ -171,6 +176,18 @@ def test_another_version_gives_one_line(tmp_path):
     assert len(reported) == 1 and "\n" not in reported[0]
     assert "jax: 0.0.1 -> " in reported[0] and "device_kind: TPU v9 -> " in reported[0]
     assert "cpu: Z80 -> " in reported[0] and "auto_dtype: float8 -> " in reported[0]
+    assert "jax_default_matmul_precision: highest -> None" in reported[0]
+    assert "prng" not in reported[0]
+
+
+@pytest.mark.parametrize("begun, way", [("float32", "unset"), ("float64", "set")])
+def test_numbers_of_64_bits_are_told_by_their_flag(begun, way):
+    stored = {"params": {"w": (begun, [2])}}
+    other = {"float32": "float64", "float64": "float32"}[begun]
+    wanted = {"w": jax.ShapeDtypeStruct((2,), np.dtype(other))}
+    error = pytest.raises(ValueError, match=rf"^{way} JAX_ENABLE_X64: the arrays of r")
+    with jax.enable_x64(way == "unset"), error:
+        _check_arrays(Path("run"), {"arrays": stored}, "params", wanted)
 
 
 def test_a_config_with_an_unknown_field_is_named(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -586,7 +587,7 @@ def test_fresh_moves_the_earlier_run_aside(tmp_path):
     assert move_aside(run).name == "old-3"
 
 
-def test_odd_files_in_a_run_folder_are_in_nobodys_way(tmp_path):
+def test_odd_files_in_a_run_folder_are_in_nobodys_way(tmp_path, monkeypatch):
     run = run_with_steps(tmp_path, 1)
     os.mkfifo(run / "checkpoints/.tmp-2-1")
     (run / "checkpoints/.tmp-notes").mkdir()  # no name of ours
@@ -604,6 +605,10 @@ def test_odd_files_in_a_run_folder_are_in_nobodys_way(tmp_path):
     assert left == [".tmp-notes"]
     with pytest.raises(ValueError, match="levels deep"):
         CheckpointManager(tmp_path / ("x/" * 1000))
+    # With LC_ALL=C and without its UTF-8 mode, Python takes such a name for this.
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(ValueError, match=r"not ascii, as which Python.*PYTHONUTF8=1"):
+        CheckpointManager(tmp_path / "\udcc3\udcbc")
 
 
 def test_fresh_moves_metrics_without_steps_too(tmp_path):
