@@ -16,6 +16,8 @@ from jaxlm.ops.linear import compute_dtype
 
 # Fields that do not affect the numbers of a run.
 _FREE_DATA = ("workers", "prefetch", "cache_dir", "old_tokens")
+# Files whose contents the fingerprint of the data covers, wherever they are.
+_FILES = ("path", "tokenizer", "tokenizer_model")
 _FREE_TRAIN = (
     *("log_every", "eval_every", "sample_every", "sample_prompt", "sample_tokens"),
     *("look_every", "look_text"),
@@ -34,13 +36,17 @@ _JAX_FLAGS = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxlm")
 
 
-def check_config(old: Config, new: Config, step: int) -> list[str]:
+def check_config(
+    old: Config, new: Config, step: int, *, same_text: bool = False
+) -> list[str]:
     """Compares the config of a checkpoint with that of the run that continues from it.
 
     Args:
       old: the config of the checkpoint.
       new: the config of the run.
       step: the step of the checkpoint.
+      same_text: whether the fingerprint of the data is that of the checkpoint: then
+        files may have moved.
 
     Returns:
       Lines `field: old -> new` for differences that affect only rounding.
@@ -57,7 +63,8 @@ def check_config(old: Config, new: Config, step: int) -> list[str]:
     train = (*_FREE_TRAIN, *rounding, "steps", "skip_batches")
     if new.train.skip_spikes:  # Off, the count of skipped steps would be lost.
         train += ("skip_spikes",)
-    data = [f"data.{line}" for line in diff(old.data, new.data, _FREE_DATA)]
+    free = (*_FREE_DATA, *(_FILES if same_text else ()))
+    data = [f"data.{line}" for line in diff(old.data, new.data, free)]
     steps = _steps_line(old, new, step)
     # Of what follows from another setting, only the setting is named.
     model = (*EXECUTION_FIELDS, *(["vocab_size"] if data else []))

@@ -160,7 +160,8 @@ def read_state(
     if str(meta["step"]) != folder.name or meta["step"] >= 1 << 31:
         raise UnreadableStep(f"its meta.json is of step {shown_value(meta['step'])}")
     stored = from_dict(Config, meta["config"], f"config of {folder}")
-    notes = compatible.check_config(stored, config, meta["step"])
+    same_text = meta["data_fingerprint"] == data_fingerprint
+    notes = compatible.check_config(stored, config, meta["step"], same_text=same_text)
     compatible.check_fingerprint(
         "tokenizer", meta["tokenizer_fingerprint"], tokenizer_fingerprint
     )

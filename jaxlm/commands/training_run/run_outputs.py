@@ -73,8 +73,8 @@ def run_outputs(
     if resumed and (missing := _missing_rows(writer, step, settings.log_every)):
         more["missing_rows"] = missing
         progress.note(
-            f"{writer.path} has no rows of steps {missing[0]} to {missing[1]}: the "
-            "checkpoint is newer, as when only a part was restored"
+            f"{writer.path} has no rows of steps {missing[0]} to {missing[1]}: none "
+            "were due, or the log is older than the checkpoint"
         )
     with writer, contextlib.closing(progress):
         writer.write(

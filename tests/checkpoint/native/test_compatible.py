@@ -150,6 +150,14 @@ def test_the_number_of_steps_may_change_until_the_rate_depends_on_it(
             compatible.check_config(old, new, until + 1)
 
 
+def test_files_may_have_moved_while_their_contents_are_the_same(run):
+    moved = change(data={"path": ("/elsewhere.txt",), "tokenizer": "hf:/elsewhere"})
+    with CheckpointManager(run, report=lambda line: None) as checkpoints:
+        assert restore(checkpoints, config=moved).step == 5
+        with pytest.raises(ValueError, match=r"data\.path: bundled:.* -> /elsewhere"):
+            restore(checkpoints, config=moved, data_fingerprint="other")
+
+
 @pytest.mark.parametrize("what", ["tokenizer", "data"])
 def test_another_fingerprint_is_refused(run, what):
     error = pytest.raises(ValueError, match=rf"the {what} is not the one.*other-1")
@@ -207,6 +215,7 @@ def test_the_lists_name_fields_that_exist():
     assert {"model", "data", "optimizer", "train"} <= sections
     for config, names in (
         (DataConfig, compatible._FREE_DATA),
+        (DataConfig, compatible._FILES),
         (TrainConfig, compatible._FREE_TRAIN + compatible._ROUNDING_TRAIN),
     ):
         assert set(names) <= {f.name for f in dataclasses.fields(config)}
