@@ -15,10 +15,12 @@ from toy_case import toy
 
 from jaxlm.config import Config, ModelConfig, TrainConfig
 from jaxlm.model.params import count_matmul_params
+from jaxlm.terminal.progress import ProgressLine
 from jaxlm.train import loop
 from jaxlm.train.loop import Hooks
 from jaxlm.train.metrics import MetricsWriter, kinds_at, read_metrics
 from jaxlm.train.run_log import RunLog
+from jaxlm.train.state import TrainState
 from jaxlm.train.throughput import (
     flops_per_token,
     peak_flops,
@@ -280,13 +282,13 @@ def test_rows_are_on_the_disk_before_the_step_that_they_belong_to(
     monkeypatch.setattr(os, "fsync", fsync)
     model = toy(context_length=256)
     config = Config(model=model, train=TrainConfig(steps=1))
-    saved = mock.Mock(side_effect=lambda state: synced.append(state))
+    saved, state = mock.Mock(side_effect=synced.append), mock.Mock(spec=TrainState)
     with MetricsWriter(tmp_path) as writer:
-        log = RunLog(config, writer, mock.Mock(), 1)
+        log = RunLog(config, writer, mock.Mock(spec=ProgressLine), 1)
         options = {"log": log, "is_last": True}
-        loop._save("state", 1, config.train, Hooks(save=saved), **options)
+        loop._save(state, 1, config.train, Hooks(save=saved), **options)
     files = (tmp_path / "metrics.jsonl", tmp_path)
-    assert synced == [*(path.stat().st_ino for path in files), "state"]
+    assert synced == [*(path.stat().st_ino for path in files), state]
 
 
 def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
