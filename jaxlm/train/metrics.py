@@ -362,12 +362,14 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._file = None
         if self.path.is_fifo():
             raise OSError(errno.EINVAL, "a pipe, which would be waited for")
-        if self._resume_step is not None:  # With a full disk perhaps not at once.
+        folder = os.stat(self.path.parent)
+        is_other = self._folder and not os.path.samestat(folder, self._folder)
+        # With a full disk perhaps not at once, and not in the log of another run.
+        if self._resume_step is not None and not is_other:
             self._keep_up_to(self._resume_step)
             self._resume_step = None
         file = io.FileIO(self.path, "a+b")
-        folder = os.stat(self.path.parent)
-        if self._folder and not os.path.samestat(folder, self._folder):
+        if is_other:
             if os.fstat(file.fileno()).st_size:
                 file.close()
                 raise OSError(errno.EEXIST, "the folder is that of another run now")
