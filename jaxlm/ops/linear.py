@@ -8,6 +8,8 @@ for a single row, which GPUs and CPUs multiply in forms of their own.
 import math
 from functools import cache, partial
 from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,8 +151,19 @@ def _is_on_one_device(x: Array) -> bool:
     return placed is None or placed.mesh.size == 1
 
 
-# Sums are f32.
-_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _product(equation: str, x: Array, w: Array, **options: Any) -> Array:
+    """The product, with f32 sums, over axes in the order in which they lie.
+
+    `jnp.einsum` sums over them in the order of their letters. Where that is another,
+    XLA:CPU writes both operands anew.
+    """
+    inputs, out = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    summed = [axis for axis in x_axes if axis in w_axes and axis not in out]
+    if len(summed) > 1:
+        in_order = str.maketrans(dict(zip(summed, ascii_lowercase, strict=False)))
+        equation = equation.translate(in_order)
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32, **options)
 
 
 def _in_shard_map(x: Array) -> bool:

@@ -3,6 +3,7 @@
 import math
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,14 @@ def test_bfloat16(equation):
     right_dx, right_dw = gradients(equation, x, rounded, g)
     np.testing.assert_allclose(np.float64(dx), right_dx, rtol=2**-8, atol=1e-3)
     np.testing.assert_allclose(dw, right_dw, rtol=1e-5, atol=1e-4)
+
+
+def test_axes_are_summed_in_the_order_in_which_they_lie():
+    """XLA:CPU writes neither operand anew."""
+    x, w = jnp.zeros((2, 32, 6, 16)), jnp.zeros((6, 16, 96))
+    product = jax.jit(partial(einsum, "BTNH,NHD->BTD"))
+    text = product.lower(x, w).compile().as_text()
+    assert " copy(" not in text and " transpose(" not in text
 
 
 def test_a_cpu_multiplies_one_bfloat16_row_without_a_copy_of_the_matrix():
