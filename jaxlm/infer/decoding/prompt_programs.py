@@ -45,10 +45,12 @@ def begin(
       room: tokens for which the cache has room.
     """
     start, ends = (reshard(x, "B") for x in (jnp.zeros_like(lengths), lengths))
-    layers = _empty_layers(spec, len(lengths), room)
+    # What is carried from layer to layer has no more room than these tokens need.
+    layers = _empty_layers(spec, len(lengths), min(tokens.shape[1], room))
     cache = Cache(layers, start, is_empty=True, ends=ends)
     none = jnp.zeros((len(lengths), spec.config.vocab_size), jnp.float32)
-    return _read(spec, params, tokens, lengths, cache, none, probes)
+    layers, *rest = _read(spec, params, tokens, lengths, cache, none, probes)
+    return _with_room(spec, layers, room), *rest
 
 
 def extend(
@@ -73,9 +75,13 @@ def extend(
 
 def grow(spec: DecodingSpec, layers: Layers) -> Layers:
     """Returns the layers of a cache with room for `spec.max_length` tokens."""
+    return _with_room(spec, layers, spec.max_length)
+
+
+def _with_room(spec: DecodingSpec, layers: Layers, room: int) -> Layers:
     rows, count = len(layers[0].keys), spec.config.num_layers
     larger = jax.eval_shape(
-        lambda: unstack_layers(_empty_layers(spec, rows, spec.max_length), count)
+        lambda: unstack_layers(_empty_layers(spec, rows, room), count)
     )
 
     def longer(x, new):
