@@ -123,6 +123,10 @@ def compile_config(config: Config, devices: list[jax.Device]) -> dict:
     sent = traffic(compiled.as_text(), mesh.shape)
     return figures(compiled) | {
         "gib_sent": {str(part): round(g, 4) for part, g in by_part(sent).items()},
+        "gib_waited_for": {
+            str(part): round(g, 4)
+            for part, g in by_part(t for t in sent if not t.overlapped).items()
+        },
         "gib_reduced": round(
             sum(t.bytes for t in sent if t.kind == "all-reduce") / 2**30, 4
         ),

@@ -31,7 +31,8 @@ from jaxlm.types import Params
 
 def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
     """Saves everything except a layer's slice of the stacked weights, and gathers."""
-    return primitive.name not in ("dynamic_slice", "squeeze", "all_gather")
+    gathers = "all_gather", "linear_call"
+    return primitive.name not in ("dynamic_slice", "squeeze", *gathers)
 
 
 # Of kernels that never hold all scores; see `ops/attention/flash.py`.

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxlm.ops.layout import layout
+from jaxlm.ops.layout import layout, without_reduced
+from jaxlm.ops.rings import gather_around, rings_along, scatter_around
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -53,8 +54,12 @@ def all_gather(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
 def all_gather_parts(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     """As `all_gather`, from each device's part of x, inside a `shard_map`."""
     for dimension, cut in enumerate(_only(partition, axes)):
-        # Two rings at once; all three would become an all-reduce.
         sizes = _rings(cut)
+        if len(sizes) == 3:
+            for ring in rings_along(axes_of(cut), sizes):
+                x = gather_around(ring, dimension, x)
+            continue
+        # Two rings at once.
         sizes = [*sizes[:-2], math.prod(sizes[-2:])]
         for groups in _groups(sizes) if cut else ():
             x = jax.lax.all_gather(
@@ -83,7 +88,12 @@ def psum_scatter_parts(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     rest = set(axes)
     for dimension, cut in enumerate(_only(partition, axes)):
         rest -= set(axes_of(cut))
-        for groups in reversed(_groups(_rings(cut))) if cut else ():
+        sizes = _rings(cut)
+        if len(sizes) == 3:
+            for ring in reversed(rings_along(axes_of(cut), sizes)):
+                x = scatter_around(ring, dimension, x)
+            continue
+        for groups in reversed(_groups(sizes)) if cut else ():
             x = jax.lax.psum_scatter(
                 x,
                 cut,
@@ -120,7 +130,7 @@ def sum_over_tokens(
         axis_names=set(axes),
         check_vma=False,
     )
-    return psum_scatter(parts(*arrays), cut.spec, axes)
+    return psum_scatter(parts(*map(without_reduced, arrays)), cut.spec, axes)
 
 
 # Dimensions of the torus that chips are connected in.

@@ -41,6 +41,12 @@ def cotangent_layout(x: Array) -> NamedSharding | None:
     )
 
 
+def without_reduced(x: Array) -> Array:
+    """Returns x with no `reduced` axes, which jax 0.10 refuses in a `shard_map`."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, P(*spec.partitions)) if spec.reduced else x
+
+
 def reshape(x: Array, shape: Sequence[int], kept: Sequence[int | None]) -> Array:
     """`x.reshape(shape)` with an explicit sharding of each dimension.
 

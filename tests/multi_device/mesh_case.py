@@ -32,7 +32,7 @@ from jaxlm.interp.sentence_view import sentence_view
 from jaxlm.model.params import parameter_shardings, quantize_matrices
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward
-from jaxlm.ops import collectives
+from jaxlm.ops import collectives, rings
 from jaxlm.ops.attention import blocked
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
@@ -223,14 +223,49 @@ def shardings_of(state, mesh):
 
 
 def case_torus():
-    """Gathers and scatters in stages, as on TPUs that form rings in 3 dimensions."""
+    """Gathers and scatters by permutes, as on TPUs that form rings in 3 dimensions."""
     collectives._TORUS[jax.devices()[0].device_kind] = 3
-    config, mesh = config_of(loss_chunk=24), mesh_of("fsdp8")
+    result = case_gradients(["fsdp8", "2x2x2"], loss_chunk=24)
+    mesh = mesh_of("fsdp8")
+    result["permutes"] = {}
+    for remat in ("none", "full"):
+        config = config_of(model=dataclasses.replace(MODEL, remat=remat), loss_chunk=24)
+        with jax.set_mesh(mesh):
+            step = jax.jit(partial(loss_and_grads, config.model, config.train))
+            text = step.lower(params_on(config, mesh), batch_of(0, mesh)).as_text()
+        result["permutes"][remat] = text.count("collective_permute")
+    return result | {"rings": [ring_differences(*r) for r in ((8, 1), (4, 2), (2, 4))]}
+
+
+def ring_differences(size, stride):
+    """How far what rings compute is from XLA's gathers and scatters; of integers."""
+    ring, mesh = rings.Ring(("fsdp",), size, stride), mesh_of("fsdp8")
+    devices = np.arange(8).reshape(-1, size, stride).swapaxes(1, 2)
+    options = {"axis_name": "fsdp", "tiled": True}
+    options["axis_index_groups"] = devices.reshape(-1, size).tolist()
+
+    def difference(x):
+        pairs = [
+            (
+                partial(rings.gather_around, ring, 1),
+                partial(jax.lax.all_gather, axis=1, **options),
+            ),
+            (
+                partial(rings.scatter_around, ring, 1),
+                partial(jax.lax.psum_scatter, scatter_dimension=1, **options),
+            ),
+        ]
+        found = []
+        for ours, wanted in pairs:
+            (y, back), (z, wanted_back) = jax.vjp(ours, x), jax.vjp(wanted, x)
+            found += [y - z, back(y)[0] - wanted_back(y)[0]]
+        return jnp.stack([jnp.abs(each).max() for each in found])[None]
+
+    x = np.random.default_rng(0).integers(-9, 9, (8, 8, 3)).astype(np.float32)
     with jax.set_mesh(mesh):
-        state, train_step = state_on(config, mesh)
-        text = train_step.lower(state, batch_of(0, mesh)).as_text()
-    staged = "[[0, 1], [2, 3], [4, 5], [6, 7]]" in text
-    return case_gradients(["fsdp8"], loss_chunk=24) | {"staged": staged}
+        x = jax.device_put(x, P("fsdp"))
+        run = jax.shard_map(difference, out_specs=P("fsdp"), check_vma=False)
+        return float(jax.jit(run)(x).max())
 
 
 def case_embedding():

@@ -83,13 +83,17 @@ def check_traffic(found, config, chips, slack=1.05, num_layers=2):
 
 @pytest.mark.aot
 def test_two_layers_on_a_torus_of_three_dimensions():
-    """The compiler would gather and scatter by all-reduces, with twice the bytes."""
+    """The compiler would gather and scatter by all-reduces, with twice the bytes, and
+    wait for them."""
     (found,) = compiled("llama_8b_v5p_64", "v5p:4x4x4", "pallas_tpu", 2)
     check_memory(found, gib=95)
     # One forward kernel, one more where the block is recomputed, and two backward.
     assert found["kernels"] == 4
     check_traffic(found, config_of("llama_8b_v5p_64"), chips=64)
-    assert found["gib_reduced"] < 0.05 * sum(found["gib_sent"].values())
+    sent, waited_for = found["gib_sent"], found["gib_waited_for"]
+    assert found["gib_reduced"] < 0.05 * sum(sent.values())
+    for part in ("layer weights", "gradients"):
+        assert waited_for[part] < 0.2 * sent[part]
 
 
 @pytest.mark.aot
