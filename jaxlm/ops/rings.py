@@ -1,8 +1,8 @@
 """Gathers and scatters by permutes, from each device to its neighbours in a ring.
 
-Compilers for TPUs whose torus has three dimensions compute while permutes are under way,
-but wait for gathers and scatters. Each function here is linear, with the other one as its
-transpose, and one operation for a policy of `jax.checkpoint`: `linear_call`.
+Compilers for TPUs whose torus has three dimensions compute while permutes are under
+way, but wait for gathers and scatters. Both functions are linear, each the transpose of
+the other, and one operation for a policy of `jax.checkpoint`: `linear_call`.
 """
 
 import math
@@ -41,7 +41,7 @@ class Ring:
         return jax.lax.ppermute(x, self.axes, pairs)
 
     def ways(self) -> tuple[tuple[int, int], ...]:
-        """Returns the steps of both ways around, and how many reach half of the ring."""
+        """Returns the step of each way around, and how often it is made."""
         return (1, self.size // 2), (-1, (self.size - 1) // 2)
 
 
