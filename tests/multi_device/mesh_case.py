@@ -225,16 +225,23 @@ def shardings_of(state, mesh):
 def case_torus():
     """Gathers and scatters by permutes, as on TPUs that form rings in 3 dimensions."""
     collectives._TORUS[jax.devices()[0].device_kind] = 3
-    result = case_gradients(["fsdp8", "2x2x2"], loss_chunk=24)
-    mesh = mesh_of("fsdp8")
-    result["permutes"] = {}
-    for remat in ("none", "full"):
-        config = config_of(model=dataclasses.replace(MODEL, remat=remat), loss_chunk=24)
-        with jax.set_mesh(mesh):
-            step = jax.jit(partial(loss_and_grads, config.model, config.train))
-            text = step.lower(params_on(config, mesh), batch_of(0, mesh)).as_text()
-        result["permutes"][remat] = text.count("collective_permute")
-    return result | {"rings": [ring_differences(*r) for r in ((8, 1), (4, 2), (2, 4))]}
+    result = case_gradients(["fsdp8"], loss_chunk=24)
+    text = compiled_gradients(config_of(loss_chunk=24), mesh_of("fsdp8")).as_text()
+    return result | {"permutes": text.count(" collective-permute(")}
+
+
+def case_rings():
+    """What rings compute, and how many permutes a step has where gathers are not kept."""
+    collectives._TORUS[jax.devices()[0].device_kind] = 3
+    model = dataclasses.replace(MODEL, remat="none")
+    config, mesh = config_of(model=model, loss_chunk=24), mesh_of("2x2x2")
+    with jax.set_mesh(mesh):
+        step = jax.jit(partial(loss_and_grads, config.model, config.train))
+        text = step.lower(params_on(config, mesh), batch_of(0, mesh)).as_text()
+    return {
+        "differences": [ring_differences(*r) for r in ((8, 1), (4, 2), (2, 4))],
+        "permutes": text.count("collective_permute"),
+    }
 
 
 def ring_differences(size, stride):
@@ -662,6 +669,7 @@ def main(case, folder):
         "embedding": case_embedding,
         "orthogonalize": case_orthogonalize,
         "torus": case_torus,
+        "rings": case_rings,
         "errors": case_errors,
         "experts": lambda: case_gradients(
             *(["fsdp2_tensor4"], EXPERTS | {"attention": "xla"}),
