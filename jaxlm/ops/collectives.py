@@ -55,6 +55,7 @@ def all_gather_parts(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     """As `all_gather`, from each device's part of x, inside a `shard_map`."""
     for dimension, cut in enumerate(_only(partition, axes)):
         sizes = _rings(cut)
+        # Compilers wait for these where there are three rings, but not for permutes.
         if len(sizes) == 3:
             for ring in rings_along(axes_of(cut), sizes):
                 x = gather_around(ring, dimension, x)
