@@ -49,8 +49,10 @@ def begin(
     layers = _empty_layers(spec, len(lengths), min(tokens.shape[1], room))
     cache = Cache(layers, start, is_empty=True, ends=ends)
     none = jnp.zeros((len(lengths), spec.config.vocab_size), jnp.float32)
-    layers, *rest = _read(spec, params, tokens, lengths, cache, none, probes)
-    return _with_room(spec, layers, room), *rest
+    layers, logits, hits, trace = _read(
+        *(spec, params, tokens, lengths, cache, none, probes)
+    )
+    return _with_room(spec, layers, room), logits, hits, trace
 
 
 def extend(
