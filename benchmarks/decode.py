@@ -217,8 +217,8 @@ def measure(arguments: argparse.Namespace) -> None:
         kind = "" if result["device"] == "cpu" else f"_{result['device']}"
         out = RESULTS / f"decode{kind.replace(' ', '_')}.json"
         found = json.loads(out.read_text()) if out.exists() else {"cases": {}}
-        found["machine"] = machine()
-        found["cases"][f"{arguments.model}, {name}, {arguments.dtype}"] = result
+        case = arguments.model, name, arguments.dtype, machine()["processor"]
+        found["cases"][", ".join(case)] = result | {"machine": machine()}
         out.write_text(json.dumps(found, indent=1) + "\n")
         print(out)
 

@@ -11,8 +11,9 @@ request gave alone, and the server's memory is read after each tenth.
 `latency`: times of the first token and of those that follow, of the same requests to
 `jaxlm serve` and to llama.cpp's server (package xllamacpp), in turns of a few requests
 each, and the CPU seconds that each server took. Both run all the time; the one whose
-turn it is not is idle. llama.cpp computes with the file's quantized weights, jaxlm with
-float32.
+turn it is not is idle. llama.cpp computes with the file's quantized weights, jaxlm in
+the dtype that `auto` is here. `per_token` is the time of a whole answer, that until its
+first token included, for each of its 48 tokens.
 
 Results go to benchmarks/results/serve.json.
 """
@@ -371,12 +372,12 @@ def main() -> None:
         serve_llama(arguments.model, arguments.clients)
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results["machine"] = machine()
+    what = f"{arguments.what}, {machine()['processor']}"
     if arguments.what == "load":
         process, url = started(__file__, "tiny")
         try:
             sizes = arguments.requests or 10_000, arguments.clients or 200
-            results["load"] = asyncio.run(load(url, process.pid, *sizes))
+            results[what] = asyncio.run(load(url, process.pid, *sizes))
         finally:
             process.terminate()
     else:
@@ -394,11 +395,12 @@ def main() -> None:
                 processes.append(process)
                 servers.append(Latency(("jaxlm", "llama.cpp")[i], url, process.pid))
             sizes = arguments.requests or 64, clients
-            results["latency"] = asyncio.run(latencies(servers, *sizes))
+            results[what] = asyncio.run(latencies(servers, *sizes))
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+    results[what]["machine"] = machine()
     print(json.dumps(results, indent=2))
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -334,24 +334,27 @@ class _Job:
             asyncio.ensure_future(one(number, request))
             for number, request in enumerate(self._requests)
         ]
-        began, deadline = time.monotonic(), self._server._limits.seconds
+        limit, clock = self._server._limits.seconds, asyncio.get_running_loop().time
+        began = clock()
         try:
-            async with asyncio.timeout(deadline):
-                left, is_first = len(tasks), True
-                while left:
+            left, is_first = len(tasks), True
+            while left:
+                # A stream is begun in one task and goes on in another, so that no
+                # timeout may last from one part to the next.
+                async with asyncio.timeout_at(began + limit):
                     number, part = await parts.get()
-                    if isinstance(part, Exception):
-                        raise _failure_of(part)
-                    if is_first:
-                        self._server._first_token.observe(time.monotonic() - began)
-                        is_first = False
-                    guesses = self._server._guesses
-                    guesses.labels("all").inc(part.num_proposed)
-                    guesses.labels("right").inc(part.num_accepted)
-                    left -= part.ended is not None
-                    yield number, self._answers[number].add(part, num_top)
+                if isinstance(part, Exception):
+                    raise _failure_of(part)
+                if is_first:
+                    self._server._first_token.observe(clock() - began)
+                    is_first = False
+                guesses = self._server._guesses
+                guesses.labels("all").inc(part.num_proposed)
+                guesses.labels("right").inc(part.num_accepted)
+                left -= part.ended is not None
+                yield number, self._answers[number].add(part, num_top)
         except TimeoutError:
-            raise Failure(504, f"the answer took more than {deadline:g} s") from None
+            raise Failure(504, f"the answer took more than {limit:g} s") from None
         finally:
             for task in tasks:
                 task.cancel()

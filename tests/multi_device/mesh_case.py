@@ -225,7 +225,7 @@ def shardings_of(state, mesh):
 def case_torus():
     """Gathers and scatters by permutes, as on TPUs that form rings in 3 dimensions."""
     collectives._TORUS[jax.devices()[0].device_kind] = 3
-    result = case_gradients(["fsdp8"], loss_chunk=24)
+    result = case_gradients(["2x2x2", "fsdp8"], loss_chunk=24)
     text = compiled_gradients(config_of(loss_chunk=24), mesh_of("fsdp8")).as_text()
     return result | {"permutes": text.count(" collective-permute(")}
 
@@ -677,7 +677,7 @@ def main(case, folder):
             load_balance_loss=0.1,
         ),
         "gradients": lambda: case_gradients(
-            ["data8", "fsdp2_tensor4", "tensor8"], ODD, cut=["tensor8"]
+            ["data8", "fsdp8", "fsdp2_tensor4", "tensor8"], ODD, cut=["tensor8"]
         ),
         "kernel": case_kernel,
         "context": lambda: case_context(["fsdp2_context2_tensor2"]),

@@ -96,7 +96,7 @@ def test_gradients_on_every_mesh(tmp_path):
     The next tests have the other meshes.
     """
     result = run_case("gradients", tmp_path)
-    check_gradients(result, ["data8", "fsdp2_tensor4", "tensor8"])
+    check_gradients(result, ["data8", "fsdp8", "fsdp2_tensor4", "tensor8"])
     # Two reductions of a layer's activations in each direction, each of which sends
     # them to 3 others and back in quarters.
     assert result["fsdp2_tensor4_sent"] == pytest.approx(4 * 2 * 3 / 4, rel=1e-3)
@@ -141,7 +141,7 @@ def test_gradients_of_experts_on_several_devices(tmp_path):
 @pytest.mark.slow
 def test_gradients_through_rings_of_three_dimensions(tmp_path):
     result = run_case("torus", tmp_path)
-    check_gradients(result, ["fsdp8"])
+    check_gradients(result, ["2x2x2", "fsdp8"])
     assert result["permutes"] >= 3 * (7 * 3 + 2)
 
 
