@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
+from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 
 CONFIG = jaxlm.ModelConfig(
     vocab_size=8,
@@ -158,6 +158,7 @@ def test_wrong_calls_are_answered_in_one_line(
     (tmp_path / "something").touch()
     names = {
         **globals(),
+        "ByteTokenizer": ByteTokenizer,
         "params": params,
         **{n: getattr(jaxlm, n) for n in jaxlm.__all__},
     }
