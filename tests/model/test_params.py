@@ -176,7 +176,8 @@ def test_the_model_reads_matrices_with_outputs_first(kind):
     head = turned["lm_head"]["kernel"]
     assert head.values.shape == (config.vocab_size, 24)
     tokens = np.arange(12).reshape(2, 6) % config.vocab_size
-    logits, expected = (forward(config, p, tokens).logits for p in (turned, params))
+    run = jax.jit(lambda params: forward(config, params, tokens).logits)
+    logits, expected = run(turned), run(params)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     other = dataclasses.replace(config, hidden_dim=48)
     with pytest.raises(ValueError) as error:
