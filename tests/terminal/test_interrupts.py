@@ -43,7 +43,9 @@ with interrupts.Interrupts(CODES, "NOTICE", raises=raises) as stop:
     if raises:
         try:
             line.note("sleeping")
-            time.sleep(600)
+            # One long sleep would not hear a signal just before it.
+            while True:
+                time.sleep(0.01)
         except KeyboardInterrupt:
             line.note("raised")
         raised.set()
