@@ -327,7 +327,7 @@ class _Job:
                 async with contextlib.aclosing(running):
                     async for part in running:
                         parts.put_nowait((number, part))
-            except (Busy, ValueError, RuntimeError) as error:
+            except Exception as error:
                 parts.put_nowait((number, error))
 
         tasks = [

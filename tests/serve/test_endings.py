@@ -50,7 +50,8 @@ def test_an_answer_that_takes_too_long_is_ended(monkeypatch):
 
     async def run(request):
         part = {"tokens": np.array([97], np.int32), "logprobs": np.zeros(1, np.float32)}
-        part["top_tokens"], part["top_logprobs"] = np.zeros((2, 1, 0), np.float32)
+        part["top_tokens"] = np.zeros((1, 0), np.int32)
+        part["top_logprobs"] = np.zeros((1, 0), np.float32)
         try:
             if len(request.tokens) == 2:
                 yield NewTokens(number=0, ended=None, trace={}, **part)
