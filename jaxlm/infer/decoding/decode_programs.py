@@ -26,10 +26,7 @@ from jaxlm.infer.speculative.proposals import (
 from jaxlm.infer.speculative.speculative_step import keep_drawn, read_guesses
 from jaxlm.model.divisible import divisible_config, divisible_params
 from jaxlm.model.kv_cache import Cache
-from jaxlm.model.params import (
-    cast_matrices,
-    with_outputs_first,
-)
+from jaxlm.model.params import cast_matrices, with_outputs_first
 from jaxlm.model.transformer import Output, forward
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.probing.edit import total_hits
