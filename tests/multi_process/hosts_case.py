@@ -15,6 +15,7 @@ import numpy as np
 from forked_case import Forked
 
 from jaxlm import cli
+from jaxlm.checkpoint.native import integrity, run_folder
 from jaxlm.commands import train
 from jaxlm.sharding.processes import Agreement
 
@@ -169,13 +170,19 @@ class Hosts:
         return found
 
     def steps(self):
-        names = (path.name for path in (self.path / "checkpoints").iterdir())
-        return sorted(int(name) for name in names)
+        return run_folder.list_steps(self.path)
 
     def meta(self, step):
         return json.loads(
             (self.path / "checkpoints" / str(step) / "meta.json").read_text()
         )
+
+    def damage_a_shard(self, step, name):
+        """Gives the last shard of an array another hash, under a right manifest."""
+        folder, meta = self.path / "checkpoints" / str(step), self.meta(step)
+        meta["shard_hashes"][name][max(meta["shard_hashes"][name])] = "0" * 64
+        (folder / "meta.json").write_text(json.dumps(meta))
+        integrity.write_manifest(folder)
 
 
 def make_text(folder):

@@ -52,7 +52,7 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     rows = [f"--train.{kind}-every=4" for kind in ("sample", "look")]
     ends = many.start(2, 2, "SIGTERM@5", of=1, flags=[*rows, initial])
     assert [code for code, _, _ in ends] == [EXIT_PREEMPTED] * 2, ends
-    stopped = many.steps()[-1]
+    before, stopped = many.steps()
     assert 4 <= stopped <= 6
     meta = many.meta(stopped)
     assert meta["environment"]["process_count"] == 2
@@ -66,9 +66,16 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     assert f"saved at step {stopped}" in ends[0][1]
     assert "saved" not in ends[1][1]
 
-    # Process 0 of four is killed, which held the coordinator.
+    # A shard has another value, which its process sees. All take the step before; then
+    # process 0 of four is killed, which held the coordinator.
+    many.damage_a_shard(stopped, "params/embed/table")
     ends = many.start(4, 1, f"SIGKILL@{stopped + 2}", of=0)
     assert ends[0][0] == -signal.SIGKILL
+    found = (
+        f"step {stopped} unreadable (process 1: a shard of params/embed/table differs"
+    )
+    assert found in ends[0][1]
+    assert f"using step {before}" in ends[0][1]
     check_lost(ends, 0, of=4)
     # The disk of one of two is full at a save, which both leave out. Then it hangs: the
     # other ends, and it ends too when it goes on.
