@@ -12,6 +12,7 @@ from typing import NamedTuple
 from jax._src import clusters
 
 from jaxlm.config import ProcessesConfig
+from jaxlm.terminal.printable import error_line
 
 _FLAGS = ("coordinator", "count", "index")
 _DETECT_SECONDS = 300
@@ -32,17 +33,20 @@ def find_cluster(config: ProcessesConfig) -> Cluster | None:
     """Returns the processes of this run; None if it is the only one.
 
     Raises:
-      ValueError: if a launcher has started several, but not told what is needed.
+      ValueError: if a launcher has started several, but not told what is needed, or a
+        cluster cannot be asked.
     """
     coordinator, count, index, local = (*(getattr(config, n) for n in _FLAGS), None)
     if None in (coordinator, count, index) and config.detect:
-        launcher = _launcher()
-        if launcher is not None:
-            count = launcher.get_process_count() if count is None else count
-        if launcher is not None and count > 1:
-            index = launcher.get_process_id() if index is None else index
-            local = _local_devices(launcher)
-            coordinator = coordinator or _coordinator_of(launcher)
+        try:
+            coordinator, count, index, local = _as_told(coordinator, count, index)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                "how many processes there are cannot be found out "
+                f"({error_line(error, 200)}): give processes.coordinator HOST:PORT of "
+                "process 0, processes.count and processes.index, or for one process "
+                "processes.detect False"
+            ) from error
     found = dict(zip(_FLAGS, (coordinator, count, index), strict=True))
     if count == 1 or not any(value is not None for value in found.values()):
         return None
@@ -58,6 +62,20 @@ def find_cluster(config: ProcessesConfig) -> Cluster | None:
             f"processes.index is {index}: it must be from 0 to processes.count - 1"
         )
     return Cluster(coordinator, count, index, local)
+
+
+def _as_told(
+    coordinator: str | None, count: int | None, index: int | None
+) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+    """Completes what flags say by what a launcher has told."""
+    launcher, local = _launcher(), None
+    if launcher is not None:
+        count = launcher.get_process_count() if count is None else count
+        if count > 1:
+            index = launcher.get_process_id() if index is None else index
+            local = _local_devices(launcher)
+            coordinator = coordinator or _coordinator_of(launcher)
+    return coordinator, count, index, local
 
 
 class _OpenMpi:
