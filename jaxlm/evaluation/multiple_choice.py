@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.config import ModelConfig
+from jaxlm.data.sources import BUNDLED
+from jaxlm.fields import nearest
 from jaxlm.files.strict_json import parse
 from jaxlm.infer.prefill import PREFILL_TOKENS
 from jaxlm.infer.scoring import score_tokens
@@ -19,6 +21,7 @@ from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
 _FIELDS = {"context", "choices", "answer"}
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,14 @@ class Accuracy:
 def read_questions(path: Path) -> list[Question]:
     """Reads questions from JSON lines: `context`, `choices`, `answer`.
 
+    Args:
+      path: a file, or `bundled:NAME`.
+
     Raises:
       ValueError: for anything wrong, with its line.
     """
+    if str(path).startswith(BUNDLED):
+        path = _bundled(str(path).removeprefix(BUNDLED))
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -74,6 +82,16 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise ValueError(f"{path}: no question")
     return questions
+
+
+def _bundled(name: str) -> Path:
+    files = {p.stem: p for p in sorted(BUNDLED_FOLDER.glob("*.jsonl"))}
+    if name not in files:
+        raise ValueError(
+            f"--choices: no bundled questions {name!r}{nearest(name, files)}: use "
+            + ", ".join(BUNDLED + known for known in files)
+        )
+    return files[name]
 
 
 def _question(line: bytes, where: str) -> Question:

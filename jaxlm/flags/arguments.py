@@ -288,8 +288,8 @@ class EvalArguments:
     """Text to predict: a file, a folder, a glob or bundled:NAME; of JSON lines and
     Parquet the field `text`."""
     choices: Path | None = None
-    """File of multiple-choice questions, JSON lines; docs/evaluation.md has the
-    format."""
+    """Multiple-choice questions: a file of JSON lines, or bundled:knowledge,
+    bundled:sense or bundled:grammar; docs/evaluation.md has the format."""
     context: int | None = None
     """Tokens that a window of the text holds; None: the model's context."""
     stride: int | None = None

@@ -1,6 +1,7 @@
 """Multiple choice: against log-probabilities added up by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +102,35 @@ def test_wrong_questions(tmp_path, change, message):
     file.write_text("\n")
     with pytest.raises(ValueError, match=r"q\.jsonl: no question"):
         read_questions(file)
+
+
+@pytest.mark.parametrize(
+    "name, num_choices", [("knowledge", 4), ("sense", 3), ("grammar", 2)]
+)
+def test_bundled_questions_favor_no_place_and_no_length(name, num_choices):
+    questions = read_questions(Path(f"bundled:{name}"))
+    assert len({q.context for q in questions}) == len(questions) >= 40
+    places = np.bincount([q.answer for q in questions])
+    assert len(places) == num_choices and np.ptp(places) <= 1
+    for question in questions:
+        assert len(set(question.choices)) == num_choices
+        for choice in question.choices:
+            text = f"{question.context} {choice}"
+            assert text == " ".join(text.split()) and text[-1] in ".?", text
+    # Who takes the longest or the shortest choice is near to chance.
+    for sign in (1, -1):
+        sizes = [sign * np.array([len(c) for c in q.choices]) for q in questions]
+        right = [
+            np.mean(x.argmax() == q.answer)
+            for x, q in zip(sizes, questions, strict=True)
+        ]
+        assert np.mean(right) < 1 / num_choices + 0.2
+
+
+def test_bundled_questions_that_do_not_exist():
+    message = (
+        r"--choices: no bundled questions 'grammer' \(did you mean 'grammar'\?\): use "
+        "bundled:grammar, bundled:knowledge, bundled:sense"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_questions(Path("bundled:grammer"))

@@ -18,6 +18,7 @@ import pytest
 
 from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.config import SampleConfig
+from jaxlm.evaluation.multiple_choice import accuracy, read_questions
 from jaxlm.infer.generate import generate
 from jaxlm.interp.causes.logit_attribution import head_attribution, logit_direction
 from jaxlm.interp.causes.patching import head_patching, metric_of
@@ -84,6 +85,14 @@ def test_logits_log_probabilities_and_greedy_tokens(path, computed, name):
     np.testing.assert_allclose(
         new_logprobs[:count], expected["greedy_logprobs"], atol=GATE
     )
+
+
+def test_bundled_questions_are_answered(path, model):
+    """Every twelfth of each set: chance answers 4 of 12, and this model 11."""
+    names = ("knowledge", "sense", "grammar")
+    questions = [q for n in names for q in read_questions(Path(f"bundled:{n}"))[::12]]
+    *_, counts = accuracy(*model, load_tokenizer(path), questions)
+    assert counts.questions == 12 and counts.right >= 9
 
 
 def test_movers_of_a_name_are_found_by_patching_and_by_attribution(path, model):
