@@ -72,6 +72,7 @@ class Chat(Terminal):
         return shown[1].splitlines()
 
 
+@pytest.mark.slow
 def test_a_conversation_on_a_terminal(home, repository, tmp_path):
     environment = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(repository)}
     program = [sys.executable, "-c", PATIENT, "--max-new-tokens", "60000"]

@@ -214,6 +214,7 @@ def test_json_and_colors_show_what_is_streamed(capsys):
     assert len(set(re.findall(r"\x1b\[38;5;(\d+)m", "".join(rest)))) > 1
 
 
+@pytest.mark.slow
 def test_the_best_of_several(capsys):
     """By the mean log-probability of their tokens."""
     sample, first = SampleConfig(temperature=0.9, max_new_tokens=12), set()
@@ -266,6 +267,7 @@ def test_weights_in_8_bits(tmp_path, capsys):
             assert (capsys.readouterr().out == shown) == is_same
 
 
+@pytest.mark.slow
 def test_a_stop_string_is_cut_off_every_form_of_the_text(capsys):
     """The text of a seed, up to where two of its characters stand."""
     sample = SampleConfig(max_new_tokens=20)

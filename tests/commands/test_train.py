@@ -183,6 +183,7 @@ def count_steps(last, dies=False):
     return fit
 
 
+@pytest.mark.slow
 def test_rows_and_steps_of_a_run_folder_that_is_not_whole(tmp_path, capsys, caplog):
     run = tmp_path / "run"
     config = Config(

@@ -58,6 +58,7 @@ def test_each_token_is_predicted_once_after_enough_others(context, stride):
     np.testing.assert_allclose(-sums.nats, total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     save(tmp_path / "run", CONFIG, PARAMS, TOKENIZER)
     file = tmp_path / "texts.jsonl"

@@ -90,6 +90,7 @@ def test_a_common_beginning_is_read_once(monkeypatch):
         assert_same(result, plain)
 
 
+@pytest.mark.slow
 def test_prompts_in_chunks_turn_the_ring_around(plain, monkeypatch):
     """Chunks of 32 tokens, of which the shorter rows have padding only."""
     monkeypatch.setattr("jaxlm.infer.prefill.PREFILL_TOKENS", 32 * len(PROMPTS))

@@ -207,6 +207,7 @@ def test_more_prompts_than_slots_come_back_in_order(alone, monkeypatch):
     assert shown == []
 
 
+@pytest.mark.slow
 def test_keys_are_given_for_all_rows_or_for_each():
     call = (CONFIG, PARAMS, PROMPTS[:3], SAMPLES[2])
     one = generate(*call, jax.random.key(3))

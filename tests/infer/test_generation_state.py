@@ -5,7 +5,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from marks_case import slow_but
 from toy_case import make_params, toy
 
 from jaxlm.config import RopeScaling, SampleConfig
@@ -66,7 +65,8 @@ def after(prompts, result, new):
     ]
 
 
-@pytest.mark.parametrize("model", slow_but(["window"], MODELS))
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_a_conversation_prefills_only_what_is_new(model):
     conversation = Resumed(model)
     first = conversation.answer(FIRST)
@@ -108,6 +108,7 @@ def test_the_end_of_the_context():
     assert conversation.answer([full[:60]]).prefill_tokens.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_texts_of_other_lengths_compile_nothing(compilations):
     config = toy(num_layers=1, context_length=32)
     params = make_params(config)

@@ -45,12 +45,9 @@ def run(**options):
     return generate(*call, token_bytes=LETTERS, top_logprobs=2, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, speculate",
-    [
-        ("full", PromptLookup(min_ngram=1)),
-        pytest.param("ring_int8", DRAFT, marks=pytest.mark.slow),
-    ],
+    "kind, speculate", [("full", PromptLookup(min_ngram=1)), ("ring_int8", DRAFT)]
 )
 def test_texts_are_those_of_plain_decoding(kind, speculate):
     """Rows are ragged, greedy and sampled, and have rules and ends of all kinds.

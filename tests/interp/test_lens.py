@@ -49,6 +49,7 @@ def test_the_depth_is_the_layer_from_which_the_answer_stays():
     assert lens_depth(choices).tolist() == [3, 1, 4, 4]
 
 
+@pytest.mark.slow
 def test_the_jacobian_lens_is_the_mean_derivative():
     """Against derivatives of the rest of the model, begun at each layer by itself."""
     config, params = make(small(num_layers=3))

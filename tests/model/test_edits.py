@@ -128,7 +128,7 @@ def test_the_tokens_and_the_residual_stream_of_another_text():
     np.testing.assert_array_equal(edited("plain", tokens).logits, right.logits)
 
 
-@pytest.mark.parametrize("name", ["groups", "parallel"])
+@pytest.mark.parametrize("name", slow_but(["groups"], ["groups", "parallel"]))
 def test_a_head_without_output_is_a_head_without_weights(name):
     _, params = model(name)
     attn = params["layers"]["attn"]
@@ -176,7 +176,7 @@ def test_edits_of_attention():
     np.testing.assert_allclose(half.trace["z"][0], clean["z"][0] / 2, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["plain", "parallel"])
+@pytest.mark.parametrize("name", slow_but(["plain"], ["plain", "parallel"]))
 def test_norms_divide_by_the_edited_divisor(name):
     taps = (Tap("attn_in"), Tap("attn_norm_div"), Tap("mlp_norm_div"), Tap("mlp_in"))
     _, _, clean, logits = everything(name)
@@ -238,7 +238,12 @@ def several():
     return edited("groups", *SEVERAL)
 
 
-@pytest.mark.parametrize("way", [{"unroll_layers": 0}, {"remat": "full"}, "loop"])
+# A loop over unstacked layers, and two ways of the config.
+WAYS = [{"remat": "full"}, "loop"]
+WAYS += [pytest.param({"unroll_layers": 0}, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_however_layers_are_run(way):
     params = None
     if way == "loop":

@@ -24,7 +24,10 @@ def model():
     return make(CONFIG)
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "layer by layer"])
+STACKED = [True, pytest.param(False, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("stacked", STACKED, ids=["stacked", "layer by layer"])
 def test_a_row_equals_the_same_prompt_alone(model, stacked):
     """Prompts of 4 and 9 tokens, padded to 10, then 6 tokens more, beyond the window.
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from marks_case import slow_but
 from model_case import small
 
 from jaxlm import tree
@@ -163,7 +164,7 @@ def test_only_what_is_rounded_in_use_is_cast():
         assert leaf.dtype == ("bfloat16" if rounded else "float32"), path
 
 
-@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("kind", slow_but(["int8"], ["float", "int8"]))
 def test_the_model_reads_matrices_with_outputs_first(kind):
     config = dataclasses.replace(VARIANTS["biases"], model_dim=24, hidden_dim=40)
     params = quantize_matrices(init(config, jax.random.key(0)), kind)

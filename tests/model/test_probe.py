@@ -100,7 +100,7 @@ def test_every_site_has_the_documented_shape(name):
     np.testing.assert_array_equal(trace["tokens"], ids(B, T))
 
 
-@pytest.mark.parametrize("name", slow_but(["groups", "post", "experts"], CONFIGS))
+@pytest.mark.parametrize("name", slow_but(["groups"], CONFIGS))
 def test_identities(name):
     """What each site is said to be, checked from the others."""
     c, params, trace, _ = everything(name)
@@ -215,7 +215,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(["scan", "remat", "layer by layer"], WAYS))
 def test_layers_are_selected_in_the_given_order(way):
     """However the layers are run, with one that fills no whole group."""
     _, params, full, _ = everything("groups")
@@ -397,6 +397,7 @@ def quantized(layers):
     return dataclasses.replace(layers, key_scale=scales, value_scale=scales)
 
 
+@pytest.mark.slow
 def test_taps_with_a_cache_read_the_new_tokens():
     config, params, full, _ = everything("groups")
     taps = (Tap("resid_post", layers=(1,)), Tap("attn_probs"))

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks_case import slow_but
 from model_case import ids, make, small
 
 import jaxlm
@@ -69,7 +68,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", slow_but(["remat"], WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_value_and_gradient_do_not_depend_on_how(way, model, right):
     config, params = model
     config = dataclasses.replace(config, **WAYS[way])
@@ -117,6 +117,7 @@ def test_unstacked_layers_are_the_same(model):
     )
 
 
+@pytest.mark.slow
 def test_with_and_without_a_mesh(model):
     """Every axis of the mesh has one device here; many: tests/multi_device."""
     config, params = model
@@ -231,6 +232,7 @@ def make_params(config, seed=0):
 WIDE = small(model_dim=64, hidden_dim=96, vocab_size=128, tied_embeddings=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "fan_in"])
 def test_init_statistics(kind):
     """Standard deviations within 5 percent of what the config says."""
@@ -260,6 +262,7 @@ def test_init_statistics(kind):
             assert (value == 1).all()
 
 
+@pytest.mark.slow
 def test_init_statistics_of_experts():
     """Each expert as a feed-forward of its own would be."""
     config = dataclasses.replace(

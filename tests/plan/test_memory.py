@@ -32,10 +32,8 @@ def state_of(config):
         return optimizer, abstract_state(config.model, optimizer, mesh)
 
 
-@pytest.mark.parametrize(
-    "optimizer, factor",
-    [("adamw", 3.0), pytest.param("muon", 3.0, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer, factor", [("adamw", 3.0), ("muon", 3.0)])
 def test_the_compiled_step_needs_no_less_and_not_much_more(optimizer, factor):
     config = config_of(optimizer)
     transformation, state = state_of(config)

@@ -60,6 +60,7 @@ def test_the_run_stops_or_goes_on_and_nothing_good_is_deleted(tmp_path, full):
         assert run.course() == straight.course()
 
 
+@pytest.mark.slow
 def test_the_last_state_must_be_saved_whatever_failed_before(tmp_path, full):
     """With `stop` too: the process ends anyway, and the disk may have room again."""
     full |= {4}

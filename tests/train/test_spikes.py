@@ -113,6 +113,7 @@ def test_a_finite_spike_is_skipped_and_reported(tmp_path):
     assert run.train(change=lambda s: dataclasses.replace(s, spikes=near(50.0))) == 0
 
 
+@pytest.mark.slow
 def test_stopped_among_them_it_is_the_same_run(tmp_path):
     """`test_resume_matrix.py` stops after each step."""
     bad = {5: BAD, 6: BAD, 9: BAD}

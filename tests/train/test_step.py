@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
+from marks_case import slow_but
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
@@ -410,7 +411,7 @@ def test_the_steps_before_a_text_that_cannot_be_read_are_saved(tmp_path, monkeyp
     assert rows == [2]
 
 
-@pytest.mark.parametrize("stops_after", [5, 20])
+@pytest.mark.parametrize("stops_after", slow_but([5], [5, 20]))
 def test_an_evaluation_has_two_batches_in_flight(tmp_path, monkeypatch, stops_after):
     """And none after it, also when a stop ends it."""
     in_flight, most = set(), 0
@@ -595,6 +596,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path, log_
     assert all(math.isfinite(r["loss"]) for r in trains)
 
 
+@pytest.mark.slow
 def test_a_held_out_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tmp_path):
     """The last step's weights are used nowhere else."""
     optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e37)

@@ -96,6 +96,7 @@ def live_run(tmp_path, monkeypatch):
     return run, opened
 
 
+@pytest.mark.slow
 def test_sampling_opens_once(live_run, capsys):
     run, opened = live_run
     flags = [str(run), "--prompt", "abc", "--max-new-tokens", "6"]

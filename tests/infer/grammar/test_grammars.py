@@ -176,6 +176,7 @@ RULES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_follow_their_own_grammar_with_every_rule(compilations):
     """Rows with other grammars, a free one, and budgets from the least on."""
     schema = {

@@ -85,6 +85,7 @@ def test_an_ablated_head_is_one_without_weights():
     np.testing.assert_allclose(patched[1, 3], single, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_attribution_patching_is_the_slope_of_patching():
     clean, corrupt = streams()
     step = 0.01

@@ -173,7 +173,7 @@ SHORT = [name for name in CASES if DEVICE == "gpu" or "specialized" not in name]
 QUICK = [name for name in SHORT if DEVICE == "gpu" or "pallas_gpu" not in name]
 
 
-# With the first of both, each option of an interpreted kernel is always tried.
+# With the first of both, each option of a kernel is always tried.
 ALWAYS = (
     ("soft cap", "window", "sinks", "segments"),
     ("all keys", "sinks", "positions", "odd"),
@@ -181,16 +181,15 @@ ALWAYS = (
 
 
 def marks(name, names):
-    """Single options are slow, except the reference's, and most of interpreted kernels.
+    """Single options are slow; so are most pairs, except the reference's.
 
-    Of these the combinations show what single options do, which are tried nightly.
+    Of interpreted kernels the combinations show what single options do, which are tried
+    nightly.
     """
-    if "pallas" in name and DEVICE == "cpu":
-        if len(names) < 2:
-            return [pytest.mark.nightly]
-        quick = names in ALWAYS
-    else:
-        quick = name == "reference" or len(names) != 1
+    if "pallas" in name and DEVICE == "cpu" and len(names) < 2:
+        return [pytest.mark.nightly]
+    combined = name == "reference" and len(names) > 1
+    quick = name in QUICK and (combined or names in ((), *ALWAYS))
     return [] if quick else [pytest.mark.slow]
 
 
@@ -274,7 +273,7 @@ BFLOAT16 = [
 
 
 @pytest.mark.parametrize("name, grouped", BFLOAT16)
-@pytest.mark.parametrize("queries", ["all", "one"])
+@pytest.mark.parametrize("queries", slow_but(["all"], ["all", "one"]))
 def test_bfloat16(name, grouped, queries):
     """bf16 results and gradients are as close to the oracle as rounding to bf16 allows.
 
@@ -311,7 +310,7 @@ def test_bfloat16(name, grouped, queries):
         np.testing.assert_allclose(np.float32(one), other, atol=near)
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", slow_but(QUICK, SHORT))
 def test_query_head_n_is_served_by_key_head_n_over_g(name):
     case = CASES[name]
     if case.heads[1] == 1:
@@ -340,7 +339,7 @@ def test_a_window_off_by_one_is_seen(name):
     )
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", slow_but(QUICK, SHORT))
 def test_sinks_take_their_share(name):
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
@@ -368,7 +367,7 @@ def test_a_row_without_keys_is_finite(name):
     assert all(np.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", slow_but(QUICK, SHORT))
 @pytest.mark.parametrize("queries", [1, 20])
 def test_one_row_of_positions_serves_the_batch(name, queries):
     case = CASES[name]
@@ -381,7 +380,7 @@ def test_one_row_of_positions_serves_the_batch(name, queries):
     np.testing.assert_allclose(z, expected, atol=case.atol)
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", slow_but(QUICK, SHORT))
 def test_large_scores_do_not_overflow(name):
     case = CASES[name]
     q, k, v = inputs(case.unit, case.unit, case)
@@ -397,7 +396,7 @@ EXTRAS = ("plain", "window, soft cap, sinks", "int8")
 
 
 @pytest.mark.parametrize("name", [n for n in SHORT if n != "dense"])
-@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("queries", slow_but([1], [1, 8]))
 @pytest.mark.parametrize("extra", slow_but(["window, soft cap, sinks", "int8"], EXTRAS))
 def test_decoding(name, queries, extra):
     """A few queries at the end of ragged rows, also with int8 keys and values."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks_case import slow_but
 from ops_case import normal
 from test_activations import CLOSED, factor
 
@@ -162,7 +163,7 @@ SIZES = {
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("implementation", grouped_matmul.IMPLEMENTATIONS)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", slow_but(["uneven"], SIZES))
 def test_grouped_matmuls(sizes, implementation, dtype):
     """Results have x's dtype, sums f32, and gradients the parameter's dtype."""
     counts = SIZES[sizes]

@@ -41,6 +41,7 @@ def test_every_text_comes_back(trained, shakespeare):
     assert len(trained.encode("1234567")) >= 3
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_tokenizer(trained, shakespeare):
     """Also in another process, where strings have other hashes."""
     code = """if True:
