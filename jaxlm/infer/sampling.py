@@ -92,37 +92,42 @@ def penalized(
 ) -> Float[Array, "B V"]:
     """Applies the rules that come before the temperature."""
     s = settings
-    logits = logits + s.bias
-    logits = _where_used(
-        s.repetition_penalty != 1,
-        lambda x: penalties.repetition_penalty(x, history, s.repetition_penalty),
-        logits,
-    )
-    logits = _where_used(
-        (s.presence_penalty != 0) | (s.frequency_penalty != 0),
-        lambda x: penalties.presence_and_frequency_penalty(
-            x, history, s.presence_penalty, s.frequency_penalty
+    rules: list[tuple[Bool[Array, " B"], Callable[[Array], Array]]] = [
+        (
+            s.repetition_penalty != 1,
+            lambda x: penalties.repetition_penalty(x, history, s.repetition_penalty),
         ),
-        logits,
-    )
-    logits = _where_used(
-        s.dry_multiplier > 0,
-        lambda x: penalties.dry_penalty(
-            *(x, history, s.dry_multiplier, s.dry_base, s.dry_allowed_length),
-            s.is_dry_breaker,
+        (
+            (s.presence_penalty != 0) | (s.frequency_penalty != 0),
+            lambda x: penalties.presence_and_frequency_penalty(
+                x, history, s.presence_penalty, s.frequency_penalty
+            ),
         ),
-        logits,
-    )
-    logits = _where_used(
-        s.no_repeat_ngram > 0,
-        lambda x: penalties.forbid_repeated_ngrams(x, history, s.no_repeat_ngram),
-        logits,
-    )
-    return _where_used(
-        history.num_new < s.min_new_tokens,
-        lambda x: jnp.where(s.is_stop, NEVER, x),
-        logits,
-    )
+        (
+            s.dry_multiplier > 0,
+            lambda x: penalties.dry_penalty(
+                *(x, history, s.dry_multiplier, s.dry_base, s.dry_allowed_length),
+                s.is_dry_breaker,
+            ),
+        ),
+        (
+            s.no_repeat_ngram > 0,
+            lambda x: penalties.forbid_repeated_ngrams(x, history, s.no_repeat_ngram),
+        ),
+        (
+            history.num_new < s.min_new_tokens,
+            lambda x: jnp.where(s.is_stop, NEVER, x),
+        ),
+    ]
+
+    def apply(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        for used, rule in rules:
+            logits = _where_used(used, rule, logits)
+        return logits
+
+    # GPUs wait at each condition (24 us): a plain text meets one here instead of five.
+    is_used = jnp.stack([used.any() for used, _ in rules]).any()
+    return jax.lax.cond(is_used, apply, lambda x: x, logits + s.bias)
 
 
 def filtered(

@@ -609,8 +609,9 @@ def test_edits_change_prompts_and_new_tokens_where_a_full_pass_would():
     "edit, message",
     [
         pytest.param(
-            Edit("z", "scale", 0.0, position=90),
-            "'z' has changed nothing: position 90",
+            # Of the token after the last one, for which no step runs any more.
+            Edit("z", "scale", 0.0, position=3 + GREEDY.max_new_tokens),
+            f"'z' has changed nothing: position {3 + GREEDY.max_new_tokens}",
             marks=pytest.mark.slow,
         ),
         (Edit("z", "scale", 0.0, layer=9), "layer 9 is not among"),

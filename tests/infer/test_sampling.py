@@ -49,6 +49,16 @@ def sample_jitted(logits, keys, settings, history):
     return sample_tokens(logits, keys, settings, history, table, states)
 
 
+def test_a_plain_text_meets_three_conditions():
+    """Of penalties, of a grammar, and whether it is greedy: the rest is inside them."""
+    logits, keys = jnp.zeros((1, V)), jax.random.split(jax.random.key(0), 1)
+    settings = jax.tree.map(jnp.asarray, row_settings([SampleConfig()], V, TOKEN_BYTES))
+    call = jax.make_jaxpr(sample_jitted)(logits, keys, settings, history_of([[0]]))
+    (inner,) = call.eqns
+    conditions = [e for e in inner.params["jaxpr"].eqns if e.primitive.name == "cond"]
+    assert len(conditions) == 3
+
+
 def draws(probs, *, seed=0, text=(), new=0, **fields):
     """Samples many times from one distribution; all rules are in one program."""
     logits = np.broadcast_to(np.log(probs).astype(np.float32), (ROWS, V))

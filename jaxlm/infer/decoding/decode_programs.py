@@ -1,4 +1,4 @@
-"""What is compiled to decode: the steps of a batch, in a `lax.scan`."""
+"""What is compiled to decode: the steps of a batch, in one loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from jaxlm.model.divisible import divisible_config, divisible_params
 from jaxlm.model.kv_cache import Cache
 from jaxlm.model.params import cast_matrices, with_outputs_first
 from jaxlm.model.transformer import Output, forward
+from jaxlm.ops.layout import layout
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.ops.probing.edit import total_hits
 from jaxlm.sharding.rules import activation_spec, reshard
@@ -79,6 +80,8 @@ def decode(
 ) -> tuple[DecodeState, Drawn, Trace]:
     """Continues each row by `steps` tokens, or by so many passes with guesses.
 
+    When all texts have ended, so does the loop.
+
     Args:
       params: as `split` returns them.
       table: the automata of all rows.
@@ -86,7 +89,8 @@ def decode(
 
     Returns:
       The new state; `Drawn` [B, steps, ...], or [B, steps, K + 1, ...] with a proposer
-      of K tokens; and the trace [steps, ...], which is empty with a proposer.
+      of K tokens; and the trace [steps, ...], which is empty with a proposer. Both are
+      zeros after the last step.
     """
 
     def draw(logits, rows):
@@ -97,16 +101,55 @@ def decode(
     step = _Step(spec, params, probes, draw)
     carry: Any = (state.cache, state.logits, state.rows, state.hits)
     if proposer is None:
-        carry, (drawn, trace) = jax.lax.scan(step.draw_one, carry, length=steps)
+        carry, (drawn, trace) = _until_done(
+            step.draw_one, carry, steps, lambda carry: carry[2]
+        )
         draft = state.draft
     else:
-        (carry, draft), (drawn, trace) = jax.lax.scan(
-            partial(step.draw_and_guess, proposer), (carry, state.draft), length=steps
+        (carry, draft), (drawn, trace) = _until_done(
+            *(partial(step.draw_and_guess, proposer), (carry, state.draft), steps),
+            lambda carry: carry[0][2],
         )
     cache, logits, rows, hits = carry
     drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
     state = DecodeState(cache, logits, rows, state.keys, state.settings, hits, draft)
     return state, drawn, trace
+
+
+def _until_done(
+    step: Callable[[Any], tuple[Any, Any]],
+    carry: Any,
+    steps: int,
+    rows_of: Callable[[Any], Rows],
+) -> tuple[Any, Any]:
+    """Repeats `carry, out = step(carry)` until all rows are done, or `steps` times.
+
+    Returns:
+      The last carry, and the stacked outputs, with zeros for steps that did not run.
+      A `lax.scan` would run them all: fifteen of sixteen for one token.
+    """
+
+    def stack(out: jax.ShapeDtypeStruct) -> Array:
+        placed = layout(out)
+        return jnp.zeros(
+            (steps, *out.shape),
+            out.dtype,
+            out_sharding=None if placed is None else P(None, *placed.spec),
+        )
+
+    def goes_on(loop):
+        number, carry, _ = loop
+        return (number < steps) & ~rows_of(carry).is_done.all()
+
+    def body(loop):
+        number, carry, stacks = loop
+        carry, out = step(carry)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return number + 1, carry, jax.tree.map(put, stacks, out)
+
+    stacks = jax.tree.map(stack, jax.eval_shape(step, carry)[1])
+    _, carry, stacks = jax.lax.while_loop(goes_on, body, (0, carry, stacks))
+    return carry, stacks
 
 
 @dataclass(frozen=True)
@@ -118,7 +161,7 @@ class _Step:
     probes: Probes
     draw: Callable[[Float[Array, "B V"], Rows], tuple[Rows, Drawn]]
 
-    def draw_one(self, carry: _Carry, _: None) -> tuple[_Carry, tuple[Drawn, Trace]]:
+    def draw_one(self, carry: _Carry) -> tuple[_Carry, tuple[Drawn, Trace]]:
         """Draws a token for each row, and reads it."""
         cache, logits, rows, hits = carry
         was_done = rows.is_done
@@ -132,7 +175,7 @@ class _Step:
         return (replace(new, lengths=lengths), logits, rows, hits), (drawn, trace)
 
     def draw_and_guess(
-        self, proposer: Proposer, carry: tuple[_Carry, Any], _: None
+        self, proposer: Proposer, carry: tuple[_Carry, Any]
     ) -> tuple[tuple[_Carry, Any], tuple[Drawn, Trace]]:
         """Draws a token, reads it with guesses after it, and keeps those drawn."""
         (cache, logits, rows, hits), draft = carry
