@@ -196,7 +196,7 @@ def test_jobs_of_kubernetes(monkeypatch, kubernetes, is_of_a_set):
 
 
 def test_what_a_cluster_does_not_tell_is_asked_for(monkeypatch, tpu_vm, kubernetes):
-    pod, job = kubernetes
+    pod, _ = kubernetes
     tell(monkeypatch, GPU_POD)
     pod.spec.subdomain, kind = None, k8s_cluster.K8sCluster
     monkeypatch.setattr(kind, "_headless_svc", lambda: None)
