@@ -45,16 +45,20 @@ def ask(worker, *bodies):
     return asyncio.run(send())
 
 
+def one_token():
+    """What a step gives for a request that goes on."""
+    top = np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32)
+    token = np.array([97], np.int32), np.zeros(1, np.float32)
+    return NewTokens(0, *token, *top, ended=None, trace={})
+
+
 def test_an_answer_that_takes_too_long_is_ended(monkeypatch):
     closed = []
 
     async def run(request):
-        part = {"tokens": np.array([97], np.int32), "logprobs": np.zeros(1, np.float32)}
-        part["top_tokens"] = np.zeros((1, 0), np.int32)
-        part["top_logprobs"] = np.zeros((1, 0), np.float32)
         try:
             if len(request.tokens) == 2:
-                yield NewTokens(number=0, ended=None, trace={}, **part)
+                yield one_token()
             # However long all else takes: now the time is over.
             loop = asyncio.get_running_loop()
             monkeypatch.setattr(loop, "time", lambda now=loop.time: now() + 1000)
@@ -94,11 +98,50 @@ def test_a_failed_engine_is_told_to_all_who_ask():
     assert health.status_code == 503 and health.json() == {"status": "failed"}
 
 
-def test_other_machines_need_a_key(monkeypatch, tmp_path):
+def test_an_engine_that_fails_later_ends_the_answers_that_run():
+    steps = []
+
+    def step():
+        steps.append(1)
+        if len(steps) == 2:
+            raise RuntimeError("the device is gone")
+        return [one_token()]
+
+    def submit(_request):
+        engine.is_idle = False
+        return 0
+
+    engine: Any = SimpleNamespace(
+        is_idle=True, compile_next=lambda: False, submit=submit, step=step
+    )
+    worker = Worker(lambda: engine, 4)
+    body = {"prompt": "a", "max_tokens": 9}
+    begun, later, health = ask(worker, {**body, "stream": True}, body)
+    worker.stop()
+    events = [x for x in begun.text.splitlines() if x.startswith("data: {")]
+    assert begun.status_code == 200 and json.loads(events[0][6:])["choices"]
+    message = "the engine has stopped: the device is gone"
+    assert json.loads(events[-1][6:])["error"]["message"] == message
+    assert later.status_code == 500 and message in later.text
+    assert health.status_code == 503 and len(steps) == 2
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
+def test_other_machines_need_a_key(monkeypatch, tmp_path, host):
     monkeypatch.delenv("JAXLM_API_KEY", raising=False)
     with pytest.raises(ValueError) as error:
-        serve.main(ServeArguments(src=str(tmp_path), host="0.0.0.0"))
-    assert "--host 0.0.0.0 lets other machines in: give --api-key" in str(error.value)
+        serve.main(ServeArguments(src=str(tmp_path), host=host))
+    assert f"--host {host} lets other machines in: give --api-key" in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["flag", "variable", "loopback"])
+def test_with_a_key_or_on_loopback_the_model_is_opened(monkeypatch, tmp_path, way):
+    monkeypatch.setenv("JAXLM_API_KEY", "secret" if way == "variable" else "")
+    host = {} if way == "loopback" else {"host": "0.0.0.0"}
+    key = {"api_key": "secret"} if way == "flag" else {}
+    # What comes after the check of who may ask.
+    with pytest.raises(ValueError, match="none is not a checkpoint"):
+        serve.main(ServeArguments(src=str(tmp_path / "none"), **host, **key))
 
 
 @pytest.mark.slow
