@@ -35,7 +35,7 @@ from jax.experimental import topologies
 
 from jaxlm.config import Config, DataConfig, MeshConfig, TrainConfig
 from jaxlm.model.presets import preset
-from jaxlm.plan.traffic import by_part, traffic
+from jaxlm.plan.traffic import by_part, rows, traffic
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import make_mesh
 from jaxlm.train.optimizer import make_optimizer
@@ -110,12 +110,12 @@ def compile_config(config: Config, devices: list[jax.Device]) -> dict:
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         state = abstract_state(config.model, optimizer, mesh)
-        rows_of = partial(
+        shape_of = partial(
             jax.ShapeDtypeStruct,
             (config.train.batch_size, config.data.sequence_length),
             sharding=rules.batch_sharding(mesh),
         )
-        batch = Batch(*[rows_of(jnp.int32)] * 4, rows_of(jnp.float32))
+        batch = Batch(*[shape_of(jnp.int32)] * 4, shape_of(jnp.float32))
         started = time.monotonic()
         lowered = make_train_step(config, optimizer).lower(state, batch)
         traced = time.monotonic()
@@ -130,6 +130,7 @@ def compile_config(config: Config, devices: list[jax.Device]) -> dict:
         "gib_reduced": round(
             sum(t.bytes for t in sent if t.kind == "all-reduce") / 2**30, 4
         ),
+        "table": rows(sent),
         "trace_s": round(traced - started, 1),
         "compile_s": round(time.monotonic() - traced, 1),
     }
