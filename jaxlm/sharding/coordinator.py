@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-# A process is declared dead by the others (`processes.py`), never by JAX.
+# A process is declared dead or late by the others (`processes.py`), never by JAX.
 NEVER_SECONDS = 10**6
 
 
@@ -26,7 +26,11 @@ def main() -> None:
 
     address, count, linger = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     service = _jax.get_distributed_runtime_service(
-        address, count, heartbeat_timeout=NEVER_SECONDS, shutdown_timeout=60
+        address,
+        count,
+        heartbeat_timeout=NEVER_SECONDS,
+        cluster_register_timeout=NEVER_SECONDS,
+        shutdown_timeout=60,
     )
     print("ready", flush=True)
     if not sys.stdin.readline():

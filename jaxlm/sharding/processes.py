@@ -15,11 +15,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
@@ -29,7 +30,7 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import ProcessesConfig
-from jaxlm.sharding import coordinator
+from jaxlm.sharding import coordinator, relay
 from jaxlm.sharding.cluster import Cluster, find_cluster
 from jaxlm.terminal.exit_codes import (
     EXIT_FAILED,
@@ -107,24 +108,43 @@ class Processes(contextlib.AbstractContextManager):
             self._service = _start_coordinator(
                 cluster, self._limit_s, 2 * self._heartbeat_s
             )
+        self._relay, path = _start(relay, cluster.coordinator)
+        if not path:
+            raise ValueError(
+                f"no socket can be made in {tempfile.gettempdir()}: set TMPDIR to a "
+                "folder with a short path that can be written"
+            )
         self._client = _jax.get_distributed_runtime_client(
-            cluster.coordinator,
+            f"unix:{path}",
             cluster.index,
-            init_timeout=int(self._limit_s),
+            # JAX would end the process in C++.
+            init_timeout=coordinator.NEVER_SECONDS,
             heartbeat_timeout=coordinator.NEVER_SECONDS,
             shutdown_timeout=int(self._limit_s),
             # One that fails leaves at once.
             shutdown_on_destruction=False,
             use_compression=True,
         )
-        try:
-            self._client.connect()
-        except JaxRuntimeError as error:
+        failed: list[str] = []
+
+        def connect() -> None:
+            try:
+                self._client.connect()
+            except JaxRuntimeError as error:
+                failed.append(error_line(error, 120))
+
+        connecting = threading.Thread(target=connect, daemon=True)
+        connecting.start()
+        connecting.join(self._limit_s)
+        if failed or connecting.is_alive():
             raise ValueError(
                 f"process {cluster.index} of {cluster.count} cannot reach process 0 at "
                 f"{cluster.coordinator}, or not all have started within "
-                f"{self._limit_s / 60:g} minutes ({error_line(error, 120)})"
-            ) from None
+                f"{self._limit_s / 60:g} minutes{f' ({failed[0]})' if failed else ''}"
+            )
+        assert self._relay.stdin is not None
+        self._relay.stdin.write(b"connected\n")
+        self._relay.stdin.flush()
         # What `jax.distributed.initialize` sets, which would start the coordinator in
         # this process.
         state = distributed.global_state
@@ -278,8 +298,9 @@ class Processes(contextlib.AbstractContextManager):
             alive.clear()
         self._looked_s = now
         beats = self._read(folder) if self.is_first else self._beat_of_first()
-        for index, beat in beats.items():
-            if alive.get(index, ("", 0.0))[0] != beat:
+        for index in range(self.count if self.is_first else 1):
+            beat = beats.get(index, "")  # It may be gone before its first one.
+            if alive.get(index, (None, 0.0))[0] != beat:
                 alive[index] = beat, now
             elif now - alive[index][1] > self._heartbeat_s:
                 line = f"nothing was heard of it for {self._heartbeat_s:g} s"
@@ -424,6 +445,20 @@ def _ending(error: BaseException) -> tuple[int, str]:
     return getattr(error, "exit_code", code), line
 
 
+def _start(program: ModuleType, *arguments: str) -> tuple[subprocess.Popen, str]:
+    """Starts a program of its own, and returns the line that it prints when ready."""
+    assert program.__file__ is not None
+    started = subprocess.Popen(
+        [sys.executable, program.__file__, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert started.stdout is not None
+    return started, started.stdout.readline().decode().strip()
+
+
 def _start_coordinator(
     cluster: Cluster, limit_s: float, linger_s: float
 ) -> subprocess.Popen:
@@ -439,15 +474,8 @@ def _start_coordinator(
             )
         time.sleep(_TICK_SECONDS)
     arguments = [f"[::]:{port}", str(cluster.count), str(linger_s)]
-    service = subprocess.Popen(
-        [sys.executable, Path(coordinator.__file__), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert service.stdout is not None
-    if not service.stdout.readline():
+    service, line = _start(coordinator, *arguments)
+    if not line:
         raise ValueError(
             f"the coordinator cannot listen at port {port}: give another with "
             "processes.coordinator"

@@ -17,9 +17,11 @@ from forked_case import Forked
 from jaxlm import cli
 from jaxlm.checkpoint.native import integrity, run_folder
 from jaxlm.commands import train
+from jaxlm.report import live
 from jaxlm.sharding.processes import Agreement
 
 real_batches, real_close = train.batches, Agreement.close
+real_report = live.write_report
 HEARTBEAT_S = 6.0
 STEPS = 10
 closed = []  # The agreements that this process has heard of.
@@ -89,8 +91,14 @@ def close(agreement, value):
     real_close(agreement, value)
 
 
+def write_report(runs, path, **options):
+    print("writes the report", flush=True, file=sys.__stderr__)
+    real_report(runs, path, **options)
+
+
 def run_train(*arguments):
     train.batches, Agreement.close = batches, close
+    live.write_report = write_report
     sys.exit(cli.run("train", arguments, prog="jaxlm train"))
 
 
@@ -114,10 +122,13 @@ class Hosts:
         self.config = folder / "config.py"
         self.config.write_text(CONFIG.format(text=str(text), run=str(self.path)))
 
-    def start(self, processes, devices, fault="", of=0, full="", flags=()):
+    def start(
+        self, processes, devices, fault="", of=0, full="", flags=(), last_flags=()
+    ):
         """Starts processes and waits for all; faults happen in process `of`.
 
-        One that hangs goes on when the others have ended.
+        The last one gets `last_flags` too. One that hangs goes on when the others have
+        ended.
 
         Returns:
           (exit code, stderr, seconds since the fault) of each.
@@ -138,6 +149,7 @@ class Hosts:
                 f"--processes.index={index}",
                 f"--processes.heartbeat-seconds={HEARTBEAT_S}",
                 *flags,
+                *(last_flags if index == processes - 1 else ()),
             ]
             child = Forked(
                 *(run_train, str(self.config), *arguments),

@@ -50,7 +50,12 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     # A signal at one of two stops both, and both save the same step.
     # They also evaluate, sample and look inside together.
     rows = [f"--train.{kind}-every=4" for kind in ("sample", "look")]
-    ends = many.start(2, 2, "SIGTERM@5", of=1, flags=[*rows, initial])
+    ends = many.start(
+        *(2, 2, "SIGTERM@5"),
+        of=1,
+        flags=[*rows, initial],
+        last_flags=["--profile.steps=2:4"],
+    )
     assert [code for code, _, _ in ends] == [EXIT_PREEMPTED] * 2, ends
     before, stopped = many.steps()
     assert 4 <= stopped <= 6
@@ -65,6 +70,12 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     # Only process 0 writes what a person reads.
     assert f"saved at step {stopped}" in ends[0][1]
     assert "saved" not in ends[1][1]
+    for index in (0, 1):
+        assert ("writes the report" in ends[index][1]) == (index == 0)
+    assert (many.path / "report.html").stat().st_size
+    # A trace is of the processes that have the flag.
+    [trace] = (many.path / "profile").rglob("*.xplane.pb")
+    assert b"train" in trace.read_bytes()
 
     # A shard has another value, which its process sees. All take the step before; then
     # process 0 of four is killed, which held the coordinator.
@@ -93,11 +104,8 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     assert ends[1][0] == EXIT_PROCESS_LOST
     assert "error: process 1 of 2 was given up by the others" in ends[1][1]
     # A process alone, with as many devices, ends the run.
-    last = many.steps()[-1] + 1
-    [(code, text, _)] = many.start(1, 4, flags=[f"--profile.steps={last}:{last + 1}"])
+    [(code, text, _)] = many.start(1, 4)
     assert code == 0, text
-    [trace] = (many.path / "profile").rglob("*.xplane.pb")
-    assert b"train" in trace.read_bytes()
 
     [(code, text, _)] = straight.start(1, 4, flags=[initial])
     assert code == 0, text

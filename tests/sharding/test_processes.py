@@ -1,10 +1,15 @@
 """How processes agree: several in the threads of one, with the real coordinator."""
 
+import os
+import re
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import processes_case
 import pytest
+from forked_case import Forked
 from jaxlib import _jax
 
 from jaxlm.config import ProcessesConfig
@@ -14,15 +19,14 @@ from jaxlm.sharding.processes import (
     ProcessFailed,
     ProcessMissing,
 )
+from jaxlm.terminal.exit_codes import EXIT_PROCESS_LOST
 
 COUNT = 3
 
 
 @pytest.fixture(scope="module")
 def three():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     service = _jax.get_distributed_runtime_service(f"[::]:{port}", COUNT)
     made = []
     for index in range(COUNT):
@@ -166,6 +170,63 @@ def test_who_was_stopped_itself_gives_nobody_up(three, monkeypatch):
         "nothing was heard of it for 60 s" in x for x in lines
     )
     first._client.key_value_delete("jaxlm/notices/end")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def started(folder, count, indices, *minutes):
+    port = free_port()
+    return [
+        Forked(
+            *(processes_case.run, port, count, index, *minutes),
+            output=folder / str(index),
+            environment=os.environ,
+            folder=folder,
+        )
+        for index in indices
+    ]
+
+
+def kill(number, *pids):
+    for pid in pids:
+        os.kill(pid, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", ["machine 0", "process 1"])
+def test_one_that_is_gone_ends_the_others_with_a_line(tmp_path, number, lost):
+    """JAX would abort them in C++ where the coordinator is gone too."""
+    first, second = started(tmp_path, 2, (0, 1))
+    for child in (first, second):
+        child.wait_for("coordinator ")
+    coordinator = int(first.out.split()[-1])
+    if lost == "machine 0":
+        left, gone = second, [coordinator, first.pid]
+    else:
+        left, gone = first, [second.pid]
+    kill(number, *gone)
+    code = left.wait(60)
+    kill(signal.SIGKILL, *(gone if number == signal.SIGSTOP else ()))
+    assert code == EXIT_PROCESS_LOST
+    [line] = left.err.splitlines()
+    assert line.startswith(f"error: process {lost[-1]} ")
+    assert "is gone: " in line and line.endswith("continues from the last checkpoint")
+
+
+@pytest.mark.slow
+def test_one_that_never_starts_ends_the_others_with_a_line(tmp_path):
+    [first] = started(tmp_path, 2, [0], 0.02)
+    assert first.wait() == 1
+    assert re.fullmatch(
+        r"error: process 0 of 2 cannot reach .*, or not all have started within 0\.02 "
+        r"minutes\n",
+        first.err,
+    )
 
 
 def test_alone_nothing_waits():
