@@ -251,7 +251,7 @@ def test_beams(capsys):
 
 @pytest.mark.slow
 def test_weights_in_8_bits(tmp_path, capsys):
-    model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64)
+    model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64, num_layers=1)
     params = make_params(model)
     save(tmp_path / "run", model, params, TOKENIZER)
     flags = ["--prompt", "a", "--max-new-tokens", "12", "--json"]

@@ -181,12 +181,12 @@ ALWAYS = (
 
 
 def marks(name, names):
-    """Single options are slow; so are most pairs, except the reference's.
+    """Most combinations are slow, except the reference's.
 
-    Of interpreted kernels the combinations show what single options do, which are tried
-    nightly.
+    They show what single options do, which are tried nightly; the reference's are slow.
     """
-    if "pallas" in name and DEVICE == "cpu" and len(names) < 2:
+    plain = len(names) == 1 or ("pallas" in name and not names)
+    if plain and name != "reference" and DEVICE == "cpu":
         return [pytest.mark.nightly]
     combined = name == "reference" and len(names) > 1
     quick = name in QUICK and (combined or names in ((), *ALWAYS))
