@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -17,10 +18,13 @@ from jaxlm.files.checksums import Checksums
 from jaxlm.files.user_cache import user_cache
 from jaxlm.terminal.exit_codes import EXIT_USAGE
 from jaxlm.terminal.printable import one_line
+from jaxlm.terminal.room import has_room
 
 STARTED = time.monotonic()
 """About the start of the process: nothing slow is imported before this."""
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+PATIENCE_SECONDS = 5.0
+"""How long one who reads what a program prints may read nothing: then lines are lost."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event after a program was compiled and cached."""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
@@ -53,11 +57,19 @@ def restart_with_malloc_options() -> None:
 
 
 class _Lossy(io.FileIO):
-    """Drops what cannot be written: the reader is gone, or the disk is full."""
+    """Drops what cannot be written: the reader is gone or stopped, the disk is full."""
+
+    _wait_seconds = PATIENCE_SECONDS
 
     def write(self, data: Any) -> int:
+        # A write to a full pipe would stop the program, and a signal not end it.
+        if not has_room(self.fileno(), self._wait_seconds):
+            self._wait_seconds = 0.0
+            return len(data)
+        self._wait_seconds = PATIENCE_SECONDS
         with contextlib.suppress(OSError):
-            return super().write(data) or len(data)
+            # A pipe with room takes as much at once.
+            return super().write(data[: select.PIPE_BUF]) or len(data)
         return len(data)
 
 

@@ -39,6 +39,7 @@ from jaxlm.terminal.exit_codes import (
     EXIT_USAGE,
 )
 from jaxlm.terminal.printable import error_line
+from jaxlm.terminal.room import has_room
 
 T = TypeVar("T")
 # Seconds between two looks at what the others have written.
@@ -349,7 +350,8 @@ class Processes(contextlib.AbstractContextManager):
             return
         what = f"error: {line}; the same command continues from the last checkpoint\n"
         with contextlib.suppress(OSError):
-            os.write(2, what.encode(errors="replace"))
+            if has_room(2, _GRACE_SECONDS):
+                os.write(2, what.encode(errors="replace"))
         os._exit(code)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from jaxlm.terminal.room import has_room
+
 # A main thread that has not answered by then runs compiled code.
 _PATIENCE_SECONDS = 0.3
 # What follows the first signal within this time repeats it: a terminal that is closed
@@ -169,6 +171,7 @@ def _is_ignored(number: int) -> bool:
 
 def _end(code: int) -> None:
     with contextlib.suppress(OSError):  # The terminal may be gone.
-        if os.isatty(2):  # The shell's prompt comes below the line of a display.
+        # The shell's prompt comes below the line of a display.
+        if os.isatty(2) and has_room(2):
             os.write(2, b"\n")
     os._exit(code)

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jaxlm.checkpoint.opened import print_to_stderr
+from jaxlm.commands import process
 from jaxlm.commands.process import fail, log_on_stderr, use_compile_cache
 
 
@@ -75,3 +76,20 @@ def test_messages_are_one_short_line_without_signs(capsys):
         logging.getLogger("jaxlm.any").warning("a\x1b[2Jb")
     print_to_stderr("c\nd")
     assert capsys.readouterr().err == "a\\x1b[2Jb\nc\\nd\n"
+
+
+def test_who_reads_nothing_stops_nobody(monkeypatch):
+    # A pager or tee that is stopped: with the pipe full, SIGTERM was not answered.
+    monkeypatch.setattr(process, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(process._Lossy, "_wait_seconds", 0.01)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as taken, os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "__stderr__", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with process.lossy_output(stdout=False):
+            for number in range(10_000):
+                print(f"line {number:>20}", file=sys.stderr)
+            assert b"line                    0\n" in os.read(reader, 1 << 20)
+            print("there is room again", file=sys.stderr)
+        stream.close()
+        assert b"there is room again\n" in taken.read()
