@@ -20,14 +20,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 # closes first may do so while a request is on its way, which is then reset.
 KEEP_ALIVE_SECONDS = 75
 _MOST = 100_000
+_READ_BYTES = 8192
 _NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class _Connection(H11Protocol):
     """A connection that is closed if it is idle too long, or if others need its place.
 
-    It is idle until all of the head of a request is there, and after the answer. Others
-    may also have its place until all of the body is there.
+    It is idle until all of the head of a request is there, after the answer, and while
+    its client does not read what is written. Others may also have its place until all
+    of the body is there.
     """
 
     def __init__(self, *arguments: Any, most: int, idle_seconds: float, **more: Any):
@@ -36,19 +38,31 @@ class _Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def _is_idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+        is_answered = self.cycle is None or self.cycle.response_complete
+        return is_answered or self.flow.write_paused
 
     def _is_waiting(self) -> bool:
         return self._is_idle() or self.cycle.more_body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # A body in chunks of a byte takes 20 us for each: others come between.
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._wait()
         others = [c for c in self.connections if not c.transport.is_closing()]
         if len(others) > self._most:
             mine = (c for c in others if isinstance(c, _Connection))
             waiting = [c for c in mine if c._is_waiting()]
             min(waiting, key=_Connection._end).transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self._is_idle():
+            self._stop_waiting()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -127,6 +141,8 @@ def connection_options(
         most = _MOST if limit == resource.RLIM_INFINITY else min(free * 3 // 4, _MOST)
     return {
         "http": partial(_Connection, most=max(most, 1), idle_seconds=idle_seconds),
+        # Its transports say how much they read at once.
+        "loop": "asyncio",
         "ws": "none",
         "timeout_keep_alive": idle_seconds,
         # As many may be accepted before one is closed for them.

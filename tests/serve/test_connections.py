@@ -14,7 +14,7 @@ import uvicorn
 from toy_case import toy
 
 from jaxlm.serve.app import Limits, Server
-from jaxlm.serve.connections import bound, connection_options
+from jaxlm.serve.connections import _Connection, bound, connection_options
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -33,7 +33,7 @@ def connect(request, monkeypatch):
         limits=Limits(body_seconds=request.param),
     ).app
     options = connection_options(most=4, idle_seconds=600.0)
-    config = uvicorn.Config(app, port=0, log_level="error", loop="asyncio", **options)
+    config = uvicorn.Config(app, port=0, log_level="error", **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -79,6 +79,41 @@ def test_silent_clients_keep_nobody_out_and_are_closed(connect, monkeypatch):
     )
     assert [received(connection) for connection in silent] == [b""] * 2
     received(asking)  # It is idle again.
+
+
+@pytest.mark.parametrize("connect", [600.0], indirect=True)
+def test_clients_that_do_not_read_keep_nobody_out(connect, monkeypatch):
+    paused, pause = threading.Semaphore(0), _Connection.pause_writing
+    monkeypatch.setattr(
+        _Connection, "pause_writing", lambda c: (pause(c), paused.release())
+    )
+
+    def ask():
+        # More pages than the buffers hold; the rest is never sent.
+        connection = connect()
+        connection.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                connection.sendall((b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") * 100)
+        paused.acquire()
+
+    for _ in range(5):  # four have a place
+        ask()
+    asking = connect(HEAD + b"\r\n")
+    assert asking.recv(4096).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize("connect", [600.0], indirect=True)
+def test_a_body_in_small_chunks_is_read_in_turns_with_others(connect, monkeypatch):
+    sizes, receive = [], _Connection.data_received
+    monkeypatch.setattr(
+        *(_Connection, "data_received"),
+        lambda c, data: (sizes.append(len(data)), receive(c, data)),
+    )
+    head = BODY.replace(b"Content-Length: 99", b"Transfer-Encoding: chunked")
+    connection = connect(head[:-1] + b"1\r\na\r\n" * 10_000 + b"0\r\n\r\n")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert sum(sizes) > 50_000 and max(sizes) <= 8192
 
 
 @pytest.mark.parametrize("connect", [0.2], indirect=True)
