@@ -1,6 +1,7 @@
 """Answer requests over HTTP, as OpenAI's API does."""
 
 import os
+import re
 import sys
 
 import jax
@@ -18,6 +19,7 @@ from jaxlm.serve.worker import Worker
 from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.terminal.progress import Waiting
 
+_KEY = re.compile("[!-~]+")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Tokens that answers grow by in a step. Where a token takes much longer than to hand it
 # out, few at a time cost nothing, and a request that comes waits for no more.
@@ -32,7 +34,15 @@ _GRACE_SECONDS = 30
 def main(chosen: ServeArguments) -> int:
     """Loads the model onto the devices requested and serves it until it is stopped."""
     use_compile_cache()
-    api_key = chosen.api_key or os.environ.get("JAXLM_API_KEY")
+    api_key = chosen.api_key
+    if api_key is None:
+        api_key = os.environ.get("JAXLM_API_KEY")
+    if api_key is not None and not _KEY.fullmatch(api_key):
+        # An empty one would let all in, as a variable that is not set.
+        raise ValueError(
+            "the API key, --api-key or JAXLM_API_KEY, is empty or has characters that "
+            "a header cannot: give letters, digits and signs of ASCII without spaces"
+        )
     if chosen.host not in _LOOPBACK and not api_key:
         raise ValueError(
             f"--host {chosen.host} lets other machines in: give --api-key too, or set "

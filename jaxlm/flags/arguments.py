@@ -328,7 +328,7 @@ class ServeArguments:
     api_key: str | None = None
     """What clients must send; None: JAXLM_API_KEY of the environment, if it is set."""
     slots: int = 8
-    """Answers that are computed at once; others wait."""
+    """Answers that are computed at once, at most 1024; others wait."""
     max_length: int | None = None
     """Tokens of a prompt and its answer together; None: the model's context."""
     max_requests: int = 64
@@ -349,6 +349,8 @@ class ServeArguments:
         _check_at_least_1(self, *names)
         if self.port > 65_535:
             raise ValueError(f"--port is {self.port}: it must be at most 65535")
+        if self.slots > 1024:
+            raise ValueError(f"--slots is {self.slots}: it must be at most 1024")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,6 +195,10 @@ class Server:
         requests = await asyncio.to_thread(
             self._engine_requests, rows, chosen, kind.default_tokens
         )
+        if len(requests) > (most := self._worker.max_requests):
+            raise Failure(
+                400, f"it asks for {len(requests)} answers: at most {most} at once here"
+            )
         form = kind(self._name, body, chosen, sum(map(len, rows)))
         job = _Job(self, requests, form)
         if chosen.stream:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -12,9 +13,18 @@ import jax
 from jaxlm.infer.slots.engine import Engine
 from jaxlm.infer.slots.slot_request import NewTokens, Request
 
+logger = logging.getLogger(__name__)
+
 
 class Busy(Exception):
     """There are as many requests as the server takes."""
+
+
+class _StoppedError(RuntimeError):
+    """The engine has failed."""
+
+    def __init__(self, error: Exception):
+        super().__init__(f"the engine has stopped: {error}")
 
 
 class _Stopped:
@@ -24,7 +34,7 @@ class _Stopped:
         self._error = error
 
     def submit(self, request: Request) -> int:
-        raise ValueError(f"the engine has stopped: {self._error}")
+        raise _StoppedError(self._error)
 
     def cancel(self, number: int) -> None:
         """Has nothing to do."""
@@ -40,7 +50,8 @@ class Worker:
           make_engine: called in the thread, in the current mesh.
           max_requests: requests that run or wait at once.
         """
-        self._max_requests = max_requests
+        self.max_requests = max_requests
+        """Requests that may run or wait at once."""
         self._inbox: queue.SimpleQueue[Callable[[Any], None] | None] = (
             queue.SimpleQueue()
         )
@@ -62,7 +73,7 @@ class Worker:
           ValueError: for a request that cannot be run.
           RuntimeError: if the engine has failed, or the device for this request.
         """
-        if self.num_requests >= self._max_requests:
+        if self.num_requests >= self.max_requests:
             raise Busy
         loop, parts = asyncio.get_running_loop(), asyncio.Queue()
         numbers: list[int] = []
@@ -79,7 +90,7 @@ class Worker:
             try:
                 numbers.append(engine.submit(request))
                 self._listeners[numbers[0]] = listen
-            except ValueError as error:
+            except (ValueError, _StoppedError) as error:
                 listen(error)
 
         def cancel(engine: Any) -> None:
@@ -88,7 +99,7 @@ class Worker:
                     engine.cancel(number)
 
         if self.failure is not None:
-            raise RuntimeError(f"the engine has stopped: {self.failure}")
+            raise _StoppedError(self.failure)
         self.num_requests += 1
         self._inbox.put(submit)
         try:
@@ -124,8 +135,9 @@ class Worker:
         except Exception as error:
             # Told to all who wait, and to all who come; the server stays to say so.
             self.failure = error
+            logger.warning("%s", _StoppedError(error))
             for listener in self._listeners.values():
-                listener(RuntimeError(f"the engine has stopped: {error}"))
+                listener(_StoppedError(error))
             while (job := self._inbox.get()) is not None:
                 job(_Stopped(error))
 

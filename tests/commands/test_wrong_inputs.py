@@ -235,6 +235,7 @@ WRONG = {
     "verify runs/tiny --out no/x.json": "--out no/x.json: no is not a folder; make it",
     "report": "RUNS is missing: name at least one run folder",
     "report nope": "nope/metrics.jsonl: no such file; is nope the folder of a run?",
+    "serve runs/tiny --slots 20000": "--slots is 20000: it must be at most 1024",
     "serve runs/tiny --port 99999": "--port is 99999: it must be at most 65535",
     "report runs/tiny --out runs/tiny/metrics.jsonl": "page ends in .html",
     "report lost --uot x": "'--uot' (did you mean '--out'?)",

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_an_answer_that_takes_too_long_is_ended(monkeypatch):
         finally:
             closed.append(len(request.tokens))
 
-    worker: Any = SimpleNamespace(failure=None, num_requests=0, run=run)
+    worker: Any = SimpleNamespace(failure=None, num_requests=0, max_requests=1, run=run)
     body = {"max_tokens": 9, "temperature": 0}
     whole, late, begun, health = ask(
         worker,
@@ -84,17 +85,22 @@ def test_an_answer_that_takes_too_long_is_ended(monkeypatch):
     assert closed == [1, 1, 2] and health.status_code == 200
 
 
-def test_a_failed_engine_is_told_to_all_who_ask():
+def test_a_failed_engine_is_told_to_all_who_ask(caplog):
+    workers = []
+
     def engine():
+        while not (workers and workers[0].num_requests):
+            time.sleep(0.001)
         raise RuntimeError("no device")
 
-    worker = Worker(engine, 4)
+    workers.append(worker := Worker(engine, 4))
     body = {"prompt": "a", "max_tokens": 2}
     first, second, health = ask(worker, body, body)
     worker.stop()
     for response in (first, second):
         assert response.status_code == 500
         assert "the engine has stopped: no device" in response.text
+    assert caplog.messages == ["the engine has stopped: no device"]
     assert health.status_code == 503 and health.json() == {"status": "failed"}
 
 
@@ -124,6 +130,14 @@ def test_an_engine_that_fails_later_ends_the_answers_that_run():
     assert json.loads(events[-1][6:])["error"]["message"] == message
     assert later.status_code == 500 and message in later.text
     assert health.status_code == 503 and len(steps) == 2
+
+
+@pytest.mark.parametrize("key", ["", "two words", "key\n", "schlüssel"])
+def test_a_key_that_nobody_can_send_is_refused(key, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXLM_API_KEY", key)
+    for given in (None, key):
+        with pytest.raises(ValueError, match="JAXLM_API_KEY, is empty or"):
+            serve.main(ServeArguments(src=str(tmp_path), api_key=given))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])

@@ -429,7 +429,7 @@ WRONG = [
     ({"logprobs": 21}, 400, "logprobs: it must be from 0 to 20"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}}, 400, '$: the keyword "not" cannot be held'),
     ({"model": "other"}, 404, "model"),
-    ({"n": 16, "prompt": ["a", "b"]}, 503, "too many requests"),
+    ({"n": 16, "prompt": ["a", "b"]}, 400, "it asks for 32 answers: at most"),
 ]  # fmt: skip
 
 

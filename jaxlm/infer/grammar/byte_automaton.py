@@ -15,6 +15,8 @@ _MAX_PARTS = 50_000
 # Bounds of time, a second or two each: parts in all states together, and rows that are
 # sorted to join states.
 _MAX_WORK = 4_000_000
+# Likewise: members of sets of parts that are joined, which takes less for each.
+_MAX_JOINED = 40_000_000
 LAST_CHARACTER = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
 DEAD = -1
@@ -211,15 +213,25 @@ def determinize(part: Part) -> ByteAutomaton:
     builder = Builder()
     last = part(builder, 0)
     closures: dict[int, frozenset[int]] = {}
+    work = joined = 0
+
+    def check_work() -> None:
+        if work > _MAX_WORK or joined > _MAX_JOINED:
+            raise ValueError(
+                "its repetitions can be matched in too many ways: bound them lower"
+            )
 
     def closure(state: int) -> frozenset[int]:
         """States that do something and are reached without a byte."""
+        nonlocal work
         if state not in closures:
             seen, left = {state}, [state]
             while left:
                 new = [s for s in builder.free[left.pop()] if s not in seen]
                 seen.update(new)
                 left += new
+            work += len(seen)
+            check_work()
             closures[state] = frozenset(
                 s for s in seen if builder.moves[s] or s == last
             )
@@ -234,13 +246,10 @@ def determinize(part: Part) -> ByteAutomaton:
     class_of[256] = len(first_bytes)
 
     start = closure(0)
-    numbers, order, rows, work = {start: 0}, [start], [], 0
+    numbers, order, rows = {start: 0}, [start], []
     for states in order:
         work += len(states)
-        if work > _MAX_WORK:
-            raise ValueError(
-                "its repetitions can be matched in too many ways: bound them lower"
-            )
+        check_work()
         targets: list[set[int]] = [set() for _ in first_bytes]
         for state in states:
             for low, high, to in builder.moves[state]:
@@ -253,7 +262,10 @@ def determinize(part: Part) -> ByteAutomaton:
                 continue
             key = frozenset(target)
             if key not in known:
-                found = frozenset().union(*map(closure, key))
+                parts = [closure(state) for state in key]
+                joined += sum(map(len, parts))
+                check_work()
+                found = frozenset().union(*parts)
                 if found not in numbers:
                     numbers[found] = len(numbers)
                     order.append(found)

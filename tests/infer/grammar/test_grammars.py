@@ -280,6 +280,13 @@ def test_wrong_patterns(pattern, message):
         determinize(regex(pattern))
 
 
+def test_sets_of_parts_that_take_long_to_join_are_refused(monkeypatch):
+    """`^((a?){60}){60}$` took 105 s until it was refused."""
+    monkeypatch.setattr(byte_automaton, "_MAX_JOINED", 1_000)
+    with pytest.raises(ValueError, match=r"in too many ways: bound them lower"):
+        determinize(regex("((a?){9}){9}"))
+
+
 def test_patterns_that_take_long_are_refused_or_not_minimized(monkeypatch):
     """`(a{1,90}){1,90}` took 29 s, and a chain of 8,000 states 15 s."""
     texts = [b"", b"ab" * 9, b"a" * 31 + b"7" * 30, b"7a"]
