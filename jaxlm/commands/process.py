@@ -24,7 +24,7 @@ STARTED = time.monotonic()
 """About the start of the process: nothing slow is imported before this."""
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 PATIENCE_SECONDS = 5.0
-"""How long one who reads what a program prints may read nothing: then lines are lost."""
+"""How long a reader of what is printed may read nothing; then lines are lost."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event after a program was compiled and cached."""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")

@@ -11,6 +11,7 @@ import jax
 
 from jaxlm.checkpoint.certificate import fingerprint
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.compatible import shared_environment
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.process import STARTED, use_compile_cache
 from jaxlm.commands.training_run.completed_config import completed
@@ -165,7 +166,7 @@ def _check_same_run(
     source: Checkpoint | None,
     processes: Processes,
 ) -> None:
-    """Raises ValueError if another process has other weights, text or settings.
+    """Raises ValueError if another process has other weights, text, settings or flags.
 
     Each of them would train its own model, or wait for what the others do not do.
     """
@@ -173,14 +174,17 @@ def _check_same_run(
         return
     own = {n: v for n, v in to_dict(config).items() if n not in _OF_ONE_PROCESS}
     own = named_values(own)
+    own |= shared_environment()
     own["the fingerprint of the text"] = dataset.fingerprint
     own["the fingerprint of --init-from"] = source and fingerprint(source)
     for index, other in enumerate(processes.gather("reading the config", own)):
         for name, value in other.items():
-            if value != own[name]:
+            # Another version may have other settings.
+            if value != own.get(name):
                 raise ValueError(
-                    f"{name} is {value} in process {index} and {own[name]} in process "
-                    f"{processes.index}: start all with the same command and text"
+                    f"{name} is {value} in process {index} and {own.get(name)} in "
+                    f"process {processes.index}: start all with the same command, "
+                    "environment and text"
                 )
 
 

@@ -13,6 +13,7 @@ from terminal_case import CTRL_C, Terminal
 from toy_case import make_params, toy
 
 from jaxlm.checkpoint.load import load, open_checkpoint
+from jaxlm.checkpoint.native import compatible
 from jaxlm.commands import train as train_module
 from jaxlm.commands.train import _check_same_run, train
 from jaxlm.commands.training_run import sampler
@@ -373,7 +374,7 @@ def test_an_evaluation_is_bounded_and_spread_over_the_text(settings, numbers):
     assert eval_batch_numbers(TrainConfig(**settings), 1000) == numbers
 
 
-def test_processes_with_other_commands_are_refused(tmp_path):
+def test_processes_with_other_commands_are_refused(tmp_path, monkeypatch):
     data = make_data(tmp_path)
     config = Config(model=MODEL, data=dataclasses.replace(data, sequence_length=16))
     dataset = mock.Mock(fingerprint="text")
@@ -403,3 +404,12 @@ def test_processes_with_other_commands_are_refused(tmp_path):
     for source in (None, sources[1]):
         with pytest.raises(ValueError, match="fingerprint of --init-from is"):
             check((config, sources[0]), (config, source))
+    flags = iter(["float32", "bfloat16"])  # as with an environment of its own
+    monkeypatch.setattr(
+        *(compatible, "_numerics"),
+        lambda: {"jax_default_matmul_precision": next(flags)},
+    )
+    with pytest.raises(
+        ValueError, match=r"precision is float32 in .* same command, env"
+    ):
+        check((config, None), (config, None))

@@ -158,9 +158,18 @@ def environment(state: Any) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         # What XLA compiles for a CPU depends on it, and on it depends model.dtype auto.
         "cpu": _cpu_name() if devices[0].platform == "cpu" else "",
-        "auto_dtype": compute_dtype("auto").name,
-        **{name: str(getattr(jax.config, name)) for name in _JAX_FLAGS},
+        **_numerics(),
     }
+
+
+def shared_environment() -> dict[str, str]:
+    """Returns what the processes of one run must have alike: versions and flags."""
+    return {**_package_versions(), **_numerics()}
+
+
+def _numerics() -> dict[str, str]:
+    flags = {name: str(getattr(jax.config, name)) for name in _JAX_FLAGS}
+    return {"auto_dtype": compute_dtype("auto").name, **flags}
 
 
 @functools.cache
