@@ -322,7 +322,7 @@ def test_responses_are_chats_in_another_form(served):
 class Scripted:
     """In the place of a worker: writes a text, three tokens at a time."""
 
-    num_requests, failure = 0, None
+    num_requests, max_requests, failure = 0, 16, None
 
     def __init__(self, text):
         self._tokens, self.prompts = list(text.encode()), []

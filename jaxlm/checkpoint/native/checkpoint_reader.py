@@ -19,6 +19,7 @@ from jaxlm.tokenizers.kinds import read_saved_tokenizer
 from jaxlm.types import Params
 
 _PARTS = ("params", run_folder.TOKENIZER, run_folder.META)
+_TRIES = 20
 
 
 class NativeCheckpoint:
@@ -33,9 +34,7 @@ class NativeCheckpoint:
         Arguments and errors as `open_checkpoint`.
         """
         self.path, self._report = path, report
-        self.step_folder, self._manifest, self._meta = step_folder.first_readable(
-            run_folder.candidates(path), _open_step, report
-        )
+        self.step_folder, self._manifest, self._meta = _open_newest(path, report)
         self.config = from_dict(
             ModelConfig,
             self._meta["config"].get("model"),
@@ -85,6 +84,24 @@ class NativeCheckpoint:
                 f"{self.step_folder} has been deleted or replaced since it was opened: "
                 "is a run training there? Try again, or give a step that it keeps"
             )
+
+
+def _open_newest(
+    path: Path, report: Callable[[str], None]
+) -> tuple[Path, bytes, dict[str, Any]]:
+    """Opens the newest step that is intact, as `_open_step`.
+
+    A run in training may delete all that were there, after it has saved others.
+    """
+    folders = run_folder.candidates(path)
+    for _ in range(_TRIES):
+        try:
+            return step_folder.first_readable(folders, _open_step, report)
+        except step_folder.NoUsableCheckpoint:
+            before, folders = folders, run_folder.candidates(path)
+            if folders == before:
+                raise
+    raise ValueError(f"{path} saves faster than its steps are read: try again")
 
 
 def _open_step(folder: Path) -> tuple[Path, bytes, dict[str, Any]]:

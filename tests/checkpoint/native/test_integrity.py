@@ -144,6 +144,23 @@ def test_no_readable_step_is_an_error_of_its_own(tmp_path):
             restore(checkpoints, step=1)
 
 
+def test_a_run_that_deletes_a_step_while_it_is_opened(tmp_path, monkeypatch):
+    run, verify = run_with_steps(tmp_path, 1, 2), integrity.verify
+    steps, later = run / "checkpoints", tmp_path / "later"
+    (steps / "2").rename(later)
+
+    def train(folder, *rest):
+        if later.exists():
+            later.rename(steps / "2")
+            shutil.rmtree(steps / "1")
+        verify(folder, *rest)
+
+    monkeypatch.setattr(integrity, "verify", train)
+    lines = []
+    assert open_checkpoint(run, report=lines.append).path == run
+    assert not later.exists() and lines == []
+
+
 def test_a_broken_step_is_moved_aside_when_the_run_reaches_it_again(tmp_path):
     run = run_with_steps(tmp_path, 200, 300)
     (run / "checkpoints/300/meta.json").unlink()
