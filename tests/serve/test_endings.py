@@ -150,7 +150,9 @@ def test_other_machines_need_a_key(monkeypatch, tmp_path, host):
 
 @pytest.mark.parametrize("way", ["flag", "variable", "loopback"])
 def test_with_a_key_or_on_loopback_the_model_is_opened(monkeypatch, tmp_path, way):
-    monkeypatch.setenv("JAXLM_API_KEY", "secret" if way == "variable" else "")
+    monkeypatch.delenv("JAXLM_API_KEY", raising=False)
+    if way == "variable":
+        monkeypatch.setenv("JAXLM_API_KEY", "secret")
     host = {} if way == "loopback" else {"host": "0.0.0.0"}
     key = {"api_key": "secret"} if way == "flag" else {}
     # What comes after the check of who may ask.
