@@ -88,7 +88,7 @@ def test_logits_log_probabilities_and_greedy_tokens(path, computed, name):
 
 
 def test_bundled_questions_are_answered(path, model):
-    """Every twelfth of each set: chance answers 4 of 12, and this model 11."""
+    """Every twelfth of each set: chance answers 4 of 12, and this model all."""
     names = ("knowledge", "sense", "grammar")
     questions = [q for n in names for q in read_questions(Path(f"bundled:{n}"))[::12]]
     *_, counts = accuracy(*model, load_tokenizer(path), questions)
