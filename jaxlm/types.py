@@ -71,21 +71,22 @@ class Quantized:
 class OutputsFirst:
     """A matrix, [inputs, outputs], that lies in memory as [outputs, inputs].
 
-    In a tree of parameters it stands where the array would, and has its shape.
+    In a tree of parameters it stands where the array would, and has its shape. Several
+    that multiply the same activation lie in one array, one behind the other.
     """
 
     values: Any
-    """An array or `Quantized`, [outputs, inputs]."""
+    """An array or `Quantized`, [all outputs, inputs]; None: that of `source`."""
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    """Shape of the weight."""
     num_outputs: int = field(metadata={"static": True})
     """How many axes the outputs have."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        shape = self.values.shape
-        return (*shape[self.num_outputs :], *shape[: self.num_outputs])
+    first: int = field(default=0, metadata={"static": True})
+    """Its first row of `values`."""
+    source: str | None = field(default=None, metadata={"static": True})
+    """The weight beside it, by name, that has the values of both."""
 
     @property
     def ndim(self) -> int:
         """Number of axes of the weight."""
-        return self.values.ndim
+        return len(self.shape)

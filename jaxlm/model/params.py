@@ -8,18 +8,21 @@ decoding, FLOP counts and the page `docs/params.md` are made from it.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from typing import Any, get_args
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array
 
 from jaxlm import tree
 from jaxlm.config import ModelConfig, WeightKind
+from jaxlm.ops.layout import reshape
 from jaxlm.ops.quantization import quantize_weight
 from jaxlm.sharding import rules
 from jaxlm.types import OutputsFirst, Params, Quantized
@@ -255,6 +258,8 @@ WEIGHTS: tuple[Weight, ...] = (
 )
 _quantize = jax.jit(quantize_weight, static_argnums=(1, 2))
 _BY_PATH_AND_RANK = {(w.path, len(w.dimensions)): w for w in WEIGHTS}
+# Matrices of a layer that multiply the same activation.
+_JOINED = (("attn", ("q", "k", "v")), ("mlp", ("gate", "up")))
 _MATRICES = {
     w.path: w
     for w in WEIGHTS
@@ -299,6 +304,9 @@ def param(module: nn.Module, path: str) -> Any:
     # Not `module.param`: Flax would compare the shape in memory.
     value = module.get_variable("params", weight.name)
     assert value.shape == one_layer, (path, value.shape, one_layer)
+    if isinstance(value, OutputsFirst) and value.source is not None:
+        source = module.get_variable("params", value.source)
+        value = replace(value, values=source.values, source=None)
     return value
 
 
@@ -369,10 +377,11 @@ def quantize_matrices(params: Params, kind: str) -> Params:
 def with_outputs_first(params: Params) -> Params:
     """Returns parameters whose matrices lie in memory as [outputs, inputs].
 
-    Those of experts and routers stay as they are.
+    Those that multiply the same activation lie in one array (`_JOINED`). Those of
+    experts and routers stay as they are.
 
     Args:
-      params: their `layers` are a tuple, one tree for each layer.
+      params: on one device; their `layers` are a tuple, one tree for each layer.
     """
 
     def turn(path: str, x: Array | Quantized) -> Array | Quantized | OutputsFirst:
@@ -381,10 +390,34 @@ def with_outputs_first(params: Params) -> Params:
             return x
         inputs, outputs = map(len, weight.matrix_axes)
         order = (*range(inputs, inputs + outputs), *range(inputs))
-        values = jax.tree.map(lambda leaf: leaf.transpose(order), x)
-        return OutputsFirst(values, outputs)
 
-    return tree.map_with_name(turn, params)
+        def lay(leaf: Array) -> Array:
+            leaf = leaf.transpose(order)
+            flat = (math.prod(leaf.shape[:outputs]), *leaf.shape[outputs:])
+            return reshape(leaf, flat, (None,) * len(flat))
+
+        return OutputsFirst(jax.tree.map(lay, x), x.shape, outputs)
+
+    turned = tree.map_with_name(turn, params)
+    return {**turned, "layers": tuple(map(_joined, turned["layers"]))}
+
+
+def _joined(layer: Params) -> Params:
+    """Lays the matrices of a layer that are in `_JOINED` behind one another."""
+    layer = dict(layer)
+    for folder, names in _JOINED:
+        found = [layer.get(folder, {}).get(name) for name in names]
+        arrays = [x.values for x in found if isinstance(x, OutputsFirst)]
+        if len(arrays) < len(names) or any(isinstance(x, Quantized) for x in arrays):
+            continue
+        ends = np.cumsum([len(x) for x in arrays]).tolist()
+        marks = [
+            replace(x, values=None, first=first, source=names[0])
+            for x, first in zip(found, [0, *ends], strict=False)
+        ]
+        marks[0] = replace(marks[0], values=jnp.concatenate(arrays), source=None)
+        layer[folder] = {**layer[folder], **dict(zip(names, marks, strict=True))}
+    return layer
 
 
 def count_matmul_params(config: ModelConfig) -> int:

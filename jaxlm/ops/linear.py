@@ -25,7 +25,7 @@ from jaxlm.ops.collectives import (
     gathered_axes,
     sum_over_tokens,
 )
-from jaxlm.ops.layout import cotangent_layout, layout
+from jaxlm.ops.layout import cotangent_layout, layout, reshape
 from jaxlm.ops.quantization import dequantize_weight
 from jaxlm.types import OutputsFirst, Quantized
 
@@ -98,10 +98,10 @@ def einsum(
       precision: of f32 inputs on accelerators, which otherwise use fewer bits; forward
         and backward.
     """
+    joined = None
     if isinstance(w, OutputsFirst):
         equation = _with_outputs_first(equation)
-        lying: Array | Quantized = w.values
-        w = lying
+        joined, w = w, _own_part(w)
     if isinstance(w, Quantized):
         return _quantized_einsum(equation, x, w, out_sharding, out_dtype, precision)
     on_one_device, num_rows = _is_on_one_device(w), _num_rows(equation, x)
@@ -111,7 +111,7 @@ def einsum(
     if one_row and platform == "gpu":
         y = _one_row(equation, x, w.astype(x.dtype), out_sharding)
     elif few and equation == _with_outputs_first(equation):
-        y = _few_rows(equation, x, w.astype(x.dtype), out_sharding)
+        y = _few_rows(equation, x, w.astype(x.dtype), out_sharding, joined)
     else:
         whole = _gathered(equation, x, w)
         as_two = one_row and platform == "cpu" and x.dtype == jnp.bfloat16 and rows
@@ -228,8 +228,30 @@ def _with_outputs_first(equation: str) -> str:
     return f"{x_axes},{ordered}->{out}"
 
 
-def _few_rows(equation: str, x: Array, w: Array, out_sharding: P | None) -> Array:
+def _own_part(w: OutputsFirst) -> Array | Quantized:
+    """Returns the matrix itself, [outputs, inputs], without those in the same array."""
+    outputs = w.shape[len(w.shape) - w.num_outputs :]
+
+    def part(x: Array) -> Array:
+        if len(x) > math.prod(outputs):
+            x = jax.lax.slice_in_dim(x, w.first, w.first + math.prod(outputs))
+        shape = (*outputs, *x.shape[1:])
+        return reshape(x, shape, (None,) * len(shape))
+
+    return jax.tree.map(part, w.values)
+
+
+def _few_rows(
+    equation: str,
+    x: Array,
+    w: Array,
+    out_sharding: P | None,
+    joined: OutputsFirst | None,
+) -> Array:
     """Multiplies few rows and w, [outputs, inputs], on a CPU with bfloat16 units.
+
+    Where w lies in one array with others that multiply x, all are multiplied: XLA makes
+    one product of those that are the same.
 
     XLA:CPU packs the right operand anew in each call, which takes longer than the
     product. The tiles of AMX take as many rows of the left one, so there w is that.
@@ -237,8 +259,8 @@ def _few_rows(equation: str, x: Array, w: Array, out_sharding: P | None) -> Arra
     """
     inputs, _, out = equation.partition("->")
     x_axes, w_axes = inputs.split(",")
-    if layout(w) is not None:  # one device, of which shapes need no layout
-        x, w = (jax.sharding.reshard(a, P()) for a in (x, w))
+    if layout(x) is not None:  # one device, of which shapes need no layout
+        x = jax.sharding.reshard(x, P())
     sizes = dict(zip(x_axes + w_axes, x.shape + w.shape, strict=True))
     rows = _row_axes(equation)
     summed = "".join(axis for axis in w_axes if axis not in out)
@@ -246,6 +268,12 @@ def _few_rows(equation: str, x: Array, w: Array, out_sharding: P | None) -> Arra
     num_rows, num_inputs = (
         math.prod(sizes[a] for a in axes) for axes in (rows, summed)
     )
+    num_outputs = math.prod(sizes[axis] for axis in outputs)
+    first = 0
+    if joined is not None:
+        first, w = joined.first, joined.values.astype(x.dtype)
+    if layout(w) is not None:
+        w = jax.sharding.reshard(w, P())
     # Two axes are summed as one: XLA would copy w for them.
     w = w.reshape(-1, num_inputs)
     x = jnp.einsum(f"{x_axes}->{rows}{summed}", x).reshape(num_rows, num_inputs)
@@ -255,7 +283,8 @@ def _few_rows(equation: str, x: Array, w: Array, out_sharding: P | None) -> Arra
         y = jax.lax.optimization_barrier(_product("oi,ri->or", w, x)).T
     else:
         y = _product("ri,oi->ro", x, w)
-    y = y[:num_rows].reshape([sizes[axis] for axis in rows + outputs])
+    y = y[:num_rows, first : first + num_outputs]
+    y = y.reshape([sizes[axis] for axis in rows + outputs])
     y = jnp.einsum(f"{rows}{outputs}->{out}", y)
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 
 import flax.linen as nn
 import jax
@@ -171,9 +172,15 @@ def test_the_model_reads_matrices_with_outputs_first(kind):
     params = {**params, "layers": tree.unstack(params["layers"], config.num_layers)}
     turned = with_outputs_first(params)
     inner = config.num_heads, config.head_dim
-    q, o = (turned["layers"][1]["attn"][name] for name in "qo")
-    assert q.values.shape == (*inner, 24) and q.shape == (24, *inner)
+    q, k, o = (turned["layers"][1]["attn"][name] for name in "qko")
+    num_queries, num_keys = math.prod(inner), config.num_kv_heads * config.head_dim
+    assert q.shape == (24, *inner)
     assert o.values.shape == (24, *inner) and o.shape == (*inner, 24)
+    if kind == "float":  # keys and values lie behind the queries
+        assert q.values.shape == (num_queries + 2 * num_keys, 24)
+        assert k.values is None and k.source == "q" and k.first == num_queries
+    else:
+        assert q.values.shape == (num_queries, 24)
     head = turned["lm_head"]["kernel"]
     assert head.values.shape == (config.vocab_size, 24)
     tokens = np.arange(12).reshape(2, 6) % config.vocab_size

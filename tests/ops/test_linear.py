@@ -126,7 +126,8 @@ def test_few_rows_multiply_a_matrix_where_it_lies(
     lying = w  # the table of tokens as it is
     if "".join(first) != w_axes:
         lying = w.transpose([w_axes.index(axis) for axis in first])
-        lying = OutputsFirst(lying, num_outputs=len(outputs))
+        lying = lying.reshape(-1, *lying.shape[len(outputs) :])
+        lying = OutputsFirst(lying, w.shape, len(outputs))
     assert lying.shape == w.shape
 
     @jax.jit
@@ -149,6 +150,32 @@ def test_few_rows_multiply_a_matrix_where_it_lies(
         if math.prod(map(int, shape.split(","))) == w.size
     ]
     assert not native or set(whole) <= {"parameter", "bitcast"}, whole
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_matrices_that_lie_in_one_array_are_one_product(monkeypatch, rows):
+    """Queries of 6 heads and keys of 2."""
+    monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset(["amx_bf16"]))
+    x = jnp.asarray(normal(0, 1, rows, 96)).astype(jnp.bfloat16)
+    w = jnp.asarray(normal(1, 96, 8, 16)).astype(jnp.bfloat16)
+    joined = w.transpose(1, 2, 0).reshape(8 * 16, 96)
+
+    @jax.jit
+    def products(x, joined):
+        q = OutputsFirst(joined, (96, 6, 16), 2)
+        k = OutputsFirst(joined, (96, 2, 16), 2, first=6 * 16)
+        return tuple(einsum("BTD,DNH->BTNH", x, part) for part in (q, k))
+
+    y = np.concatenate(products(x, joined), axis=2)
+    expected = np.einsum("BTD,DNH->BTNH", np.float64(x), np.float64(w))
+    np.testing.assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-5)
+    text = products.lower(x, joined).compile().as_text()
+    assert len(re.findall(r"= \S+ dot\(", text)) == 1
+    # Elsewhere each is multiplied by itself.
+    monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset())
+    jax.clear_caches()
+    y = np.concatenate(products(x, joined), axis=2)
+    np.testing.assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-5)
 
 
 def test_where_few_rows_read_outputs_first(monkeypatch):
