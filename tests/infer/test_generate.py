@@ -126,9 +126,9 @@ def test_one_row_on_a_gpu_reads_matrices_with_their_outputs_first(greedy, monkey
     alone = generate(CONFIG, PARAMS, RAGGED[1:2], GREEDY, KEY, return_state=True)
     assert alone.tokens.tolist() == greedy.tokens[1:2].tolist()
     np.testing.assert_allclose(alone.logprobs, greedy.logprobs[1:2], atol=1e-5)
-    q = CONFIG.model_dim, CONFIG.num_heads, CONFIG.head_dim
+    heads = CONFIG.num_heads + 2 * CONFIG.num_kv_heads
     split = alone.state.split_params["layers"][0]["attn"]["q"]
-    assert split.values.shape == (*q[1:], q[0])
+    assert split.values.shape == (heads * CONFIG.head_dim, CONFIG.model_dim)
 
     # On a mesh of one device, as commands have it.
     rows, one_row = [], linear._one_row
