@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[1]
 # A folder imports from earlier rows only, never from its own row.
 ROWS = (
     ("terminal",),
-    ("fields", "types"),
+    ("fields", "types", "torus"),
     ("config", "tree", "files"),
     ("ops", "sharding", "tokenizers"),
     ("data", "model"),

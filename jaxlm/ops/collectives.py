@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from jaxlm.ops.layout import layout, without_reduced
 from jaxlm.ops.rings import gather_around, rings_along, scatter_around
+from jaxlm.torus import ring_sizes, torus_dimensions
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -134,20 +135,9 @@ def sum_over_tokens(
     return psum_scatter(parts(*map(without_reduced, arrays)), cut.spec, axes)
 
 
-# Dimensions of the torus that chips are connected in.
-_TORUS = {
-    "TPU v4": 3,
-    "TPU v5": 3,
-    "TPU v5 lite": 2,
-    "TPU v6 lite": 2,
-    "TPU7x": 3,
-}
-
-
-def torus_dimensions() -> int:
-    """Returns those of the mesh's devices; 1 where all reach each other alike."""
+def _dimensions() -> int:
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return 1 if device is None else _TORUS.get(device.device_kind, 1)
+    return 1 if device is None else torus_dimensions(device.device_kind)
 
 
 def compiler_scatters(axes: tuple[str, ...]) -> bool:
@@ -158,25 +148,17 @@ def compiler_scatters(axes: tuple[str, ...]) -> bool:
     """
     shape = jax.sharding.get_abstract_mesh().shape
     chips = math.prod(shape[axis] for axis in axes)
-    return torus_dimensions() < (3 if chips <= 16 else 2)
+    return _dimensions() < (3 if chips <= 16 else 2)
 
 
 def _rings(cut: str | tuple[str, ...] | None) -> list[int]:
-    """Returns the lengths of the rings that the devices along `cut` form, last first.
+    """Returns the sizes of the rings that the devices along `cut` form.
 
     Compilers for TPUs scatter along one ring, and gather along two; where there are
-    more they reduce all, with twice the bytes. The mesh does not tell, but slices are
-    near cubes, and the last dimension is the longest: 4 x 4, 4 x 4 x 4, 4 x 4 x 8.
+    more they reduce all, with twice the bytes.
     """
     shape = jax.sharding.get_abstract_mesh().shape
-    size = math.prod(shape[axis] for axis in axes_of(cut))
-    if size & (size - 1):
-        return [size]
-    rings = []
-    for dimension in range(torus_dimensions(), 0, -1):
-        rings.append(2 ** math.ceil(math.log2(size) / dimension))
-        size //= rings[-1]
-    return rings
+    return ring_sizes(math.prod(shape[axis] for axis in axes_of(cut)), _dimensions())
 
 
 def _groups(sizes: Sequence[int]) -> list[list[list[int]] | None]:

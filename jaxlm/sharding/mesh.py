@@ -11,6 +11,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlm.config import Config, MeshConfig
+from jaxlm.sharding.ring_order import ring_links, ring_order
+from jaxlm.torus import ring_sizes, torus_dimensions
 
 AXES = tuple(axis.name for axis in dataclasses.fields(MeshConfig))
 
@@ -50,7 +52,9 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Arranges devices in an array with the axes `AXES`, by the topology of a TPU.
 
     Neighbors along `tensor` are close to each other, those along `data` may be far
-    apart. The slices of a TPU, between which the network is slow, are parts of `data`.
+    apart. On a torus of three dimensions `fsdp` is in the order of its rings, along
+    which weights and gradients go (`ops/collectives.py`). The slices of a TPU, between
+    which the network is slow, are parts of `data`.
 
     Raises:
       ValueError: as `make_mesh`.
@@ -67,8 +71,10 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
         )
     slices = num_slices(devices)
     if slices == 1:
-        return mesh_utils.create_device_mesh(
-            sizes, devices, allow_split_physical_axes=True
+        return _in_ring_order(
+            mesh_utils.create_device_mesh(
+                sizes, devices, allow_split_physical_axes=True
+            )
         )
     data, *inside = sizes
     if data % slices:
@@ -76,12 +82,27 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
             f"{shape} does not fit {slices} slices of {len(devices) // slices} "
             f"devices: mesh.data must be a multiple of {slices}"
         )
-    return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *inside),
-        (slices,) + (1,) * len(inside),
-        devices,
-        allow_split_physical_axes=True,
+    return _in_ring_order(
+        mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *inside),
+            (slices,) + (1,) * len(inside),
+            devices,
+            allow_split_physical_axes=True,
+        )
     )
+
+
+def _in_ring_order(grid: np.ndarray) -> np.ndarray:
+    """The same groups along `fsdp`, in the order of the rings that it is cut into."""
+    sizes = _rings(grid, "fsdp")
+    if len(sizes) == 1:
+        return grid
+    axis = AXES.index("fsdp")
+    groups = np.moveaxis(grid, axis, 0)
+    cores = [device.core_on_chip for device in groups.reshape(len(groups), -1)[:, 0]]
+    coords, period = _places(grid)
+    places = np.moveaxis(coords, axis, 0)
+    return grid.take(ring_order(places, np.array(cores), sizes, period), axis)
 
 
 def num_slices(devices: Iterable[Any]) -> int:
@@ -95,32 +116,45 @@ def ring_hops(grid: np.ndarray) -> dict[str, int | None]:
     """Counts the links between chips that a step around each axis takes, at most.
 
     A collective operation along an axis sends data around rings of its devices. With 1
-    hop it has the links for itself; with more, rings share them. On the `data` axis
-    only the steps within a slice are counted. None on platforms whose topology JAX does
-    not know.
+    hop it has the links for itself; with more, rings share them. Steps within a slice
+    are counted, and on a torus of three dimensions those of `fsdp` around each of its
+    rings. None on platforms whose topology JAX does not know.
 
     Args:
       grid: `Mesh.devices`.
     """
-    devices = list(grid.flat)
-    if not all(_is_on_torus(device) for device in devices):
+    if not all(_is_on_torus(device) for device in grid.flat):
         return dict.fromkeys(AXES)
-    coords = np.array([device.coords for device in devices]).reshape(*grid.shape, -1)
-    chips = coords.reshape(-1, coords.shape[-1]).max(axis=0) + 1
-    # Links close a ring where a slice is as long as the machine (TPU v5e and v6e, 16 x
-    # 16), or a multiple of its cubes of 4 (the others). cloud.google.com/tpu/docs
-    unit = 16 if devices[0].device_kind.endswith("lite") else 4
-    closed = chips % unit == 0
-    slices = num_slices(devices)
+    grid = grid[: len(grid) // num_slices(grid.flat)]
+    coords, period = _places(grid)
     hops = {}
     for number, axis in enumerate(AXES):
-        per_slice = coords
-        if axis == "data":
-            per_slice = coords[: len(coords) // slices]
-        steps = np.abs(per_slice - np.roll(per_slice, -1, axis=number))
-        steps = np.where(closed, np.minimum(steps, chips - steps), steps)
-        hops[axis] = int(steps.sum(axis=-1).max())
+        places = np.moveaxis(coords, number, 0)
+        hops[axis] = max(ring_links(places, _rings(grid, axis), period))
     return hops
+
+
+def _rings(grid: np.ndarray, axis: str) -> list[int]:
+    """Sizes of the rings that data is passed around, step by step, along an axis."""
+    size, device = grid.shape[AXES.index(axis)], grid.flat[0]
+    if axis != "fsdp" or not _is_on_torus(device):
+        return [size]
+    sizes = ring_sizes(size, torus_dimensions(device.device_kind))
+    return sizes if len(sizes) == 3 else [size]
+
+
+def _places(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of the devices' chips, and after how many of these links lead back.
+
+    0: they do not.
+    """
+    coords = np.array([device.coords for device in grid.flat])
+    chips = coords.max(axis=0) + 1
+    # Links close a ring where a slice is as long as the machine (TPU v5e and v6e, 16 x
+    # 16), or a multiple of its cubes of 4 (the others). cloud.google.com/tpu/docs
+    unit = 16 if torus_dimensions(grid.flat[0].device_kind) == 2 else 4
+    closed = chips % unit == 0
+    return coords.reshape(*grid.shape, -1), np.where(closed, chips, 0)
 
 
 def _is_on_torus(device: Any) -> bool:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from toy_case import make_batch, make_params, toy
 
-from jaxlm import tree
+from jaxlm import torus, tree
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.config import (
@@ -32,7 +32,7 @@ from jaxlm.interp.sentence_view import sentence_view
 from jaxlm.model.params import parameter_shardings, quantize_matrices
 from jaxlm.model.trace import absent_sites
 from jaxlm.model.transformer import forward
-from jaxlm.ops import collectives, rings
+from jaxlm.ops import rings
 from jaxlm.ops.attention import blocked
 from jaxlm.ops.attention.dispatch import IMPLEMENTATIONS, Kernel
 from jaxlm.ops.attention.tpu import pallas_tpu
@@ -224,7 +224,7 @@ def shardings_of(state, mesh):
 
 def case_torus():
     """Gathers and scatters by permutes, as on TPUs that form rings in 3 dimensions."""
-    collectives._TORUS[jax.devices()[0].device_kind] = 3
+    torus._DIMENSIONS[jax.devices()[0].device_kind] = 3
     result = case_gradients(["2x2x2", "fsdp8"], loss_chunk=24)
     text = compiled_gradients(config_of(loss_chunk=24), mesh_of("fsdp8")).as_text()
     return result | {"permutes": text.count(" collective-permute(")}
@@ -232,7 +232,7 @@ def case_torus():
 
 def case_rings():
     """What rings compute, and how many permutes a step has where gathers are not kept."""
-    collectives._TORUS[jax.devices()[0].device_kind] = 3
+    torus._DIMENSIONS[jax.devices()[0].device_kind] = 3
     model = dataclasses.replace(MODEL, remat="none")
     config, mesh = config_of(model=model, loss_chunk=24), mesh_of("2x2x2")
     with jax.set_mesh(mesh):
