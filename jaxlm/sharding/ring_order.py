@@ -36,29 +36,23 @@ class _Part:
         return (near, far) if fine else (far, near)
 
 
-def links_around(places: np.ndarray, axis: int, period: np.ndarray) -> int:
-    """Returns how many links a step around an axis takes, at most.
-
-    Args:
-      places: coordinates of chips, in the last axis.
-      axis: the one that the ring goes along.
-      period: chips after which links lead back, in each dimension; 0: they do not.
-    """
-    steps = np.abs(places - np.roll(places, -1, axis=axis))
-    steps = np.where(period > 0, np.minimum(steps, period - steps), steps)
-    return int(steps.sum(axis=-1).max())
-
-
-def ring_links(places: np.ndarray, sizes: Sequence[int], period: np.ndarray) -> list:
+def ring_links(
+    places: np.ndarray, sizes: Sequence[int], period: np.ndarray
+) -> list[int]:
     """Returns how many links a step of each ring takes, at most.
 
     Args:
       places: coordinates of chips, [devices along the mesh axis, ..., dimension].
       sizes: of the rings, as `ring_sizes` gives them.
-      period: as in `links_around`.
+      period: chips after which links lead back, in each dimension; 0: they do not.
     """
     split = places.reshape(*reversed(sizes), *places.shape[1:])
-    return [links_around(split, n, period) for n in reversed(range(len(sizes)))]
+    found = []
+    for axis in reversed(range(len(sizes))):
+        steps = np.abs(split - np.roll(split, -1, axis=axis))
+        steps = np.where(period > 0, np.minimum(steps, period - steps), steps)
+        found.append(int(steps.sum(axis=-1).max()))
+    return found
 
 
 def ring_order(
@@ -66,33 +60,32 @@ def ring_order(
 ) -> np.ndarray:
     """Returns the order of the devices along a mesh axis, as indices.
 
-    It is the present one, unless in another the rings send the bytes of a gather over
-    fewer links, or if the devices fill no box.
+    Of a gather, which goes around one ring after another, the bytes that each sends
+    times the links of a step are fewest. The order stays where they are not fewer than
+    now, or where the devices fill no box.
 
     Args:
       places: as in `ring_links`, of all groups of devices along the axis.
       cores: of the devices of the first group, on their chips.
       sizes, period: as in `ring_links`.
     """
-    present = np.arange(len(places))
     first = places.reshape(len(places), -1, places.shape[-1])[:, 0]
     box = np.concatenate([first, cores[:, None]], axis=1)
-    parts = _dimensions(box, [*period, 0])
+    present, parts = np.arange(len(box)), _dimensions(box, [*period, 0])
     if parts is None:
         return present
     _, rings = _cheapest(sizes, parts)
-    wanted = np.zeros((1, box.shape[1]), int)
+    wanted = np.zeros((1, len(parts)), int)
     for ring in rings:
-        wanted = (_around(ring, box.shape[1])[:, None] + wanted).reshape(
-            -1, box.shape[1]
-        )
-    # Where in the box each device is, in the mixed radix of its sides.
-    sides = [len(np.unique(column)) for column in box.T]
+        wanted = _around(ring, len(parts))[:, None] + wanted
+        wanted = wanted.reshape(-1, len(parts))
+    # A device's number in the box, and the device with each number.
     numbers = [np.unique(column, return_inverse=True)[1] for column in box.T]
-    device_at = np.argsort(np.ravel_multi_index(numbers, sides))
-    order = device_at[np.ravel_multi_index(tuple(wanted.T), sides)]
+    shape = [part.size for part in parts]
+    device_at = np.argsort(np.ravel_multi_index(numbers, shape))
+    order = device_at[np.ravel_multi_index(tuple(wanted.T), shape)]
 
-    def cost(order):
+    def cost(order: np.ndarray) -> int:
         links = ring_links(places[order], sizes, period)
         return sum(map(math.prod, zip(_bytes(sizes), links, strict=True)))
 
