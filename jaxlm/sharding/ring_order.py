@@ -111,9 +111,9 @@ def _dimensions(box: np.ndarray, period: Sequence[int]) -> tuple[_Part, ...] | N
         whole = step and len(values) * step == period[dimension]
         closes = len(values) if whole else 0
         parts.append(_Part(dimension, len(values), 1, links, closes))
-    if math.prod(part.size for part in parts) != len(np.unique(box, axis=0)):
-        return None
-    return tuple(parts)
+    volume = math.prod(part.size for part in parts)
+    fills = len(np.unique(box, axis=0)) == len(box) == volume
+    return tuple(parts) if fills else None
 
 
 def _cheapest(
