@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.checkpoint import certificate
 from jaxlm.checkpoint.gguf.gguf_model import GGUFCheckpoint
@@ -18,6 +19,7 @@ from jaxlm.files.hub import HUB, download
 from jaxlm.model.initialization import init
 from jaxlm.model.params import cast_matrices, parameter_shardings, quantize_matrices
 from jaxlm.ops.linear import compute_dtype
+from jaxlm.terminal.printable import shown_value
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
 
@@ -93,14 +95,29 @@ def load(
         a certificate.
 
     Raises:
-      ValueError: as `open_checkpoint` and `Checkpoint.params`.
+      ValueError: as `open_checkpoint` and `Checkpoint.params`, and for a dtype that is
+        not floating-point.
     """
+    _check_dtype(dtype)
     opened = isinstance(path, Checkpoint)
     checkpoint = path if opened else open_checkpoint(path, report=report)
     params = checkpoint.params(dtype=dtype, shardings=shardings)
     if line := certificate.summary(checkpoint):
         report(line)
     return checkpoint.config, quantize_matrices(params, weights)
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raises ValueError for what weights cannot be: of integers all would be 0."""
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise ValueError(
+            f"dtype is {shown_value(str(dtype))}: weights are floating-point numbers, "
+            "such as bfloat16"
+        )
 
 
 def load_onto_mesh(

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import logging
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ def _read_text(file: TextFile, field: str, damage: _Damage) -> Iterator[Document
         stream = _open(file, raw)
         try:
             if file.format == ".txt":
-                yield from _read_blocks(file, stream, raw, damage)
+                yield from _read_blocks(file, stream, raw, field, damage)
             else:
                 yield from _read_json_lines(file, stream, raw, field, damage)
         except _damaged_archive() as error:
@@ -277,12 +278,14 @@ def _read_blocks(
     file: TextFile,
     stream: io.BufferedIOBase,
     raw: io.BufferedIOBase,
+    field: str,
     damage: _Damage,
 ) -> Iterator[DocumentPart]:
     data, line, offset = stream.read(_BLOCK_BYTES), 1, 0
     if data.startswith(BOM):
         data, offset = data[len(BOM) :], len(BOM)
     _check_is_text(file, data)
+    _check_no_objects(file, field, data)
     is_last = False
     while not is_last:
         more = stream.read(_BLOCK_BYTES)
@@ -301,6 +304,20 @@ def _check_is_text(file: TextFile, data: bytes) -> None:
         raise ValueError(
             f"{file.path}: this is a binary file, not text: remove it from data.path, "
             "or convert it to UTF-8 text"
+        )
+
+
+def _check_no_objects(file: TextFile, field: str, data: bytes) -> None:
+    """Raises ValueError for JSON with the field of the text, which others call .json.
+
+    As plain text its braces would be trained on too.
+    """
+    is_json = suffixes(file.path)[0] == ".json" and re.match(rb"\s*(\[\s*)?\{", data)
+    if is_json and json.dumps(field).encode() in data:
+        raise ValueError(
+            f"{file.path}: it has JSON objects with the field {field!r}, and as plain "
+            "text their braces too: write one on each line and name the file .jsonl, "
+            "or .txt, to train on it as it is"
         )
 
 

@@ -1,6 +1,9 @@
 """Batches of a `DataConfig`: which rows, in which order, on which devices."""
 
 import atexit
+import itertools
+import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +34,7 @@ from jaxlm.data.packing import (
     split_stream,
     train_rows,
 )
+from jaxlm.data.sources import Source
 from jaxlm.data.text_record import TextRecord, current_texts
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
@@ -42,6 +46,8 @@ from jaxlm.types import Batch
 ORDER_VERSION = 1
 _ALL_ROWS = slice(None)
 _BLOCK_TOKENS = 8 << 20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,7 @@ def open_dataset(
     """
     texts = current_texts(config, began)
     sources = [text.source for text in texts]
+    _warn_of_shared_files(sources)
     if tokenizer is None:
         tokenizer = _tokenizer_of(config, texts)
     streams, contents = [], []
@@ -237,6 +244,22 @@ def open_dataset(
         fingerprint,
         texts,
     )
+
+
+def _warn_of_shared_files(sources: Sequence[Source]) -> None:
+    """Warns of a file that one source holds out and another may train on."""
+    files = [[os.path.realpath(f.path) for f in source.files] for source in sources]
+    for (one, first), (other, second) in itertools.combinations(
+        zip(sources, files, strict=True), 2
+    ):
+        shared = sorted({*first} & {*second})
+        if shared and first != second:  # Equal ones hold out the same.
+            logger.warning(
+                "data.path: %s and %s both read %s%s: what one holds out the other may "
+                "train on, so that the held-out loss is too low",
+                *(one.name, other.name, shared[0]),
+                f" and {len(shared) - 1} more" if len(shared) > 1 else "",
+            )
 
 
 def _tokenizer_of(config: DataConfig, texts: Sequence[TextRecord]) -> Tokenizer:

@@ -3,6 +3,7 @@
 Nothing here imports JAX, so a wrong file or flag is reported at once.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -72,6 +73,7 @@ def read_config(
       ValueError: if the file or a flag is wrong.
     """
     values = read_flags(RunArguments, arguments)
+    _check_no_config(values.get("data.path", ()))
     file = _find(values.pop("config", None), default_file)
     config, about = _run(file)
     if "help" in values:
@@ -131,6 +133,21 @@ def _find(name: str | None, default_file: Path) -> Path:
     )
 
 
+def _check_no_config(texts: Sequence[str]) -> None:
+    """Raises ValueError for a config file that a flag of texts has taken for a text."""
+    for text in texts:
+        if not (text.endswith(".py") and os.path.isfile(text)):
+            continue
+        begin = b""
+        with contextlib.suppress(OSError), open(text, "rb") as file:
+            begin = file.read(1 << 20)
+        if b"def get_config(" in begin:
+            raise ValueError(
+                f"{text} is a config file, and --data.path takes it for a text: give "
+                "it before the flags (or its folder, to train on it)"
+            )
+
+
 def _run(file: Path) -> tuple[Config, str]:
     """Returns the result of a file's `get_config()`, and the file's docstring.
 
@@ -144,7 +161,7 @@ def _run(file: Path) -> tuple[Config, str]:
         config = module["get_config"]()
     except ConfigFileError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() would be taken for success
         raise ConfigFileError(
             f"{_location(file, error)}: {_explained(error)}"
         ) from error
@@ -154,7 +171,7 @@ def _run(file: Path) -> tuple[Config, str]:
     return config, module.get("__doc__") or ""
 
 
-def _location(file: Path, error: Exception) -> str:
+def _location(file: Path, error: BaseException) -> str:
     """Returns the file and the line of a mistake."""
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f"{error.filename}:{error.lineno}"
@@ -163,7 +180,7 @@ def _location(file: Path, error: Exception) -> str:
     return f"{file}:{lines[-1]}" if lines else str(file)
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: BaseException) -> str:
     """Returns the message of an error as one line, with a suggestion if possible."""
     if type(error) is ValueError:
         return str(error)

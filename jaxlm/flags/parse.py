@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import itertools
 import types
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -68,6 +69,14 @@ def read_flags(kind: type, arguments: Sequence[str]) -> dict[str, Any]:
     for word, after in itertools.pairwise(words):
         if word in switches and after.lower() in _YES_AND_NO:
             _fail_on_value(switches[word])
+    names = Counter(word.partition("=")[0] for word in words)
+    for flag in flags.values():
+        # Of one value the last is taken, on which scripts rely; a list would lose some.
+        if flag.takes_many and names[flag.name] > 1:
+            raise ValueError(
+                f"{flag.name} is there {names[flag.name]} times: give all its values "
+                f"after one, {flag.name} A B"
+            )
     parser = argparse.ArgumentParser(
         add_help=False,
         allow_abbrev=False,

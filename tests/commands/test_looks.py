@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from model_case import make, small
 
+from jaxlm.commands.training_run import looks
 from jaxlm.commands.training_run.looks import make_looks
 from jaxlm.config import Config, MeshConfig, TrainConfig
 from jaxlm.model.transformer import forward
@@ -60,6 +61,12 @@ def test_the_row_of_a_sentence():
         lost = over_the_mean(stream) - over_the_mean(without)
         assert memory == pytest.approx(lost, abs=1e-4)
     assert row["memory"] == pytest.approx(sum(row["memory_layers"]), abs=1e-3)
+
+
+def test_a_mesh_that_cuts_rows_is_refused_before_the_first_look(monkeypatch):
+    monkeypatch.setattr(looks.rules, "context_parts", lambda: 2)
+    with pytest.raises(ValueError, match=r"look-every needs .*--mesh.context 2 cuts"):
+        make_looks(config("abcd"), ByteTokenizer())
 
 
 def test_a_sentence_that_cannot_be_read():

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from model_case import small
 
-from jaxlm.config import DataConfig
+from jaxlm.commands.training_run.hooks import make_hooks
+from jaxlm.config import Config, DataConfig, TrainConfig
 from jaxlm.data import loader
 from jaxlm.data.loader import batches, open_dataset, place
 from jaxlm.data.order import TABLE_ROWS, RowOrder, interleave, share_units
+from jaxlm.sharding.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,18 @@ def test_mixtures(tmp_path):
     assert sum(b.loss_weights.sum() for b in held_out) == (300 - 1) + (100 - 1)
 
 
+def test_a_file_of_two_sources_is_told(tmp_path, caplog):
+    one, two = (write(tmp_path / f"{c}.txt", 500, c) for c in "ab")
+    both = str(tmp_path / "*.txt")
+    for path, times in (((one, two), 0), ((one, one), 0), ((both, one), 1)):
+        caplog.clear()
+        config = DataConfig(
+            path=path, tokenizer="bytes", sequence_length=16, cache_dir=str(tmp_path)
+        )
+        open_dataset(config, seed=0)
+        assert caplog.text.count("what one holds out the other may train on") == times
+
+
 def test_fingerprint(tmp_path):
     paths = (write(tmp_path / "a.txt", 3000, "ab"), write(tmp_path / "b.txt", 999, "b"))
 
@@ -264,6 +279,22 @@ def test_bytes_per_token(tmp_path):
     assert list(dataset.eval_batches(4)) == []
     with pytest.raises(ValueError, match=r"data\.holdout_fraction"):
         _ = dataset.eval_bytes_per_token
+
+
+def test_held_out_tokens_without_bytes(tmp_path):
+    """Of two tokens the second may end a document."""
+    path = write(tmp_path / "a.txt", 500, "a")
+    data = DataConfig(
+        path=(path,), tokenizer="bytes", sequence_length=16, holdout_fraction=0.003
+    )
+    config = Config(
+        model=small(vocab_size=257), data=data, train=TrainConfig(sample_every=0)
+    )
+    dataset = open_dataset(data, seed=0)
+    assert dataset.eval_bytes_per_token == 0
+    with jax.set_mesh(make_mesh(config.mesh)):
+        hooks = make_hooks(config, dataset, None)
+    assert hooks.held_out is not None and hooks.bytes_per_token is None
 
 
 def test_a_source_shorter_than_a_row(tmp_path):

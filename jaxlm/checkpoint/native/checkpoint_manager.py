@@ -67,7 +67,8 @@ class CheckpointManager:
         Args:
           run_dir: the run folder; created if it does not exist.
           keep: number of newest steps to keep, at least 1.
-          keep_every: steps that are multiples of this are never deleted; 0: none.
+          keep_every: steps that are multiples of this are never deleted, nor those
+            that were multiples of it when they were saved; 0: none.
           fresh: moves an earlier run in the folder to `old-N/`.
           report: gets each line that a person should see.
           processes: those of the run, which all make one of these. The first of them
@@ -360,6 +361,9 @@ class CheckpointManager:
                 continue
             if not (self._folder(step) / integrity.MANIFEST).is_file():
                 continue  # no step: a folder or a file that somebody has put there
+            # The command that goes on may lack the flag with which a step was saved.
+            if step_folder.is_kept(self._folder(step)):
+                continue
             run_folder.remove_step(self.run, step, self._saves, self._report)
 
     def _folder(self, name: int | str) -> Path:

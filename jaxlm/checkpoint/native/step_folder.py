@@ -111,6 +111,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def is_kept(folder: Path) -> bool:
+    """Whether a step is one that its own config (`keep_every`) never deletes."""
+    try:
+        meta = read_meta(folder)
+        config = from_dict(Config, meta["config"], f"config of {folder}")
+    except (OSError, ValueError):  # Nothing can be read from it anyway.
+        return False
+    every = config.train.keep_every
+    return every > 0 and meta["step"] % every == 0
+
+
 def _check_arrays(
     folder: Path, meta: dict[str, Any], item: str, flat: Mapping[str, Any]
 ) -> None:

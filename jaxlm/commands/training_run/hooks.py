@@ -47,7 +47,8 @@ def make_hooks(
     return Hooks(
         save=save,
         held_out=held_out if numbers else None,
-        bytes_per_token=dataset.eval_bytes_per_token if numbers else None,
+        # A few tokens may all end documents, and have no bytes.
+        bytes_per_token=(dataset.eval_bytes_per_token or None) if numbers else None,
         sample=make_sampler(config, tokenizer) if samples else None,
         look=make_looks(config, tokenizer) if config.train.look_every else None,
     )

@@ -24,7 +24,8 @@ def make_looks(
     """Makes the function that returns the fields of a "look" row.
 
     Raises:
-      ValueError: for a sentence that is empty, or that the tokenizer cannot encode.
+      ValueError: for a sentence that is empty, or that the tokenizer cannot encode, and
+        on a mesh that cuts rows.
     """
     flag, off = "--train.look-text", "or turn looks off with --train.look-every 0"
     try:
@@ -33,6 +34,11 @@ def make_looks(
         raise ValueError(f"{flag}: {error}; {off}") from error
     if not len(ids):
         raise ValueError(f"{flag} is empty: give a sentence, {off}")
+    if (parts := rules.context_parts()) > 1:
+        raise ValueError(
+            f"--train.look-every needs whole rows on a device, which --mesh.context "
+            f"{parts} cuts: take a mesh without it, {off}"
+        )
     row = np.resize(ids, min(ROW, config.model.context_length))
     tokens = jax.device_put(
         np.tile(row, (rules.batch_parts(), 1)),

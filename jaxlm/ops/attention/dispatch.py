@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Num
 
@@ -283,12 +284,14 @@ def attention(
         attention over parts of the keys.
 
     Raises:
-      ValueError: for shapes that do not fit, an unknown implementation, one that
-        declines the call, or queries that are sharded in another way.
+      ValueError: for shapes that do not fit, queries that are integers, a window or a
+        soft cap that is not positive, an unknown implementation, one that declines the
+        call, or queries that are sharded in another way.
     """
     _check_shapes(q.shape, k.shape, v.shape)
     if spec is None:
         spec = AttentionSpec(q.shape[-1] ** -0.5)
+    _check_options(q, spec)
     call, cut = request(q, k, spec, lse=return_lse), _cut(q, k, spec, zigzag)
     choice = choose(implementation, call, cut.devices if cut else 1, across)
     if implementation == "auto":
@@ -353,6 +356,22 @@ def _check_shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
         raise ValueError(
             f"attention: {q[2]} query heads (axis 2 of q) are not a multiple of "
             f"{k[2]} key/value heads (axis 2 of k)"
+        )
+
+
+def _check_options(q: Array, spec: AttentionSpec) -> None:
+    """Raises ValueError for what would give numbers that mean nothing."""
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"attention: q is of {q.dtype}: give floating-point numbers")
+    window, cap = spec.mask.window, spec.soft_cap
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: the window is {window}: it counts the query itself, so it is "
+            "at least 1; None: no window"
+        )
+    if cap is not None and not cap > 0:
+        raise ValueError(
+            f"attention: the soft cap is {cap}: it must be above 0; None: no cap"
         )
 
 

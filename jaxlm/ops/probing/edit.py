@@ -188,6 +188,8 @@ def _check_edit(edit: Edit, sizes: Mapping[str, int], absent: frozenset[str]) ->
         )
     if edit.site == "tokens" and edit.op not in ("set", "call"):
         raise ValueError(f"{where}: ids can be set, and have no {edit.op!r}")
+    if edit.op == "set" and edit.site == "tokens":
+        _check_ids(where, edit.value, sizes["V"])
     if (edit.value is None) != (edit.op == "freeze"):
         needs = "takes no value" if edit.op == "freeze" else "needs a value"
         raise ValueError(f"{where}: {edit.op!r} {needs}")
@@ -210,6 +212,21 @@ def _check_edit(edit: Edit, sizes: Mapping[str, int], absent: frozenset[str]) ->
         raise ValueError(
             f"{where}: value has shape {shape}, and {sizes['L']} layers need an entry "
             "each"
+        )
+
+
+def _check_ids(where: str, value: Any, vocab_size: int) -> None:
+    """Raises ValueError for ids that are not in the vocabulary, unless traced."""
+    if isinstance(value, Tracer) or value is None:
+        return
+    ids = np.asarray(value)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{where}: the value is of {ids.dtype}: ids are integers")
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise ValueError(
+            f"{where}: the value has the id {wrong.flat[0]}: ids are 0 to "
+            f"{vocab_size - 1}"
         )
 
 

@@ -1,5 +1,6 @@
 """Saving, restoring, deleting and loading of checkpoints."""
 
+import dataclasses
 import json
 import os
 
@@ -26,6 +27,7 @@ from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.checkpoint.native.run_folder import find_runs
 from jaxlm.checkpoint.native.save_error import StateNotFinite
 from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
+from jaxlm.config import TrainConfig
 from jaxlm.tokenizers.bytes_and_characters import CharTokenizer
 
 
@@ -125,6 +127,14 @@ def test_keeps_the_newest_steps_and_multiples(tmp_path):
             assert step in checkpoints.steps()
         assert checkpoints.steps() == [100, 200, 250]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["100", "200", "250"]
+    # The same command without the flag.
+    with CheckpointManager(tmp_path, keep=1) as checkpoints:
+        config = dataclasses.replace(CONFIG, train=TrainConfig(keep_every=300))
+        save(checkpoints, 300, config=config)
+        save(checkpoints, 350)
+        save(checkpoints, 400)
+        checkpoints.wait()
+        assert checkpoints.steps() == [300, 400]
     with pytest.raises(ValueError, match="keep is 0"):
         CheckpointManager(tmp_path, keep=0)
 
