@@ -100,11 +100,11 @@ def _lens(
 ) -> Float[np.ndarray, "L D D"]:
     """Reads a lens, or makes one from rows and writes it, in place of a lens only."""
     if rows is None:
-        return read_jacobian_lens(model, path)
+        return read_jacobian_lens(model, path, params)
     if path.exists():
         read_jacobian_lens(model, path)  # Nothing else is replaced.
     with Waiting(f"making a lens of {rows.size} tokens"):
         # The first tokens are unlike the others, as `jacobian_lens` says.
         jacobian = fit_jacobian_lens(model, params, rows, skip=rows.shape[1] // 8)
-    write_jacobian_lens(path, jacobian)
+    write_jacobian_lens(path, jacobian, params)
     return jacobian

@@ -4,6 +4,7 @@ It moves a value of an earlier layer to the end, by the average derivative of th
 layer by it, and so reads layers that the logit lens cannot.
 """
 
+import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from jaxlm import tree
 from jaxlm.checkpoint.hf.safetensors_file import read_safetensors, write_safetensors
 from jaxlm.config import ModelConfig
 from jaxlm.model.transformer import forward
@@ -20,7 +22,9 @@ from jaxlm.ops.probing.edit import Edit
 from jaxlm.ops.probing.tap import Tap
 from jaxlm.types import Params
 
-_TENSOR = "jacobian"
+# The name of the tensor, and that of the metadata that says of which weights it is.
+_TENSOR, _WEIGHTS = "jacobian", "weights"
+_MARK_VALUES = 256
 
 
 def jacobian_lens(
@@ -84,19 +88,36 @@ def fit_jacobian_lens(
     return total / len(rows)
 
 
-def write_jacobian_lens(path: Path, jacobian: Float[np.ndarray, "L D D"]) -> None:
-    """Writes a lens as a .safetensors file of one tensor."""
+def write_jacobian_lens(
+    path: Path, jacobian: Float[np.ndarray, "L D D"], params: Params
+) -> None:
+    """Writes a lens as a .safetensors file, with a mark of the weights."""
     specs = {_TENSOR: (jacobian.shape, np.dtype(np.float32))}
-    write_safetensors(path, specs, lambda _: jacobian)
+    write_safetensors(path, specs, lambda _: jacobian, {_WEIGHTS: _mark(params)})
 
 
-def read_jacobian_lens(config: ModelConfig, path: Path) -> Float[np.ndarray, "L D D"]:
+def _mark(params: Params) -> str:
+    """Returns a SHA-256 (hex) over some numbers of each weight; training changes it."""
+    digest = hashlib.sha256()
+    for name, leaf in tree.flatten(params).items():
+        some = np.asarray(leaf[(0,) * (leaf.ndim - 1)][:_MARK_VALUES])
+        digest.update(f"{name} {some.dtype}".encode() + some.tobytes())
+    return digest.hexdigest()
+
+
+def read_jacobian_lens(
+    config: ModelConfig, path: Path, params: Params | None = None
+) -> Float[np.ndarray, "L D D"]:
     """Reads what `write_jacobian_lens` wrote.
 
+    Args:
+      params: the weights of which it must be; None takes those of any.
+
     Raises:
-      ValueError: if it is no such file, or of a model of another shape.
+      ValueError: if it is no such file, or of a model of another shape or with other
+        weights. Files of earlier versions do not tell their weights.
     """
-    tensors, _ = read_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     if set(tensors) != {_TENSOR}:
         raise ValueError(f"{path} is no Jacobian lens: it has no tensor {_TENSOR!r}")
     jacobian = np.asarray(tensors[_TENSOR].read(), np.float32)
@@ -105,5 +126,11 @@ def read_jacobian_lens(config: ModelConfig, path: Path) -> Float[np.ndarray, "L 
         raise ValueError(
             f"{path} is a lens of another model: its shape is {jacobian.shape}, and "
             f"this model's would be {wanted}"
+        )
+    of = metadata.get(_WEIGHTS)
+    if params is not None and of is not None and of != _mark(params):
+        raise ValueError(
+            f"{path} is a lens of another model, or of an earlier step: make one of "
+            "these weights (--lens-text)"
         )
     return jacobian

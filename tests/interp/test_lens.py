@@ -82,7 +82,12 @@ def test_a_lens_is_a_file(tmp_path):
     config, path = small(num_layers=2), tmp_path / "lens.safetensors"
     shape = 2, config.model_dim, config.model_dim
     jacobian = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    write_jacobian_lens(path, jacobian)
-    np.testing.assert_array_equal(read_jacobian_lens(config, path), jacobian)
+    params = {"a": np.ones((2, 3), np.float32), "b": {"c": np.ones(3, np.float32)}}
+    write_jacobian_lens(path, jacobian, params)
+    for given in (None, params):
+        read = read_jacobian_lens(config, path, given)
+        np.testing.assert_array_equal(read, jacobian)
+    with pytest.raises(ValueError, match="of another model, or of an earlier step"):
+        read_jacobian_lens(config, path, {**params, "a": params["a"] + 1e-6})
     with pytest.raises(ValueError, match="lens of another model"):
         read_jacobian_lens(small(num_layers=3), path)
