@@ -43,7 +43,7 @@ from jaxlm.terminal.progress import progress_bar
 from jaxlm.types import Params, Trace
 
 OnTokens = Callable[[Int[np.ndarray, "B n"], Bool[np.ndarray, "B n"]], Any]
-# Tokens that each row grows by between two calls of `on_tokens`.
+# Tokens that each row grows by between two calls of `on_tokens`, at most.
 CHUNK = 16
 
 
@@ -160,8 +160,9 @@ def generate(
         of a stop string are among the result's, since it may end inside a token;
         `StopText` cuts it off the text.
       top_logprobs: how many of the most likely tokens to report at each token.
-      on_tokens: called with each chunk of new tokens and a mask of those that belong to
-        the text; returning True ends the generation.
+      on_tokens: called with the new tokens, of each row 1, then 2, 4, 8 and from there
+        on 16 at once, and a mask of those that belong to the text; returning True ends
+        the generation.
       resume: the state of an earlier call with as many prompts and the same model. Its
         memory is used for this call, so it cannot be used again.
       return_state: keep the cache, as `state` of the result.
@@ -297,8 +298,11 @@ def _run(
       show: called with the number of texts that have ended.
     """
     texts: list[list[NewTokens]] = [[] for _ in range(num_rows)]
+    # Who listens hears the first token soon.
+    most = CHUNK if on_tokens is None else 1
     while not engine.is_idle:
-        found = engine.step()
+        found = engine.step(most)
+        most = min(2 * most, CHUNK)
         if show is not None:
             show(num_rows - engine.num_waiting - engine.num_running)
         for part in found:

@@ -74,11 +74,12 @@ def decode(
     state: DecodeState,
     table: StateTable,
     num_ids: Int[Array, ""],
+    limit: Int[Array, ""],
     probes: Probes,
     proposer: Proposer | None,
     steps: int,
 ) -> tuple[DecodeState, Drawn, Trace]:
-    """Continues each row by `steps` tokens, or by so many passes with guesses.
+    """Continues each row by some tokens, or by so many passes with guesses.
 
     When all texts have ended, so does the loop.
 
@@ -86,6 +87,7 @@ def decode(
       params: as `split` returns them.
       table: the automata of all rows.
       num_ids: only ids below this are drawn.
+      limit: how many tokens or passes, up to `steps`.
 
     Returns:
       The new state; `Drawn` [B, steps, ...], or [B, steps, K + 1, ...] with a proposer
@@ -102,12 +104,13 @@ def decode(
     carry: Any = (state.cache, state.logits, state.rows, state.hits)
     if proposer is None:
         carry, (drawn, trace) = _until_done(
-            step.draw_one, carry, steps, lambda carry: carry[2]
+            *(step.draw_one, carry, steps, limit), lambda carry: carry[2]
         )
         draft = state.draft
     else:
         (carry, draft), (drawn, trace) = _until_done(
-            *(partial(step.draw_and_guess, proposer), (carry, state.draft), steps),
+            partial(step.draw_and_guess, proposer),
+            *((carry, state.draft), steps, limit),
             lambda carry: carry[0][2],
         )
     cache, logits, rows, hits = carry
@@ -120,12 +123,14 @@ def _until_done(
     step: Callable[[Any], tuple[Any, Any]],
     carry: Any,
     steps: int,
+    limit: Int[Array, ""],
     rows_of: Callable[[Any], Rows],
 ) -> tuple[Any, Any]:
-    """Repeats `carry, out = step(carry)` until all rows are done, or `steps` times.
+    """Repeats `carry, out = step(carry)` until all rows are done, or `limit` times.
 
     Returns:
-      The last carry, and the stacked outputs, with zeros for steps that did not run.
+      The last carry, and the outputs, stacked to `steps`, with zeros for those that did
+      not run.
       A `lax.scan` would run them all: fifteen of sixteen for one token.
     """
 
@@ -139,7 +144,7 @@ def _until_done(
 
     def goes_on(loop):
         number, carry, _ = loop
-        return (number < steps) & ~rows_of(carry).is_done.all()
+        return (number < limit) & ~rows_of(carry).is_done.all()
 
     def body(loop):
         number, carry, stacks = loop

@@ -261,8 +261,10 @@ class Engine:
             future.exception()  # The request that needs the program is told.
         return True
 
-    def step(self) -> list[NewTokens]:
+    def step(self, most: int | None = None) -> list[NewTokens]:
         """Gives free slots to waiting requests, and continues all texts by some tokens.
+
+        These are `steps` of the constructor, or `most` if that is less.
 
         Prompts are read before that, up to `prompt_tokens`: a longer one in several
         steps. What fails for one request is its `error`, and does not stop the others:
@@ -282,7 +284,8 @@ class Engine:
         running = [one for one in self._slots if one is not None and one.is_read]
         if not running:
             return failed
-        arguments = self._decoding(self._automata.on_device)
+        limit = self._steps if most is None else min(most, self._steps)
+        arguments = self._decoding(self._automata.on_device, limit)
         state, drawn, trace = self._programs.decode(*arguments, steps=self._steps)
         self._batch.state = state
         taps = self._models[0].probes[1]
@@ -425,14 +428,17 @@ class Engine:
         """Returns what steps with a table of so many states need."""
 
         def arguments() -> tuple[Any, ...]:
-            return self._decoding(self._automata.empty(size))
+            return self._decoding(self._automata.empty(size), self._steps)
 
         decode, static = self._programs.decode, {"steps": self._steps}
         return {("steps", size): (decode, arguments, static)}
 
-    def _decoding(self, table: StateTable) -> tuple[Any, ...]:
-        ids, probes = np.int32(self.num_tokens), self._models[0].probes
-        return self._split, self._batch.state, table, ids, probes, self._proposer
+    def _decoding(self, table: StateTable, limit: int) -> tuple[Any, ...]:
+        numbers, probes = np.int32((self.num_tokens, limit)), self._models[0].probes
+        return (
+            *(self._split, self._batch.state, table),
+            *(*numbers, probes, self._proposer),
+        )
 
     @property
     def hits(self) -> tuple[Any, ...]:
