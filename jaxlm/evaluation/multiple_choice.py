@@ -88,8 +88,8 @@ def _bundled(name: str) -> Path:
     files = {p.stem: p for p in sorted(BUNDLED_FOLDER.glob("*.jsonl"))}
     if name not in files:
         raise ValueError(
-            f"--choices: no bundled questions {name!r}{nearest(name, files)}: use "
-            + ", ".join(BUNDLED + known for known in files)
+            f"--choices: no bundled questions {name!r}{nearest(name, list(files))}: "
+            f"use {', '.join(BUNDLED + known for known in files)}"
         )
     return files[name]
 

@@ -56,7 +56,7 @@ def find_cluster(config: ProcessesConfig) -> Cluster | None:
                 f"processes.{name} is not known: give processes.coordinator HOST:PORT "
                 "of process 0, processes.count and processes.index"
             )
-    assert coordinator is not None
+    assert coordinator is not None and count is not None and index is not None
     if not 0 <= index < count:
         raise ValueError(
             f"processes.index is {index}: it must be from 0 to processes.count - 1"

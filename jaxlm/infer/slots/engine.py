@@ -434,11 +434,9 @@ class Engine:
         return {("steps", size): (decode, arguments, static)}
 
     def _decoding(self, table: StateTable, limit: int) -> tuple[Any, ...]:
-        numbers, probes = np.int32((self.num_tokens, limit)), self._models[0].probes
-        return (
-            *(self._split, self._batch.state, table),
-            *(*numbers, probes, self._proposer),
-        )
+        numbers = np.int32(self.num_tokens), np.int32(limit)
+        probes = self._models[0].probes
+        return self._split, self._batch.state, table, *numbers, probes, self._proposer
 
     @property
     def hits(self) -> tuple[Any, ...]:
