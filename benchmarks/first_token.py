@@ -1,4 +1,4 @@
-"""How long a command that continues a text takes to its first tokens.
+"""How long a command that continues a text takes to its first token.
 
 python benchmarks/first_token.py PATH [--rounds 5]
 
@@ -6,8 +6,7 @@ PATH is a model as `sample.py` takes it. Each round is a process of its own that
 what `sample.py` does: it imports jaxlm, loads the model, compiles and generates. From
 the first process on, which is told apart, the compiled programs are in JAX's cache on
 the disk. The last stage continues another text, for which nothing is compiled: what is
-left of the first tokens is preparing the weights, reading the prompt, and the first
-step, which gives 16 tokens.
+left of the first token is preparing the weights, reading the prompt, and one step.
 
 Prints the medians of these stages, in seconds and in CPU seconds (beside other work,
 only they count), and writes them to benchmarks/results/first_token.json.
@@ -55,7 +54,7 @@ def stages(path: str) -> dict[str, dict[str, float]]:
     config, params = load(checkpoint)
     jax.block_until_ready(params)
     lap("load")
-    stages = ("compile, first tokens", "first tokens")
+    stages = ("compile, first token", "first token")
     for stage, prompt in zip(stages, PROMPTS, strict=True):
 
         def on_tokens(_new, _inside, stage=stage) -> bool:
