@@ -32,6 +32,11 @@ def lookup(
     cut, tokens = layout(table), layout(ids)
     if cut is None or tokens is None:
         return table[ids].astype(dtype)
+    if cut.mesh.size == 1:
+        # The compiler would keep the sums below, and copy the gradient for them.
+        whole = jax.sharding.reshard(table, P())
+        rows = whole.at[ids].get(out_sharding=P(*tokens.spec, None))
+        return rows.astype(dtype)
     vocabulary, columns = map(axes_of, cut.spec)
     assert set(columns) <= set(axes_of(tokens.spec[0]))
     parts = math.prod(cut.mesh.shape[axis] for axis in vocabulary)
