@@ -130,6 +130,15 @@ def test_two_layers_on_a_torus_beside_tensor_parallelism():
 
 
 @pytest.mark.aot
+def test_two_layers_on_sixteen_chips():
+    (found,) = compiled("llama_1b_v5e_16", "v5e:4x4", "splash", 2)
+    check_memory(found, gib=15.75)
+    assert found["kernels"]
+    # Some scatters of v5e are permutes of tiles.
+    check_traffic(found, config_of("llama_1b_v5e_16"), chips=16, slack=1.15)
+
+
+@pytest.mark.aot
 @pytest.mark.nightly
 def test_two_layers_on_sixteen_times_as_many_chips():
     """A chip sends what it sends among 16."""
