@@ -128,10 +128,11 @@ def _until_done(
 ) -> tuple[Any, Any]:
     """Repeats `carry, out = step(carry)` until all rows are done, or `limit` times.
 
+    A `lax.scan` would run all `steps`: fifteen of sixteen in vain for one token.
+
     Returns:
       The last carry, and the outputs, stacked to `steps`, with zeros for those that did
       not run.
-      A `lax.scan` would run them all: fifteen of sixteen for one token.
     """
 
     def stack(out: jax.ShapeDtypeStruct) -> Array:
