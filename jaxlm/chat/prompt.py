@@ -4,12 +4,12 @@ On a terminal, prompt_toolkit gives a line editor with history. Elsewhere each l
 the input is a message.
 """
 
+import asyncio
 import contextlib
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 PROMPT = "> "
 
@@ -23,7 +23,8 @@ def line_editor() -> Callable[[], str]:
 
     Enter sends the message. Alt-Enter, or Enter after a backslash, begins a new line; a
     paste of several lines is one message. The function raises EOFError for Ctrl-D,
-    DraftDropped for Ctrl-C if something was typed, else KeyboardInterrupt.
+    DraftDropped for Ctrl-C if something was typed, else KeyboardInterrupt. SIGTERM ends
+    the program after the terminal was put back as it was.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -66,25 +67,35 @@ def line_editor() -> Callable[[], str]:
 
     session.default_buffer.on_text_changed += note
 
+    was_ended = False
+
+    def end() -> None:
+        nonlocal was_ended
+        was_ended = True
+        if not session.app.is_done:
+            session.app.exit()
+
+    def handle_sigterm() -> None:
+        # The editor's loop calls `end` between two steps, never within one.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
+
     def read() -> str:
         nonlocal was_typed
         was_typed = False
-        before = signal.signal(signal.SIGTERM, _end)
+        before = signal.getsignal(signal.SIGTERM)
         try:
-            return session.prompt().strip("\n")
+            message = session.prompt(pre_run=handle_sigterm)
         except KeyboardInterrupt:
             if was_typed:
                 raise DraftDropped from None
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
+        if was_ended:
+            raise SystemExit(128 + signal.SIGTERM)
+        return message.strip("\n")
 
     return read
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    """Lets the editor put the terminal back as it was, and ends the program."""
-    raise SystemExit(128 + number)
 
 
 def history_file() -> Path | None:

@@ -60,7 +60,8 @@ class Chat(Terminal):
     def ask(self, keys, *shown):
         """Sends a message, and stops its answer after a few characters."""
         self.send(keys)
-        message = re.escape("\n".join(shown))
+        # An answer that begins with a combining character adds it to the line before.
+        message = re.escape("\n".join(shown)) + r"[^\n]*"
         self.wait_for(rf"\n> {message}\n+(?!compiling)[\s\S]{{3}}")
         self.send(CTRL_C)
         self.wait_for(rf"(?s)\n> {message}\n.*\n\n>\Z")
