@@ -10,7 +10,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,6 +92,7 @@ def read_config(
         # Imported here because it imports JAX.
         from jaxlm.checkpoint.load import open_checkpoint
 
+        _check_no_tokenizer(values)
         try:
             initial = open_checkpoint(path)
             config = _with_model_of(initial, config, "data.sequence_length" in values)
@@ -145,6 +146,16 @@ def _check_no_config(texts: Sequence[str]) -> None:
             raise ValueError(
                 f"{text} is a config file, and --data.path takes it for a text: give "
                 "it before the flags (or its folder, to train on it)"
+            )
+
+
+def _check_no_tokenizer(values: Mapping[str, object]) -> None:
+    """Raises ValueError for flags of a tokenizer beside those of `--init-from`."""
+    for name in values:
+        if name.startswith("data.tokenizer"):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: --init-from takes the tokenizer of the "
+                "checkpoint, whose tokens its weights know: leave the flag out"
             )
 
 

@@ -170,6 +170,9 @@ WRONG = {
     "train --train.run-dir runs/tiny": "set it back, or start over with --fresh",
     "train --init-from nope": f"--init-from: nope {NO_CHECKPOINT}",
     "train --init-from broken": "--init-from: broken/config.json is not valid JSON",
+    "train --init-from runs/tiny --data.tokenizer bytes": (
+        "--data.tokenizer: --init-from takes the tokenizer of the checkpoint"
+    ),
     "train --init-from unknown": "model_type is 'unheard-of'; known are llama,",
     # Samples and conversations.
     "sample nope": f"nope {NO_CHECKPOINT}",
