@@ -285,7 +285,9 @@ class Processes(contextlib.AbstractContextManager):
         if end := notices.get(f"{_NOTICES}end"):
             index, code, line = json.loads(end)
             if index != self.index:
-                self._end(code, f"process {index} of {self.count} has ended: {line}")
+                grace_s = 0.0 if code == EXIT_PROCESS_LOST else _GRACE_SECONDS
+                line = f"process {index} of {self.count} has ended: {line}"
+                self._end(code, line, grace_s=grace_s)
             # This process was stopped, and goes on.
             line = f"process {index} of {self.count} was given up by the others: {line}"
             self._end(code, line, grace_s=0.0)
@@ -303,9 +305,8 @@ class Processes(contextlib.AbstractContextManager):
             beat = beats.get(index, "")  # It may be gone before its first one.
             if alive.get(index, (None, 0.0))[0] != beat:
                 alive[index] = beat, now
-            elif now - alive[index][1] > self._heartbeat_s:
-                line = f"nothing was heard of it for {self._heartbeat_s:g} s"
-                self._lost(index, line)
+            elif (silent_s := now - alive[index][1]) > self._heartbeat_s:
+                self._lost(index, f"nothing was heard of it for {silent_s:.1f} s")
         if len(beats) == self.count:
             self._check_points({i: int(b.split()[1]) for i, b in beats.items()}, now)
 
@@ -337,12 +338,13 @@ class Processes(contextlib.AbstractContextManager):
         """Ends this process if even the coordinator does not answer."""
         looked_s = time.monotonic()
         while not self._leaving.wait(_TICK_SECONDS):
-            if time.monotonic() - looked_s > self._heartbeat_s / 2:
+            now = time.monotonic()
+            if now - looked_s > self._heartbeat_s / 2:
                 # Nothing was heard as this process itself was stopped.
-                self._heard_s = time.monotonic()
-            looked_s = time.monotonic()
-            if time.monotonic() - self._heard_s > 1.5 * self._heartbeat_s:
-                line = "its coordinator does not answer"
+                self._heard_s = now
+            looked_s, silent_s = now, now - self._heard_s
+            if silent_s > 1.5 * self._heartbeat_s:
+                line = f"its coordinator has not answered for {silent_s:.1f} s"
                 self._end(EXIT_PROCESS_LOST, f"process 0 is gone: {line}", grace_s=0.0)
 
     def _end(self, code: int, line: str, grace_s: float = _GRACE_SECONDS) -> None:

@@ -70,6 +70,7 @@ MODEL = toy(num_heads=8, num_kv_heads=4, qk_norm="head", vocab_size=64)
 ODD = {"vocab_size": 65}  # no tensor axis divides it
 EXPERT_MESHES = {
     "fsdp2_expert2_tensor2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    "fsdp2_expert2_context2": {"data": 1, "fsdp": 2, "expert": 2, "context": 2},
     "expert4_context2": {"data": 1, "expert": 4, "context": 2},
     "data2_expert4": {"data": 2, "expert": 4},
     "data2_fsdp2_expert2": {"data": 2, "fsdp": 2, "expert": 2},
@@ -185,7 +186,7 @@ def difference(one, other):
     return float(np.abs(np.subtract(one, other)).max())
 
 
-def case_gradients(names, changes=None, controls=True, cut=(), **train):
+def case_gradients(names, changes=None, controls=True, cut=(), on_torus=(), **train):
     """In the meshes of `cut` the residual stream is cut over `tensor`."""
     model = dataclasses.replace(MODEL, **(changes or {}))
     config = config_of(model=model, **train)
@@ -194,8 +195,10 @@ def case_gradients(names, changes=None, controls=True, cut=(), **train):
     for name in names:
         model = dataclasses.replace(model, sequence_parallel=name in cut)
         config = dataclasses.replace(config, model=model)
+        use_torus(3 if name in on_torus else 1)
         other_loss, other = gradients(config, mesh_of(name))
         result[name] = {"loss": abs(loss - other_loss), **worst(grads, other)}
+        result[f"{name}_exchanges"] = exchanges(config, mesh_of(name))
         result[f"{name}_sent"] = tensor_sent(config, mesh_of(name))
     if not controls:
         return result
@@ -222,17 +225,38 @@ def shardings_of(state, mesh):
     return wrong, moments
 
 
+def use_torus(dimensions):
+    """With 3, gathers and scatters by permutes, as on TPUs that form rings in 3."""
+    torus._DIMENSIONS[jax.devices()[0].device_kind] = dimensions
+
+
+def exchanges(config, mesh):
+    """By what operations weights and gradients of layers travel along `fsdp` alone.
+
+    Norms are whole on each device; their gradients are reduced.
+    """
+    sent = traffic(compiled_gradients(config, mesh).as_text(), mesh.shape)
+    parts = Part.LAYER_WEIGHTS, Part.GRADIENTS
+    along = [t for t in sent if t.part in parts and t.axes == ("fsdp",)]
+    return sorted({t.kind for t in along} - {"all-reduce"})
+
+
 def case_torus():
-    """Gathers and scatters by permutes, as on TPUs that form rings in 3 dimensions."""
-    torus._DIMENSIONS[jax.devices()[0].device_kind] = 3
-    result = case_gradients(["2x2x2", "fsdp8"], loss_chunk=24)
-    text = compiled_gradients(config_of(loss_chunk=24), mesh_of("fsdp8")).as_text()
-    return result | {"permutes": text.count(" collective-permute(")}
+    """In each layer; and once for two microbatches, beside which one device has one."""
+    result = case_gradients(["2x2x2"], on_torus=["2x2x2"], loss_chunk=24)
+    mesh = mesh_of("fsdp8")
+    _, grads = gradients(config_of(loss_chunk=24), mesh_of("one"))
+    once = {"accumulation_steps": 2, "accumulate_whole": True, "loss_chunk": 24}
+    _, other = gradients(config_of(**once), mesh)
+    _, moved = gradients(config_of(**once), mesh, move=0.05)
+    result["control_once"] = max(worst(grads, moved).values())
+    result["exchanges"] = exchanges(config_of(**once), mesh)
+    return result | {"fsdp8": worst(grads, other)}
 
 
 def case_rings():
     """What rings compute, and how many permutes a step has where gathers are not kept."""
-    torus._DIMENSIONS[jax.devices()[0].device_kind] = 3
+    use_torus(3)
     model = dataclasses.replace(MODEL, remat="none")
     config, mesh = config_of(model=model, loss_chunk=24), mesh_of("2x2x2")
     with jax.set_mesh(mesh):
@@ -635,9 +659,10 @@ def case_exchanged():
     There in two microbatches, whose load-balance loss is one of the rows of all devices.
     """
     train = {"load_balance_loss": 0.1}
-    names = ["fsdp2_expert2_tensor2", "expert4_context2"]
+    names = ["fsdp2_expert2_tensor2", "fsdp2_expert2_context2"]
     changes = EXPERTS | CONTEXT | {"layer_pattern": ("local",)}
-    result = case_gradients(names, changes, **train)
+    result = case_gradients(names, changes, on_torus=names[1:], **train)
+    use_torus(1)
     mesh = mesh_of("data2_expert4")
     model = dataclasses.replace(MODEL, **EXPERTS, num_layers=1, remat="none")
     config = config_of(model=model, accumulation_steps=2, **train)
@@ -683,6 +708,11 @@ def main(case, folder):
         "context": lambda: case_context(["fsdp2_context2_tensor2"]),
         "longer_rings": lambda: case_context(["context4_tensor2", "context8"]),
         "exchanged": case_exchanged,
+        "exchanged_context": lambda: case_gradients(
+            ["expert4_context2"],
+            EXPERTS | CONTEXT | {"layer_pattern": ("local",)},
+            load_balance_loss=0.1,
+        ),
         "experts_muon": lambda: case_losses(["fsdp8"], "muon", EXPERTS),
         "adafactor": lambda: case_losses(["2x2x2"], "adafactor"),
         "accumulation": lambda: case_losses(

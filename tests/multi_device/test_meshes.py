@@ -119,13 +119,16 @@ def test_gradients_of_experts_on_every_mesh(tmp_path):
 
 @pytest.mark.slow
 def test_gradients_of_experts_on_several_devices(tmp_path):
-    """2 and 4 parts, where rows are cut too, by gathered keys; with a window and sinks.
+    """Also where rows are cut, by gathered keys, and weights go around rings; with a
+    window and sinks.
 
     Tokens are gathered by 2 devices, and exchanged by 4. Of two microbatches, statistics
     of the router and biases of the experts are exchanged in each, gradients at the end.
     """
     result = run_case("exchanged", tmp_path)
-    check_gradients(result, ["fsdp2_expert2_tensor2", "expert4_context2"])
+    check_gradients(result, ["fsdp2_expert2_tensor2", "fsdp2_expert2_context2"])
+    assert "permute" not in result["fsdp2_expert2_tensor2_exchanges"]
+    assert result["fsdp2_expert2_context2_exchanges"] == ["permute"]
     assert max(result["accumulated"]) < TOLERANCE
     assert 0 < result["sent_after_each"] < 600
     # Once for both microbatches. Matrices of experts do not cross their axis, which
@@ -138,11 +141,18 @@ def test_gradients_of_experts_on_several_devices(tmp_path):
     assert 0 < result["sent"] - 2 * 3 * (rows + 4 * 64) * 16 * 4 < 512
 
 
+@pytest.mark.nightly
+def test_gradients_of_experts_on_four_devices_whose_rows_are_cut(tmp_path):
+    check_gradients(run_case("exchanged_context", tmp_path), ["expert4_context2"])
+
+
 @pytest.mark.slow
 def test_gradients_through_rings_of_three_dimensions(tmp_path):
+    """Gathered in each layer, and once for two microbatches."""
     result = run_case("torus", tmp_path)
     check_gradients(result, ["2x2x2", "fsdp8"])
-    assert result["permutes"] >= 3 * (7 * 3 + 2)
+    assert result["control_once"] > 100 * TOLERANCE
+    assert result["2x2x2_exchanges"] == result["exchanges"] == ["permute"]
 
 
 @pytest.mark.slow

@@ -69,10 +69,8 @@ def batches(dataset, batch_size, start_step, *rest):
                 print("raises", action, flush=True, file=sys.__stderr__)
                 os.kill(os.getpid(), getattr(signal, action))
             # Steps take far less than the processes to agree, or to give this one up.
-            while (
-                at and step > int(at) and not (closed and closed[0]._is_known.is_set())
-            ):
-                time.sleep(0.05)
+            if at and step > int(at):
+                wait_until(lambda: closed and closed[0]._is_known.is_set())
             for shard in batch.tokens.addressable_shards if step != full else ():
                 first = shard.index[0].indices(batch_size)[0]
                 for number, row in enumerate(np.asarray(shard.data)):
@@ -82,7 +80,11 @@ def batches(dataset, batch_size, start_step, *rest):
 
 
 def wait_for_save():
-    while "checkpoint" in str(threading.enumerate()):
+    wait_until(lambda: "checkpoint" not in str(threading.enumerate()))
+
+
+def wait_until(is_so):
+    while not is_so():
         time.sleep(0.05)
 
 
@@ -131,7 +133,7 @@ class Hosts:
         ended.
 
         Returns:
-          (exit code, stderr, seconds since the fault) of each.
+          (exit code, stderr) of each.
         """
         port, children = free_port(), []
         for index in range(processes):
@@ -158,20 +160,13 @@ class Hosts:
                 folder=self.folder,
             )
             children.append(child)
-        ends, hung = {}, None
-        while len(ends) < processes:
-            for index, child in enumerate(children):
-                if index not in ends and child.code is not None:
-                    ends[index] = time.monotonic()
-            if hung is None and "SIGSTOP" in fault and is_stopped(children[of]):
-                hung = time.monotonic()
-            if hung is not None and ends.keys() == set(range(processes)) - {of}:
-                os.kill(children[of].pid, signal.SIGCONT)
-            time.sleep(0.05)
-        since = hung or ends[of]
-        after = [ends[index] - since for index in range(processes)]
-        found = [(child.code, child.err) for child in children]
-        return [(*ends, seconds) for ends, seconds in zip(found, after, strict=True)]
+        others = [child for index, child in enumerate(children) if index != of]
+        if "SIGSTOP" in fault:
+            wait_until(lambda: is_stopped(children[of]))
+            wait_until(lambda: all(child.code is not None for child in others))
+            os.kill(children[of].pid, signal.SIGCONT)
+        wait_until(lambda: all(child.code is not None for child in children))
+        return [(child.code, child.err) for child in children]
 
     def rows(self):
         """Hash of each (step, row) that a process has given to its devices."""

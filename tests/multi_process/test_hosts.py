@@ -1,6 +1,7 @@
 """Several real processes: stopped, killed, and resumed in another number."""
 
 import dataclasses
+import re
 import runpy
 import signal
 
@@ -19,16 +20,19 @@ pytestmark = pytest.mark.slow
 
 
 def check_lost(ends, index, of):
-    """All others end by themselves, with one line and their own exit code."""
-    for other, (code, text, after) in enumerate(ends):
+    """All others end by themselves, with one line and their own exit code.
+
+    By the clock of the one that gave it up, after at most two heartbeats.
+    """
+    for other, (code, text) in enumerate(ends):
         if other == index:
             continue
         assert code == EXIT_PROCESS_LOST, text
-        # Measured: 1.5 heartbeats. JAX itself waits for 100 s.
-        assert after < 10 * HEARTBEAT_S
         lines = [line for line in text.splitlines() if "error" in line]
         assert len(lines) == 1, text
         assert lines[0].startswith(f"error: process {index} of {of}")
+        [silent_s] = re.findall("nothing was heard of it for (.*) s;", lines[0])
+        assert HEARTBEAT_S <= float(silent_s) <= 2 * HEARTBEAT_S
         assert "Traceback" not in text
         assert "Check failure" not in text
 
@@ -56,8 +60,9 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
         flags=[*rows, initial],
         last_flags=["--profile.steps=2:4"],
     )
-    assert [code for code, _, _ in ends] == [EXIT_PREEMPTED] * 2, ends
+    assert [code for code, _ in ends] == [EXIT_PREEMPTED] * 2, ends
     before, stopped = many.steps()
+    # That step and, where the other one was ahead, one more.
     assert 4 <= stopped <= 6
     meta = many.meta(stopped)
     assert meta["environment"]["process_count"] == 2
@@ -104,10 +109,10 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     assert ends[1][0] == EXIT_PROCESS_LOST
     assert "error: process 1 of 2 was given up by the others" in ends[1][1]
     # A process alone, with as many devices, ends the run.
-    [(code, text, _)] = many.start(1, 4)
+    [(code, text)] = many.start(1, 4)
     assert code == 0, text
 
-    [(code, text, _)] = straight.start(1, 4, flags=[initial])
+    [(code, text)] = straight.start(1, 4, flags=[initial])
     assert code == 0, text
     rows = straight.rows()
     assert len(rows) == 8 * STEPS

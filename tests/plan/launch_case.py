@@ -6,10 +6,8 @@ More chips than the config has take as many rows each. Each of CHANGES is JSON o
 such as {"optimizer.name": "muon"}, and compiles once more.
 """
 
-import dataclasses
 import json
 import math
-import runpy
 import sys
 from functools import reduce
 from pathlib import Path
@@ -17,25 +15,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def replaced(config, changes):
-    """Returns the config with fields, by their dotted names, replaced."""
-    for part in {name.partition(".")[0] for name in changes}:
-        start = f"{part}."
-        fields = {
-            name.removeprefix(start): value
-            for name, value in changes.items()
-            if name.startswith(start)
-        }
-        section = dataclasses.replace(getattr(config, part), **fields)
-        config = dataclasses.replace(config, **{part: section})
-    return config
-
-
 def main(name, target, attention, layers, *changes):
     sys.path += [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
     from compile_train_step import compile_config, devices_of
+    from step_traffic import replaced, run_of
 
-    config = runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]()
+    config = run_of(name)
     devices = devices_of(target)
     # How many times as many chips.
     times = len(devices) // math.prod(vars(config.mesh).values())

@@ -140,13 +140,18 @@ def test_two_layers_on_sixteen_chips():
 
 @pytest.mark.aot
 @pytest.mark.nightly
-def test_two_layers_on_sixteen_times_as_many_chips():
-    """A chip sends what it sends among 16."""
-    (found,) = compiled("llama_1b_v5e_16", "v5e:16x16", "pallas_tpu", 2)
-    check_memory(found, gib=15.75)
+@pytest.mark.parametrize(
+    "target, gib, slack",
+    # On two-dimensional tori rows of 8 among 256 are padded to tiles, and the smallest
+    # are reduced whole.
+    [("v5e:16x16", 15.75, 1.3), ("v6e:16x16", 31.25, 1.3), ("v5p:4x8x8", 95, 1.05)],
+)
+def test_two_layers_on_sixteen_times_as_many_chips(target, gib, slack):
+    """A chip sends what it sends among 16. In benchmarks/results/step_traffic.json."""
+    (found,) = compiled("llama_1b_v5e_16", target, "pallas_tpu", 2)
+    check_memory(found, gib)
     assert found["kernels"] == 4
-    # Rows of 8 among 256 are padded to tiles, and the smallest are reduced whole.
-    check_traffic(found, config_of("llama_1b_v5e_16"), chips=256, slack=1.3)
+    check_traffic(found, config_of("llama_1b_v5e_16"), chips=256, slack=slack)
 
 
 @pytest.mark.aot

@@ -6,6 +6,8 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from heapq import heappop, heappush
+from random import Random
 
 import processes_case
 import pytest
@@ -167,9 +169,75 @@ def test_who_was_stopped_itself_gives_nobody_up(three, monkeypatch):
     first._look(alive)
     lines = [line for _, line in ended]
     assert len(lines) == 2 and all(
-        "nothing was heard of it for 60 s" in x for x in lines
+        "nothing was heard of it for 61.0 s" in x for x in lines
     )
     first._client.key_value_delete("jaxlm/notices/end")
+
+
+class Ended(Exception):
+    """In place of the end of a process."""
+
+
+def end(code, line, grace_s=3.0):
+    assert code == EXIT_PROCESS_LOST and grace_s == 0
+    raise Ended(line)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_silence_ends_all_within_two_heartbeats(three, monkeypatch, lost):
+    """Though they look as rarely as 4 times in a heartbeat, and not 8 times."""
+    heartbeat_s, random = 60.0, Random(lost)
+    now, beats, lines = 0.0, 0, []
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    for processes in three:
+        processes._show(-1)
+        monkeypatch.setattr(processes, "_end", end)
+        monkeypatch.setattr(processes, "_check_points", lambda *_: None)
+        monkeypatch.setattr(processes, "_heartbeat_s", heartbeat_s)
+        monkeypatch.setattr(processes, "_looked_s", now)
+    looks = [(now, index, {}) for index in range(COUNT)]
+    while len(lines) < COUNT - 1:
+        now, index, alive = heappop(looks)
+        if index == lost:
+            if now > 3 * heartbeat_s:
+                continue
+            last_s = now
+        beats += 1
+        three[index]._show(beats)
+        try:
+            three[index]._look(alive)
+        except Ended as ended:
+            lines.append(str(ended))
+            assert heartbeat_s < now - last_s <= 2 * heartbeat_s
+        else:
+            next_s = now + heartbeat_s * random.uniform(0.02, 0.25)
+            heappush(looks, (next_s, index, alive))
+    for line in lines:
+        assert line.startswith(f"process {lost} of 3 ")
+        [silent_s] = re.findall(r": nothing was heard of it for (.*) s", line)
+        assert heartbeat_s <= float(silent_s) <= 1.5 * heartbeat_s
+    three[0]._client.key_value_delete("jaxlm/notices/end")
+
+
+def test_a_silent_coordinator_ends_all_within_two_heartbeats(three, monkeypatch):
+    """However rarely they look; after half a heartbeat they were stopped themselves."""
+    first, now, random = three[0], 0.0, Random(0)
+
+    class Leaving:
+        def wait(self, seconds):
+            nonlocal now
+            now += heartbeat_s * random.uniform(0.01, 0.5)
+
+    heartbeat_s = 60.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(first, "_end", end)
+    monkeypatch.setattr(first, "_heartbeat_s", heartbeat_s)
+    monkeypatch.setattr(first, "_leaving", Leaving())
+    for _ in range(20):
+        now = first._heard_s = 0.0
+        with pytest.raises(Ended, match="process 0 is gone: its coordinator has not"):
+            first._watch()
+        assert 1.5 * heartbeat_s < now <= 2 * heartbeat_s
 
 
 def free_port():
@@ -216,6 +284,8 @@ def test_one_that_is_gone_ends_the_others_with_a_line(tmp_path, number, lost):
     [line] = left.err.splitlines()
     assert line.startswith(f"error: process {lost[-1]} ")
     assert "is gone: " in line and line.endswith("continues from the last checkpoint")
+    [silent_s] = re.findall(r" for (.*) s;", line)
+    assert 1.0 <= float(silent_s) <= 2.0  # heartbeats of a second, by its own clock
 
 
 @pytest.mark.slow
