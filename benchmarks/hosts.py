@@ -101,6 +101,7 @@ def measured(count: int, heartbeat_s: float) -> dict[str, float]:
         began = time.monotonic()
         children[-1].send_signal(signal.SIGTERM)
         while not list_steps(folder / "run"):
+            assert children[0].poll() is None, said_by(folder, 0)
             time.sleep(0.02)
         found["SIGTERM at the last, s until saved"] = time.monotonic() - began
         wait(children)
