@@ -9,7 +9,6 @@ such as {"optimizer.name": "muon"}, and compiles once more.
 import json
 import math
 import sys
-from functools import reduce
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,7 +31,7 @@ def main(name, target, attention, layers, *changes):
         "train.batch_size": config.train.batch_size * times,
     }
     for change in changes or ("{}",):
-        changed = reduce(replaced, [fixed, json.loads(change)], config)
+        changed = replaced(config, fixed | json.loads(change))
         print(json.dumps(compile_config(changed, devices)))
 
 

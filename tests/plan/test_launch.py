@@ -130,6 +130,24 @@ def test_two_layers_on_a_torus_beside_tensor_parallelism():
 
 
 @pytest.mark.aot
+@pytest.mark.nightly
+def test_two_layers_with_more_tensor_parts_than_key_heads():
+    """16 for 8, with five reductions a layer as ever."""
+    mesh = json.dumps({"mesh.fsdp": 2, "mesh.tensor": 16, "train.batch_size": 2})
+    (found,) = compiled("llama_8b_v5p_64", "v5p:2x4x4", "pallas_tpu", 2, mesh)
+    check_memory(found, gib=95)
+    assert found["kernels"] == 4
+    check_dtypes(found)
+    model, sent = config_of("llama_8b_v5p_64").model, found["gib_sent"]
+    added_up = 2 * 2 * model.model_dim * 8192 / GIB * 15 / 16
+    assert 0 < sent["tensor parallelism"] < 1.02 * 5 * 2 * added_up
+    layers = layer_gib(model) / 16 / 2
+    assert 0 < sent["layer weights"] < 1.05 * 2 * 2 * layers
+    # Key heads are repeated by an exchange along `tensor`.
+    assert 0 < sent["gradients"] + sent["rest"] < 1.2 * 4 * layers
+
+
+@pytest.mark.aot
 def test_two_layers_on_sixteen_chips():
     (found,) = compiled("llama_1b_v5e_16", "v5e:4x4", "splash", 2)
     check_memory(found, gib=15.75)
