@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,15 +91,6 @@ def content_hashes(files: Sequence[TextFile]) -> list[str]:
     return hashes
 
 
-def check_may_build(config: DataConfig, what: str) -> None:
-    """Raises ValueError if the text is no longer what the tokens were made of."""
-    if config.old_tokens:
-        raise ValueError(
-            f"data.old_tokens: those of {what} are no longer in "
-            f"{cache_root(config.cache_dir)}: restore the text, or start a new run"
-        )
-
-
 def check_unchanged(files: Sequence[TextFile], hashes: Sequence[str]) -> None:
     """Raises ValueError for a file that has changed since it was hashed.
 
@@ -138,7 +128,8 @@ def _sampled_hash(path: Path) -> str:
 
 
 def read_or_build(
-    cache_dir: str | Path | None,
+    config: DataConfig,
+    what: str,
     key: str,
     build: Callable[[Path], None],
     read: Callable[[Path], T],
@@ -148,11 +139,17 @@ def read_or_build(
     An entry that is damaged is built again, with a warning.
 
     Args:
+      config: `cache_dir`, and `old_tokens`, with which nothing is built or removed.
+      what: what the entry is made of, for messages.
       read: raises DamagedEntry.
 
     Raises:
-      ValueError: as `build_once`, and if a new entry is damaged too.
+      ValueError: as `build_once`, if a new entry is damaged too, and with `old_tokens`
+        if the entry is missing or damaged.
     """
+    if config.old_tokens:
+        return _read_old(cache_root(config.cache_dir), what, key, read)
+    cache_dir = config.cache_dir
     folder = build_once(cache_dir, key, build)
     try:
         return read(folder)
@@ -166,6 +163,24 @@ def read_or_build(
                 f"{folder}, or set data.cache_dir"
             ) from None
     return read(build_once(cache_dir, key, build))
+
+
+def _read_old(root: Path, what: str, key: str, read: Callable[[Path], T]) -> T:
+    """Reads an entry that cannot be made again, as the text may have changed."""
+    if not (root / key).is_dir():
+        raise ValueError(
+            f"data.old_tokens: those of {what} are no longer in {root}: restore the "
+            "text, or start a new run"
+        )
+    try:
+        return read(root / key)
+    except DamagedEntry as error:
+        # It may be readable at the next start, as after an error of the disk.
+        raise ValueError(
+            f"data.old_tokens: {error}; it is kept, as it cannot be made again from "
+            "another text: start again, restore this file or the text, or start a new "
+            "run"
+        ) from None
 
 
 def build_once(
@@ -189,9 +204,9 @@ def build_once(
         if folder.is_dir():
             return folder
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_abandoned(root)
         # mkdtemp creates a folder that only this user can enter.
         work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
+        _remove_abandoned(root, work.stat().st_mtime)
     except OSError as error:
         if cache_dir is None:
             temporary = _temporary_root(error.filename, error.strerror)
@@ -261,12 +276,17 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _remove_abandoned(root: Path) -> None:
-    """Removes what processes that were killed have left half built."""
+def _remove_abandoned(root: Path, now: float) -> None:
+    """Removes what processes that were killed have left half built.
+
+    Args:
+      now: the time of a file that was just made. The clock of a shared disk is not that
+        of this machine, by which a folder that is being built may look old.
+    """
     for folder in root.glob(_BUILDING + "*"):
         # Another process may rename or remove its folder at any moment.
         with contextlib.suppress(OSError):
-            is_old = time.time() - folder.stat().st_mtime > UNLOCKED_SECONDS
+            is_old = now - folder.stat().st_mtime > UNLOCKED_SECONDS
             if is_old and not _is_locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 

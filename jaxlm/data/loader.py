@@ -20,7 +20,6 @@ from jaxtyping import Int64
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import (
     DamagedEntry,
-    check_may_build,
     check_unchanged,
     key_of,
     read_or_build,
@@ -284,7 +283,6 @@ def _tokenizer_of(config: DataConfig, texts: Sequence[TextRecord]) -> Tokenizer:
                     yield part.text, part.ends
 
     def build(work: Path) -> None:
-        check_may_build(config, "the tokenizer")
         build_tokenizer(config, cut_passages(parts())).save(work)
         for text in texts:
             check_unchanged(text.source.files, text.hashes)
@@ -295,7 +293,7 @@ def _tokenizer_of(config: DataConfig, texts: Sequence[TextRecord]) -> Tokenizer:
         except ValueError as error:
             raise DamagedEntry(folder, str(error)) from error
 
-    return read_or_build(config.cache_dir, key, build, read)
+    return read_or_build(config, "the tokenizer", key, build, read)
 
 
 def place(

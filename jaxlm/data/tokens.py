@@ -19,7 +19,6 @@ from jaxtyping import Int64
 from jaxlm.config import DataConfig
 from jaxlm.data.disk_cache import (
     DamagedEntry,
-    check_may_build,
     check_unchanged,
     key_of,
     read_or_build,
@@ -78,14 +77,13 @@ def tokenize_source(
     )
 
     def build(folder: Path) -> None:
-        check_may_build(config, source.name)
         _build(folder, source, tokenizer, config)
         check_unchanged(source.files, hashes)
 
     def read(folder: Path) -> CachedTokens:
         return open_tokens(folder, tokenizer.vocab_size)
 
-    return read_or_build(config.cache_dir, key, build, read)
+    return read_or_build(config, source.name, key, build, read)
 
 
 def _first_id(tokenizer: Tokenizer) -> int | None:

@@ -295,6 +295,25 @@ def test_text_that_changes_before_a_run_goes_on(folder_of_texts, change, named):
         open_dataset(config, seed=0, began=began)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json"])
+def test_old_tokens_that_cannot_be_read_once_are_kept(folder_of_texts, name):
+    """They cannot be made again, and the next start may read them."""
+    folder, run = folder_of_texts
+    options = {"path": (str(folder),), "sequence_length": 32, "tokenizer": "chars"}
+    first = open_dataset(DataConfig(**options), seed=0)
+    write_record(run, first.texts)
+    append(folder)
+    (path,) = cache_root(None).glob(f"*/{name}")
+    # As an error of the disk, or too many open files.
+    path.rename(run / name)
+    config = DataConfig(**options, old_tokens=True)
+    with pytest.raises(ValueError, match=r"old_tokens: .* it is kept, as it cannot"):
+        open_dataset(config, seed=0, began=read_record(run))
+    (run / name).rename(path)
+    again = open_dataset(config, seed=0, began=read_record(run))
+    assert again.fingerprint == first.fingerprint
+
+
 def test_old_tokens_need_a_run_that_began(folder_of_texts):
     folder, _ = folder_of_texts
     config = DataConfig(path=(str(folder),), old_tokens=True)
