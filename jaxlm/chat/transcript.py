@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxlm.checkpoint.native.run_folder import check_no_step
 from jaxlm.files import durable
 from jaxlm.files.bounded import read_bounded
 from jaxlm.files.strict_json import parse
@@ -17,8 +18,10 @@ def save(messages: Sequence[Message], path: Path) -> None:
     """Writes messages to a file, which replaces what it has of the same conversation.
 
     Raises:
-      ValueError: if it cannot be written, or the file is something else.
+      ValueError: if it cannot be written, the file is something else, or the path is
+        among the steps of a run.
     """
+    check_no_step(path)
     if os.path.lexists(path):
         try:
             earlier = load(path)

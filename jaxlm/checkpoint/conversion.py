@@ -15,6 +15,7 @@ from jaxlm.checkpoint.native.run_folder import check_no_step, is_new
 from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.checkpoint.save import save
 from jaxlm.fields import nearest
+from jaxlm.files import durable
 from jaxlm.files.local_path import local_path
 
 DType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -73,7 +74,9 @@ def convert(
         return to
     stored = None if dtype is None else gguf.TYPES[dtype]
     if to == "hf":
-        write_hf(dst, opened.config, opened.params(), tokenizer, stored)
+        params = opened.params()
+        with durable.new_folder(dst) as folder:
+            write_hf(folder, opened.config, params, tokenizer, stored)
         return to
     params = opened.params(dtype=stored)
     if stored is not None:

@@ -22,7 +22,7 @@ from jaxlm.config import Config
 from jaxlm.data.loader import Dataset, batches, open_dataset
 from jaxlm.data.text_record import read_record
 from jaxlm.fields import named_values, to_dict
-from jaxlm.report.live import REPORT
+from jaxlm.report import REPORT
 from jaxlm.sharding import rules
 from jaxlm.sharding.mesh import check_batch, make_mesh
 from jaxlm.sharding.processes import ALONE, Processes, connect

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -36,7 +38,8 @@ def rename(source: Path, target: Path) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file to write, which replaces `path` at the end if nothing failed.
 
-    Until then `path` stays as it was, even through a power cut.
+    Until then `path` stays as it was, even through a power cut. The new file may be
+    read by those who may read the old one.
 
     Raises:
       OSError: if it cannot be written; names `path` and the reason. What is no file
@@ -49,6 +52,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         # Never through a link that somebody has laid.
         with temporary.open("xb") as file:
+            if path.is_file() and not path.is_symlink():
+                mode = stat.S_IMODE(path.stat().st_mode) & 0o777
+                if mode != stat.S_IMODE(os.fstat(file.fileno()).st_mode):
+                    os.fchmod(file.fileno(), mode | stat.S_IWUSR)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -59,3 +66,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OSError(e.errno, f"cannot write: {e.strerror}", str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder to fill, which is named `path` at the end if nothing failed.
+
+    Raises:
+      OSError: if it cannot be written, or something has taken the name; names a file
+        by where it would be in `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        rename(temporary, path)
+    except OSError as e:
+        name = Path(os.fsdecode(e.filename or temporary))
+        if not name.is_relative_to(temporary):
+            raise
+        name = path / name.relative_to(temporary)
+        raise OSError(e.errno, e.strerror, str(name)) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ from jaxlm.config import (
 from jaxlm.flags.config_file import RunArguments, read_config
 from jaxlm.flags.flag_table import Flat, Positional
 from jaxlm.flags.parse import parse
+from jaxlm.report import PICTURE, REPORT
 
 COMPARISON = Path("comparison.html")
 """The page of a report on several runs."""
@@ -29,6 +30,8 @@ _PAGE = b"""<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src """
 _CERTIFICATE = b'{\n "format": '
+# A PNG of 1200 x 750 pixels.
+_PICTURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes.fromhex("000004b0000002ee")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +198,19 @@ class LookArguments:
             raise ValueError('--prompt is missing: give a text, --prompt "ROMEO:"')
         if self.lens_text is not None and self.lens is None:
             raise ValueError("--lens-text needs --lens, the file to write the lens to")
+        if self.lens is not None and self.lens_text is not None:
+            _check_outside_steps("--lens", self.lens)
         _check_page("--out", self.out)
+
+
+def _check_outside_steps(what: str, path: Path) -> None:
+    """Keeps a file to write from the files of a step, which would be damaged."""
+    for folder in Path(os.path.realpath(path)).parents:
+        if all((folder / name).is_file() for name in ("meta.json", "manifest.json")):
+            raise ValueError(
+                f"{what} {path} is inside of a step, which would be damaged: choose "
+                "another folder"
+            )
 
 
 def _check_page(flag: str, path: Path) -> None:
@@ -206,27 +221,23 @@ def _check_page(flag: str, path: Path) -> None:
 def _check_written(
     flag: str, path: Path, kind: str, endings: Sequence[str], beginning: bytes
 ) -> None:
-    """Keeps a file from replacing what is not of its kind: a log, weights, notes.
-
-    It must not be among the files of a step either, which would be damaged then.
-    """
-    for folder in Path(os.path.realpath(path)).parents:
-        if all((folder / name).is_file() for name in ("meta.json", "manifest.json")):
-            raise ValueError(
-                f"{flag} {path} is inside of a step, which would be damaged: choose "
-                "another folder"
-            )
+    """Keeps a file from replacing what is not of its kind: a log, weights, notes."""
+    _check_outside_steps(flag, path)
     if path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path}: the name of {kind} ends in {endings[0]}")
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        found = file.read(len(beginning))
-    if found and found != beginning:
+    if not _begins(path, beginning):
         raise ValueError(
             f"{flag} {path} is there, and is not {kind} of jaxlm: choose another name, "
             "or remove it"
         )
+
+
+def _begins(path: Path, beginning: bytes) -> bool:
+    """Whether a file begins so, is empty, or is not there."""
+    if not path.is_file():
+        return True
+    with path.open("rb") as file:
+        return file.read(len(beginning)) in (b"", beginning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,16 +379,21 @@ class ReportArguments:
     def __post_init__(self):
         if not self.runs:
             raise ValueError("RUNS is missing: name at least one run folder")
-        if self.out is None and len(self.runs) == 1:
-            return
-        page = self.out or COMPARISON
-        _check_page("--out", page)
-        picture = page.with_suffix(".png")
-        if picture.exists() and not page.exists():
+        page, picture = self.files()
+        _check_page("--out" if self.out else "the report", page)
+        is_alone = picture.exists() and not page.exists()
+        if not _begins(picture, _PICTURE) or (is_alone and picture.name != PICTURE):
             raise ValueError(
                 f"{picture} is there, and the picture beside {page} would replace it: "
                 "choose another --out, or remove it"
             )
+
+    def files(self) -> tuple[Path, Path]:
+        """Returns the page and the picture to write."""
+        if self.out is None and len(self.runs) == 1:
+            return self.runs[0] / REPORT, self.runs[0] / PICTURE
+        page = self.out or COMPARISON
+        return page, page.with_suffix(".png")
 
 
 @dataclass(frozen=True, kw_only=True)

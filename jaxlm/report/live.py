@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlm.report import PICTURE, REPORT
 from jaxlm.report.curves import load_runs
 from jaxlm.report.page import write_report
 from jaxlm.report.picture import draw_loss_png
 from jaxlm.terminal.printable import error_line
 from jaxlm.terminal.progress import Waiting
 
-REPORT = "report.html"
-PICTURE = "loss.png"
 # Seconds after which a training row is shown; what is rarer is shown at once.
 EVERY_S = 15.0
 # All writes together take at most this share of the run, and these seconds before it.

@@ -187,6 +187,18 @@ def test_a_file_that_cannot_be_does_not_end_it(hold, tmp_path):
     assert [m["content"] for m in json.loads(file.read_text())] == ["Hi", "1"]
 
 
+def test_a_conversation_is_not_written_into_a_step(tmp_path):
+    """It would be deleted with the step, or damage it."""
+    step = tmp_path / "run" / "checkpoints" / "8"
+    (step / "params").mkdir(parents=True)
+    for name in ("meta.json", "manifest.json"):
+        (step / name).touch()
+    for folder in (step, step / "params"):
+        with pytest.raises(ValueError, match="inside of a step"):
+            transcript.save([{"role": "user", "content": "Hi"}], folder / "talk.json")
+        assert not (folder / "talk.json").exists()
+
+
 def test_only_the_same_conversation_is_replaced(tmp_path):
     """Many begin with the same words. The last answer may be another: /retry."""
     file, said = tmp_path / "talk.json", ["Hi", "Hello", "An essay", "Long"]

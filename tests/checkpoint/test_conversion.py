@@ -1,6 +1,7 @@
 """Converts every kind of checkpoint to every other, then trains and samples."""
 
 import dataclasses
+import errno
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from parity_case import nested, weights
 from jaxlm import tree
 from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.hf import hf_folder
 from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
@@ -96,6 +98,23 @@ def test_no_file_is_written_among_the_steps_of_a_run(run, to, where):
     with pytest.raises(ValueError, match="is inside of a"):
         convert(run, run / "checkpoints" / where / NAMES[to], to=to)
     assert sorted(run.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_finished_is_not_in_the_way(run, tmp_path, monkeypatch):
+    """The same command was refused then: the folder was there."""
+
+    def fails(tokenizer, folder):
+        raise OSError(errno.ENOSPC, "cannot write", str(folder / "tokenizer.json"))
+
+    target = tmp_path / "m"
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_folder, "write_hugging_face", fails)
+        with pytest.raises(OSError) as failed:
+            convert(run, target)
+    assert failed.value.filename == str(target / "tokenizer.json")
+    assert list(tmp_path.iterdir()) == []
+    convert(run, target)
+    same(run, target)
 
 
 @pytest.mark.parametrize("to", ["hf", "jaxlm", "gguf"])

@@ -51,6 +51,8 @@ FILES = {
     "nothing/": "",
     "site.html": "<!doctype html>\n<p>mine",
     "photo.png": b"\x89PNG",
+    "mine/report.html": "<!doctype html>\n<p>mine",
+    "drawn/loss.png": b"\x89PNG",
     "notes.json": "[]",
     "lost/metrics.jsonl": "",
 }
@@ -229,6 +231,11 @@ WRONG = {
     "report runs/tiny --out site.html": "--out site.html is there, and is not a page of",
     "report runs/tiny --out photo.html": "photo.png is there, and the picture beside ph",
     "report runs/tiny --out runs/tiny/checkpoints/0/params/x.html": "inside of a step, ",
+    "report mine": "the report mine/report.html is there, and is not a page of jaxlm",
+    "report drawn": "drawn/loss.png is there, and the picture beside drawn/report.html",
+    "look runs/tiny --prompt x --lens-text text.txt --lens runs/tiny/checkpoints/0/x": (
+        "--lens runs/tiny/checkpoints/0/x is inside of a step, which would be damaged"
+    ),
     "look runs/tiny --prompt x --out site.html": "site.html is there, and is not a page",
     "sample runs/tiny --look text.txt": "--look text.txt: the name of a page ends in .h",
     "sample runs/tiny --look site.html": "--look site.html is there, and is not a page",

@@ -1,10 +1,13 @@
 """Files that replace others."""
 
+import errno
+import os
 import secrets
+import stat
 
 import pytest
 
-from jaxlm.files.durable import replacing
+from jaxlm.files.durable import new_folder, replacing
 
 
 def test_a_link_in_place_of_the_new_file_is_not_followed(tmp_path, monkeypatch):
@@ -26,3 +29,31 @@ def test_two_writers_of_one_file_have_files_of_their_own(tmp_path):
             second.write(b"second")
         assert page.read_bytes() == b"second"
     assert page.read_bytes() == b"first" and list(tmp_path.iterdir()) == [page]
+
+
+def test_who_may_read_a_file_may_read_the_one_that_replaces_it(tmp_path):
+    """A conversation of mode 0600 became readable by all with the second /save."""
+    talk = tmp_path / "talk.json"
+    for mode, then in ((0o600, 0o600), (0o664, 0o664), (0o440, 0o640)):
+        talk.touch()
+        talk.chmod(mode)
+        with replacing(talk) as file:
+            file.write(b"more")
+        assert stat.S_IMODE(talk.stat().st_mode) == then
+
+
+def test_a_folder_gets_its_name_when_all_of_it_is_there(tmp_path):
+    model = tmp_path / "models" / "m"
+    with pytest.raises(OSError) as failed, new_folder(model) as folder:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
+    assert failed.value.filename == str(model / "x")
+    assert list(model.parent.iterdir()) == []
+    with new_folder(model) as folder:
+        (folder / "x").touch()
+        assert not model.exists()
+    assert [f.name for f in model.parent.iterdir()] == ["m"]
+    # What has come by this name meanwhile is not replaced.
+    taken = pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY))
+    with taken, new_folder(model):
+        pass
+    assert [f.name for f in model.iterdir()] == ["x"]

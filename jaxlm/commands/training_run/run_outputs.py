@@ -17,7 +17,8 @@ from jaxlm.fields import to_dict
 from jaxlm.files.durable import replacing
 from jaxlm.ops.linear import compute_dtype
 from jaxlm.plan.attention_choice import attention_choices
-from jaxlm.report.live import REPORT, LiveReport
+from jaxlm.report import REPORT
+from jaxlm.report.live import LiveReport
 from jaxlm.sharding.processes import ALONE, Processes
 from jaxlm.terminal.progress import ProgressLine
 from jaxlm.train.metrics import MetricsWriter, NoMetrics
