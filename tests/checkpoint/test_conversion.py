@@ -132,7 +132,7 @@ def test_dtypes(run, tmp_path, to):
     "to, dtype, limit",
     [
         pytest.param("hf", "f32", 0.0, marks=pytest.mark.slow),
-        ("hf", "bf16", 2e-2),
+        pytest.param("hf", "bf16", 2e-2, marks=pytest.mark.slow),
         pytest.param("gguf", "f32", 0.0, marks=pytest.mark.slow),
         pytest.param("gguf", "f16", 3e-3, marks=pytest.mark.slow),
         ("gguf", "q8_0", 6e-2),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from toy_case import make_params, toy
 
 from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
@@ -13,6 +14,7 @@ from jaxlm.sharding.mesh import make_mesh_of_size
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
 
 
+@pytest.mark.slow
 def test_matrices_in_the_dtype_of_computing_give_the_same_logits(tmp_path):
     config = toy(dtype="bfloat16", num_layers=1, vocab_size=257)
     save(tmp_path / "model", config, make_params(config), ByteTokenizer())

@@ -24,6 +24,7 @@ def config(text):
     return Config(model=MODEL, train=TrainConfig(look_every=1, look_text=text))
 
 
+@pytest.mark.slow
 def test_the_row_of_a_sentence():
     with jax.set_mesh(make_mesh_of_size(MeshConfig(data=1))):
         row = make_looks(config("abcd"), ByteTokenizer())(PARAMS)

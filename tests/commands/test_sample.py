@@ -129,7 +129,8 @@ generates, sample.generate = sample.generate, generate
 """
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["-v"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["-v"]])
 def test_a_terminal_shows_each_wait_and_then_only_the_text(home, repository, flags):
     """The output of -v comes before the prompt."""
     arguments = ["runs/tiny", "--prompt", "<abc>", "--max-new-tokens", "40", *flags]

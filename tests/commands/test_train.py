@@ -89,6 +89,7 @@ def test_a_sample_ends_with_the_context():
     assert 0 < len(text) <= 10
 
 
+@pytest.mark.slow
 def test_samples_begin_and_end_as_those_of_jaxlm_sample():
     """After a bos token, for a model that expects one, until the tokenizer's stop."""
     tokenizer = ByteTokenizer()

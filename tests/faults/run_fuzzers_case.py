@@ -197,10 +197,10 @@ def config_files(folder):
 
 
 FUZZERS = {
-    "metrics.jsonl": (metrics, 100),
-    "report": (reports, 60),
-    "conversation": (transcripts, 100),
-    "tuning cache": (tuning_cache, 100),
-    "command line": (command_lines, 60),
+    "metrics.jsonl": (metrics, 50),
+    "report": (reports, 30),
+    "conversation": (transcripts, 50),
+    "tuning cache": (tuning_cache, 50),
+    "command line": (command_lines, 30),
     "config file": (config_files, 60),
 }

@@ -80,6 +80,7 @@ def test_what_is_lost_shows(tmp_path, change):
     assert (straight.course() == stopped.course()) == (change is None)
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     """An hour with each look at it. The newest step is the one with the largest number."""
     straight, other = (InProcess(tmp_path / n, config_of()) for n in "ab")

@@ -124,16 +124,16 @@ def text_record(folder):
 
 
 FUZZERS = {
-    "text": (_of_kind("a.txt", damaged(_PLAIN) | st.binary(max_size=99)), 100),
-    "unknown suffix": (_of_kind("a.bin", damaged(_PLAIN)), 100),
-    "txt.gz": (_of_kind("a.txt.gz", _compressed(_PLAIN)["gz"]), 100),
-    "txt.zst": (_of_kind("a.txt.zst", _compressed(_PLAIN)["zst"]), 100),
+    "text": (_of_kind("a.txt", damaged(_PLAIN) | st.binary(max_size=99)), 50),
+    "unknown suffix": (_of_kind("a.bin", damaged(_PLAIN)), 50),
+    "txt.gz": (_of_kind("a.txt.gz", _compressed(_PLAIN)["gz"]), 50),
+    "txt.zst": (_of_kind("a.txt.zst", _compressed(_PLAIN)["zst"]), 50),
     "jsonl": (_of_kind("a.jsonl", _JSONL), 100),
-    "jsonl.gz": (_of_kind("a.jsonl.gz", _compressed(_JSON_LINES)["gz"]), 100),
+    "jsonl.gz": (_of_kind("a.jsonl.gz", _compressed(_JSON_LINES)["gz"]), 50),
     "parquet": (
         _of_kind("a.parquet", st.sampled_from(_tables()).flatmap(damaged)),
         100,
     ),
-    "tokens": (tokens, 100),
-    "texts.json": (text_record, 100),
+    "tokens": (tokens, 50),
+    "texts.json": (text_record, 50),
 }

@@ -403,11 +403,11 @@ def chat_templates(folder):
 
 
 FUZZERS = {
-    "tokenizer.json": (tokenizer_json, 100),
-    "settings of a tokenizer": (tokenizer_settings, 100),
-    "vocab.json and merges.txt": (gpt2_files, 100),
-    "saved tokenizer": (saved_tokenizer, 100),
-    "tokenizer of a GGUF file": (gguf_tokenizer, 100),
-    "SentencePiece": (sentencepiece, 100),
+    "tokenizer.json": (tokenizer_json, 50),
+    "settings of a tokenizer": (tokenizer_settings, 50),
+    "vocab.json and merges.txt": (gpt2_files, 50),
+    "saved tokenizer": (saved_tokenizer, 50),
+    "tokenizer of a GGUF file": (gguf_tokenizer, 50),
+    "SentencePiece": (sentencepiece, 50),
     "chat template": (chat_templates, 12),
 }

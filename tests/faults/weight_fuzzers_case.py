@@ -247,11 +247,11 @@ def certificates(folder):
 
 FUZZERS = {
     "safetensors": (safetensors, 100),
-    "safetensors index": (safetensors_index, 100),
-    "gguf": (gguf_files, 100),
-    "config.json": (config_json, 100),
-    "gguf keys": (gguf_keys, 100),
-    "config of a run": (run_config, 100),
+    "safetensors index": (safetensors_index, 50),
+    "gguf": (gguf_files, 50),
+    "config.json": (config_json, 50),
+    "gguf keys": (gguf_keys, 50),
+    "config of a run": (run_config, 50),
     "step folder": (steps, 40),
-    "certificate": (certificates, 100),
+    "certificate": (certificates, 50),
 }

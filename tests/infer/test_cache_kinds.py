@@ -51,6 +51,7 @@ def assert_same(ours, plain):
     np.testing.assert_allclose(ours.logprobs, plain.logprobs, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_ring_gives_the_same_in_less_memory(plain):
     """It turns around several times, while prompts are read and while decoding."""
     ring = run(CONFIG, "ring", return_state=True)

@@ -76,6 +76,7 @@ def assert_same(alone, parts):
     assert [part.ended for part in parts[:-1]] == [None] * (len(parts) - 1)
 
 
+@pytest.mark.slow
 def test_rows_that_join_and_leave_are_what_they_are_alone(
     alone, compilations, monkeypatch
 ):

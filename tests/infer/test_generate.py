@@ -272,6 +272,7 @@ def test_a_stream_can_end_the_generation(greedy):
     assert not result.tokens[:, 1:].any() and result.tokens.shape == (3, NEW)
 
 
+@pytest.mark.slow
 def test_other_prompts_of_one_bucket_compile_nothing(greedy, compilations):
     generate(CONFIG, PARAMS, [[1, 2, 3]] * 3, GREEDY, KEY)
     before = list(compilations)
@@ -389,6 +390,7 @@ def test_chunks_fit_the_memory_and_the_cache():
             assert len(set(widths)) <= 2
 
 
+@pytest.mark.slow
 def test_another_length_or_temperature_compiles_nothing(compilations):
     """Neither where prompt and new tokens are more than a power of two."""
     generate(LONG, LONG_PARAMS, [[1] * 5] * 2, GREEDY)

@@ -123,6 +123,7 @@ def test_texts_of_other_lengths_compile_nothing(compilations):
     assert counts[0] > 0 and counts == counts[:1] * 4
 
 
+@pytest.mark.slow
 def test_a_state_is_used_once_by_the_same_model():
     config = MODELS["window"]
     params = make_params(config)

@@ -113,6 +113,7 @@ def edited(name, *edits, taps=(), way=None, params=None, tokens=None):
     )
 
 
+@pytest.mark.slow
 def test_the_tokens_and_the_residual_stream_of_another_text():
     """All of the stream set to that of another text gives the logits of that text."""
     config, params = model("plain")
@@ -128,7 +129,8 @@ def test_the_tokens_and_the_residual_stream_of_another_text():
     np.testing.assert_array_equal(edited("plain", tokens).logits, right.logits)
 
 
-@pytest.mark.parametrize("name", slow_but(["groups"], ["groups", "parallel"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["groups", "parallel"])
 def test_a_head_without_output_is_a_head_without_weights(name):
     _, params = model(name)
     attn = params["layers"]["attn"]
@@ -176,7 +178,8 @@ def test_edits_of_attention():
     np.testing.assert_allclose(half.trace["z"][0], clean["z"][0] / 2, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", slow_but(["plain"], ["plain", "parallel"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "parallel"])
 def test_norms_divide_by_the_edited_divisor(name):
     taps = (Tap("attn_in"), Tap("attn_norm_div"), Tap("mlp_norm_div"), Tap("mlp_in"))
     _, _, clean, logits = everything(name)
@@ -239,11 +242,10 @@ def several():
 
 
 # A loop over unstacked layers, and two ways of the config.
-WAYS = [{"remat": "full"}, "loop"]
-WAYS += [pytest.param({"unroll_layers": 0}, marks=pytest.mark.slow)]
+WAYS = [{"remat": "full"}, "loop", {"unroll_layers": 0}]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(WAYS[:1], WAYS))
 def test_however_layers_are_run(way):
     params = None
     if way == "loop":
@@ -255,6 +257,7 @@ def test_however_layers_are_run(way):
     assert [int(n) for n in out.hits] == [int(n) for n in several().hits]
 
 
+@pytest.mark.slow
 def test_positions_mean_the_same_with_a_cache():
     config, params = model("groups")
 

@@ -106,6 +106,7 @@ def test_a_cache_longer_than_the_context_is_refused():
         init_cache(CONFIG, 1, 65, jnp.float32)
 
 
+@pytest.mark.slow
 def test_an_empty_cache_changes_nothing_and_costs_nothing(model):
     """The work does not grow with the capacity, only with the tokens."""
     config, params = model

@@ -67,6 +67,7 @@ def test_own_parameters_are_drawn_beside_those_of_the_table():
         np.testing.assert_array_equal(value, tree.flatten(own)[name])
 
 
+@pytest.mark.slow
 def test_a_block_may_compute_what_another_config_does():
     config = small()
     params = loud(jax.jit(partial(init, config))(jax.random.key(0)))

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from marks_case import slow_but
 from model_case import small
 
 from jaxlm import tree
@@ -94,6 +93,7 @@ def test_axes_of_matrices():
     assert {w.path: w.matrix_axes for w in WEIGHTS if w.role.multiplies} == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "fan_in"])
 def test_spread_of_random_values(kind):
     """Standard deviations by the formulas of each kind, written out."""
@@ -165,7 +165,8 @@ def test_only_what_is_rounded_in_use_is_cast():
         assert leaf.dtype == ("bfloat16" if rounded else "float32"), path
 
 
-@pytest.mark.parametrize("kind", slow_but(["int8"], ["float", "int8"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float", "int8"])
 def test_the_model_reads_matrices_with_outputs_first(kind):
     config = dataclasses.replace(VARIANTS["biases"], model_dim=24, hidden_dim=40)
     params = quantize_matrices(init(config, jax.random.key(0)), kind)

@@ -321,13 +321,8 @@ def test_a_trace_that_does_not_fit_is_refused_and_a_cheaper_tap_named(monkeypatc
     run(config, params, taps)
 
 
-HALVES = (
-    "groups",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("post", "experts")),
-)
-
-
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["groups", "post", "experts"])
 def test_a_pass_in_two_parts_is_the_pass(name):
     """Stopped before a layer in the middle of a group, and begun again there."""
     config, params, full, logits = everything(name)

@@ -80,6 +80,7 @@ def test_value_and_gradient_do_not_depend_on_how(way, model, right):
         np.testing.assert_allclose(ours, plain, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_remat_computes_the_block_again(model):
     """Remat that were lost would pass the test above."""
     config, params = model
@@ -195,6 +196,7 @@ def test_a_token_does_not_see_the_future(model):
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(model):
     """Logits stay f32; 8 bits through three layers keep two digits."""
     config, params = model

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks_case import slow_but
 from ops_case import normal
 
 from jaxlm.config import MeshConfig
@@ -152,7 +153,7 @@ def test_few_rows_multiply_a_matrix_where_it_lies(
     assert not native or set(whole) <= {"parameter", "bitcast"}, whole
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", slow_but([3], [1, 3]))
 def test_matrices_that_lie_in_one_array_are_one_product(monkeypatch, rows):
     """Queries of 6 heads and keys of 2."""
     monkeypatch.setattr(linear, "_cpu_flags", lambda: frozenset(["amx_bf16"]))

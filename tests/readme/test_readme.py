@@ -58,6 +58,7 @@ def test_install_lines_name_what_exists():
     )
 
 
+@pytest.mark.slow
 def test_training_leaves_what_the_readme_lists(folder):
     left = {path.name for path in (folder / "runs" / "shakespeare").iterdir()}
     listed = re.search(r"A run folder holds (.*?)\.\s+Ctrl-C", README, re.DOTALL)
@@ -73,6 +74,7 @@ def test_a_run_keeps_its_choice_of_attention(folder):
     assert first["attention"]["global"]["declined"]["pallas_tpu"] == "needs a TPU"
 
 
+@pytest.mark.slow
 def test_sample_command(folder):
     command = re.search(r"python sample.py \[RUN\] (.*)", README).group(1)
     flags = command.replace("TEXT", "ROMEO:").replace("256", "16")

@@ -96,6 +96,7 @@ def near(value):
     return SpikeHistory(*map(jnp.asarray, (values, values, WINDOW, 0, 0)))
 
 
+@pytest.mark.slow
 def test_a_finite_spike_is_skipped_and_reported(tmp_path):
     """Four steps far above the history: the third in a row is one too many."""
     run = InProcess(tmp_path, CONFIG)
@@ -125,6 +126,7 @@ def test_stopped_among_them_it_is_the_same_run(tmp_path):
     assert [row[0] for row in straight.course()["step skipped"]] == [5, 6, 9]
 
 
+@pytest.mark.slow
 def test_the_limit_holds_across_a_stop(tmp_path):
     bad = dict.fromkeys((5, 6, 7), BAD)
     run = InProcess(tmp_path, CONFIG, bad)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
-from marks_case import slow_but
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
@@ -411,7 +410,8 @@ def test_the_steps_before_a_text_that_cannot_be_read_are_saved(tmp_path, monkeyp
     assert rows == [2]
 
 
-@pytest.mark.parametrize("stops_after", slow_but([5], [5, 20]))
+@pytest.mark.slow
+@pytest.mark.parametrize("stops_after", [5, 20])
 def test_an_evaluation_has_two_batches_in_flight(tmp_path, monkeypatch, stops_after):
     """And none after it, also when a stop ends it."""
     in_flight, most = set(), 0

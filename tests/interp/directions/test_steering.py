@@ -41,6 +41,7 @@ def pairs(count):
     return [[*row, PLANTED] for row in rows], [[*row, TWIN] for row in rows]
 
 
+@pytest.mark.slow
 def test_values_are_those_of_each_rows_last_token():
     rows = [[1, 2, 3], [4, 5, 6, 7, 8]]
     values = last_token_values(CONFIG, planted(), rows, 0)

@@ -263,17 +263,15 @@ def test_value_and_gradient(name, names):
 
 # A kernel's blocks have one shape, grouped or not.
 BFLOAT16 = [
-    pytest.param(
-        *(name, grouped),
-        marks=[] if grouped and name in QUICK else pytest.mark.slow,
-    )
+    (name, grouped)
     for name, grouped in itertools.product(CASES, (True, False))
     if grouped or "pallas" not in name or DEVICE != "cpu"
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, grouped", BFLOAT16)
-@pytest.mark.parametrize("queries", slow_but(["all"], ["all", "one"]))
+@pytest.mark.parametrize("queries", ["all", "one"])
 def test_bfloat16(name, grouped, queries):
     """bf16 results and gradients are as close to the oracle as rounding to bf16 allows.
 

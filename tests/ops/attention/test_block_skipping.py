@@ -32,7 +32,7 @@ NAMES = ("all keys", "window", "positions", "segments")
 SETS = [s for n in range(5) for s in itertools.combinations(NAMES, n)]
 
 
-QUICK = [NAMES, ("window", "segments"), ("all keys", "positions")]
+QUICK = [NAMES, ("all keys", "positions")]
 
 
 @pytest.mark.parametrize(

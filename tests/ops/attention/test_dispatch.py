@@ -213,6 +213,7 @@ def test_a_request_from_sizes_is_that_of_the_call():
     assert made == request(q, k, spec)
 
 
+@pytest.mark.slow
 def test_log_sum_exp_and_int8_through_the_dispatcher():
     q, k, v = inputs()
     expected = reference_attention(q, k, v, SPEC)

@@ -208,6 +208,7 @@ def test_vmap():
     np.testing.assert_allclose(y, call(x, logits, w), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close():
     x, logits, w = inputs_of(CASES["biases"])
     right = run(CASES["biases"], moe.mixture, x, logits, w)

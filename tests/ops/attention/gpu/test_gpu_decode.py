@@ -137,6 +137,7 @@ def test_a_row_without_keys(sinks):
     np.testing.assert_allclose(lse[0, :, 0], [MASKED] * 2 if sinks is None else sinks)
 
 
+@pytest.mark.slow
 def test_no_races(monkeypatch):
     """No thread reads what a copy may be writing, or the reverse."""
     params = dataclasses.replace(warpgroup.interpreter(), detect_races=True)

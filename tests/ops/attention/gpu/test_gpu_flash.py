@@ -103,12 +103,10 @@ def test_the_kernels_are_the_faster_ones():
     assert kinds(256) == ("plain", "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hidden, positions, window",
-    [
-        (slice(64, 128), [[3, 63]], None),
-        pytest.param(slice(0, 64), [[72, 127]], 8, marks=pytest.mark.slow),
-    ],
+    [(slice(64, 128), [[3, 63]], None), (slice(0, 64), [[72, 127]], 8)],
     ids=["causal", "window"],
 )
 def test_hidden_blocks_are_not_read(hidden, positions, window):

@@ -146,6 +146,7 @@ def test_the_gpu_of_this_process_decides(monkeypatch, capability, head_dim, reas
     assert (given or "").startswith(reason or "")
 
 
+@pytest.mark.slow
 def test_jax_gives_the_log_sum_exp_no_gradient():
     """This is why it is declined; it is not f32 either."""
     q, k, v = inputs(8, 8, 2, 1, jnp.bfloat16)

@@ -63,6 +63,7 @@ def test_a_few_queries_are_a_block_of_as_many_rows():
         assert (grid.block_queries, grid.block_keys) == (rows, columns)
 
 
+@pytest.mark.slow
 def test_hidden_blocks_are_not_read():
     """NaN in blocks outside the window or in other segments reaches no result."""
     q, k, v = inputs(64, 64)
