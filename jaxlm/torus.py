@@ -13,11 +13,19 @@ _DIMENSIONS = {
     "TPU v6 lite": 2,
     "TPU7x": 3,
 }
+# Kinds whose compilers compute while permutes are under way, and wait for gathers and
+# scatters.
+_PERMUTES_BESIDE = {"TPU v4", "TPU v5", "TPU v6 lite", "TPU7x"}
 
 
 def torus_dimensions(device_kind: str) -> int:
     """Returns those of a kind of devices; 1 where all reach each other alike."""
     return _DIMENSIONS.get(device_kind, 1)
+
+
+def permutes_beside(device_kind: str) -> bool:
+    """Returns whether weights go around rings by permutes, beside computation."""
+    return device_kind in _PERMUTES_BESIDE
 
 
 def ring_sizes(count: int, dimensions: int) -> list[int]:

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxlm.ops.layout import layout, without_reduced
 from jaxlm.ops.rings import gather_around, rings_along, scatter_around
-from jaxlm.torus import ring_sizes, torus_dimensions
+from jaxlm.torus import permutes_beside, ring_sizes, torus_dimensions
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -56,8 +56,7 @@ def all_gather_parts(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     """As `all_gather`, from each device's part of x, inside a `shard_map`."""
     for dimension, cut in enumerate(_only(partition, axes)):
         sizes = _rings(cut)
-        # Compilers wait for these where there are three rings, but not for permutes.
-        if len(sizes) == 3:
+        if _by_permutes(sizes):
             for ring in rings_along(axes_of(cut), sizes):
                 x = gather_around(ring, dimension, x)
             continue
@@ -91,7 +90,7 @@ def psum_scatter_parts(x: Array, partition: P, axes: tuple[str, ...]) -> Array:
     for dimension, cut in enumerate(_only(partition, axes)):
         rest -= set(axes_of(cut))
         sizes = _rings(cut)
-        if len(sizes) == 3:
+        if _by_permutes(sizes):
             for ring in reversed(rings_along(axes_of(cut), sizes)):
                 x = scatter_around(ring, dimension, x)
             continue
@@ -135,9 +134,14 @@ def sum_over_tokens(
     return psum_scatter(parts(*map(without_reduced, arrays)), cut.spec, axes)
 
 
-def _dimensions() -> int:
+def _device_kind() -> str:
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return 1 if device is None else torus_dimensions(device.device_kind)
+    return "" if device is None else device.device_kind
+
+
+def _by_permutes(sizes: Sequence[int]) -> bool:
+    """Whether gathers and scatters along rings of these sizes go by permutes."""
+    return len(sizes) > 1 and permutes_beside(_device_kind())
 
 
 def compiler_scatters(axes: tuple[str, ...]) -> bool:
@@ -148,7 +152,7 @@ def compiler_scatters(axes: tuple[str, ...]) -> bool:
     """
     shape = jax.sharding.get_abstract_mesh().shape
     chips = math.prod(shape[axis] for axis in axes)
-    return _dimensions() < (3 if chips <= 16 else 2)
+    return torus_dimensions(_device_kind()) < (3 if chips <= 16 else 2)
 
 
 def _rings(cut: str | tuple[str, ...] | None) -> list[int]:
@@ -158,7 +162,10 @@ def _rings(cut: str | tuple[str, ...] | None) -> list[int]:
     more they reduce all, with twice the bytes.
     """
     shape = jax.sharding.get_abstract_mesh().shape
-    return ring_sizes(math.prod(shape[axis] for axis in axes_of(cut)), _dimensions())
+    return ring_sizes(
+        math.prod(shape[axis] for axis in axes_of(cut)),
+        torus_dimensions(_device_kind()),
+    )
 
 
 def _groups(sizes: Sequence[int]) -> list[list[list[int]] | None]:

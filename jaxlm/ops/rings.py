@@ -1,7 +1,7 @@
 """Gathers and scatters by permutes, from each device to its neighbours in a ring.
 
-Compilers for TPUs whose torus has three dimensions compute while permutes are under
-way, but wait for gathers and scatters. Both functions are linear, each the transpose of
+Compilers for TPUs other than v5e compute while permutes are under way, but wait for
+gathers and scatters. Both functions are linear, each the transpose of
 the other, and one operation for a policy of `jax.checkpoint`: `linear_call`.
 """
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlm.config import Config, MeshConfig
 from jaxlm.sharding.ring_order import ring_links, ring_order
-from jaxlm.torus import ring_sizes, torus_dimensions
+from jaxlm.torus import permutes_beside, ring_sizes, torus_dimensions
 
 AXES = tuple(axis.name for axis in dataclasses.fields(MeshConfig))
 
@@ -52,8 +52,8 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Arranges devices in an array with the axes `AXES`, by the topology of a TPU.
 
     Neighbors along `tensor` are close to each other, those along `data` may be far
-    apart. On a torus of three dimensions `fsdp` is in the order of its rings, along
-    which weights and gradients go (`ops/collectives.py`). The slices of a TPU, between
+    apart. Where weights and gradients go around rings (`ops/collectives.py`), `fsdp` is
+    in the order of these. The slices of a TPU, between
     which the network is slow, are parts of `data`.
 
     Raises:
@@ -117,7 +117,7 @@ def ring_hops(grid: np.ndarray) -> dict[str, int | None]:
 
     A collective operation along an axis sends data around rings of its devices. With 1
     hop it has the links for itself; with more, rings share them. Steps within a slice
-    are counted, and on a torus of three dimensions those of `fsdp` around each of its
+    are counted, and where weights go by permutes those of `fsdp` around each of its
     rings. None on platforms whose topology JAX does not know.
 
     Args:
@@ -139,8 +139,9 @@ def _rings(grid: np.ndarray, axis: str) -> list[int]:
     size, device = grid.shape[AXES.index(axis)], grid.flat[0]
     if axis != "fsdp" or not _is_on_torus(device):
         return [size]
-    sizes = ring_sizes(size, torus_dimensions(device.device_kind))
-    return sizes if len(sizes) == 3 else [size]
+    if not permutes_beside(device.device_kind):
+        return [size]
+    return ring_sizes(size, torus_dimensions(device.device_kind))
 
 
 def _places(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -122,21 +122,33 @@ class Processes(contextlib.AbstractContextManager):
             init_timeout=coordinator.NEVER_SECONDS,
             heartbeat_timeout=coordinator.NEVER_SECONDS,
             shutdown_timeout=int(self._limit_s),
+            # Never called, as JAX cannot convert its error: `connect` raises that it
+            # cannot. Without a callback the process would be ended in C++.
+            missed_heartbeat_callback=lambda *_: None,
             # One that fails leaves at once.
             shutdown_on_destruction=False,
             use_compression=True,
         )
         failed: list[str] = []
+        refused = threading.Event()
 
         def connect() -> None:
             try:
                 self._client.connect()
             except JaxRuntimeError as error:
                 failed.append(error_line(error, 120))
+            except RuntimeError:
+                refused.set()
 
         connecting = threading.Thread(target=connect, daemon=True)
         connecting.start()
         connecting.join(self._limit_s)
+        if refused.is_set():
+            raise ValueError(
+                f"process {cluster.index} of {cluster.count} is refused by process 0 at "
+                f"{cluster.coordinator}: another process has processes.index "
+                f"{cluster.index} too, or process 0 another processes.count"
+            )
         if failed or connecting.is_alive():
             raise ValueError(
                 f"process {cluster.index} of {cluster.count} cannot reach process 0 at "

@@ -186,8 +186,13 @@ def difference(one, other):
     return float(np.abs(np.subtract(one, other)).max())
 
 
-def case_gradients(names, changes=None, controls=True, cut=(), on_torus=(), **train):
-    """In the meshes of `cut` the residual stream is cut over `tensor`."""
+def case_gradients(
+    names, changes=None, controls=True, cut=(), on_torus=(), dimensions=3, **train
+):
+    """In the meshes of `cut` the residual stream is cut over `tensor`.
+
+    Those of `on_torus` are on one of as many dimensions.
+    """
     model = dataclasses.replace(MODEL, **(changes or {}))
     config = config_of(model=model, **train)
     loss, grads = gradients(config, mesh_of("one"))
@@ -195,7 +200,7 @@ def case_gradients(names, changes=None, controls=True, cut=(), on_torus=(), **tr
     for name in names:
         model = dataclasses.replace(model, sequence_parallel=name in cut)
         config = dataclasses.replace(config, model=model)
-        use_torus(3 if name in on_torus else 1)
+        use_torus(dimensions if name in on_torus else 1)
         other_loss, other = gradients(config, mesh_of(name))
         result[name] = {"loss": abs(loss - other_loss), **worst(grads, other)}
         result[f"{name}_exchanges"] = exchanges(config, mesh_of(name))
@@ -226,8 +231,10 @@ def shardings_of(state, mesh):
 
 
 def use_torus(dimensions):
-    """With 3, gathers and scatters by permutes, as on TPUs that form rings in 3."""
-    torus._DIMENSIONS[jax.devices()[0].device_kind] = dimensions
+    """With several, gathers and scatters by permutes, as on TPUs that form rings."""
+    kind = jax.devices()[0].device_kind
+    torus._DIMENSIONS[kind] = dimensions
+    torus._PERMUTES_BESIDE.add(kind)
 
 
 def exchanges(config, mesh):
@@ -694,6 +701,12 @@ def main(case, folder):
         "embedding": case_embedding,
         "orthogonalize": case_orthogonalize,
         "torus": case_torus,
+        "flat torus": lambda: case_gradients(
+            ["fsdp8", "2x2x2"],
+            on_torus=["fsdp8", "2x2x2"],
+            dimensions=2,
+            loss_chunk=24,
+        ),
         "rings": case_rings,
         "errors": case_errors,
         "experts": lambda: case_gradients(

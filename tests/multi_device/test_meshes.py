@@ -155,6 +155,14 @@ def test_gradients_through_rings_of_three_dimensions(tmp_path):
     assert result["2x2x2_exchanges"] == result["exchanges"] == ["permute"]
 
 
+@pytest.mark.nightly
+def test_gradients_through_rings_of_two_dimensions(tmp_path):
+    """Weights go around them; of so few devices the compiler scatters the gradients."""
+    result = run_case("flat torus", tmp_path)
+    check_gradients(result, ["fsdp8", "2x2x2"])
+    assert result["fsdp8_exchanges"] == ["permute"]
+
+
 @pytest.mark.slow
 def test_gradients_through_a_kernel_on_every_device(tmp_path):
     check_gradients(run_case("kernel", tmp_path), ["2x2x2"])

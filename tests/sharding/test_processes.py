@@ -1,5 +1,6 @@
 """How processes agree: several in the threads of one, with the real coordinator."""
 
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -251,11 +252,11 @@ def started(folder, count, indices, *minutes):
     return [
         Forked(
             *(processes_case.run, port, count, index, *minutes),
-            output=folder / str(index),
+            output=folder / str(number),
             environment=os.environ,
             folder=folder,
         )
-        for index in indices
+        for number, index in enumerate(indices)
     ]
 
 
@@ -296,6 +297,24 @@ def test_one_that_never_starts_ends_the_others_with_a_line(tmp_path):
         r"error: process 0 of 2 cannot reach .*, or not all have started within 0\.02 "
         r"minutes\n",
         first.err,
+    )
+
+
+@pytest.mark.slow
+def test_two_with_one_index_end_with_a_line(tmp_path):
+    """JAX aborted all. One of the two is refused; the others wait for who is missing."""
+    children = _, *twins = started(tmp_path, 3, [0, 1, 1])
+    multiprocessing.connection.wait([twin._process.sentinel for twin in twins], 60)
+    ended = [twin for twin in twins if twin.code is not None]
+    kill(signal.SIGKILL, *(child.pid for child in children if child not in ended))
+    [refused] = ended
+    assert refused.code == 1
+    # JAX logs its own error, too.
+    assert re.search(
+        r"^error: process 1 of 3 is refused by .*: another process has "
+        r"processes\.index 1 too, or process 0 another processes\.count$",
+        refused.err,
+        re.MULTILINE,
     )
 
 

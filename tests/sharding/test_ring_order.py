@@ -10,10 +10,10 @@ from topology_case import Device
 from jaxlm.config import MeshConfig
 from jaxlm.sharding.mesh import device_grid, ring_hops
 from jaxlm.sharding.ring_order import ring_order
-from jaxlm.torus import ring_sizes
+from jaxlm.torus import ring_sizes, torus_dimensions
 
-# Chips, sizes of data, fsdp and tensor, and the links that steps of the three rings
-# take. Most bytes go around the last.
+# Chips, sizes of data, fsdp and tensor, and the links that steps of each ring take.
+# Most bytes go around the last.
 CASES = [
     ("v4", "4x4x4", (1, 64, 1), [1, 1, 1]),
     ("v5p", "4x4x4", (1, 64, 1), [1, 1, 1]),
@@ -39,8 +39,13 @@ CASES = [
     ("tpu7x", "4x4x8", (1, 64, 4), [2, 1, 1]),
     ("tpu7x", "4x4x8", (1, 256, 1), [1, 1, 1]),
     ("tpu7x", "4x8x8", (1, 512, 1), [1, 1, 1]),
+    # Links close no row of 4, so a ring goes around squares of 2 x 2.
+    ("v6e", "4x4x1", (1, 16, 1), [2, 1]),
+    ("v6e", "16x16x1", (1, 256, 1), [1, 1]),
+    ("v6e", "16x16x1", (1, 64, 4), [4, 2]),
 ]
-KINDS = {"v4": ("TPU v4", 1), "v5p": ("TPU v5", 1), "tpu7x": ("TPU7x", 2)}
+KINDS = {"v4": ("TPU v4", 1), "v5p": ("TPU v5", 1), "v6e": ("TPU v6 lite", 1)}
+KINDS["tpu7x"] = "TPU7x", 2
 
 
 def torus(name, chips):
@@ -57,10 +62,12 @@ def torus(name, chips):
 
 def links(one, other, lengths):
     """The shortest way from chip to chip; a dimension of 4, 8, ... is closed."""
+    # Of v6e only whole rows and columns of the machine are closed.
+    unit = 16 if lengths[2] == 1 else 4
     total = 0
     for a, b, length in zip(one.coords, other.coords, lengths, strict=True):
         way = abs(a - b)
-        total += way if length % 4 else min(way, length - way)
+        total += way if length % unit else min(way, length - way)
     return total
 
 
@@ -87,7 +94,8 @@ def test_links_that_a_step_of_a_ring_takes(name, chips, mesh, wanted):
     devices, lengths = torus(name, chips)
     data, fsdp, tensor = mesh
     grid = device_grid(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
-    assert steps_of_rings(grid, ring_sizes(fsdp, 3), lengths) == wanted
+    sizes = ring_sizes(fsdp, torus_dimensions(KINDS[name][0]))
+    assert steps_of_rings(grid, sizes, lengths) == wanted
     assert ring_hops(grid)["fsdp"] == max(wanted)
     # Who is in a group with whom, and in which order along the other axes, stays.
     before = mesh_utils.create_device_mesh(
