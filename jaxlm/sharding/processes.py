@@ -145,8 +145,8 @@ class Processes(contextlib.AbstractContextManager):
         connecting.join(self._limit_s)
         if refused.is_set():
             raise ValueError(
-                f"process {cluster.index} of {cluster.count} is refused by process 0 at "
-                f"{cluster.coordinator}: another process has processes.index "
+                f"process {cluster.index} of {cluster.count} is refused by process 0 "
+                f"at {cluster.coordinator}: another process has processes.index "
                 f"{cluster.index} too, or process 0 another processes.count"
             )
         if failed or connecting.is_alive():
