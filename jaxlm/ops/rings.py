@@ -1,8 +1,8 @@
 """Gathers and scatters by permutes, from each device to its neighbours in a ring.
 
 Compilers for TPUs other than v5e compute while permutes are under way, but wait for
-gathers and scatters. Both functions are linear, each the transpose of
-the other, and one operation for a policy of `jax.checkpoint`: `linear_call`.
+gathers and scatters. Both functions are linear, each the transpose of the other, and
+one operation for a policy of `jax.checkpoint`: `linear_call`.
 """
 
 import math

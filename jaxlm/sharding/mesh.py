@@ -53,8 +53,8 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 
     Neighbors along `tensor` are close to each other, those along `data` may be far
     apart. Where weights and gradients go around rings (`ops/collectives.py`), `fsdp` is
-    in the order of these. The slices of a TPU, between
-    which the network is slow, are parts of `data`.
+    in the order of these. The slices of a TPU, between which the network is slow, are
+    parts of `data`.
 
     Raises:
       ValueError: as `make_mesh`.

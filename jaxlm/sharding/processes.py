@@ -122,8 +122,8 @@ class Processes(contextlib.AbstractContextManager):
             init_timeout=coordinator.NEVER_SECONDS,
             heartbeat_timeout=coordinator.NEVER_SECONDS,
             shutdown_timeout=int(self._limit_s),
-            # Never called, as JAX cannot convert its error: `connect` raises that it
-            # cannot. Without a callback the process would be ended in C++.
+            # Without one, C++ ends a process that is refused. JAX cannot convert the
+            # error that it would get: `connect` raises a RuntimeError in its place.
             missed_heartbeat_callback=lambda *_: None,
             # One that fails leaves at once.
             shutdown_on_destruction=False,
