@@ -570,8 +570,8 @@ class TrainConfig:
     keep: int = 2
     """Number of latest checkpoints to keep."""
     keep_every: int = 0
-    """Never delete the checkpoints at multiples of this step, also when the run goes on
-    without this flag; 0: none."""
+    """Save at the multiples of this step too, and never delete those checkpoints, also
+    when the run goes on without this flag; 0: none."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be saved, nor at a second try: stop the run, or go on
     until the next is due. The last one of a run or a process must be saved."""

@@ -199,7 +199,7 @@ def test_ctrl_c_while_modules_are_imported_ends_quietly(face, at, repository, tm
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
-DRAWING = {"PIL", "matplotlib", "jaxlm.report"}
+DRAWING = {"PIL", "matplotlib", "jaxlm.report.page"}
 TRAINING = {"grain", "optax", "jaxlm.data", "jaxlm.train.loop"}
 LEFT_OUT = {
     "sample": {"jaxlm.verify", "jaxlm.data", "jaxlm.train.loop", *DRAWING},

@@ -335,8 +335,17 @@ class TensorMapping:
           table_factor: the table of embeddings is multiplied by it, in f32, as the
             model does when it computes in f32, so an f32 file has exactly its values.
             Other dtypes round the product; with a power of two nothing is rounded.
+
+        Raises:
+          ValueError: for a parameter that the file has no tensor for, such as that of a
+            block of one's own: without it, it would be another model.
         """
         flat = tree.flatten(params)
+        if unknown := sorted(flat.keys() - self.shapes.keys()):
+            raise ValueError(
+                f"params have {_some(unknown)}, which the config does not ask for: "
+                "only a jaxlm run can hold what a block of one's own adds"
+            )
         specs, source = {}, {}
         for rule in self.rules:
             stored = _common_dtype([flat[path].dtype for path, _ in rule.parts])

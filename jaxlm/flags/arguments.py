@@ -5,7 +5,7 @@ They are apart from the verbs, so that a wrong flag is reported before JAX is im
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,7 +140,7 @@ class SampleArguments(GenerationArguments):
         if self.beams is None:
             return
         absent = {
-            "--stop-strings": self.sample.stop_strings,
+            **self._rules(),
             "--regex": self.regex,
             "--json-schema": self.json_schema,
             "--show-probs": self.show_probs,
@@ -151,6 +151,17 @@ class SampleArguments(GenerationArguments):
         }
         for flag in (flag for flag, value in absent.items() if value):
             raise ValueError(f"--beams searches without {flag}: leave one out")
+
+    def _rules(self) -> dict[str, bool]:
+        """Returns the flag of each rule of sampling, and whether it is asked for."""
+        default = GenerationArguments().sample
+        names = [f.name for f in fields(SampleConfig)]
+        return {
+            f"--{name.replace('_', '-')}": getattr(self.sample, name)
+            != getattr(default, name)
+            for name in names
+            if name not in ("max_new_tokens", "stop_ids")
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from jaxlm.fields import nearest
 from jaxlm.flags.flag_table import Positional
 from jaxlm.flags.help_text import help_text
 from jaxlm.flags.parse import read_flags, with_values
+from jaxlm.flags.unused import unused
 from jaxlm.terminal.printable import shown_value
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def read_config(
             begun = (Path(run) / "checkpoints").is_dir()
             hint = f"; the run in {run} goes on with --init-from {run}" * begun
             raise ValueError(f"--init-from: {error}{hint}") from error
-    return with_values(Config, config, values), initial
+    config = with_values(Config, config, values)
+    for line in unused(config, values):
+        print(line, file=sys.stderr)
+    return config, initial
 
 
 def _find(name: str | None, default_file: Path) -> Path:

@@ -108,6 +108,13 @@ class Tokenizer(ABC):
         """Returns the ids of special tokens in a trusted text, and the text beside."""
         return [part for _, part in self._specials.split(text)]
 
+    def first_special(self, text: str) -> str | None:
+        """Returns the first special token that a text spells out, or None.
+
+        `encode` takes its characters for text.
+        """
+        return self._specials.first_in(text)
+
     def _encode_part(self, part: str, at_start: bool) -> Sequence[int]:
         """Encodes text between special tokens; `at_start`: it begins the whole text."""
         return self.encode(part).tolist()

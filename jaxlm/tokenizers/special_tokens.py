@@ -90,6 +90,10 @@ class SpecialTokens:
             else:
                 at = start + 1
 
+    def first_in(self, text: str) -> str | None:
+        """Returns the first special token that a text spells out, or None."""
+        return next((text[start:end] for start, end in self._found(text)), None)
+
     def split(self, text: str) -> Iterator[tuple[int, str | int]]:
         """Yields (offset, id of a special token or the text between two of them)."""
         at = 0

@@ -126,6 +126,7 @@ def fit(
         # Read the metrics, for which the host waits for the device.
         kinds = due_kinds(train, hooks, step)
         saves = step == train.steps or due(step, train.checkpoint_every)
+        saves |= due(step, train.keep_every)
         saves |= clock.is_due()
         if saves or kinds or step == first or log.is_due(step):
             log.read()

@@ -170,6 +170,28 @@ def test_no_cast_makes_infinities(tmp_path):
         assert np.isfinite(load(file)[1]["layers"]["mlp"]["up"]).all()
 
 
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_parameter_without_a_place_in_the_file_is_not_left_out(tmp_path, to):
+    params = params_of(MODEL)
+    layers = params["layers"] | {"adapter": jnp.ones((MODEL.num_layers, 3))}
+    save(tmp_path / "run", MODEL, params | {"layers": layers}, ByteTokenizer())
+    with pytest.raises(ValueError, match="params have layers/adapter, which"):
+        convert(tmp_path / "run", tmp_path / NAMES[to], to=to)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_matrices_that_are_not_quantized_are_told(run, tmp_path):
+    lines = []
+    narrow = dataclasses.replace(MODEL, hidden_dim=24)
+    save(tmp_path / "run", narrow, params_of(narrow), ByteTokenizer())
+    convert(tmp_path / "run", tmp_path / "f16.gguf", report=lines.append)
+    assert not lines
+    file = tmp_path / "q8.gguf"
+    convert(tmp_path / "run", file, dtype="q8_0", report=lines.append)
+    (line,) = lines
+    assert "matrices are F16, as their rows are not whole blocks of 32" in line
+
+
 def test_without_a_tokenizer(folder, tmp_path):
     main(["convert", str(folder), str(tmp_path / "m"), "--to", "hf", "--no-tokenizer"])
     names = {p.name for p in (tmp_path / "m").iterdir()}

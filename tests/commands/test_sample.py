@@ -235,7 +235,7 @@ def test_the_best_of_several(capsys):
 def test_beams(capsys):
     model = toy(vocab_size=TOKENIZER.vocab_size, context_length=64)
     call = (model, make_params(model), TOKENIZER, "a")
-    sample = SampleConfig(max_new_tokens=6)
+    sample = SampleConfig(max_new_tokens=6, temperature=0.8)
     chosen = SampleArguments(sample=sample, beams=3, num_samples=2, length_penalty=-1.0)
     write_beams(*call, chosen)
     texts = capsys.readouterr().out.split("--- sample ")[1:]
@@ -319,6 +319,8 @@ def test_a_prompt_comes_from_a_file_or_from_stdin(tmp_path, monkeypatch):
         (["--best-of", "2", "--beams", "2"], "give --best-of or --beams, not both"),
         (["--beams", "2", "--num-samples", "3"], "--beams is 2: it must be at least -"),
         (["--beams", "2", "--regex", "a"], "--beams searches without --regex: leave "),
+        (["--beams", "2", "--forbidden-ids", "3"], "--beams searches without --forb"),
+        (["--beams", "2", "--top-k", "3"], "--beams searches without --top-k: leave"),
         (["--min-p", "2"], "--min-p is 2.0: it must be in [0, 1]"),
         (["--typical-p", "0"], "--typical-p is 0.0: it must be in (0, 1]"),
         (["--repetition-penalty", "0"], "--repetition-penalty is 0.0: it must be > 0"),

@@ -21,6 +21,7 @@ from jaxlm.data.disk_cache import (
 from jaxlm.data.sources import find_source
 from jaxlm.data.tokens import open_tokens, tokenize_source
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
+from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe
 
 
 def tokenized(path, tokenizer=None, **options):
@@ -55,6 +56,18 @@ def test_documents_begin_with_bos_if_the_model_expects_it(tmp_path):
     assert got.tokens.tolist() == [0, 97, 98, 256, 0, 99, 256]
     assert got.documents.tolist() == [0, 4]
     assert got.folder != plain.folder
+
+
+def test_special_tokens_that_a_text_spells_out_are_told(tmp_path, caplog):
+    tokenizer = train_bpe(["ab ab ab"], 258)
+    tokenized(lines(tmp_path / "a.jsonl", "ab", "<|end"), tokenizer)
+    assert not caplog.messages
+    spelled = "b<|endoftext|>b"
+    path = lines(tmp_path / "b.jsonl", "a", spelled, spelled)
+    got = tokenized(path, tokenizer)
+    assert got.tokens.tolist().count(tokenizer.eos_id) == 3
+    (line,) = caplog.messages
+    assert line.startswith(f"{path}, line 2: the text has <|endoftext|>, which is read")
 
 
 def test_tokenized_once(tmp_path, monkeypatch, cache_home):

@@ -68,6 +68,18 @@ def test_flags_change_the_config_file(default_file):
     assert config.model.model_dim == 32 and config.optimizer.warmup_steps == 2
 
 
+def test_a_flag_without_an_effect_is_told(default_file, capsys):
+    size = ["--data.tokenizer-vocab-size", "500"]
+    read_config([*size, "--data.tokenizer", "bpe"], default_file)
+    assert not capsys.readouterr().err
+    read_config([*size, "--optimizer.momentum", "0.9"], default_file)
+    assert capsys.readouterr().err.splitlines() == [
+        "--data.tokenizer-vocab-size has no effect: --data.tokenizer is chars, not bpe "
+        "or sentencepiece",
+        "--optimizer.momentum has no effect: --optimizer.name is adamw, not muon",
+    ]
+
+
 def test_a_section_that_is_none_is_made_by_its_flags(default_file):
     scaling = ["--model.rope-scaling.kind", "yarn", "--model.rope-scaling.factor", "4"]
     config, _ = read_config(scaling, default_file)

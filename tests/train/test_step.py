@@ -314,7 +314,7 @@ class Trial:
 
 
 def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilations):
-    config = config_of(eval_every=4, checkpoint_every=4)
+    config = config_of(eval_every=4, checkpoint_every=4, keep_every=3)
     at_step = []
 
     def batches():
@@ -325,7 +325,7 @@ def test_the_loop_steps_evaluates_and_saves_when_it_is_due(tmp_path, compilation
     trial = Trial(tmp_path, config, batches())
     state, code = trial.result
     assert code == 0 and int(state.step) == 6
-    assert [step for step, _ in trial.saved] == [4, 6]
+    assert [step for step, _ in trial.saved] == [3, 4, 6]
     rows = read_metrics(tmp_path)
     trains = [r for r in rows if r["kind"] == "train"]
     assert [r["step"] for r in trains] == [1, 2, 3, 4, 5, 6]

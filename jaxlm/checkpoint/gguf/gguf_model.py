@@ -20,7 +20,7 @@ from jaxlm.checkpoint.gguf.gguf_config import (
 )
 from jaxlm.checkpoint.gguf.gguf_file import read_gguf
 from jaxlm.checkpoint.gguf.gguf_writing import write_gguf
-from jaxlm.checkpoint.opened import Kind
+from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
 from jaxlm.checkpoint.tensor_mapping import QKV, Rule, TensorMapping, linear, rule
 from jaxlm.config import ModelConfig
@@ -155,6 +155,7 @@ def write_model(
     params: Params,
     tokenizer: Tokenizer | None,
     dtype: str = "f16",
+    report: Callable[[str], None] = print_to_stderr,
 ) -> None:
     """Writes a model for llama.cpp to run.
 
@@ -164,6 +165,7 @@ def write_model(
       dtype: type of the matrices: f32, f16, bf16 or q8_0. Vectors are f32, as
         llama.cpp requires. With q8_0, matrices whose rows are not whole blocks of 32
         values are f16, as llama.cpp's own quantizer writes them.
+      report: gets a line if there are such matrices.
 
     Raises:
       ValueError: if llama.cpp has no architecture for this model, or cannot run the
@@ -181,6 +183,13 @@ def write_model(
     for name, (shape, _) in specs.items():
         kind = "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
         typed[name] = (shape, "F32" if len(shape) == 1 else kind.upper())
+    matrices = [n for n, (shape, _) in typed.items() if len(shape) > 1]
+    if wide := [n for n in matrices if typed[n][1] != dtype.upper()]:
+        size = typed[wide[0]][0][-1]
+        report(
+            f"{len(wide)} of {len(matrices)} matrices are F16, as their rows are not "
+            f"whole blocks of 32 values: those of {wide[0]} have {size}"
+        )
 
     def values(name: str) -> np.ndarray:
         if name in divisors:

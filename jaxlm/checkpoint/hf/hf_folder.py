@@ -29,6 +29,7 @@ from jaxlm.tokenizers.hugging_face.tokenizer_files import tokenizer_from_folder
 from jaxlm.types import Params
 
 CONFIG = "config.json"
+_ADAPTER = "adapter_config.json"  # transformers applies its weights by itself
 # The largest published ones have about 10 kB, except for lists of labels.
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -41,6 +42,11 @@ class HFCheckpoint:
     def __init__(self, folder: Path, report: Callable[[str], None]):
         """Reads config.json; arguments and errors as `open_checkpoint`."""
         self.path, self._report = folder, report
+        if (folder / _ADAPTER).is_file():
+            raise ValueError(
+                f"{folder / _ADAPTER}: jaxlm does not read adapters: merge it into the "
+                "weights that it changes, in a new folder, or remove it"
+            )
         values = read_config(folder)
         self.family = str(values.get("model_type"))
         self.config = hf_config.read(Keys(values, str(folder / CONFIG)))

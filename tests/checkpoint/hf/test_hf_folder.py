@@ -315,6 +315,13 @@ def test_only_pickles_in_a_folder_are_refused(tmp_path):
         load(tmp_path / "m")
 
 
+def test_an_adapter_beside_the_weights_is_not_ignored(tmp_path):
+    make(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config.json: jaxlm does not read"):
+        load(tmp_path / "m")
+
+
 SHARDED = """
 import sys
 import jax, numpy as np
