@@ -130,7 +130,7 @@ def test_a_run_folder_that_is_deleted_loses_no_training(tmp_path):
     run = Run(tmp_path, "run", BASE)
     code, _, err = run.train(fault="delete@2")
     assert code == 0 and "Traceback" not in err, err
-    assert f"{run.path} was deleted during the run: it is made again" in err
+    assert f"{run.path} was deleted or replaced during the run: it is made" in err
     assert run.steps() == [3]
     assert "all 3 steps are done" in run.train()[1]
 

@@ -88,6 +88,7 @@ class CheckpointManager:
         # Whether the arrays may be overwritten, and whether the save had ended by then.
         self._copied, self._has_not_begun = threading.Event(), False
         self._last: int | None = None  # the step that this process saved or restored
+        self._manifest = b""  # that of this step
         self._saves = 0
         self._lock: run_folder.RunLock | None = None
         self._processes = processes
@@ -280,12 +281,25 @@ class CheckpointManager:
 
     def _keep_lock(self) -> None:
         """Makes and locks the run folder again if somebody has deleted it."""
-        if self._lock is None or self._lock.is_held():
+        if self._lock is None:
             return
-        lock = run_folder.RunLock(self.run, self._lock)
-        self._lock.release()
-        self._lock = lock
-        self._report(f"{self.run} was deleted during the run: it is made again")
+        gone = self.run
+        if not self._lock.is_held():
+            lock = run_folder.RunLock(self.run, self._lock)
+            self._lock.release()
+            self._lock = lock
+        elif self._lock.follow_steps(self._are_own):
+            gone = self.run / run_folder.CHECKPOINTS
+        else:
+            return
+        self._report(
+            f"{gone} was deleted or replaced during the run: it is made or locked again"
+        )
+
+    def _are_own(self) -> bool:
+        """Whether the steps in the run folder are those that this object knows."""
+        manifest = self._folder(self._last or 0) / integrity.MANIFEST
+        return manifest.is_file() and manifest.read_bytes() == self._manifest
 
     def _write(
         self,
@@ -350,6 +364,7 @@ class CheckpointManager:
         integrity.write_manifest(temporary, files)
         newest = step - 1 if self._last is None else min(self._last, step - 1)
         self._move_aside_after(newest)
+        self._manifest = (temporary / integrity.MANIFEST).read_bytes()
         durable.rename(temporary, self._folder(step))
 
     def _delete_old(self) -> None:
@@ -430,6 +445,8 @@ class CheckpointManager:
         folders = [self._folder(number) for number in candidates]
         restored = step_folder.first_readable(folders, read_together, self._report)
         self._last = restored.step
+        manifest = self._folder(restored.step) / integrity.MANIFEST
+        self._manifest = manifest.read_bytes()
         return restored
 
     def move_aside_after(self, step: int) -> Path | None:

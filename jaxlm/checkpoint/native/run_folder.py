@@ -361,7 +361,7 @@ class RunLock:
             except ValueError:
                 self.release()
                 raise
-        self._folder = os.stat(run)
+        self._folder, self._steps = os.stat(run), os.stat(run / CHECKPOINTS)
         if earlier is not None and list_steps(run) and not self._continues(earlier):
             self.release()
             raise ValueError(
@@ -376,6 +376,36 @@ class RunLock:
         os.pwrite(self._descriptor, self.owner.encode(), 0)
         if self._of_target is not None:
             os.pwrite(self._of_target, self.owner.encode(), 0)
+
+    def follow_steps(self, are_own: Callable[[], bool]) -> bool:
+        """Locks the folder of the steps where it is now; makes it again if it is gone.
+
+        Args:
+          are_own: tells whether the steps that are there now are those of this run.
+
+        Returns:
+          Whether it is another folder than before.
+
+        Raises:
+          ValueError: if it is that of another run, or as `__init__`.
+        """
+        folder = self._path.parent / CHECKPOINTS
+        if _is_there(folder, self._steps):
+            return False
+        probe_writable(self._path.parent)
+        if list_steps(self._path.parent) and not are_own():
+            raise ValueError(
+                f"{folder} is another folder than before, and has the steps of "
+                "another run: those are left alone"
+            )
+        before, self._of_target = self._of_target, None
+        if before is not None:
+            os.close(before)
+        if folder.is_symlink():
+            self._of_target = self._locked(folder / LOCK)
+            os.pwrite(self._of_target, self.owner.encode(), 0)
+        self._steps = os.stat(folder)
+        return True
 
     def _continues(self, earlier: "RunLock") -> bool:
         """Whether this is the folder of another lock, or what it was moved to."""
@@ -420,11 +450,7 @@ class RunLock:
     def is_held(self) -> bool:
         """Whether the file is still there: nobody has deleted or replaced it."""
         assert self._descriptor is not None
-        try:
-            there = os.stat(self._path)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(self._descriptor), there)
+        return _is_there(self._path, os.fstat(self._descriptor))
 
     def release(self) -> None:
         """Releases the lock; a second call does nothing."""
@@ -432,6 +458,14 @@ class RunLock:
             if descriptor is not None:
                 os.close(descriptor)
         self._descriptor = self._of_target = None
+
+
+def _is_there(path: Path, status: os.stat_result) -> bool:
+    """Whether a path still leads to the file or folder of a status."""
+    try:
+        return os.path.samestat(os.stat(path), status)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:

@@ -456,7 +456,8 @@ def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
         shutil.rmtree(run)
         save(checkpoints, 2)
         assert checkpoints.steps() == [2] and restore(checkpoints).step == 2
-        assert said == [f"{run} was deleted during the run: it is made again"]
+        (line,) = said
+        assert line.startswith(f"{run} was deleted or replaced during the run: ")
         _, _, err = run_child(HOLD, run)
         assert f") is training in {run}: " in err
 
@@ -500,6 +501,40 @@ def test_a_run_that_has_ended_in_this_ones_place_is_left_alone(tmp_path, monkeyp
         moved.rename(run)
         save(checkpoints, 6)
         assert checkpoints.steps() == [6] and restore(checkpoints).step == 6
+
+
+def test_a_folder_of_steps_that_is_replaced_goes_on_unless_another_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+    run, disk, said = tmp_path / "run", tmp_path / "disk", []
+    steps = run / "checkpoints"
+    run_with_steps(tmp_path / "other", 3, 4, 9)
+    with CheckpointManager(run, keep=1, report=said.append) as checkpoints:
+        save(checkpoints, 1)
+        shutil.rmtree(steps)
+        save(checkpoints, 2)
+        assert checkpoints.steps() == [2]
+        # Its own steps, moved to another disk during the run.
+        shutil.copytree(steps, disk)
+        shutil.rmtree(steps)
+        steps.symlink_to(disk)
+        save(checkpoints, 5)
+        assert checkpoints.steps() == [5] and (disk / ".lock").is_file()
+        assert len(said) == 2 and all(f"{steps} was deleted" in line for line in said)
+        # Those of another run, whose steps it would move away or delete.
+        steps.unlink()
+        steps.symlink_to(tmp_path / "other" / "checkpoints")
+        for step in (6, 7):
+            with pytest.raises(SaveError, match="has the steps of another run"):
+                save(checkpoints, step)
+        assert list_steps(tmp_path / "other") == [3, 4, 9]
+        # A file in its place, as in that of a folder above it.
+        steps.unlink()
+        run.rename(tmp_path / "away")
+        run.touch()
+        with pytest.raises(SaveError, match="Not a directory"):
+            save(checkpoints, 8)
 
 
 def test_no_save_writes_where_an_earlier_start_may_still_write(tmp_path, monkeypatch):
