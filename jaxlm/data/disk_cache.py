@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ BLOCK_BYTES = 1 << 20
 # A folder is locked while it is built, soon after it was made.
 UNLOCKED_SECONDS = 60.0
 _BUILDING, _LOCK = ".building-", ".lock"
+# A file of an entry, with the key under which it was built.
+_KEY = "key"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 T = TypeVar("T")
@@ -136,7 +139,8 @@ def read_or_build(
 ) -> T:
     """Returns what `read` makes of the folder of a key, and builds it if it is missing.
 
-    An entry that is damaged is built again, with a warning.
+    An entry that is damaged, or a copy of one with another key, is built again, with a
+    warning.
 
     Args:
       config: `cache_dir`, and `old_tokens`, with which nothing is built or removed.
@@ -147,12 +151,21 @@ def read_or_build(
       ValueError: as `build_once`, if a new entry is damaged too, and with `old_tokens`
         if the entry is missing or damaged.
     """
-    if config.old_tokens:
-        return _read_old(cache_root(config.cache_dir), what, key, read)
-    cache_dir = config.cache_dir
-    folder = build_once(cache_dir, key, build)
-    try:
+
+    def build_named(work: Path) -> None:
+        build(work)
+        (work / _KEY).write_text(key)
+
+    def read_own(folder: Path) -> T:
+        _check_key(folder / _KEY, key)
         return read(folder)
+
+    if config.old_tokens:
+        return _read_old(cache_root(config.cache_dir), what, key, read_own)
+    cache_dir = config.cache_dir
+    folder = build_once(cache_dir, key, build_named)
+    try:
+        return read_own(folder)
     except DamagedEntry as error:
         logger.warning("%s: it is made again", error)
         try:
@@ -162,7 +175,19 @@ def read_or_build(
                 f"{error}, and it cannot be replaced ({failed.strerror}): delete "
                 f"{folder}, or set data.cache_dir"
             ) from None
-    return read(build_once(cache_dir, key, build))
+    return read_own(build_once(cache_dir, key, build_named))
+
+
+def _check_key(path: Path, key: str) -> None:
+    """Raises DamagedEntry for an entry of another key, which somebody has copied."""
+    try:
+        written = path.read_bytes()
+    except FileNotFoundError:  # of an earlier version
+        return
+    except OSError as error:
+        raise DamagedEntry(path, f"it cannot be read ({error.strerror})") from None
+    if written != key.encode():
+        raise DamagedEntry(path, "the entry is a copy of that of another text")
 
 
 def _read_old(root: Path, what: str, key: str, read: Callable[[Path], T]) -> T:
@@ -249,6 +274,13 @@ def _disk_may_be_full(root: Path) -> Iterator[None]:
         if error.errno is not None and error.errno not in _DISK_FULL:
             raise
         free = shutil.disk_usage(root).free
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if error.errno == errno.EFBIG or (error.errno is None and 0 <= limit < free):
+            raise ValueError(
+                f"the cache folder {root} takes no file of this size: raise the limit "
+                "of this process (ulimit -f), or set data.cache_dir to a folder on "
+                "another disk; tokens need 2 or 4 bytes each"
+            ) from None
         raise ValueError(
             f"the cache folder {root} cannot be written ({error.strerror or error}; "
             f"{free:,} bytes are free): make room, or set data.cache_dir to a folder "

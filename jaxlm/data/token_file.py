@@ -72,7 +72,7 @@ class _CheckedFile:
         except OSError as error:
             raise DamagedEntry(path, f"it cannot be read ({error.strerror})") from None
         weakref.finalize(self, os.close, self._descriptor)
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._check()
 
     def read(self, start: int, stop: int) -> bytes:
@@ -94,9 +94,10 @@ class _CheckedFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _check(self) -> None:
-        """Verifies the hash, unless size and time are those of the last check."""
+        """Verifies the hash, unless size and times are those of the last check."""
         status = os.fstat(self._descriptor)
-        now = (status.st_size, status.st_mtime_ns)
+        # Who writes can put the first time back, as rsync does, but not the second.
+        now = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if now == self._seen:
             return
         if status.st_size != self._size:

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_every_flip_in_a_cache_entry_is_seen_or_harmless(tmp_path):
     folder = tokenized(lines(tmp_path / "a.jsonl", "abcdef", "gh")).folder
     rng = random.Random(0)
     for _ in range(150):
-        path = rng.choice(sorted(folder.iterdir()))
+        path = rng.choice(sorted(folder.glob("*.*")))
         whole = path.read_bytes()
         data = bytearray(whole)
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -183,6 +184,26 @@ def test_every_flip_in_a_cache_entry_is_seen_or_harmless(tmp_path):
             assert got.tokens.tolist() == [*b"abcdef", 256, *b"gh", 256]
             assert got.documents.tolist() == [0, 7]
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("old_tokens", [False, True])
+def test_a_copy_of_the_entry_of_another_text_is_not_taken(tmp_path, caplog, old_tokens):
+    """`cp -r` of whole entries: each is sound for itself."""
+    paths = [lines(tmp_path / f"{text}.jsonl", text) for text in ("ab", "cd")]
+    first, second = (tokenized(path).folder for path in paths)
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    if old_tokens:
+        with pytest.raises(ValueError, match="is a copy of that of another text; it"):
+            tokenized(paths[1], old_tokens=True)
+        assert second.is_dir()
+        return
+    assert tokenized(paths[1]).tokens.tolist() == [*b"cd", 256]
+    (line,) = caplog.messages
+    assert "is a copy of that of another text: it is made again" in line
+    # Entries of earlier versions have no key.
+    (first / "key").unlink()
+    assert tokenized(paths[0]).tokens.tolist() == [*b"ab", 256]
 
 
 def test_errors_leave_nothing_behind(tmp_path, cache_home):

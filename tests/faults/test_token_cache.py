@@ -1,5 +1,6 @@
 """Workers that die, files that change, a full disk: no hang, and no half cache."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -8,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import disk_cache, encoding
+from jaxlm.data import disk_cache, encoding, tokens
 from jaxlm.data.disk_cache import DamagedEntry, cache_root, content_hashes
 from jaxlm.data.loader import batches, open_dataset
 from jaxlm.data.sources import find_source
@@ -154,7 +156,7 @@ def test_a_folder_that_is_being_built_is_not_abandoned(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["key", "other"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("some text\n" * 5_000)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -162,11 +164,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     for limit, text in ((20_000, path), (3_000, many)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
         try:
-            with pytest.raises(ValueError, match=r"cannot be written .* free\)") as e:
+            with pytest.raises(ValueError, match=r"no file of this size: .*ulimit") as e:
                 tokenized(text)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
         assert str(cache_root(None)) in str(e.value) and "cache_dir" in str(e.value)
+        assert list(cache_root(None).iterdir()) == []
+    # NumPy's errors have no number.
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("5 of 9")):
+        monkeypatch.setattr(tokens, "_build", mock.Mock(side_effect=error))
+        with pytest.raises(ValueError, match=r"cannot be written .* free\): make room"):
+            tokenized(path)
         assert list(cache_root(None).iterdir()) == []
 
 
@@ -227,9 +235,15 @@ def test_tokens_that_are_changed_in_place_are_seen_but_a_new_time_is_nothing(dat
     first = dataset.train_batch(0, 4)
     os.utime(path, ns=(1, 1))
     assert np.array_equal(dataset.train_batch(0, 4).tokens, first.tokens)
+    # The clock of a file system goes in steps.
+    before, other = path.stat().st_ctime_ns, path.with_name("other")
+    other.touch()
+    while other.stat().st_ctime_ns <= before:
+        other.touch()
     with open(path, "r+b") as file:
         file.seek(1000)
         file.write(b"z")
+    os.utime(path, ns=(1, 1))
     with pytest.raises(DamagedEntry, match=r"changed while it was in use.* the hash"):
         dataset.train_batch(1, 4)
 
