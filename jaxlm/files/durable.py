@@ -45,7 +45,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
       OSError: if it cannot be written; names `path` and the reason. What is no file
         stays: the system's /dev/null can be replaced too.
     """
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    if os.path.isdir(path):  # Renaming would replace a link to one.
+        raise OSError(errno.EISDIR, "cannot write: Is a directory", str(path))
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "cannot write: it is not a file", str(path))
     # Of its own in each process, also where all have the same number, as in containers.
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")

@@ -288,13 +288,19 @@ class VerifyArguments:
     """Path of the certificate; None: beside the checkpoint."""
 
     def __post_init__(self):
-        if self.out is not None and not self.out.parent.is_dir():
+        if self.out is None:
+            return
+        if not self.out.parent.is_dir():
             raise ValueError(
                 f"--out {self.out}: {self.out.parent} is not a folder; make it first"
             )
-        if self.out is not None and not self.out.is_dir():
-            kind = "a certificate", (".json",), _CERTIFICATE
-            _check_written("--out", self.out, *kind)
+        if self.out.is_dir():
+            raise ValueError(
+                f"--out {self.out} is a folder: give a file, as "
+                f"{self.out / 'certificate.json'}"
+            )
+        kind = "a certificate", (".json",), _CERTIFICATE
+        _check_written("--out", self.out, *kind)
 
 
 @dataclass(frozen=True, kw_only=True)

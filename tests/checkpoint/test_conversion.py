@@ -75,6 +75,7 @@ def test_around_all_three_kinds(run, folder, tmp_path):
     # Left by one that was interrupted.
     (tmp_path / "run/checkpoints/.tmp-0-1").mkdir(parents=True)
     (tmp_path / "run/.lock").touch()
+    (tmp_path / "run/.tmp-probe-12-renamed").touch()
     assert convert(folder, tmp_path / "run") == "jaxlm"
     same(folder, tmp_path / "run")
     gguf = tmp_path / "m.gguf"

@@ -164,7 +164,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     for limit, text in ((20_000, path), (3_000, many)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
         try:
-            with pytest.raises(ValueError, match=r"no file of this size: .*ulimit") as e:
+            with pytest.raises(
+                ValueError, match=r"no file of this size: .*ulimit"
+            ) as e:
                 tokenized(text)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -20,6 +20,14 @@ def test_a_link_in_place_of_the_new_file_is_not_followed(tmp_path, monkeypatch):
     assert target.read_text() == "mine" and not page.exists()
 
 
+def test_a_link_to_a_folder_is_not_replaced(tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path)
+    with pytest.raises(OSError, match="Is a directory"), replacing(link):
+        pass
+    assert link.is_symlink()
+
+
 def test_two_writers_of_one_file_have_files_of_their_own(tmp_path):
     """Processes of two containers can have the same number."""
     page = tmp_path / "page.html"

@@ -1,9 +1,11 @@
 """`jaxlm verify` against an independent NumPy implementation, and on damaged models."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -403,6 +405,7 @@ def test_user_errors_are_one_line(copy, kept, tmp_path, capsys):
         ([copy, "--against", copy], "pip install 'jaxlm[parity]'"),
         ([copy, "--tokens", 0], "--tokens is 0: it must be at least 1"),
         ([copy, "--out", tmp_path / "no" / "c.json"], "is not a folder"),
+        ([copy, "--out", tmp_path], "is a folder: give a file, as"),
         ([copy, "--agianst", empty], "did you mean '--against'"),
     ):
         assert command(*arguments) == 2
@@ -412,8 +415,13 @@ def test_user_errors_are_one_line(copy, kept, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_certificate_that_cannot_be_written_is_reported(copy, kept, tmp_path, capsys):
-    assert command(copy, "--against", kept, "--out", tmp_path) == 0
+def test_a_certificate_that_cannot_be_written_is_reported(
+    copy, kept, tmp_path, capsys, monkeypatch
+):
+    full = OSError(errno.ENOSPC, "No space left on device", "c.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(certificate, "replacing", mock.Mock(side_effect=full))
+        assert command(copy, "--against", kept, "--out", tmp_path / "c.json") == 0
     out, _ = capsys.readouterr()
     assert "no certificate: " in out and "--out FILE" in out
     assert command(copy, "--against", kept, "--out", tmp_path / "c.json") == 0

@@ -57,7 +57,7 @@ def remove_leftovers(run: Path, report: Callable[[str], None]) -> None:
       report: gets a line with the names, and one for each that cannot be removed.
     """
     folder, removed = run / CHECKPOINTS, []
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*run.glob(f"{TEMPORARY}*"), *folder.iterdir()]):
         if not _LEFTOVER.fullmatch(path.name):
             continue
         try:
@@ -67,7 +67,7 @@ def remove_leftovers(run: Path, report: Callable[[str], None]) -> None:
             report(f"{path} cannot be removed ({_reason(error)}); it stays")
     if removed:
         report(
-            f"removed {', '.join(removed)} in {folder}: left by a run that was "
+            f"removed {', '.join(removed)} in {run}: left by a run that was "
             "killed while saving or deleting"
         )
 
@@ -303,13 +303,14 @@ def is_new(path: Path) -> bool:
     """Whether a run may begin in a path.
 
     Nothing is there, or what one that has ended before its first step leaves: a lock,
-    and a folder without a step.
+    files by which it was tried whether it can write, and a folder without a step.
     """
     if not os.path.lexists(path):
         return True
     if path.is_symlink() or not path.is_dir():
         return False
-    names = {child.name for child in path.iterdir()}
+    found = (child.name for child in path.iterdir())
+    names = {name for name in found if not _LEFTOVER.fullmatch(name)}
     return names <= {LOCK, CHECKPOINTS} and not list_steps(path)
 
 
