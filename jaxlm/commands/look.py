@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -34,7 +35,10 @@ _LENS_ROWS, _LENS_LENGTH = 4, 128
 def main(chosen: LookArguments) -> int:
     """Writes the page and prints its path, or prints the view in short."""
     use_compile_cache()
-    run = newest_run() if chosen.run is None else chosen.run
+    run = chosen.run
+    if run is None:
+        run = newest_run()
+        print(f"looking inside {run}, the newest run", file=sys.stderr, flush=True)
     checkpoint = open_checkpoint(run)
     model = checkpoint.config
     if chosen.dtype is not None:

@@ -1,9 +1,7 @@
 """Batches of a `DataConfig`: which rows, in which order, on which devices."""
 
 import atexit
-import itertools
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +31,6 @@ from jaxlm.data.packing import (
     split_stream,
     train_rows,
 )
-from jaxlm.data.sources import Source
 from jaxlm.data.text_record import TextRecord, current_texts
 from jaxlm.data.tokens import tokenize_source
 from jaxlm.tokenizers.base import Tokenizer
@@ -45,6 +42,7 @@ from jaxlm.types import Batch
 ORDER_VERSION = 1
 _ALL_ROWS = slice(None)
 _BLOCK_TOKENS = 8 << 20
+_SMALL = 100  # a hundredth of all bytes
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +200,7 @@ def open_dataset(
     """
     texts = current_texts(config, began)
     sources = [text.source for text in texts]
-    _warn_of_shared_files(sources)
+    _warn_of_shared_text(texts)
     if tokenizer is None:
         tokenizer = _tokenizer_of(config, texts)
     streams, contents = [], []
@@ -245,20 +243,30 @@ def open_dataset(
     )
 
 
-def _warn_of_shared_files(sources: Sequence[Source]) -> None:
-    """Warns of a file that one source holds out and another may train on."""
-    files = [[os.path.realpath(f.path) for f in source.files] for source in sources]
-    for (one, first), (other, second) in itertools.combinations(
-        zip(sources, files, strict=True), 2
-    ):
-        shared = sorted({*first} & {*second})
-        if shared and first != second:  # Equal ones hold out the same.
-            logger.warning(
-                "data.path: %s and %s both read %s%s: what one holds out the other may "
-                "train on, so that the held-out loss is too low",
-                *(one.name, other.name, shared[0]),
-                f" and {len(shared) - 1} more" if len(shared) > 1 else "",
-            )
+def _warn_of_shared_text(texts: Sequence[TextRecord]) -> None:
+    """Warns of files of equal contents: one may be held out, and its copy trained on.
+
+    A few small ones, such as licenses, do not matter.
+    """
+    first: dict[str, tuple[TextRecord, Path]] = {}
+    copies: list[tuple[int, Path, str, Path, str]] = []
+    # Entries that are wholly equal hold out the same.
+    for text in {text.hashes: text for text in reversed(texts)}.values():
+        files = zip(text.source.files, text.sizes, text.hashes, strict=True)
+        for file, size, digest in files:
+            if digest in first:
+                other, path = first[digest]
+                names = text.source.name, path, other.source.name
+                copies.append((size, file.path, *names))
+            first.setdefault(digest, (text, file.path))
+    total = sum(sum(text.sizes) for text in texts)
+    if sum(size for size, *_ in copies) * _SMALL > total:
+        logger.warning(
+            "data.path: %s (of %s) has the contents of %s (of %s)%s: what is held out "
+            "of one may be trained on in the other, so the held-out loss is too low",
+            *max(copies)[1:],
+            f", and {len(copies) - 1} more are copies" if len(copies) > 1 else "",
+        )
 
 
 def _tokenizer_of(config: DataConfig, texts: Sequence[TextRecord]) -> Tokenizer:

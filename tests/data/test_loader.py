@@ -220,16 +220,22 @@ def test_mixtures(tmp_path):
     assert sum(b.loss_weights.sum() for b in held_out) == (300 - 1) + (100 - 1)
 
 
-def test_a_file_of_two_sources_is_told(tmp_path, caplog):
+def test_text_that_is_read_twice_is_told(tmp_path, caplog):
+    """A file of two entries, or a copy of one."""
     one, two = (write(tmp_path / f"{c}.txt", 500, c) for c in "ab")
     both = str(tmp_path / "*.txt")
-    for path, times in (((one, two), 0), ((one, one), 0), ((both, one), 1)):
+    (tmp_path / "copy").mkdir()
+    copy = write(tmp_path / "copy" / "of-a.txt", 500, "a")
+    all_three = str(tmp_path / "**" / "*.txt")
+    cases = [((one, two), 0), ((one, one), 0), ((both, one), 1), ((one, copy), 0)]
+    cases += [((all_three,), 1), ((both, copy), 1)]
+    for path, times in cases:
         caplog.clear()
         config = DataConfig(
             path=path, tokenizer="bytes", sequence_length=16, cache_dir=str(tmp_path)
         )
         open_dataset(config, seed=0)
-        assert caplog.text.count("what one holds out the other may train on") == times
+        assert caplog.text.count("so the held-out loss is too low") == times
 
 
 def test_fingerprint(tmp_path):
