@@ -9,8 +9,8 @@ import jax
 from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.commands.generating.generation import open_with_dtype
 from jaxlm.commands.process import use_compile_cache
-from jaxlm.config import ModelConfig
-from jaxlm.data.documents import read_documents
+from jaxlm.config import DataConfig, ModelConfig
+from jaxlm.data.encoding import document_parts
 from jaxlm.data.sources import Source, find_source
 from jaxlm.evaluation.multiple_choice import (
     Accuracy,
@@ -62,21 +62,20 @@ def _measure_text(
     chosen: EvalArguments,
 ) -> dict[str, float | int]:
     context, stride = check_windows(model, chosen.context, chosen.stride)
-    sizes = [file.path.stat().st_size for file in source.files]
+    size = sum(file.path.stat().st_size for file in source.files)
     done, last = 0, TextLoss()
 
     def documents() -> Iterator[str]:
         nonlocal done
-        for number, file in enumerate(source.files):
-            parts = []
-            for part in read_documents(file):
-                parts.append(part.text)
-                done = sum(sizes[:number]) + part.done
-                if part.ends:
-                    yield "".join(parts)
-                    parts.clear()
+        parts = []
+        for part in document_parts(source, tokenizer, DataConfig()):
+            parts.append(part.text)
+            done = part.done
+            if part.ends:
+                yield "".join(parts)
+                parts.clear()
 
-    with progress_bar(f"predicting {source.name}", sum(sizes)) as advance_to:
+    with progress_bar(f"predicting {source.name}", size) as advance_to:
         for sums in text_loss(
             *(model, params, tokenizer, documents()), context=context, stride=stride
         ):

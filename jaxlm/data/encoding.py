@@ -1,5 +1,6 @@
 """The ids of the documents of a source: encodes them in parts, in several processes."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,10 +16,12 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data.documents import DocumentPart, read_documents
 from jaxlm.data.sources import Source
+from jaxlm.terminal.printable import shown
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer, CharTokenizer
 from jaxlm.tokenizers.kinds import read_saved_tokenizer
 
+_log = logging.getLogger(__name__)
 # For less text, starting processes costs more time than it saves.
 POOL_BYTES = 16 << 20
 # Characters in one task of the process pool.
@@ -38,7 +41,7 @@ def encode_source(
       ValueError: for anything wrong in the files, with file and line, and when a
         process dies.
     """
-    parts = _parts(source, config)
+    parts = document_parts(source, tokenizer, config)
     workers = config.workers or _num_cores()
     if workers > 1 and _is_slow(source, tokenizer):
         yield from _encode_in_pool(parts, tokenizer, folder, workers)
@@ -47,10 +50,24 @@ def encode_source(
         yield part, _encode(tokenizer, part.text, part.where)
 
 
-def _parts(source: Source, config: DataConfig) -> Iterator[DocumentPart]:
-    before = 0
+def document_parts(
+    source: Source, tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[DocumentPart]:
+    """Yields the documents of all files, whose `done` counts the bytes of all.
+
+    A line tells of the first special token that a text spells out: other programs write
+    them when they format a text for a model, or join documents to one file.
+    """
+    before, spelled = 0, None
     for file in source.files:
         for part in read_documents(file, config.field, config.invalid_utf8):
+            if not spelled and (spelled := tokenizer.first_special(part.text)):
+                _log.warning(
+                    "%s: the text has %s, which is read as these characters: no text "
+                    "becomes a special token, and a document ends where its file, its "
+                    "line of JSON or its row does",
+                    *(part.where, shown(spelled)),
+                )
             yield part._replace(done=before + part.done)
         before += file.path.stat().st_size
 

@@ -8,7 +8,6 @@ A cache entry is a folder: `tokens.bin` (little-endian uint16, or uint32 for mor
 import contextlib
 import hashlib
 import json
-import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,12 +33,6 @@ from jaxlm.terminal.progress import progress_bar
 from jaxlm.tokenizers.base import Tokenizer
 
 FORMAT_VERSION = 1
-logger = logging.getLogger(__name__)
-# Files that other programs format for a model, or join to one, have special tokens.
-_SPELLED = (
-    "%s: the text has %s, which is read as these characters: no text becomes a special "
-    "token, and a document ends where its file, its line of JSON or its row does"
-)
 _OTHER_HASH = "its contents do not have the hash in meta.json"
 
 
@@ -169,10 +162,8 @@ def _build(
         progress_bar(title, total) as show,
         encoded as parts,
     ):
-        document_start, spelled = 0, None
+        document_start = 0
         for part, ids in parts:
-            if not spelled and (spelled := tokenizer.first_special(part.text)):
-                logger.warning(_SPELLED, part.where, shown(spelled))
             if part.starts:
                 document_start = num_tokens
             first = _first_id(tokenizer) if part.starts else None

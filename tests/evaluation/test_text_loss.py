@@ -16,6 +16,7 @@ from jaxlm.evaluation.text_loss import text_loss
 from jaxlm.infer.scoring import score
 from jaxlm.model.params import quantize_matrices
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
+from jaxlm.tokenizers.hugging_face.bpe_trainer import train_bpe
 
 TOKENIZER = ByteTokenizer()
 CONFIG = toy(vocab_size=TOKENIZER.vocab_size, context_length=32)
@@ -56,6 +57,18 @@ def test_each_token_is_predicted_once_after_enough_others(context, stride):
     total = sum(float(s[-1]) for s in score(CONFIG, PARAMS, texts, num_tokens=257))
     assert sums.tokens == len(ids) - 1
     np.testing.assert_allclose(-sums.nats, total, rtol=1e-5)
+
+
+def test_special_tokens_that_a_text_spells_out_are_told(tmp_path, capsys):
+    tokenizer = train_bpe(["abc"], CONFIG.vocab_size)
+    save(tmp_path / "run", CONFIG, PARAMS, tokenizer)
+    (tmp_path / "a.txt").write_text("abc<|endoftext|>abc")
+    (tmp_path / "b.txt").write_text("abc<|endoftext|>")
+    call = ["eval", str(tmp_path / "run"), "--text", str(tmp_path / "*.txt")]
+    assert main([*call, "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    assert "documents      2" in out
+    assert err.count("the text has <|endoftext|>, which is read as these charact") == 1
 
 
 @pytest.mark.slow

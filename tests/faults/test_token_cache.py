@@ -50,15 +50,15 @@ def json_lines(path, texts):
 def test_a_worker_that_is_killed_leaves_nothing(tmp_path, always_pool, monkeypatch):
     path = json_lines(tmp_path / "a.jsonl", ["some text"] * 100)
     before = set(multiprocessing.active_children())
-    real, pools = encoding._parts, []
+    real, pools = encoding.document_parts, []
 
     class Pool(encoding.ProcessPoolExecutor):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             pools.append(self)
 
-    def parts_and_a_kill(source, config):
-        for number, part in enumerate(real(source, config)):
+    def parts_and_a_kill(*arguments):
+        for number, part in enumerate(real(*arguments)):
             # Results have come by now, and no worker is still being started: Python
             # 3.11 reports a worker that dies then in a thread of its own.
             if number == 50:
@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_leaves_nothing(tmp_path, always_pool, monkeypat
             yield part
 
     with monkeypatch.context() as context:
-        context.setattr(encoding, "_parts", parts_and_a_kill)
+        context.setattr(encoding, "document_parts", parts_and_a_kill)
         context.setattr(encoding, "ProcessPoolExecutor", Pool)
         with pytest.raises(ValueError, match=r"died, at or after .*\.jsonl, line") as e:
             tokenized(path, workers=2)
@@ -95,12 +95,12 @@ if __name__ == "__main__":
     sys.path.insert(0, {folder!r})
     from test_token_cache import encoding, tokenized
     encoding._is_slow = lambda *_: True
-    real = encoding._parts
-    def endless(source, config):
-        (part,) = real(source, config)
+    real = encoding.document_parts
+    def endless(*arguments):
+        (part,) = real(*arguments)
         while True:
             yield part
-    encoding._parts = endless
+    encoding.document_parts = endless
     def kill_this():
         while len(children := multiprocessing.active_children()) < 2:
             time.sleep(0.01)
