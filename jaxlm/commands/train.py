@@ -117,7 +117,10 @@ def train(
             config.data.prefetch,
             settings.batch_of,
         )
-        outputs = run_outputs(given, config, state, resumed, dataset, processes)
+        outputs = run_outputs(
+            *(given, config, state, resumed, dataset, processes),
+            is_own=checkpoints.has_folder,
+        )
         processes.gather("start of the first step")
         with outputs as (writer, progress), stop:
             state, code = fit(

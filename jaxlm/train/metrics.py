@@ -16,7 +16,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -220,6 +220,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         *,
         resume_step: int | None = None,
         sinks: Sequence[Sink] = (),
+        is_own: Callable[[], bool] = lambda: False,
     ):
         """Opens the file, and creates the folder if needed; a failure is logged.
 
@@ -229,6 +230,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
             those steps will be repeated. None starts an empty file, and keeps the rows
             of an earlier run as `metrics.previous.jsonl`, or `-2.jsonl` and so on.
           sinks: what also receives each row.
+          is_own: whether a folder that has replaced that of the run is the run's too,
+            as a copy on another disk.
         """
         self.path = Path(run_dir) / FILE_NAME
         self.last_train: dict[str, Any] | None = None
@@ -238,7 +241,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.lost_rows = 0
         """Number of rows that could not be written."""
         self._warned = False
-        self._sinks = list(sinks)
+        self._sinks, self._is_own = list(sinks), is_own
         self._file: io.FileIO | None = None
         self._folder: os.stat_result | None = None
         self._resume_step = resume_step  # None when later rows are dropped
@@ -370,7 +373,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._resume_step = None
         file = io.FileIO(self.path, "a+b")
         if is_other:
-            if os.fstat(file.fileno()).st_size:
+            if os.fstat(file.fileno()).st_size and not self._is_own():
                 file.close()
                 raise OSError(errno.EEXIST, "the folder is that of another run now")
             self._folder = folder

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 from unittest import mock
 
 import jax
@@ -190,6 +191,21 @@ def test_the_log_of_a_run_that_has_taken_the_name_is_left_alone(tmp_path, caplog
         writer.write("event", 2, event="b")
     (row,) = read_metrics(run)
     assert row["lost_rows"] == 1
+
+
+def test_the_log_goes_on_in_a_copy_of_the_run_that_has_its_lock(tmp_path):
+    """As when a link to the run folder leads to a copy on another disk now."""
+    run, moved, locked = tmp_path / "run", tmp_path / "moved", []
+    with MetricsWriter(run, is_own=lambda: bool(locked)) as writer:
+        writer.write("train", 1, **train_row(1))
+        shutil.copytree(run, moved)
+        shutil.rmtree(run)
+        moved.rename(run)
+        writer.write("train", 2, **train_row(2))
+        locked.append("at the next save")
+        writer.write("train", 3, **train_row(3))
+        assert writer.lost_rows == 1
+    assert steps_of(run) == [1, 3]
 
 
 def test_rows_are_in_the_file_at_once(tmp_path):

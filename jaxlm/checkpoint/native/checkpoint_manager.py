@@ -142,6 +142,14 @@ class CheckpointManager:
         list_steps = functools.partial(run_folder.list_steps, self.run)
         return self._processes.of_first("steps", list_steps)
 
+    def has_folder(self) -> bool:
+        """Whether this object has locked what is in the place of the run folder now.
+
+        It is False, in process 0, after the folder was replaced and until the next
+        save.
+        """
+        return self._lock is not None and self._lock.is_in_place()
+
     def wait(self) -> None:
         """Waits until no save is in progress.
 
@@ -286,8 +294,8 @@ class CheckpointManager:
         gone = self.run
         if not self._lock.is_held():
             lock = run_folder.RunLock(self.run, self._lock)
-            self._lock.release()
-            self._lock = lock
+            self._lock, before = lock, self._lock
+            before.release()
         elif self._lock.follow_steps(self._are_own):
             gone = self.run / run_folder.CHECKPOINTS
         else:
@@ -361,6 +369,9 @@ class CheckpointManager:
     def _commit(
         self, temporary: Path, step: int, files: dict[str, integrity.Entry]
     ) -> None:
+        if not self.has_folder():
+            # TensorStore makes folders again that are missing: a part is elsewhere.
+            raise ValueError(f"{self.run} was moved or deleted during the save")
         integrity.write_manifest(temporary, files)
         newest = step - 1 if self._last is None else min(self._last, step - 1)
         self._move_aside_after(newest)

@@ -354,6 +354,7 @@ class RunLock:
         while self._descriptor is None:
             probe_writable(run)
             self._descriptor = self._locked(self._path)
+            self._file = os.fstat(self._descriptor)
             if not self.is_held():
                 self.release()
         if (run / CHECKPOINTS).is_symlink():  # The links of two runs can lead there.
@@ -370,9 +371,8 @@ class RunLock:
                 "another run now: those are left alone"
             )
         os.ftruncate(self._descriptor, 0)
-        self.owner = (
-            f"pid {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(4)}"
-        )
+        # The same as before: the first folder may come back.
+        self.owner = earlier.owner if earlier else _new_owner()
         """What the file says of this process: no other one has the second line."""
         os.pwrite(self._descriptor, self.owner.encode(), 0)
         if self._of_target is not None:
@@ -450,8 +450,12 @@ class RunLock:
 
     def is_held(self) -> bool:
         """Whether the file is still there: nobody has deleted or replaced it."""
-        assert self._descriptor is not None
-        return _is_there(self._path, os.fstat(self._descriptor))
+        return _is_there(self._path, self._file)
+
+    def is_in_place(self) -> bool:
+        """Whether nobody has replaced the run folder or the folder of its steps."""
+        steps = self._path.parent / CHECKPOINTS
+        return self.is_held() and _is_there(steps, self._steps)
 
     def release(self) -> None:
         """Releases the lock; a second call does nothing."""
@@ -459,6 +463,10 @@ class RunLock:
             if descriptor is not None:
                 os.close(descriptor)
         self._descriptor = self._of_target = None
+
+
+def _new_owner() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(4)}"
 
 
 def _is_there(path: Path, status: os.stat_result) -> bool:

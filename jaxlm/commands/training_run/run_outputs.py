@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -36,6 +36,8 @@ def run_outputs(
     resumed: bool,
     dataset: Dataset,
     processes: Processes = ALONE,
+    *,
+    is_own: Callable[[], bool],
 ) -> Iterator[tuple[MetricsWriter, ProgressLine]]:
     """Writes the config, the metrics and the report of a run, and shows its progress.
 
@@ -48,6 +50,7 @@ def run_outputs(
       resumed: whether it continues this run.
       dataset: the text of the run.
       processes: those of the run, of which the first writes.
+      is_own: whether a folder that has replaced the run's is the run's too.
     """
     if not processes.is_first:
         yield NoMetrics(), ProgressLine(config.train.steps)
@@ -66,7 +69,10 @@ def run_outputs(
     with _or_warned():
         write_record(run, dataset.texts)
     writer = MetricsWriter(
-        run, resume_step=resume_step, sinks=[LiveReport(run), *sinks]
+        run,
+        resume_step=resume_step,
+        sinks=[LiveReport(run), *sinks],
+        is_own=is_own,
     )
     progress = ProgressLine(settings.steps)
     progress.note(_opening(given, config, dataset, params, resume_step))

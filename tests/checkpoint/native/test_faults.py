@@ -28,7 +28,7 @@ from checkpoint_case import (
 )
 
 from jaxlm.checkpoint.load import load
-from jaxlm.checkpoint.native import checkpoint_manager, integrity
+from jaxlm.checkpoint.native import arrays, checkpoint_manager, integrity
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.run_folder import find_runs, list_steps, move_aside
 from jaxlm.checkpoint.native.save_error import SaveError, save_failed
@@ -460,6 +460,13 @@ def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
         assert line.startswith(f"{run} was deleted or replaced during the run: ")
         _, _, err = run_child(HOLD, run)
         assert f") is training in {run}: " in err
+        # It is moved away, and back when another one has been made in its place.
+        run.rename(tmp_path / "first")
+        save(checkpoints, 3)
+        run.rename(tmp_path / "second")
+        (tmp_path / "first").rename(run)
+        save(checkpoints, 4)
+        assert checkpoints.steps() == [2, 4]
 
 
 def test_a_run_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch):
@@ -498,9 +505,34 @@ def test_a_run_that_has_ended_in_this_ones_place_is_left_alone(tmp_path, monkeyp
         save(checkpoints, 5)
         shutil.copytree(run, moved)
         shutil.rmtree(run)
+        assert not checkpoints.has_folder()
         moved.rename(run)
+        assert not checkpoints.has_folder()
         save(checkpoints, 6)
+        assert checkpoints.has_folder()
         assert checkpoints.steps() == [6] and restore(checkpoints).step == 6
+
+
+def test_a_run_folder_that_is_moved_while_a_step_is_written(tmp_path, monkeypatch):
+    """TensorStore makes what is missing again, and writes the rest of the step there."""
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+    run, moved, said = tmp_path / "run", tmp_path / "moved", []
+    finish_writes = arrays.finish_writes
+
+    def moves_once(*arguments):
+        finish_writes(*arguments)
+        if not moved.exists():
+            run.rename(moved)
+            ignore = shutil.ignore_patterns(".lock", "1")
+            shutil.copytree(moved, run, ignore=ignore)
+
+    with CheckpointManager(run, report=said.append) as checkpoints:
+        save(checkpoints, 1)
+        monkeypatch.setattr(arrays, "finish_writes", moves_once)
+        save(checkpoints, 2)
+        save(checkpoints, 3)
+        assert checkpoints.steps() == [2, 3] and list_steps(moved) == [1]
+    assert "was moved or deleted during the save); " in said[0] and len(said) == 2
 
 
 def test_a_folder_of_steps_that_is_replaced_goes_on_unless_another_runs(
