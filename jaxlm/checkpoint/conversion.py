@@ -67,6 +67,7 @@ def convert(
     if to == "jaxlm" and not with_tokenizer:
         raise ValueError("a jaxlm run contains its tokenizer: it cannot be left out")
     tokenizer = opened.tokenizer() if with_tokenizer else None
+    durable.remove_abandoned(dst)
     if to == "gguf":
         params = opened.params()
         dst.parent.mkdir(parents=True, exist_ok=True)

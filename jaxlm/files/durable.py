@@ -2,13 +2,19 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
 import stat
+import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+# What is written is locked soon after it was made.
+_UNLOCKED_SECONDS = 60.0
 
 
 def sync(path: Path, *, strict: bool = False) -> None:
@@ -50,10 +56,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "cannot write: it is not a file", str(path))
     # Of its own in each process, also where all have the same number, as in containers.
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    temporary = _new_name(path)
     try:
         # Never through a link that somebody has laid.
         with temporary.open("xb") as file:
+            _lock(file.fileno())
             if path.is_file() and not path.is_symlink():
                 mode = stat.S_IMODE(path.stat().st_mode) & 0o777
                 if mode != stat.S_IMODE(os.fstat(file.fileno()).st_mode):
@@ -79,11 +86,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         by where it would be in `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    temporary = _new_name(path)
     try:
         temporary.mkdir()
-        yield temporary
-        rename(temporary, path)
+        with _opened(temporary) as descriptor:
+            _lock(descriptor)
+            yield temporary
+            rename(temporary, path)
     except OSError as e:
         name = Path(os.fsdecode(e.filename or temporary))
         if not name.is_relative_to(temporary):
@@ -92,3 +101,48 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise OSError(e.errno, e.strerror, str(name)) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what killed processes have left of `replacing` or `new_folder`.
+
+    What cannot be removed, or on a file system without locks told from what is being
+    written, stays.
+    """
+    found = list(path.parent.glob(f"{_prefix(path)}*"))
+    if not found:
+        return
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as new:
+        now = os.fstat(new.fileno()).st_mtime  # by the clock of the disk
+        for left in found:
+            with contextlib.suppress(OSError), _opened(left) as descriptor:
+                if now - os.fstat(descriptor).st_mtime < _UNLOCKED_SECONDS:
+                    continue
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+
+
+def _new_name(path: Path) -> Path:
+    return path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}")
+
+
+def _prefix(path: Path) -> str:
+    return f".tmp-of-{zlib.crc32(os.fsencode(path.name)):08x}-"
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Shows that something is being written; the system ends it with the process."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

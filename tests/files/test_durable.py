@@ -4,17 +4,22 @@ import errno
 import os
 import secrets
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from jaxlm.files.durable import new_folder, replacing
+from jaxlm.files.durable import new_folder, remove_abandoned, replacing
 
 
 def test_a_link_in_place_of_the_new_file_is_not_followed(tmp_path, monkeypatch):
     monkeypatch.setattr(secrets, "token_hex", lambda size: "guessed")
     target, page = tmp_path / "notes", tmp_path / "page.html"
     target.write_text("mine")
-    (tmp_path / ".tmp-guessed").symlink_to(target)
+    with replacing(page) as file:
+        (name,) = (f.name for f in tmp_path.iterdir() if f != target)
+    page.unlink()
+    (tmp_path / name).symlink_to(target)
     with pytest.raises(OSError, match="cannot write"), replacing(page) as file:
         file.write(b"a page")
     assert target.read_text() == "mine" and not page.exists()
@@ -65,3 +70,37 @@ def test_a_folder_gets_its_name_when_all_of_it_is_there(tmp_path):
     with taken, new_folder(model):
         pass
     assert [f.name for f in model.iterdir()] == ["x"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from jaxlm.files.durable import new_folder, replacing
+with new_folder(Path(sys.argv[1])) as folder, replacing(folder / "x") as file:
+    file.write(b"weights")
+    with replacing(Path(sys.argv[1])):
+        os._exit(9)
+"""
+
+
+def test_what_a_killed_process_leaves_is_removed_but_not_what_is_written(tmp_path):
+    model, other = tmp_path / "model", tmp_path / "other"
+    for path in (model, other):
+        command = [sys.executable, "-c", KILLED, str(path)]
+        assert subprocess.run(command).returncode == 9
+    left = set(tmp_path.iterdir())
+    assert len(left) == 4
+    remove_abandoned(model)
+    assert set(tmp_path.iterdir()) == left  # They may not be locked yet.
+    for path in left:
+        os.utime(path, (1, 1))
+    with new_folder(model) as folder, replacing(tmp_path / "file") as file:
+        for written in (folder, tmp_path / file.name):
+            os.utime(written, (1, 1))
+        for path in (model, tmp_path / "file"):
+            remove_abandoned(path)
+        assert folder.is_dir() and os.path.exists(file.name)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 4 and {"model", "file"} < names
+    remove_abandoned(other)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "file"}
