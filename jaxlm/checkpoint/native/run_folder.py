@@ -348,6 +348,7 @@ class RunLock:
         self._path = run / LOCK
         self._descriptor: int | None = None
         self._of_target: int | None = None
+        self._of_steps: int | None = None
         # A run that ends without a step deletes the file, perhaps after it was opened
         # here: a third process would then lock another file of this name.
         check_free(run)
@@ -363,7 +364,8 @@ class RunLock:
             except ValueError:
                 self.release()
                 raise
-        self._folder, self._steps = os.stat(run), os.stat(run / CHECKPOINTS)
+        self._folder = os.stat(run)
+        self._open_steps()
         if earlier is not None and list_steps(run) and not self._continues(earlier):
             self.release()
             raise ValueError(
@@ -405,8 +407,15 @@ class RunLock:
         if folder.is_symlink():
             self._of_target = self._locked(folder / LOCK)
             os.pwrite(self._of_target, self.owner.encode(), 0)
-        self._steps = os.stat(folder)
+        self._open_steps()
         return True
+
+    def _open_steps(self) -> None:
+        """Opens the folder of the steps: else some file systems renumber it (FUSE)."""
+        if self._of_steps is not None:
+            os.close(self._of_steps)
+        self._of_steps = os.open(self._path.parent / CHECKPOINTS, os.O_RDONLY)
+        self._steps = os.fstat(self._of_steps)
 
     def _continues(self, earlier: "RunLock") -> bool:
         """Whether this is the folder of another lock, or what it was moved to."""
@@ -459,10 +468,10 @@ class RunLock:
 
     def release(self) -> None:
         """Releases the lock; a second call does nothing."""
-        for descriptor in (self._descriptor, self._of_target):
+        for descriptor in (self._descriptor, self._of_target, self._of_steps):
             if descriptor is not None:
                 os.close(descriptor)
-        self._descriptor = self._of_target = None
+        self._descriptor = self._of_target = self._of_steps = None
 
 
 def _new_owner() -> str:
