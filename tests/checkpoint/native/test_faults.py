@@ -565,7 +565,7 @@ def test_a_folder_of_steps_that_is_replaced_goes_on_unless_another_runs(
         steps.unlink()
         run.rename(tmp_path / "away")
         run.touch()
-        with pytest.raises(SaveError, match="Not a directory"):
+        with pytest.raises(SaveError, match="8 cannot be written"):
             save(checkpoints, 8)
 
 
