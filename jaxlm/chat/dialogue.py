@@ -4,11 +4,9 @@ Answers go to stdout, and everything else to stderr.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from jax.errors import JaxRuntimeError
 
@@ -16,14 +14,14 @@ from jaxlm.chat import transcript
 from jaxlm.chat.prompt import DraftDropped
 from jaxlm.fields import nearest
 from jaxlm.infer.conversation.conversation import Answer, ContextFull, Conversation
-from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
-from jaxlm.terminal.interrupts import Interrupts
+from jaxlm.terminal.interrupts import TextInterrupts
 from jaxlm.terminal.printable import error_line, printable
 from jaxlm.terminal.progress import Waiting
 
 # The end of the program would be that of the conversation: a device or this process
 # without memory, a file that cannot be.
 _SURVIVED = (ValueError, OSError, MemoryError, JaxRuntimeError)
+STOPPING = "stopping as soon as possible; Ctrl-C again ends the program"
 WAIT = "compiling and reading the message"
 KEYS = """\
 //...         send a message that begins with a slash
@@ -119,7 +117,7 @@ class Dialogue:
     def _answer(
         self, ask: Callable[[Callable[[str], bool]], Answer], if_blank: str
     ) -> None:
-        interrupts = _AnswerInterrupts()
+        interrupts = TextInterrupts(STOPPING)
         with interrupts, Waiting(WAIT) as waiting:
 
             def show(text: str) -> bool:
@@ -206,27 +204,6 @@ COMMANDS = {
     "/stats": ("", "tokens, their speed, and how full the context is", Dialogue._stats),
     "/exit": ("", "leave", Dialogue._exit),
 }
-
-
-class _AnswerInterrupts(Interrupts):
-    """Ctrl-C during an answer.
-
-    It is raised while `are_raised` is set: until the first words. After that it is only
-    noted, so that the generation ends in order and keeps its cache.
-    """
-
-    def __init__(self) -> None:
-        # The notice comes below the text that has been shown.
-        notice = "\nstopping as soon as possible; Ctrl-C again ends the program"
-        super().__init__({signal.SIGINT: EXIT_INTERRUPTED}, notice)
-        self.are_raised = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        try:
-            super()._handle(number, frame)
-        except KeyboardInterrupt:
-            if self.are_raised:
-                raise
 
 
 def rate(tokens: int, seconds: float) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import os
-import signal
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -41,14 +40,14 @@ from jaxlm.infer.rules.stop_strings import StopText
 from jaxlm.infer.speculative.proposals import Proposer
 from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.sharding.mesh import make_mesh_of_size
-from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
-from jaxlm.terminal.interrupts import Interrupts
+from jaxlm.terminal.interrupts import TextInterrupts
 from jaxlm.terminal.progress import Waiting
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
 
 # No context is that long, and /dev/zero has no end.
 _MAX_PROMPT_BYTES = 64 << 20
+_STOPPING = "stopping as soon as possible; Ctrl-C again ends at once"
 _BYTES_OF_SAMPLE = 4096  # at least: its objects, and a token
 
 
@@ -157,7 +156,8 @@ def write_samples(
 ) -> Generation:
     """Samples continuations of a text, writes them to stdout, and returns them.
 
-    The first is streamed, unless the form is another (`--json`, `--show-probs`).
+    The first is streamed, unless the form is another (`--json`, `--show-probs`). After
+    Ctrl-C what there is of each is written.
     """
     num_samples = chosen.best_of or chosen.num_samples
     check_memory_of(num_samples)
@@ -187,14 +187,20 @@ def write_samples(
             grammars=[grammar] * num_samples,
             speculate=speculate,
         )
+    shown = result
+    if None in result.ended:  # Some may not have begun.
+        shown = result.take(np.flatnonzero(result.lengths))
     if chosen.best_of:
-        result = result.best(chosen.num_samples)
+        shown = shown.best(chosen.num_samples)
     if not streams:
         form = plain_texts
         if chosen.json or chosen.show_probs:
             form = json_lines if chosen.json else colored_texts
-        for line in form(result, tokenizer, text, sample):
+        for line in form(shown, tokenizer, text, sample):
             print(line)
+    if None in result.ended:
+        raise KeyboardInterrupt
+    result = shown
     if limit < chosen.sample.max_new_tokens and (result.lengths == limit).any():
         print(
             f"stopped after {limit} new tokens: the model's context of "
@@ -249,8 +255,8 @@ class Printer:
     The prompt is printed with the first new tokens, so log lines don't split prompt and
     text, and a rejected prompt isn't printed.
 
-    A KeyboardInterrupt that Python drops (see `Interrupts`) is raised again at the next
-    tokens.
+    Ctrl-C before the first tokens is raised; after them it ends the generation, and
+    what there is of each sample is printed.
     """
 
     def __init__(
@@ -264,13 +270,14 @@ class Printer:
     ):
         """Without `streams`, nothing is printed."""
         self._is_silent = not streams
-        self._interrupts = Interrupts({signal.SIGINT: EXIT_INTERRUPTED})
+        self._interrupts = TextInterrupts(_STOPPING, raises_again=True)
         self._begun = False
         self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
         self._stops = [StopText(stop_strings) for _ in range(num_samples)]
         self._texts = [prompt] * num_samples
 
     def __enter__(self) -> "Printer":
+        self._interrupts.are_raised = True
         self._interrupts.__enter__()
         self._waiting = Waiting("compiling and reading the prompt")
         return self
@@ -287,19 +294,24 @@ class Printer:
 
     def feed(
         self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]
-    ) -> None:
-        """Adds new tokens of each sample; `inside` masks those that are text."""
-        if self._interrupts.received:
-            raise KeyboardInterrupt
+    ) -> bool:
+        """Adds new tokens of each sample; `inside` masks those that are text.
+
+        Returns:
+          Whether the generation should end.
+        """
+        self._interrupts.are_raised = False
         self._waiting.finish()
+        is_over = self._interrupts.received is not None
         if self._is_silent:
-            return
+            return is_over
         self._add(
             stop.feed("".join(stream.feed(int(t)) for t in row[mask]))
             for stop, stream, row, mask in zip(
                 *(self._stops, self._streams, new, inside), strict=True
             )
         )
+        return is_over
 
     def _add(self, texts: Iterable[str]) -> None:
         shown = len(self._texts[0]) if self._begun else 0

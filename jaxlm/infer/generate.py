@@ -55,6 +55,8 @@ class Generation:
     """New tokens only, int32; 0 after the end of a row."""
     lengths: Int[np.ndarray, " B"]
     """Number of new tokens of each row, without the stop token."""
+    ended: list[str | None]
+    """What has ended each row, "stop" or "length"; None where `on_tokens` did."""
     logprobs: Float[np.ndarray, "B max_new_tokens"]
     """Log-probability of each token among the tokenizer's ids, f32, before any rule or
     temperature; 0 after the end."""
@@ -102,14 +104,18 @@ class Generation:
 
         Without the state, which is that of all rows.
         """
-        chosen = np.argsort(-self.mean_logprobs, kind="stable")[:count]
+        return self.take(np.argsort(-self.mean_logprobs, kind="stable")[:count])
+
+    def take(self, chosen: Int[np.ndarray, " n"]) -> "Generation":
+        """Returns the rows of these numbers, without the state of all."""
         arrays = {
             field.name: value[chosen]
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), np.ndarray)
         }
+        ended = [self.ended[row] for row in chosen]
         traces = [self.traces[row] for row in chosen]
-        return replace(self, **arrays, traces=traces, state=None)
+        return replace(self, **arrays, ended=ended, traces=traces, state=None)
 
 
 def generate(
@@ -273,6 +279,7 @@ def _collected(
     return Generation(
         tokens=padded("tokens"),
         lengths=np.array([sum(len(p.tokens) for p in t) for t in texts], np.int32),
+        ended=[text[-1].ended if text else None for text in texts],
         logprobs=padded("logprobs"),
         top_tokens=padded("top_tokens"),
         top_logprobs=padded("top_logprobs"),

@@ -6,6 +6,7 @@ signal at once, acknowledges it, and ends the process at the second one.
 """
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from jaxlm.terminal.exit_codes import EXIT_INTERRUPTED
 from jaxlm.terminal.room import has_room
 
 # A main thread that has not answered by then runs compiled code.
@@ -161,6 +163,31 @@ class Interrupts(contextlib.AbstractContextManager):
         with contextlib.suppress(BlockingIOError):  # The handler was faster.
             return not self._heard.recv(1, socket.MSG_PEEK)
         return False
+
+
+class TextInterrupts(Interrupts):
+    """Ctrl-C while a text is generated.
+
+    It is raised while `are_raised` is set: until the first words. After that it is only
+    noted, so that the generation ends in order, and what there is can be shown; with
+    `raises_again` a second one is raised.
+    """
+
+    def __init__(self, notice: str, *, raises_again: bool = False) -> None:
+        # The notice comes below the text that has been shown.
+        super().__init__({signal.SIGINT: EXIT_INTERRUPTED}, f"\n{notice}")
+        self.are_raised, self._raises_again = False, raises_again
+        self._noted_at = math.inf
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        is_again = now - self._noted_at > _CTRL_C_REPEAT_SECONDS
+        try:
+            super()._handle(number, frame)
+        except KeyboardInterrupt:
+            if self.are_raised or (is_again and self._raises_again):
+                raise
+            self._noted_at = min(self._noted_at, now)
 
 
 def _is_ignored(number: int) -> bool:

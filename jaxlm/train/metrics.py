@@ -6,6 +6,7 @@ each line is valid JSON. The last field of a row is the CRC-32 of the row withou
 that damage which leaves valid JSON is seen too; rows of earlier versions have none.
 """
 
+import collections
 import contextlib
 import errno
 import io
@@ -26,6 +27,7 @@ from jaxlm.terminal.printable import error_line, shown_value
 
 FILE_NAME = "metrics.jsonl"
 MAX_BYTES = 1 << 30  # of a log: about four million rows
+MAX_WAITING = 20_000  # rows that are kept while they cannot be written
 PREVIOUS, DAMAGED = "metrics.previous.jsonl", "metrics.damaged.jsonl"
 
 # The required fields of each kind of row; a row may have more.
@@ -209,9 +211,10 @@ class MetricsWriter(contextlib.AbstractContextManager):
     Each row is a single write, so a killed process loses no earlier row and leaves at
     most half of one, which the next start removes. Nothing here ends a run: damaged
     lines are moved to `metrics.damaged.jsonl`, or `metrics.damaged-2.jsonl` and so on;
-    if the file cannot be written (a full disk), it warns once and tries again with each
-    row; a file that was deleted is begun anew, but not that of another run, which has
-    taken the name of this one; and a sink that fails gets no more rows.
+    if the file cannot be written (a full disk), it warns once, keeps the rows in memory
+    and tries again with each row and each save; a file that was deleted is begun anew,
+    but not that of another run, which has taken the name of this one; and a sink that
+    fails gets no more rows.
     """
 
     def __init__(
@@ -239,7 +242,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self.last_before: dict[str, Any] | None = None
         """The last training row of the start before, kept or not."""
         self.lost_rows = 0
-        """Number of rows that could not be written."""
+        """Number of rows that could not be written, nor kept until they could."""
+        self._waiting: collections.deque[bytes] = collections.deque()
         self._warned = False
         self._sinks, self._is_own = list(sinks), is_own
         self._file: io.FileIO | None = None
@@ -326,7 +330,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
         row = _encode({"kind": kind, "step": step, **values})
         if self.lost_rows:
             row["lost_rows"] = self.lost_rows  # makes the gap visible
-        self._append(_to_line(row))
+        self._waiting.append(_to_line(row))
+        self._append()
         if kind == "train":
             self.last_train = _decode(dict(row))
         for sink in tuple(self._sinks):
@@ -336,28 +341,36 @@ class MetricsWriter(contextlib.AbstractContextManager):
                 self._sinks.remove(sink)
                 _warn(sink, error)
 
-    def _append(self, line: bytes) -> None:
+    def _append(self) -> None:
+        """Writes the rows that wait, in order, as far as that is possible."""
         try:
-            file = self._file
-            if file is None or not self._is_there(file):
-                file = self._open()
-            # Somebody else may have cut the file, or added to it.
-            size = os.fstat(file.fileno()).st_size
-            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                line = b"\n" + line
-            try:
-                while line:  # The system may take a part.
-                    count = file.write(line)
-                    if not count:
-                        raise OSError("nothing was written")
-                    line = line[count:]
-            except OSError:
-                with contextlib.suppress(OSError):  # It may be a device.
-                    file.truncate(size)
-                raise
+            while self._waiting:
+                self._append_line(self._waiting[0])
+                self._waiting.popleft()
         except OSError as error:
-            self.lost_rows += 1
             self._warn_of(error)
+            if len(self._waiting) > MAX_WAITING:
+                self._waiting.popleft()
+                self.lost_rows += 1
+
+    def _append_line(self, line: bytes) -> None:
+        file = self._file
+        if file is None or not self._is_there(file):
+            file = self._open()
+        # Somebody else may have cut the file, or added to it.
+        size = os.fstat(file.fileno()).st_size
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line
+        try:
+            while line:  # The system may take a part.
+                count = file.write(line)
+                if not count:
+                    raise OSError("nothing was written")
+                line = line[count:]
+        except OSError:
+            with contextlib.suppress(OSError):  # It may be a device.
+                file.truncate(size)
+            raise
 
     def _open(self) -> io.FileIO:
         if self._file is not None:
@@ -385,6 +398,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
         After a power cut a run goes on from that step, and does not write them again.
         """
+        self._append()
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
@@ -400,13 +414,18 @@ class MetricsWriter(contextlib.AbstractContextManager):
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s cannot be written (%s): training goes on, rows are lost until it "
-                "can",
+                "%s cannot be written (%s): training goes on, and its rows wait "
+                "until it can",
                 *(self.path, error.strerror or error),
             )
 
     def close(self, failed: bool = False) -> None:
         """Closes the file and the sinks; no more rows can be written."""
+        self._append()
+        if self._waiting:
+            self.lost_rows += len(self._waiting)
+            self._waiting.clear()
+            logger.warning("%s lacks %d rows", self.path, self.lost_rows)
         if self._file is not None:
             self._file.close()
         for sink in self._sinks:

@@ -1,6 +1,5 @@
 """sample.py in child processes, on a run made without training."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -413,14 +412,44 @@ def test_a_reader_that_leaves_ends_the_program_without_a_word(home, repository):
     assert [line for line in err.splitlines() if " ..." not in line] == []
 
 
-def test_an_interrupt_that_python_drops_is_raised_at_the_next_tokens():
+def test_an_interrupt_is_raised_before_the_text_and_ends_it_after_that():
+    """It may be dropped by Python where it is raised."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Printer(TOKENIZER, "", 1) as printer:
-        printer.feed(*A)
-        with contextlib.suppress(KeyboardInterrupt):
+    with Printer(TOKENIZER, "", 1) as printer:
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        printer.feed(*A)
+        assert printer.feed(*A)
+    with Printer(TOKENIZER, "", 1) as printer:
+        assert not printer.feed(*A)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # as by a terminal and a shell
+        assert printer.feed(*A)
+        printer._interrupts._noted_at -= 1
+        with pytest.raises(KeyboardInterrupt):  # Nobody may read what is printed.
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--best-of", "3"], []])
+def test_ctrl_c_shows_what_there_is_of_all_samples(home, monkeypatch, capsys, flags):
+    feed = Printer.feed
+
+    def interrupted(printer, *tokens):
+        printer._interrupts.are_raised = False
+        signal.raise_signal(signal.SIGINT)
+        return feed(printer, *tokens)
+
+    monkeypatch.setattr(Printer, "feed", interrupted)
+    monkeypatch.chdir(home[0])
+    command = ["sample", "runs/tiny", "--prompt", "a", "--num-samples", "2", *flags]
+    assert main(command) == 130
+    out = capsys.readouterr().out
+    if flags == ["--json"]:
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert [len(row["tokens"]) for row in rows] == [1, 1]
+        assert [row["ended"] for row in rows] == 2 * ["interrupted"]
+    else:
+        assert "--- sample 1\na" in out and "--- sample 2\na" in out
 
 
 @pytest.mark.parametrize("num_samples, header", [(1, ""), (2, "--- sample 1\n")])

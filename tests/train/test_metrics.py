@@ -189,8 +189,7 @@ def test_the_log_of_a_run_that_has_taken_the_name_is_left_alone(tmp_path, caplog
         assert "the folder is that of another run now" in caplog.text
         (run / "metrics.jsonl").unlink()
         writer.write("event", 2, event="b")
-    (row,) = read_metrics(run)
-    assert row["lost_rows"] == 1
+    assert [row["event"] for row in read_metrics(run)] == ["a", "b"]
 
 
 def test_the_log_goes_on_in_a_copy_of_the_run_that_has_its_lock(tmp_path):
@@ -263,9 +262,35 @@ def test_a_full_disk_warns_once_and_goes_on(tmp_path, caplog):
     with MetricsWriter(tmp_path) as writer:
         writer.write("train", 1, **train_row(1))
         writer.write("train", 2, **train_row(2))
-        assert writer.lost_rows == 2
-    (line,) = caplog.messages
+        writer.sync()
+        assert writer.lost_rows == 0
+    line, lost = caplog.messages
     assert "No space left" in line and "training goes on" in line
+    assert lost.endswith("lacks 2 rows") and writer.lost_rows == 2
+
+
+def test_rows_wait_for_room_and_are_there_before_the_next_step(tmp_path, monkeypatch):
+    """As while a disk is full for an hour; only so many are kept."""
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jaxlm.train.metrics.MAX_WAITING", 3)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, **train_row(1))
+        for last in (3, 8):
+            with monkeypatch.context() as patch:
+                patch.setattr("jaxlm.train.metrics.io.FileIO", Full)
+                writer._open()
+                for step in range(writer.last_train["step"] + 1, last + 1):
+                    writer.write("train", step, **train_row(step))
+            writer._open()
+            writer.sync()
+        writer.write("train", 9, **train_row(9))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 6, 7, 8, 9]
+    assert [row.get("lost_rows") for row in rows[-3:]] == [None, 1, 2]
 
 
 def test_later_rows_are_dropped_when_there_is_room_for_that(tmp_path, monkeypatch):
@@ -281,8 +306,8 @@ def test_later_rows_are_dropped_when_there_is_room_for_that(tmp_path, monkeypatc
         writer.write("train", 3, **train_row(3))
     with writer:
         writer.write("event", 4, event="there is room")
-        assert writer.last_train["step"] == 3 and writer.lost_rows == 1
-    assert steps_of(tmp_path) == [1, 2, 4]
+        assert writer.last_train["step"] == 3
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
 
 
 def test_rows_are_on_the_disk_before_the_step_that_they_belong_to(
@@ -321,9 +346,7 @@ def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
         writer.write("train", 4, **train_row(4))
-    rows = read_metrics(tmp_path)
-    assert [row["step"] for row in rows] == [1, 4]
-    assert rows[1]["lost_rows"] == 2
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_row_that_the_system_takes_in_parts_is_whole(tmp_path, monkeypatch):

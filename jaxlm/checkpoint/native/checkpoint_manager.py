@@ -179,8 +179,9 @@ class CheckpointManager:
         """Starts saving a state and returns when its arrays may be overwritten.
 
         A step that this object has just saved or restored is not written again. Steps
-        after the restored one belong to an abandoned continuation of the run: they are
-        moved to `RUN/old-N/`. A save that fails is tried once more, unless the arrays
+        after the restored one belong to an abandoned continuation of the run, and all
+        that are there if nothing was restored to another run: they are moved to
+        `RUN/old-N/`. A save that fails is tried once more, unless the arrays
         are spread over several processes: none of them could write all. A run folder
         that was deleted is made again.
 
@@ -373,7 +374,9 @@ class CheckpointManager:
             # TensorStore makes folders again that are missing: a part is elsewhere.
             raise ValueError(f"{self.run} was moved or deleted during the save")
         integrity.write_manifest(temporary, files)
-        newest = step - 1 if self._last is None else min(self._last, step - 1)
+        # Steps that are there before anything was restored are of another run, and
+        # would be deleted as older steps of this one.
+        newest = -1 if self._last is None else min(self._last, step - 1)
         self._move_aside_after(newest)
         self._manifest = (temporary / integrity.MANIFEST).read_bytes()
         durable.rename(temporary, self._folder(step))
@@ -476,5 +479,6 @@ class CheckpointManager:
             return None
         old = run_folder.move_aside(self.run, later)
         names = ", ".join(map(str, later))
-        self._report(f"moved steps {names} to {old}: the run continues from {step}")
+        why = f"the run continues from {step}" if step >= 0 else "none was restored"
+        self._report(f"moved steps {names} to {old}: {why}")
         return old

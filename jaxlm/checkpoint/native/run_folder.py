@@ -264,8 +264,8 @@ def probe_writable(run: Path) -> None:
     """Creates the run folder and checks that files can be created and renamed in it.
 
     Raises:
-      ValueError: if the folder is not writable, or on a file system that cannot wait
-        until names are on the disk.
+      ValueError: if the folder is not writable, has a name under which nothing can be
+        saved, or is on a file system that cannot wait until names are on the disk.
     """
     try:
         str(run).encode()
@@ -279,6 +279,12 @@ def probe_writable(run: Path) -> None:
             f"the name of the run folder {run} is not UTF-8: choose another with "
             "--train.run-dir"
         ) from None
+    if "\\" in str(run) or {"gs:", "s3:"} & {*run.parts}:
+        raise ValueError(
+            f"the run folder {run} has a name that TensorStore reads as another path "
+            "(a backslash, or a folder gs: or s3:): choose another with "
+            "--train.run-dir, or rename the folder"
+        )
     if len(run.parts) > 200:  # pathlib makes them by recursion
         raise ValueError(f"the run folder {run} is {len(run.parts)} levels deep")
     try:

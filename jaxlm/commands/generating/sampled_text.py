@@ -55,16 +55,17 @@ def json_lines(
 ) -> Iterator[str]:
     """Formats each sample as a line of JSON.
 
-    Its fields: `prompt`; `text`, the new one; `ended`, by "stop" or "length"; `tokens`,
-    those of a stop string included; `logprobs` of each, in nats, under the model's own
-    distribution; `top_tokens` and `top_logprobs` if they were asked for.
+    Its fields: `prompt`; `text`, the new one; `ended`, by "stop" or "length", or
+    "interrupted"; `tokens`, those of a stop string included; `logprobs` of each, in
+    nats, under the model's own distribution; `top_tokens` and `top_logprobs` if they
+    were asked for.
     """
     for i, row in enumerate(result.rows):
         length = len(row)
         line = {
             "prompt": prompt,
             "text": until_stop(tokenizer.decode(row), sample.stop_strings),
-            "ended": _ended(tokenizer, row, sample),
+            "ended": result.ended[i] or "interrupted",
             "tokens": row.tolist(),
             "logprobs": _numbers(result.logprobs[i, :length]),
         }
@@ -72,13 +73,6 @@ def json_lines(
             line["top_tokens"] = result.top_tokens[i, :length].tolist()
             line["top_logprobs"] = _numbers(result.top_logprobs[i, :length])
         yield json.dumps(line, ensure_ascii=False)
-
-
-def _ended(tokenizer: Tokenizer, row: np.ndarray, sample: SampleConfig) -> str:
-    stop = StopText(sample.stop_strings)
-    stop.feed(tokenizer.decode(row))
-    is_full = len(row) == sample.max_new_tokens
-    return "length" if is_full and not stop.is_stopped else "stop"
 
 
 def _numbers(values: np.ndarray) -> list:

@@ -24,7 +24,7 @@ from checkpoint_case import (
 from jaxlm.checkpoint.load import load, load_tokenizer
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.integrity import state_hash
-from jaxlm.checkpoint.native.run_folder import find_runs
+from jaxlm.checkpoint.native.run_folder import find_runs, list_steps
 from jaxlm.checkpoint.native.save_error import StateNotFinite
 from jaxlm.checkpoint.native.step_folder import NoUsableCheckpoint
 from jaxlm.config import TrainConfig
@@ -374,3 +374,15 @@ def test_a_named_step_that_is_missing_or_damaged_moves_nothing(tmp_path):
             f"{tmp_path} has no checkpoint of step 7: it has steps 1, 2"
         )
         assert checkpoints.steps() == [1, 2]
+
+
+def test_steps_of_a_run_that_was_not_restored_are_moved_and_not_deleted(tmp_path):
+    """By a loop of one's own: as older steps they would be deleted."""
+    run_with_steps(tmp_path, 3, 4, 9)
+    said, report = lines()
+    with CheckpointManager(tmp_path, keep=1, report=report) as checkpoints:
+        save(checkpoints, 6)
+        save(checkpoints, 7)
+        assert checkpoints.steps() == [7]
+    assert said == [f"moved steps 3, 4, 9 to {tmp_path / 'old-1'}: none was restored"]
+    assert list_steps(tmp_path / "old-1") == [3, 4, 9]

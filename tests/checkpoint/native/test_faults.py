@@ -683,3 +683,13 @@ def test_fresh_moves_metrics_without_steps_too(tmp_path):
     with CheckpointManager(tmp_path, fresh=True, report=lambda line: None):
         assert not (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "old-1/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["a\\b", "gs:/run", "s3:"])
+def test_a_name_under_which_nothing_can_be_saved_is_refused_at_the_start(
+    tmp_path, name
+):
+    """TensorStore takes them for other paths, and writes there."""
+    with pytest.raises(ValueError, match="TensorStore reads as another path"):
+        CheckpointManager(tmp_path / name)
+    assert not list(tmp_path.iterdir())

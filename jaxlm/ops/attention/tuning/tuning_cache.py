@@ -3,7 +3,9 @@
 `tuning.py` measures them; each implementation reads its own settings.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,8 +53,8 @@ def measured(key: str, default: T) -> T:
             raise TypeError(f"{key!r} has a size that is not a whole number above 0")
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: {one_line(str(error))}; delete it, or run `jaxlm tune attention` "
-            "again"
+            f"{path}: {one_line(str(error))}; delete it, and run `jaxlm tune "
+            "attention` again"
         ) from None
     return found
 
@@ -61,8 +63,12 @@ def record(key: str, settings: Any, fields: tuple[str, ...]) -> Path:
     """Writes the fields measured for `key`, keeps the rest, and returns the path."""
     path = settings_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
-    old[key] = {**old.get(key, {}), **{f: getattr(settings, f) for f in fields}}
-    with replacing(path) as file:
-        file.write(json.dumps(old, indent=1).encode())
+    with open(path.with_suffix(".lock"), "wb") as lock:
+        # Another process may record what it has measured at the same time.
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        old = parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
+        old[key] = {**old.get(key, {}), **{f: getattr(settings, f) for f in fields}}
+        with replacing(path) as file:
+            file.write(json.dumps(old, indent=1).encode())
     return path

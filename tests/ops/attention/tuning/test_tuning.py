@@ -1,13 +1,16 @@
 """Block sizes are measured, recorded and used."""
 
+import contextlib
 import importlib
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxlm.cli import main
+from jaxlm.files.durable import replacing
 from jaxlm.ops.attention import dense
 from jaxlm.ops.attention.tuning.tuning import TUNABLE, tune
 from jaxlm.ops.attention.tuning.tuning_cache import (
@@ -96,6 +99,26 @@ def test_a_damaged_file_is_named(text):
     settings_file().write_text(text.replace("KEY", key))
     with pytest.raises(ValueError, match=r"attention\.json: .*jaxlm tune attention"):
         dense.settings_for(q)
+
+
+def test_two_that_record_at_once_keep_what_the_other_has_measured(monkeypatch):
+    other = threading.Thread(
+        target=record, args=("b", dense.DenseSettings(128), ("block",))
+    )
+
+    @contextlib.contextmanager
+    def slow(path):
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(0.2)  # It would have ended by then.
+        with replacing(path) as file:
+            yield file
+
+    module = "jaxlm.ops.attention.tuning.tuning_cache.replacing"
+    monkeypatch.setattr(module, slow)
+    record("a", dense.DenseSettings(64), ("block",))
+    other.join()
+    assert set(json.loads(settings_file().read_text())) == {"a", "b"}
 
 
 def test_groups_name_fields_that_exist():
