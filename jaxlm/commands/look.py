@@ -14,6 +14,7 @@ from jaxlm.checkpoint.load import load_onto_mesh, open_checkpoint
 from jaxlm.checkpoint.native.run_folder import newest_run
 from jaxlm.commands.process import use_compile_cache
 from jaxlm.config import ModelConfig
+from jaxlm.files.durable import check_room_for
 from jaxlm.flags.arguments import LookArguments
 from jaxlm.interp.jacobian_lens import (
     fit_jacobian_lens,
@@ -107,6 +108,7 @@ def _lens(
         return read_jacobian_lens(model, path, params)
     if path.exists():
         read_jacobian_lens(model, path)  # Nothing else is replaced.
+    check_room_for(path)
     with Waiting(f"making a lens of {rows.size} tokens"):
         # The first tokens are unlike the others, as `jacobian_lens` says.
         jacobian = fit_jacobian_lens(model, params, rows, skip=rows.shape[1] // 8)

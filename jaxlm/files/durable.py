@@ -77,6 +77,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def check_room_for(path: Path) -> None:
+    """Makes the folder of a file that is written later, after long work.
+
+    Raises:
+      OSError: if no file can be made there; names `path` and the reason.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=".tmp-", dir=path.parent):
+            pass
+    except OSError as e:
+        raise OSError(e.errno, f"cannot write: {e.strerror}", str(path)) from e
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a new folder to fill, which is named `path` at the end if nothing failed.

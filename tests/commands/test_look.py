@@ -12,6 +12,7 @@ from jaxlm.checkpoint.hf.safetensors_file import write_safetensors
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
 from jaxlm.commands.generating.generation_page import write_generation
+from jaxlm.commands.look import _lens
 from jaxlm.config import SampleConfig
 from jaxlm.flags.arguments import SampleArguments, read_arguments
 from jaxlm.interp.jacobian_lens import read_jacobian_lens
@@ -64,6 +65,24 @@ def test_the_page_of_a_text(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*text, *more])
     assert "is no Jacobian lens" in capsys.readouterr().err
+
+
+def test_a_lens_is_made_only_where_it_can_be_written(tmp_path, monkeypatch):
+    """It may take hours, and was lost."""
+    made = []
+
+    def fit(config, *_, **options):
+        made.append(options)
+        return np.ones((config.num_layers, *2 * [config.model_dim]), np.float32)
+
+    monkeypatch.setattr("jaxlm.commands.look.fit_jacobian_lens", fit)
+    rows = np.zeros((1, 8), np.int32)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write"):
+        _lens(CONFIG, PARAMS, rows, tmp_path / "file" / "lens.safetensors")
+    assert not made
+    lens = tmp_path / "new" / "folder" / "lens.safetensors"
+    assert _lens(CONFIG, PARAMS, rows, lens).any() and lens.is_file()
 
 
 @pytest.mark.slow
