@@ -339,6 +339,7 @@ def damaged(folder, meta, item, wanted):
     return read
 
 with CheckpointManager(sys.argv[1], report=lines.append) as checkpoints:
+    restore(checkpoints, abstract(state))
     with jax.set_mesh(mesh8):
         save(checkpoints, 3, jax.device_put((back.params, back.opt_state), from8))
     for mesh, wanted in ((mesh8, from8), (mesh4, from4)):

@@ -79,11 +79,9 @@ def live_run(tmp_path, monkeypatch):
         model = toy(num_layers=1, vocab_size=len(characters), context_length=32)
         config = Config(model=model, data=DataConfig(sequence_length=8))
         state = make_params(model, seed=step), {}
-        with CheckpointManager(run, keep=2) as checkpoints:
-            tokenizer = CharTokenizer(characters)
-            save(checkpoints, step, state, config=config, tokenizer=tokenizer)
+        tokenizer = CharTokenizer(characters)
+        save(checkpoints, step, state, config=config, tokenizer=tokenizer)
 
-    save_step(1, "abcdefgh\n")
     real = NativeCheckpoint.__init__
 
     def open_and_save(self, *arguments):
@@ -92,8 +90,10 @@ def live_run(tmp_path, monkeypatch):
         if len(opened) == 1:
             save_step(2, "ABCDEFGHIJK\n")
 
-    monkeypatch.setattr(NativeCheckpoint, "__init__", open_and_save)
-    return run, opened
+    with CheckpointManager(run, keep=2) as checkpoints:
+        save_step(1, "abcdefgh\n")
+        monkeypatch.setattr(NativeCheckpoint, "__init__", open_and_save)
+        yield run, opened
 
 
 @pytest.mark.slow
