@@ -80,7 +80,8 @@ def fit(
         with `train.skip_spikes`, at the first that is one too many in a row, or whose
         held-out loss is not. Checkpoints saved before it are untouched.
       ValueError: when `batches` raises it; the steps before are saved. So they are for
-        whatever an evaluation, a sample or a look raises.
+        whatever else it raises, or an evaluation, a sample or a look, in a run of one
+        process.
     """
     train = config.train
     train_step = make_train_step(config, optimizer)
@@ -108,9 +109,10 @@ def fit(
         # Step. JAX returns after dispatch, before the device has computed it.
         try:
             batch = log.timed_next(batches)
-        except ValueError:  # The text cannot be read any more.
+        except Exception as error:  # The text cannot be read, or memory is short.
             step -= 1
-            save_rest()
+            if isinstance(error, ValueError) or processes.count == 1:
+                save_rest()
             raise
         with profile.of(step):
             if step == first:
@@ -148,8 +150,8 @@ def fit(
             raise
         if stop.is_requested():
             break
-    profile.close()
     save_rest()
+    profile.close()
     stop.is_requested()  # A signal during the last save is answered too.
     return state, stop.exit_code or EXIT_DONE
 

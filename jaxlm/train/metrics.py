@@ -281,14 +281,6 @@ class MetricsWriter(contextlib.AbstractContextManager):
             )
             return
         log = _parse(data, self.path)
-        if log.damaged:
-            damaged = self._new_file(DAMAGED)
-            with open(damaged, "xb") as file:
-                file.writelines(line + b"\n" for line, _ in log.damaged)
-            logger.warning(
-                "%s; moved to %s (%d damaged in all), and the log goes on",
-                *(log.damaged[0][1], damaged.name, len(log.damaged)),
-            )
         kept = [(line, row) for line, row in log.rows if row["step"] <= step]
         trains = [row for _, row in log.rows if row["kind"] == "train"]
         self.last_before = trains[-1] if trains else None
@@ -300,6 +292,18 @@ class MetricsWriter(contextlib.AbstractContextManager):
             return
         with replacing(self.path) as file:
             file.write(text)
+            file.flush()  # With a full disk it fails here, and nothing is set aside.
+            if log.damaged:
+                self._set_aside(log.damaged)
+
+    def _set_aside(self, lines: Sequence[tuple[bytes, ValueError]]) -> None:
+        damaged = self._new_file(DAMAGED)
+        with replacing(damaged) as file:
+            file.writelines(line + b"\n" for line, _ in lines)
+        logger.warning(
+            "%s; moved to %s (%d damaged in all), and the log goes on",
+            *(lines[0][1], damaged.name, len(lines)),
+        )
 
     def _new_file(self, name: str) -> Path:
         """Returns a path beside the log that nothing has yet."""

@@ -1,17 +1,25 @@
 """Writes a trace of some steps for xprof (`train.profile.steps`)."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxlm.terminal.printable import error_line
+
 FOLDER = "profile"
+
+logger = logging.getLogger(__name__)
 
 
 class StepProfile:
-    """Traces the steps of a range, each with its number, into `RUN/profile/`."""
+    """Traces the steps of a range, each with its number, into `RUN/profile/`.
+
+    A trace that cannot be written is given up, with a warning: training goes on.
+    """
 
     def __init__(self, steps: range, run_dir: Path | str):
         """`steps` may be empty: then nothing is ever traced."""
@@ -25,8 +33,9 @@ class StepProfile:
             yield
             return
         if not self._is_on:
-            jax.profiler.start_trace(self._folder)
-            self._is_on = True
+            with self._or_given_up():
+                jax.profiler.start_trace(self._folder)
+                self._is_on = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
@@ -40,4 +49,16 @@ class StepProfile:
         """Writes a trace whose last step was not reached."""
         if self._is_on:
             self._is_on = False
-            jax.profiler.stop_trace()
+            with self._or_given_up():
+                jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _or_given_up(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # JAX raises several types, also for a full disk.
+            self._steps = range(0)
+            logger.warning(
+                "%s: no trace is written (%s), training goes on",
+                *(self._folder, error_line(error)),
+            )

@@ -1,5 +1,7 @@
 """A damaged `metrics.jsonl`: what is damaged is seen, set aside, and stops nothing."""
 
+import contextlib
+import errno
 import json
 import random
 import shutil
@@ -103,3 +105,26 @@ def test_a_folder_in_its_place_at_the_start_is_one_line(tmp_path, caplog):
     line, lost = caplog.messages
     assert "Is a directory): training goes on, and its rows wait until it can" in line
     assert lost.endswith("lacks 1 rows")
+
+
+def test_damaged_lines_are_set_aside_once_and_not_with_each_row(log, monkeypatch):
+    """While the disk is full, and the log cannot be written without them."""
+    log.write_bytes(log.read_bytes().replace(b"loss", b"lxss", 1))
+
+    @contextlib.contextmanager
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    before = set(log.parent.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxlm.train.metrics.replacing", full)
+        writer = MetricsWriter(log.parent, resume_step=STEPS)
+        write_row(writer, 9)
+        write_row(writer, 10)
+        assert set(log.parent.iterdir()) == before
+    with writer:
+        write_row(writer, 11)
+    (new,) = set(log.parent.iterdir()) - before
+    assert new.name == "metrics.damaged.jsonl"
+    assert [row["step"] for row in read_metrics(log.parent)][-3:] == [9, 10, 11]

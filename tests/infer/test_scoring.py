@@ -9,11 +9,12 @@ from scipy.special import log_softmax
 from toy_case import make_params, toy
 
 from jaxlm import tree
-from jaxlm.config import SampleConfig
+from jaxlm.config import MeshConfig, SampleConfig
 from jaxlm.infer import scoring
 from jaxlm.infer.generate import generate
 from jaxlm.infer.scoring import score
 from jaxlm.model.transformer import forward
+from jaxlm.sharding.mesh import make_mesh
 
 CONFIG = toy()
 PARAMS = make_params(CONFIG, std=0.5)
@@ -55,6 +56,14 @@ def test_scores_of_generated_tokens_are_the_log_probabilities_of_the_result():
     texts = [[*p, *new] for p, new in zip(prompts, result.tokens.tolist(), strict=True)]
     for i, found in enumerate(score(CONFIG, PARAMS, texts, num_tokens=40)):
         np.testing.assert_allclose(found[-12:], result.logprobs[i], atol=1e-5)
+
+
+def test_one_text_on_a_mesh():
+    """As the last row of what `jaxlm eval` reads; JAX 0.12 cannot roll it."""
+    (alone,) = score(CONFIG, PARAMS, TEXTS[2:3])
+    with jax.set_mesh(make_mesh(MeshConfig(data=1))):
+        (found,) = score(CONFIG, PARAMS, TEXTS[2:3])
+    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_texts_of_other_lengths_compile_nothing(compilations):

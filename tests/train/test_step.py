@@ -22,6 +22,7 @@ from jaxlm.config import (
     DataConfig,
     MeshConfig,
     OptimizerConfig,
+    ProfileConfig,
     TrainConfig,
 )
 from jaxlm.model.transformer import forward
@@ -391,23 +392,56 @@ def test_rates_hold_for_training_alone_whenever_the_run_is_evaluated(
     assert rows[-1]["wall_s"] == pytest.approx(8 * step_s)
 
 
-def test_the_steps_before_a_text_that_cannot_be_read_are_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [ValueError("tokens.bin is damaged"), MemoryError("is damaged")]
+)
+def test_the_steps_before_a_text_that_cannot_be_read_are_saved(
+    tmp_path, monkeypatch, error
+):
+    """Or for which there is no memory."""
+
     def train_step(state, batch):
         metrics = StepMetrics(1.0, 1.0, 1.0, 1.0)
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     def batches():
         yield from 3 * [BATCH]
-        raise ValueError("tokens.bin is damaged")
+        raise error
 
     saved = []
     hooks = Hooks(save=lambda state: saved.append(int(state.step)))
     monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(type(error), match="is damaged"):
         Trial(tmp_path, config_of(log_every=2), batches(), hooks)
     assert saved == [3]
     rows = [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"]
     assert rows == [2]
+
+
+@pytest.mark.parametrize("call", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_written_ends_no_run(
+    tmp_path, monkeypatch, caplog, call
+):
+    def train_step(state, batch):
+        metrics = StepMetrics(1.0, 1.0, 1.0, 1.0)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    def fail(*_):
+        raise JaxRuntimeError("FAILED_PRECONDITION: profile is not a directory")
+
+    saved = []
+    hooks = Hooks(save=lambda state: saved.append(int(state.step)))
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
+    for name in ("start_trace", "stop_trace"):
+        result = fail if name == call else lambda *_: None
+        monkeypatch.setattr(jax.profiler, name, result)
+    # The last trace would be written at the end of the run.
+    config = config_of(steps=5, checkpoint_every=2)
+    config = dataclasses.replace(config, profile=ProfileConfig(steps="3:9"))
+    Trial(tmp_path, config, 5 * [BATCH], hooks)
+    assert saved == [2, 4, 5]
+    (line,) = caplog.messages
+    assert "profile: no trace is written (FAILED_PRECONDITION: " in line
 
 
 @pytest.mark.slow

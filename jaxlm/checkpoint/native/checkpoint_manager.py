@@ -16,6 +16,7 @@ import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ class CheckpointManager:
         self._keep, self._keep_every, self._report = keep, keep_every, report
         self._handler = arrays.new_handler()
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._errors: list[BaseException] = []  # at most one, to be raised
+        self._at_exit = weakref.finalize(self, _tell, self._errors, report)
         # Whether the arrays may be overwritten, and whether the save had ended by then.
         self._copied, self._has_not_begun = threading.Event(), False
         self._last: int | None = None  # the step that this process saved or restored
@@ -161,9 +163,8 @@ class CheckpointManager:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._errors:
+            raise self._errors.pop()
 
     def save(
         self,
@@ -221,12 +222,16 @@ class CheckpointManager:
         }
         self._copied.clear()
         self._has_not_begun = False
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._save_in_background,
             args=(state, meta, tokenizer),
             name=f"checkpoint-{step}",
         )
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError as e:  # as at a limit of processes
+            raise self._save_error(meta, e) from e
+        self._thread = thread
         self._copied.wait()
         if self._has_not_begun:
             self.wait()
@@ -235,7 +240,10 @@ class CheckpointManager:
         self, state: dict[str, Any], meta: dict[str, Any], tokenizer: Tokenizer
     ) -> None:
         try:
-            host = arrays.on_host(state)
+            try:
+                host = arrays.on_host(state)
+            except Exception as e:  # There is no memory for it.
+                raise self._save_error(meta, e) from e
             try:
                 self._try_to_save(state, host, meta, tokenizer)
             except SaveError as e:
@@ -247,14 +255,9 @@ class CheckpointManager:
                 self._try_to_save(dict(host), host, meta, tokenizer)
             self._delete_old()
         except BaseException as e:
-            self._error = e  # raised by the next `wait` or `save`
+            self._errors.append(e)  # raised by the next `wait` or `save`
             # Later errors are not for this `save`, however late it looks.
             self._has_not_begun = not self._copied.is_set()
-            if not threading.main_thread().is_alive():
-                # The program is ending: nobody will call them.
-                self._report(
-                    f"{e} (close the CheckpointManager before the program ends)"
-                )
         finally:
             self._copied.set()
 
@@ -285,8 +288,11 @@ class CheckpointManager:
             # A partial step is useless, and its space may be needed.
             if self._processes.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
-            raise SaveError(save_failed(self._folder(step), needed, e)) from e
+            raise self._save_error(meta, e) from e
+
+    def _save_error(self, meta: dict[str, Any], error: Exception) -> SaveError:
+        needed = sum(arrays.num_bytes(d) for d in meta["arrays"].values())
+        return SaveError(save_failed(self._folder(meta["step"]), needed, error))
 
     def _keep_lock(self) -> None:
         """Makes and locks the run folder again if somebody has deleted it."""
@@ -385,15 +391,30 @@ class CheckpointManager:
         """Deletes steps that need not be kept. Called only after a commit."""
         if not self._processes.is_first:
             return
-        for step in run_folder.list_steps(self.run)[: -self._keep]:
-            if self._keep_every and step % self._keep_every == 0:
-                continue
-            if not (self._folder(step) / integrity.MANIFEST).is_file():
-                continue  # no step: a folder or a file that somebody has put there
-            # The command that goes on may lack the flag with which a step was saved.
-            if step_folder.is_kept(self._folder(step)):
-                continue
-            run_folder.remove_step(self.run, step, self._saves, self._report)
+        try:
+            old = run_folder.list_steps(self.run)[: -self._keep]
+            for step in filter(self._is_deletable, old):
+                run_folder.remove_step(self.run, step, self._saves, self._report)
+        except OSError as error:  # The step is saved: the next one may delete them.
+            self._report(
+                f"old steps in {self.run} cannot be deleted "
+                f"({run_folder.reason(error)}); they take space, and the run goes on"
+            )
+
+    def _is_deletable(self, step: int) -> bool:
+        """Whether an old step is one, is of this run still, and need not be kept.
+
+        Raises:
+          OSError: if that cannot be read now.
+        """
+        if self._keep_every and step % self._keep_every == 0:
+            return False
+        if not (self._folder(step) / integrity.MANIFEST).is_file():
+            return False  # a folder or a file that somebody has put there
+        # The command that goes on may lack the flag with which a step was saved.
+        if step_folder.is_kept(self._folder(step)):
+            return False
+        return self.has_folder()  # Deleting those before may have taken long.
 
     def _folder(self, name: int | str) -> Path:
         return self.run / run_folder.CHECKPOINTS / str(name)
@@ -482,3 +503,9 @@ class CheckpointManager:
         why = f"the run continues from {step}" if step >= 0 else "none was restored"
         self._report(f"moved steps {names} to {old}: {why}")
         return old
+
+
+def _tell(errors: list[BaseException], report: Callable[[str], None]) -> None:
+    """Tells of a failed save that nobody has waited for, when the program ends."""
+    for error in errors:
+        report(f"{error} (close the CheckpointManager before the program ends)")

@@ -64,7 +64,7 @@ def remove_leftovers(run: Path, report: Callable[[str], None]) -> None:
             remove(path)
             removed.append(path.name)
         except OSError as error:
-            report(f"{path} cannot be removed ({_reason(error)}); it stays")
+            report(f"{path} cannot be removed ({reason(error)}); it stays")
     if removed:
         report(
             f"removed {', '.join(removed)} in {run}: left by a run that was "
@@ -89,12 +89,13 @@ def remove_step(
         remove(doomed)
     except OSError as error:
         report(
-            f"the old step {step} in {run} cannot be deleted ({_reason(error)}); it "
+            f"the old step {step} in {run} cannot be deleted ({reason(error)}); it "
             "takes space, and the run goes on"
         )
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """Returns what the system says of an error, and the file."""
     return f"{error.strerror}: {error.filename}"
 
 

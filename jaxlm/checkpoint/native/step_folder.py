@@ -112,11 +112,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def is_kept(folder: Path) -> bool:
-    """Whether a step is one that its own config (`keep_every`) never deletes."""
+    """Whether a step is one that its own config (`keep_every`) never deletes.
+
+    Raises:
+      OSError: if it cannot be read now; later perhaps it can.
+    """
     try:
         meta = read_meta(folder)
         config = from_dict(Config, meta["config"], f"config of {folder}")
-    except (OSError, ValueError):  # Nothing can be read from it anyway.
+    except (FileNotFoundError, ValueError):  # Nothing can be read from it anyway.
         return False
     every = config.train.keep_every
     return every > 0 and meta["step"] % every == 0

@@ -1,6 +1,7 @@
 """Saving, restoring, deleting and loading of checkpoints."""
 
 import dataclasses
+import errno
 import json
 import os
 
@@ -22,6 +23,7 @@ from checkpoint_case import (
 )
 
 from jaxlm.checkpoint.load import load, load_tokenizer
+from jaxlm.checkpoint.native import run_folder, step_folder
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.integrity import state_hash
 from jaxlm.checkpoint.native.run_folder import find_runs, list_steps
@@ -137,6 +139,43 @@ def test_keeps_the_newest_steps_and_multiples(tmp_path):
         assert checkpoints.steps() == [300, 400]
     with pytest.raises(ValueError, match="keep is 0"):
         CheckpointManager(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("function", ["read_meta", "list_steps"])
+def test_what_cannot_be_read_for_a_moment_is_not_deleted_and_ends_no_run(
+    tmp_path, monkeypatch, function
+):
+    """Too many open files, or an error of the disk, when old steps are looked through.
+
+    One of them may be a multiple of the `keep_every` with which it was saved.
+    """
+    config = dataclasses.replace(CONFIG, train=TrainConfig(keep_every=2))
+    with CheckpointManager(tmp_path) as checkpoints:
+        save(checkpoints, 2, config=config)
+    said = []
+    with CheckpointManager(tmp_path, keep=1, report=said.append) as checkpoints:
+        restore(checkpoints)
+
+        def fail(folder):
+            raise OSError(errno.EMFILE, "Too many open files", str(folder))
+
+        listed = checkpoints._delete_old
+
+        def delete_old():
+            module = step_folder if function == "read_meta" else run_folder
+            with monkeypatch.context() as patch:
+                patch.setattr(module, function, fail)
+                listed()
+
+        monkeypatch.setattr(checkpoints, "_delete_old", delete_old)
+        save(checkpoints, 3)
+        save(checkpoints, 4)
+        monkeypatch.setattr(checkpoints, "_delete_old", listed)
+        assert checkpoints.steps() == [2, 3, 4]
+        save(checkpoints, 5)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 5]
+    assert len(said) == 2 and "cannot be deleted (Too many open files" in said[0]
 
 
 def test_steps_are_ordered_by_number_not_by_name_or_time(tmp_path):

@@ -327,6 +327,42 @@ def test_a_save_that_fails_once_is_tried_again_with_the_same_arrays(
     ]
 
 
+@pytest.mark.parametrize("where", ["copy", "thread"])
+def test_a_save_that_cannot_begin_is_a_save_error(tmp_path, monkeypatch, where):
+    """With --train.on-save-error continue the run goes on."""
+
+    def fail(*_):
+        kind = MemoryError if where == "copy" else RuntimeError
+        raise kind("there is no more of it")
+
+    with CheckpointManager(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        with monkeypatch.context() as patch:
+            whole = arrays if where == "copy" else threading.Thread
+            patch.setattr(whole, "on_host" if where == "copy" else "start", fail)
+            with pytest.raises(
+                SaveError, match=r"/2 cannot be .*no more of it.*intact"
+            ):
+                save(checkpoints, 2)
+        save(checkpoints, 3)
+        assert checkpoints.steps() == [1, 3]
+
+
+def test_a_save_that_failed_is_told_when_nobody_waits_for_it(tmp_path, monkeypatch):
+    """In a loop of one's own that does not close its manager."""
+    said = []
+    checkpoints = CheckpointManager(tmp_path, report=said.append)
+    monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(integrity, "write_manifest", mock.Mock(side_effect=OSError))
+    save(checkpoints, 1, wait=False)
+    checkpoints._thread.join()
+    assert len(said) == 1 and said[0].endswith("; trying again")
+    checkpoints._at_exit()
+    assert said[1].startswith(f"{tmp_path}/checkpoints/1 cannot be written (")
+    assert said[1].endswith("(close the CheckpointManager before the program ends)")
+    checkpoints._lock.release()
+
+
 def test_what_a_save_that_failed_leaves_is_not_in_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_manager, "RETRY_SECONDS", 0.0)
     real, errors = integrity.write_manifest, [OSError(errno.EMFILE, "x")]
