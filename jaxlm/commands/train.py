@@ -118,8 +118,7 @@ def train(
             settings.batch_of,
         )
         outputs = run_outputs(
-            *(given, config, state, resumed, dataset, processes),
-            is_own=checkpoints.has_folder,
+            given, config, state, resumed, dataset, checkpoints, processes
         )
         processes.gather("start of the first step")
         with outputs as (writer, progress), stop:

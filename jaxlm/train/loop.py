@@ -171,7 +171,9 @@ def _save(
     with log.waiting("saving"):
         for tries in (1, 2):
             try:
-                return hooks.save(state)
+                hooks.save(state)
+                # Rows that have waited, since the save has made the folder again.
+                return log.sync()
             except SaveError as error:
                 if not goes_on or (is_last and tries == 2):
                     raise

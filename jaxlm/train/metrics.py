@@ -213,8 +213,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
     lines are moved to `metrics.damaged.jsonl`, or `metrics.damaged-2.jsonl` and so on;
     if the file cannot be written (a full disk), it warns once, keeps the rows in memory
     and tries again with each row and each save; a file that was deleted is begun anew,
-    but not that of another run, which has taken the name of this one; and a sink that
-    fails gets no more rows.
+    but not in a folder that has taken the place of the run's, perhaps with another run,
+    until that is known to be this run's; and a sink that fails gets no more rows.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         *,
         resume_step: int | None = None,
         sinks: Sequence[Sink] = (),
-        is_own: Callable[[], bool] = lambda: False,
+        is_own: Callable[[], bool] = lambda: True,
     ):
         """Opens the file, and creates the folder if needed; a failure is logged.
 
@@ -233,8 +233,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
             those steps will be repeated. None starts an empty file, and keeps the rows
             of an earlier run as `metrics.previous.jsonl`, or `-2.jsonl` and so on.
           sinks: what also receives each row.
-          is_own: whether a folder that has replaced that of the run is the run's too,
-            as a copy on another disk.
+          is_own: whether what is in the place of the folder now is the run's.
         """
         self.path = Path(run_dir) / FILE_NAME
         self.last_train: dict[str, Any] | None = None
@@ -247,11 +246,10 @@ class MetricsWriter(contextlib.AbstractContextManager):
         self._warned = False
         self._sinks, self._is_own = list(sinks), is_own
         self._file: io.FileIO | None = None
-        self._folder: os.stat_result | None = None
+        self._is_synced = False
         self._resume_step = resume_step  # None when later rows are dropped
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = os.stat(self.path.parent)
             if resume_step is None and self.path.exists() and self.path.stat().st_size:
                 previous = self._new_file(PREVIOUS)
                 os.replace(self.path, previous)
@@ -349,6 +347,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         """Writes the rows that wait, in order, as far as that is possible."""
         try:
             while self._waiting:
+                self._is_synced = False
                 self._append_line(self._waiting[0])
                 self._waiting.popleft()
         except OSError as error:
@@ -382,19 +381,13 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._file = None
         if self.path.is_fifo():
             raise OSError(errno.EINVAL, "a pipe, which would be waited for")
-        folder = os.stat(self.path.parent)
-        is_other = self._folder and not os.path.samestat(folder, self._folder)
-        # With a full disk perhaps not at once, and not in the log of another run.
-        if self._resume_step is not None and not is_other:
+        if not self._is_own():
+            raise OSError(errno.EEXIST, "the folder was moved or replaced")
+        # With a full disk perhaps not at once.
+        if self._resume_step is not None:
             self._keep_up_to(self._resume_step)
             self._resume_step = None
-        file = io.FileIO(self.path, "a+b")
-        if is_other:
-            if os.fstat(file.fileno()).st_size and not self._is_own():
-                file.close()
-                raise OSError(errno.EEXIST, "the folder is that of another run now")
-            self._folder = folder
-        self._file = file
+        self._file = io.FileIO(self.path, "a+b")
         return self._file
 
     def sync(self) -> None:
@@ -403,10 +396,11 @@ class MetricsWriter(contextlib.AbstractContextManager):
         After a power cut a run goes on from that step, and does not write them again.
         """
         self._append()
-        if self._file is not None:
+        if self._file is not None and not self._is_synced:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
                 sync(self.path.parent)
+                self._is_synced = True
 
     def _is_there(self, file: io.FileIO) -> bool:
         """Whether nobody has deleted or replaced the file."""

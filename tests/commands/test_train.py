@@ -80,6 +80,38 @@ def test_a_run_that_cannot_sample_is_refused_before_its_first_step(
     assert not (run / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("during", ["_read_text", "initial_state"])
+def test_a_run_that_takes_the_name_of_one_that_starts_is_left_alone(
+    tmp_path, monkeypatch, during
+):
+    """While that reads its text or its state, which may take hours."""
+    data, run = make_data(tmp_path), tmp_path / "run"
+    settings = TrainConfig(steps=2, batch_size=2, run_dir=str(run), sample_every=0)
+    config = Config(model=MODEL, data=data, train=settings)
+    real = getattr(train_module, during)
+    names = (".lock", "config.json", "metrics.jsonl", "texts.json")
+
+    def replaced(*arguments):
+        result = real(*arguments)
+        run.rename(tmp_path / "moved")
+        (run / "checkpoints").mkdir(parents=True)
+        for name in names:
+            (run / name).write_text(f"the {name} of another run\n")
+        return result
+
+    monkeypatch.setattr(train_module, during, replaced)
+    with (
+        jax.set_mesh(make_mesh(config.mesh)),
+        pytest.raises(ValueError, match="run was moved, deleted or replaced since"),
+    ):
+        train(config)
+    assert sorted(path.name for path in run.iterdir()) == sorted(
+        [*names, "checkpoints"]
+    )
+    for name in names:
+        assert (run / name).read_text() == f"the {name} of another run\n"
+
+
 @pytest.mark.slow
 def test_a_sample_ends_with_the_context():
     settings = TrainConfig(sample_prompt="x" * 30, sample_tokens=200)

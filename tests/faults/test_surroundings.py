@@ -132,6 +132,7 @@ def test_a_run_folder_that_is_deleted_loses_no_training(tmp_path):
     assert code == 0 and "Traceback" not in err, err
     assert f"{run.path} was deleted or replaced during the run: it is made" in err
     assert run.steps() == [3]
+    assert {"config.json", "texts.json"} <= {p.name for p in run.path.iterdir()}
     assert "all 3 steps are done" in run.train()[1]
 
 

@@ -177,26 +177,32 @@ def test_a_half_written_last_line_is_repaired(tmp_path, cut):
 
 
 def test_the_log_of_a_run_that_has_taken_the_name_is_left_alone(tmp_path, caplog):
-    run = tmp_path / "run"
-    with MetricsWriter(run) as writer:
+    run, own = tmp_path / "run", []
+    with MetricsWriter(run, is_own=lambda: not own or run.stat() in own) as writer:
         writer.write("event", 0, event="start")
+        own.append(run.stat())
         run.rename(tmp_path / "moved")
         with MetricsWriter(run) as other:
             other.write("event", 0, event="start")
         log = (run / "metrics.jsonl").read_bytes()
         writer.write("event", 1, event="a")
         assert (run / "metrics.jsonl").read_bytes() == log
-        assert "the folder is that of another run now" in caplog.text
+        assert "the folder was moved or replaced" in caplog.text
+        # It may have no log yet.
         (run / "metrics.jsonl").unlink()
-        writer.write("event", 2, event="b")
-    assert [row["event"] for row in read_metrics(run)] == ["a", "b"]
+        writer.write("event", 1, event="b")
+        assert not (run / "metrics.jsonl").exists()
+        own.clear()
+        writer.write("event", 2, event="c")
+    assert [row["event"] for row in read_metrics(run)] == ["a", "b", "c"]
 
 
 def test_the_log_goes_on_in_a_copy_of_the_run_that_has_its_lock(tmp_path):
     """As when a link to the run folder leads to a copy on another disk now."""
-    run, moved, locked = tmp_path / "run", tmp_path / "moved", []
+    run, moved, locked = tmp_path / "run", tmp_path / "moved", ["at the start"]
     with MetricsWriter(run, is_own=lambda: bool(locked)) as writer:
         writer.write("train", 1, **train_row(1))
+        locked.clear()
         shutil.copytree(run, moved)
         shutil.rmtree(run)
         moved.rename(run)

@@ -29,6 +29,7 @@ from jaxlm.checkpoint.native import (
     run_folder,
     step_folder,
 )
+from jaxlm.checkpoint.native.run_lock import RunLock
 from jaxlm.checkpoint.native.save_error import (
     SaveError,
     StateNotFinite,
@@ -92,7 +93,8 @@ class CheckpointManager:
         self._last: int | None = None  # the step that this process saved or restored
         self._manifest = b""  # that of this step
         self._saves = 0
-        self._lock: run_folder.RunLock | None = None
+        self._lock: RunLock | None = None
+        self._write_beside: Callable[[], None] | None = None
         self._processes = processes
         owner = processes.of_first("run folder", lambda: self._start(fresh))
         self._start_id = owner.rpartition("\n")[2]
@@ -110,7 +112,7 @@ class CheckpointManager:
             )
 
     def _start(self, fresh: bool) -> str:
-        self._lock = run_folder.RunLock(self.run)
+        self._lock = RunLock(self.run)
         run_folder.remove_leftovers(self.run, self._report)
         if fresh and run_folder.has_history(self.run):
             old = run_folder.move_aside(self.run)
@@ -151,6 +153,30 @@ class CheckpointManager:
         save.
         """
         return self._lock is not None and self._lock.is_in_place()
+
+    def _check_place(self) -> None:
+        """Raises ValueError if something else is in the place of the run folder now.
+
+        A text, or a large state, takes hours to read.
+        """
+        if self._lock is not None and not self._lock.is_in_place():
+            raise ValueError(
+                f"{self.run} was moved, deleted or replaced since this start has "
+                "locked it: start again"
+            )
+
+    def beside_steps(self, write: Callable[[], None]) -> None:
+        """Calls a function that writes files into the run folder, in process 0.
+
+        It is called now, and in each save that finds the folder replaced or gone.
+
+        Raises:
+          ValueError: if it is replaced or gone now.
+        """
+        if self._processes.is_first:
+            self._check_place()
+            write()
+            self._write_beside = write
 
     def wait(self) -> None:
         """Waits until no save is in progress.
@@ -300,9 +326,11 @@ class CheckpointManager:
             return
         gone = self.run
         if not self._lock.is_held():
-            lock = run_folder.RunLock(self.run, self._lock)
+            lock = RunLock(self.run, self._lock)
             self._lock, before = lock, self._lock
             before.release()
+            if self._write_beside is not None:
+                self._write_beside()
         elif self._lock.follow_steps(self._are_own):
             gone = self.run / run_folder.CHECKPOINTS
         else:
@@ -450,9 +478,11 @@ class CheckpointManager:
         Raises:
           NoUsableCheckpoint: if there are steps but none can be read.
           ValueError: if there is no such step, or the config, the data, the tokenizer,
-            a shape or a dtype differs from the checkpoint.
+            a shape or a dtype differs from the checkpoint; and if the run folder was
+            moved or replaced.
         """
         self.wait()
+        self._processes.of_first("place", self._check_place)
         steps = self.steps()
         if step is None and not steps:
             return None
@@ -489,10 +519,17 @@ class CheckpointManager:
 
         Returns:
           The new folder, in process 0; None if there are no such steps.
+
+        Raises:
+          ValueError: if the run folder was moved or replaced.
         """
-        return self._processes.together(
-            "moving aside", lambda: self._move_aside_after(step)
-        )
+
+        def move() -> Path | None:
+            if self._processes.is_first:
+                self._check_place()
+            return self._move_aside_after(step)
+
+        return self._processes.together("moving aside", move)
 
     def _move_aside_after(self, step: int) -> Path | None:
         later = [n for n in run_folder.list_steps(self.run) if n > step]

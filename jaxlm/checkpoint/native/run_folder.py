@@ -1,4 +1,4 @@
-"""The run folder: its file names, its lock, and how a user's path is resolved to steps.
+"""The run folder: its file names, and how a user's path is resolved to steps.
 
 `RUN/checkpoints/STEP/` is a step, named by its plain number. While a step is being
 written or deleted, its name begins with `.tmp-`: a rename commits it, or takes it away.
@@ -7,14 +7,10 @@ written or deleted, its name begins with `.tmp-`: a rename commits it, or takes 
 import contextlib
 import difflib
 import errno
-import fcntl
 import itertools
 import os
 import re
-import secrets
 import shutil
-import socket
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +29,7 @@ METRICS = "metrics.jsonl"
 MAX_LOG_BYTES = 1 << 30  # about four million rows
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
+OWNER = "pid "  # how a lock begins
 # The files that a run writes and `move_aside` moves; the last says whose they are.
 _RUN_FILES = (
     *(METRICS, "report.html", "loss.png", "texts.json"),
@@ -200,9 +197,15 @@ def check_free(run: Path) -> None:
     Raises:
       ValueError: for a step of a run, the folder of its steps, and what is inside of
         them; and for a folder that is no run's, with files of the names of a run's,
-        which would be overwritten.
+        or with a lock of another program, which would be overwritten.
     """
     check_no_step(run)
+    for lock in (run / LOCK, run / CHECKPOINTS / LOCK):
+        if not _is_lock(lock):
+            raise ValueError(
+                f"{lock} is not the lock of a run, and would be overwritten: choose "
+                "another --train.run-dir, or rename it"
+            )
     config = run / "config.json"
     values: dict[str, Any] = {}
     if config.is_file():
@@ -225,6 +228,19 @@ def check_free(run: Path) -> None:
                 f"{run} has a {name} that is not a run's, and would be overwritten: "
                 "choose another --train.run-dir, or rename it"
             )
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a file is a lock of ours, is empty, or is not there.
+
+    What is no file is refused when it is locked.
+    """
+    if path.is_symlink() or not path.is_file():
+        return True
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        written = file.read(1000).strip(b"\0")  # A power cut leaves zeros.
+        return not written or written.startswith(OWNER.encode())
+    return True
 
 
 def check_no_step(path: Path) -> None:
@@ -329,168 +345,6 @@ def remove_unused(run: Path) -> None:
             (run / CHECKPOINTS).rmdir()
             (run / LOCK).unlink()
             run.rmdir()
-
-
-class RunLock:
-    """Keeps a second process from training in the same run folder.
-
-    It is a POSIX record lock on `RUN/.lock`, and on the same name in `RUN/checkpoints`
-    if that is a link. The system releases it when the process ends, however it ends,
-    and child processes do not inherit it. The same process can still open a run folder
-    twice.
-    """
-
-    def __init__(self, run: Path, earlier: "RunLock | None" = None):
-        """Creates the folder and takes the lock.
-
-        Args:
-          run: the run folder.
-          earlier: the lock of this process that is no longer in the folder. Steps that
-            are there must then be those of its run.
-
-        Raises:
-          ValueError: if another process holds it (names its process id and host), if
-            the folder cannot be written, or if it has the steps of another run.
-        """
-        self._path = run / LOCK
-        self._descriptor: int | None = None
-        self._of_target: int | None = None
-        self._of_steps: int | None = None
-        # A run that ends without a step deletes the file, perhaps after it was opened
-        # here: a third process would then lock another file of this name.
-        check_free(run)
-        while self._descriptor is None:
-            probe_writable(run)
-            self._descriptor = self._locked(self._path)
-            self._file = os.fstat(self._descriptor)
-            if not self.is_held():
-                self.release()
-        if (run / CHECKPOINTS).is_symlink():  # The links of two runs can lead there.
-            try:
-                self._of_target = self._locked(run / CHECKPOINTS / LOCK)
-            except ValueError:
-                self.release()
-                raise
-        self._folder = os.stat(run)
-        self._open_steps()
-        if earlier is not None and list_steps(run) and not self._continues(earlier):
-            self.release()
-            raise ValueError(
-                f"{run} was moved or deleted during the run, and has the steps of "
-                "another run now: those are left alone"
-            )
-        os.ftruncate(self._descriptor, 0)
-        # The same as before: the first folder may come back.
-        self.owner = earlier.owner if earlier else _new_owner()
-        """What the file says of this process: no other one has the second line."""
-        os.pwrite(self._descriptor, self.owner.encode(), 0)
-        if self._of_target is not None:
-            os.pwrite(self._of_target, self.owner.encode(), 0)
-
-    def follow_steps(self, are_own: Callable[[], bool]) -> bool:
-        """Locks the folder of the steps where it is now; makes it again if it is gone.
-
-        Args:
-          are_own: tells whether the steps that are there now are those of this run.
-
-        Returns:
-          Whether it is another folder than before.
-
-        Raises:
-          ValueError: if it is that of another run, or as `__init__`.
-        """
-        folder = self._path.parent / CHECKPOINTS
-        if _is_there(folder, self._steps):
-            return False
-        probe_writable(self._path.parent)
-        if list_steps(self._path.parent) and not are_own():
-            raise ValueError(
-                f"{folder} is another folder than before, and has the steps of "
-                "another run: those are left alone"
-            )
-        before, self._of_target = self._of_target, None
-        if before is not None:
-            os.close(before)
-        if folder.is_symlink():
-            self._of_target = self._locked(folder / LOCK)
-            os.pwrite(self._of_target, self.owner.encode(), 0)
-        self._open_steps()
-        return True
-
-    def _open_steps(self) -> None:
-        """Opens the folder of the steps: else some file systems renumber it (FUSE)."""
-        if self._of_steps is not None:
-            os.close(self._of_steps)
-        self._of_steps = os.open(self._path.parent / CHECKPOINTS, os.O_RDONLY)
-        self._steps = os.fstat(self._of_steps)
-
-    def _continues(self, earlier: "RunLock") -> bool:
-        """Whether this is the folder of another lock, or what it was moved to."""
-        assert self._descriptor is not None
-        written = os.pread(self._descriptor, 1000, 0)
-        if not written:  # the lock alone was deleted
-            return os.path.samestat(self._folder, earlier._folder)
-        return written == earlier.owner.encode()
-
-    def _locked(self, path: Path) -> int:
-        """Opens a file and locks it; raises as `__init__`."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        try:
-            descriptor = os.open(path, flags, 0o644)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                os.close(descriptor)
-                raise OSError(errno.EINVAL, "it is not a regular file")
-        except OSError as e:
-            raise ValueError(
-                f"{path} cannot be opened ({e.strerror}): delete it or fix its "
-                "permissions, or choose another --train.run-dir"
-            ) from e
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            written = os.pread(descriptor, 200, 0).decode(errors="replace")
-            owner = written.partition("\n")[0].strip()
-            os.close(descriptor)
-            raise ValueError(
-                f"another process ({owner or 'just starting'}) is training in "
-                f"{path.parent}: wait for it, stop it, or choose another "
-                "--train.run-dir"
-            ) from e
-        except OSError as e:
-            os.close(descriptor)
-            raise ValueError(
-                f"{path} cannot be locked ({e.strerror}): choose a --train.run-dir on "
-                "a file system with locks"
-            ) from e
-        return descriptor
-
-    def is_held(self) -> bool:
-        """Whether the file is still there: nobody has deleted or replaced it."""
-        return _is_there(self._path, self._file)
-
-    def is_in_place(self) -> bool:
-        """Whether nobody has replaced the run folder or the folder of its steps."""
-        steps = self._path.parent / CHECKPOINTS
-        return self.is_held() and _is_there(steps, self._steps)
-
-    def release(self) -> None:
-        """Releases the lock; a second call does nothing."""
-        for descriptor in (self._descriptor, self._of_target, self._of_steps):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._descriptor = self._of_target = self._of_steps = None
-
-
-def _new_owner() -> str:
-    return f"pid {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(4)}"
-
-
-def _is_there(path: Path, status: os.stat_result) -> bool:
-    """Whether a path still leads to the file or folder of a status."""
-    try:
-        return os.path.samestat(os.stat(path), status)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:

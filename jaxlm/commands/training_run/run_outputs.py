@@ -3,12 +3,13 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from jaxlm import tree
+from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.commands.training_run.hooks import eval_batch_numbers
 from jaxlm.config import Config
 from jaxlm.data.loader import Dataset
@@ -35,9 +36,8 @@ def run_outputs(
     state: TrainState,
     resumed: bool,
     dataset: Dataset,
+    checkpoints: CheckpointManager,
     processes: Processes = ALONE,
-    *,
-    is_own: Callable[[], bool],
 ) -> Iterator[tuple[MetricsWriter, ProgressLine]]:
     """Writes the config, the metrics and the report of a run, and shows its progress.
 
@@ -49,8 +49,11 @@ def run_outputs(
       state: the state that training starts from.
       resumed: whether it continues this run.
       dataset: the text of the run.
+      checkpoints: those of the run.
       processes: those of the run, of which the first writes.
-      is_own: whether a folder that has replaced the run's is the run's too.
+
+    Raises:
+      ValueError: if something else is in the place of the run folder now.
     """
     if not processes.is_first:
         yield NoMetrics(), ProgressLine(config.train.steps)
@@ -62,17 +65,21 @@ def run_outputs(
         *(config.model, settings.batch_size, config.data.sequence_length),
         segments=config.data.segment_attention,
     )
+
+    def write_beginning() -> None:
+        # Only reports and messages need these.
+        with _or_warned(), replacing(run / "config.json") as file:
+            file.write(json.dumps(to_dict(config), indent=2).encode())
+        with _or_warned():
+            write_record(run, dataset.texts)
+
+    checkpoints.beside_steps(write_beginning)
     sinks = open_sinks(settings.log_to, run, to_dict(config), resume_step)
-    # Only reports and messages need these.
-    with _or_warned(), replacing(run / "config.json") as file:
-        file.write(json.dumps(to_dict(config), indent=2).encode())
-    with _or_warned():
-        write_record(run, dataset.texts)
     writer = MetricsWriter(
         run,
         resume_step=resume_step,
         sinks=[LiveReport(run), *sinks],
-        is_own=is_own,
+        is_own=checkpoints.has_folder,
     )
     progress = ProgressLine(settings.steps)
     progress.note(_opening(given, config, dataset, params, resume_step))

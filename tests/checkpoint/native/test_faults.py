@@ -210,7 +210,7 @@ def test_what_a_save_that_failed_says_is_true(monkeypatch, error, words):
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxlm.checkpoint.native.run_folder import RunLock
+from jaxlm.checkpoint.native.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(3600)
@@ -489,9 +489,13 @@ def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
     run, said = tmp_path / "run", []
     with CheckpointManager(run, report=said.append) as checkpoints:
         save(checkpoints, 1)
+        checkpoints.beside_steps(lambda: (run / "config.json").touch())
         shutil.rmtree(run)
+        with pytest.raises(ValueError, match="was moved, deleted or replaced since"):
+            restore(checkpoints)
         save(checkpoints, 2)
         assert checkpoints.steps() == [2] and restore(checkpoints).step == 2
+        assert (run / "config.json").exists()
         (line,) = said
         assert line.startswith(f"{run} was deleted or replaced during the run: ")
         _, _, err = run_child(HOLD, run)
@@ -651,8 +655,11 @@ def test_a_folder_that_training_would_spoil_is_refused(tmp_path, monkeypatch):
     for name in others:
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text('{"train": "station"}')
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build/.lock").write_text("of another program\n")
     for folder, words in (
         *((tmp_path / n, f"has a {n} that is not a run's") for n in others),
+        (tmp_path / "build", r"build/\.lock is not the lock of a run"),
         (run / "checkpoints/1/params", "params is inside of a step, which"),
         (run / "checkpoints/1", "1 is a step, which would be damaged"),
         (run / "checkpoints", f"is inside of a run: the run folder is {run}$"),
