@@ -573,8 +573,8 @@ class TrainConfig:
     """Save at the multiples of this step too, and never delete those checkpoints, also
     when the run goes on without this flag; 0: none."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """When a checkpoint cannot be saved, nor at a second try: stop the run, or go on
-    until the next is due. The last one of a run or a process must be saved."""
+    """When a checkpoint cannot be saved, nor at a second try, nor the next that is due:
+    stop the run, or go on. The last one of a run or a process must be saved."""
     max_minutes: float = 0.0
     """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()

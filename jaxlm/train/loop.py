@@ -30,7 +30,8 @@ class Hooks:
 
     save: Callable[[TrainState], None]
     """Saves a state. The loop has checked that its loss and gradient are finite. Raises
-    SaveError, once, if the save before has failed, or if this one cannot start."""
+    SaveError, once, if the save before has failed, or if this one cannot start. A state
+    that is being saved is waited for, and not saved again."""
     held_out: Callable[[], Iterable[Batch]] | None = None
     """Returns the batches of one evaluation; None: no evaluation."""
     bytes_per_token: float | None = None
@@ -165,17 +166,22 @@ def _save(
     *,
     is_last: bool,
 ) -> None:
-    """Saves a state, after its rows. What fails may also be the save before."""
+    """Saves a state, after its rows. What fails may also be the save before.
+
+    Then this one is saved all the same: the disk may have room again.
+    """
     log.sync()
-    goes_on = is_last or train.on_save_error == "continue"
+    must_succeed = is_last or train.on_save_error == "stop"
     with log.waiting("saving"):
         for tries in (1, 2):
             try:
                 hooks.save(state)
+                if tries == 2 and must_succeed:
+                    hooks.save(state)  # Waits; what is saved is not written again.
                 # Rows that have waited, since the save has made the folder again.
                 return log.sync()
             except SaveError as error:
-                if not goes_on or (is_last and tries == 2):
+                if must_succeed and tries == 2:
                     raise
                 log.save_failed(step, error)
 

@@ -418,8 +418,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
             )
 
     def close(self, failed: bool = False) -> None:
-        """Closes the file and the sinks; no more rows can be written."""
-        self._append()
+        """Closes the file, which is on the disk then, and the sinks."""
+        self.sync()
         if self._waiting:
             self.lost_rows += len(self._waiting)
             self._waiting.clear()

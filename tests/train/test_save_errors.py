@@ -41,9 +41,10 @@ def test_the_run_stops_or_goes_on_and_nothing_good_is_deleted(tmp_path, full):
     assert straight.train() == 0
     full |= {6, 8}
     stops = InProcess(tmp_path / "stops", straight.config)
-    with pytest.raises(SaveError, match=r"checkpoints/6 cannot be written .*too large"):
+    with pytest.raises(SaveError, match=r"checkpoints/8 cannot be written .*too large"):
         stops.train()
     assert saved(stops.folder) == [2, 4]
+    assert failures(stops.folder) == [(8, "/6")]
     goes_on = InProcess(
         tmp_path / "on", config_of(checkpoint_every=2, on_save_error="continue")
     )

@@ -17,6 +17,7 @@ from jax.errors import JaxRuntimeError
 from toy_case import make_batch, make_params, toy
 
 from jaxlm import tree
+from jaxlm.checkpoint.native.save_error import SaveError
 from jaxlm.config import (
     Config,
     DataConfig,
@@ -526,6 +527,38 @@ def test_a_slow_run_shows_every_step_and_writes_the_rows_that_are_due(
     rows = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
     assert [r["step"] for r in rows] == [4, 6]
     assert trial.shown == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("failing", [[2], [2, 4]])
+def test_a_state_is_saved_though_the_save_before_it_has_failed(
+    tmp_path, monkeypatch, failing
+):
+    """The disk may have room again; if not, the run stops then."""
+
+    def train_step(state, batch):
+        metrics = StepMetrics(1.0, 1.0, 1.0, 1.0)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    begun, full = [], {*failing}
+
+    def save(state):
+        if begun and begun[-1] in full:
+            full.remove(begun[-1])
+            raise SaveError(f"{begun[-1]}")
+        begun.append(int(state.step))
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: train_step)
+    config = config_of(checkpoint_every=2)
+    trial = functools.partial(Trial, tmp_path, config, [BATCH] * 6, Hooks(save=save))
+    if 4 in failing:
+        with pytest.raises(SaveError, match="4"):
+            trial()
+        assert begun == [2, 4]
+    else:
+        trial()
+        assert begun == [2, 4, 4, 6]
+    rows = [r for r in read_metrics(tmp_path) if r.get("event") == "save failed"]
+    assert [(r["step"], r["message"]) for r in rows] == [(4, "2")]
 
 
 @pytest.mark.parametrize("steps", [2, 3])

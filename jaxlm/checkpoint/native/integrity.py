@@ -7,6 +7,7 @@ Orbax restores flipped bits of float data without an error. So each step folder 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from jaxlm.files.strict_json import parse_object
 MANIFEST = "manifest.json"
 _MAX_BYTES = 64 << 20  # of a manifest: 400,000 files
 _FORMAT = 1
+# Every name of a file or folder that Orbax, a tokenizer or this package has written
+# matches. What systems and programs leave in each folder does not: .DS_Store, .nfs0001,
+# @eaDir, "meta (1).json", meta-HOST.json, but for these.
+_OWN_NAME = re.compile(r"(?!(desktop\.ini|(eh)?thumbs\.db)$)[a-z0-9_][a-z0-9_.]*", re.I)
 
 
 class UnreadableStep(ValueError):
@@ -85,9 +90,9 @@ def verified_sizes(folder: Path) -> dict[str, Entry]:
 
     Raises:
       UnreadableStep: for a missing file, for another size, for an additional file
-        among those of an array or a tokenizer, and for symbolic links. Files whose
-        names start with a dot (.DS_Store), what lies beside the step's own files, and
-        data of arrays that nothing names are ignored.
+        among those of an array or a tokenizer, and for symbolic links. What systems
+        leave in each folder (.DS_Store, @eaDir), what lies beside the step's own files,
+        and data of arrays that nothing names are ignored.
     """
     if folder.is_symlink():
         raise UnreadableStep("it is a symbolic link")
@@ -95,7 +100,7 @@ def verified_sizes(folder: Path) -> dict[str, Entry]:
         raise UnreadableStep("it is not a folder")
     try:
         files = _read_manifest(folder / MANIFEST)
-        found = {n for n in _walk(folder) if not n.rpartition("/")[2].startswith(".")}
+        found = set(_walk(folder))
         own = {n.partition("/")[0] for n in files}
         if missing := sorted(files.keys() - found):
             raise UnreadableStep(f"{_some(missing)} missing")
@@ -148,15 +153,20 @@ def _refuse(error: OSError) -> None:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yields the relative names of all files below `folder` except the manifest."""
+    """Yields the relative names of the files below `folder` except the manifest."""
     for parent, folders, files in os.walk(folder, onerror=_refuse):
-        for name in folders + files:
+        folders[:] = filter(_is_own, folders)
+        for name in [*folders, *filter(_is_own, files)]:
             path = Path(parent) / name
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink():
                 raise UnreadableStep(f"{relative} is a symbolic link")
             if name in files and relative != MANIFEST:
                 yield relative
+
+
+def _is_own(name: str) -> bool:
+    return _OWN_NAME.fullmatch(name) is not None
 
 
 def _file_hash(path: Path) -> str:

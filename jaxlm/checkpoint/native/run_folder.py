@@ -35,6 +35,8 @@ _RUN_FILES = (
     *(METRICS, "report.html", "loss.png", "texts.json"),
     *("tensorboard", "wandb", "mlflow", "config.json"),
 )
+# Bytes of a path, and those that the longest one of a step has below the run folder.
+_MAX_PATH, _BELOW = 4095, 160
 _LEFTOVER = re.compile(
     rf"{re.escape(TEMPORARY)}((delete-)?[0-9]+-([0-9a-f]{{8}}-)?[0-9]+|probe-.*)"
 )
@@ -304,8 +306,17 @@ def probe_writable(run: Path) -> None:
         )
     if len(run.parts) > 200:  # pathlib makes them by recursion
         raise ValueError(f"the run folder {run} is {len(run.parts)} levels deep")
+    if (size := len(os.fsencode(run))) > _MAX_PATH - _BELOW:
+        raise ValueError(
+            f"the path of the run folder {run} has {size:,} bytes, and its files need "
+            f"{_BELOW} more than the {_MAX_PATH:,} of this system: choose a shorter "
+            "--train.run-dir"
+        )
     try:
+        new = [path for path in (run, *run.parents) if not path.exists()]
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        for path in new:
+            durable.sync(path.parent)
         for folder in (run, run / CHECKPOINTS):
             probe = folder / f"{TEMPORARY}probe-{os.getpid()}"
             moved = probe.with_name(f"{probe.name}-renamed")

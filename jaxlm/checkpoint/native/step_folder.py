@@ -42,11 +42,20 @@ class Restored:
 def first_readable(
     folders: list[Path], read: Callable[[Path], T], report: Callable[[str], None]
 ) -> T:
-    """Returns `read(folder)` for the first folder that raises no UnreadableStep."""
+    """Returns `read(folder)` for the first folder that raises no UnreadableStep.
+
+    After an error of the disk, which may be one of a network that passes, a folder is
+    read once more.
+    """
     broken: list[str] = []
     for folder in folders:
         try:
-            result = read(folder)
+            try:
+                result = read(folder)
+            except UnreadableStep as e:
+                if not _is_of_disk(e):
+                    raise
+                result = read(folder)
         except UnreadableStep as e:
             broken.append(f"step {folder.name} unreadable ({e})")
             continue
@@ -56,6 +65,13 @@ def first_readable(
     raise NoUsableCheckpoint(
         f"no usable checkpoint in {folders[0].parent}: {', '.join(broken)}; restore a "
         "copy, or start over with --fresh"
+    )
+
+
+def _is_of_disk(error: UnreadableStep) -> bool:
+    # TensorStore has no exceptions of its own.
+    return isinstance(error.__cause__, OSError) or "os_error_code" in str(
+        error.__cause__
     )
 
 

@@ -736,3 +736,21 @@ def test_a_name_under_which_nothing_can_be_saved_is_refused_at_the_start(
     with pytest.raises(ValueError, match="TensorStore reads as another path"):
         CheckpointManager(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_whose_files_would_have_too_long_paths_is_refused(tmp_path):
+    path = tmp_path
+    while len(str(path)) < 3900:
+        path /= "d" * min(200, 4000 - len(str(path)))
+    with pytest.raises(ValueError, match=r"bytes, and its files need 160 more"):
+        CheckpointManager(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_run_folder_has_its_name_on_the_disk(tmp_path, monkeypatch):
+    """Otherwise a power cut may take it, with steps that are on the disk."""
+    sync = mock.Mock(side_effect=durable.sync)
+    monkeypatch.setattr(durable, "sync", sync)
+    with CheckpointManager(tmp_path / "a/b"):
+        synced = {call.args[0] for call in sync.call_args_list}
+    assert {tmp_path, tmp_path / "a", tmp_path / "a/b"} <= synced

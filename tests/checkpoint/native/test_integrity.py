@@ -1,5 +1,6 @@
 """Damage on disk is detected, and the previous step is used."""
 
+import errno
 import json
 import random
 import shutil
@@ -116,6 +117,45 @@ def test_an_additional_file_is_found_but_not_a_hidden_one_or_one_beside(run):
     extra.unlink()
     shutil.rmtree(folder / "export")
     (folder / "notes.txt").unlink()
+
+
+CLUTTER = ("@eaDir/d@SynoEAStream", "Thumbs.db", "desktop.ini", "Icon\r", ".git/index")
+COPIES = ("_METADATA (1)", "_METADATA-LAPTOP", "_METADATA.sync-conflict-1", ".nfs0001")
+
+
+def test_what_systems_leave_in_each_folder_is_no_damage(run, tmp_path):
+    """A NAS, a sync client or a file manager, while a step is saved or later."""
+    folder = shutil.copytree(run / "checkpoints/300", tmp_path / "300")
+    files = [
+        folder / part / name
+        for part in ("params", "params/d", "tokenizer")
+        for name in (*CLUTTER, *COPIES)
+    ]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"x")
+    (folder / "params/.#meta").symlink_to("somebody@host.1")
+    integrity.verify(folder)
+    integrity.write_manifest(folder)
+    for file in files:
+        file.unlink()
+    integrity.verify(folder)
+
+
+def test_a_file_that_cannot_be_read_once_does_not_lose_a_step(run, monkeypatch):
+    """As with ESTALE of a network file system, which passes."""
+    real, failures = integrity._file_hash, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def file_hash(path):
+        if failures:
+            raise failures.pop()
+        return real(path)
+
+    monkeypatch.setattr(integrity, "_file_hash", file_hash)
+    said = []
+    with CheckpointManager(run, report=said.append) as checkpoints:
+        assert restore(checkpoints).step == 300
+    assert not failures and not said
 
 
 def test_symbolic_links_are_refused(run, tmp_path):
