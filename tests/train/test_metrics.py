@@ -334,10 +334,11 @@ def test_rows_are_on_the_disk_before_the_step_that_they_belong_to(
         log = RunLog(config, writer, mock.Mock(spec=ProgressLine), 1)
         options = {"log": log, "is_last": True}
         loop._save(state, 1, config.train, Hooks(save=saved), **options)
-    files = [path.stat().st_ino for path in (tmp_path / "metrics.jsonl", tmp_path)]
-    # Again after the save, and when the log is closed: rows after the last step are not
-    # written again.
-    assert synced == [*files, state, *files, *files]
+        files = [path.stat().st_ino for path in (tmp_path / "metrics.jsonl", tmp_path)]
+        assert synced == [*files, state]
+        writer.write("event", 1, event="the last one")
+    # A run that is done does not go on from there.
+    assert synced == [*files, state, *files]
 
 
 def test_a_row_that_fits_only_in_part_leaves_no_trace(tmp_path):
