@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxlm.checkpoint.native.integrity import MANIFEST
 from jaxlm.checkpoint.opened import Checkpoint
+from jaxlm.files.beginnings import CERTIFICATE
 from jaxlm.files.durable import replacing
 from jaxlm.terminal.progress import progress_bar
 
@@ -88,7 +89,7 @@ def write(
     # Puts lists of numbers on one line. Strings stay as they are: their line breaks
     # are escaped.
     text = re.sub(r"\[\n[\s\d,.eE+-]*\]", lambda m: " ".join(m[0].split()), text)
-    with replacing(target) as file:
+    with replacing(target, CERTIFICATE) as file:
         file.write((text + "\n").encode())
     return target
 
@@ -115,7 +116,7 @@ def read_file(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError, KeyError, TypeError):
-        raise ValueError(f"{file} is broken: delete it, or verify again") from None
+        raise ValueError(f"{file} is broken: delete it, and verify again") from None
     if not known:
         raise ValueError(f"{file} is of another version: verify again")
     return content

@@ -71,7 +71,10 @@ def convert(
     if to == "gguf":
         params = opened.params()
         dst.parent.mkdir(parents=True, exist_ok=True)
-        gguf.write_model(dst, opened.config, params, tokenizer, dtype or "f16", report)
+        kind = dtype or "f16"
+        gguf.write_model(
+            *(dst, opened.config, params, tokenizer, kind, report), earlier=None
+        )
         return to
     stored = None if dtype is None else gguf.TYPES[dtype]
     if to == "hf":

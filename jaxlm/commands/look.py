@@ -112,5 +112,7 @@ def _lens(
     with Waiting(f"making a lens of {rows.size} tokens"):
         # The first tokens are unlike the others, as `jacobian_lens` says.
         jacobian = fit_jacobian_lens(model, params, rows, skip=rows.shape[1] // 8)
+    if path.exists():  # It may have come meanwhile.
+        read_jacobian_lens(model, path)
     write_jacobian_lens(path, jacobian, params)
     return jacobian

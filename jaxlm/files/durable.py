@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxlm.files.beginnings import begins
+
 # What is written is locked soon after it was made.
 _UNLOCKED_SECONDS = 60.0
 
@@ -41,16 +43,21 @@ def rename(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, earlier: bytes | None = b"") -> Iterator[BinaryIO]:
     """Yields a new file to write, which replaces `path` at the end if nothing failed.
 
     Until then `path` stays as it was, even through a power cut. The new file may be
     read by those who may read the old one.
 
+    Args:
+      earlier: how a file begins that may be replaced, if it is not empty; another one,
+        which somebody may have put there meanwhile, stays. None: any stays.
+
     Raises:
       OSError: if it cannot be written; names `path` and the reason. What is no file
         stays: the system's /dev/null can be replaced too.
     """
+    _check_replaceable(path, earlier)
     if os.path.isdir(path):  # Renaming would replace a link to one.
         raise OSError(errno.EISDIR, "cannot write: Is a directory", str(path))
     if os.path.exists(path) and not os.path.isfile(path):
@@ -68,6 +75,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        _check_replaceable(path, earlier)
         rename(temporary, path)
     except OSError as e:
         if e.filename and os.fspath(e.filename) != os.fspath(temporary):
@@ -75,6 +83,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OSError(e.errno, f"cannot write: {e.strerror}", str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_replaceable(path: Path, earlier: bytes | None) -> None:
+    if earlier is None and os.path.lexists(path):
+        raise OSError(errno.EEXIST, "it is there already, and stays", str(path))
+    if earlier and not begins(path, earlier):
+        words = "it is there, and is no such file of jaxlm: it stays"
+        raise OSError(errno.EEXIST, words, str(path))
 
 
 def check_room_for(path: Path) -> None:

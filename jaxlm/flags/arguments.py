@@ -16,6 +16,7 @@ from jaxlm.config import (
     SampleConfig,
     WeightKind,
 )
+from jaxlm.files import beginnings
 from jaxlm.flags.config_file import RunArguments, read_config
 from jaxlm.flags.flag_table import Flat, Positional
 from jaxlm.flags.parse import parse
@@ -23,15 +24,6 @@ from jaxlm.report import PICTURE, REPORT
 
 COMPARISON = Path("comparison.html")
 """The page of a report on several runs."""
-# How the files begin that these verbs write.
-_PAGE = b"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src """
-_CERTIFICATE = b'{\n "format": '
-# A PNG of 1200 x 750 pixels.
-_PICTURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes.fromhex("000004b0000002ee")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +218,7 @@ def _check_outside_steps(what: str, path: Path) -> None:
 
 def _check_page(flag: str, path: Path) -> None:
     """Keeps a page from replacing anything but a page of this package."""
-    _check_written(flag, path, "a page", (".html", ".htm"), _PAGE)
+    _check_written(flag, path, "a page", (".html", ".htm"), beginnings.PAGE)
 
 
 def _check_written(
@@ -236,19 +228,11 @@ def _check_written(
     _check_outside_steps(flag, path)
     if path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path}: the name of {kind} ends in {endings[0]}")
-    if not _begins(path, beginning):
+    if not beginnings.begins(path, beginning):
         raise ValueError(
             f"{flag} {path} is there, and is not {kind} of jaxlm: choose another name, "
             "or remove it"
         )
-
-
-def _begins(path: Path, beginning: bytes) -> bool:
-    """Whether a file begins so, is empty, or is not there."""
-    if not path.is_file():
-        return True
-    with path.open("rb") as file:
-        return file.read(len(beginning)) in (b"", beginning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +283,7 @@ class VerifyArguments:
                 f"--out {self.out} is a folder: give a file, as "
                 f"{self.out / 'certificate.json'}"
             )
-        kind = "a certificate", (".json",), _CERTIFICATE
+        kind = "a certificate", (".json",), beginnings.CERTIFICATE
         _check_written("--out", self.out, *kind)
 
 
@@ -399,7 +383,9 @@ class ReportArguments:
         page, picture = self.files()
         _check_page("--out" if self.out else "the report", page)
         is_alone = picture.exists() and not page.exists()
-        if not _begins(picture, _PICTURE) or (is_alone and picture.name != PICTURE):
+        if not beginnings.begins(picture, beginnings.PICTURE) or (
+            is_alone and picture.name != PICTURE
+        ):
             raise ValueError(
                 f"{picture} is there, and the picture beside {page} would replace it: "
                 "choose another --out, or remove it"

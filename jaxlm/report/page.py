@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlm.fields import named_values
+from jaxlm.files.beginnings import PAGE
 from jaxlm.files.durable import replacing
 from jaxlm.report.curves import (
     MAX_POINTS,
@@ -80,7 +81,7 @@ def write_report(
     }
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
+    with replacing(out, PAGE) as file:
         file.write(fill(asset("page.html"), page).encode("utf-8", "backslashreplace"))
     return out
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.files.beginnings import PICTURE
 from jaxlm.files.durable import replacing
 from jaxlm.report.curves import (
     MAX_POINTS,
@@ -43,7 +44,7 @@ def draw_loss_png(runs: Sequence[Run], out: Path | str) -> Path:
     figure = draw_losses(runs)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
+    with replacing(out, PICTURE) as file:
         figure.savefig(file, format="png")
     return out
 

@@ -14,6 +14,7 @@ from parity_case import nested, weights
 from jaxlm import tree
 from jaxlm.checkpoint.conversion import convert
 from jaxlm.checkpoint.families import NOT_KEPT
+from jaxlm.checkpoint.gguf import gguf_writing
 from jaxlm.checkpoint.hf import hf_folder
 from jaxlm.checkpoint.load import load, load_tokenizer, open_checkpoint
 from jaxlm.checkpoint.save import save
@@ -116,6 +117,21 @@ def test_a_folder_that_cannot_be_finished_is_not_in_the_way(run, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
     convert(run, target)
     same(run, target)
+
+
+def test_a_file_that_comes_by_the_name_meanwhile_is_not_replaced(
+    run, tmp_path, monkeypatch
+):
+    target, real = tmp_path / "m.gguf", gguf_writing.write_values
+
+    def write_values(file, values):
+        target.write_text("mine")
+        real(file, values)
+
+    monkeypatch.setattr(gguf_writing, "write_values", write_values)
+    with pytest.raises(OSError, match="it is there already, and stays"):
+        convert(run, target)
+    assert target.read_text() == "mine" and list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("to", ["hf", "jaxlm", "gguf"])

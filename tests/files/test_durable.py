@@ -44,6 +44,28 @@ def test_two_writers_of_one_file_have_files_of_their_own(tmp_path):
     assert page.read_bytes() == b"first" and list(tmp_path.iterdir()) == [page]
 
 
+@pytest.mark.parametrize("when", ["before", "while it is written"])
+def test_only_what_began_so_is_replaced(tmp_path, when):
+    """Somebody may have put a file there while a page took hours to make."""
+    page = tmp_path / "page.html"
+    for text in ("", "a page of before"):
+        page.write_text(text)
+        with replacing(page, b"a page") as file:
+            file.write(b"a page of now")
+    assert page.read_bytes() == b"a page of now"
+    for earlier in (b"a page", None):
+        page.unlink()
+        if when == "before":
+            page.write_text("mine")
+        with (
+            pytest.raises(OSError, match=f"stays.*'{page}'"),
+            replacing(page, earlier) as file,
+        ):
+            file.write(b"a page of now")
+            page.write_text("mine")
+        assert page.read_text() == "mine" and list(tmp_path.iterdir()) == [page]
+
+
 def test_who_may_read_a_file_may_read_the_one_that_replaces_it(tmp_path):
     """A conversation of mode 0600 became readable by all with the second /save."""
     talk = tmp_path / "talk.json"

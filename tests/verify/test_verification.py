@@ -26,8 +26,9 @@ from jaxlm.verify import comparing, peer
 from jaxlm.verify import verification as verify_module
 from jaxlm.verify.check import Check, table
 from jaxlm.verify.expected import TextIds, from_json, observe
+from jaxlm.verify.find_reference import Reference
 from jaxlm.verify.hard_texts import HARD_TEXTS, check_ids, check_round_trip
-from jaxlm.verify.verification import verify
+from jaxlm.verify.verification import Verification, verify, write_certificate
 
 TOKENIZER = ByteTokenizer()
 CONFIG = dataclasses.replace(
@@ -412,6 +413,20 @@ def test_user_errors_are_one_line(copy, kept, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert words in err and not out
         assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_file_that_is_no_certificate_is_not_replaced(copy):
+    """Beside a model, where nobody has named it."""
+    own = copy / "certificate.json"
+    own.write_text('{"school": "..."}')
+    verification = Verification(
+        *(open_checkpoint(copy, report=lambda _: None), "", ""),
+        Reference(None, "none"),
+        (),
+    )
+    line = write_certificate(verification)
+    assert line.startswith(f"no certificate: {own}: it is there") and "--out" in line
+    assert own.read_text() == '{"school": "..."}'
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from jaxlm.checkpoint.gguf.gguf_config import (
     rope_tensors,
     write_config,
 )
-from jaxlm.checkpoint.gguf.gguf_file import read_gguf
+from jaxlm.checkpoint.gguf.gguf_file import MAGIC, read_gguf
 from jaxlm.checkpoint.gguf.gguf_writing import write_gguf
 from jaxlm.checkpoint.opened import Kind, print_to_stderr
 from jaxlm.checkpoint.tensor_file import BFLOAT16, StoredTensor
@@ -156,6 +156,7 @@ def write_model(
     tokenizer: Tokenizer | None,
     dtype: str = "f16",
     report: Callable[[str], None] = print_to_stderr,
+    earlier: bytes | None = MAGIC,
 ) -> None:
     """Writes a model for llama.cpp to run.
 
@@ -166,6 +167,7 @@ def write_model(
         llama.cpp requires. With q8_0, matrices whose rows are not whole blocks of 32
         values are f16, as llama.cpp's own quantizer writes them.
       report: gets a line if there are such matrices.
+      earlier: as for `durable.replacing`.
 
     Raises:
       ValueError: if llama.cpp has no architecture for this model, or cannot run the
@@ -196,4 +198,4 @@ def write_model(
             return divisors[name].astype(f32)
         return narrowed(read(name), TYPES[typed[name][1].lower()], name)
 
-    write_gguf(path, metadata, typed, values)
+    write_gguf(path, metadata, typed, values, earlier)

@@ -48,12 +48,16 @@ GGUFSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 def write_gguf(
-    path: Path | str, metadata: Mapping[str, Any], specs: GGUFSpecs, read: ReadTensor
+    path: Path | str,
+    metadata: Mapping[str, Any],
+    specs: GGUFSpecs,
+    read: ReadTensor,
+    earlier: bytes | None = MAGIC,
 ) -> None:
     """Writes a GGUF file, version 3, byte for byte as the `gguf` package does.
 
     Args:
-      path: replaced only when the new file is complete.
+      path: replaced only when the new file is complete, and what `earlier` allows.
       metadata: in file order. Values are str, bool, int (uint32), float (float32), or
         a list of one of these (int: int32). NumPy scalars and arrays [n] are written
         in their own dtype.
@@ -62,6 +66,7 @@ def write_gguf(
       read: returns the values of one tensor; called once for each. Only one tensor is
         held in memory at a time. The dtype is that of the type; for Q8_0 any of the
         three.
+      earlier: as for `durable.replacing`.
 
     Raises:
       ValueError: for metadata, names or types that the format or llama.cpp does not
@@ -85,7 +90,7 @@ def write_gguf(
         parts += [U32.pack(_TYPE_NUMBERS[kind]), U64.pack(offset)]
         offset += size + -size % alignment
     header = b"".join(parts)
-    with replacing(path) as file:
+    with replacing(path, earlier) as file:
         file.write(header + bytes(-len(header) % alignment))
         for name, (shape, kind) in specs.items():
             where = f"{path}: tensor {shown(name)}"

@@ -361,14 +361,26 @@ def remove_unused(run: Path) -> None:
 def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:
     """Finds the run folders with at least one step in or below `root`, newest first.
 
-    The age is that of the last commit or deletion in `checkpoints/`. Folders more than
-    `depth` levels below `root` are not searched.
+    The age is that of the last step. Folders more than `depth` levels below `root` are
+    not searched, and of links only those to a run, perhaps on another disk.
     """
-    return sorted(
-        _runs_below(Path(root), depth),
-        key=lambda run: (run / CHECKPOINTS).stat().st_mtime_ns,
-        reverse=True,
-    )
+    by_place: dict[str, Path] = {}
+    for run in sorted(_runs_below(Path(root), depth), key=Path.is_symlink):
+        by_place.setdefault(os.path.realpath(run), run)
+    return sorted(by_place.values(), key=_last_save, reverse=True)
+
+
+def _last_save(run: Path) -> int:
+    """Returns when a run saved last, in nanoseconds; 0 if it has no such step now.
+
+    The folder of the steps is changed by starts that are refused, too.
+    """
+    times = [0]
+    for step in list_steps(run):
+        with contextlib.suppress(OSError):  # It is being deleted.
+            manifest = run / CHECKPOINTS / str(step) / integrity.MANIFEST
+            times.append(manifest.stat().st_mtime_ns)
+    return max(times)
 
 
 def newest_run() -> Path:
@@ -398,8 +410,9 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
     elif depth > 0:
         for child in sorted(folder.iterdir()):
-            if not (child.name.startswith(".") or child.is_symlink()):
-                yield from _runs_below(child, depth - 1)
+            if not child.name.startswith("."):
+                # No further through a link: it may lead in a circle.
+                yield from _runs_below(child, 0 if child.is_symlink() else depth - 1)
 
 
 def candidates(path: str | Path) -> list[Path]:

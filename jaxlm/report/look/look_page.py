@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jaxlm.files.beginnings import PAGE
 from jaxlm.files.durable import replacing
 from jaxlm.report.look.packed_arrays import packed
 from jaxlm.report.page import asset, fill, script_json
@@ -25,7 +26,7 @@ def write_page(view: Any, out: Path | str) -> Path:
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
+    with replacing(out, PAGE) as file:
         file.write(page_text(view).encode())
     return out
 

@@ -308,8 +308,18 @@ def test_load_of_a_path_that_is_not_a_run_helps(tmp_path):
 def test_find_runs_newest_first(tmp_path):
     runs = [run_with_steps(tmp_path / name, 1) for name in ("b", "deep/a", "c")]
     for age, run in enumerate(runs):
-        os.utime(run / "checkpoints", (1000 - age, 1000 - age))
+        manifest = run / "checkpoints/1/manifest.json"
+        os.utime(manifest, (1000 - age, 1000 - age))
+    # As a start that is refused changes it.
+    os.utime(runs[2] / "checkpoints", (2000, 2000))
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    assert find_runs(tmp_path) == runs
+    # A run on another disk, and a link to one that is here; links in a circle.
+    disk = tmp_path.with_name(f"{tmp_path.name}-disk")
+    runs[0].rename(disk)
+    runs[0].symlink_to(disk)
+    (tmp_path / "a").symlink_to("c")
+    (tmp_path / "deep/up").symlink_to(tmp_path)
     assert find_runs(tmp_path) == runs
 
 
