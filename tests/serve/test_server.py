@@ -579,6 +579,13 @@ def test_the_chat_page_shows_an_answer_and_an_error(served, tmp_path):
         assert shown[0] == "<b>Hi" and len(shown[1]) > 0
         assert browser.evaluate("document.querySelectorAll('.message b').length") == 0
         assert "the prompt has" in send("x" * 300)[-1]
+        assert browser.evaluate("byId('text').value") == "x" * 300  # to send again
+        assert (
+            browser.evaluate(
+                "dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+            )
+            is False
+        )  # The browser asks first.
         # Nothing but this server is asked, and the console holds the refusal only.
         urls = [one for one in browser.problems if isinstance(one, str)]
         assert all(url.startswith(served.url) for url in urls) and len(urls) >= 2

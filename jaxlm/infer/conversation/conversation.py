@@ -129,7 +129,8 @@ class Conversation:
 
         Raises:
           ContextFull: if there is no room for an answer.
-          ValueError: as `chat_ids` and `generate` do.
+          ValueError: as `chat_ids` and `generate` do. The part of an answer before an
+            error, as of a device without memory, is added too.
         """
         return self._answer(
             [*self.messages, {"role": "user", "content": text}], on_text
@@ -165,6 +166,7 @@ class Conversation:
         prefill_tokens, prefill_s, decode_s = len(ids), 0.0, 0.0
         # Generation takes over the memory of the state.
         state, self._state = self._state, None
+        failure: Exception | None = None
         try:
             result = generate(
                 self.config,
@@ -184,6 +186,8 @@ class Conversation:
             prefill_s, decode_s = result.prefill_s, result.decode_s
         except KeyboardInterrupt:
             reply.is_stopped = True
+        except Exception as error:  # What was shown stays in the conversation.
+            reply.is_stopped, failure = True, error
         if reply.is_stopped:
             ended = "interrupted"
         elif reply.num_tokens < limit:
@@ -202,6 +206,8 @@ class Conversation:
         if answer.text.strip():
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
             self.last_answer = answer
+        if failure is not None:
+            raise failure
         return answer
 
     def num_tokens(self) -> int:

@@ -137,6 +137,21 @@ def test_the_part_of_a_stopped_answer_stays(model, how):
     assert next_one.prompt_tokens == len(chat_ids(model[2], seen))
 
 
+def test_the_part_of_an_answer_before_an_error_stays(model):
+    """As of a device without memory; `/retry` answers again."""
+    parts = []
+
+    def fail(text):
+        if parts:
+            raise MemoryError
+        parts.append(text)
+
+    talk = begin(model, new=64, temperature=1.0, system=SYSTEM)
+    with pytest.raises(MemoryError):
+        talk.ask("Hi", fail)
+    assert talk.messages[1:] == [user("Hi"), assistant(parts[0])]
+
+
 def test_a_blank_answer_is_not_kept(model, monkeypatch):
     """The model ends its answer at once, or after a space."""
     tokenizer = model[2]
