@@ -1,7 +1,9 @@
 """Measure how well a model predicts texts, or answers multiple choice."""
 
+import contextlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 import jax
@@ -21,6 +23,7 @@ from jaxlm.evaluation.multiple_choice import (
 from jaxlm.evaluation.text_loss import TextLoss, check_windows, text_loss
 from jaxlm.flags.arguments import EvalArguments
 from jaxlm.sharding.mesh import make_mesh_of_size
+from jaxlm.terminal.interrupts import ENDS, Interrupts
 from jaxlm.terminal.progress import Waiting, progress_bar
 from jaxlm.tokenizers.base import Tokenizer
 from jaxlm.types import Params
@@ -50,8 +53,31 @@ def main(chosen: EvalArguments) -> int:
         print(json.dumps(figures))
         return 0
     for name, value in figures.items():
-        print(f"{name:14} {value:{',.4f' if isinstance(value, float) else ','}}")
+        print(f"{name:14} {_shown(value)}")
     return 0
+
+
+def _shown(value: float | int) -> str:
+    return f"{value:{',.4f' if isinstance(value, float) else ','}}"
+
+
+@contextlib.contextmanager
+def _told(so_far: Callable[[], Mapping[str, float | int]]) -> Iterator[None]:
+    """Tells on stderr what was measured until Ctrl-C, SIGTERM, SIGHUP or an error.
+
+    Args:
+      so_far: returns the figures, of which the first is 0 if there are none yet.
+    """
+    try:
+        with Interrupts(ENDS):
+            yield
+    except BaseException:
+        (what, number), *figures = so_far().items()
+        if number:
+            shown = ", ".join(f"{name} {_shown(value)}" for name, value in figures)
+            line = f"ended early; of the first {number:,} {what}: {shown}"
+            print(line, file=sys.stderr, flush=True)
+        raise
 
 
 def _measure_text(
@@ -75,7 +101,17 @@ def _measure_text(
                 yield "".join(parts)
                 parts.clear()
 
-    with progress_bar(f"predicting {source.name}", size) as advance_to:
+    def so_far() -> dict[str, float | int]:
+        return {
+            "tokens": last.tokens,
+            "loss": last.loss,
+            "perplexity": last.perplexity,
+        }
+
+    with (
+        _told(so_far),
+        progress_bar(f"predicting {source.name}", size) as advance_to,
+    ):
         for sums in text_loss(
             *(model, params, tokenizer, documents()), context=context, stride=stride
         ):
@@ -105,7 +141,14 @@ def _measure_choices(
 ) -> dict[str, float | int]:
     counts = Accuracy()
     sizes = list(accumulate(len(q.context.encode()) for q in questions))
-    with progress_bar("answering the questions", sizes[-1]) as advance_to:
+
+    def so_far() -> dict[str, float | int]:
+        return {"questions": counts.questions, **counts.rates()}
+
+    with (
+        _told(so_far),
+        progress_bar("answering the questions", sizes[-1]) as advance_to,
+    ):
         for counts in accuracy(model, params, tokenizer, questions):
             advance_to(sizes[counts.questions - 1])
     return {**counts.rates(), "questions": counts.questions}

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -40,7 +41,7 @@ from jaxlm.infer.rules.stop_strings import StopText
 from jaxlm.infer.speculative.proposals import Proposer
 from jaxlm.sharding.device_memory import available_memory, gib
 from jaxlm.sharding.mesh import make_mesh_of_size
-from jaxlm.terminal.interrupts import TextInterrupts
+from jaxlm.terminal.interrupts import ENDS, TextInterrupts
 from jaxlm.terminal.progress import Waiting
 from jaxlm.tokenizers.base import TextStream, Tokenizer
 from jaxlm.types import Params
@@ -157,7 +158,7 @@ def write_samples(
     """Samples continuations of a text, writes them to stdout, and returns them.
 
     The first is streamed, unless the form is another (`--json`, `--show-probs`). After
-    Ctrl-C what there is of each is written.
+    Ctrl-C, SIGTERM or SIGHUP what there is of each is written.
     """
     num_samples = chosen.best_of or chosen.num_samples
     check_memory_of(num_samples)
@@ -199,7 +200,7 @@ def write_samples(
         for line in form(shown, tokenizer, text, sample):
             print(line)
     if None in result.ended:
-        raise KeyboardInterrupt
+        raise printer.ending()
     result = shown
     if limit < chosen.sample.max_new_tokens and (result.lengths == limit).any():
         print(
@@ -255,8 +256,8 @@ class Printer:
     The prompt is printed with the first new tokens, so log lines don't split prompt and
     text, and a rejected prompt isn't printed.
 
-    Ctrl-C before the first tokens is raised; after them it ends the generation, and
-    what there is of each sample is printed.
+    A signal before the first tokens is raised; after them it ends the generation, and
+    what there is of each sample is printed. So it is after an error.
     """
 
     def __init__(
@@ -270,7 +271,7 @@ class Printer:
     ):
         """Without `streams`, nothing is printed."""
         self._is_silent = not streams
-        self._interrupts = TextInterrupts(_STOPPING, raises_again=True)
+        self._interrupts = TextInterrupts(_STOPPING, raises_again=True, exit_codes=ENDS)
         self._begun = False
         self._streams = [TextStream(tokenizer) for _ in range(num_samples)]
         self._stops = [StopText(stop_strings) for _ in range(num_samples)]
@@ -287,10 +288,14 @@ class Printer:
         self._waiting.finish()
         if self._is_silent:
             return
-        if kind is None:
+        if kind is None or (self._begun and issubclass(kind, Exception)):
             self._finish()
         elif self._begun:
             print(flush=True)
+
+    def ending(self) -> BaseException:
+        """Returns what to raise after a generation that a signal has ended."""
+        return self._interrupts.ending(self._interrupts.received or signal.SIGINT)
 
     def feed(
         self, new: Int[np.ndarray, "B n"], inside: Bool[np.ndarray, "B n"]

@@ -27,6 +27,12 @@ _PATIENCE_SECONDS = 0.3
 # sends SIGHUP to a program, and so does its shell; `timeout` signals a program and the
 # group it is in. A person is slower than 0.1 s, and only a person sends SIGINT later.
 _REPEAT_SECONDS, _CTRL_C_REPEAT_SECONDS = 2.0, 0.1
+CTRL_C: Mapping[int, int] = {signal.SIGINT: EXIT_INTERRUPTED}
+ENDS: Mapping[int, int] = {
+    **CTRL_C,
+    **{number: 128 + number for number in (signal.SIGTERM, signal.SIGHUP)},
+}
+"""What ends a command that then shows what there is -> the exit code."""
 
 
 class Interrupts(contextlib.AbstractContextManager):
@@ -99,9 +105,13 @@ class Interrupts(contextlib.AbstractContextManager):
         with self._lock:
             self._unanswered = None
             self._take()
+        raise self.ending(number)
+
+    def ending(self, number: int) -> BaseException:
+        """Returns what is raised for a signal."""
         if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(self._exit_codes[number])
+            return KeyboardInterrupt()
+        return SystemExit(self._exit_codes[number])
 
     def _take(self) -> bytes:
         """Takes the numbers of the signals that nobody has answered."""
@@ -166,16 +176,22 @@ class Interrupts(contextlib.AbstractContextManager):
 
 
 class TextInterrupts(Interrupts):
-    """Ctrl-C while a text is generated.
+    """Ctrl-C, and perhaps other signals, while a text is generated.
 
-    It is raised while `are_raised` is set: until the first words. After that it is only
-    noted, so that the generation ends in order, and what there is can be shown; with
-    `raises_again` a second one is raised.
+    They are raised while `are_raised` is set: until the first words. After that they
+    are only noted, so that the generation ends in order, and what there is can be
+    shown; with `raises_again` a second one is raised.
     """
 
-    def __init__(self, notice: str, *, raises_again: bool = False) -> None:
+    def __init__(
+        self,
+        notice: str,
+        *,
+        raises_again: bool = False,
+        exit_codes: Mapping[int, int] = CTRL_C,
+    ) -> None:
         # The notice comes below the text that has been shown.
-        super().__init__({signal.SIGINT: EXIT_INTERRUPTED}, f"\n{notice}")
+        super().__init__(exit_codes, f"\n{notice}")
         self.are_raised, self._raises_again = False, raises_again
         self._noted_at = math.inf
 
@@ -184,7 +200,7 @@ class TextInterrupts(Interrupts):
         is_again = now - self._noted_at > _CTRL_C_REPEAT_SECONDS
         try:
             super()._handle(number, frame)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             if self.are_raised or (is_again and self._raises_again):
                 raise
             self._noted_at = min(self._noted_at, now)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ from toy_case import make_params, toy
 from jaxlm import tree
 from jaxlm.checkpoint.save import save
 from jaxlm.cli import main
-from jaxlm.evaluation.text_loss import text_loss
+from jaxlm.commands import eval as eval_module
+from jaxlm.data.sources import find_source
+from jaxlm.evaluation.text_loss import TextLoss, text_loss
+from jaxlm.flags.arguments import EvalArguments
 from jaxlm.infer.scoring import score
 from jaxlm.model.params import quantize_matrices
 from jaxlm.tokenizers.bytes_and_characters import ByteTokenizer
@@ -57,6 +61,25 @@ def test_each_token_is_predicted_once_after_enough_others(context, stride):
     total = sum(float(s[-1]) for s in score(CONFIG, PARAMS, texts, num_tokens=257))
     assert sums.tokens == len(ids) - 1
     np.testing.assert_allclose(-sums.nats, total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, ValueError("bad text")])
+def test_what_was_measured_until_it_ended_is_told(tmp_path, monkeypatch, capsys, end):
+    def some(*_, **__):
+        yield TextLoss(2, 10, 10, 5.0)
+        if isinstance(end, ValueError):
+            raise end
+        signal.raise_signal(end)
+
+    monkeypatch.setattr(eval_module, "text_loss", some)
+    (tmp_path / "t.txt").write_text(TEXT)
+    source = find_source(str(tmp_path / "t.txt"))
+    chosen = EvalArguments(src="run", text="t.txt")
+    with pytest.raises((KeyboardInterrupt, SystemExit, ValueError)):
+        eval_module._measure_text(CONFIG, PARAMS, TOKENIZER, source, chosen)
+    line = capsys.readouterr().err.splitlines()[-1]
+    figures = "loss 0.5000, perplexity 1.6487"
+    assert line == f"ended early; of the first 10 tokens: {figures}"
 
 
 def test_special_tokens_that_a_text_spells_out_are_told(tmp_path, capsys):
