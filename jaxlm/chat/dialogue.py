@@ -12,6 +12,7 @@ from jax.errors import JaxRuntimeError
 
 from jaxlm.chat import transcript
 from jaxlm.chat.prompt import DraftDropped
+from jaxlm.chat.unsaved import Unsaved
 from jaxlm.fields import nearest
 from jaxlm.infer.conversation.conversation import Answer, ContextFull, Conversation
 from jaxlm.terminal.interrupts import TextInterrupts
@@ -39,6 +40,7 @@ class Dialogue:
         read: Callable[[], str],
         *,
         on_terminal: bool,
+        unsaved: Unsaved | None = None,
     ):
         """Prepares the dialogue; `hold` begins it.
 
@@ -48,8 +50,10 @@ class Dialogue:
             Ctrl-C that gives up a draft, and KeyboardInterrupt for another.
           on_terminal: an error is shown, and the dialogue goes on. Otherwise nobody
             might see it, so it is raised.
+          unsaved: keeps the messages until the dialogue ends in order; None: nothing.
         """
         self._conversation = conversation
+        self._unsaved = unsaved or Unsaved(None)
         self._read = read
         self._on_terminal = on_terminal
         self._is_over = False
@@ -60,6 +64,10 @@ class Dialogue:
         Raises:
           ValueError: not on a terminal: for a wrong command, and as `Conversation.ask`.
         """
+        self._hold()
+        self._unsaved.forget()
+
+    def _hold(self) -> None:
         may_leave = False
         while not self._is_over:
             try:
@@ -71,6 +79,7 @@ class Dialogue:
                 continue
             except KeyboardInterrupt:
                 if may_leave or not self._on_terminal:
+                    self._unsaved.forget()
                     raise
                 may_leave = True
                 say("press Ctrl-C again or type /exit")
@@ -86,6 +95,7 @@ class Dialogue:
                 if not self._on_terminal:
                     raise
                 say(f"error: {error_line(error)}")
+            self._unsaved.keep(self._conversation.messages)
 
     def _take(self, text: str) -> None:
         if text.startswith("//"):
@@ -170,10 +180,12 @@ class Dialogue:
     def _save(self, file: str) -> None:
         path = Path(os.path.expanduser(file))
         transcript.save(self._conversation.messages, path)
+        self._unsaved.forget(self._conversation.messages)
         say(f"saved {self._size()} to {path}")
 
     def _load(self, file: str) -> None:
         self._conversation.load(transcript.load(Path(os.path.expanduser(file))))
+        self._unsaved.forget(self._conversation.messages)
         say(f"loaded {self._size()}")
 
     def _size(self) -> str:

@@ -34,12 +34,17 @@ def save(messages: Sequence[Message], path: Path) -> None:
                 f"{path} has another conversation, of {len(earlier)} messages: choose "
                 "another name, or remove it"
             )
-    text = json.dumps(list(messages), indent=1, ensure_ascii=False)
     try:
-        with durable.replacing(path) as file:
-            file.write(text.encode("utf-8", "surrogatepass") + b"\n")
+        write(messages, path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def write(messages: Sequence[Message], path: Path) -> None:
+    """Writes messages to a file, whatever it has; raises OSError."""
+    text = json.dumps(list(messages), indent=1, ensure_ascii=False)
+    with durable.replacing(path) as file:
+        file.write(text.encode("utf-8", "surrogatepass") + b"\n")
 
 
 def _goes_on(earlier: Sequence[Message], messages: Sequence[Message]) -> bool:

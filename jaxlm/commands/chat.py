@@ -6,8 +6,9 @@ import sys
 import jax
 
 from jaxlm import tree
-from jaxlm.chat.dialogue import Dialogue
+from jaxlm.chat.dialogue import Dialogue, say
 from jaxlm.chat.prompt import line_editor
+from jaxlm.chat.unsaved import Unsaved, conversations_folder, not_ended
 from jaxlm.checkpoint.load import load_onto_mesh
 from jaxlm.checkpoint.opened import Checkpoint
 from jaxlm.commands.generating.generation import open_model, with_stop_ids
@@ -33,12 +34,21 @@ def main(chosen: ChatArguments) -> int:
         with Waiting("loading the model"):
             conversation, params = begin(checkpoint, model, chosen)
         log_attention(model)
+        folder = conversations_folder() if on_terminal else None
         if on_terminal:
             print(describe(checkpoint, params))
             print("/help lists commands and keys; /exit or Ctrl-D leaves\n")
+            if left := not_ended(folder):
+                say(
+                    f"an earlier chat was cut off: /load {left} goes on with it, and "
+                    "deleting the file forgets it\n"
+                )
         read = line_editor() if on_terminal else input
+        unsaved = Unsaved(folder)
         with log_paused():
-            Dialogue(conversation, read, on_terminal=on_terminal).hold()
+            Dialogue(
+                conversation, read, on_terminal=on_terminal, unsaved=unsaved
+            ).hold()
     return 0
 
 

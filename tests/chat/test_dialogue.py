@@ -1,5 +1,6 @@
 """The dialogue: what is sent, what is shown, and each command."""
 
+import contextlib
 import itertools
 import json
 import signal
@@ -11,6 +12,7 @@ from jax.errors import JaxRuntimeError
 from jaxlm.chat import dialogue, transcript
 from jaxlm.chat.dialogue import COMMANDS, Dialogue
 from jaxlm.chat.prompt import DraftDropped
+from jaxlm.chat.unsaved import Unsaved, not_ended
 from jaxlm.terminal.progress import Waiting
 
 
@@ -186,6 +188,45 @@ def test_a_file_that_cannot_be_does_not_end_it(hold, tmp_path):
     for line in (lines[4], lines[6]):
         assert "talk.json has another conversation, of 2 messages: choose" in line
     assert [m["content"] for m in json.loads(file.read_text())] == ["Hi", "1"]
+
+
+def test_a_conversation_is_kept_until_the_chat_ends_in_order(
+    monkeypatch, tmp_path, capsys
+):
+    """A terminal that is closed or a kill had taken it."""
+    folder, mine = tmp_path / "conversations", tmp_path / "mine.json"
+
+    def held(*typed):
+        """What is kept when the messages are typed and the program then ends."""
+        talk = scripted(monkeypatch, tmp_path, ["One", "Two", "Three"])
+        kept = []
+
+        def read():
+            kept[:] = [transcript.load(path) for path in folder.glob("*.json")]
+            return keyboard()
+
+        keyboard, unsaved = Keyboard(typed), Unsaved(folder)
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            Dialogue(talk, read, on_terminal=True, unsaved=unsaved).hold()
+        return kept, [*folder.glob("*.json")]
+
+    assert held("/system Be brief.") == ([], [])
+    kept, left = held("Hi", "and?")
+    assert [[m["content"] for m in one] for one in kept] == [
+        ["Hi", "One", "and?", "Two"]
+    ]
+    assert not left  # Ctrl-D ends in order, as do two Ctrl-C.
+    assert not held("Hi", KeyboardInterrupt(), KeyboardInterrupt())[1]
+    for done in (f"/save {mine}", f"/load {mine}", "/reset"):
+        assert held("Hi", done) == ([], [])
+    _, [path] = held(f"/load {mine}", "more", SystemExit(143))  # as for SIGTERM
+    assert [m["content"] for m in transcript.load(path)] == ["Hi", "One", "more", "One"]
+    assert folder.stat().st_mode & 0o077 == 0
+    assert not_ended(folder) is None  # This process is running.
+    gone = path.rename(folder / f"chat-{2**31 - 1}-00000000.json")
+    (folder / "notes.json").write_text("mine")
+    assert not_ended(folder) == gone
+    assert not_ended(None) is None and not_ended(tmp_path / "no") is None
 
 
 def test_a_conversation_is_not_written_into_a_step(tmp_path):
