@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ BLOCK_BYTES = 1 << 20
 # A folder is locked while it is built, soon after it was made.
 UNLOCKED_SECONDS = 60.0
 _BUILDING, _LOCK = ".building-", ".lock"
+_MADE = re.compile(re.escape(_BUILDING) + "[a-z0-9_]{8}")
 # A file of an entry, with the key under which it was built.
 _KEY = "key"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -316,6 +318,8 @@ def _remove_abandoned(root: Path, now: float) -> None:
         of this machine, by which a folder that is being built may look old.
     """
     for folder in root.glob(_BUILDING + "*"):
+        if not _MADE.fullmatch(folder.name):
+            continue  # not by `mkdtemp`
         # Another process may rename or remove its folder at any moment.
         with contextlib.suppress(OSError):
             is_old = now - folder.stat().st_mtime > UNLOCKED_SECONDS

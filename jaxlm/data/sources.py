@@ -100,6 +100,7 @@ def _expand(pattern: str) -> Iterator[str]:
     """
     parts = Path(pattern).parts
     if "**" not in parts:
+        _check_readable(parts)
         yield from glob.glob(pattern)
         return
     at = parts.index("**")
@@ -111,6 +112,18 @@ def _expand(pattern: str) -> Iterator[str]:
             if real not in seen:
                 seen.add(real)
                 yield from _expand(str(Path(glob.escape(folder), *rest)))
+
+
+def _check_readable(parts: tuple[str, ...]) -> None:
+    """Raises ValueError for a folder on the way that the library would leave out."""
+    for number, part in enumerate(parts[1:], start=1):
+        needed = os.X_OK | (os.R_OK if glob.has_magic(part) else 0)
+        for folder in glob.glob(str(Path(*parts[:number]))):
+            if os.path.isdir(folder) and not os.access(folder, needed):
+                raise ValueError(
+                    f"data.path: the folder {folder} cannot be read: fix its "
+                    "permissions, or name the others"
+                )
 
 
 def _refuse(error: OSError) -> None:

@@ -1,4 +1,5 @@
 import gzip
+import os
 
 import pytest
 
@@ -27,6 +28,20 @@ def test_folder_and_glob_are_sorted(tmp_path, caplog):
     assert texts(tmp_path / "**/a.txt") == ["a.txt", "z/a.txt"]
     assert texts(tmp_path / "[ab].txt") == ["a.txt", "b.txt"]
     assert not caplog.records
+
+
+def test_a_folder_that_a_glob_may_not_read_is_not_left_out(tmp_path, monkeypatch):
+    """As the library does, without a word."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    assert texts(tmp_path / "*/x.txt") == ["a", "b"]
+    closed, access = str(tmp_path / "b"), os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p != closed and access(p, mode))
+    for pattern in ("*/x.txt", "[ab]/*.txt"):
+        with pytest.raises(ValueError, match=f"the folder {closed} cannot be read"):
+            find_source(str(tmp_path / pattern))
+    assert texts(tmp_path / "a/*.txt") == ["a"]
 
 
 def test_what_a_folder_does_not_give_is_said(tmp_path, caplog):

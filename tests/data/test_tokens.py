@@ -252,7 +252,8 @@ def test_two_processes_at_once(tmp_path):
 
 
 def test_abandoned_folders_are_removed(tmp_path):
-    for age, name in ((0, "young"), (10**6, "old")):
+    # The last one is a person's.
+    for age, name in ((0, "young_12"), (10**6, "old_1234"), (10**6, "site")):
         folder = tmp_path / f".building-{name}"
         folder.mkdir()
         (folder / "tokens.bin").write_text("x")
@@ -260,12 +261,13 @@ def test_abandoned_folders_are_removed(tmp_path):
         for path in (folder / "tokens.bin", folder):
             os.utime(path, (when, when))
     build_once(tmp_path, "key", lambda work: None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".building-young", "key"]
+    names = [".building-site", ".building-young_12", "key"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_a_clock_ahead_of_that_of_the_disk_abandons_nothing(tmp_path, monkeypatch):
     """A shared disk has a clock of its own."""
-    young = tmp_path / ".building-young"
+    young = tmp_path / ".building-young_12"
     young.mkdir()
     now = time.time() + 10**6
     monkeypatch.setattr(time, "time", lambda: now)

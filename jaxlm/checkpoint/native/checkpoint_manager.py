@@ -112,6 +112,7 @@ class CheckpointManager:
             )
 
     def _start(self, fresh: bool) -> str:
+        self._was_there = self.run.exists()
         self._lock = RunLock(self.run)
         run_folder.remove_leftovers(self.run, self._report)
         if fresh and run_folder.has_history(self.run):
@@ -128,7 +129,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Waits for the save in progress and unlocks the run folder.
 
-        A folder in which nothing was written is removed.
+        A folder in which nothing was written is removed, unless it was there before.
 
         Raises:
           SaveError: as `wait`.
@@ -138,7 +139,7 @@ class CheckpointManager:
         finally:
             if self._lock is not None:
                 if self._lock.is_held():
-                    run_folder.remove_unused(self.run)
+                    run_folder.remove_unused(self.run, keep=self._was_there)
                 self._lock.release()
 
     def steps(self) -> list[int]:

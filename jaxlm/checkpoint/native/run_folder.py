@@ -348,14 +348,19 @@ def is_new(path: Path) -> bool:
     return names <= {LOCK, CHECKPOINTS} and not list_steps(path)
 
 
-def remove_unused(run: Path) -> None:
-    """Removes a run folder that holds nothing but its lock and an empty folder."""
+def remove_unused(run: Path, *, keep: bool) -> None:
+    """Removes what a run folder holds if that is its lock and an empty folder.
+
+    Args:
+      keep: leave the run folder itself, which somebody has made for the run.
+    """
     # It may be gone, or another process may begin to use it.
     with contextlib.suppress(OSError):
         if {path.name for path in run.iterdir()} == {LOCK, CHECKPOINTS}:
             (run / CHECKPOINTS).rmdir()
             (run / LOCK).unlink()
-            run.rmdir()
+            if not keep:
+                run.rmdir()
 
 
 def find_runs(root: str | Path = "runs", depth: int = 4) -> list[Path]:

@@ -680,6 +680,15 @@ def test_a_folder_that_training_would_spoil_is_refused(tmp_path, monkeypatch):
         assert not os.path.lexists(name)
 
 
+def test_a_folder_that_somebody_has_made_for_a_run_stays(tmp_path):
+    """With its permissions; one that the run has made goes if nothing was saved."""
+    (tmp_path / "made").mkdir()
+    for name in ("made", "new"):
+        with CheckpointManager(tmp_path / name):
+            assert (tmp_path / name / ".lock").exists()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "made"]
+
+
 def test_fresh_moves_the_earlier_run_aside(tmp_path):
     run = run_with_steps(tmp_path, 1, 2)
     (run / "metrics.jsonl").write_text("{}\n")
