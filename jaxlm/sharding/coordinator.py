@@ -30,7 +30,8 @@ def main() -> None:
         count,
         heartbeat_timeout=NEVER_SECONDS,
         cluster_register_timeout=NEVER_SECONDS,
-        shutdown_timeout=60,
+        # Else JAX ends all when a process joins with an index that another one has.
+        recoverable=True,
     )
     print("ready", flush=True)
     if not sys.stdin.readline():

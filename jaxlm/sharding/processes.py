@@ -1,8 +1,8 @@
 """The processes of a run: how they start, agree, wait for each other, and end.
 
 `ALONE` is the usual case, in which everything here returns at once. On several hosts
-the processes talk through JAX's coordination service, a small store of texts with
-barriers. They never use the devices for it, so a background thread may do so too.
+the processes talk through JAX's coordination service, of which they use the store of
+texts alone. They never use the devices for it, so a background thread may do so too.
 
 Each process shows that it lives. One that is gone, or has failed, ends the others with
 one line, since they would wait for it in the next collective operation.
@@ -49,6 +49,7 @@ _GRACE_SECONDS = 3.0
 # A process that takes this many times as long as any point of the run before hangs.
 _SLOWER = 10
 _ALIVE, _NOTICES = "jaxlm/alive/", "jaxlm/notices/"
+_PLACES, _LEFT = "jaxlm/places/", "jaxlm/left/"
 
 
 class ProcessFailed(ValueError):
@@ -61,6 +62,12 @@ class ProcessFailed(ValueError):
 
 class ProcessMissing(ValueError):
     """Another process did not come to a barrier in time."""
+
+
+class PlaceLost(ValueError):
+    """The run is about to end: the process whose index this one has is gone."""
+
+    exit_code = EXIT_PROCESS_LOST
 
 
 class Processes(contextlib.AbstractContextManager):
@@ -78,7 +85,8 @@ class Processes(contextlib.AbstractContextManager):
           config: the time limits.
 
         Raises:
-          ValueError: if the coordinator cannot be started or reached.
+          PlaceLost: if the coordinator is that of a run that is about to end.
+          ValueError: if it cannot be started or reached, or refuses this process.
         """
         self.index, self.count = 0, 1
         self._limit_s = 60 * config.barrier_minutes
@@ -115,13 +123,31 @@ class Processes(contextlib.AbstractContextManager):
                 f"no socket can be made in {tempfile.gettempdir()}: set TMPDIR to a "
                 "folder with a short path that can be written"
             )
-        self._client = _jax.get_distributed_runtime_client(
-            f"unix:{path}",
-            cluster.index,
+        self._client = self._client_at(f"unix:{path}")
+        self._reach(cluster)
+        assert self._relay.stdin is not None
+        self._relay.stdin.write(b"connected\n")
+        self._relay.stdin.flush()
+        try:
+            self._take_place(cluster.coordinator)
+        except ValueError:
+            # C++ would end this process when the relay does.
+            with contextlib.suppress(JaxRuntimeError):
+                self._client.shutdown()
+            raise
+        # What `jax.distributed.initialize` sets, which would start the coordinator in
+        # this process.
+        state = distributed.global_state
+        state.client, state.coordinator_address = self._client, cluster.coordinator
+        state.process_id, state.num_processes = cluster.index, cluster.count
+
+    def _client_at(self, address: str) -> Any:
+        return _jax.get_distributed_runtime_client(
+            address,
+            self.index,
             # JAX would end the process in C++.
             init_timeout=coordinator.NEVER_SECONDS,
             heartbeat_timeout=coordinator.NEVER_SECONDS,
-            shutdown_timeout=int(self._limit_s),
             # Without one, C++ ends a process that is refused. JAX cannot convert the
             # error that it would get: `connect` raises a RuntimeError in its place.
             missed_heartbeat_callback=lambda *_: None,
@@ -129,6 +155,9 @@ class Processes(contextlib.AbstractContextManager):
             shutdown_on_destruction=False,
             use_compression=True,
         )
+
+    def _reach(self, cluster: Cluster) -> None:
+        """Waits until all have started."""
         failed: list[str] = []
         refused = threading.Event()
 
@@ -155,14 +184,31 @@ class Processes(contextlib.AbstractContextManager):
                 f"{cluster.coordinator}, or not all have started within "
                 f"{self._limit_s / 60:g} minutes{f' ({failed[0]})' if failed else ''}"
             )
-        assert self._relay.stdin is not None
-        self._relay.stdin.write(b"connected\n")
-        self._relay.stdin.flush()
-        # What `jax.distributed.initialize` sets, which would start the coordinator in
-        # this process.
-        state = distributed.global_state
-        state.client, state.coordinator_address = self._client, cluster.coordinator
-        state.process_id, state.num_processes = cluster.index, cluster.count
+
+    def _take_place(self, address: str) -> None:
+        """Enters this process: the coordinator lets in who comes late or twice."""
+        place = f"{_PLACES}{self.index}"
+        try:
+            self._client.key_value_set(place, socket.gethostname())
+        except JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+        else:
+            return
+        until_s, beat = time.monotonic() + self._heartbeat_s, self._beat_of(self.index)
+        while self._beat_of(self.index) == beat:
+            if time.monotonic() > until_s:
+                raise PlaceLost(
+                    f"process {self.index} of the run at {address} is "
+                    "gone, and the others are about to end; the same command "
+                    "continues from the last checkpoint then"
+                )
+            self._leaving.wait(_TICK_SECONDS)
+        raise ValueError(
+            f"the run at {address} has a process {self.index}, on "
+            f"{self._client.key_value_try_get(place)}: give another processes.index, "
+            "or another processes.coordinator for a run of its own"
+        )
 
     # Agreeing
 
@@ -175,12 +221,14 @@ class Processes(contextlib.AbstractContextManager):
         if self.count == 1:
             return [value]
         use, self._uses[name] = self._uses[name], self._uses[name] + 1
-        folder = f"jaxlm/{name}/{use}/"
-        self._client.key_value_set(f"{folder}{self.index}", json.dumps(value))
+        key, until_s = f"jaxlm/{name}/{use}", time.monotonic() + self._limit_s
+        self._client.key_value_set(f"{key}/{self.index}", json.dumps(value))
         try:
-            self._client.wait_at_barrier(folder, int(1000 * self._limit_s))
+            if self.is_first:
+                self._give_to_all(key, until_s)
+            values = self._wait_for(key, until_s)
         except JaxRuntimeError as error:
-            missing = [i for i in range(self.count) if i not in self._read(folder)]
+            missing = [i for i in range(self.count) if i not in self._read(f"{key}/")]
             if not missing:
                 raise
             some = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
@@ -188,11 +236,26 @@ class Processes(contextlib.AbstractContextManager):
                 f"{name}: process{'es' * (len(missing) > 1)} {some} of {self.count} "
                 f"did not come within {self._limit_s / 60:g} minutes"
             ) from error
-        values = self._read(folder)
-        # All have come here, so they have read what was before.
-        if use:
-            self._client.key_value_delete(f"jaxlm/{name}/{use - 1}/{self.index}")
-        return [json.loads(values[i]) for i in range(self.count)]
+        if self.is_first and use:
+            # All have come here, so they have read what was before.
+            self._client.key_value_delete(f"jaxlm/{name}/{use - 1}")
+        return json.loads(values)
+
+    def _give_to_all(self, key: str, until_s: float) -> None:
+        """Writes the values of all under `key`.
+
+        JAX's own barriers fail where another process with an index of this run joins.
+        """
+        values = self._read(f"{key}/")
+        while missing := [i for i in range(self.count) if i not in values]:
+            self._wait_for(f"{key}/{missing[0]}", until_s)
+            values = self._read(f"{key}/")
+        texts = ",".join(values[i] for i in range(self.count))
+        self._client.key_value_set(key, f"[{texts}]")
+
+    def _wait_for(self, key: str, until_s: float) -> str:
+        left_ms = max(1, int(1000 * (until_s - time.monotonic())))
+        return self._client.blocking_key_value_get(key, left_ms)
 
     def _read(self, folder: str) -> dict[int, str]:
         items = self._client.key_value_dir_get(folder)
@@ -257,20 +320,28 @@ class Processes(contextlib.AbstractContextManager):
             return
         self._streams.close()
         if error is None:
-            # Process 0 may be faster, and with it the coordinator gone: all are done.
             with contextlib.suppress(JaxRuntimeError):
                 self.gather("the end of the run")
             self._leaving.set()
-            with contextlib.suppress(JaxRuntimeError):
-                self._client.shutdown()
-            if self.is_first:
-                self._service.communicate(b"done\n")
+            self._leave()
             return
         if isinstance(error, JaxRuntimeError):
             # Most likely a process is gone; then this one is ended meanwhile.
             time.sleep(2 * self._heartbeat_s)
         self._leaving.set()
         self._tell_end(self.index, *_ending(error))
+
+    def _leave(self) -> None:
+        """Disconnects; process 0 last, as the coordinator ends with it."""
+        until_s = time.monotonic() + 2 * self._heartbeat_s
+        with contextlib.suppress(JaxRuntimeError):
+            for index in range(1, self.count if self.is_first else 1):
+                self._wait_for(f"{_LEFT}{index}", until_s)
+        with contextlib.suppress(JaxRuntimeError):
+            self._client.shutdown()
+            self._client.key_value_set(f"{_LEFT}{self.index}", "")
+        if self.is_first:
+            self._service.communicate(b"done\n")
 
     def _tell_end(self, index: int, code: int, line: str) -> None:
         notice = json.dumps([index, code, line])
@@ -312,7 +383,7 @@ class Processes(contextlib.AbstractContextManager):
             # Nothing was seen as this process itself was stopped.
             alive.clear()
         self._looked_s = now
-        beats = self._read(folder) if self.is_first else self._beat_of_first()
+        beats = self._read(folder) if self.is_first else self._beat_of(0)
         for index in range(self.count if self.is_first else 1):
             beat = beats.get(index, "")  # It may be gone before its first one.
             if alive.get(index, (None, 0.0))[0] != beat:
@@ -336,9 +407,9 @@ class Processes(contextlib.AbstractContextManager):
         elif self._least and waited_s > max(self._limit_s, _SLOWER * self._longest_s):
             self._lost(index, f"it lives, but hangs for {waited_s:.0f} s")
 
-    def _beat_of_first(self) -> dict[int, str]:
+    def _beat_of(self, index: int) -> dict[int, str]:
         with contextlib.suppress(JaxRuntimeError):  # It has none yet.
-            return {0: self._client.key_value_try_get(f"{_ALIVE}0")}
+            return {index: self._client.key_value_try_get(f"{_ALIVE}{index}")}
         return {}
 
     def _lost(self, index: int, line: str) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heappop, heappush
 from random import Random
@@ -18,6 +19,7 @@ from jaxlib import _jax
 from jaxlm.config import ProcessesConfig
 from jaxlm.sharding.processes import (
     ALONE,
+    PlaceLost,
     Processes,
     ProcessFailed,
     ProcessMissing,
@@ -30,19 +32,23 @@ COUNT = 3
 @pytest.fixture(scope="module")
 def three():
     port = free_port()
-    service = _jax.get_distributed_runtime_service(f"[::]:{port}", COUNT)
-    made = []
-    for index in range(COUNT):
-        processes = Processes(None, ProcessesConfig(barrier_minutes=0.1))
-        processes.index, processes.count = index, COUNT
-        processes._client = _jax.get_distributed_runtime_client(
-            f"localhost:{port}", index, shutdown_on_destruction=False
-        )
-        made.append(processes)
+    service = _jax.get_distributed_runtime_service(
+        f"[::]:{port}", COUNT, recoverable=True
+    )
+    made = [connected_to(port, index) for index in range(COUNT)]
     in_each(made, lambda processes: processes._client.connect())
+    in_each(made, lambda processes: processes._take_place("x:1"))
     yield made
     in_each(made, lambda processes: processes._client.shutdown())
     service.shutdown()
+
+
+def connected_to(port, index):
+    processes = Processes(None, ProcessesConfig(barrier_minutes=0.1))
+    processes.index, processes.count = index, COUNT
+    processes.port = port
+    processes._client = processes._client_at(f"localhost:{port}")
+    return processes
 
 
 def in_each(processes, work):
@@ -94,6 +100,38 @@ def test_who_is_missing_is_named(three):
     for processes in three:
         processes._limit_s = 600.0
     assert in_each(three, lambda p: p.gather("late", 1)) == [[1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize("index", range(COUNT))
+def test_who_joins_a_run_is_refused_and_the_run_goes_on(three, index):
+    """Whether the one whose index it has waits for others, or they for that one."""
+    joins, joined = connected_to(three[0].port, index), threading.Event()
+
+    class Leaving:
+        def wait(self, seconds):
+            three[index]._show(1)
+
+    def wait(processes):
+        if processes.index == 2:
+            joined.wait()
+        return processes.gather(name, processes.index)
+
+    name = f"beside one that joins as {index}"
+    joins._leaving = Leaving()
+    three[index]._show(0)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(in_each, three, wait)
+        while len(three[0]._read(f"jaxlm/{name}/0/")) < 2:
+            time.sleep(0.01)
+        joins._client.connect()
+        with pytest.raises(ValueError, match=f"has a process {index}, on .*: give "):
+            joins._take_place("x:1")
+        joins._heartbeat_s = 0.0
+        with pytest.raises(PlaceLost, match=f"process {index} of the run at x:1 is go"):
+            joins._take_place("x:1")
+        joined.set()
+        assert found.result() == [[0, 1, 2]] * 3
+    joins._client.shutdown()
 
 
 @pytest.mark.parametrize("asks", [0, 2])
@@ -247,17 +285,21 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def started(folder, count, indices, *minutes):
-    port = free_port()
-    return [
-        Forked(
+def started(folder, count, indices, *minutes, late=0):
+    """Starts processes, as many as `late` when the others have all started."""
+    port, children = free_port(), []
+    for number, index in enumerate(indices):
+        if number == len(indices) - late:
+            for child in children:
+                child.wait_for("coordinator ")
+        child = Forked(
             *(processes_case.run, port, count, index, *minutes),
             output=folder / str(number),
             environment=os.environ,
             folder=folder,
         )
-        for number, index in enumerate(indices)
-    ]
+        children.append(child)
+    return children
 
 
 def kill(number, *pids):
@@ -316,6 +358,21 @@ def test_two_with_one_index_end_with_a_line(tmp_path):
         refused.err,
         re.MULTILINE,
     )
+
+
+@pytest.mark.slow
+def test_who_joins_a_run_that_has_started_ends_with_a_line(tmp_path):
+    """JAX aborted all. The run goes on, and ends as it would have."""
+    *run, joins = started(tmp_path, 2, (0, 1, 1), late=1)
+    code = joins.wait(60)
+    kill(signal.SIGKILL, *(() if code is not None else (joins.pid,)))
+    assert code == 1, [child.code for child in run]
+    [line] = joins.err.splitlines()
+    assert line.startswith("error: the run at localhost:")
+    assert " has a process 1, on " in line
+    (tmp_path / "end").touch()
+    for child in run:
+        assert child.wait() == 0 and not child.err
 
 
 def test_alone_nothing_waits():
