@@ -199,7 +199,10 @@ def _held_out_table(runs: Sequence[Run], limit: int = 500) -> str:
     """Renders the held-out loss of the last `limit` evaluated steps."""
     losses = [{r["step"]: r.get("loss") for r in run.of_kind("eval")} for run in runs]
     rows = _row(["Step", *(run.name for run in runs)], "th")
-    for step in sorted(set().union(*losses))[-limit:]:
+    steps = sorted(set().union(*losses))
+    if more := steps[:-limit]:
+        rows += _row([f"{len(more)} earlier ones are left out", *("–" for _ in runs)])
+    for step in steps[-limit:]:
         values = [found.get(step) for found in losses]
         cells = ["–" if v is None else f"{v:.4f}" for v in values]
         rows += _row([str(step), *cells])

@@ -138,8 +138,11 @@ def test_long_runs_are_thinned_and_keep_their_spikes(tmp_path):
         losses,
         log_every=1,
         samples=[(i, str(i)) for i in range(2 * MAX_SAMPLES)],
+        evals=[(i, 2.0) for i in range(1, 603)],
     )
-    _, page = report([run], tmp_path)
+    text, page = report([run], tmp_path)
+    assert "102 earlier ones are left out" in text
+    assert '<th scope="row">103</th>' in text and '<th scope="row">102</th>' not in text
     data = page.data["runs"][0]
     curve = data["curves"]["train"]
     assert len(curve["y"]) <= MAX_POINTS

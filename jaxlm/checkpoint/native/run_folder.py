@@ -140,7 +140,7 @@ def move_aside(run: Path, steps: list[int] | None = None) -> Path:
         _move(run / part, old / part)
     for part in _RUN_FILES if steps is None else ():
         if (run / part).exists():
-            (run / part).rename(old / part)
+            _move(run / part, old / part)
     return old
 
 
@@ -160,7 +160,7 @@ def _copy_log(log: Path, folder: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Renames a step, or copies it where its file system cannot rename a folder.
+    """Renames a file or a folder, or copies a folder that cannot be renamed.
 
     In a container, those of the image's layers cannot be renamed.
     """

@@ -730,6 +730,25 @@ def test_odd_files_in_a_run_folder_are_in_nobodys_way(tmp_path, monkeypatch):
         CheckpointManager(tmp_path / "\udcc3\udcbc")
 
 
+def test_fresh_copies_what_cannot_be_renamed(tmp_path, monkeypatch):
+    """The run was begun anew over what had stayed, and its config replaced."""
+    run = run_with_steps(tmp_path, 1)
+    (run / "tensorboard").mkdir()
+    for name in ("metrics.jsonl", "tensorboard/events", "config.json"):
+        (run / name).write_text(name)
+
+    def renaming(path, target, rename=Path.rename):
+        if path == run / "tensorboard":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    with CheckpointManager(run, fresh=True, report=lambda line: None):
+        for name in ("metrics.jsonl", "tensorboard/events", "config.json"):
+            assert (run / "old-1" / name).read_text() == name
+            assert not (run / name).exists()
+
+
 def test_fresh_moves_metrics_without_steps_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('x\n{"kind": "event", "step": 0}\n')
     with CheckpointManager(tmp_path, fresh=True, report=lambda line: None):
