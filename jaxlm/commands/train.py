@@ -6,6 +6,7 @@ each other.
 """
 
 import sys
+from shlex import quote
 
 import jax
 
@@ -138,7 +139,7 @@ def train(
             with Waiting("saving", in_logs=False):
                 checkpoints.wait()
     print(f"saved at step {int(state.step)}{_again(config, code)}", file=sys.stderr)
-    print(f"{settings.run_dir}/{REPORT}\n{sample_command} {settings.run_dir}")
+    print(f"{settings.run_dir}/{REPORT}\n{sample_command} {quote(settings.run_dir)}")
     return code
 
 

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import jaxlm.config
@@ -101,7 +102,7 @@ def read_config(
             run = values.get("train.run_dir", config.train.run_dir)
             # A run holds the model and the tokenizer with which it goes on.
             begun = (Path(run) / "checkpoints").is_dir()
-            hint = f"; the run in {run} goes on with --init-from {run}" * begun
+            hint = f"; the run in {run} goes on with --init-from {quote(run)}" * begun
             raise ValueError(f"--init-from: {error}{hint}") from error
     config = with_values(Config, config, values)
     for line in unused(config, values):

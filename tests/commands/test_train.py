@@ -330,7 +330,7 @@ def start(folder, run, rounds=100_000):
 
 @pytest.mark.slow
 def test_a_run_on_a_terminal_stopped_continued_and_started_once_more(tmp_path):
-    with start(tmp_path, "runs/a") as terminal:
+    with start(tmp_path, "runs/a b") as terminal:
         terminal.wait_for(r"(?m)^compiling the training step \.\.\. \d+ s")
         terminal.send(CTRL_C)
         terminal.wait_for("(?m)^stopping after this step and saving; Ctrl-C again ends")
@@ -338,14 +338,14 @@ def test_a_run_on_a_terminal_stopped_continued_and_started_once_more(tmp_path):
         assert terminal.wait() == 130
         lines = terminal.lines()
         assert lines[0] == "warm-up of 1 step, a tenth of the run, instead of 100"
-        assert lines[1].startswith("runs/a: ") and "compiling" not in "".join(lines)
+        assert lines[1].startswith("runs/a b: ") and "compiling" not in "".join(lines)
         assert lines[-4].startswith("step  1/12 ━")
         assert lines[-3:] == [
             "saved at step 1; the same command continues",
-            "runs/a/report.html",
-            "jaxlm sample runs/a",
+            "runs/a b/report.html",
+            "jaxlm sample 'runs/a b'",
         ]
-    with start(tmp_path, "runs/a") as terminal:
+    with start(tmp_path, "runs/a b") as terminal:
         assert terminal.wait() == 0
         lines = terminal.lines()
         assert lines[1].startswith("resumed at step 1 of 12 steps, on ")
@@ -357,14 +357,14 @@ def test_a_run_on_a_terminal_stopped_continued_and_started_once_more(tmp_path):
             assert "held-out loss" in lines[i - 2] and not lines[i - 1]
         assert lines[-3:] == [
             "saved at step 12",
-            "runs/a/report.html",
-            "jaxlm sample runs/a",
+            "runs/a b/report.html",
+            "jaxlm sample 'runs/a b'",
         ]
-    with start(tmp_path, "runs/a") as terminal:
+    with start(tmp_path, "runs/a b") as terminal:
         assert terminal.wait() == 0
         assert terminal.lines() == [
-            "runs/a: all 12 steps are done, and the learning rate has decayed (wsd)",
-            "to train its weights further: --init-from runs/a --train.run-dir NEW",
+            "runs/a b: all 12 steps are done, and the learning rate has decayed (wsd)",
+            "to train its weights further: --init-from 'runs/a b' --train.run-dir NEW",
             "to start over: --fresh",
         ]
 

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import jax
 
@@ -188,5 +189,6 @@ def how_to_go_on(given: Config, config: Config) -> str:
             more += f" --optimizer.warmup-steps {optimizer.warmup_steps}"
     else:
         done += f", and the learning rate has decayed ({optimizer.schedule})"
-        more = f"to train its weights further: --init-from {run} --train.run-dir NEW"
+        more = "to train its weights further: "
+        more += f"--init-from {quote(run)} --train.run-dir NEW"
     return f"{done}\n{more}\nto start over: --fresh"
