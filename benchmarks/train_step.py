@@ -8,6 +8,10 @@ with torch and transformers; FOLDER is a clone of nanoGPT. Results go to
 benchmarks/results/train_step.json. Run it on a quiet machine: the script stops if other
 processes use more than a fifth of a core.
 
+With `--before FOLDER`, a checkout of an earlier commit, that one is the peer, with its
+own script and the malloc options of train.py; who is first alternates, and results go
+to benchmarks/results/train_step_before.json. `taskset -c 0` gives all one core.
+
 On a GPU, take `--case llama3.2-1b`: there torch compiles its model, with PyTorch's own
 flash attention. jaxlm runs rows of one document, as the peer does, and packed rows.
 """
@@ -37,6 +41,7 @@ from jaxlm.model.presets import preset
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_step.json"
+BEFORE_RESULTS = HERE / "results" / "train_step_before.json"
 
 
 @dataclass(frozen=True)
@@ -242,10 +247,42 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
     }
 
 
+def compare_before(name: str, arguments: argparse.Namespace) -> dict:
+    """Alternates between an earlier commit and this one, each with its own script."""
+    folders = {"before": Path(arguments.before).resolve(), "after": HERE.parent}
+    same = ["--child", name, "--dtype", arguments.dtype, "--steps"]
+    runs: dict[str, list[dict]] = {side: [] for side in folders}
+    loads = []
+    for round_number in range(arguments.rounds):
+        loads.append(round(foreign_cores(), 2))
+        for side in list(folders)[:: -1 if round_number % 2 else 1]:
+            script = str(folders[side] / "benchmarks" / "train_step.py")
+            environment = {"PYTHONPATH": str(folders[side])}
+            environment["GLIBC_TUNABLES"] = MALLOC_OPTIONS
+            command = [sys.executable, script, *same, str(arguments.steps)]
+            runs[side].append(child(command, **environment))
+        print(f"{name}: round {round_number + 1}", file=sys.stderr)
+    medians = {
+        side: [statistics.median(run["seconds"]) for run in found]
+        for side, found in runs.items()
+    }
+    before, after = (statistics.median(medians[side]) for side in folders)
+    return {
+        "machine": machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "other_cores": loads,
+        "median_s_of_runs": medians,
+        "seconds_after_by_before": after / before,
+        "losses": {side: found[0]["losses"] for side, found in runs.items()},
+        "jax": runs["after"][0]["version"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer-python", help="Python with torch and transformers")
     parser.add_argument("--nanogpt", help="clone of nanoGPT")
+    parser.add_argument("--before", help="a checkout of an earlier commit, as the peer")
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--steps", type=int, default=8)
@@ -259,6 +296,16 @@ def main() -> None:
             arguments.child, arguments.dtype, arguments.steps, arguments.documents
         )
         print(json.dumps(result))
+        return
+    if arguments.before:
+        results = {}
+        if BEFORE_RESULTS.exists():
+            results = json.loads(BEFORE_RESULTS.read_text())
+        for name in arguments.case or ["nanogpt-baby"]:
+            result = compare_before(name, arguments)
+            results[f"{name}, {arguments.dtype}"] = result
+            print(json.dumps(result, indent=2))
+            BEFORE_RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         return
     if arguments.peer_python is None:
         parser.error("--peer-python is needed: a Python with torch and transformers")

@@ -108,8 +108,8 @@ def test_a_run_is_stopped_killed_and_resumed_in_other_numbers_of_processes(tmp_p
     check_lost(ends, 1, of=2)
     assert ends[1][0] == EXIT_PROCESS_LOST
     assert "error: process 1 of 2 was given up by the others" in ends[1][1]
-    # A process alone, with as many devices, ends the run.
-    [(code, text)] = many.start(1, 4)
+    # A process alone, with as many devices in another mesh, ends the run.
+    [(code, text)] = many.start(1, 4, flags=["--mesh.data=1", "--mesh.fsdp=4"])
     assert code == 0, text
 
     [(code, text)] = straight.start(1, 4, flags=[initial])
