@@ -6,6 +6,7 @@ Left alone, compilers choose others: twice the bytes, or once for each use.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -114,11 +115,15 @@ def sum_over_tokens(
     as the array `like`.
 
     Args:
-      arrays: activations, whose first dimension is cut over devices.
+      arrays: activations, whose first dimensions (rows, tokens of a row) are cut over
+        devices, and are summed.
     """
-    cut, rows = layout(like), layout(arrays[0])
-    assert cut is not None and rows is not None
-    axes = axes_of(rows.spec.partitions[0])
+    cut, layouts = layout(like), [layout(array) for array in arrays]
+    assert cut is not None and None not in layouts
+    entries = zip(*(each.spec.partitions for each in layouts if each), strict=False)
+    alike = takewhile(lambda entry: len({*map(axes_of, entry)}) == 1, entries)
+    tokens = P(*(first for first, *_ in alike))
+    axes = tuple(axis for entry in tokens for axis in axes_of(entry))
     inside = _without(cut.spec, axes)
 
     def local(*arrays):
@@ -126,7 +131,7 @@ def sum_over_tokens(
 
     parts: Any = jax.shard_map(
         local,
-        in_specs=(P(axes),) * len(arrays),
+        in_specs=(tokens,) * len(arrays),
         out_specs=P(axes),
         axis_names=set(axes),
         check_vma=False,

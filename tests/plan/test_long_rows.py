@@ -24,3 +24,5 @@ def test_8b_on_64_chips_with_rows_cut_over_8(attention, kernels):
     assert 0 < found["arguments_mib"] + found["temporaries_mib"] < 95 * 1024
     assert found["gib_sent"]["context parallelism"] > 0
     assert found["kernels"] == kernels
+    # Added up along `context` when they are cut over fsdp: an eighth of each.
+    assert found["gib_sent"]["gradients"] < 1.3 * found["gib_sent"]["layer weights"]
