@@ -35,16 +35,16 @@ def save(messages: Sequence[Message], path: Path) -> None:
                 "another name, or remove it"
             )
     try:
-        write(messages, path)
+        with durable.replacing(path) as file:
+            file.write(encoded(messages))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-def write(messages: Sequence[Message], path: Path) -> None:
-    """Writes messages to a file, whatever it has; raises OSError."""
+def encoded(messages: Sequence[Message]) -> bytes:
+    """Returns what a file of these messages has."""
     text = json.dumps(list(messages), indent=1, ensure_ascii=False)
-    with durable.replacing(path) as file:
-        file.write(text.encode("utf-8", "surrogatepass") + b"\n")
+    return text.encode("utf-8", "surrogatepass") + b"\n"
 
 
 def _goes_on(earlier: Sequence[Message], messages: Sequence[Message]) -> bool:

@@ -11,19 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.chat import transcript
+from jaxlm.files import durable
 from jaxlm.infer.conversation.conversation import Message
 
-_NAME = re.compile(r"chat-([0-9]+)-[0-9a-f]{8}\.json")
+_NAME = re.compile(r"chat-[0-9a-f]{16}\.json")
 
 
 class Unsaved:
-    """The messages of this process that are in no file of the person's."""
+    """The messages of this process that are in no file of the person's.
+
+    Their file stays open, and locked, which the system ends with the process. Process
+    numbers do not tell: the chat of a container has the same one each time.
+    """
 
     def __init__(self, folder: Path | None):
         """Writes nothing yet; `folder` is None if nothing can be kept."""
-        name = f"chat-{os.getpid()}-{secrets.token_hex(4)}.json"
+        name = f"chat-{secrets.token_hex(8)}.json"
         self._path = None if folder is None else folder / name
         self._known: list[Message] = []
+        self._lock = contextlib.ExitStack()
 
     def keep(self, messages: Sequence[Message]) -> None:
         """Writes messages that are not yet saved; a disk that is full keeps none."""
@@ -33,9 +39,13 @@ class Unsaved:
             self.forget()
             return
         self._known = list(messages)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as lock:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            transcript.write(messages, self._path)
+            with durable.replacing(self._path) as file:
+                file.write(transcript.encoded(messages))
+                lock.callback(os.close, os.dup(file.fileno()))
+            self._lock.close()
+            self._lock = lock.pop_all()
 
     def forget(self, messages: Sequence[Message] = ()) -> None:
         """Removes the file: the messages are saved, or the chat has ended."""
@@ -43,6 +53,7 @@ class Unsaved:
         if self._path is not None:
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
+        self._lock.close()
 
 
 def conversations_folder() -> Path | None:
@@ -54,25 +65,11 @@ def conversations_folder() -> Path | None:
     return Path(root) / "jaxlm" / "conversations"
 
 
-def not_ended(folder: Path | None) -> Path | None:
-    """Returns the newest conversation of a process that is gone; None if none is."""
-    if folder is None or not folder.is_dir():
-        return None
+def not_ended(folder: Path | None) -> list[Path]:
+    """Returns the conversations of processes that are gone, the newest first."""
     found = []
     with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and not _is_running(int(match[1])):
-                found.append(path)
-        return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return None
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of another user
-        pass
-    return True
+        for path in folder.iterdir() if folder is not None else ():
+            if _NAME.fullmatch(path.name) and not durable.is_locked(path):
+                found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found, reverse=True)]

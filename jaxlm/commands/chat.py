@@ -37,12 +37,12 @@ def main(chosen: ChatArguments) -> int:
         folder = conversations_folder() if on_terminal else None
         if on_terminal:
             print(describe(checkpoint, params))
-            print("/help lists commands and keys; /exit or Ctrl-D leaves\n")
-            if left := not_ended(folder):
+            for left in not_ended(folder):
                 say(
                     f"an earlier chat was cut off: /load {left} goes on with it, and "
-                    "deleting the file forgets it\n"
+                    "deleting the file forgets it"
                 )
+            print("/help lists commands and keys; /exit or Ctrl-D leaves\n")
         read = line_editor() if on_terminal else input
         unsaved = Unsaved(folder)
         with log_paused():

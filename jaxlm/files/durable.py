@@ -133,6 +133,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process has a file open that `replacing` has written.
+
+    Not on a file system without locks, and not if the file cannot be opened.
+    """
+    with contextlib.suppress(OSError), _opened(path) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def remove_abandoned(path: Path) -> None:
     """Removes what killed processes have left of `replacing` or `new_folder`.
 

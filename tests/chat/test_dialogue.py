@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 from conversation_case import scripted
@@ -222,11 +224,31 @@ def test_a_conversation_is_kept_until_the_chat_ends_in_order(
     _, [path] = held(f"/load {mine}", "more", SystemExit(143))  # as for SIGTERM
     assert [m["content"] for m in transcript.load(path)] == ["Hi", "One", "more", "One"]
     assert folder.stat().st_mode & 0o077 == 0
-    assert not_ended(folder) is None  # This process is running.
-    gone = path.rename(folder / f"chat-{2**31 - 1}-00000000.json")
-    (folder / "notes.json").write_text("mine")
-    assert not_ended(folder) == gone
-    assert not_ended(None) is None and not_ended(tmp_path / "no") is None
+    assert not_ended(None) == not_ended(tmp_path / "no") == []
+
+
+def test_conversations_of_processes_that_are_gone_are_found(tmp_path):
+    """Whatever their numbers: each container begins with 1."""
+    (tmp_path / "notes.json").write_text("mine")
+    program = (
+        "import os, sys, pathlib\n"
+        "from jaxlm.chat.unsaved import Unsaved\n"
+        "unsaved = Unsaved(pathlib.Path(sys.argv[1]))\n"
+        "for words in ('Hi', 'there'):\n"
+        "    unsaved.keep([{'role': 'user', 'content': words}])\n"
+        "print(flush=True)\n"
+        "sys.stdin.read()\n"
+        "os._exit(1)\n"
+    )
+    for number in (1, 2):
+        command = [sys.executable, "-c", program, tmp_path]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe) as chat:
+            assert chat.stdout.readline()
+            assert len(not_ended(tmp_path)) == number - 1  # This one is running.
+    newest, oldest = not_ended(tmp_path)
+    assert newest.stat().st_mtime_ns > oldest.stat().st_mtime_ns
+    assert transcript.load(newest) == [{"role": "user", "content": "there"}]
 
 
 def test_a_conversation_is_not_written_into_a_step(tmp_path):
