@@ -56,7 +56,7 @@ class Dialogue:
         self._unsaved = unsaved or Unsaved(None)
         self._read = read
         self._on_terminal = on_terminal
-        self._is_over = False
+        self._is_over = self._is_told = False
 
     def hold(self) -> None:
         """Holds the dialogue until `/exit` or the end of the input.
@@ -95,7 +95,18 @@ class Dialogue:
                 if not self._on_terminal:
                     raise
                 say(f"error: {error_line(error)}")
+            self._keep()
+
+    def _keep(self) -> None:
+        try:
             self._unsaved.keep(self._conversation.messages)
+        except OSError as error:
+            if not self._is_told:
+                say(
+                    "if this chat is cut off it is lost, without /save: "
+                    f"{error_line(error)}"
+                )
+            self._is_told = True
 
     def _take(self, text: str) -> None:
         if text.startswith("//"):

@@ -34,6 +34,7 @@ def save(messages: Sequence[Message], path: Path) -> None:
                 f"{path} has another conversation, of {len(earlier)} messages: choose "
                 "another name, or remove it"
             )
+        path = path.resolve()  # Of a link, what it leads to is replaced.
     try:
         with durable.replacing(path) as file:
             file.write(encoded(messages))

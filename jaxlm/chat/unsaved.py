@@ -32,20 +32,24 @@ class Unsaved:
         self._lock = contextlib.ExitStack()
 
     def keep(self, messages: Sequence[Message]) -> None:
-        """Writes messages that are not yet saved; a disk that is full keeps none."""
+        """Writes messages that are not yet saved.
+
+        Raises:
+          OSError: if they cannot be written.
+        """
         if self._path is None or list(messages) == self._known:
             return
         if all(message["role"] == "system" for message in messages):
             self.forget()
             return
-        self._known = list(messages)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as lock:
+        with contextlib.ExitStack() as lock:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with durable.replacing(self._path) as file:
                 file.write(transcript.encoded(messages))
                 lock.callback(os.close, os.dup(file.fileno()))
             self._lock.close()
             self._lock = lock.pop_all()
+        self._known = list(messages)
 
     def forget(self, messages: Sequence[Message] = ()) -> None:
         """Removes the file: the messages are saved, or the chat has ended."""

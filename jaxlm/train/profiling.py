@@ -23,7 +23,7 @@ class StepProfile:
 
     def __init__(self, steps: range, run_dir: Path | str):
         """`steps` may be empty: then nothing is ever traced."""
-        self._steps, self._folder = steps, Path(run_dir) / FOLDER
+        self._steps, self._folder = steps, Path(run_dir).absolute() / FOLDER
         self._is_on = False
 
     @contextlib.contextmanager

@@ -192,6 +192,15 @@ def test_a_file_that_cannot_be_does_not_end_it(hold, tmp_path):
     assert [m["content"] for m in json.loads(file.read_text())] == ["Hi", "1"]
 
 
+def test_what_a_link_leads_to_is_replaced(hold, tmp_path):
+    """As a file in the folder of a sync client."""
+    file, link = tmp_path / "far.json", tmp_path / "near.json"
+    hold(["Hi", f"/save {file}"], ["1"])
+    link.symlink_to(file)
+    hold(["Hi", "and?", f"/save {link}"], ["1", "2"])
+    assert link.is_symlink() and len(transcript.load(file)) == 4
+
+
 def test_a_conversation_is_kept_until_the_chat_ends_in_order(
     monkeypatch, tmp_path, capsys
 ):
@@ -225,6 +234,13 @@ def test_a_conversation_is_kept_until_the_chat_ends_in_order(
     assert [m["content"] for m in transcript.load(path)] == ["Hi", "One", "more", "One"]
     assert folder.stat().st_mode & 0o077 == 0
     assert not_ended(None) == not_ended(tmp_path / "no") == []
+    # Where nothing can be written, that is said once.
+    path.unlink()
+    folder.rmdir()
+    folder.write_text("")
+    capsys.readouterr()
+    assert held("Hi", "and?") == ([], [])
+    assert capsys.readouterr().err.count("if this chat is cut off it is lost") == 1
 
 
 def test_conversations_of_processes_that_are_gone_are_found(tmp_path):

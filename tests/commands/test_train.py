@@ -112,6 +112,40 @@ def test_a_run_that_takes_the_name_of_one_that_starts_is_left_alone(
         assert (run / name).read_text() == f"the {name} of another run\n"
 
 
+def test_steps_and_rows_stay_together_when_a_folder_above_is_renamed(
+    tmp_path, monkeypatch
+):
+    """With a run folder that is relative, as that of the configs is."""
+    data, above = make_data(tmp_path), tmp_path / "above"
+    above.mkdir()
+    monkeypatch.chdir(above)
+    settings = TrainConfig(
+        **{"steps": 4, "batch_size": 2, "run_dir": "run", "sample_every": 0},
+        **{"log_every": 1, "checkpoint_every": 1, "eval_every": 9},
+    )
+    config = Config(
+        model=MODEL,
+        data=data,
+        optimizer=OptimizerConfig(warmup_steps=0),
+        train=settings,
+    )
+    real = train_module.batches
+
+    def batches(*arguments):
+        for number, batch in enumerate(real(*arguments), 1):
+            if number == 3:
+                above.rename(tmp_path / "renamed")
+            yield batch
+
+    monkeypatch.setattr(train_module, "batches", batches)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        assert train(config) == 0
+    run = above / "run"
+    assert "4" in {step.name for step in (run / "checkpoints").iterdir()}
+    assert read_metrics(run)[-1]["step"] == 4
+    assert (run / "config.json").is_file() and (run / "texts.json").is_file()
+
+
 @pytest.mark.slow
 def test_a_sample_ends_with_the_context():
     settings = TrainConfig(sample_prompt="x" * 30, sample_tokens=200)

@@ -59,7 +59,8 @@ def run_outputs(
     if not processes.is_first:
         yield NoMetrics(), ProgressLine(config.train.steps)
         return
-    settings, run = config.train, Path(config.train.run_dir)
+    # From the root, as the steps: a folder above the run's may be renamed.
+    settings, run = config.train, checkpoints.run
     step, params = int(state.step), tree.count(state.params)
     resume_step = step if resumed else None
     choices = attention_choices(
