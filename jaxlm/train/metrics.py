@@ -17,7 +17,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -29,6 +29,7 @@ FILE_NAME = "metrics.jsonl"
 MAX_BYTES = 1 << 30  # of a log: about four million rows
 MAX_WAITING = 20_000  # rows that are kept while they cannot be written
 PREVIOUS, DAMAGED = "metrics.previous.jsonl", "metrics.damaged.jsonl"
+UNWRITTEN, DROPPED = "metrics.unwritten.jsonl", "metrics.dropped.jsonl"
 
 # The required fields of each kind of row; a row may have more.
 FIELDS: Mapping[str, Mapping[str, str]] = {
@@ -212,7 +213,8 @@ class MetricsWriter(contextlib.AbstractContextManager):
     most half of one, which the next start removes. Nothing here ends a run: damaged
     lines are moved to `metrics.damaged.jsonl`, or `metrics.damaged-2.jsonl` and so on;
     if the file cannot be written (a full disk), it warns once, keeps the rows in memory
-    and tries again with each row and each save; a file that was deleted is begun anew,
+    and tries again with each row and each save, and writes them to
+    `metrics.unwritten.jsonl` if it never can; a file that was deleted is begun anew,
     but not in a folder that has taken the place of the run's, perhaps with another run,
     until that is known to be this run's; and a sink that fails gets no more rows.
     """
@@ -229,9 +231,10 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
         Args:
           run_dir: folder of the run.
-          resume_step: the step to resume after. Rows of later steps are dropped, since
-            those steps will be repeated. None starts an empty file, and keeps the rows
-            of an earlier run as `metrics.previous.jsonl`, or `-2.jsonl` and so on.
+          resume_step: the step to resume after. Rows of later steps, which will be
+            repeated, move to `metrics.dropped.jsonl`. None starts an empty file, and
+            keeps the rows of an earlier run as `metrics.previous.jsonl`, or
+            `-2.jsonl` and so on.
           sinks: what also receives each row.
           is_own: whether what is in the place of the folder now is the run's.
         """
@@ -263,7 +266,11 @@ class MetricsWriter(contextlib.AbstractContextManager):
             self._warn_of(error)
 
     def _keep_up_to(self, step: int) -> None:
-        """Drops later rows, damaged ones and a half-written last line, all at once."""
+        """Drops later rows, damaged ones and a half-written last line, all at once.
+
+        Later rows are those of steps that are repeated, but perhaps not as they were:
+        with other flags, or where the newest steps are gone. They are kept elsewhere.
+        """
         if not self.path.is_file():
             return
         try:
@@ -293,6 +300,16 @@ class MetricsWriter(contextlib.AbstractContextManager):
             file.flush()  # With a full disk it fails here, and nothing is set aside.
             if log.damaged:
                 self._set_aside(log.damaged)
+            self._keep_dropped(line for line, row in log.rows if row["step"] > step)
+
+    def _keep_dropped(self, lines: Iterable[bytes]) -> None:
+        text = b"".join(line + b"\n" for line in lines)
+        path = self.path.with_name(DROPPED)
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            path = self._new_file(DROPPED)
+        if text:
+            with path.open("ab") as file:
+                file.write(text)
 
     def _set_aside(self, lines: Sequence[tuple[bytes, ValueError]]) -> None:
         damaged = self._new_file(DAMAGED)
@@ -421,9 +438,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         """Closes the file, which is on the disk then, and the sinks."""
         self.sync()
         if self._waiting:
-            self.lost_rows += len(self._waiting)
-            self._waiting.clear()
-            logger.warning("%s lacks %d rows", self.path, self.lost_rows)
+            self._write_beside()
         if self._file is not None:
             self._file.close()
         for sink in self._sinks:
@@ -431,6 +446,18 @@ class MetricsWriter(contextlib.AbstractContextManager):
                 sink.close(failed)
             except Exception as error:
                 _warn(sink, error)
+
+    def _write_beside(self) -> None:
+        """Writes the rows that wait into a new file: the log may be another user's."""
+        where, self.lost_rows = "", self.lost_rows + len(self._waiting)
+        with contextlib.suppress(OSError):
+            if self._is_own():
+                kept = self._new_file(UNWRITTEN)
+                with replacing(kept, None) as file:
+                    file.writelines(self._waiting)
+                where = f"; {len(self._waiting)} are in {kept.name}"
+        self._waiting.clear()
+        logger.warning("%s lacks %d rows%s", self.path, self.lost_rows, where)
 
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         self.close(failed=kind is not None)

@@ -104,7 +104,7 @@ def test_a_folder_in_its_place_at_the_start_is_one_line(tmp_path, caplog):
         write_row(writer, 4)
     line, lost = caplog.messages
     assert "Is a directory): training goes on, and its rows wait until it can" in line
-    assert lost.endswith("lacks 1 rows")
+    assert lost.endswith("lacks 1 rows; 1 are in metrics.unwritten.jsonl")
 
 
 def test_damaged_lines_are_set_aside_once_and_not_with_each_row(log, monkeypatch):

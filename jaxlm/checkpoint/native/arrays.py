@@ -77,6 +77,10 @@ def flatten(state: Any, where: str) -> dict[str, Any]:
                 f"{where}/{name} is a random key: derive keys from the seed and the "
                 "step (jax.random.fold_in), or save its jax.random.key_data"
             )
+        is_number = leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)
+        if not is_number or isinstance(leaf, np.ma.MaskedArray):
+            kind = "masked array" if is_number else f"array of {leaf.dtype}"
+            raise ValueError(f"{where}/{name} is a {kind}: a checkpoint holds numbers")
     return flat
 
 
@@ -135,8 +139,14 @@ def num_bytes(description: Description) -> int:
 
 
 def own(flat: dict[str, Any]) -> dict[str, Any]:
-    """Copies the arrays that the caller could still change in place."""
-    return {n: x if isinstance(x, jax.Array) else np.array(x) for n, x in flat.items()}
+    """Copies the arrays that the caller could still change in place.
+
+    The copies have this machine's order of bytes, in which arrays are read back.
+    """
+    return {
+        name: x if isinstance(x, jax.Array) else np.array(x, x.dtype.newbyteorder("="))
+        for name, x in flat.items()
+    }
 
 
 def on_host(state: Any) -> Any | None:
@@ -220,7 +230,8 @@ def read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       folder: an item folder that `start_writes` has written.
       wanted: shape, dtype and `sharding` of every stored array; an array without a
-        sharding is put on the default device, uncommitted (JAX may move it).
+        sharding is put on the default device, uncommitted (JAX may move it), unless JAX
+        would narrow it: NumPy's of 64 bits stay NumPy's.
 
     Raises:
       ValueError: if the files have other arrays; and what Orbax raises for damage.
@@ -244,9 +255,14 @@ def read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     )
     # NumPy arrays are copied: XLA must own memory that it may overwrite.
     return {
-        name: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+        name: jnp.array(leaf) if _is_for_jax(leaf) else leaf
         for name, leaf in tree.flatten(restored).items()
     }
+
+
+def _is_for_jax(leaf: Any) -> bool:
+    narrowed = jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+    return not isinstance(leaf, jax.Array) and not narrowed
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:

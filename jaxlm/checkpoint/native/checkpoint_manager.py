@@ -92,7 +92,7 @@ class CheckpointManager:
         self._copied, self._has_not_begun = threading.Event(), False
         self._last: int | None = None  # the step that this process saved or restored
         self._manifest = b""  # that of this step
-        self._saves = 0
+        self._saves, self._is_closed = 0, False
         self._lock: RunLock | None = None
         self._write_beside: Callable[[], None] | None = None
         self._processes = processes
@@ -137,6 +137,7 @@ class CheckpointManager:
         try:
             self.wait()
         finally:
+            self._is_closed = True
             if self._lock is not None:
                 if self._lock.is_held():
                     run_folder.remove_unused(self.run, keep=self._was_there)
@@ -154,6 +155,10 @@ class CheckpointManager:
         save.
         """
         return self._lock is not None and self._lock.is_in_place()
+
+    def _check_open(self) -> None:
+        if self._is_closed:  # Another process may have the run folder since then.
+            raise ValueError(f"the CheckpointManager of {self.run} is closed")
 
     def _check_place(self) -> None:
         """Raises ValueError if something else is in the place of the run folder now.
@@ -229,6 +234,7 @@ class CheckpointManager:
         """
         if step < 0:
             raise ValueError(f"step is {step}: it must be at least 0")
+        self._check_open()
         self.wait()
         if step == self._last:
             return
@@ -482,6 +488,7 @@ class CheckpointManager:
             a shape or a dtype differs from the checkpoint; and if the run folder was
             moved or replaced.
         """
+        self._check_open()
         self.wait()
         self._processes.of_first("place", self._check_place)
         steps = self.steps()

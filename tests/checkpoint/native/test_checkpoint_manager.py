@@ -62,6 +62,49 @@ def test_optimizer_state_without_arrays(tmp_path):
     assert restored.opt_state == ((), None)
 
 
+def test_numpy_arrays_come_back_as_they_were(tmp_path):
+    """Also those that JAX would narrow: none of the run's steps could be read."""
+    extra = {
+        "best": np.float64(1 / 3),
+        "tokens": np.int64(2**40),
+        "big": np.arange(4, dtype=">f4"),
+        "small": jnp.ones(3, jnp.bfloat16),
+    }
+    with CheckpointManager(tmp_path) as checkpoints:
+        save(checkpoints, 1, ({}, extra))
+    with CheckpointManager(tmp_path) as checkpoints:
+        found = restore(checkpoints, ({}, extra)).opt_state
+    for name, value in extra.items():
+        assert found[name].dtype == value.dtype.newbyteorder("=")
+        assert np.array_equal(found[name], value)
+
+
+@pytest.mark.parametrize(
+    "leaf, kind",
+    [
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), "masked array"),
+        (np.zeros(2, [("x", "f4")]), r"array of \[\('x', '<f4'\)\]"),
+        (np.array(["a"]), "array of <U1"),
+    ],
+)
+def test_what_cannot_be_read_back_is_not_saved(tmp_path, leaf, kind):
+    with (
+        CheckpointManager(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=f"^opt_state/x is an? {kind}: a checkpoint"),
+    ):
+        save(checkpoints, 1, ({}, {"x": leaf}))
+
+
+def test_a_closed_one_saves_and_restores_nothing(tmp_path):
+    """Another process may train in the folder since then."""
+    with CheckpointManager(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+    with pytest.raises(ValueError, match=r"^the CheckpointManager of .* is closed$"):
+        save(checkpoints, 2)
+    with pytest.raises(ValueError, match=r"^the CheckpointManager of .* is closed$"):
+        restore(checkpoints)
+
+
 def test_numpy_arrays_are_copied_before_save_returns(tmp_path):
     params = {"w": np.zeros((500, 500), np.float32)}
     with CheckpointManager(tmp_path) as checkpoints:
