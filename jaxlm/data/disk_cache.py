@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import resource
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -142,7 +143,7 @@ def read_or_build(
     """Returns what `read` makes of the folder of a key, and builds it if it is missing.
 
     An entry that is damaged, or a copy of one with another key, is built again, with a
-    warning.
+    warning. One that this user may not read is another user's, and is left alone.
 
     Args:
       config: `cache_dir`, and `old_tokens`, with which nothing is built or removed.
@@ -150,8 +151,8 @@ def read_or_build(
       read: raises DamagedEntry.
 
     Raises:
-      ValueError: as `build_once`, if a new entry is damaged too, and with `old_tokens`
-        if the entry is missing or damaged.
+      ValueError: as `build_once`, if the entry may not be read, if a new one is damaged
+        too, and with `old_tokens` if the entry is missing or damaged.
     """
 
     def build_named(work: Path) -> None:
@@ -166,6 +167,8 @@ def read_or_build(
         return _read_old(cache_root(config.cache_dir), what, key, read_own)
     cache_dir = config.cache_dir
     folder = build_once(cache_dir, key, build_named)
+    if forbidden := _forbidden(folder):
+        raise ValueError(f"{forbidden}, or set data.cache_dir to a folder of your own")
     try:
         return read_own(folder)
     except DamagedEntry as error:
@@ -178,6 +181,22 @@ def read_or_build(
                 f"{folder}, or set data.cache_dir"
             ) from None
     return read_own(build_once(cache_dir, key, build_named))
+
+
+def _forbidden(folder: Path) -> str | None:
+    """Returns what to say of an entry that this user may not read; else None."""
+    try:
+        for path in folder.iterdir():
+            # Somebody may have put a pipe there, which would be waited for.
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except PermissionError as error:
+        return (
+            f"{error.filename} cannot be read ({error.strerror}) and is left alone: "
+            f"let its owner share the tokens (chmod -R a+rX {folder})"
+        )
+    except OSError:
+        pass  # It is missing or damaged, which is found when it is read.
+    return None
 
 
 def _check_key(path: Path, key: str) -> None:
@@ -194,6 +213,10 @@ def _check_key(path: Path, key: str) -> None:
 
 def _read_old(root: Path, what: str, key: str, read: Callable[[Path], T]) -> T:
     """Reads an entry that cannot be made again, as the text may have changed."""
+    if forbidden := _forbidden(root / key):
+        raise ValueError(
+            f"data.old_tokens: {forbidden}, restore the text, or start a new run"
+        )
     if not (root / key).is_dir():
         raise ValueError(
             f"data.old_tokens: those of {what} are no longer in {root}: restore the "
@@ -219,8 +242,9 @@ def build_once(
     and on disk. When two processes build at once, both succeed and one result is kept.
 
     Args:
-      cache_dir: the cache folder; created, for this user only, when missing. None: that
-        of the user, or one of this process, with a warning, where that cannot be used.
+      cache_dir: the cache folder; created, for this user only, if missing. In one that
+        is there, users share what their umask lets them. None: that of the user, or one
+        of this process, with a warning, where that cannot be used.
 
     Raises:
       ValueError: when the folder `cache_dir` cannot be written, or the disk is full.
@@ -231,8 +255,9 @@ def build_once(
         if folder.is_dir():
             return folder
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # mkdtemp creates a folder that only this user can enter.
-        work = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
+        # mkdtemp creates a folder that only this user can enter; a cache may be shared.
+        work = root / f"{_BUILDING}{secrets.token_hex(4)}"
+        work.mkdir()
         _remove_abandoned(root, work.stat().st_mtime)
     except OSError as error:
         if cache_dir is None:
@@ -319,7 +344,7 @@ def _remove_abandoned(root: Path, now: float) -> None:
     """
     for folder in root.glob(_BUILDING + "*"):
         if not _MADE.fullmatch(folder.name):
-            continue  # not by `mkdtemp`
+            continue  # of a person
         # Another process may rename or remove its folder at any moment.
         with contextlib.suppress(OSError):
             is_old = now - folder.stat().st_mtime > UNLOCKED_SECONDS

@@ -77,8 +77,7 @@ def test_tokenized_once(tmp_path, monkeypatch, cache_home):
     assert first.folder.parent == cache_home / "jaxlm" / "tokens"
     monkeypatch.setattr(tokens, "_build", None)  # A second build would fail.
     assert tokenized(path).folder == first.folder
-    for folder in (first.folder, first.folder.parent):
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(first.folder.parent.stat().st_mode) == 0o700
 
 
 def test_everything_that_matters_is_in_the_key(tmp_path):
