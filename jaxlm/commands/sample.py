@@ -106,7 +106,8 @@ def read_prompt(chosen: SampleArguments) -> str:
         raise ValueError(
             f"--prompt-file {name} is not UTF-8 at byte {error.start}: convert it first"
         ) from None
-    return text.removesuffix("\n").removesuffix("\r")
+    # Without the byte order mark that some editors begin a file with.
+    return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def read_grammar(

@@ -287,7 +287,8 @@ def test_a_stop_string_is_cut_off_every_form_of_the_text(capsys):
 
 def test_a_prompt_comes_from_a_file_or_from_stdin(tmp_path, monkeypatch):
     path = tmp_path / "prompt.txt"
-    for data, text in ((b"two\n\n", "two\n"), (b"a\r\n", "a"), (b"", "")):
+    texts = {b"two\n\n": "two\n", b"a\r\n": "a", b"": "", b"\xef\xbb\xbfa": "a"}
+    for data, text in texts.items():
         path.write_bytes(data)
         assert read_prompt(SampleArguments(prompt_file=path)) == text
         stdin = io.TextIOWrapper(io.BytesIO(data))

@@ -127,14 +127,14 @@ class RunLock:
         """Opens a file and locks it; raises as `__init__`."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
-            descriptor = os.open(path, flags, 0o644)
+            descriptor = os.open(path, flags, 0o666)  # A group may share the run.
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
                 raise OSError(errno.EINVAL, "it is not a regular file")
         except OSError as e:
             raise ValueError(
-                f"{path} cannot be opened ({e.strerror}): delete it or fix its "
-                "permissions, or choose another --train.run-dir"
+                f"{path} cannot be opened ({e.strerror}): fix its permissions (if "
+                "nobody trains there, delete it), or choose another --train.run-dir"
             ) from e
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

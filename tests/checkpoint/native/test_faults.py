@@ -485,6 +485,15 @@ def test_an_old_step_that_cannot_be_deleted_stops_no_run(tmp_path, monkeypatch):
     assert said[2].startswith("removed .tmp-delete-1-1 in ") and len(said) == 3
 
 
+def test_a_group_that_shares_a_run_shares_its_lock(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with CheckpointManager(tmp_path):
+            assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
 def test_a_run_folder_that_is_deleted_is_made_and_locked_again(tmp_path):
     run, said = tmp_path / "run", []
     with CheckpointManager(run, report=said.append) as checkpoints:
