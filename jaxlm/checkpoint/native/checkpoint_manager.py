@@ -247,6 +247,7 @@ class CheckpointManager:
         meta = {
             "format": step_folder.META_FORMAT,
             "step": step,
+            "is_kept": self._keeps_for_good(step),
             "config": to_dict(config),
             "data_fingerprint": data_fingerprint,
             "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -436,13 +437,16 @@ class CheckpointManager:
                 f"({run_folder.reason(error)}); they take space, and the run goes on"
             )
 
+    def _keeps_for_good(self, step: int) -> bool:
+        return self._keep_every > 0 and step % self._keep_every == 0
+
     def _is_deletable(self, step: int) -> bool:
         """Whether an old step is one, is of this run still, and need not be kept.
 
         Raises:
           OSError: if that cannot be read now.
         """
-        if self._keep_every and step % self._keep_every == 0:
+        if self._keeps_for_good(step):
             return False
         if not (self._folder(step) / integrity.MANIFEST).is_file():
             return False  # a folder or a file that somebody has put there

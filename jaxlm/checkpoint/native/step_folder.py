@@ -128,13 +128,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def is_kept(folder: Path) -> bool:
-    """Whether a step is one that its own config (`keep_every`) never deletes.
+    """Whether a step is one that the `keep_every` of its time never deletes.
 
     Raises:
       OSError: if it cannot be read now; later perhaps it can.
     """
     try:
         meta = read_meta(folder)
+        if meta.get("is_kept") is True:
+            return True
+        # Earlier versions had the run's own alone.
         config = from_dict(Config, meta["config"], f"config of {folder}")
     except (FileNotFoundError, ValueError):  # Nothing can be read from it anyway.
         return False

@@ -172,14 +172,15 @@ def test_keeps_the_newest_steps_and_multiples(tmp_path):
             assert step in checkpoints.steps()
         assert checkpoints.steps() == [100, 200, 250]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["100", "200", "250"]
-    # The same command without the flag.
+    # The same command without the flag, or an own loop without it.
     with CheckpointManager(tmp_path, keep=1) as checkpoints:
+        restore(checkpoints)
         config = dataclasses.replace(CONFIG, train=TrainConfig(keep_every=300))
         save(checkpoints, 300, config=config)
         save(checkpoints, 350)
         save(checkpoints, 400)
         checkpoints.wait()
-        assert checkpoints.steps() == [300, 400]
+        assert checkpoints.steps() == [100, 200, 300, 400]
     with pytest.raises(ValueError, match="keep is 0"):
         CheckpointManager(tmp_path, keep=0)
 
