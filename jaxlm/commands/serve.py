@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 
 import jax
@@ -89,6 +90,9 @@ def main(chosen: ServeArguments) -> int:
             **connection_options(),
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
+        # A terminal that is closed ends it as SIGTERM does, but not under nohup.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
         try:
             uvicorn.Server(config).run(sockets)
         finally:

@@ -161,7 +161,8 @@ def test_with_a_key_or_on_loopback_the_model_is_opened(monkeypatch, tmp_path, wa
 
 
 @pytest.mark.slow
-def test_a_signal_lets_answers_that_run_end(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_answers_that_run_end(tmp_path, number):
     save(tmp_path / "tiny", CONFIG, make_params(CONFIG, std=0.5), ByteTokenizer())
     with bound("127.0.0.1", 0) as (free,):
         port = free.getsockname()[1]
@@ -178,7 +179,7 @@ def test_a_signal_lets_answers_that_run_end(tmp_path):
             with client.stream("POST", url, json=body) as response:
                 lines = response.iter_lines()
                 text = [next(lines)]
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
                 text += [line for line in lines if line]
         assert process.wait(600) == -signal.SIGTERM
     finally:
