@@ -28,13 +28,14 @@ logger = logging.getLogger(__name__)
 def main(chosen: ChatArguments) -> int:
     """Loads the model onto the devices requested and holds the conversation."""
     use_compile_cache()
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    at_keyboard = sys.stdin.isatty()  # perhaps with `| tee log`
+    on_terminal = at_keyboard and sys.stdout.isatty()
     checkpoint, model = open_model(chosen)
     with jax.set_mesh(make_mesh_of_size(chosen.mesh)):
         with Waiting("loading the model"):
             conversation, params = begin(checkpoint, model, chosen)
         log_attention(model)
-        folder = conversations_folder() if on_terminal else None
+        folder = conversations_folder() if at_keyboard else None
         if on_terminal:
             print(describe(checkpoint, params))
             for left in not_ended(folder):

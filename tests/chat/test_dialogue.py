@@ -234,6 +234,14 @@ def test_a_conversation_is_kept_until_the_chat_ends_in_order(
     assert [m["content"] for m in transcript.load(path)] == ["Hi", "One", "more", "One"]
     assert folder.stat().st_mode & 0o077 == 0
     assert not_ended(None) == not_ended(tmp_path / "no") == []
+    # So is one that an error ends, as where the answers go into a pipe.
+    talk, unsaved = scripted(monkeypatch, tmp_path, ["One"]), Unsaved(folder)
+    read = Keyboard(["Hi", "/sav x"])
+    with pytest.raises(ValueError, match="/sav"):
+        Dialogue(talk, read, on_terminal=False, unsaved=unsaved).hold()
+    path.unlink()
+    [path] = folder.glob("*.json")
+    assert [m["content"] for m in transcript.load(path)] == ["Hi", "One"]
     # Where nothing can be written, that is said once.
     path.unlink()
     folder.rmdir()
