@@ -307,6 +307,20 @@ def test_rows_and_steps_of_a_run_folder_that_is_not_whole(tmp_path, capsys, capl
     start(1)
     assert "without a checkpoint: training begins at step 0" in caplog.messages[0]
     assert caplog.messages[0].endswith("is now metrics.previous.jsonl")
+    # Somebody has kept all but the steps of a run, and trains another one there.
+    (run / "report.html").write_text("a record")
+    (run / "loss.png").write_text("another")
+    names = ("metrics.jsonl", "report.html", "loss.png", "texts.json", "config.json")
+    kept = {name: (run / name).read_bytes() for name in names}
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=7))
+    words = f"moved the earlier run in {run} to {run / 'old-2'}: it has other flags or "
+    assert words in start(1, other)
+    assert {name: (run / "old-2" / name).read_bytes() for name in names} == kept
+    # It was killed before its first save, and begins again.
+    late = dataclasses.replace(other, fresh=False, profile=ProfileConfig(steps="1:2"))
+    assert "moved" not in start(1, late) and not (run / "old-3").exists()
+    (tmp_path / "text.txt").write_text("other words to train on\n" * 50)
+    assert f"to {run / 'old-3'}: it has other flags or text" in start(1, late)
 
 
 @pytest.mark.parametrize(

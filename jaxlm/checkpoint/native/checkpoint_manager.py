@@ -116,8 +116,7 @@ class CheckpointManager:
         self._lock = RunLock(self.run)
         run_folder.remove_leftovers(self.run, self._report)
         if fresh and run_folder.has_history(self.run):
-            old = run_folder.move_aside(self.run)
-            self._report(f"moved the earlier run in {self.run} to {old}")
+            self._move_all_aside("")
         return self._lock.owner
 
     def __enter__(self) -> "CheckpointManager":
@@ -542,6 +541,23 @@ class CheckpointManager:
             return self._move_aside_after(step)
 
         return self._processes.together("moving aside", move)
+
+    def move_all_aside(self, why: str) -> None:
+        """Moves all that an earlier run has left to `RUN/old-N/`, in process 0.
+
+        Args:
+          why: the end of the line that tells it.
+
+        Raises:
+          ValueError: if the run folder was moved or replaced.
+        """
+        if self._processes.is_first:
+            self._check_place()
+            self._move_all_aside(f": {why}")
+
+    def _move_all_aside(self, why: str) -> None:
+        old = run_folder.move_aside(self.run)
+        self._report(f"moved the earlier run in {self.run} to {old}{why}")
 
     def _move_aside_after(self, step: int) -> Path | None:
         later = [n for n in run_folder.list_steps(self.run) if n > step]

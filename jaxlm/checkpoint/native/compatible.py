@@ -5,13 +5,14 @@ import functools
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.config import EXECUTION_FIELDS, Config, TrainConfig
-from jaxlm.fields import diff
+from jaxlm.fields import diff, from_dict
 from jaxlm.ops.linear import compute_dtype
 
 # Fields that do not affect the numbers of a run.
@@ -85,6 +86,22 @@ def check_config(
     other_train = _all_but(old.train, rounding)
     lines = [f"model.{line}" for line in diff(old.model, new.model, other_model)]
     return lines + [f"train.{line}" for line in diff(old.train, new.train, other_train)]
+
+
+def is_repeated(values: Mapping[str, Any], new: Config) -> bool:
+    """Whether a run is the same as an earlier one, of which there are no steps.
+
+    Args:
+      values: the contents of the `config.json` of the earlier run.
+      new: the config of the run.
+    """
+    try:
+        old = from_dict(Config, values)
+    except ValueError:
+        return False
+    free = (*_FREE_DATA, *_FREE_TRAIN, *_ROUNDING_TRAIN, *EXECUTION_FIELDS)
+    # What differs from one start of a run to the next.
+    return not diff(old, new, (*free, "mesh", "processes", "profile", "fresh"))
 
 
 def _steps_line(old: Config, new: Config, step: int) -> list[str]:

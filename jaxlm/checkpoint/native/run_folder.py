@@ -30,9 +30,11 @@ MAX_LOG_BYTES = 1 << 30  # about four million rows
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
 OWNER = "pid "  # how a lock begins
+# What shows the course of a run.
+_RECORD = (METRICS, "report.html", "loss.png")
 # The files that a run writes and `move_aside` moves; the last says whose they are.
 _RUN_FILES = (
-    *(METRICS, "report.html", "loss.png", "texts.json"),
+    *(*_RECORD, "texts.json"),
     *("tensorboard", "wandb", "mlflow", "config.json"),
 )
 # Bytes of a path, and those that the longest one of a step has below the run folder.
@@ -107,8 +109,17 @@ def remove(path: Path) -> None:
 
 
 def has_history(run: Path) -> bool:
-    """Returns whether an earlier run has left steps or metrics in a folder."""
-    return bool(list_steps(run)) or (run / METRICS).exists()
+    """Returns whether an earlier run has left steps, a log or a report in a folder."""
+    return bool(list_steps(run)) or any((run / name).is_file() for name in _RECORD)
+
+
+def config_values(run: Path) -> dict[str, Any]:
+    """Returns the contents of config.json; nothing if it cannot be read."""
+    path = run / "config.json"
+    if path.is_file():
+        with contextlib.suppress(ValueError, OSError):
+            return parse_object(read_bounded(path, 16 << 20), str(path))
+    return {}
 
 
 def move_aside(run: Path, steps: list[int] | None = None) -> Path:
@@ -208,11 +219,7 @@ def check_free(run: Path) -> None:
                 f"{lock} is not the lock of a run, and would be overwritten: choose "
                 "another --train.run-dir, or rename it"
             )
-    config = run / "config.json"
-    values: dict[str, Any] = {}
-    if config.is_file():
-        with contextlib.suppress(ValueError, OSError):
-            values = parse_object(read_bounded(config, 16 << 20), str(config))
+    values = config_values(run)
     if values.keys() & {"model_type", "architectures"}:
         raise ValueError(
             f"{run} is a Hugging Face model, whose config.json a run would overwrite: "

@@ -11,10 +11,12 @@ import jax
 
 from jaxlm import tree
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
+from jaxlm.checkpoint.native.compatible import is_repeated
+from jaxlm.checkpoint.native.run_folder import config_values, has_history
 from jaxlm.commands.training_run.hooks import eval_batch_numbers
 from jaxlm.config import Config
 from jaxlm.data.loader import Dataset
-from jaxlm.data.text_record import write_record
+from jaxlm.data.text_record import read_record, write_record
 from jaxlm.fields import to_dict
 from jaxlm.files.durable import replacing
 from jaxlm.ops.linear import compute_dtype
@@ -61,6 +63,8 @@ def run_outputs(
         return
     # From the root, as the steps: a folder above the run's may be renamed.
     settings, run = config.train, checkpoints.run
+    if not resumed:
+        _keep_earlier_run(config, dataset, checkpoints)
     step, params = int(state.step), tree.count(state.params)
     resume_step = step if resumed else None
     choices = attention_choices(
@@ -102,6 +106,24 @@ def run_outputs(
             **more,
         )
         yield writer, progress
+
+
+def _keep_earlier_run(
+    config: Config, dataset: Dataset, checkpoints: CheckpointManager
+) -> None:
+    """Moves another run aside, of which somebody has deleted the steps.
+
+    A run that was killed before its first save, and is started again, only begins
+    another log.
+    """
+    run = checkpoints.run
+    if has_history(run) and not (
+        is_repeated(config_values(run), config)
+        and read_record(run) in (None, dataset.texts)
+    ):
+        checkpoints.move_all_aside(
+            "it has other flags or text, and no checkpoint to go on from"
+        )
 
 
 def _missing_rows(

@@ -13,6 +13,7 @@ from jaxlm.checkpoint.native import compatible, integrity
 from jaxlm.checkpoint.native.checkpoint_manager import CheckpointManager
 from jaxlm.checkpoint.native.step_folder import _check_arrays
 from jaxlm.config import Config, DataConfig, TrainConfig
+from jaxlm.fields import to_dict
 from jaxlm.train.optimizer import make_schedule
 
 
@@ -54,6 +55,16 @@ def test_another_run_is_refused_with_the_difference(run, sections, line):
     message = str(error.value)
     assert line in message and "--fresh" in message and "--init-from" in message
     assert "\n" not in message
+
+
+def test_a_run_is_repeated_with_the_flags_that_change_its_numbers():
+    values = json.loads(json.dumps(to_dict(CONFIG)))
+    assert compatible.is_repeated(values, CONFIG)
+    moved = change(data={"workers": 1}, train={"run_dir": "elsewhere", "log_every": 7})
+    assert compatible.is_repeated(values, dataclasses.replace(moved, fresh=True))
+    for sections in (*(s for s, _ in REFUSED), {"sample": {"temperature": 0.1}}):
+        assert not compatible.is_repeated(values, change(**sections))
+    assert not compatible.is_repeated({}, CONFIG)
 
 
 def test_several_differences_are_all_named():

@@ -763,6 +763,12 @@ def test_fresh_moves_metrics_without_steps_too(tmp_path):
     with CheckpointManager(tmp_path, fresh=True, report=lambda line: None):
         assert not (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "old-1/metrics.jsonl").exists()
+    # The log was deleted too.
+    (tmp_path / "report.html").touch()
+    (tmp_path / "config.json").write_text('{"model": {}, "data": {}, "train": {}}')
+    with CheckpointManager(tmp_path, fresh=True, report=lambda line: None):
+        assert not (tmp_path / "config.json").exists()
+    assert (tmp_path / "old-2/report.html").exists()
 
 
 @pytest.mark.parametrize("name", ["a\\b", "gs:/run", "s3:"])
