@@ -28,7 +28,7 @@ _STEPS = {"cpu": 2}
 # Tokens of prompts that are read between two steps of the answers that run. On a CPU
 # more of them take as long for each, and all answers wait meanwhile.
 _PROMPT_TOKENS = {"cpu": 128}
-# How long answers may still run after the first Ctrl-C or SIGTERM.
+# How long answers may still run after the first Ctrl-C, SIGTERM or SIGHUP.
 _GRACE_SECONDS = 30
 
 
